@@ -1,0 +1,290 @@
+"""timm's attention modules for token sequences that shrink: key biases, sampled query rows, packed batches.
+
+Each class below has the parameters and names of the timm module it extends and computes the same numbers bit
+for bit while nothing is reduced. The fused ``scaled_dot_product_attention`` is used unless a method truly needs
+the softmax map; what a method scores tokens with (the class token's row, the keys) is computed beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.layers import apply_rot_embed_cat, register_notrace_function
+from timm.layers.attention import Attention, AttentionRope
+from timm.models.eva import EvaAttention
+from torch import Tensor, nn
+
+from effvit.tokens import TokenMap, take_rows, wide_dtype
+
+__all__ = ["ATTENTION_CLASSES", "AttnState", "Selection"]
+
+
+class Selection(NamedTuple):
+    """Which tokens stay as queries: the choice of a method that prunes between scores and attention.
+
+    Attributes:
+        rows: (B, P+K) row numbers in the flattened input sequence; (1, T) for a packed sequence.
+        tokens: The map of the selected tokens.
+    """
+
+    rows: Tensor
+    tokens: TokenMap
+
+
+class AttnState(NamedTuple):
+    """What one block's attention knows, for a reducer to score tokens with.
+
+    Attributes:
+        q: (B, heads, P+N, D) queries after norm and RoPE; (1, heads, T, D) for a packed sequence.
+        k: Keys, likewise.
+        v: Values, likewise.
+        scale: Factor on q k^T.
+        tokens: The map of the tokens that leave the attention: the selected ones if any were selected.
+        keys: The map of the tokens that entered it, to which q, k and v belong.
+        rows: The selected rows of the input sequence, None for all.
+        weights: (B, heads, P+N, P+N) softmax map, only for a method that asked for it.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    tokens: TokenMap
+    keys: TokenMap
+    rows: Tensor | None = None
+    weights: Tensor | None = None
+
+    def class_rows(self) -> Tensor:
+        """Attention of the class-like tokens to all tokens, (B, heads, num_class, P+N), in fp32 (fp64 for fp64).
+
+        These are rows of the softmax map, computed from num_class queries: O(N) memory beside the fused kernel.
+        """
+        if self.weights is not None:
+            return self.weights[:, :, : self.keys.num_class]
+        q, k = self.q, self.k
+        if self.keys.packed:
+            q, k = unpack_heads(q, self.keys), unpack_heads(k, self.keys)
+        logits = (q[:, :, : self.keys.num_class] * self.scale) @ k.transpose(-2, -1)
+        bias = self.keys.key_bias(logits.dtype)
+        if bias is not None:
+            logits = logits + bias
+        return logits.softmax(dim=-1, dtype=wide_dtype(logits.dtype))
+
+    def softmax_map(self) -> Tensor:
+        """The whole softmax map (B, heads, P+N, P+N), in the dtype of q (fp32 under autocast)."""
+        logits = (self.q * self.scale) @ self.k.transpose(-2, -1)
+        bias = self.keys.key_bias(logits.dtype)
+        if bias is not None:
+            logits = logits + bias
+        return logits.softmax(dim=-1)
+
+
+Pick = Callable[[AttnState], Selection]
+EditMap = Callable[[Tensor], Tensor]
+
+
+def unpack_heads(x: Tensor, tokens: TokenMap) -> Tensor:
+    """Packed (1, heads, T, D) -> padded (B, heads, P+N, D)."""
+    return tokens.unpack(x.transpose(1, 2)).transpose(1, 2)
+
+
+def take_heads(x: Tensor, rows: Tensor) -> Tensor:
+    """Sequence rows of x (B, heads, N, D), numbered as in take_rows: (B', heads, K, D)."""
+    return take_rows(x.transpose(1, 2), rows).transpose(1, 2)
+
+
+@torch.fx.wrap
+@register_notrace_function
+def variable_length_attention(
+    q: Tensor, k: Tensor, v: Tensor, query_mask: Tensor, key_mask: Tensor, dropout_p: float
+) -> Tensor:
+    """Attention inside each image of a packed batch: q (1, heads, Tq, D), k and v (1, heads, Tk, D).
+
+    On a CPU one fused call an image; elsewhere one call on jagged nested tensors, which dispatch to the
+    variable-length flash or memory-efficient kernels.
+
+    Args:
+        q: Queries of all images, one image after another.
+        k: Keys, likewise.
+        v: Values, likewise.
+        query_mask: (B, P+K) True where a padded sequence of the queries holds a token.
+        key_mask: (B, P+N), likewise for the keys.
+        dropout_p: Attention dropout.
+
+    Returns:
+        (1, heads, Tq, D).
+    """
+    query_lengths, key_lengths = query_mask.sum(1), key_mask.sum(1)
+    if q.device.type == "cpu":
+        per_image = zip(
+            *(
+                x.split(lengths.tolist(), dim=2)
+                for x, lengths in ((q, query_lengths), (k, key_lengths), (v, key_lengths))
+            ),
+            strict=True,
+        )
+        return torch.cat([F.scaled_dot_product_attention(*qkv, dropout_p=dropout_p) for qkv in per_image], dim=2)
+    return _jagged_attention(q, k, v, query_lengths, key_lengths, dropout_p)
+
+
+def _jagged_attention(
+    q: Tensor, k: Tensor, v: Tensor, query_lengths: Tensor, key_lengths: Tensor, dropout_p: float
+) -> Tensor:
+    def jagged(x: Tensor, lengths: Tensor) -> Tensor:
+        offsets = F.pad(lengths.cumsum(0), (1, 0))
+        rows = x.squeeze(0).transpose(0, 1).contiguous()  # (T, heads, D)
+        return torch.nested.nested_tensor_from_jagged(rows, offsets).transpose(1, 2)
+
+    out = F.scaled_dot_product_attention(
+        jagged(q, query_lengths), jagged(k, key_lengths), jagged(v, key_lengths), dropout_p=dropout_p
+    )
+    return out.transpose(1, 2).values().transpose(0, 1).unsqueeze(0)  # (1, heads, Tq, D)
+
+
+def _rotate(x: Tensor, tokens: TokenMap, rope: Tensor, half: bool) -> Tensor:
+    """Apply the rotary table of the full grid to the patch tokens of x (B, heads, P+N, D)."""
+    table = tokens.position_table(rope)
+    if tokens.packed:  # prefix tokens lie between the images: give them the identity rotation (sin 0, cos 1)
+        prefix = torch.zeros_like(table[:, :, :1]).expand(-1, -1, tokens.num_prefix, -1).clone()
+        prefix[..., table.shape[-1] // 2 :] = 1
+        table = tokens.pack(torch.cat([prefix, table], dim=2).transpose(1, 2)).transpose(1, 2)
+        return apply_rot_embed_cat(x, table, half=half)
+    prefix, patches = x[:, :, : tokens.num_prefix], x[:, :, tokens.num_prefix :]
+    return torch.cat([prefix, apply_rot_embed_cat(patches, table, half=half)], dim=2)
+
+
+class _TokenAttention(nn.Module):
+    """The forward pass shared by the three attention modules; a subclass supplies ``_project``.
+
+    The one entry point is ``forward``, so that hooks, FSDP wrapping and FLOP attribution of the attention
+    module hold for everything it computes.
+    """
+
+    num_heads: int
+    head_dim: int
+    scale: float
+    fused_attn: bool
+    q_norm: nn.Module
+    k_norm: nn.Module
+    attn_drop: nn.Dropout
+    norm: nn.Module
+    gate: nn.Module | None
+    proj: nn.Module
+    proj_drop: nn.Module
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens (B, N, C) -> q, k, v, each (B, heads, N, D)."""
+        raise NotImplementedError
+
+    def _split_heads(self, x: Tensor, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        batch, length, _ = x.shape
+        q, k, v = qkv.reshape(batch, length, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v
+
+    def forward(
+        self,
+        x: Tensor,
+        tokens: TokenMap,
+        rope: Tensor | None = None,
+        pick: Pick | None = None,
+        edit_map: EditMap | None = None,
+    ) -> tuple[Tensor, AttnState]:
+        """Self-attention of the tokens, and what a reducer may score them with.
+
+        Args:
+            x: (B, P+N, C) normalised tokens, or (1, T, C) packed.
+            tokens: Their map; its key bias enters the softmax.
+            rope: Rotary table of the full grid, (H*W, D) or (heads, H*W, D).
+            pick: Given, called with the state before attention; only the rows it selects are computed.
+            edit_map: Given, the softmax map is materialised, passed through it and kept in the state.
+
+        Returns:
+            (B, P+K, C) output of the selected rows, and the AttnState.
+        """
+        gate = self.gate(x).sigmoid() if self.gate is not None else None
+        q, k, v = self._project(x)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            half = getattr(self, "rotate_half", False)
+            q = _rotate(q, tokens, rope, half).type_as(v)
+            k = _rotate(k, tokens, rope, half).type_as(v)
+        groups = getattr(self, "num_kv_groups", 1)
+        if groups > 1:
+            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+
+        state = AttnState(q, k, v, self.scale, tokens=tokens, keys=tokens)
+        if pick is not None:
+            rows, selected = pick(state)
+            q = take_heads(q, rows)
+            gate = take_rows(gate, rows) if gate is not None else None
+            state = state._replace(tokens=selected, rows=rows)
+        if edit_map is not None:
+            weights = edit_map(state.softmax_map())
+            state = state._replace(weights=weights)
+            out = self.attn_drop(weights) @ v
+        elif state.tokens.packed:
+            if not tokens.packed:
+                k, v = (tokens.pack(y.transpose(1, 2)).transpose(1, 2) for y in (k, v))
+            dropout_p = self.attn_drop.p if self.training else 0.0
+            query_mask, key_mask = state.tokens.sequence_mask(), tokens.sequence_mask()
+            out = variable_length_attention(q, k, v, query_mask, key_mask, dropout_p)
+        elif self.fused_attn:
+            dropout_p = self.attn_drop.p if self.training else 0.0
+            bias = tokens.key_bias(q.dtype)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p)
+        else:
+            out = self.attn_drop(state._replace(q=q).softmax_map()) @ v
+
+        out = self.norm(out.transpose(1, 2).flatten(2))  # (B, P+K, heads * D)
+        if gate is not None:
+            out = out * gate
+        return self.proj_drop(self.proj(out)), state
+
+
+class PlainTokenAttention(_TokenAttention, Attention):
+    """timm's ``Attention`` (ViT, DeiT, DINOv2, SigLIP ...) for token maps."""
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self._split_heads(x, self.qkv(x))
+
+
+class RopeTokenAttention(_TokenAttention, AttentionRope):
+    """timm's ``AttentionRope`` (PE, rope ViTs, grouped-query attention) for token maps."""
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.qkv is not None:
+            return self._split_heads(x, self.qkv(x))
+        return _project_apart(self, x)
+
+
+class EvaTokenAttention(_TokenAttention, EvaAttention):
+    """timm's ``EvaAttention`` (EVA, EVA02, DINOv3: no key bias) for token maps."""
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.qkv is None:
+            return _project_apart(self, x)
+        if self.q_bias is None:
+            return self._split_heads(x, self.qkv(x))
+        bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
+        if self.qkv_bias_separate:
+            return self._split_heads(x, self.qkv(x) + bias)
+        return self._split_heads(x, F.linear(x, self.qkv.weight, bias))
+
+
+def _project_apart(attn: AttentionRope | EvaAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v of a module with three projections; with grouped queries k and v have fewer heads."""
+
+    def heads(y: Tensor) -> Tensor:
+        return y.unflatten(-1, (-1, attn.head_dim)).transpose(1, 2)
+
+    return heads(attn.q_proj(x)), heads(attn.k_proj(x)), heads(attn.v_proj(x))
+
+
+ATTENTION_CLASSES: dict[type[nn.Module], type[_TokenAttention]] = {
+    Attention: PlainTokenAttention,
+    AttentionRope: RopeTokenAttention,
+    EvaAttention: EvaTokenAttention,
+}

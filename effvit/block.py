@@ -1,0 +1,138 @@
+"""timm's transformer blocks with one slot for a reducer: (x, tokens) -> (x, tokens).
+
+A block offers a reducer its two halves, ``attend`` and ``feedforward``, and knows nothing of any method.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from timm.layers import DropPath
+from timm.models.eva import EvaBlock
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from effvit.attention import ATTENTION_CLASSES, AttnState, EditMap, Pick
+from effvit.tokens import TokenMap, take_rows
+
+__all__ = ["BLOCK_CLASSES", "rehouse", "token_block"]
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def rehouse(module: nn.Module, cls: type[ModuleT]) -> ModuleT:
+    """A new object of ``cls`` with the state of ``module``: same parameters, children, hooks and settings.
+
+    ``cls`` must add methods only. The object given is left as it was; containers are copied one level deep, so
+    replacing a child of the new one does not touch the old.
+    """
+    new = cls.__new__(cls)
+    for name, value in module.__dict__.items():
+        new.__dict__[name] = value.copy() if isinstance(value, (dict, set)) else value
+    return new
+
+
+class _TokenBlock(nn.Module):
+    """The forward pass shared by the block classes; a subclass supplies the two residual branches."""
+
+    norm1: nn.Module
+    attn: nn.Module
+    norm2: nn.Module
+    mlp: nn.Module
+    drop_path1: nn.Module
+    reducer: nn.Module | None
+
+    def _attention_branch(self, y: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _mlp_branch(self, y: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def attend(
+        self,
+        x: Tensor,
+        tokens: TokenMap,
+        rope: Tensor | None = None,
+        pick: Pick | None = None,
+        edit_map: EditMap | None = None,
+    ) -> tuple[Tensor, AttnState]:
+        """First half of the block: x plus its attention branch.
+
+        Args:
+            x: (B, P+N, C) tokens; (1, T, C) packed.
+            tokens: Their map.
+            rope: Rotary table of the full grid for this block.
+            pick: Chooses the query rows that go on, see ``attention``.
+            edit_map: Receives the softmax map, see ``attention``.
+
+        Returns:
+            The tokens that go on, (B, P+K, C), and the AttnState, whose ``tokens`` is their map.
+        """
+        if tokens.packed and self.training and isinstance(self.drop_path1, DropPath):
+            raise ValueError(
+                "a packed batch is one row, so drop_path cannot drop single images from it; "
+                "train with ragged='padded' or with drop_path_rate=0"
+            )
+        y, state = self.attn(self.norm1(x), tokens, rope, pick, edit_map)
+        if state.rows is not None:
+            x = take_rows(x, state.rows)
+        return x + self._attention_branch(y), state
+
+    def feedforward(self, x: Tensor) -> Tensor:
+        """Second half of the block: x plus its MLP branch, (B, P+N, C) -> (B, P+N, C)."""
+        return x + self._mlp_branch(self.mlp(self.norm2(x)))
+
+    def forward(self, x: Tensor, tokens: TokenMap, rope: Tensor | None = None) -> tuple[Tensor, TokenMap]:
+        """One block on the tokens x (B, P+N, C): returns (B, P+K, C) and the map of the K tokens left."""
+        if self.reducer is not None:
+            return self.reducer(x, tokens, self, rope)
+        x, state = self.attend(x, tokens, rope)
+        return self.feedforward(x), state.tokens
+
+
+class TokenBlock(_TokenBlock, Block):
+    """timm's ViT ``Block`` for token maps."""
+
+    def _attention_branch(self, y: Tensor) -> Tensor:
+        return self.drop_path1(self.ls1(y))
+
+    def _mlp_branch(self, y: Tensor) -> Tensor:
+        return self.drop_path2(self.ls2(y))
+
+
+class EvaTokenBlock(_TokenBlock, EvaBlock):
+    """timm's ``EvaBlock`` (LayerScale as plain parameters) for token maps."""
+
+    def _attention_branch(self, y: Tensor) -> Tensor:
+        return self.drop_path1(y if self.gamma_1 is None else self.gamma_1 * y)
+
+    def _mlp_branch(self, y: Tensor) -> Tensor:
+        return self.drop_path2(y if self.gamma_2 is None else self.gamma_2 * y)
+
+
+BLOCK_CLASSES: dict[type[nn.Module], type[_TokenBlock]] = {Block: TokenBlock, EvaBlock: EvaTokenBlock}
+
+
+def token_block(block: nn.Module, position: int) -> _TokenBlock:
+    """The block rehoused for token maps, with an empty reducer slot.
+
+    Raises:
+        TypeError: A block or attention class without a place between attention and MLP to reduce tokens at, or
+            one this package does not know. Computing something near it would be silently wrong.
+    """
+    known = BLOCK_CLASSES.get(type(block))
+    if known is None:
+        raise TypeError(
+            f"blocks.{position} is a {type(block).__name__}, which token reduction does not know; "
+            f"supported are {', '.join(cls.__name__ for cls in BLOCK_CLASSES)}: choose a host built from them"
+        )
+    known_attn = ATTENTION_CLASSES.get(type(block.attn))
+    if known_attn is None:
+        raise TypeError(
+            f"blocks.{position}.attn is a {type(block.attn).__name__}, which token reduction does not know; "
+            f"supported are {', '.join(cls.__name__ for cls in ATTENTION_CLASSES)}: choose a host built from them"
+        )
+    new = rehouse(block, known)
+    new.attn = rehouse(block.attn, known_attn)
+    new.register_module("reducer", None)
+    return new

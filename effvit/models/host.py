@@ -1,0 +1,517 @@
+"""Hosts: timm's plain vision transformers with a reduction method in their blocks, and ``sparsify``.
+
+A host is a subclass of the timm class that adds methods only; an existing model becomes one by copying its
+module objects around the same parameters. So state_dict keys, heads, resizing, layer decay and everything else
+that timm does with the class go on working, and the model that was given stays as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from timm.layers import PatchDropout, PatchDropoutWithIndices, register_notrace_function
+from timm.models import checkpoint
+from timm.models._features import feature_take_indices
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from effvit.block import rehouse, token_block
+from effvit.recover import check_fill, to_grid
+from effvit.reducers import METHODS, Reducer
+from effvit.tokens import TokenMap, flat_rows, take_rows
+
+__all__ = [
+    "HOST_CLASSES",
+    "ReducedDistilled",
+    "ReducedEva",
+    "ReducedViT",
+    "TokenFeatures",
+    "list_methods",
+    "method_settings",
+    "sparsify",
+]
+
+
+class TokenFeatures(NamedTuple):
+    """Tokens and where they are.
+
+    Attributes:
+        x: (B, P+N, C) tokens; padded to the longest image for a method with variable counts.
+        tokens: Their TokenMap.
+    """
+
+    x: Tensor
+    tokens: TokenMap
+
+
+class ReducedHost(nn.Module):
+    """What all hosts share: the loop over the blocks and everything that must know the tokens moved.
+
+    Attributes:
+        method: Name of the reduction method.
+        settings: Its settings, JSON-plain, defaults included.
+        recover: How dense maps are filled, one of ``effvit.recover.FILLS``.
+    """
+
+    method: str
+    settings: dict[str, Any]
+    recover: str
+    token_drop: PatchDropoutWithIndices | None
+
+    blocks: nn.Sequential | nn.ModuleList
+    patch_embed: nn.Module
+    norm: nn.Module
+    norm_pre: nn.Module
+    cls_token: nn.Parameter | None
+    attn_pool: nn.Module | None
+    num_prefix_tokens: int
+    global_pool: str
+    grad_checkpointing: bool
+
+    @property
+    def num_class_tokens(self) -> int:
+        """Class-like tokens: 1 with a class token, 2 with a distillation token too, else 0."""
+        return 0 if self.cls_token is None else 1
+
+    @property
+    def reducers(self) -> dict[int, Reducer]:
+        """{block: reducer} of the blocks that reduce."""
+        return {i: block.reducer for i, block in enumerate(self.blocks) if block.reducer is not None}
+
+    # -- what one forward pass does ----------------------------------------------------------------------------
+
+    def _embed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Images (B, 3, H, W) -> tokens (B, P+N, C) and the rotary table, None without RoPE."""
+        raise NotImplementedError
+
+    def _block_rope(self, rope: Tensor | None, block: int) -> Tensor | None:
+        return rope
+
+    def _grid(self, x: Tensor) -> tuple[int, int]:
+        if getattr(self, "dynamic_img_size", False):
+            return self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
+        return tuple(self.patch_embed.grid_size)
+
+    def _start(self, x: Tensor, memory: bool) -> tuple[Tensor, Tensor | None, TokenMap]:
+        check_images(x, self)
+        grid = self._grid(x)
+        if getattr(self, "dynamic_img_size", False):
+            check_counts(self, grid)
+        x, rope = self._embed(x)
+        tokens = TokenMap.full(x, grid, self.num_prefix_tokens, self.num_class_tokens)
+        for reducer in list(self.reducers.values())[:1]:
+            tokens = reducer.start(x, tokens)
+        if self.token_drop is not None:
+            x, index = self.token_drop(x)
+            if index is not None:
+                tokens = tokens.keep(index, index.shape[1])
+        return x, rope, tokens.remember(x) if memory else tokens
+
+    def _forward_blocks(
+        self, x: Tensor, take: Sequence[int] = (), num_blocks: int | None = None, memory: bool = False
+    ) -> tuple[TokenFeatures, list[TokenFeatures]]:
+        """The one loop over the blocks.
+
+        Args:
+            x: Images (B, 3, H, W).
+            take: Blocks whose output is returned too.
+            num_blocks: Blocks to run, None for all.
+            memory: Let the maps remember dropped patches, for dense recovery.
+
+        Returns:
+            Output of the last block run, and of the blocks in ``take``; packed where the method packs.
+        """
+        x, rope, tokens = self._start(x, memory)
+        taken = []
+        for i, block in enumerate(self.blocks[:num_blocks]):
+            if memory and block.reducer is not None:
+                tokens = tokens.remember(x)
+            if self.grad_checkpointing:
+                x, tokens = checkpoint(block, x, tokens, self._block_rope(rope, i))
+            else:
+                x, tokens = block(x, tokens, self._block_rope(rope, i))
+            if i in take:
+                taken.append(TokenFeatures(x, tokens))
+        return TokenFeatures(x, tokens), taken
+
+    def forward_tokens(self, x: Tensor, memory: bool = False) -> TokenFeatures:
+        """Final tokens and their TokenMap.
+
+        Args:
+            x: Images (B, 3, H, W).
+            memory: Let the map remember the features of dropped patches, which ``recover`` "last" needs.
+
+        Returns:
+            Normalised tokens (B, P+N, C) as the last block left them, and where they are.
+        """
+        (x, tokens), _ = self._forward_blocks(x, memory=memory)
+        return TokenFeatures(*_unpacked(self.norm(x), tokens))
+
+    def trace_tokens(self, x: Tensor, memory: bool = False) -> list[TokenFeatures]:
+        """Tokens (not normalised) and TokenMap after every block, for pictures and statistics."""
+        _, taken = self._forward_blocks(x, take=range(len(self.blocks)), memory=memory)
+        return [TokenFeatures(*_unpacked(*features)) for features in taken]
+
+    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Normalised tokens (B, P+N, C), made so that timm's ``forward_head`` is exact on them.
+
+        With class-token pooling these are the tokens left. With any other pooling merged tokens are given back
+        once for each patch they stand for, so that a mean weights them by size; padding of images with fewer
+        tokens holds their mean.
+        """
+        _refuse_mask(self, attn_mask, is_causal)
+        (x, tokens), _ = self._forward_blocks(x)
+        return self._poolable(*_unpacked(self.norm(x), tokens))
+
+    def _poolable(self, x: Tensor, tokens: TokenMap) -> Tensor:
+        if self.global_pool == "token":
+            return x
+        if tokens.size is not None:
+            prefix, patches = tokens.split(x)
+            return torch.cat([prefix, take_rows(patches, flat_rows(tokens.source, patches.shape[1]))], dim=1)
+        if tokens.valid is not None:
+            with_prefix = getattr(self, "pool_include_prefix", False)
+            pooled = tokens.sequence_mask()
+            if not with_prefix:
+                pooled = pooled & (pooled.cumsum(1) > tokens.num_prefix)
+            weight = pooled.unsqueeze(-1).to(x.dtype)
+            mean = (x * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
+            return torch.where(tokens.sequence_mask().unsqueeze(-1), x, mean)
+        return x
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Class scores (B, num_classes) of images (B, 3, H, W)."""
+        if self.global_pool != "map" or self.attn_pool is None:
+            return self.forward_head(self.forward_features(x, attn_mask, is_causal))
+        _refuse_mask(self, attn_mask, is_causal)
+        x, tokens = self.forward_tokens(x)
+        if tokens.size is None:
+            return self.forward_head(x)
+        # Attention pooling over merged tokens: a bias of log size equals pooling the un-merged sequence.
+        weighted = replace(tokens, key_weight=tokens.size)
+        bias = weighted.key_bias(x.dtype)
+        if isinstance(self, VisionTransformer) and not self.pool_include_prefix:
+            x, bias = x[:, tokens.num_prefix :], bias[..., tokens.num_prefix :]
+        return self.head(self.head_drop(self.fc_norm(self.attn_pool(x, attn_mask=bias))))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Any:
+        """Features of several blocks on the full patch grid; arguments and returns as timm's method.
+
+        Args:
+            x: Images (B, 3, H, W).
+            indices: The last n blocks if an int, all if None, or block numbers.
+            return_prefix_tokens: Return (map, prefix tokens) pairs.
+            norm: Apply the final norm to the intermediates.
+            stop_early: Do not run the blocks behind the last one asked for.
+            output_fmt: "NCHW" for maps (B, C, H/patch, W/patch), "NLC" for sequences (B, N, C) of all patches.
+            intermediates_only: Return only the list of intermediates.
+            output_dict: Return a dict with image_features and image_intermediates.
+            attn_mask: Refused: a mask over the full sequence has no meaning once tokens have moved.
+            is_causal: Refused.
+
+        Returns:
+            (final features, intermediates), the intermediates, or the dict. Patches that were dropped are filled
+            as ``self.recover`` says.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
+        _refuse_mask(self, attn_mask, is_causal)
+        take, last = feature_take_indices(len(self.blocks), indices)
+        num_blocks = last + 1 if stop_early else None
+        final, taken = self._forward_blocks(x, take, num_blocks, memory=self.recover == "last")
+
+        intermediates, prefixes = [], []
+        for features in taken:
+            tokens = features.tokens
+            y = to_grid(features.x, tokens, self.recover)  # (B, H*W, C)
+            prefix, _ = tokens.split(tokens.unpack(features.x) if tokens.packed else features.x)
+            y, prefix = (self.norm(y), self.norm(prefix)) if norm else (y, prefix)
+            if output_fmt == "NCHW":
+                y = y.transpose(1, 2).unflatten(2, tokens.grid).contiguous()
+            intermediates.append(y)
+            prefixes.append(prefix)
+
+        with_prefix = return_prefix_tokens and self.num_prefix_tokens > 0
+        if output_dict:
+            result: dict[str, Any] = {"image_intermediates": intermediates}
+            if with_prefix:
+                result["image_intermediates_prefix"] = prefixes
+        elif with_prefix:
+            intermediates = list(zip(intermediates, prefixes, strict=True))
+        if intermediates_only:
+            return result if output_dict else intermediates
+        features = self._poolable(*_unpacked(self.norm(final.x), final.tokens))
+        if output_dict:
+            result["image_features"] = features
+            return result
+        return features, intermediates
+
+    # -- settings ----------------------------------------------------------------------------------------------
+
+    def token_counts(self, grid: tuple[int, int] | None = None) -> list[int]:
+        """Patch tokens leaving each block for an image of that patch grid, largest possible if they depend on it."""
+        height, width = grid or self.patch_embed.grid_size
+        counts, left = [], height * width
+        for block in self.blocks:
+            if block.reducer is not None:
+                left = block.reducer.count(left, height * width)
+            counts.append(left)
+        return counts
+
+    def set_keep_rate(self, keep_rate: float | None) -> None:
+        """Let every reducing block use this rate, e.g. of a schedule over training; None restores the settings.
+
+        Raises:
+            ValueError: A rate outside (0, 1], or a method that has no keep rate.
+        """
+        from effvit.schedule import check_fraction
+
+        if keep_rate is not None:
+            check_fraction("keep_rate", keep_rate)
+        for block, reducer in self.reducers.items():
+            if not hasattr(reducer, "base_keep_rate"):
+                raise ValueError(f"{self.method} has no keep rate to set; its settings are {', '.join(self.settings)}")
+            reducer.keep_rate = reducer.base_keep_rate if keep_rate is None else keep_rate
+            del block
+
+    def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
+        """timm's resize, then a check that the settings still leave tokens on the new grid."""
+        super().set_input_size(img_size, patch_size)  # type: ignore[misc]
+        check_counts(self, self.patch_embed.grid_size)
+
+    def extra_repr(self) -> str:
+        return f"method={self.method!r}, settings={self.settings}"
+
+
+class ReducedViT(ReducedHost, VisionTransformer):
+    """timm's ``VisionTransformer`` with a reduction method."""
+
+    def _embed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.norm_pre(self._pos_embed(self.patch_embed(x))), None
+
+
+class ReducedDistilled(ReducedHost, VisionTransformerDistilled):
+    """timm's ``VisionTransformerDistilled`` with a reduction method."""
+
+    _embed = ReducedViT._embed
+
+    @property
+    def num_class_tokens(self) -> int:
+        return 2
+
+
+class ReducedEva(ReducedHost, Eva):
+    """timm's ``Eva`` (EVA, EVA02, DINOv3, PE, rope ViTs) with a reduction method."""
+
+    def _embed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, rope = self._pos_embed(self.patch_embed(x))
+        return self.norm_pre(x), rope
+
+    def _block_rope(self, rope: Tensor | None, block: int) -> Tensor | None:
+        return rope[block] if self.rope_mixed and rope is not None else rope
+
+
+HOST_CLASSES: dict[type[nn.Module], type[ReducedHost]] = {
+    VisionTransformer: ReducedViT,
+    VisionTransformerDistilled: ReducedDistilled,
+    Eva: ReducedEva,
+}
+
+
+def _unpacked(x: Tensor, tokens: TokenMap) -> tuple[Tensor, TokenMap]:
+    if not tokens.packed:
+        return x, tokens
+    return tokens.unpack(x), replace(tokens, packed=False)
+
+
+def _refuse_mask(model: ReducedHost, attn_mask: Tensor | None, is_causal: bool) -> None:
+    if attn_mask is not None or is_causal:
+        raise ValueError(
+            f"a model reduced by {model.method} takes no attn_mask or is_causal: both are defined on the full "
+            "sequence, whose tokens move and leave; use the dense model for masked input"
+        )
+
+
+@register_notrace_function
+def check_images(x: Tensor, model: ReducedHost) -> None:
+    """Raise a named error unless x is a batch of images this model takes."""
+    if isinstance(x, torch.fx.Proxy):
+        return
+    patch_embed = model.patch_embed
+    channels = getattr(model, "in_chans", 3)
+    if x.ndim != 4 or x.shape[1] != channels:
+        raise ValueError(f"expected images (B, {channels}, H, W), got a tensor of shape {tuple(x.shape)}")
+    if x.shape[0] == 0:
+        raise ValueError(f"the batch holds no image: shape {tuple(x.shape)}; leave empty batches out")
+    weight = next(patch_embed.parameters())
+    if not x.is_floating_point() or (x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type)):
+        raise TypeError(
+            f"expected images of dtype {weight.dtype}, the model's, got {x.dtype}; "
+            "convert the images or the model, or run under torch.autocast"
+        )
+    height, width = x.shape[-2:]
+    if not getattr(model, "dynamic_img_size", False):
+        if (height, width) != tuple(patch_embed.img_size):
+            raise ValueError(
+                f"expected images of {patch_embed.img_size[0]} x {patch_embed.img_size[1]} pixels, got "
+                f"{height} x {width}; call model.set_input_size(({height}, {width})), create the model with "
+                "dynamic_img_size=True, or resize the images"
+            )
+    elif not getattr(patch_embed, "dynamic_img_pad", False) and (
+        height % patch_embed.patch_size[0] or width % patch_embed.patch_size[1]
+    ):
+        raise ValueError(
+            f"image size {height} x {width} is not a multiple of the patch size {patch_embed.patch_size[0]} x "
+            f"{patch_embed.patch_size[1]}; resize the images or create the model with dynamic_img_pad=True"
+        )
+
+
+def check_counts(model: ReducedHost, grid: tuple[int, int]) -> None:
+    """Raise a ValueError if the settings leave no token in some block for an image of that patch grid."""
+    left = grid[0] * grid[1]
+    if left < 1:
+        raise ValueError(f"the patch grid is {grid[0]} x {grid[1]}: images must hold at least one patch")
+    for block, count in enumerate(model.token_counts(grid)):
+        if count < 1:
+            raise ValueError(
+                f"{model.method} would leave {count} of {left} patch tokens in block {block} for a patch grid of "
+                f"{grid[0]} x {grid[1]}; reduce less or in fewer blocks"
+            )
+        left = count
+
+
+def list_methods(pattern: str = "*") -> list[str]:
+    """Names of the reduction methods that match a shell-style pattern."""
+    import fnmatch
+
+    return [name for name in METHODS if fnmatch.fnmatch(name, pattern)]
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=3)
+    return f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(list(known)[:12])}"
+
+
+def method_settings(method: str) -> dict[str, Any]:
+    """The settings of a method and their defaults.
+
+    Raises:
+        ValueError: An unknown method; the message names the nearest.
+    """
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; {_nearest(str(method), tuple(METHODS))}")
+    return METHODS[method].defaults()
+
+
+def check_settings(method: str, settings: dict[str, Any]) -> None:
+    """Raise a ValueError for a setting the method does not have, naming the methods that do."""
+    known = method_settings(method)
+    for name in settings:
+        if name in known:
+            continue
+        owners = [other for other in METHODS if name in METHODS[other].defaults()]
+        owned = f"it belongs to {', '.join(owners)}; " if owners else f"{_nearest(name, tuple(known))} "
+        raise ValueError(f"{method} has no setting {name!r}; {owned}{method} takes {', '.join(known)}")
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(v) for v in value] if isinstance(value, (tuple, list, range)) else value
+
+
+def sparsify(model: nn.Module | str, method: str, *, recover: str = "last", **settings: Any) -> ReducedHost:
+    """A cheaper version of a timm vision transformer that drops, merges or samples tokens as it goes.
+
+    Args:
+        model: A timm model or the name of one (then created without pretrained weights; for others call
+            ``timm.create_model`` and give the model). It may be reduced already: its method is replaced.
+        method: One of ``effvit.list_methods()``.
+        recover: How dense maps (``forward_intermediates``, ``features_only``) fill dropped patches: "last",
+            "nearest" or "zero".
+        settings: Settings of the method in its paper's words, e.g. ``keep_rate`` and ``reduce_at`` for EViT, ATS
+            and Zero-TPrune, ``r`` for ToMe, ``num_prop`` for GTP. See ``effvit.method_settings(method)``.
+
+    Returns:
+        A new model that shares every parameter and buffer with the given one, which itself is left unchanged.
+
+    Raises:
+        ValueError: Unknown method, model name or setting; a value out of range; a schedule that leaves no token;
+            a method that needs a class token on a host without one.
+        TypeError: A model, block or attention class whose tokens cannot be reduced correctly.
+    """
+    check_settings(method, settings)
+    check_fill(recover)
+    if isinstance(model, str):
+        name = model.split(".", 1)[0]
+        if not timm.is_model(name):
+            raise ValueError(f"unknown timm model {model!r}; {_nearest(name, timm.list_models())}")
+        model = timm.create_model(model)
+    host_class = type(model) if isinstance(model, ReducedHost) else HOST_CLASSES.get(type(model))
+    if host_class is None:
+        raise TypeError(
+            f"cannot reduce the tokens of a {type(model).__name__}; supported are plain vision transformers: "
+            f"{', '.join(cls.__name__ for cls in HOST_CLASSES)}"
+        )
+    plan = METHODS[method].plan(len(model.blocks), **settings)
+
+    shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    host = rehouse(copy.deepcopy(model, shared), host_class)
+    host.method = method
+    host.settings = {name: _plain(value) for name, value in (METHODS[method].defaults() | settings).items()}
+    host.recover = recover
+    if not isinstance(model, ReducedHost):
+        _keep_drop_indices(host)
+        for i, block in enumerate(host.blocks):
+            host.blocks[i] = token_block(block, i)
+    for i, block in enumerate(host.blocks):
+        block.reducer = plan.get(i)
+        if block.reducer is not None:
+            block.reducer.block = i
+    _check_host(host)
+    check_counts(host, host.patch_embed.grid_size)
+    return host
+
+
+def _keep_drop_indices(host: ReducedHost) -> None:
+    """Move timm's patch dropout behind the embedding, where its choice can enter the TokenMap."""
+    drop = host.patch_drop
+    host.token_drop = None
+    if isinstance(drop, (PatchDropout, PatchDropoutWithIndices)):
+        host.token_drop = PatchDropoutWithIndices(drop.prob, drop.num_prefix_tokens, drop.ordered)
+    host.patch_drop = None if isinstance(host, Eva) else nn.Identity()
+
+
+def _check_host(host: ReducedHost) -> None:
+    """Raise a ValueError if the host lacks what the method's scores or its kind of sequence need."""
+    for reducer in host.reducers.values():
+        if reducer.needs_class_token and host.num_class_tokens == 0:
+            raise ValueError(
+                f"{host.method} scores patches by the class token, but this {type(host).__bases__[1].__name__} has "
+                f"none (num_prefix_tokens={host.num_prefix_tokens}); use a host with one, or a method without that "
+                "need such as 'tome' or 'zero_tprune'"
+            )
+        if reducer.variable_length and host.global_pool in ("map", "prr"):
+            raise ValueError(
+                f"{host.method} keeps a different number of tokens for each image, which attention pooling "
+                f"(global_pool={host.global_pool!r}) cannot tell from padding; "
+                "call reset_classifier(num_classes, 'token') on the host first, or use another method"
+            )

@@ -1,0 +1,75 @@
+"""From the tokens that are left back to full (B, C, H, W) maps: the fills that need no weights.
+
+A recovery is exact where nothing was reduced. Merged patches take the feature of their token ("unmerge by
+source"); the fills differ in what a patch gets that no token stands for any more.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from effvit.tokens import TokenMap, flat_rows, take_rows
+
+__all__ = ["FILLS", "check_fill", "to_grid", "to_map"]
+
+FILLS = ("last", "nearest", "zero")
+
+
+def check_fill(fill: str) -> None:
+    """Raise a ValueError unless ``fill`` names one of FILLS."""
+    if fill not in FILLS:
+        raise ValueError(f"recover must be one of {', '.join(FILLS)}, got {fill!r}")
+
+
+def nearest_token(tokens: TokenMap) -> Tensor:
+    """(B, H*W) token whose anchor is closest on the grid to each patch (Euclidean; ties: the first token)."""
+    width = tokens.grid[1]
+    patch = torch.arange(tokens.grid[0] * width, device=tokens.source.device)
+    row = torch.div(tokens.anchor, width, rounding_mode="floor")  # (B, N)
+    column = tokens.anchor - row * width
+    patch_row = torch.div(patch, width, rounding_mode="floor")[None, :, None]
+    patch_column = patch[None, :, None] - patch_row * width
+    distance = (row.unsqueeze(1) - patch_row) ** 2 + (column.unsqueeze(1) - patch_column) ** 2  # (B, H*W, N)
+    if tokens.valid is not None:
+        far = tokens.grid[0] ** 2 + width**2
+        distance = distance.masked_fill(~tokens.valid.unsqueeze(1), far)
+    return distance.argmin(-1)
+
+
+def to_grid(x: Tensor, tokens: TokenMap, fill: str = "last") -> Tensor:
+    """Patch tokens of x (B, P+N, C) put back on the full grid: (B, H*W, C) in image order.
+
+    Args:
+        x: Tokens as the reduced blocks return them; packed (1, T, C) if ``tokens.packed``.
+        tokens: The map that came with x.
+        fill: What a dropped patch gets. "last": the feature it had when it entered the block that dropped it
+            (needs ``tokens.memory``); "nearest": the feature of the nearest token that is left; "zero": zeros.
+            Patches summed up in a fused token count as dropped for "last", as carried for the others.
+
+    Raises:
+        ValueError: An unknown fill, or "last" for a map made without memory.
+    """
+    check_fill(fill)
+    _, patches = tokens.split(tokens.unpack(x) if tokens.packed else x)
+    if not tokens.moved:
+        return patches
+    source = tokens.source
+    if fill == "nearest":
+        source = torch.where(source < 0, nearest_token(tokens), source)
+    grid = take_rows(patches, flat_rows(source.clamp(min=0), patches.shape[1]))  # (B, H*W, C)
+    if fill == "zero":
+        return grid.masked_fill((source < 0).unsqueeze(-1), 0)
+    if fill == "last":
+        if tokens.memory is None:
+            raise ValueError(
+                "recover 'last' needs the features the dropped patches had, but this TokenMap holds no memory; "
+                "get it from forward_tokens(x, memory=True) or use recover 'nearest' or 'zero'"
+            )
+        grid = torch.where(tokens.on_its_own().unsqueeze(-1), grid, tokens.memory)
+    return grid
+
+
+def to_map(x: Tensor, tokens: TokenMap, fill: str = "last") -> Tensor:
+    """Full feature map (B, C, H, W) of x; arguments and errors as in to_grid."""
+    return to_grid(x, tokens, fill).transpose(1, 2).unflatten(2, tokens.grid).contiguous()

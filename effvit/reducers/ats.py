@@ -1,0 +1,271 @@
+"""ATS: sample the tokens an image needs by the inverse of a score distribution (arXiv 2111.15667)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.layers import register_notrace_function
+from torch import Tensor
+
+from effvit.attention import AttnState, Selection, unpack_heads
+from effvit.reducers.base import Reducer, check_finite
+from effvit.schedule import check_blocks, check_count, check_fraction, per_block
+from effvit.tokens import TokenMap, flat_rows
+
+if TYPE_CHECKING:
+    from effvit.block import _TokenBlock
+
+__all__ = ["ATS", "GRIDS", "RAGGED", "inverse_transform_sample", "significance"]
+
+GRIDS = ("official", "midpoint")
+RAGGED = ("padded", "packed")
+VALUE_NORMS = ("concat", "per_head")
+
+
+def significance(state: AttnState, value_norm: str = "concat") -> Tensor:
+    """Score of every patch token: class attention times the norm of its value (ATS section 3.1, eq. 3).
+
+    With a distillation token the attention rows of both class-like tokens are averaged.
+
+    Args:
+        state: State of the block.
+        value_norm: "concat": norm over the concatenated heads, as ats_block.py@9271257; "per_head": a norm for
+            each head, summed after weighting with that head's attention.
+
+    Returns:
+        (B, N), sums to 1 for each image; 0 for padding.
+    """
+    keys = state.keys
+    attention = state.class_rows().mean(2)[..., keys.num_prefix :]  # (B, heads, N)
+    values = unpack_heads(state.v, keys) if keys.packed else state.v
+    squares = values[:, :, keys.num_prefix :].to(attention.dtype).square().sum(-1)  # (B, heads, N)
+    if value_norm == "concat":
+        score = attention.sum(1) * squares.sum(1).sqrt()
+    else:
+        score = (attention * squares.sqrt()).sum(1)
+    if keys.valid is not None:
+        score = score * keys.valid
+    return score / score.sum(1, keepdim=True).clamp(min=torch.finfo(score.dtype).tiny)
+
+
+class Sample(NamedTuple):
+    """Sampled tokens, in ascending order of score.
+
+    Attributes:
+        order: (B, N) tokens in ascending order of score, padding first.
+        picked: (B, N) True where ``order`` was sampled.
+    """
+
+    order: Tensor
+    picked: Tensor
+
+
+def inverse_transform_sample(
+    scores: Tensor, num_points: int, valid: Tensor | None = None, grid: str = "official", compat: bool = False
+) -> Sample:
+    """Tokens nearest, on the cumulated score, to a regular grid of points (ATS section 3.2, Algorithm 1).
+
+    The distribution runs over ascending scores and is scaled to [0, 1]; a token is sampled if at least one grid
+    point is nearer to it than to any other (ties: the lower token). Since grid and distribution are sorted, that
+    is a comparison of two grid positions a token, with no distance matrix and no search for duplicates.
+
+    Args:
+        scores: (B, N), not negative; 0 for padding.
+        num_points: Grid points, at least 2.
+        valid: (B, N) False for padding.
+        grid: "official": points from the smallest non-zero value to 1, as ats_block.py@9271257; "midpoint":
+            (2k - 1) / 2K.
+        compat: Reproduce the official batch: padding takes part in the scaling, so that an image's sample
+            depends on its neighbours; with fewer points than tokens the lowest are cropped beforehand.
+
+    Returns:
+        The sample. The highest score is always in it.
+    """
+    keyed = scores if valid is None else scores.masked_fill(~valid, -1)
+    ascending, order = keyed.sort(dim=1)
+    real = ascending >= 0
+    cumulated = ascending.clamp(min=0).cumsum(1)
+    top = cumulated[:, -1:]
+    lowest = cumulated if compat else cumulated.masked_fill(~real, float("inf"))
+    bottom = lowest.amin(1, keepdim=True)
+    tiny = torch.finfo(scores.dtype).tiny
+    height = ((cumulated - bottom) / (top - bottom).clamp(min=tiny)).clamp(min=0)  # (B, N), 0 to 1
+
+    if grid == "official":
+        first = height.masked_fill(height <= 0, 1).amin(1, keepdim=True)
+        step = ((1 - first) / (num_points - 1)).clamp(min=tiny)
+    else:
+        first = torch.full_like(top, 0.5 / num_points)
+        step = torch.full_like(top, 1 / num_points)
+    # The last grid point nearer to token j than to j + 1 is the last one up to the middle between the two.
+    middle = (height[:, :-1] + height[:, 1:]) / 2
+    last_point = ((middle - first) / step).floor().clamp(-1, num_points - 1)
+    if compat:
+        place = torch.ones_like(order[:, :-1]).cumsum(1) - 1
+        last_point = last_point.masked_fill(place < scores.shape[1] - num_points, -1)
+    reached = F.pad(last_point, (0, 1), value=num_points - 1) > F.pad(last_point, (1, 0), value=-1)
+    return Sample(order, reached & real)
+
+
+@torch.fx.wrap
+@register_notrace_function
+def gather_sample(sample: Sample, width: int, trim: bool, keep_mask: bool) -> tuple[Tensor, Tensor | None]:
+    """The sampled tokens of each image in front, in ascending order of score.
+
+    Args:
+        sample: The sample.
+        width: Slots of each image, at least the largest number of sampled tokens.
+        trim: Cut to the largest number sampled in the batch; reads that number from the device.
+        keep_mask: Return the mask even if no slot is empty.
+
+    Returns:
+        Tokens (B, width), and (B, width) True for slots that hold one; None if all do.
+    """
+    counts = sample.picked.sum(1)
+    ragged = True
+    number = sample.order.shape[1]
+    width = min(width, number)
+    if trim:
+        longest = int(counts.max())
+        ragged = int(counts.min()) < longest
+        width = min(width, longest)
+    place = torch.ones_like(sample.order).cumsum(1) - 1
+    place = torch.where(sample.picked, place, place + number).sort(dim=1).values[:, :width] % number
+    index = sample.order.gather(1, place)
+    if not ragged and not keep_mask:
+        return index, None
+    return index, torch.arange(width, device=index.device) < counts.unsqueeze(1)
+
+
+class ATS(Reducer):
+    """Adaptive token sampling (ATS, 2111.15667): how many tokens stay depends on the image.
+
+    Tokens are sampled before attention, whose keys still cover all of them; only the sampled query rows are
+    computed. Tokens leave in ascending order of score, as in the official code.
+
+    By default an image's result does not depend on its batch: the score distribution is scaled over the image's
+    own tokens. ``compat=True`` reproduces ats_block.py@9271257, which scales it over the padding too.
+    """
+
+    name = "ats"
+    summary = "sample tokens from the class-attention distribution, as many as the image needs (2111.15667)"
+    needs_class_token = True
+    variable_length = True
+
+    def __init__(
+        self,
+        keep_rate: float | None,
+        num_tokens: int | None,
+        grid: str,
+        value_norm: str,
+        ragged: str,
+        drop_tokens: bool,
+        compat: bool,
+    ) -> None:
+        super().__init__()
+        self.keep_rate = keep_rate
+        self.base_keep_rate = keep_rate
+        self.num_tokens = num_tokens
+        self.grid = grid
+        self.value_norm = value_norm
+        self.ragged = ragged
+        self.drop_tokens = drop_tokens
+        self.compat = compat
+
+    @classmethod
+    def plan(
+        cls,
+        depth: int,
+        *,
+        keep_rate: float | Sequence[float] | None = None,
+        reduce_at: Sequence[int] | None = None,
+        num_tokens: int | Sequence[int] | None = None,
+        grid: str = "official",
+        value_norm: str = "concat",
+        ragged: str = "padded",
+        drop_tokens: bool = True,
+        compat: bool = False,
+    ) -> dict[int, Reducer]:
+        """Settings of the method.
+
+        Args:
+            depth: Blocks of the host.
+            keep_rate: Sampling points as a fraction of the patches of the image, in (0, 1]: at most so many
+                tokens stay. None, the published setting, takes as many points as patches, of which many fall on
+                the same token; 1 switches the method off. One value, or one for each block.
+            reduce_at: 0-based blocks that sample; None means all from block depth // 4 on (3 to 11 of 12).
+            num_tokens: Sampling points as an absolute number in place of a rate (the official NUM_TOKENS, which
+                counts the class token, minus 1).
+            grid: "official" or "midpoint", see ``inverse_transform_sample``.
+            value_norm: "concat" or "per_head", see ``significance``.
+            ragged: How images with different counts share a batch: "padded" to the longest with a key mask, or
+                "packed" one after another with variable-length attention and no padding. Equal results.
+            drop_tokens: Cut the padding to the longest image; False keeps ``num_tokens`` slots. Compiled and
+                exported graphs always keep the slots. Same result, except with ``compat``.
+            compat: Reproduce the official batch dependence and cropping.
+        """
+        for name, value, known in (
+            ("grid", grid, GRIDS),
+            ("value_norm", value_norm, VALUE_NORMS),
+            ("ragged", ragged, RAGGED),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        if compat and ragged == "packed":
+            raise ValueError("compat=True reproduces the official padded batch; it needs ragged='padded'")
+        blocks = check_blocks("reduce_at", range(depth // 4, depth) if reduce_at is None else reduce_at, depth)
+        points: dict[int, int | None] = dict.fromkeys(blocks)
+        rates: dict[int, float | None] = dict.fromkeys(blocks)
+        if num_tokens is not None:
+            points = {b: check_count("num_tokens", v, 2) for b, v in per_block("num_tokens", num_tokens, blocks).items()}
+        elif keep_rate is not None:
+            rates = {b: check_fraction("keep_rate", v) for b, v in per_block("keep_rate", keep_rate, blocks).items()}
+        options = (grid, value_norm, ragged, drop_tokens, compat)
+        return {b: cls(rates[b], points[b], *options) for b in blocks if rates[b] != 1}
+
+    def num_points(self, num_patches: int) -> int:
+        """Sampling points for an image of so many patches."""
+        if self.num_tokens is not None:
+            return self.num_tokens
+        return max(2, math.ceil((1.0 if self.keep_rate is None else self.keep_rate) * num_patches))
+
+    def count(self, num_tokens: int, num_patches: int) -> int:
+        return min(self.num_points(num_patches), num_tokens)
+
+    def forward(
+        self, x: Tensor, tokens: TokenMap, block: _TokenBlock, rope: Tensor | None
+    ) -> tuple[Tensor, TokenMap]:
+        x, state = block.attend(x, tokens, rope, pick=lambda state: self.pick(state, x))
+        return block.feedforward(x), state.tokens
+
+    @torch.no_grad()
+    def pick(self, state: AttnState, x: Tensor) -> Selection:
+        """Sample the query rows that are computed from the scores of all tokens; x entered the block."""
+        tokens = state.keys
+        scores = check_finite(significance(state, self.value_norm), self.origin("token scores"), x)
+        num_points = self.num_points(tokens.num_patches)
+        sample = inverse_transform_sample(scores, num_points, tokens.valid, self.grid, self.compat)
+        width = self.count(tokens.num_tokens, tokens.num_patches)
+        static = torch.compiler.is_compiling()
+        traced = isinstance(scores, torch.fx.Proxy)
+        trim = self.drop_tokens and not static
+        index, valid = gather_sample(sample, width, trim, keep_mask=static or traced or self.ragged == "packed")
+        left = tokens.keep(index, width, valid=valid, packed=self.ragged == "packed")
+        if self.ragged == "padded":
+            return Selection(flat_rows(index, tokens.num_prefix + scores.shape[1], tokens.num_prefix), left)
+        return Selection(packed_rows(tokens, index, left), left)
+
+
+@torch.fx.wrap
+@register_notrace_function
+def packed_rows(tokens: TokenMap, index: Tensor, left: TokenMap) -> Tensor:
+    """Rows (1, T) of the input sequence, padded or packed, that hold the tokens ``index`` of all images."""
+    mask = tokens.sequence_mask()
+    rows = flat_rows(index, mask.shape[1], tokens.num_prefix)
+    if tokens.packed:
+        rows = (mask.flatten().cumsum(0) - 1)[rows]
+    return rows[left.sequence_mask()].unsqueeze(0)

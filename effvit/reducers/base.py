@@ -1,0 +1,102 @@
+"""What a reduction method is: one Reducer a block, made by the method's ``plan``."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+from timm.layers import register_notrace_function
+from torch import Tensor, nn
+
+from effvit.attention import AttnState
+from effvit.tokens import TokenMap
+
+if TYPE_CHECKING:
+    from effvit.block import _TokenBlock
+
+__all__ = ["Reducer", "check_finite"]
+
+
+@torch.fx.wrap
+@register_notrace_function
+def check_finite(scores: Tensor, origin: str, x: Tensor) -> Tensor:
+    """``scores``, or an error that says where NaN came from; a top-k of NaN would be an arbitrary choice.
+
+    On a CPU the error is raised at once; on a GPU it is an asynchronous device assertion, which does not wait
+    for the result. Inside compiled, exported and traced graphs nothing is checked.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or scores.device.type == "meta":
+        return scores
+    if scores.device.type != "cpu":
+        torch._assert_async(~scores.isnan().any(), f"{origin} are NaN")
+        return scores
+    if scores.isnan().any():
+        image = int(scores.isnan().flatten(1).any(1).nonzero()[0])
+        cause = (
+            "the tokens that entered the block hold NaN or infinity already: look at the input and earlier blocks"
+            if not x.isfinite().all()
+            else "the tokens that entered the block are finite: its own weights hold NaN or its products overflow"
+        )
+        raise ValueError(f"{origin} are NaN for image {image} of the batch; {cause}")
+    return scores
+
+
+class Reducer(nn.Module):
+    """One block's share of a method. It has no parameters and sees patches only through the TokenMap.
+
+    A method is a subclass with ``plan``, whose keyword arguments are the method's settings, and ``reduce``;
+    a method that does not act between attention and MLP overrides ``forward``.
+
+    Attributes:
+        name: The method's name, as in ``effvit.list_methods()``.
+        summary: One line on the method with its source.
+        needs_class_token: The method scores patches by the class token.
+        block: The block this reducer sits in, for messages.
+    """
+
+    name: str
+    summary: str
+    needs_class_token = False
+    variable_length = False
+    block: int = -1
+
+    @classmethod
+    def plan(cls, depth: int, **settings: Any) -> dict[int, Reducer]:
+        """{block: reducer} for a model of ``depth`` blocks; blocks where nothing is reduced are left out."""
+        raise NotImplementedError
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """The method's settings and their defaults, read from the signature of ``plan``."""
+        parameters = inspect.signature(cls.plan).parameters.values()
+        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+    def count(self, num_tokens: int, num_patches: int) -> int:
+        """Patch tokens left of ``num_tokens``; an upper bound for a method whose count depends on the image.
+
+        Args:
+            num_tokens: Patch tokens that enter the block.
+            num_patches: Patches of the whole image.
+        """
+        raise NotImplementedError
+
+    def start(self, x: Tensor, tokens: TokenMap) -> TokenMap:
+        """The map to begin with, given the embedded tokens x (B, P+H*W, C) of the full grid."""
+        return tokens
+
+    def forward(
+        self, x: Tensor, tokens: TokenMap, block: _TokenBlock, rope: Tensor | None
+    ) -> tuple[Tensor, TokenMap]:
+        """Run the block with this reducer between attention and MLP."""
+        x, state = block.attend(x, tokens, rope)
+        x, tokens = self.reduce(x, tokens, state)
+        return block.feedforward(x), tokens
+
+    def reduce(self, x: Tensor, tokens: TokenMap, state: AttnState) -> tuple[Tensor, TokenMap]:
+        """x (B, P+N, C) after the attention residual -> (B, P+K, C) and the map of the K tokens left."""
+        raise NotImplementedError
+
+    def origin(self, scores: str) -> str:
+        """Who computed the scores, for messages."""
+        return f"{self.name} in block {self.block}: {scores}"

@@ -1,0 +1,103 @@
+"""EViT: keep the patches the class token attends to, fuse the rest into one token (arXiv 2202.07800)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from effvit.attention import AttnState
+from effvit.reducers.base import Reducer, check_finite
+from effvit.schedule import check_blocks, check_count, check_fraction, per_block
+from effvit.tokens import TokenMap, flat_rows, take_rows
+
+__all__ = ["EViT", "class_attention"]
+
+
+def class_attention(state: AttnState) -> Tensor:
+    """Head-mean attention of the class token to every patch token, (B, N).
+
+    With a distillation token the rows of both are averaged, as the author advises (official issue 15; the
+    official code does not run with one). Register tokens are neither asked nor scored.
+    """
+    return state.class_rows().mean(dim=(1, 2))[:, state.keys.num_prefix :]
+
+
+class EViT(Reducer):
+    """Keep the K patches the class token attends to most (EViT, 2202.07800, section 3.1, eq. 3 and 4).
+
+    Between attention and MLP of a reducing block, the ceil(keep_rate * N) most attended tokens stay, in
+    descending order of attention; with ``fuse_token`` the others are summed up into one more token, weighted by
+    their raw attention. Follows evit.py@5ca95a7, where the weights are not divided by their sum.
+    """
+
+    name = "evit"
+    summary = "keep the patches the class token attends to most, fuse the rest (2202.07800)"
+    needs_class_token = True
+
+    def __init__(self, keep_rate: float, fuse_token: bool, num_tokens: int | None) -> None:
+        super().__init__()
+        self.keep_rate = keep_rate
+        self.base_keep_rate = keep_rate
+        self.fuse_token = fuse_token
+        self.num_tokens = num_tokens
+
+    @classmethod
+    def plan(
+        cls,
+        depth: int,
+        *,
+        keep_rate: float | Sequence[float] = 0.7,
+        reduce_at: Sequence[int] = (3, 6, 9),
+        fuse_token: bool = True,
+        num_tokens: int | Sequence[int] | None = None,
+    ) -> dict[int, Reducer]:
+        """Settings of the method.
+
+        Args:
+            depth: Blocks of the host.
+            keep_rate: Fraction of the patch tokens that stay, in (0, 1]; one value, or one for each block.
+            reduce_at: 0-based blocks that reduce.
+            fuse_token: Add the token that sums up what was dropped.
+            num_tokens: Absolute numbers of tokens to keep in place of a rate; one value or one for each block.
+        """
+        blocks = check_blocks("reduce_at", reduce_at, depth)
+        rates = {b: check_fraction("keep_rate", r) for b, r in per_block("keep_rate", keep_rate, blocks).items()}
+        counts: dict[int, int | None] = dict.fromkeys(blocks)
+        if num_tokens is not None:
+            counts = {b: check_count("num_tokens", n, 1) for b, n in per_block("num_tokens", num_tokens, blocks).items()}
+        return {b: cls(rates[b], fuse_token, counts[b]) for b in blocks if rates[b] < 1 or counts[b] is not None}
+
+    def num_kept(self, num_tokens: int) -> int:
+        """Attentive tokens that stay of ``num_tokens``."""
+        if self.num_tokens is not None:
+            return min(self.num_tokens, num_tokens)
+        return math.ceil(self.keep_rate * num_tokens)
+
+    def count(self, num_tokens: int, num_patches: int) -> int:
+        kept = self.num_kept(num_tokens)
+        return kept + (self.fuse_token and kept < num_tokens)
+
+    def reduce(self, x: Tensor, tokens: TokenMap, state: AttnState) -> tuple[Tensor, TokenMap]:
+        kept = self.num_kept(tokens.num_tokens)
+        if kept == tokens.num_tokens:
+            return x, tokens
+        scores = check_finite(class_attention(state), self.origin("class-token scores"), x)  # (B, N)
+        if not self.fuse_token:
+            index = scores.topk(kept, dim=1).indices
+            rows = flat_rows(index, tokens.num_prefix + tokens.num_tokens, tokens.num_prefix)
+            return take_rows(x, rows), tokens.keep(index, kept)
+
+        ranked = scores.topk(kept + 1, dim=1).indices
+        index = ranked[:, :kept]
+        rows = flat_rows(index, tokens.num_prefix + tokens.num_tokens, tokens.num_prefix)
+        fused = fuse_rest(x[:, tokens.num_prefix :], scores, index)  # (B, 1, C)
+        return torch.cat([take_rows(x, rows), fused], dim=1), tokens.fuse(ranked, kept)
+
+
+def fuse_rest(patches: Tensor, scores: Tensor, index: Tensor) -> Tensor:
+    """Sum of the patches (B, N, C) that are not in ``index`` (B, K), weighted by scores (B, N): (B, 1, C)."""
+    weights = scores.scatter(1, index, 0).to(patches.dtype)
+    return weights.unsqueeze(1) @ patches

@@ -1,0 +1,314 @@
+"""Zero-TPrune: prune by a page rank on the attention graph, after removing look-alikes (arXiv 2305.17328).
+
+No official code is published. The docstrings say where the paper leaves a choice open and which one is taken.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from effvit.attention import AttnState
+from effvit.reducers.base import Reducer, check_finite
+from effvit.schedule import check_blocks, check_count, check_fraction, per_block
+from effvit.tokens import TokenMap, flat_rows, take_rows, wide_dtype
+
+if TYPE_CHECKING:
+    from effvit.block import _TokenBlock
+
+__all__ = [
+    "PARTITIONS",
+    "PRESETS",
+    "SIMILARITIES",
+    "ZeroTPrune",
+    "aggregate_heads",
+    "similar_tokens",
+    "weighted_page_rank",
+]
+
+PARTITIONS = ("sequential_u", "sequential_i", "alternate")
+SIMILARITIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cosine": lambda a, b: F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).transpose(-2, -1),
+    "dot": lambda a, b: a @ b.transpose(-2, -1),
+    "euclidean": lambda a, b: -torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist"),
+    "manhattan": lambda a, b: -torch.cdist(a, b, p=1),
+}
+# Schedules for DeiT-S at 224 px. The authors publish costs but not the schedules behind them (project page), so
+# these are named for what they are: one as quoted by others, and fits of a uniform rate to a published cost.
+PRESETS: dict[str, dict[str, Any]] = {
+    "quoted_deit_small": {
+        "reduce_at": (0, 2, 5, 8, 10),
+        "keep_rate": (1.0, 0.9, 0.8, 0.7, 1.0),
+        "num_iters": (30, 5, 5, 1, 1),
+        "r": 10,
+    },
+    "fit_deit_small_3.08_gmacs": {
+        "reduce_at": (0, 2, 5, 8, 10),
+        "keep_rate": 0.9019,
+        "num_iters": (30, 5, 5, 1, 1),
+        "r": 10,
+    },
+    "fit_deit_small_2.50_gmacs": {
+        "reduce_at": (0, 2, 5, 8, 10),
+        "keep_rate": 0.8217,
+        "num_iters": (30, 5, 5, 1, 1),
+        "r": 10,
+    },
+    "fit_deit_small_3.97_gmacs": {
+        "reduce_at": (2, 5, 8, 10),
+        "keep_rate": 0.9346,
+        "num_iters": (5, 5, 1, 1),
+        "r": 5,
+    },
+}
+
+
+def weighted_page_rank(
+    weights: Tensor, num_iters: int, first_boost: float = 1.0, num_class: int = 1, kept: Tensor | None = None
+) -> Tensor:
+    """Importance every token of each head gathers by repeated voting with its attention, s <- A^T s (section 3.2).
+
+    The printed equation has A in place of A^T; with it a uniform signal would be a fixed point and rank nothing,
+    while the paper's algorithm box has A^T, which is used.
+
+    Args:
+        weights: (B, heads, N, N) softmax map, rows sum to 1.
+        num_iters: Votes.
+        first_boost: Initial weight of the class-like tokens relative to any other ("Zero-TPrune" starts with
+            sqrt(N), "Zero-TPrune-uni" with 1).
+        num_class: Class-like tokens in front.
+        kept: (B, N) 1 for the tokens of the sub-graph to vote on, 0 for the others. Rows are renormalised
+            within it; no sub-matrix is made.
+
+    Returns:
+        (B, heads, N), sums to 1 over the tokens.
+    """
+    signal = weights.new_ones(weights.shape[:2] + weights.shape[-1:])
+    signal = torch.cat([signal[..., :num_class] * first_boost, signal[..., num_class:]], dim=-1)
+    if kept is not None:
+        mask = kept.unsqueeze(1).to(weights.dtype)  # (B, 1, N)
+        signal = signal * mask
+        row_sum = (weights @ mask.expand_as(signal).unsqueeze(-1)).squeeze(-1)
+        row_scale = mask / row_sum
+    signal = (signal / signal.sum(-1, keepdim=True)).unsqueeze(2)  # (B, heads, 1, N)
+    for _ in range(num_iters):
+        if kept is None:
+            signal = signal @ weights
+        else:
+            signal = ((signal * row_scale.unsqueeze(2)) @ weights) * mask.unsqueeze(2)
+    return signal.squeeze(2)
+
+
+def aggregate_heads(
+    signal: Tensor, var_range: tuple[float, float] | None, kept: Tensor | None = None
+) -> Tensor:
+    """Root mean square of the head scores over the heads whose variance is in range (EIR and VHF, section 3.2).
+
+    The variance is that of N * s over the N tokens (mean one): the only scale on which the published range of
+    0.01 to 0.7 can accept anything, since scores that sum to one never vary by 0.01. If no head is in range,
+    all are used.
+
+    Args:
+        signal: (B, heads, N) from weighted_page_rank.
+        var_range: Smallest and largest variance of a head that counts; None counts all.
+        kept: (B, N) 1 for the tokens of the sub-graph.
+
+    Returns:
+        (B, N).
+    """
+    if var_range is None:
+        return signal.square().mean(1).sqrt()
+    passed = ((head_variance(signal, kept) >= var_range[0]) & (head_variance(signal, kept) <= var_range[1])).to(
+        signal.dtype
+    )
+    passed = torch.where(passed.sum(1, keepdim=True) > 0, passed, torch.ones_like(passed)).unsqueeze(-1)
+    return ((signal.square() * passed).sum(1) / passed.sum(1)).sqrt()
+
+
+def head_variance(signal: Tensor, kept: Tensor | None = None) -> Tensor:
+    """(B, heads) population variance over the tokens of the head scores scaled to mean one."""
+    mask = torch.ones_like(signal) if kept is None else kept.unsqueeze(1).to(signal.dtype)
+    number = mask.sum(-1, keepdim=True)
+    return (((signal * number - 1) * mask).square().sum(-1, keepdim=True) / number).squeeze(-1)
+
+
+def similar_tokens(
+    importance: Tensor, features: Tensor, r: int, partition: str = "sequential_u", similarity: str = "cosine"
+) -> Tensor:
+    """The r tokens of group A that are most similar to one of group B (S-stage, section 3.3).
+
+    Args:
+        importance: (B, N) of the patch tokens; it only orders them.
+        features: (B, N, D).
+        r: At most N // 2, the size of group A.
+        partition: "sequential_u": A is the less important half, the paper's best; "sequential_i": the more
+            important half; "alternate": every second token in ascending order.
+        similarity: One of SIMILARITIES.
+
+    Returns:
+        (B, r) positions of the tokens to prune.
+    """
+    half = importance.shape[1] // 2
+    order = importance.argsort(dim=1)
+    if partition == "sequential_u":
+        group_a, group_b = order[:, :half], order[:, half:]
+    elif partition == "sequential_i":
+        group_a, group_b = order[:, -half:], order[:, :-half]
+    else:
+        group_a = order[:, : 2 * half : 2]
+        group_b = torch.cat([order[:, 1 : 2 * half : 2], order[:, 2 * half :]], dim=1)
+    length = importance.shape[1]
+    a = take_rows(features, flat_rows(group_a, length))
+    b = take_rows(features, flat_rows(group_b, length))
+    closest = SIMILARITIES[similarity](a, b).amax(-1)  # (B, half)
+    return group_a.gather(1, closest.topk(r, dim=1).indices)
+
+
+class ZeroTPrune(Reducer):
+    """Prune after a block: look-alikes first, then the least important tokens (Zero-TPrune, 2305.17328).
+
+    Importance is a page rank on the attention of the block that has just run (I-stage); a first vote only orders
+    the tokens for the S-stage, which removes r near-duplicates by their keys (heads concatenated); a second vote
+    among those left keeps the best ``keep_rate`` of them, in image order. Only reducing blocks compute a softmax
+    map, and use it for their own output too.
+    """
+
+    name = "zero_tprune"
+    summary = "page rank on the attention graph, after removing look-alikes (2305.17328)"
+
+    def __init__(
+        self,
+        keep_rate: float,
+        r: int,
+        num_iters: int,
+        cls_boost: float | None,
+        var_range: tuple[float, float] | None,
+        partition: str,
+        similarity: str,
+    ) -> None:
+        super().__init__()
+        self.keep_rate = keep_rate
+        self.base_keep_rate = keep_rate
+        self.r = r
+        self.num_iters = num_iters
+        self.cls_boost = cls_boost
+        self.var_range = var_range
+        self.partition = partition
+        self.similarity = similarity
+
+    @classmethod
+    def plan(
+        cls,
+        depth: int,
+        *,
+        preset: str | None = None,
+        keep_rate: float | Sequence[float] | None = None,
+        reduce_at: Sequence[int] | None = None,
+        r: int | Sequence[int] | None = None,
+        num_iters: int | Sequence[int] | None = None,
+        cls_boost: float | None = None,
+        var_range: Sequence[float] | None = (0.01, 0.7),
+        partition: str = "sequential_u",
+        similarity: str = "cosine",
+    ) -> dict[int, Reducer]:
+        """Settings of the method. What is None comes from the preset.
+
+        Args:
+            depth: Blocks of the host.
+            preset: One of PRESETS for a 12-block host, "quoted_deit_small" if None; for another depth its blocks
+                are spread in proportion.
+            keep_rate: Fraction that the I-stage keeps of what the S-stage left, in (0, 1]; one value, or one for
+                each block. 1 for all blocks, with r not given, reduces nothing.
+            reduce_at: 0-based blocks after which tokens are pruned.
+            r: Near-duplicates the S-stage removes, at most half of the tokens; one value or one for each block.
+            num_iters: Votes of the page rank; one value or one for each block. The paper gives 30-50 for the
+                first, 5-10 for the middle and 1 for the deep blocks; None takes 30, 5, 1 by thirds of the depth.
+            cls_boost: Initial weight of the class-like tokens; None means the square root of the number of
+                tokens, 1 gives "Zero-TPrune-uni". Without class token it has no effect.
+            var_range: Variance range of the heads that count; None counts all.
+            partition: How the S-stage splits the tokens, one of PARTITIONS.
+            similarity: How it compares them, one of SIMILARITIES.
+        """
+        if preset is not None and preset not in PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+        chosen = PRESETS[preset or "quoted_deit_small"]
+        if reduce_at is None:
+            blocks = tuple(dict.fromkeys(b * depth // 12 for b in chosen["reduce_at"]))
+        else:
+            blocks = check_blocks("reduce_at", reduce_at, depth)
+        as_preset = len(blocks) == len(chosen["reduce_at"])
+        if r is None:
+            r = 0 if keep_rate in (1, 1.0) else chosen["r"]
+        if keep_rate is None:
+            keep_rate = chosen["keep_rate"] if as_preset else 0.8
+        if num_iters is None:
+            num_iters = chosen["num_iters"] if as_preset else tuple((30, 5, 1)[3 * b // depth] for b in blocks)
+        if partition not in PARTITIONS:
+            raise ValueError(f"partition must be one of {', '.join(PARTITIONS)}, got {partition!r}")
+        if similarity not in SIMILARITIES:
+            raise ValueError(f"similarity must be one of {', '.join(SIMILARITIES)}, got {similarity!r}")
+        if var_range is not None and not (len(var_range) == 2 and var_range[0] <= var_range[1]):
+            raise ValueError(f"var_range must be (smallest, largest) variance, got {var_range}")
+        rates = {b: check_fraction("keep_rate", v) for b, v in per_block("keep_rate", keep_rate, blocks).items()}
+        pairs = {b: check_count("r", v) for b, v in per_block("r", r, blocks).items()}
+        iters = {b: check_count("num_iters", v, 1) for b, v in per_block("num_iters", num_iters, blocks).items()}
+        variances = None if var_range is None else (float(var_range[0]), float(var_range[1]))
+        return {
+            b: cls(rates[b], pairs[b], iters[b], cls_boost, variances, partition, similarity)
+            for b in blocks
+            if rates[b] < 1 or pairs[b] > 0
+        }
+
+    def after_similar(self, num_tokens: int) -> int:
+        """Patch tokens the S-stage leaves of ``num_tokens``."""
+        return num_tokens - min(self.r, num_tokens // 2)
+
+    def count(self, num_tokens: int, num_patches: int) -> int:
+        return math.floor(self.keep_rate * self.after_similar(num_tokens) + 0.5)
+
+    def forward(
+        self, x: Tensor, tokens: TokenMap, block: _TokenBlock, rope: Tensor | None
+    ) -> tuple[Tensor, TokenMap]:
+        x, state = block.attend(x, tokens, rope, edit_map=lambda weights: weights)
+        return self.reduce(block.feedforward(x), tokens, state)
+
+    @torch.no_grad()
+    def importance(self, state: AttnState, kept: Tensor | None = None) -> Tensor:
+        """(B, P+N) page rank of all tokens, or of those where kept (B, P+N) is 1."""
+        assert state.weights is not None
+        weights = state.weights.to(wide_dtype(state.weights.dtype))
+        keys = state.keys
+        number = keys.num_prefix + (keys.num_tokens if kept is None else self.after_similar(keys.num_tokens))
+        boost = math.sqrt(number) if self.cls_boost is None else self.cls_boost
+        signal = weighted_page_rank(weights, self.num_iters, boost, keys.num_class, kept)
+        return aggregate_heads(signal, self.var_range, kept)
+
+    def reduce(self, x: Tensor, tokens: TokenMap, state: AttnState) -> tuple[Tensor, TokenMap]:
+        num_prefix, distinct = tokens.num_prefix, self.after_similar(tokens.num_tokens)
+        left = torch.ones_like(tokens.anchor)  # (B, N) 1 for the tokens still there
+        kept = None
+        if distinct < tokens.num_tokens:
+            scores = check_finite(self.importance(state)[:, num_prefix:], self.origin("page rank"), x)
+            features = state.k[:, :, num_prefix:].detach().transpose(1, 2).flatten(2)  # (B, N, heads * D)
+            pruned = similar_tokens(scores, features, tokens.num_tokens - distinct, self.partition, self.similarity)
+            left = left.scatter(1, pruned, 0)
+            kept = F.pad(left, (num_prefix, 0), value=1)
+        number = self.count(tokens.num_tokens, tokens.num_patches)
+        if number < distinct:
+            scores = check_finite(self.importance(state, kept)[:, num_prefix:], self.origin("page rank"), x)
+            best = scores.masked_fill(left == 0, -1).topk(number, dim=1).indices
+            left = torch.zeros_like(left).scatter(1, best, 1)
+        index = image_order(left, number)
+        length = num_prefix + tokens.num_tokens
+        return take_rows(x, flat_rows(index, length, num_prefix)), tokens.keep(index, number)
+
+
+def image_order(left: Tensor, number: int) -> Tensor:
+    """Positions of the ``number`` ones in each row of left (B, N), ascending: (B, number)."""
+    place = torch.ones_like(left).cumsum(1) - 1
+    return torch.where(left > 0, place, place + left.shape[1]).sort(dim=1).values[:, :number]

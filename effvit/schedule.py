@@ -1,0 +1,127 @@
+"""Where and how much a method reduces: settings as users write them -> one value for each block.
+
+All checks of schedules live here, so that every method reports a bad one in the same words.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TypeVar
+
+__all__ = [
+    "check_blocks",
+    "check_count",
+    "check_fraction",
+    "cosine_keep_rate",
+    "per_block",
+    "tome_r",
+]
+
+ValueT = TypeVar("ValueT")
+
+
+def check_fraction(name: str, value: float) -> float:
+    """``value`` if it is in (0, 1], else a ValueError that names it."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number in (0, 1], got {value!r}")
+    if not 0 < value <= 1:  # NaN fails too
+        raise ValueError(f"{name} must be in (0, 1], got {value}")
+    return float(value)
+
+
+def check_count(name: str, value: int, minimum: int = 0) -> int:
+    """``value`` if it is a whole number of at least ``minimum``, else a TypeError or ValueError that names it."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    return value
+
+
+def check_blocks(name: str, blocks: Sequence[int], depth: int) -> tuple[int, ...]:
+    """The 0-based block numbers as a tuple.
+
+    Raises:
+        TypeError: Not a sequence of whole numbers.
+        ValueError: A block outside the model, or given twice, or out of order.
+    """
+    if isinstance(blocks, int) or any(isinstance(b, bool) or not isinstance(b, int) for b in blocks):
+        raise TypeError(f"{name} must be a sequence of 0-based block numbers, got {blocks!r}")
+    for block in blocks:
+        if not 0 <= block < depth:
+            raise ValueError(f"{name} names block {block}, but the model has blocks 0 to {depth - 1}")
+    repeated = sorted({b for b in blocks if list(blocks).count(b) > 1})
+    if repeated:
+        raise ValueError(f"{name} names block {repeated[0]} twice: {list(blocks)}")
+    if list(blocks) != sorted(blocks):
+        raise ValueError(f"{name} must be in ascending order, got {list(blocks)}")
+    return tuple(blocks)
+
+
+def per_block(name: str, value: ValueT | Sequence[ValueT], blocks: tuple[int, ...]) -> dict[int, ValueT]:
+    """{block: value} from one value for all blocks or a sequence with one for each."""
+    if isinstance(value, (list, tuple)):
+        if len(value) != len(blocks):
+            raise ValueError(
+                f"{name} has {len(value)} values for {len(blocks)} blocks {list(blocks)}; "
+                "give one value for all, or one for each block"
+            )
+        return dict(zip(blocks, value, strict=True))
+    return dict.fromkeys(blocks, value)  # type: ignore[arg-type]
+
+
+def tome_r(r: int | Sequence[int] | tuple[int, float], depth: int) -> list[int]:
+    """Tokens to merge in each block (ToMe, 2210.09461, section 3 and tome/utils.py@af95e4b ``parse_r``).
+
+    Args:
+        r: An int for a constant schedule; a pair (r, inflection) with a float inflection in [-1, 1] for a linear
+            one of about the same total, from 2r down to 0 at -1 and from 0 up to 2r at 1; a list of ints with
+            one value a block, filled up with 0.
+        depth: Number of blocks.
+
+    Returns:
+        ``depth`` ints. Values are truncated toward zero as in the official code, so the total of a linear
+        schedule may lie a little below r * depth.
+    """
+    if isinstance(r, (list, tuple)) and len(r) == 2 and isinstance(r[1], float):
+        mean, inflection = check_count("r", r[0]), r[1]  # type: ignore[arg-type]
+        if not -1 <= inflection <= 1:
+            raise ValueError(f"the inflection of r must be in [-1, 1], got {inflection}")
+        first = int(mean * (1 - inflection))
+        step = (2 * mean - 2 * first) / (depth - 1) if depth > 1 else 0.0
+        return [int(first + step * i) for i in range(depth)]
+    if isinstance(r, (list, tuple)):
+        if len(r) > depth:
+            raise ValueError(f"r has {len(r)} values, but the model has {depth} blocks")
+        return [check_count("r", value) for value in r] + [0] * (depth - len(r))  # type: ignore[arg-type]
+    return [check_count("r", r)] * depth  # type: ignore[arg-type]
+
+
+def cosine_keep_rate(
+    step: int, steps_per_epoch: int, keep_rate: float, start_epoch: int = 10, epochs: int = 100
+) -> float:
+    """Keep rate of a training step: 1 at first, then a half cosine down to ``keep_rate`` (EViT, 2202.07800).
+
+    Follows helpers.py@5ca95a7 ``adjust_keep_rate``; the defaults are those of training from scratch. For fine
+    tuning use ``epochs=0, start_epoch=0``, which gives ``keep_rate`` from the first step.
+
+    Args:
+        step: Training step, counted from 0 over the whole run.
+        steps_per_epoch: Steps in an epoch.
+        keep_rate: Rate to end at, in (0, 1].
+        start_epoch: Epochs without reduction at first.
+        epochs: Epochs the decrease takes.
+
+    Returns:
+        The rate to give to ``model.set_keep_rate``.
+    """
+    check_fraction("keep_rate", keep_rate)
+    check_count("steps_per_epoch", steps_per_epoch, minimum=1)
+    epoch = check_count("step", step) // steps_per_epoch
+    if epoch < start_epoch:
+        return 1.0
+    if epoch >= start_epoch + epochs:
+        return keep_rate
+    progress = (step - steps_per_epoch * start_epoch) / (steps_per_epoch * epochs)
+    return keep_rate + (1 - keep_rate) * (math.cos(math.pi * progress) + 1) * 0.5

@@ -1,0 +1,284 @@
+"""TokenMap: the one value that says which patch of the image is where in a shortened token sequence.
+
+Every reduction - pruning, merging, fusing - is one composition, ``source' = target[source]``, so indices
+always refer to the full patch grid, dense recovery is one gather and a picture of the tokens is one lookup.
+
+The functions here are the only index arithmetic of the package. They gather and scatter whole rows of the
+flattened ``(B * N, C)`` sequence: on a CPU that is four to nine times faster than ``gather`` with an expanded
+index, and it exports to ONNX with a dynamic batch. ``torch.fx`` keeps each of them as one node.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from timm.layers import register_notrace_function
+from torch import Tensor
+
+__all__ = ["TokenMap", "take_rows", "wide_dtype"]
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype scores, softmax and token sizes are kept in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@torch.fx.wrap
+@register_notrace_function
+def flat_rows(index: Tensor, length: int, offset: int = 0) -> Tensor:
+    """Row numbers in the flattened ``(B * length, C)`` sequence of the tokens ``index + offset``.
+
+    Args:
+        index: (B, K) token positions of each image.
+        length: Tokens an image has in the sequence to gather from.
+        offset: Tokens in front of position 0, which are put in front of the result too.
+
+    Returns:
+        (B, offset + K) int64.
+    """
+    first = torch.arange(index.shape[0], device=index.device)[:, None] * length  # (B, 1)
+    rows = first + offset + index
+    if offset:
+        prefix = first + torch.arange(offset, device=index.device)
+        rows = torch.cat([prefix, rows], dim=1)
+    return rows
+
+
+@torch.fx.wrap
+@register_notrace_function
+def take_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """Rows of ``x.flatten(0, 1)``: x (B, N, C), rows (B', K) -> (B', K, C)."""
+    return x.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, rows.shape)
+
+
+@torch.fx.wrap
+@register_notrace_function
+def _identity(x: Tensor, num_patches: int) -> Tensor:
+    return torch.arange(num_patches, device=x.device).expand(x.shape[0], -1)  # (B, H*W)
+
+
+@torch.fx.wrap
+@register_notrace_function
+def position_of(index: Tensor, anchor: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Inverse of a selection: index (B, K) -> (B, N) as anchor, the place in ``index`` or -1 where absent."""
+    rank = torch.arange(index.shape[1], device=index.device).expand_as(index)
+    if valid is not None:
+        rank = rank.masked_fill(~valid, -1)
+    return torch.full_like(anchor, -1).scatter(1, index, rank)
+
+
+@torch.fx.wrap
+@register_notrace_function
+def _pack(x: Tensor, mask: Tensor) -> Tensor:
+    return x.flatten(0, 1)[mask.flatten()].unsqueeze(0)  # (1, T, C)
+
+
+@torch.fx.wrap
+@register_notrace_function
+def _unpack(x: Tensor, mask: Tensor) -> Tensor:
+    padded = x.new_zeros((mask.numel(), *x.shape[2:]))
+    rows = mask.flatten().nonzero().squeeze(1)
+    return padded.index_copy(0, rows, x.squeeze(0)).unflatten(0, mask.shape)  # (B, P+N, C)
+
+
+@dataclass(frozen=True)
+class TokenMap:
+    """Where every patch of a batch of images is in the current token sequence.
+
+    A sequence is ``num_prefix`` prefix tokens (class, distillation, register; never reduced) followed by N
+    patch tokens. The law every method keeps: ``source[b, anchor[b, i]] == i`` for every (valid) token i.
+
+    Attributes:
+        source: (B, H*W) patch -> the token that carries it now, -1 once it is dropped.
+        anchor: (B, N) token -> the one patch whose position it keeps (RoPE, pictures).
+        grid: (H, W) patch grid.
+        num_prefix: P, prefix tokens in front.
+        num_class: Of these, the class-like tokens: 1 class, 2 with a distillation token, 0 without either.
+        num_tokens: N; the largest possible N for a method whose count depends on the image.
+        moved: False while the tokens still are the full grid in image order.
+        size: (B, N) patches a merged token stands for: its weight in a mean. None means one each.
+        key_weight: (B, N) factor on the attention a token receives as a key. None means one each.
+        valid: (B, N) False for the padding of an image with fewer tokens than its neighbours. None: all valid.
+        fused: (B, N) True for a token that sums up patches it does not stand for one by one (EViT's). None: no.
+        memory: (B, H*W, C) last feature every patch had while it was carried; kept only for dense recovery.
+        carry: What a method hands from block to block (GTP: its graph).
+        packed: The sequence is one row (1, T, C) of all valid tokens of all images, without padding.
+    """
+
+    source: Tensor
+    anchor: Tensor
+    grid: tuple[int, int]
+    num_prefix: int
+    num_class: int
+    num_tokens: int
+    moved: bool = False
+    size: Tensor | None = None
+    key_weight: Tensor | None = None
+    valid: Tensor | None = None
+    fused: Tensor | None = None
+    memory: Tensor | None = None
+    carry: Tensor | None = None
+    packed: bool = False
+
+    @classmethod
+    def full(cls, x: Tensor, grid: tuple[int, int], num_prefix: int, num_class: int) -> TokenMap:
+        """The map of an unreduced sequence x (B, P + H*W, C)."""
+        patches = _identity(x, grid[0] * grid[1])
+        return cls(patches, patches, grid, num_prefix, num_class, num_tokens=grid[0] * grid[1])
+
+    def relabel(
+        self,
+        target: Tensor,
+        anchor: Tensor,
+        num_tokens: int,
+        size: Tensor | None = None,
+        key_weight: Tensor | None = None,
+        valid: Tensor | None = None,
+        fused: Tensor | None = None,
+        packed: bool = False,
+    ) -> TokenMap:
+        """The map after token i of this one went into token ``target[:, i]`` of a new sequence.
+
+        Args:
+            target: (B, N) old token -> new token, -1 for a token that is dropped.
+            anchor: (B, num_tokens) patch whose position each new token keeps.
+            num_tokens: Tokens of the new sequence.
+            size: New sizes (B, num_tokens); likewise the other fields that hold a value for each token.
+            key_weight: New key weights.
+            valid: New padding mask.
+            fused: New marks of fused tokens.
+            packed: Whether the new sequence is packed.
+        """
+        carried = target.gather(1, self.source.clamp(min=0))
+        source = torch.where(self.source < 0, self.source, carried)
+        return replace(
+            self,
+            source=source,
+            anchor=anchor,
+            num_tokens=num_tokens,
+            moved=True,
+            size=size,
+            key_weight=key_weight,
+            valid=valid,
+            fused=fused,
+            packed=packed,
+        )
+
+    def keep(
+        self, index: Tensor, num_tokens: int, valid: Tensor | None = None, packed: bool = False
+    ) -> TokenMap:
+        """The map after only some tokens were kept.
+
+        Args:
+            index: (B, num_tokens) tokens to keep, in their new order.
+            num_tokens: Tokens of the new sequence, or the largest possible number of them.
+            valid: (B, num_tokens) False where the new sequence has only padding.
+            packed: Whether the new sequence is packed.
+        """
+
+        def kept(field: Tensor | None) -> Tensor | None:
+            return None if field is None else field.gather(1, index)
+
+        return self.relabel(
+            position_of(index, self.anchor, valid),
+            self.anchor.gather(1, index),
+            num_tokens,
+            size=kept(self.size),
+            key_weight=kept(self.key_weight),
+            fused=kept(self.fused),
+            valid=valid,
+            packed=packed,
+        )
+
+    def fuse(self, ranked: Tensor, kept: int) -> TokenMap:
+        """The map after ``ranked[:, :kept]`` were kept and all other tokens fused into one more, the last.
+
+        The fused token keeps the position of its first member, ``ranked[:, kept]``; ranked is (B, kept + 1).
+        """
+        target = position_of(ranked, self.anchor)
+        fused = torch.zeros_like(self.anchor, dtype=torch.bool) if self.fused is None else self.fused
+        return self.relabel(
+            torch.where(target < 0, kept, target),
+            self.anchor.gather(1, ranked),
+            kept + 1,
+            fused=torch.cat([fused.gather(1, ranked[:, :kept]), torch.ones_like(fused[:, :1])], dim=1),
+        )
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of the whole image, H * W."""
+        return self.grid[0] * self.grid[1]
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, P+N, C) -> prefix tokens (B, P, C) and patch tokens (B, N, C)."""
+        return x[:, : self.num_prefix], x[:, self.num_prefix :]
+
+    def key_bias(self, dtype: torch.dtype) -> Tensor | None:
+        """(B, 1, 1, P+N) bias on the attention logits: log of the key weights, -inf for padding.
+
+        The logarithm is taken in float32 (float64 for float64) and then cast to ``dtype``. It is broadcast
+        over heads and queries, so the fused kernels take it and no N x N mask is made.
+        """
+        bias = None
+        if self.key_weight is not None:
+            bias = self.key_weight.to(wide_dtype(dtype)).log()
+        if self.valid is not None:
+            blocked = torch.zeros_like(self.valid, dtype=wide_dtype(dtype)).masked_fill(~self.valid, float("-inf"))
+            bias = blocked if bias is None else bias + blocked
+        if bias is None:
+            return None
+        return F.pad(bias, (self.num_prefix, 0))[:, None, None].to(dtype)
+
+    def position_table(self, table: Tensor) -> Tensor:
+        """A rotary table for the current tokens.
+
+        Args:
+            table: (H*W, D), or (heads, H*W, D) for one block of a "mixed" table.
+
+        Returns:
+            The table itself while nothing moved, else (B, 1, N, D) or (B, heads, N, D).
+        """
+        if not self.moved:
+            return table
+        heads_last = table.unsqueeze(1) if table.ndim == 2 else table.transpose(0, 1)  # (H*W, heads or 1, D)
+        return heads_last[self.anchor].transpose(1, 2)
+
+    def sequence_mask(self) -> Tensor:
+        """(B, P+N) True where a padded sequence holds a token."""
+        valid = torch.ones_like(self.anchor, dtype=torch.bool) if self.valid is None else self.valid
+        return F.pad(valid, (self.num_prefix, 0), value=True)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """Padded (B, P+N, ...) -> (1, T, ...) of the valid tokens of all images, one image after another."""
+        return _pack(x, self.sequence_mask())
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """Packed (1, T, ...) -> padded (B, P+N, ...), zeros in the padding."""
+        return _unpack(x, self.sequence_mask())
+
+    def remember(self, x: Tensor) -> TokenMap:
+        """The map with every patch that is still carried on its own remembering its token's feature in x."""
+        _, patches = self.split(self.unpack(x) if self.packed else x)
+        feature = take_rows(patches, flat_rows(self.source.clamp(min=0), patches.shape[1]))  # (B, H*W, C)
+        if self.memory is None:
+            return replace(self, memory=feature)
+        return replace(self, memory=torch.where(self.on_its_own().unsqueeze(-1), feature, self.memory))
+
+    def on_its_own(self) -> Tensor:
+        """(B, H*W) True for a patch that is carried by a token which stands for it (not dropped, not fused)."""
+        carried = self.source >= 0
+        if self.fused is None:
+            return carried
+        return carried & ~self.fused.gather(1, self.source.clamp(min=0))
+
+    def counts(self) -> Tensor:
+        """(B,) number of patch tokens of every image."""
+        if self.valid is not None:
+            return self.valid.sum(1)
+        return torch.full_like(self.anchor[:, 0], self.anchor.shape[1])
+
+    def labels(self) -> Tensor:
+        """(B, H, W) token that carries each patch, -1 where it was dropped: what a picture is drawn from."""
+        return self.source.unflatten(1, self.grid)
