@@ -4,7 +4,9 @@
 zoo's names with ``timm.create_model``.
 """
 
+from effvit.models._checkpoint import load_checkpoint
 from effvit.models.host import TokenFeatures, list_methods, method_settings, sparsify
+from effvit.models.zoo import list_models
 from effvit.recover import to_map
 from effvit.schedule import cosine_keep_rate
 from effvit.tokens import TokenMap
@@ -15,6 +17,8 @@ __all__ = [
     "TokenMap",
     "cosine_keep_rate",
     "list_methods",
+    "list_models",
+    "load_checkpoint",
     "method_settings",
     "sparsify",
     "to_map",

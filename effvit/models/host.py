@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import fnmatch
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from effvit.block import rehouse, token_block
 from effvit.recover import check_fill, to_grid
 from effvit.reducers import METHODS, Reducer
+from effvit.schedule import check_fraction, per_block
 from effvit.tokens import TokenMap, flat_rows, take_rows
 
 __all__ = [
@@ -59,11 +61,13 @@ class ReducedHost(nn.Module):
         method: Name of the reduction method.
         settings: Its settings, JSON-plain, defaults included.
         recover: How dense maps are filled, one of ``effvit.recover.FILLS``.
+        head_reads_patches: The head reads patch tokens although it pools the class token.
     """
 
     method: str
     settings: dict[str, Any]
     recover: str
+    head_reads_patches = False
     token_drop: PatchDropoutWithIndices | None
 
     blocks: nn.Sequential | nn.ModuleList
@@ -172,7 +176,7 @@ class ReducedHost(nn.Module):
         return self._poolable(*_unpacked(self.norm(x), tokens))
 
     def _poolable(self, x: Tensor, tokens: TokenMap) -> Tensor:
-        if self.global_pool == "token":
+        if self.global_pool == "token" and not self.head_reads_patches:
             return x
         if tokens.size is not None:
             prefix, patches = tokens.split(x)
@@ -278,21 +282,21 @@ class ReducedHost(nn.Module):
             counts.append(left)
         return counts
 
-    def set_keep_rate(self, keep_rate: float | None) -> None:
-        """Let every reducing block use this rate, e.g. of a schedule over training; None restores the settings.
+    def set_keep_rate(self, keep_rate: float | Sequence[float] | None) -> None:
+        """Change the keep rate of the reducing blocks, e.g. by a schedule over training.
+
+        Args:
+            keep_rate: One rate in (0, 1] for all reducing blocks, or one for each; None restores the settings.
 
         Raises:
-            ValueError: A rate outside (0, 1], or a method that has no keep rate.
+            ValueError: A rate out of range, or a method that has no keep rate.
         """
-        from effvit.schedule import check_fraction
-
-        if keep_rate is not None:
-            check_fraction("keep_rate", keep_rate)
-        for block, reducer in self.reducers.items():
-            if not hasattr(reducer, "base_keep_rate"):
-                raise ValueError(f"{self.method} has no keep rate to set; its settings are {', '.join(self.settings)}")
-            reducer.keep_rate = reducer.base_keep_rate if keep_rate is None else keep_rate
-            del block
+        if "keep_rate" not in self.settings:
+            raise ValueError(f"{self.method} has no keep rate to set; its settings are {', '.join(self.settings)}")
+        reducers = self.reducers
+        for block, rate in per_block("keep_rate", keep_rate, tuple(reducers)).items():
+            own = reducers[block].base_keep_rate
+            reducers[block].keep_rate = own if rate is None else check_fraction("keep_rate", rate)
 
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
         """timm's resize, then a check that the settings still leave tokens on the new grid."""
@@ -402,8 +406,6 @@ def check_counts(model: ReducedHost, grid: tuple[int, int]) -> None:
 
 def list_methods(pattern: str = "*") -> list[str]:
     """Names of the reduction methods that match a shell-style pattern."""
-    import fnmatch
-
     return [name for name in METHODS if fnmatch.fnmatch(name, pattern)]
 
 

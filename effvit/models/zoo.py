@@ -1,0 +1,104 @@
+"""The zoo's names for ``timm.create_model``: method first, then the timm host, from one table."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import timm
+from timm.models import build_model_with_cfg, get_arch_pretrained_cfgs, model_entrypoint, register_model
+from timm.models._builder import resolve_pretrained_cfg
+from timm.models._pretrained import DefaultCfg
+from torch import nn
+
+from effvit.models import lvvit
+from effvit.models.host import check_settings, sparsify
+from effvit.reducers import METHODS
+
+__all__ = ["list_models"]
+
+CLASS_TOKEN_HOSTS = (
+    *(f"deit_{size}_patch16_224" for size in ("tiny", "small", "base")),
+    *(f"deit_{size}_distilled_patch16_224" for size in ("tiny", "small", "base")),
+    *(f"deit3_{size}_patch16_224" for size in ("small", "medium", "base", "large")),
+    "deit_base_patch16_384",
+    "deit3_base_patch16_384",
+    *(f"vit_{size}_patch16_224" for size in ("tiny", "small", "base", "large")),
+    *(f"vit_{size}_patch16_384" for size in ("tiny", "small", "base", "large")),
+    "vit_base_patch16_clip_224",
+    "vit_large_patch14_clip_224",
+    *(f"vit_{size}_patch14_dinov2" for size in ("small", "base", "large")),
+    *(f"vit_{size}_patch14_reg4_dinov2" for size in ("small", "base", "large")),
+    *(f"vit_{size}_patch16_dinov3" for size in ("small", "base", "large")),
+    *(f"eva02_{size}_patch14_336" for size in ("tiny", "small")),
+    "eva02_base_patch14_448",
+    "eva02_large_patch14_448",
+    "lvvit_small_patch16_224",
+    "lvvit_medium_patch16_224",
+)
+NO_CLASS_TOKEN_HOSTS = (
+    "vit_base_patch16_siglip_224",
+    "vit_base_patch16_siglip_384",
+    "vit_so400m_patch14_siglip_384",
+    "vit_medium_patch16_gap_256",
+)
+default_cfgs: dict[str, DefaultCfg] = {}
+
+
+def _host_cfgs(host: str, variant: str) -> DefaultCfg:
+    """The host's pretrained configurations under the variant's name: same tags, same weights."""
+    cfgs = {}
+    for name, cfg in get_arch_pretrained_cfgs(host).items():
+        tag = name.partition(".")[2]
+        cfgs[tag] = replace(cfg, architecture=variant)
+    return DefaultCfg(tags=deque(cfgs), cfgs=cfgs, is_pretrained=any(cfg.has_weights for cfg in cfgs.values()))
+
+
+def _entry_point(method: str, host: str) -> Callable[..., nn.Module]:
+    variant = f"{method}_{host}"
+
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        own = {*METHODS[method].defaults(), "recover"}
+        foreign = {name for other in METHODS.values() for name in other.defaults()} - own
+        check_settings(method, {name: value for name, value in kwargs.items() if name in foreign})
+        settings = {name: kwargs.pop(name) for name in own & kwargs.keys()}
+        cfg = resolve_pretrained_cfg(
+            variant,
+            pretrained_cfg=kwargs.pop("pretrained_cfg", None),
+            pretrained_cfg_overlay=kwargs.pop("pretrained_cfg_overlay", None),
+        )
+        loading = {name: kwargs.pop(name) for name in ("cache_dir", "pretrained_model_args") if name in kwargs}
+
+        def reduced_host(**host_kwargs: Any) -> nn.Module:
+            dense = model_entrypoint(host)(pretrained=pretrained, pretrained_cfg=cfg, **loading, **host_kwargs)
+            return sparsify(dense, method, **settings)
+
+        feature_cfg = {"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"}
+        return build_model_with_cfg(
+            reduced_host, variant, pretrained=False, pretrained_cfg=cfg, feature_cfg=feature_cfg, **kwargs
+        )
+
+    create.__name__ = create.__qualname__ = variant
+    create.__doc__ = f"{host} with {METHODS[method].name}: {METHODS[method].summary}."
+    return create
+
+
+def _register() -> None:
+    for method, reducer in METHODS.items():
+        hosts = CLASS_TOKEN_HOSTS + (() if reducer.needs_class_token else NO_CLASS_TOKEN_HOSTS)
+        for host in hosts:
+            variant = f"{method}_{host}"
+            default_cfgs[variant] = _host_cfgs(host, variant)
+            register_model(_entry_point(method, host))
+
+
+_register()
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names of the zoo's models that match a shell-style pattern."""
+    own = set(default_cfgs) | set(lvvit.default_cfgs)
+    return [name for name in timm.list_models() if name in own and fnmatch.fnmatch(name, pattern)]
