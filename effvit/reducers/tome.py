@@ -14,7 +14,7 @@ from effvit.reducers.base import Reducer, check_finite
 from effvit.schedule import tome_r
 from effvit.tokens import TokenMap, flat_rows, take_rows, wide_dtype
 
-__all__ = ["Matching", "ToMe", "bipartite_soft_matching", "merge_tokens"]
+__all__ = ["Matching", "ToMe", "bipartite_soft_matching", "kth_bipartite_target", "matching_target", "merge_tokens"]
 
 
 class Matching(NamedTuple):
@@ -60,6 +60,23 @@ def bipartite_soft_matching(metric: Tensor, r: int, num_prefix: int) -> Matching
         destination=2 * match.gather(1, merged) + first_b,
         order=torch.cat([2 * left + first_a, in_b], dim=1),
     )
+
+
+def kth_bipartite_target(metric: Tensor, k: int) -> Tensor:
+    """Where each token goes if every k-th one absorbs the tokens most similar to it (merge.py@af95e4b).
+
+    Args:
+        metric: (B, N, D); a tail of N % k tokens is left out, as in the official code.
+        k: At least 2.
+
+    Returns:
+        (B, N - N % k) index of the absorbing token, 0 to N // k - 1.
+    """
+    groups = F.normalize(metric, dim=-1)[:, : metric.shape[1] // k * k].unflatten(1, (-1, k))
+    absorbing = groups[:, :, -1]
+    nearest = (groups[:, :, :-1].flatten(1, 2) @ absorbing.transpose(1, 2)).argmax(-1)  # (B, N // k * (k - 1))
+    itself = torch.ones_like(nearest[:, :: k - 1]).cumsum(1) - 1
+    return torch.cat([nearest.unflatten(1, (-1, k - 1)), itself.unsqueeze(-1)], dim=2).flatten(1)
 
 
 def matching_target(matching: Matching, like: Tensor) -> Tensor:

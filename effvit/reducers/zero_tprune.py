@@ -27,7 +27,9 @@ __all__ = [
     "SIMILARITIES",
     "ZeroTPrune",
     "aggregate_heads",
-    "similar_tokens",
+    "head_variance",
+    "match_groups",
+    "split_groups",
     "weighted_page_rank",
 ]
 
@@ -137,45 +139,41 @@ def head_variance(signal: Tensor, kept: Tensor | None = None) -> Tensor:
     return (((signal * number - 1) * mask).square().sum(-1, keepdim=True) / number).squeeze(-1)
 
 
-def similar_tokens(
-    importance: Tensor, features: Tensor, r: int, partition: str = "sequential_u", similarity: str = "cosine"
-) -> Tensor:
-    """The r tokens of group A that are most similar to one of group B (S-stage, section 3.3).
+def split_groups(importance: Tensor, partition: str) -> tuple[Tensor, Tensor]:
+    """Groups A (B, N // 2), to prune from, and B (B, N - N // 2) of the patch tokens (S-stage, section 3.3).
 
     Args:
         importance: (B, N) of the patch tokens; it only orders them.
-        features: (B, N, D).
-        r: At most N // 2, the size of group A.
         partition: "sequential_u": A is the less important half, the paper's best; "sequential_i": the more
             important half; "alternate": every second token in ascending order.
-        similarity: One of SIMILARITIES.
-
-    Returns:
-        (B, r) positions of the tokens to prune.
     """
     half = importance.shape[1] // 2
     order = importance.argsort(dim=1)
     if partition == "sequential_u":
-        group_a, group_b = order[:, :half], order[:, half:]
-    elif partition == "sequential_i":
-        group_a, group_b = order[:, -half:], order[:, :-half]
-    else:
-        group_a = order[:, : 2 * half : 2]
-        group_b = torch.cat([order[:, 1 : 2 * half : 2], order[:, 2 * half :]], dim=1)
-    length = importance.shape[1]
+        return order[:, :half], order[:, half:]
+    if partition == "sequential_i":
+        return order[:, -half:], order[:, :-half]
+    return order[:, : 2 * half : 2], torch.cat([order[:, 1 : 2 * half : 2], order[:, 2 * half :]], dim=1)
+
+
+def match_groups(
+    features: Tensor, group_a: Tensor, group_b: Tensor, similarity: str = "cosine"
+) -> tuple[Tensor, Tensor]:
+    """Similarity of each token of group A to the one of B most similar to it, and which that is: (B, |A|) each."""
+    length = features.shape[1]
     a = take_rows(features, flat_rows(group_a, length))
     b = take_rows(features, flat_rows(group_b, length))
-    closest = SIMILARITIES[similarity](a, b).amax(-1)  # (B, half)
-    return group_a.gather(1, closest.topk(r, dim=1).indices)
+    best, place = SIMILARITIES[similarity](a, b).max(-1)
+    return best, group_b.gather(1, place)
 
 
 class ZeroTPrune(Reducer):
     """Prune after a block: look-alikes first, then the least important tokens (Zero-TPrune, 2305.17328).
 
-    Importance is a page rank on the attention of the block that has just run (I-stage); a first vote only orders
-    the tokens for the S-stage, which removes r near-duplicates by their keys (heads concatenated); a second vote
-    among those left keeps the best ``keep_rate`` of them, in image order. Only reducing blocks compute a softmax
-    map, and use it for their own output too.
+    Importance is a page rank on the attention of the block that has just run. A single vote (stage I') only
+    orders the tokens for the S-stage, which removes r near-duplicates by their keys, heads concatenated; the
+    I-stage then votes ``num_iters`` times among those left and keeps the best ``keep_rate`` of them, in image
+    order. Only reducing blocks compute a softmax map, and use it for their own output too.
     """
 
     name = "zero_tprune"
@@ -226,7 +224,7 @@ class ZeroTPrune(Reducer):
                 each block. 1 for all blocks, with r not given, reduces nothing.
             reduce_at: 0-based blocks after which tokens are pruned.
             r: Near-duplicates the S-stage removes, at most half of the tokens; one value or one for each block.
-            num_iters: Votes of the page rank; one value or one for each block. The paper gives 30-50 for the
+            num_iters: Votes of the I-stage; one value or one for each block. The paper gives 30-50 for the
                 first, 5-10 for the middle and 1 for the deep blocks; None takes 30, 5, 1 by thirds of the depth.
             cls_boost: Initial weight of the class-like tokens; None means the square root of the number of
                 tokens, 1 gives "Zero-TPrune-uni". Without class token it has no effect.
@@ -278,14 +276,14 @@ class ZeroTPrune(Reducer):
         return self.reduce(block.feedforward(x), tokens, state)
 
     @torch.no_grad()
-    def importance(self, state: AttnState, kept: Tensor | None = None) -> Tensor:
+    def importance(self, state: AttnState, num_iters: int, kept: Tensor | None = None) -> Tensor:
         """(B, P+N) page rank of all tokens, or of those where kept (B, P+N) is 1."""
         assert state.weights is not None
         weights = state.weights.to(wide_dtype(state.weights.dtype))
         keys = state.keys
         number = keys.num_prefix + (keys.num_tokens if kept is None else self.after_similar(keys.num_tokens))
         boost = math.sqrt(number) if self.cls_boost is None else self.cls_boost
-        signal = weighted_page_rank(weights, self.num_iters, boost, keys.num_class, kept)
+        signal = weighted_page_rank(weights, num_iters, boost, keys.num_class, kept)
         return aggregate_heads(signal, self.var_range, kept)
 
     def reduce(self, x: Tensor, tokens: TokenMap, state: AttnState) -> tuple[Tensor, TokenMap]:
@@ -293,14 +291,16 @@ class ZeroTPrune(Reducer):
         left = torch.ones_like(tokens.anchor)  # (B, N) 1 for the tokens still there
         kept = None
         if distinct < tokens.num_tokens:
-            scores = check_finite(self.importance(state)[:, num_prefix:], self.origin("page rank"), x)
+            scores = check_finite(self.importance(state, num_iters=1)[:, num_prefix:], self.origin("page rank"), x)
             features = state.k[:, :, num_prefix:].detach().transpose(1, 2).flatten(2)  # (B, N, heads * D)
-            pruned = similar_tokens(scores, features, tokens.num_tokens - distinct, self.partition, self.similarity)
+            group_a, group_b = split_groups(scores, self.partition)
+            closest, _ = match_groups(features, group_a, group_b, self.similarity)
+            pruned = group_a.gather(1, closest.topk(tokens.num_tokens - distinct, dim=1).indices)
             left = left.scatter(1, pruned, 0)
             kept = F.pad(left, (num_prefix, 0), value=1)
         number = self.count(tokens.num_tokens, tokens.num_patches)
         if number < distinct:
-            scores = check_finite(self.importance(state, kept)[:, num_prefix:], self.origin("page rank"), x)
+            scores = check_finite(self.importance(state, self.num_iters, kept)[:, num_prefix:], self.origin("page rank"), x)
             best = scores.masked_fill(left == 0, -1).topk(number, dim=1).indices
             left = torch.zeros_like(left).scatter(1, best, 1)
         index = image_order(left, number)

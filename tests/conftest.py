@@ -1,0 +1,42 @@
+"""Options and reports shared by all tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+DEFAULT_GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
+golden_errors: dict[str, dict[str, float]] = {}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--golden",
+        type=Path,
+        default=Path(os.environ.get("EFFVIT_GOLDEN", DEFAULT_GOLDEN)),
+        help="folder of golden cases, one sub-folder a method (default: shared/golden beside the checkout)",
+    )
+
+
+@pytest.fixture(autouse=True)
+def _fresh_state():
+    """One thread count, one seed and an empty compile cache for every test."""
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _threads():
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for method, errors in golden_errors.items():
+        worst = max(errors, key=errors.__getitem__)
+        terminalreporter.write_line(
+            f"golden {method}: {len(errors)} cases compared, worst relative error {errors[worst]:.1e} ({worst})"
+        )

@@ -1,0 +1,101 @@
+"""Reading golden cases and comparing with them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+SINGLE, DOUBLE = 1e-5, 1e-10
+
+
+@dataclass
+class Case:
+    """One golden case: its tensors, its configuration, and the worst error met so far."""
+
+    method: str
+    path: Path  # of the json
+    worst: float = field(default=0.0)
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        return json.loads(self.path.read_text())
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        return load_file(self.path.with_suffix(".safetensors"))
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.tensors[key]
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.tensors
+
+    def state(self) -> dict[str, Tensor]:
+        """The official weights, without the all-zero ``out_zero_mask`` of ATS, which is no weight."""
+        return {
+            key.removeprefix("state/"): value
+            for key, value in self.tensors.items()
+            if key.startswith("state/") and not key.endswith("out_zero_mask")
+        }
+
+    def close(self, actual: Tensor, key: str, tolerance: float = SINGLE) -> None:
+        """Assert that actual equals the recorded tensor within ``tolerance`` of its largest entry."""
+        expected = self[key]
+        assert actual.shape == expected.shape, f"{key}: {tuple(actual.shape)} is not {tuple(expected.shape)}"
+        scale = expected.abs().max().clamp(min=1e-12).double()
+        error = float(((actual.detach().double() - expected.double()).abs().max() / scale) if actual.numel() else 0)
+        self.worst = max(self.worst, error) if tolerance == SINGLE else self.worst
+        assert error <= tolerance, f"{key}: relative error {error:.2e} above {tolerance:.0e}"
+
+    def equal(self, actual: Tensor, key: str) -> None:
+        """Assert that actual equals the recorded integers."""
+        assert torch.equal(actual.cpu().long(), self[key].long()), f"{key} differs"
+
+    def same_sets(self, actual: Tensor, key: str) -> None:
+        """Assert that every row holds the same integers, in any order."""
+        assert torch.equal(actual.sort(-1).values, self[key].sort(-1).values), f"{key}: sets differ"
+
+    def gradients(self, model: nn.Module, output_mode: str = "eval") -> None:
+        """Compare all recorded gradients of loss = output.square().sum()."""
+        recorded = [key for key in self.tensors if key.startswith("grad/")]
+        if not recorded and "grad_input" not in self:
+            return
+        model.train(output_mode == "train")
+        x = self["input"].clone().requires_grad_()
+        loss = model(x).square().sum()
+        loss.backward()
+        if "loss" in self:
+            self.close(loss.reshape(1), "loss")
+        for key in recorded:
+            gradient = model.get_parameter(key.removeprefix("grad/")).grad
+            assert gradient is not None, key
+            self.close(gradient, key)
+        if "grad_input" in self:
+            assert x.grad is not None
+            self.close(x.grad, "grad_input")
+        model.eval()
+
+
+def find_cases(folder: Path, method: str) -> list[Case]:
+    """Cases of one method with tensors beside the json, in order of their names."""
+    if not (folder / method).is_dir():
+        return []
+    return [Case(method, path) for path in sorted((folder / method).glob("*.json")) if path.with_suffix(".safetensors").is_file()]
+
+
+def find_tables(folder: Path, method: str) -> list[Path]:
+    """json files without tensors: schedules and lists of parameter names."""
+    if not (folder / method).is_dir():
+        return []
+    return [path for path in sorted((folder / method).glob("*.json")) if not path.with_suffix(".safetensors").is_file()]
