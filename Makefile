@@ -1,0 +1,80 @@
+# `make demo` and `make test` need Python >= 3.10 (with its headers), g++, make and git; uv fetches the rest.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.NOTPARALLEL:  # two syncs at once would fight over one .venv
+
+PYTEST_ARGS ?=
+# A version or a path; uv looks for it and fetches one if there is none. The range is that of `environments` in
+# pyproject.toml.
+PYTHON ?= >=3.10,<3.14
+DEMO_OUT ?= runs/demo
+
+# One compiler process needs about 2 GB, and mmcv's build would start at least four: stay at the core count.
+MAX_JOBS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
+export MAX_JOBS
+# Another active environment must not receive our packages.
+export UV_PROJECT_ENVIRONMENT := .venv
+unexport VIRTUAL_ENV
+
+UV := $(shell command -v uv 2>/dev/null || echo .uv-bootstrap/bin/uv)
+VENV := .venv/bin
+# A ready-built mmcv (compiling takes 20 to 40 minutes on two cores) is used if this folder has one for our Python;
+# all works without. uv would prefer the folder even where nothing in it fits, hence the test of the file name. A
+# UV_FIND_LINKS of the caller goes first, and `make test WHEELS=` compiles.
+WHEELS ?= ../shared/wheels
+PY_TAG = $(shell "$$($(UV) python find '$(PYTHON)' 2>/dev/null)" -c \
+  'import sys, platform; print("cp%d%d-*" % sys.version_info[:2] + platform.machine())' 2>/dev/null)
+READY = $(wildcard $(WHEELS)/onedl_mmcv-*-$(PY_TAG).whl)
+FIND_LINKS = $(if $(UV_FIND_LINKS),,$(if $(READY),UV_FIND_LINKS='$(abspath $(WHEELS))'))
+
+# Inexact, so that a smaller set never removes what a larger one has put in. A lock remembers the wheel folder it was
+# made with and is found up to date with another or none, so it is made anew: 1 s with a filled cache.
+define sync
+rm -f uv.lock
+$(FIND_LINKS) $(UV) sync --inexact --python '$(PYTHON)'
+endef
+
+.PHONY: help demo test lint format clean
+
+help: ## show this list
+	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+
+demo: .venv/.synced-demo ## install without OpenMMLab and run the demo into runs/demo
+	$(VENV)/effvit demo --out $(DEMO_OUT)
+
+test: .venv/.synced-test ## install everything and run the tests; PYTEST_ARGS="-k name -x" is handed on
+	$(VENV)/python -m pytest $(PYTEST_ARGS)
+
+lint: .venv/.synced-dev ## ruff check, ruff format --check, mypy
+	$(VENV)/ruff check .
+	$(VENV)/ruff format --check .
+	$(VENV)/mypy
+
+format: .venv/.synced-dev ## let ruff fix and format the code
+	$(VENV)/ruff check --fix .
+	$(VENV)/ruff format .
+
+clean: ## remove the environment, the lock and every cache
+	rm -rf .venv .uv-bootstrap uv.lock build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps lie inside .venv, so they go with it; each is renewed when pyproject.toml is newer.
+.venv/.synced-demo: pyproject.toml | $(UV)
+	$(sync) --extra demo
+	touch $@
+
+.venv/.synced-dev: pyproject.toml | $(UV)
+	$(sync) --extra dev
+	touch $@
+
+.venv/.synced-test: pyproject.toml | $(UV)
+	$(sync) --extra dev --extra mm
+	@$(VENV)/python -c 'import torch, mmcv._ext' || { \
+	  echo 'mmcv is installed without its compiled operators (mmcv._ext): look for a compiler error above,'; \
+	  echo 'then "$(UV) cache clean onedl-mmcv", "make clean" and again "make test".'; exit 1; }
+	touch $@
+
+.uv-bootstrap/bin/uv:
+	python3 -m venv .uv-bootstrap
+	.uv-bootstrap/bin/python -m pip install --quiet 'uv>=0.9'
