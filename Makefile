@@ -10,7 +10,7 @@ PYTEST_ARGS ?=
 PYTHON ?= >=3.10,<3.14
 DEMO_OUT ?= runs/demo
 
-# One compiler process needs about 2 GB, and mmcv's build would start at least four: stay at the core count.
+# mmcv's build would start at least four compilers whatever the machine: stay at the core count.
 MAX_JOBS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 export MAX_JOBS
 # Another active environment must not receive our packages.
@@ -29,7 +29,7 @@ READY = $(wildcard $(WHEELS)/onedl_mmcv-*-$(PY_TAG).whl)
 FIND_LINKS = $(if $(UV_FIND_LINKS),,$(if $(READY),UV_FIND_LINKS='$(abspath $(WHEELS))'))
 
 # Inexact, so that a smaller set never removes what a larger one has put in. A lock remembers the wheel folder it was
-# made with and is found up to date with another or none, so it is made anew: 1 s with a filled cache.
+# made with and is found up to date with another or none, so it is made anew (8 s).
 define sync
 rm -f uv.lock
 $(FIND_LINKS) $(UV) sync --inexact --python '$(PYTHON)'

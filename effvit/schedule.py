@@ -15,6 +15,7 @@ __all__ = [
     "check_fraction",
     "cosine_keep_rate",
     "per_block",
+    "spread_blocks",
     "tome_r",
 ]
 
@@ -57,6 +58,11 @@ def check_blocks(name: str, blocks: Sequence[int], depth: int) -> tuple[int, ...
     if list(blocks) != sorted(blocks):
         raise ValueError(f"{name} must be in ascending order, got {list(blocks)}")
     return tuple(blocks)
+
+
+def spread_blocks(blocks: Sequence[int], depth: int) -> tuple[int, ...]:
+    """Blocks published for a 12-block model, moved in proportion to a model of ``depth`` blocks."""
+    return tuple(dict.fromkeys(block * depth // 12 for block in blocks))
 
 
 def per_block(name: str, value: ValueT | Sequence[ValueT], blocks: tuple[int, ...]) -> dict[int, ValueT]:

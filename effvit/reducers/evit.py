@@ -10,7 +10,7 @@ from torch import Tensor
 
 from effvit.attention import AttnState
 from effvit.reducers.base import Reducer, check_finite
-from effvit.schedule import check_blocks, check_count, check_fraction, per_block
+from effvit.schedule import check_blocks, check_count, check_fraction, per_block, spread_blocks
 from effvit.tokens import TokenMap, flat_rows, take_rows
 
 __all__ = ["EViT", "class_attention"]
@@ -50,7 +50,7 @@ class EViT(Reducer):
         depth: int,
         *,
         keep_rate: float | Sequence[float] = 0.7,
-        reduce_at: Sequence[int] = (3, 6, 9),
+        reduce_at: Sequence[int] | None = None,
         fuse_token: bool = True,
         num_tokens: int | Sequence[int] | None = None,
     ) -> dict[int, Reducer]:
@@ -59,11 +59,11 @@ class EViT(Reducer):
         Args:
             depth: Blocks of the host.
             keep_rate: Fraction of the patch tokens that stay, in (0, 1]; one value, or one for each block.
-            reduce_at: 0-based blocks that reduce.
+            reduce_at: 0-based blocks that reduce; None means (3, 6, 9) of 12, in proportion for another depth.
             fuse_token: Add the token that sums up what was dropped.
             num_tokens: Absolute numbers of tokens to keep in place of a rate; one value or one for each block.
         """
-        blocks = check_blocks("reduce_at", reduce_at, depth)
+        blocks = check_blocks("reduce_at", spread_blocks((3, 6, 9), depth) if reduce_at is None else reduce_at, depth)
         rates = {b: check_fraction("keep_rate", r) for b, r in per_block("keep_rate", keep_rate, blocks).items()}
         counts: dict[int, int | None] = dict.fromkeys(blocks)
         if num_tokens is not None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from effvit.attention import AttnState
 from effvit.reducers.base import Reducer, check_finite
-from effvit.schedule import check_blocks, check_count, check_fraction, per_block
+from effvit.schedule import check_blocks, check_count, check_fraction, per_block, spread_blocks
 from effvit.tokens import TokenMap, flat_rows, take_rows, wide_dtype
 
 if TYPE_CHECKING:
@@ -235,10 +235,8 @@ class ZeroTPrune(Reducer):
         if preset is not None and preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
         chosen = PRESETS[preset or "quoted_deit_small"]
-        if reduce_at is None:
-            blocks = tuple(dict.fromkeys(b * depth // 12 for b in chosen["reduce_at"]))
-        else:
-            blocks = check_blocks("reduce_at", reduce_at, depth)
+        published = spread_blocks(chosen["reduce_at"], depth)
+        blocks = check_blocks("reduce_at", published if reduce_at is None else reduce_at, depth)
         as_preset = len(blocks) == len(chosen["reduce_at"])
         if r is None:
             r = 0 if keep_rate in (1, 1.0) else chosen["r"]

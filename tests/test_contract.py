@@ -1,0 +1,379 @@
+"""What every method on every host must hold: the tests below run for each pair."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from hosts import HOSTS, OFF, PAIRS, SETTINGS, make_host, make_images, make_model
+from timm.models.eva import Eva
+from torch import Tensor, nn
+
+import effvit
+from effvit.models.host import ReducedHost
+from effvit.tokens import TokenMap
+
+STATIC_PAIRS = [pair for pair in PAIRS if pair[0] != "ats"]
+EXPORT_HOSTS = ("class_token", "average_pool", "dinov3")
+
+
+def double(model: ReducedHost) -> ReducedHost:
+    """The model in float64, where no decision is a matter of rounding."""
+    return copy.deepcopy(model).double()
+
+
+def assert_law(tokens: TokenMap) -> None:
+    """source is a right inverse of anchor, and points to existing tokens."""
+    number = tokens.anchor.shape[1]
+    valid = torch.ones_like(tokens.anchor, dtype=torch.bool) if tokens.valid is None else tokens.valid
+    place = torch.arange(number).expand_as(tokens.anchor)
+    assert torch.equal(tokens.source.gather(1, tokens.anchor)[valid], place[valid])
+    assert tokens.source.min() >= -1
+    assert (tokens.source < tokens.counts().unsqueeze(1)).all()
+
+
+@pytest.mark.parametrize(("method", "host"), PAIRS)
+class TestEveryPair:
+    """The contract; a method or host added to ``hosts.py`` inherits all of it."""
+
+    def test_output_is_finite_and_tokens_are_really_removed(self, method: str, host: str) -> None:
+        model = make_model(method, host)
+        x = make_images(model)
+        assert model(x).isfinite().all()
+        assert model(x).shape == (2, 7)
+        features = model.trace_tokens(x)
+        assert features[-1].x.shape[1] < model.num_prefix_tokens + model.patch_embed.num_patches
+        for (y, tokens), bound in zip(features, model.token_counts(), strict=True):
+            assert y.isfinite().all()
+            assert y.shape[1] == model.num_prefix_tokens + tokens.anchor.shape[1]
+            assert tokens.anchor.shape[1] <= bound
+            assert method == "ats" or tokens.anchor.shape[1] == bound
+            assert_law(tokens)
+
+    def test_nothing_reduced_is_bit_equal_to_timm(self, method: str, host: str) -> None:
+        dense = make_host(host)
+        model = effvit.sparsify(dense, method, **OFF[method])
+        x = make_images(dense)
+        assert torch.equal(model(x), dense(x))
+        assert torch.equal(model.forward_features(x), dense.forward_features(x))
+        for own, timm_map in zip(
+            model.forward_intermediates(x, intermediates_only=True),
+            dense.forward_intermediates(x, intermediates_only=True),
+            strict=True,
+        ):
+            assert torch.equal(own, timm_map)
+
+    def test_an_image_does_not_depend_on_its_batch(self, method: str, host: str) -> None:
+        model = double(make_model(method, host))
+        x = make_images(model, batch=3).double()
+        together = model(x)
+        alone = torch.cat([model(image[None]) for image in x])
+        assert torch.allclose(together, alone, rtol=0, atol=1e-10)
+
+    def test_eval_is_deterministic(self, method: str, host: str) -> None:
+        model = make_model(method, host)
+        x = make_images(model)
+        assert torch.equal(model(x), model(x))
+
+    def test_gradients_reach_every_parameter(self, method: str, host: str) -> None:
+        model = make_model(method, host).train()
+        model(make_images(model)).square().sum().backward()
+        without = [name for name, p in model.named_parameters() if p.grad is None]
+        assert not without
+
+    def test_checkpointing_changes_no_output_and_no_gradient(self, method: str, host: str) -> None:
+        model = make_model(method, host)
+        x = make_images(model)
+        gradients = []
+        for enable in (False, True):
+            model.set_grad_checkpointing(enable)
+            model.zero_grad()
+            out = model(x)
+            out.square().sum().backward()
+            gradients.append((out, [p.grad.clone() for p in model.parameters()]))
+        assert torch.equal(gradients[0][0], gradients[1][0])
+        for plain, checkpointed in zip(gradients[0][1], gradients[1][1], strict=True):
+            assert torch.allclose(plain, checkpointed, rtol=1e-5, atol=1e-6)
+
+    def test_forward_intermediates_ends_with_forward_features(self, method: str, host: str) -> None:
+        model = make_model(method, host)
+        x = make_images(model)
+        final, maps = model.forward_intermediates(x)
+        assert torch.allclose(final, model.forward_features(x), rtol=1e-5, atol=1e-5)
+        grid = model.patch_embed.grid_size
+        assert [m.shape for m in maps] == [(2, 32, *grid)] * len(model.blocks)
+        assert all(m.isfinite().all() for m in maps)
+
+    def test_forward_head_of_forward_features_is_forward(self, method: str, host: str) -> None:
+        model = double(make_model(method, host))
+        x = make_images(model).double()
+        assert torch.allclose(model.forward_head(model.forward_features(x)), model(x), rtol=0, atol=1e-10)
+
+    def test_prefix_tokens_are_untouched_by_the_reduction_itself(self, method: str, host: str) -> None:
+        model = make_model(method, host)
+        x, rope, tokens = model._start(make_images(model), memory=False)
+        block = next(block for block in model.blocks if block.reducer is not None)
+        index = list(model.blocks).index(block)
+        for before in model.blocks[:index]:
+            x, tokens = before(x, tokens, model._block_rope(rope, index))
+        block_rope = model._block_rope(rope, index)
+        reduced, _ = block(x, tokens, block_rope)
+        reducer, block.reducer = block.reducer, None
+        plain, _ = block(x, reducer.start(x, tokens) if tokens.carry is None else tokens, block_rope)
+        block.reducer = reducer
+        prefix = model.num_prefix_tokens
+        assert torch.allclose(reduced[:, :prefix], plain[:, :prefix], rtol=1e-5, atol=1e-6)
+
+    def test_state_dict_keys_are_those_of_timm(self, method: str, host: str) -> None:
+        assert list(make_model(method, host).state_dict()) == list(make_host(host).state_dict())
+
+    def test_model_survives_pickle_and_torch_save(self, method: str, host: str) -> None:
+        model = make_model(method, host)
+        x = make_images(model)
+        assert torch.equal(pickle.loads(pickle.dumps(model))(x), model(x))
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        buffer.seek(0)
+        assert torch.equal(torch.load(buffer, weights_only=False)(x), model(x))
+
+    def test_bf16_autocast_gives_finite_output_near_the_full_one(self, method: str, host: str) -> None:
+        model = make_model(method, host)
+        x = make_images(model)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = model(x)
+        assert out.isfinite().all()
+        assert out.shape == (2, 7)
+
+    def test_half_precision_weights_run(self, method: str, host: str) -> None:
+        model = copy.deepcopy(make_model(method, host)).bfloat16()
+        assert model(make_images(model).bfloat16()).isfinite().all()
+
+    def test_other_input_sizes_after_set_input_size(self, method: str, host: str) -> None:
+        model = make_model(method, host)
+        patch = model.patch_embed.patch_size[0]
+        model.set_input_size((3 * patch, 7 * patch))
+        final, maps = model.forward_intermediates(make_images(model))
+        assert final.isfinite().all()
+        assert maps[-1].shape == (2, 32, 3, 7)
+        assert model(make_images(model)).isfinite().all()
+
+    def test_dynamic_sizes_equal_a_model_of_that_size(self, method: str, host: str) -> None:
+        dynamic = effvit.sparsify(make_host(host, dynamic_img_size=True), method, **SETTINGS[method])
+        x = make_images(dynamic)
+        fixed = make_model(method, host)
+        if not isinstance(dynamic, Eva):  # for Eva the order of construction changes the random weights
+            dynamic.load_state_dict(fixed.state_dict())
+            assert torch.allclose(dynamic(x), fixed(x), rtol=1e-5, atol=1e-5)
+        patch = dynamic.patch_embed.patch_size[0]
+        for size in ((3 * patch, 5 * patch), (5 * patch, 4 * patch)):
+            final, maps = dynamic.forward_intermediates(torch.randn(2, 3, *size))
+            assert maps[-1].shape[2:] == (size[0] // patch, size[1] // patch)
+            assert final.isfinite().all()
+
+    def test_original_model_is_left_alone_and_shares_the_weights(self, method: str, host: str) -> None:
+        dense = make_host(host)
+        x = make_images(dense)
+        before = dense(x)
+        model = effvit.sparsify(dense, method, **SETTINGS[method])
+        assert all(own is shared for own, shared in zip(model.parameters(), dense.parameters(), strict=True))
+        model.train()
+        model.set_grad_checkpointing()
+        model.set_input_size((4 * model.patch_embed.patch_size[0],) * 2)
+        model.reset_classifier(3)
+        assert not dense.training
+        assert torch.equal(dense(x), before)
+
+    def test_fused_attention_can_be_switched_off(self, method: str, host: str) -> None:
+        model = double(make_model(method, host))
+        x = make_images(model).double()
+        fused = model(x)
+        for block in model.blocks:
+            block.attn.fused_attn = False
+        assert torch.allclose(model(x), fused, rtol=0, atol=1e-9)
+
+    def test_hooks_on_the_attention_modules_fire_once_a_block(self, method: str, host: str) -> None:
+        model = make_model(method, host)
+        calls = []
+        for block in model.blocks:
+            block.attn.register_forward_hook(lambda *_: calls.append(1))
+        model(make_images(model))
+        assert len(calls) == len(model.blocks)
+
+    def test_compiles_as_one_graph(self, method: str, host: str) -> None:
+        model = make_model(method, host)
+        x = make_images(model)
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        assert torch.allclose(compiled(x), model(x), rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("fill", ["zero", "nearest", "last"])
+    def test_every_fill_gives_full_finite_maps(self, method: str, host: str, fill: str) -> None:
+        model = make_model(method, host, recover=fill)
+        maps = model.forward_intermediates(make_images(model), indices=2, intermediates_only=True, norm=True)
+        assert len(maps) == 2
+        assert all(m.isfinite().all() for m in maps)
+
+
+class Logits(nn.Module):
+    """A model whose positional signature is one image batch, for the exporters."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+
+@pytest.mark.parametrize(("method", "host"), [pair for pair in PAIRS if pair[1] in EXPORT_HOSTS])
+class TestExport:
+    """Exporters take long, so a few hosts stand for all: class token, none, and RoPE with five prefix tokens."""
+
+    def test_exports_with_a_dynamic_batch(self, method: str, host: str) -> None:
+        model = Logits(make_model(method, host))
+        x = make_images(model.model)
+        batch = torch.export.Dim("batch", min=2, max=64)
+        program = torch.export.export(model, (x,), dynamic_shapes={"x": {0: batch}}, strict=False)
+        other = make_images(model.model, batch=5)
+        assert torch.allclose(program.module()(other), model(other), rtol=1e-4, atol=1e-5)
+
+    def test_onnx_runs_in_onnxruntime_and_agrees(self, method: str, host: str, tmp_path: Path) -> None:
+        model = Logits(make_model(method, host))
+        x = make_images(model.model)
+        path = tmp_path / "model.onnx"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                model,
+                (x,),
+                path,
+                input_names=["x"],
+                dynamic_shapes={"x": {0: torch.export.Dim("batch", min=2, max=64)}},
+                dynamo=True,
+                verbose=False,
+            )
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        other = make_images(model.model, batch=3)
+        (out,) = session.run(None, {"x": other.numpy()})
+        assert np.allclose(out, model(other).detach().numpy(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("host", ["average_pool", "attention_pool", "register_no_class", "class_token"])
+def test_merging_two_identical_tokens_changes_nothing(host: str) -> None:
+    model = make_model("tome", host, r=1).double()
+    dense = make_host(host).double()
+    with torch.no_grad():
+        for net in (model, dense):
+            if net.pos_embed is not None:
+                net.pos_embed.zero_()
+    x = make_images(model).double()
+    x[:, :, :8, 8:16] = x[:, :, :8, :8]
+    assert model.trace_tokens(x)[0].x.shape[1] == dense.patch_embed.num_patches + dense.num_prefix_tokens - 1
+    one = effvit.sparsify(dense, "tome", r=[1, 0, 0, 0])
+    assert torch.allclose(one(x), dense(x), rtol=0, atol=1e-10)
+
+
+def test_packed_and_padded_batches_of_ats_agree() -> None:
+    ragged = 0
+    for host in ("class_token", "distilled", "registers", "eva02", "dinov3", "rope_mixed", "gated_grouped", "lvvit"):
+        padded = double(make_model("ats", host))
+        packed = double(make_model("ats", host, ragged="packed"))
+        x = make_images(padded, batch=4).double()
+        assert torch.allclose(packed(x), padded(x), rtol=0, atol=1e-10)
+        ragged += len(set(padded.forward_tokens(x).tokens.counts().tolist())) > 1
+        for own, other in zip(
+            packed.forward_intermediates(x, intermediates_only=True),
+            padded.forward_intermediates(x, intermediates_only=True),
+            strict=True,
+        ):
+            assert torch.allclose(own, other, rtol=0, atol=1e-10)
+    assert ragged > 4
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_jagged_attention_agrees_with_one_call_an_image() -> None:
+    from effvit.attention import _jagged_attention, variable_length_attention
+
+    query_mask = torch.tensor([[True] * 3 + [False], [True] * 4])
+    key_mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    q, k, v = torch.randn(1, 2, 7, 8), torch.randn(1, 2, 8, 8), torch.randn(1, 2, 8, 8)
+    expected = variable_length_attention(q, k, v, query_mask, key_mask, 0.0)
+    actual = _jagged_attention(q, k, v, query_mask.sum(1), key_mask.sum(1), 0.0)
+    assert torch.allclose(actual, expected, atol=1e-6)
+
+
+def test_ats_keeps_its_slots_with_the_same_result() -> None:
+    trimmed = double(make_model("ats", "class_token"))
+    static = double(make_model("ats", "class_token", drop_tokens=False))
+    x = make_images(trimmed, batch=3).double()
+    assert torch.allclose(static(x), trimmed(x), rtol=0, atol=1e-10)
+    assert static.forward_tokens(x).x.shape[1] > trimmed.forward_tokens(x).x.shape[1]
+
+
+def test_patch_dropout_enters_the_token_map() -> None:
+    model = effvit.sparsify(make_host("class_token", patch_drop_rate=0.5), "tome", r=2).train()
+    tokens = model.forward_tokens(make_images(model)).tokens
+    assert (tokens.source == -1).sum(1).tolist() == [24, 24]
+    assert_law(tokens)
+
+
+def test_token_counts_fall_as_published_for_deit_small() -> None:
+    # EViT: measured on the official code for 196 patches; ToMe: the last step is clamped to half of what is left.
+    counts = {
+        ("evit", 0.7): [139, 99, 71],
+        ("tome", 16): [180, 164, 148, 132, 116, 100, 84, 68, 52, 36, 20, 10],
+        ("gtp", 14): [196 - 14 * (i + 1) for i in range(12)],
+    }
+    with torch.device("meta"):
+        evit = effvit.sparsify("deit_tiny_patch16_224", "evit", keep_rate=0.7).token_counts()
+        assert [evit[3], evit[6], evit[9]] == counts["evit", 0.7]
+        assert effvit.sparsify("deit_tiny_patch16_224", "tome", r=16).token_counts() == counts["tome", 16]
+        assert effvit.sparsify("deit_tiny_patch16_224", "gtp", num_prop=14).token_counts() == counts["gtp", 14]
+
+
+def test_keep_rate_can_follow_a_schedule() -> None:
+    model = make_model("evit", "class_token")
+    x = make_images(model)
+    model.set_keep_rate(1.0)
+    assert torch.equal(model(x), make_host("class_token")(x))
+    model.set_keep_rate([0.9, 0.5])
+    assert model.token_counts() == [48, 45, 24, 24]
+    model.set_keep_rate(None)
+    assert torch.equal(model(x), make_model("evit", "class_token")(x))
+
+
+def test_reduced_model_can_be_given_another_method() -> None:
+    evit = make_model("evit", "class_token")
+    tome = effvit.sparsify(evit, "tome", **SETTINGS["tome"])
+    x = make_images(evit)
+    assert torch.equal(tome(x), make_model("tome", "class_token")(x))
+    assert evit.method == "evit"
+
+
+def test_layer_decay_groups_cover_every_parameter() -> None:
+    from timm.optim import param_groups_layer_decay
+
+    for host in HOSTS:
+        model = make_model("tome", host)
+        grouped = [p for group in param_groups_layer_decay(model) for p in group["params"]]
+        assert len(grouped) == len(list(model.parameters()))
+        assert model.no_weight_decay() == make_host(host).no_weight_decay()
+
+
+def test_map_with_sizes_weights_attention_pooling_like_the_unmerged_sequence() -> None:
+    model = double(make_model("tome", "attention_pool"))
+    x = make_images(model).double()
+    features = model.forward_tokens(x)
+    assert features.tokens.size is not None
+    unmerged = model.forward_head(model.forward_features(x))
+    assert torch.allclose(model(x), unmerged, rtol=0, atol=1e-12)
+    unweighted = model.forward_head(features.x)
+    assert not torch.allclose(model(x), unweighted, rtol=0, atol=1e-4)
+    assert replace(features.tokens, key_weight=None).size is features.tokens.size
