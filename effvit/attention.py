@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import apply_rot_embed_cat, register_notrace_function
+from timm.layers import apply_rot_embed_cat
 from timm.layers.attention import Attention, AttentionRope
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
-from effvit.tokens import TokenMap, take_rows, wide_dtype
+from effvit.tokens import TokenMap, fx_leaf, take_rows, wide_dtype
 
 __all__ = ["ATTENTION_CLASSES", "AttnState", "Selection"]
 
@@ -96,8 +96,7 @@ def take_heads(x: Tensor, rows: Tensor) -> Tensor:
     return take_rows(x.transpose(1, 2), rows).transpose(1, 2)
 
 
-@torch.fx.wrap
-@register_notrace_function
+@fx_leaf
 def variable_length_attention(
     q: Tensor, k: Tensor, v: Tensor, query_mask: Tensor, key_mask: Tensor, dropout_p: float
 ) -> Tensor:

@@ -10,23 +10,46 @@ index, and it exports to ONNX with a dynamic batch. ``torch.fx`` keeps each of t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_function
 from torch import Tensor
 
-__all__ = ["TokenMap", "take_rows", "wide_dtype"]
+__all__ = ["TokenMap", "flat_rows", "fx_leaf", "take_rows", "wide_dtype"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
+def fx_leaf(function: Callable[P, R]) -> Callable[P, R]:
+    """Let ``torch.fx`` record a function as one node, so that it may branch on shapes, dtypes and values.
+
+    ``torch.fx.wrap`` does so only where the calling module's globals are patched, which misses methods that a
+    subclass in another module calls.
+    """
+
+    @wraps(function)
+    def leaf(*args: P.args, **kwargs: P.kwargs) -> R:
+        for argument in args:
+            placeholder = argument.source if isinstance(argument, TokenMap) else argument
+            if isinstance(placeholder, torch.fx.Proxy):
+                return placeholder.tracer.create_proxy("call_function", leaf, args, kwargs)  # type: ignore
+        return function(*args, **kwargs)
+
+    return leaf
+
+
+@fx_leaf
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype scores, softmax and token sizes are kept in: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-@torch.fx.wrap
-@register_notrace_function
+@fx_leaf
 def flat_rows(index: Tensor, length: int, offset: int = 0) -> Tensor:
     """Row numbers in the flattened ``(B * length, C)`` sequence of the tokens ``index + offset``.
 
@@ -46,21 +69,18 @@ def flat_rows(index: Tensor, length: int, offset: int = 0) -> Tensor:
     return rows
 
 
-@torch.fx.wrap
-@register_notrace_function
+@fx_leaf
 def take_rows(x: Tensor, rows: Tensor) -> Tensor:
     """Rows of ``x.flatten(0, 1)``: x (B, N, C), rows (B', K) -> (B', K, C)."""
     return x.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, rows.shape)
 
 
-@torch.fx.wrap
-@register_notrace_function
+@fx_leaf
 def _identity(x: Tensor, num_patches: int) -> Tensor:
     return torch.arange(num_patches, device=x.device).expand(x.shape[0], -1)  # (B, H*W)
 
 
-@torch.fx.wrap
-@register_notrace_function
+@fx_leaf
 def position_of(index: Tensor, anchor: Tensor, valid: Tensor | None = None) -> Tensor:
     """Inverse of a selection: index (B, K) -> (B, N) as anchor, the place in ``index`` or -1 where absent."""
     rank = torch.arange(index.shape[1], device=index.device).expand_as(index)
@@ -69,14 +89,12 @@ def position_of(index: Tensor, anchor: Tensor, valid: Tensor | None = None) -> T
     return torch.full_like(anchor, -1).scatter(1, index, rank)
 
 
-@torch.fx.wrap
-@register_notrace_function
+@fx_leaf
 def _pack(x: Tensor, mask: Tensor) -> Tensor:
     return x.flatten(0, 1)[mask.flatten()].unsqueeze(0)  # (1, T, C)
 
 
-@torch.fx.wrap
-@register_notrace_function
+@fx_leaf
 def _unpack(x: Tensor, mask: Tensor) -> Tensor:
     padded = x.new_zeros((mask.numel(), *x.shape[2:]))
     rows = mask.flatten().nonzero().squeeze(1)

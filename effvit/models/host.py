@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from timm.layers import PatchDropout, PatchDropoutWithIndices, register_notrace_function
+from timm.layers import PatchDropout, PatchDropoutWithIndices
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from timm.models.deit import VisionTransformerDistilled
@@ -108,6 +108,11 @@ class ReducedHost(nn.Module):
         check_images(x, self)
         grid = self._grid(x)
         if getattr(self, "dynamic_img_size", False):
+            if isinstance(x, torch.fx.Proxy):
+                raise TypeError(
+                    "token counts of a model with dynamic_img_size=True are known only at run time, so torch.fx "
+                    "cannot trace it; create it with dynamic_img_size=False, or use torch.export"
+                )
             check_counts(self, grid)
         x, rope = self._embed(x)
         tokens = TokenMap.full(x, grid, self.num_prefix_tokens, self.num_class_tokens)
@@ -349,6 +354,8 @@ def _unpacked(x: Tensor, tokens: TokenMap) -> tuple[Tensor, TokenMap]:
 
 
 def _refuse_mask(model: ReducedHost, attn_mask: Tensor | None, is_causal: bool) -> None:
+    if isinstance(attn_mask, torch.fx.Proxy):  # symbolic tracing passes a placeholder for every argument
+        return
     if attn_mask is not None or is_causal:
         raise ValueError(
             f"a model reduced by {model.method} takes no attn_mask or is_causal: both are defined on the full "
@@ -356,9 +363,8 @@ def _refuse_mask(model: ReducedHost, attn_mask: Tensor | None, is_causal: bool) 
         )
 
 
-@register_notrace_function
 def check_images(x: Tensor, model: ReducedHost) -> None:
-    """Raise a named error unless x is a batch of images this model takes."""
+    """Raise a named error unless x is a batch of images this model takes; a placeholder passes."""
     if isinstance(x, torch.fx.Proxy):
         return
     patch_embed = model.patch_embed

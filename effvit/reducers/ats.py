@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_function
 from torch import Tensor
 
 from effvit.attention import AttnState, Selection, unpack_heads
 from effvit.reducers.base import Reducer, check_finite
 from effvit.schedule import check_blocks, check_count, check_fraction, per_block
-from effvit.tokens import TokenMap, flat_rows
+from effvit.tokens import TokenMap, flat_rows, fx_leaf
 
 if TYPE_CHECKING:
     from effvit.block import _TokenBlock
@@ -49,7 +48,7 @@ def significance(state: AttnState, value_norm: str = "concat") -> Tensor:
         score = (attention * squares.sqrt()).sum(1)
     if keys.valid is not None:
         score = score * keys.valid
-    return score / score.sum(1, keepdim=True).clamp(min=torch.finfo(score.dtype).tiny)
+    return F.normalize(score, p=1.0, dim=1)
 
 
 class Sample(NamedTuple):
@@ -64,6 +63,7 @@ class Sample(NamedTuple):
     picked: Tensor
 
 
+@fx_leaf
 def inverse_transform_sample(
     scores: Tensor, num_points: int, valid: Tensor | None = None, grid: str = "official", compat: bool = False
 ) -> Sample:
@@ -111,8 +111,7 @@ def inverse_transform_sample(
     return Sample(order, reached & real)
 
 
-@torch.fx.wrap
-@register_notrace_function
+@fx_leaf
 def gather_sample(sample: Sample, width: int, trim: bool, keep_mask: bool) -> tuple[Tensor, Tensor | None]:
     """The sampled tokens of each image in front, in ascending order of score.
 
@@ -260,8 +259,7 @@ class ATS(Reducer):
         return Selection(packed_rows(tokens, index, left), left)
 
 
-@torch.fx.wrap
-@register_notrace_function
+@fx_leaf
 def packed_rows(tokens: TokenMap, index: Tensor, left: TokenMap) -> Tensor:
     """Rows (1, T) of the input sequence, padded or packed, that hold the tokens ``index`` of all images."""
     mask = tokens.sequence_mask()

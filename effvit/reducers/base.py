@@ -6,11 +6,10 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
 from effvit.attention import AttnState
-from effvit.tokens import TokenMap
+from effvit.tokens import TokenMap, fx_leaf
 
 if TYPE_CHECKING:
     from effvit.block import _TokenBlock
@@ -18,8 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["Reducer", "check_finite"]
 
 
-@torch.fx.wrap
-@register_notrace_function
+@fx_leaf
 def check_finite(scores: Tensor, origin: str, x: Tensor) -> Tensor:
     """``scores``, or an error that says where NaN came from; a top-k of NaN would be an arbitrary choice.
 

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_function
 from torch import Tensor
 
 from effvit.attention import AttnState
 from effvit.reducers.base import Reducer, check_finite
 from effvit.schedule import check_blocks, check_count, check_fraction, per_block
-from effvit.tokens import TokenMap, flat_rows, take_rows, wide_dtype
+from effvit.tokens import TokenMap, flat_rows, fx_leaf, take_rows, wide_dtype
 
 if TYPE_CHECKING:
     from effvit.block import _TokenBlock
@@ -94,8 +93,7 @@ def spatial_edges(like: Tensor, grid: tuple[int, int]) -> Tensor:
     return apart <= 1
 
 
-@torch.fx.wrap
-@register_notrace_function
+@fx_leaf
 def propagation_graph(
     x: Tensor, grid: tuple[int, int], num_prefix: int, graph_type: str, num_neighbours: int
 ) -> Tensor:
@@ -278,8 +276,7 @@ class GTP(Reducer):
         return x, left
 
 
-@torch.fx.wrap
-@register_notrace_function
+@fx_leaf
 def kept_shares(graph: Tensor, anchor: Tensor, index: Tensor, removed: Tensor) -> Tensor:
     """The part of the graph (B, M, M) that leads from the removed to the kept tokens: (B, removed, kept)."""
     rows = take_rows(graph, flat_rows(anchor.gather(1, removed), graph.shape[1]))  # (B, removed, M)
