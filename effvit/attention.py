@@ -62,24 +62,29 @@ class AttnState(NamedTuple):
 
         These are rows of the softmax map, computed from num_class queries: O(N) memory beside the fused kernel.
         """
+        num_class = self.keys.num_class
         if self.weights is not None:
-            return self.weights[:, :, : self.keys.num_class]
-        q, k = self.q, self.k
+            return self.weights[:, :, :num_class]
         if self.keys.packed:
-            q, k = unpack_heads(q, self.keys), unpack_heads(k, self.keys)
-        logits = (q[:, :, : self.keys.num_class] * self.scale) @ k.transpose(-2, -1)
+            q, k = class_queries(self.q, self.keys), unpack_heads(self.k, self.keys)
+        else:
+            q, k = self.q[:, :, :num_class], self.k
+        logits = (q * self.scale) @ k.transpose(-2, -1)
         bias = self.keys.key_bias(logits.dtype)
         if bias is not None:
             logits = logits + bias
         return logits.softmax(dim=-1, dtype=wide_dtype(logits.dtype))
 
     def softmax_map(self) -> Tensor:
-        """The whole softmax map (B, heads, P+N, P+N), in the dtype of q (fp32 under autocast)."""
-        logits = (self.q * self.scale) @ self.k.transpose(-2, -1)
-        bias = self.keys.key_bias(logits.dtype)
+        """The whole softmax map (B, heads, P+N, P+N), in the dtype of q (fp32 under autocast).
+
+        A key bias rides in one more feature, 1 for the queries, so the map is not passed over again to add it.
+        """
+        q, k, bias = self.q * self.scale, self.k, self.keys.key_bias(self.q.dtype)
         if bias is not None:
-            logits = logits + bias
-        return logits.softmax(dim=-1)
+            q = F.pad(q, (0, 1), value=1)
+            k = torch.cat([k, bias.transpose(-2, -1).expand(-1, k.shape[1], -1, -1)], dim=-1)
+        return (q @ k.transpose(-2, -1)).softmax(dim=-1)
 
 
 Pick = Callable[[AttnState], Selection]
@@ -89,6 +94,14 @@ EditMap = Callable[[Tensor], Tensor]
 def unpack_heads(x: Tensor, tokens: TokenMap) -> Tensor:
     """Packed (1, heads, T, D) -> padded (B, heads, P+N, D)."""
     return tokens.unpack(x.transpose(1, 2)).transpose(1, 2)
+
+
+@fx_leaf
+def class_queries(q: Tensor, tokens: TokenMap) -> Tensor:
+    """Queries (B, heads, num_class, D) of the class-like tokens in packed queries (1, heads, T, D)."""
+    lengths = tokens.sequence_mask().sum(1)
+    first = (lengths.cumsum(0) - lengths).unsqueeze(1) + torch.arange(tokens.num_class, device=q.device)
+    return take_rows(q.transpose(1, 2), first).transpose(1, 2)
 
 
 def take_heads(x: Tensor, rows: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from effvit.attention import AttnState, Selection, unpack_heads
+from effvit.attention import AttnState, Selection
 from effvit.reducers.base import Reducer, check_finite
 from effvit.schedule import check_blocks, check_count, check_fraction, per_block
 from effvit.tokens import TokenMap, flat_rows, fx_leaf
@@ -40,12 +40,14 @@ def significance(state: AttnState, value_norm: str = "concat") -> Tensor:
     """
     keys = state.keys
     attention = state.class_rows().mean(2)[..., keys.num_prefix :]  # (B, heads, N)
-    values = unpack_heads(state.v, keys) if keys.packed else state.v
-    squares = values[:, :, keys.num_prefix :].to(attention.dtype).square().sum(-1)  # (B, heads, N)
+    over = (1, 3) if value_norm == "concat" else (3,)
+    norm = torch.linalg.vector_norm(state.v, dim=over, dtype=attention.dtype)  # (B, P+N), or (B, heads, P+N)
     if value_norm == "concat":
-        score = attention.sum(1) * squares.sum(1).sqrt()
+        norm = keys.unpack(norm) if keys.packed else norm
+        score = attention.sum(1) * norm[:, keys.num_prefix :]
     else:
-        score = (attention * squares.sqrt()).sum(1)
+        norm = keys.unpack(norm.transpose(1, 2)).transpose(1, 2) if keys.packed else norm
+        score = (attention * norm[..., keys.num_prefix :]).sum(1)
     if keys.valid is not None:
         score = score * keys.valid
     return F.normalize(score, p=1.0, dim=1)

@@ -162,7 +162,7 @@ class ToMe(Reducer):
             return x, tokens
         with torch.no_grad():
             metric = state.k.mean(dim=1)[:, tokens.num_prefix :]  # (B, N, D)
-            check_finite(metric, self.origin("keys"), x)
+            check_finite(metric.sum(-1), self.origin("keys"), x)
             matching = bipartite_soft_matching(metric, r, tokens.num_prefix)
             target = matching_target(matching, tokens.anchor)
             size = tokens.size

@@ -1,0 +1,458 @@
+"""The ``effvit`` command: list, profile, visualize and demo."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import platform
+import re
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from PIL import Image
+from rich.columns import Columns
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor, nn
+
+import effvit
+from effvit.demo import VARIANTS, photographs, plot_costs
+from effvit.models.host import ReducedHost
+from effvit.profiler import Cost, cost_of, profile_models
+from effvit.reducers import METHODS
+from effvit.visualize import data_config, load_images, token_figure
+
+__all__ = ["main"]
+
+RANDOM_WEIGHTS = "random weights: token choices are not meaningful"
+PIPE_WIDTH = 140  # columns where the output is not a terminal
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status, 2 after an error the caller can mend."""
+    arguments = parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"effvit: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of all commands; ``run`` of the parsed ones is the function to call."""
+    root = argparse.ArgumentParser("effvit", description="Token-sparsifying vision transformers on timm.")
+    root.add_argument("--version", action="version", version=f"effvit {effvit.__version__}")
+    commands = root.add_subparsers(required=True, metavar="COMMAND")
+
+    weights = argparse.ArgumentParser(add_help=False)
+    source = weights.add_mutually_exclusive_group()
+    source.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights of the dense host")
+    source.add_argument("--pretrained", action="store_true", help="timm's weights (asks the network)")
+    settings = argparse.ArgumentParser(add_help=False)
+    settings.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="settings",
+        metavar="KEY=VALUE",
+        help="a setting for every method that has it, in JSON; given again: a variant for each value",
+    )
+
+    command = commands.add_parser("list", help="methods with their settings, and the zoo's model names")
+    command.add_argument("pattern", nargs="?", default="*", help="shell-style pattern, e.g. 'evit*'")
+    command.set_defaults(run=run_list)
+
+    command = commands.add_parser(
+        "profile",
+        parents=[weights, settings],
+        help="parameters, multiply-adds and speed",
+        description="Compare each MODEL with its variants by --method; without one, all with the first.",
+    )
+    command.add_argument("models", nargs="+", metavar="MODEL", help="any name of timm or of the zoo")
+    command.add_argument(
+        "--method", nargs="+", default=[], metavar="NAME", help="methods to reduce each MODEL with"
+    )
+    command.add_argument(
+        "--keep-rate", nargs="+", type=float, default=[], metavar="RATE", help="one variant for each"
+    )
+    command.add_argument("--img-size", nargs="+", type=int, metavar="SIZE", help="side, or height and width")
+    command.add_argument("--batch-size", type=int, default=8)
+    command.add_argument("--rounds", type=int, default=10)
+    command.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    command.add_argument("--device", default="cpu")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there too")
+    command.set_defaults(run=run_profile)
+
+    command = commands.add_parser(
+        "visualize", parents=[weights, settings], help="pictures of the tokens that photographs leave"
+    )
+    command.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    command.add_argument("--model", required=True, metavar="NAME", help="the dense host")
+    command.add_argument("--method", nargs="+", required=True, metavar="NAME")
+    command.add_argument("--out", required=True, type=Path, metavar="DIR")
+    command.set_defaults(run=run_visualize)
+
+    command = commands.add_parser(
+        "demo", parents=[weights], help="all methods on photographs that are installed already, offline"
+    )
+    command.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR")
+    command.add_argument("--model", default="deit_small_patch16_224", metavar="NAME")
+    command.set_defaults(run=run_demo)
+    return root
+
+
+# -- commands --------------------------------------------------------------------------------------------
+
+
+def run_list(arguments: argparse.Namespace) -> None:
+    """Print the methods and zoo names that match the pattern."""
+    methods = effvit.list_methods(arguments.pattern)
+    names = effvit.list_models(arguments.pattern)
+    if not methods and not names:
+        raise ValueError(f"no method and no model matches {arguments.pattern!r}")
+    console = output()
+    if methods:
+        table = Table(
+            "method", "what it does", "settings and defaults", title="Methods", title_justify="left"
+        )
+        for method in methods:
+            defaults = effvit.method_settings(method)
+            settings = "\n".join(f"{name}={value!r}" for name, value in defaults.items())
+            table.add_row(method, METHODS[method].summary, settings, end_section=True)
+        console.print(table)
+    if names:
+        console.print(f"Models for timm.create_model ({len(names)})")
+        console.print(Columns(names))
+
+
+def run_profile(arguments: argparse.Namespace) -> None:
+    """Print what models and their reduced variants cost."""
+    assignments = [parse_setting(text) for text in arguments.settings]
+    assignments += [("keep_rate", rate) for rate in arguments.keep_rate]
+    if assignments and not arguments.method:
+        raise ValueError("settings belong to a method: name one with --method")
+    variants = list_variants(arguments.method, assignments)
+    check_device(arguments.device)
+    hosts = {name: create(name, arguments) for name in arguments.models}
+    groups = [hosts]
+    if variants:
+        groups = [{name: host, **reduced(host, variants)} for name, host in hosts.items()]
+    records = []
+    for models in groups:
+        conditions = {
+            "batch_size": arguments.batch_size,
+            "rounds": arguments.rounds,
+            "warmup": 2,
+            "threads": arguments.threads or torch.get_num_threads(),
+            "device": arguments.device,
+        }
+        costs = measure(models, shared_input_size(models), conditions)
+        print_costs(output(), costs, f"{describe(conditions)}, noise of {size_text(models)}")
+        records.append(
+            record(costs, conditions | {"input_size": shared_input_size(models), "images": "noise"})
+        )
+    if arguments.json is not None:
+        write_json(arguments.json, records)
+
+
+def run_visualize(arguments: argparse.Namespace) -> None:
+    """Write a picture for every image, method and setting."""
+    assignments = [parse_setting(text) for text in arguments.settings]
+    variants = list_variants(arguments.method, assignments)
+    stems = [path.stem for path in arguments.images]
+    if len(set(stems)) < len(stems):
+        raise ValueError(
+            f"pictures are named after the images, which must differ in name: {', '.join(stems)}"
+        )
+    images = {path.stem: open_image(path) for path in arguments.images}
+    models = reduced(create(arguments.model, arguments), variants)
+    console = output()
+    if has_random_weights(arguments):
+        console.print(RANDOM_WEIGHTS, style="yellow")
+    for path in draw_figures(models, images, arguments):
+        console.print(str(path))
+
+
+def run_demo(arguments: argparse.Namespace) -> None:
+    """Compare all methods on the installed photographs: table, plot and pictures."""
+    start = time.perf_counter()
+    console = output()
+    photos = photographs()
+    host = create(arguments.model, arguments)
+    variants = reduced(host, VARIANTS)
+    models = {arguments.model: host, **variants}
+    images = load_images(host, list(photos.values()))
+    is_random = has_random_weights(arguments)
+    if is_random:
+        console.print(
+            f"{arguments.model} has {RANDOM_WEIGHTS}; --checkpoint or --pretrained loads some", style="yellow"
+        )
+
+    conditions = {
+        "batch_size": len(photos),
+        "rounds": 5,  # with these the demo takes about a minute on two cores
+        "warmup": 1,
+        "threads": torch.get_num_threads(),
+        "device": "cpu",
+    }
+    costs = measure(models, shared_input_size(models), conditions, images)
+    print_costs(console, costs, f"{describe(conditions)}, the photographs {', '.join(photos)}")
+
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    title = f"{arguments.model}: {describe(conditions)}"
+    plot = arguments.out / "pareto.png"
+    plot_costs(costs, f"{title}\n{RANDOM_WEIGHTS}" if is_random else title, plot)
+    numbers = arguments.out / "costs.json"
+    facts = {"input_size": shared_input_size(models), "images": list(photos), "has_random_weights": is_random}
+    write_json(numbers, [record(costs, conditions | facts)])
+    strongest = {model.method: (name, model) for name, model in variants.items()}  # a method's last variant
+    pictures = draw_figures(dict(strongest.values()), photos, arguments)
+    console.print(f"\nWritten in {time.perf_counter() - start:.0f} s:")
+    for path in (plot, numbers, *pictures):
+        console.print(f"  {path}")
+
+
+# -- models and settings ---------------------------------------------------------------------------------
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """("key", value) of "key=value" with the value in JSON."""
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise ValueError(f"--set takes KEY=VALUE, e.g. r=8, got {text!r}")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"--set {text}: {value!r} is not JSON ({error.msg}); write numbers as r=8, lists as "
+            f"reduce_at=[3,6,9], true, false, null, and text in double quotes: '{key}=\"...\"'"
+        ) from error
+
+
+def list_variants(
+    methods: Sequence[str], assignments: Sequence[tuple[str, Any]]
+) -> list[tuple[str, dict[str, Any]]]:
+    """(method, settings) for every method and combination of values of the settings it has.
+
+    Raises:
+        ValueError: An unknown method, or a setting that none of them has.
+    """
+    values: dict[str, list[Any]] = {}
+    for key, value in assignments:
+        values.setdefault(key, []).append(value)
+    taken = {method: [key for key in values if key in effvit.method_settings(method)] for method in methods}
+    for key in values:
+        if not any(key in keys for keys in taken.values()):
+            known = "; ".join(
+                f"{method} takes {', '.join(effvit.method_settings(method))}" for method in methods
+            )
+            raise ValueError(f"no method named here has a setting {key!r}: {known}")
+    return [
+        (method, dict(zip(keys, combination, strict=True)))
+        for method, keys in taken.items()
+        for combination in product(*(values[key] for key in keys))
+    ]
+
+
+def reduced(host: nn.Module, variants: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, ReducedHost]:
+    """Name -> the host with that method and those settings."""
+    models = {}
+    for method, settings in variants:
+        name = " ".join([method, *(f"{key}={value}" for key, value in settings.items())])
+        models[name] = effvit.sparsify(host, method, **settings)
+    return models
+
+
+def create(name: str, arguments: argparse.Namespace) -> nn.Module:
+    """The named model in eval mode, with the weights and image size asked for, else seeded random weights."""
+    architecture = name.split(".")[0]
+    if not timm.is_model(architecture):
+        nearest = difflib.get_close_matches(architecture, timm.list_models(), n=3)
+        hint = (
+            f"did you mean {' or '.join(nearest)}?" if nearest else "see effvit list and timm.list_models()"
+        )
+        raise ValueError(f"unknown model {name!r}; {hint}")
+    options: dict[str, Any] = {}
+    img_size = getattr(arguments, "img_size", None)
+    if img_size is not None:
+        if len(img_size) > 2:
+            raise ValueError(f"--img-size takes one side, or height and width, got {img_size}")
+        options["img_size"] = img_size[0] if len(img_size) == 1 else tuple(img_size)
+    torch.manual_seed(0)
+    try:
+        model = timm.create_model(name, pretrained=arguments.pretrained, **options)
+    except Exception as error:  # downloads fail with the exceptions of several libraries
+        if not arguments.pretrained and not isinstance(error, RuntimeError):
+            raise
+        raise ValueError(f"cannot create {name}: {error}") from error
+    if arguments.checkpoint is not None:
+        effvit.load_checkpoint(model, arguments.checkpoint)
+    return model.eval()
+
+
+def has_random_weights(arguments: argparse.Namespace) -> bool:
+    """True if the command was given no weights to load."""
+    return arguments.checkpoint is None and not arguments.pretrained
+
+
+def check_device(name: str) -> None:
+    """Raise a ValueError unless torch knows a device of that name."""
+    try:
+        torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {name!r}; use e.g. cpu, cuda or cuda:1") from error
+
+
+def shared_input_size(models: Mapping[str, nn.Module]) -> tuple[int, int, int]:
+    """The input size of all the models.
+
+    Raises:
+        ValueError: They differ.
+    """
+    sizes = {name: tuple(data_config(model)["input_size"]) for name, model in models.items()}
+    if len(set(sizes.values())) > 1:
+        text = ", ".join(f"{name} {' x '.join(map(str, size))}" for name, size in sizes.items())
+        raise ValueError(f"one batch cannot serve several input sizes ({text}); give --img-size")
+    channels, height, width = next(iter(sizes.values()))
+    return channels, height, width
+
+
+# -- measuring and showing -------------------------------------------------------------------------------
+
+
+def output() -> Console:
+    """The console for results: as wide as the terminal, or PIPE_WIDTH."""
+    return Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+
+
+def progress() -> Progress:
+    """Progress bars on stderr, so that stdout holds only results."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+
+
+def measure(
+    models: Mapping[str, nn.Module],
+    input_size: tuple[int, int, int],
+    conditions: Mapping[str, Any],
+    images: Tensor | None = None,
+) -> dict[str, Cost]:
+    """Name -> Cost of the models, with progress bars; conditions as ``profile_models`` takes them."""
+    costs = {}
+    with progress() as bars:
+        speed = bars.add_task(
+            "measuring speed", total=len(models) * (conditions["warmup"] + conditions["rounds"])
+        )
+        count = bars.add_task("counting multiply-adds", total=len(models))
+        measurements = profile_models(
+            models,
+            input_size,
+            **conditions,
+            images=images,
+            on_run=lambda name: bars.advance(speed),
+        )
+        for (name, model), measurement in zip(models.items(), measurements, strict=True):
+            costs[name] = cost_of(model, input_size, measurement, images)
+            bars.advance(count)
+    return costs
+
+
+def describe(conditions: Mapping[str, Any]) -> str:
+    """What a measurement holds for, in words."""
+    return (
+        f"batch {conditions['batch_size']}, float32, {conditions['device']}, "
+        f"{conditions['threads']} threads, {conditions['rounds']} interleaved rounds"
+    )
+
+
+def size_text(models: Mapping[str, nn.Module]) -> str:
+    """The models' input size as height x width."""
+    _, height, width = shared_input_size(models)
+    return f"{height} x {width}"
+
+
+def print_costs(console: Console, costs: Mapping[str, Cost], caption: str) -> None:
+    """Print the costs as a table; the first row is what the speed-ups refer to."""
+    dense = next(iter(costs))
+    table = Table(caption=caption, caption_justify="left")
+    table.add_column("model", no_wrap=True)
+    for heading in ("params (M)", "GMACs", "images/s", "speed-up", "95 % interval", "tokens left"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, cost in costs.items():
+        speed = cost.measurement
+        table.add_row(
+            name,
+            f"{cost.parameters / 1e6:.2f}",
+            f"{cost.macs / 1e9:.3f}",
+            f"{speed.images_per_second:.1f}",
+            f"{speed.speedup:.2f}",
+            "-" if name == dense else f"{speed.interval[0]:.2f} to {speed.interval[1]:.2f}",
+            "-" if cost.tokens is None else f"{cost.tokens:.4g}",
+            end_section=name == dense,
+        )
+    console.print(table)
+    for name, cost in costs.items():
+        if cost.uncounted:
+            calls = ", ".join(f"{number} calls of {operator}" for operator, number in cost.uncounted.items())
+            console.print(f"{name}: not in its GMACs are {calls}", style="yellow")
+
+
+def record(costs: Mapping[str, Cost], conditions: Mapping[str, Any]) -> dict[str, Any]:
+    """The costs and what they hold for, JSON-plain."""
+    return {
+        "versions": {"effvit": effvit.__version__, "torch": torch.__version__, "timm": timm.__version__},
+        "machine": platform.platform(),
+        "dtype": "float32",
+        **conditions,
+        "models": {name: asdict(cost) for name, cost in costs.items()},
+    }
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write the value, making the folder if there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def open_image(path: Path) -> Image.Image:
+    """The image file in RGB."""
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def draw_figures(
+    models: Mapping[str, ReducedHost], images: Mapping[str, Image.Image], arguments: argparse.Namespace
+) -> list[Path]:
+    """Write a token figure for every image and model, named after both; returns the paths."""
+    note = f" ({RANDOM_WEIGHTS})" if has_random_weights(arguments) else ""
+    paths = []
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    with progress() as bars:
+        task = bars.add_task("drawing tokens", total=len(images) * len(models))
+        for name, model in models.items():
+            for stem, image in images.items():
+                path = arguments.out / f"{stem}-{re.sub(r'[^A-Za-z0-9._]+', '-', name)}.png"
+                token_figure(model, image, title=f"{name} in {arguments.model}{note}").save(path)
+                paths.append(path)
+                bars.advance(task)
+    return paths
+
+
+if __name__ == "__main__":
+    sys.exit(main())

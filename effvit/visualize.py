@@ -1,0 +1,241 @@
+"""Pictures of the tokens: which patches a model keeps, merges, fuses and drops, stage by stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from timm.data import create_transform, resolve_model_data_config
+from torch import Tensor, nn
+
+from effvit.flops import eval_twin
+from effvit.models.host import ReducedHost, method_settings
+from effvit.tokens import TokenMap
+
+__all__ = ["data_config", "draw_tokens", "load_images", "settings_text", "token_figure"]
+
+DROPPED, ALONE, MERGED, FUSED = range(4)
+STATE_NAMES = {
+    ALONE: "kept",
+    MERGED: "merged: mean colour of the group",
+    FUSED: "fused into one token",
+    DROPPED: "dropped",
+}
+# Colour, and its share in a mixture with the grey image.
+TINTS = {DROPPED: ((34, 36, 42), 0.72), FUSED: ((96, 84, 152), 0.62)}
+BORDER = (255, 255, 255)
+
+PANEL = 300  # longest side of a panel, pixels
+GAP = 14
+TEXT = (33, 37, 41)
+FAINT_TEXT = (108, 117, 125)
+TITLE_SIZE, CAPTION_SIZE = 17, 14
+
+
+def data_config(model: nn.Module) -> dict[str, Any]:
+    """timm's data configuration of the model (mean, std, crop ...) with the input size the model has now."""
+    config = resolve_model_data_config(model)
+    img_size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if img_size is not None:
+        config["input_size"] = (config["input_size"][0], *img_size)
+    return config
+
+
+def load_images(model: nn.Module, images: Sequence[Image.Image]) -> Tensor:
+    """Images as the model takes them: resized, cropped and normalised, (B, 3, H, W)."""
+    transform = create_transform(**data_config(model), is_training=False)
+    return torch.stack([transform(image.convert("RGB")) for image in images])
+
+
+def seen_by(model: nn.Module, x: Tensor) -> Image.Image:
+    """The picture the model sees: a normalised image x (3, H, W) back in colours."""
+    config = data_config(model)
+    mean, std = (torch.tensor(config[name])[:, None, None] for name in ("mean", "std"))
+    pixels = ((x.float() * std + mean).clamp(0, 1) * 255).round().byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+
+def patch_states(labels: np.ndarray, fused: np.ndarray | None) -> np.ndarray:
+    """What became of each patch: DROPPED, ALONE, MERGED or FUSED.
+
+    Args:
+        labels: (H, W) token of each patch, -1 where dropped.
+        fused: (N,) True for tokens that sum up patches without standing for them; None: there are none.
+    """
+    carried = labels >= 0
+    members = np.bincount(labels[carried], minlength=1)
+    states = np.full(labels.shape, DROPPED)
+    states[carried] = np.where(members[labels[carried]] > 1, MERGED, ALONE)
+    if fused is not None:
+        states[carried & fused[labels]] = FUSED
+    return states
+
+
+def patch_numbers(length: int, patches: int) -> np.ndarray:
+    """(length,) the patch each pixel of a side lies in."""
+    return np.arange(length) * patches // length
+
+
+def draw_tokens(image: Image.Image, tokens: TokenMap | Tensor) -> Image.Image:
+    """The image with its patches as the tokens have them; same size.
+
+    Patches with a token of their own are left as they are; those that share one have its mean colour, with a
+    border around each group; members of a fused token get a violet tint, dropped patches are darkened.
+
+    Args:
+        image: The picture the model sees, of any size.
+        tokens: The TokenMap of this one image, or labels (H, W) as ``TokenMap.labels`` has them.
+
+    Raises:
+        ValueError: A TokenMap of several images, or labels that are not (H, W).
+    """
+    if isinstance(tokens, TokenMap):
+        if len(tokens.source) != 1:
+            raise ValueError(
+                f"draw_tokens draws one image, but the TokenMap is of {len(tokens.source)}; "
+                "run the model on one image, or give tokens.labels()[i]"
+            )
+        return paint(image, *token_arrays(tokens))
+    if tokens.ndim != 2:
+        raise ValueError(f"labels must be (H, W), got a tensor of shape {tuple(tokens.shape)}")
+    return paint(image, tokens.cpu().numpy())
+
+
+def token_arrays(tokens: TokenMap) -> tuple[np.ndarray, np.ndarray | None]:
+    """Labels (H, W) of the first image, and which of its tokens are fused (N,), None if none can be."""
+    fused = None if tokens.fused is None else tokens.fused[0].cpu().numpy()
+    return tokens.labels()[0].cpu().numpy(), fused
+
+
+def paint(image: Image.Image, labels: np.ndarray, fused: np.ndarray | None = None) -> Image.Image:
+    """``draw_tokens`` for labels (H, W) and marks (N,) of fused tokens."""
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
+    rows, columns = (patch_numbers(n, k) for n, k in zip(pixels.shape[:2], labels.shape, strict=True))
+    group = labels[rows[:, None], columns]  # (height, width)
+    state = patch_states(labels, fused)[rows[:, None], columns]
+    grey = pixels.mean(-1, keepdims=True)
+    drawn = pixels.copy()
+    for kind, (tint, share) in TINTS.items():
+        drawn = np.where((state == kind)[..., None], (1 - share) * grey + share * np.array(tint), drawn)
+    merged = state == MERGED
+    drawn[merged] = mean_colours(pixels[merged], group[merged])
+    drawn[borders(group, merged)] = BORDER
+    return Image.fromarray(drawn.round().astype(np.uint8))
+
+
+def mean_colours(pixels: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """For each of the pixels (K, 3) the mean colour of its group (K,): (K, 3)."""
+    count = np.bincount(group, minlength=1)
+    sums = np.stack([np.bincount(group, weights=channel, minlength=1) for channel in pixels.T], axis=-1)
+    return (sums / np.maximum(count, 1)[:, None])[group]
+
+
+def borders(group: np.ndarray, merged: np.ndarray) -> np.ndarray:
+    """(height, width) True for pixels of a merged group whose neighbour belongs to another token."""
+    edge = np.zeros_like(merged)
+    for along in (lambda a: a, np.transpose):
+        g, parted = along(group), along(edge)  # views, so that edge itself is written
+        differs = g[1:] != g[:-1]
+        parted[1:] |= differs
+        parted[:-1] |= differs
+    return edge & merged
+
+
+@cache
+def font(size: int) -> ImageFont.FreeTypeFont:
+    """The font matplotlib brings along, so that pictures look the same everywhere."""
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
+
+
+def spread(blocks: Sequence[int], number: int) -> list[int]:
+    """At most ``number`` of the blocks, evenly spread, the last always among them."""
+    number = min(number, len(blocks))
+    return [blocks[(i + 1) * len(blocks) // number - 1] for i in range(number)]
+
+
+def settings_text(model: ReducedHost) -> str:
+    """The method and those of its settings that are not the defaults, e.g. "evit keep_rate=0.5"."""
+    defaults = method_settings(model.method)
+    changed = {name: value for name, value in model.settings.items() if value != listed(defaults[name])}
+    return " ".join([model.method, *(f"{name}={value}" for name, value in changed.items())])
+
+
+def listed(value: Any) -> Any:
+    """The value with tuples turned to lists, as ``ReducedHost.settings`` holds it."""
+    return [listed(v) for v in value] if isinstance(value, (tuple, list)) else value
+
+
+@torch.no_grad()
+def token_figure(
+    model: ReducedHost, image: Image.Image, *, title: str | None = None, num_stages: int = 5
+) -> Image.Image:
+    """The image as the model sees it and, for its reducing blocks, what became of the patches.
+
+    Args:
+        model: A model made by ``effvit.sparsify``; it is run in eval mode and left as it is.
+        image: A photograph of any size.
+        title: Text at the top; None means the method and its settings.
+        num_stages: Most stages shown; of more, evenly spread ones and the last.
+
+    Raises:
+        TypeError: A model whose tokens cannot be traced.
+    """
+    if not isinstance(model, ReducedHost):
+        raise TypeError(f"token_figure needs a model made by effvit.sparsify, got a {type(model).__name__}")
+    x = load_images(model, [image])
+    like = next(model.parameters())
+    trace = eval_twin(model).trace_tokens(x.to(like.device, like.dtype))
+    view = seen_by(model, x[0])
+    grid = trace[0].tokens.grid
+    cell = max(1, round(PANEL / max(grid)))  # pixels of a patch
+    view = view.resize((grid[1] * cell, grid[0] * cell), Image.Resampling.BICUBIC)
+
+    blocks = list(model.reducers)
+    panels = [("input", f"{trace[0].tokens.num_patches} patches", view)]
+    shown: set[int] = set()
+    for block in spread(blocks, num_stages) if blocks else []:
+        tokens = trace[block].tokens
+        panels.append((f"block {block}", f"{int(tokens.counts())} tokens", draw_tokens(view, tokens)))
+        shown |= set(patch_states(*token_arrays(tokens)).flatten().tolist())
+    return compose(panels, settings_text(model) if title is None else title, shown)
+
+
+def compose(panels: Sequence[tuple[str, str, Image.Image]], title: str, states: set[int]) -> Image.Image:
+    """Panels (name, count, picture) side by side under the title, over a legend of the states."""
+    side, height = panels[0][2].size
+    heading, caption = font(TITLE_SIZE), font(CAPTION_SIZE)
+    line = CAPTION_SIZE + 8
+    top = GAP + TITLE_SIZE + GAP
+    legend = top + height + line + GAP
+    keys = [state for state in STATE_NAMES if state in states]
+    key_widths = [int(caption.getlength(STATE_NAMES[key])) + CAPTION_SIZE + 34 for key in keys]
+    width = GAP + max(len(panels) * (side + GAP), int(heading.getlength(title)) + GAP, sum(key_widths, GAP))
+    figure = Image.new("RGB", (width, legend + (line + GAP if keys else 0)), "white")
+    draw = ImageDraw.Draw(figure)
+    draw.text((GAP, GAP), title, TEXT, heading)
+    for i, (name, count, picture) in enumerate(panels):
+        left = GAP + i * (side + GAP)
+        figure.paste(picture, (left, top))
+        draw.text((left, top + height + 5), name, TEXT, caption)
+        draw.text((left + side, top + height + 5), count, FAINT_TEXT, caption, anchor="ra")
+    left = GAP
+    for key, key_width in zip(keys, key_widths, strict=True):
+        figure.paste(swatch(key), (left, legend))
+        draw.text((left + CAPTION_SIZE + 8, legend), STATE_NAMES[key], TEXT, caption)
+        left += key_width
+    return figure
+
+
+def swatch(state: int) -> Image.Image:
+    """A small sample of how patches of that state are drawn."""
+    side = CAPTION_SIZE + 2
+    shade = np.linspace(0.55, 1, side)[:, None, None] * np.linspace(0.8, 1, side)[:, None]
+    sample = Image.fromarray((shade * (120, 190, 150)).round().astype(np.uint8))
+    labels = {DROPPED: [[-1]], ALONE: [[0]], MERGED: [[0, 1], [0, 1]], FUSED: [[0]]}[state]
+    return paint(sample, np.array(labels), np.array([True]) if state == FUSED else None)

@@ -1,0 +1,648 @@
+"""What cannot be computed correctly is refused, in words that name the rule, the value and the remedy."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.models.eva import Eva
+from timm.models.vision_transformer import (
+    DiffAttention,
+    ParallelScalingBlock,
+    ParallelThingsBlock,
+    ResPostBlock,
+    VisionTransformer,
+)
+from torch import nn
+
+import effvit
+from effvit.models.host import ReducedHost
+from effvit.reducers.gtp import CLASS_SCORES
+
+SIZE: dict[str, Any] = {
+    "img_size": 32,
+    "patch_size": 8,
+    "embed_dim": 24,
+    "depth": 3,
+    "num_heads": 2,
+    "num_classes": 5,
+}
+# Settings that fit a grid of 4 x 4 patches and 3 blocks.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "evit": {"reduce_at": (1,)},
+    "tome": {"r": 2},
+    "gtp": {"num_prop": 2, "num_neighbours": 2},
+    "ats": {"reduce_at": (1,)},
+    "zero_tprune": {"keep_rate": 0.7, "r": 2, "reduce_at": (1,)},
+}
+WITH_KEEP_RATE = ("evit", "ats", "zero_tprune")
+WITH_BLOCKS = ("evit", "gtp", "ats", "zero_tprune")
+NAN = float("nan")
+
+
+def vit(**kwargs: Any) -> VisionTransformer:
+    return VisionTransformer(**(SIZE | kwargs)).eval()
+
+
+def eva(**kwargs: Any) -> Eva:
+    return Eva(**(SIZE | kwargs)).eval()
+
+
+def reduced(method: str, **settings: Any) -> ReducedHost:
+    return effvit.sparsify(vit(), method, **(SETTINGS[method] | settings)).eval()
+
+
+def images(*shape: int) -> torch.Tensor:
+    return torch.randn(shape or (2, 3, 32, 32))
+
+
+class TestNames:
+    @pytest.mark.parametrize("ask", [lambda name: effvit.sparsify(vit(), name), effvit.method_settings])
+    def test_unknown_method_is_answered_with_the_nearest(self, ask: Callable[[str], Any]) -> None:
+        with pytest.raises(ValueError, match=r"unknown method 'evitt'; did you mean evit\?"):
+            ask("evitt")
+
+    def test_unknown_method_that_is_near_none_is_answered_with_all(self) -> None:
+        with pytest.raises(
+            ValueError, match="unknown method 'x'; known are evit, tome, gtp, ats, zero_tprune"
+        ):
+            effvit.sparsify(vit(), "x")
+
+    def test_unknown_host_is_answered_with_the_nearest(self) -> None:
+        with pytest.raises(
+            ValueError, match=r"unknown timm model 'deit_smal_patch16_224'; did you mean deit_small_p"
+        ):
+            effvit.sparsify("deit_smal_patch16_224", "tome")
+
+    def test_setting_of_another_method_is_answered_with_its_owners(self) -> None:
+        message = (
+            r"tome has no setting 'keep_rate'; it belongs to evit, ats, zero_tprune; tome takes r, prop_attn"
+        )
+        with pytest.raises(ValueError, match=message):
+            effvit.sparsify(vit(), "tome", keep_rate=0.5)
+        with pytest.raises(ValueError, match=message):
+            timm.create_model("tome_deit_tiny_patch16_224", keep_rate=0.5)
+
+    def test_misspelt_setting_is_answered_with_the_nearest(self) -> None:
+        with pytest.raises(ValueError, match=r"evit has no setting 'keep_rat'; did you mean keep_rate\?"):
+            effvit.sparsify(vit(), "evit", keep_rat=0.5)
+
+    def test_unknown_setting_is_answered_with_all_once(self) -> None:
+        with pytest.raises(ValueError, match=r"evit has no setting 'x'; evit takes keep_rate, reduce_at"):
+            effvit.sparsify(vit(), "evit", x=0.5)
+
+    @pytest.mark.parametrize("name", ["x", "keep_rat"])
+    def test_argument_that_neither_the_method_nor_the_host_has_is_named(self, name: str) -> None:
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+            timm.create_model("evit_deit_tiny_patch16_224", **{name: 0.5})
+
+
+class TestSettingsOutOfRange:
+    @pytest.mark.parametrize("method", WITH_KEEP_RATE)
+    @pytest.mark.parametrize("rate", [0, -0.1, 1.3, NAN, float("inf"), [0.0]])
+    def test_keep_rate_outside_zero_to_one(self, method: str, rate: Any) -> None:
+        with pytest.raises(ValueError, match=r"keep_rate must be in \(0, 1\], got (0|-0.1|1.3|nan|inf|0.0)$"):
+            reduced(method, keep_rate=rate)
+
+    @pytest.mark.parametrize("method", WITH_KEEP_RATE)
+    @pytest.mark.parametrize("rate", [True, "0.5", [None]])
+    def test_keep_rate_that_is_no_number(self, method: str, rate: Any) -> None:
+        with pytest.raises(
+            TypeError, match=r"keep_rate must be a number in \(0, 1\], got (True|'0.5'|None)$"
+        ):
+            reduced(method, keep_rate=rate)
+
+    @pytest.mark.parametrize(
+        ("method", "name", "minimum"),
+        [
+            ("tome", "r", 0),
+            ("zero_tprune", "r", 0),
+            ("zero_tprune", "num_iters", 1),
+            ("gtp", "num_prop", 0),
+            ("gtp", "num_neighbours", 1),
+            ("evit", "num_tokens", 1),
+            ("ats", "num_tokens", 2),
+        ],
+    )
+    def test_counts_that_are_too_small_or_no_whole_numbers(
+        self, method: str, name: str, minimum: int
+    ) -> None:
+        with pytest.raises(ValueError, match=f"{name} must be at least {minimum}, got {minimum - 1}"):
+            reduced(method, **{name: minimum - 1})
+        for value in (1.5, 3.0, True, "3", NAN):
+            with pytest.raises(TypeError, match=f"{name} must be a whole number, got {value!r}"):
+                reduced(method, **{name: value})
+
+    @pytest.mark.parametrize("inflection", [2.0, -1.5, NAN])
+    def test_inflection_of_r_outside_its_range(self, inflection: float) -> None:
+        with pytest.raises(ValueError, match=r"the inflection of r must be in \[-1, 1\], got"):
+            reduced("tome", r=(2, inflection))
+
+    @pytest.mark.parametrize(
+        ("method", "name", "known"),
+        [
+            ("gtp", "selection", "IMGAttnMean, IMGAttnMax, .*, Random"),
+            ("gtp", "propagation", "GraphProp, Mean, None"),
+            ("gtp", "graph_type", "Spatial, Semantic, Mixed"),
+            ("ats", "grid", "official, midpoint"),
+            ("ats", "value_norm", "concat, per_head"),
+            ("ats", "ragged", "padded, packed"),
+            ("zero_tprune", "preset", "quoted_deit_small, .*"),
+            ("zero_tprune", "partition", "sequential_u, sequential_i, alternate"),
+            ("zero_tprune", "similarity", "cosine, dot, euclidean, manhattan"),
+        ],
+    )
+    def test_choices_that_do_not_exist(self, method: str, name: str, known: str) -> None:
+        with pytest.raises(ValueError, match=f"^{name} must be one of {known}, got 'x'"):
+            reduced(method, **{name: "x"})
+
+    @pytest.mark.parametrize(
+        ("method", "name"),
+        [
+            ("evit", "fuse_token"),
+            ("tome", "prop_attn"),
+            ("ats", "drop_tokens"),
+            ("ats", "compat"),
+            ("gtp", "token_scale"),
+        ],
+    )
+    def test_switch_that_is_not_true_or_false(self, method: str, name: str) -> None:
+        with pytest.raises(
+            TypeError, match=f"{name} must be True or False, got 'no'"
+        ):  # which counts as True
+            reduced(method, **{name: "no"})
+
+    @pytest.mark.parametrize("sparsity", [0, 1.5, NAN])
+    def test_sparsity_outside_zero_to_one(self, sparsity: float) -> None:
+        with pytest.raises(ValueError, match=r"sparsity must be in \(0, 1\], got"):
+            reduced("gtp", sparsity=sparsity)
+
+    def test_sparsity_that_keeps_every_entry_of_the_map(self) -> None:
+        with pytest.raises(
+            ValueError, match=r"sparsity 0.999 keeps every entry of a 17 x 17 .*; use sparsity=1"
+        ):
+            reduced("gtp", sparsity=0.999)(images())
+
+    @pytest.mark.parametrize("alpha", ["x", NAN, float("inf")])
+    def test_alpha_that_is_no_finite_number(self, alpha: Any) -> None:
+        with pytest.raises((TypeError, ValueError), match="alpha must be a finite number, got"):
+            reduced("gtp", alpha=alpha)
+
+    @pytest.mark.parametrize("boost", ["x", NAN, 0, -1.0])
+    def test_boost_that_is_no_positive_number(self, boost: Any) -> None:
+        with pytest.raises((TypeError, ValueError), match="cls_boost must be a positive number, got"):
+            reduced("zero_tprune", cls_boost=boost)
+
+    @pytest.mark.parametrize("var_range", [(1,), (1, 0), (NAN, 1), 3, "ab"])
+    def test_variance_range_that_is_none(self, var_range: Any) -> None:
+        with pytest.raises(
+            (TypeError, ValueError), match=r"var_range must be \(smallest, largest\) variance, got"
+        ):
+            reduced("zero_tprune", var_range=var_range)
+
+    @pytest.mark.parametrize("propagation", ["Mean", "None"])
+    def test_token_scale_without_a_graph(self, propagation: str) -> None:
+        with pytest.raises(
+            ValueError, match=f"token_scale needs propagation='GraphProp', got '{propagation}'"
+        ):
+            reduced("gtp", token_scale=True, propagation=propagation)
+
+    def test_rate_and_number_of_sampling_points_together(self) -> None:
+        with pytest.raises(ValueError, match="keep_rate and num_tokens"):
+            reduced("ats", keep_rate=0.5, num_tokens=4)
+
+    def test_packed_batch_with_the_official_batch_dependence(self) -> None:
+        with pytest.raises(
+            ValueError, match=r"compat=True reproduces the official padded batch; it needs ragged='pa"
+        ):
+            reduced("ats", ragged="packed", compat=True)
+
+    def test_unknown_fill(self) -> None:
+        message = "recover must be one of last, nearest, zero, got 'x'"
+        with pytest.raises(ValueError, match=message):
+            reduced("evit", recover="x")
+        with pytest.raises(ValueError, match=message):
+            timm.create_model("evit_deit_tiny_patch16_224", recover="x")
+        with pytest.raises(ValueError, match=message):
+            effvit.to_map(*reduced("evit").forward_tokens(images()), fill="x")
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"step": -1}, "step must be at least 0, got -1"),
+            ({"step": 1.5}, "step must be a whole number, got 1.5"),
+            ({"steps_per_epoch": 0}, "steps_per_epoch must be at least 1, got 0"),
+            ({"keep_rate": 1.5}, r"keep_rate must be in \(0, 1\], got 1.5"),
+            ({"start_epoch": -1}, "start_epoch must be at least 0, got -1"),
+            ({"epochs": -1}, "epochs must be at least 0, got -1"),
+        ],
+    )
+    def test_cosine_schedule_out_of_range(self, arguments: dict[str, Any], message: str) -> None:
+        with pytest.raises((TypeError, ValueError), match=message):
+            effvit.cosine_keep_rate(**({"step": 0, "steps_per_epoch": 10, "keep_rate": 0.5} | arguments))
+
+
+class TestBlocksAndLengths:
+    @pytest.mark.parametrize("method", WITH_BLOCKS)
+    @pytest.mark.parametrize(
+        ("blocks", "message"),
+        [
+            ((3,), "reduce_at names block 3, but the model has blocks 0 to 2"),
+            ((-1,), "reduce_at names block -1, but the model has blocks 0 to 2"),
+            ((1, 1), r"reduce_at names block 1 twice: \[1, 1\]"),
+            ((2, 1), r"reduce_at must be in ascending order, got \[2, 1\]"),
+        ],
+    )
+    def test_blocks_outside_the_depth_or_twice_or_unordered(
+        self, method: str, blocks: tuple[int, ...], message: str
+    ) -> None:
+        with pytest.raises(ValueError, match=message):
+            reduced(method, reduce_at=blocks)
+
+    @pytest.mark.parametrize("method", WITH_BLOCKS)
+    @pytest.mark.parametrize("blocks", [1, (1.0,), "1", (True,), [[1]]])
+    def test_blocks_that_are_no_block_numbers(self, method: str, blocks: Any) -> None:
+        message = f"reduce_at must be a sequence of 0-based block numbers, got {blocks!r}"
+        with pytest.raises(TypeError, match=re.escape(message)):
+            reduced(method, reduce_at=blocks)
+
+    @pytest.mark.parametrize(
+        ("method", "name"),
+        [
+            ("evit", "keep_rate"),
+            ("evit", "num_tokens"),
+            ("ats", "keep_rate"),
+            ("ats", "num_tokens"),
+            ("zero_tprune", "keep_rate"),
+            ("zero_tprune", "r"),
+            ("zero_tprune", "num_iters"),
+        ],
+    )
+    def test_sequence_of_another_length_than_the_blocks(self, method: str, name: str) -> None:
+        value = 0.5 if name == "keep_rate" else 2
+        message = rf"{name} has 2 values for 1 blocks \[1\]; give one value for all, or one for each block"
+        with pytest.raises(ValueError, match=message):
+            reduced(method, **{name: [value, value]})
+
+    def test_sequences_over_all_blocks(self) -> None:
+        with pytest.raises(
+            ValueError, match=r"num_prop has 2 values for 3 blocks \[0, 1, 2\]; give one value"
+        ):
+            reduced("gtp", num_prop=[1, 2])
+        with pytest.raises(ValueError, match="r has 4 values, but the model has 3 blocks"):
+            reduced("tome", r=[1, 1, 1, 1])
+
+
+class TestSchedulesThatLeaveNoToken:
+    def test_schedule_is_refused_when_the_model_is_made(self) -> None:
+        with pytest.raises(
+            ValueError, match=r"gtp would leave 0 of 8 patch tokens in block 1 .* 4 x 4; reduce less"
+        ):
+            reduced("gtp", num_prop=8)
+        with pytest.raises(ValueError, match=r"zero_tprune would leave 0 of 16 patch tokens in block 1"):
+            reduced("zero_tprune", keep_rate=0.02, r=0)
+
+    def test_schedule_is_refused_for_a_smaller_input_size_and_never_computed(self) -> None:
+        model = reduced("gtp", num_prop=5)
+        with pytest.raises(
+            ValueError, match=r"gtp would leave -1 of 4 patch tokens in block 1 .* 3 x 3; reduce less"
+        ):
+            model.set_input_size((24, 24))
+        with pytest.raises(
+            ValueError, match=r"gtp would leave -1 of 4|expected images of 32 x 32 pixels, got 24 x 24"
+        ):
+            model(images(1, 3, 24, 24))
+
+    def test_schedule_is_refused_for_a_smaller_image_of_a_dynamic_model(self) -> None:
+        model = effvit.sparsify(vit(dynamic_img_size=True), "gtp", num_prop=5, num_neighbours=2)
+        for run in (model, model.forward_tokens, model.trace_tokens, model.forward_intermediates):
+            with pytest.raises(
+                ValueError, match=r"gtp would leave -1 of 4 patch tokens .* 3 x 3; reduce less"
+            ):
+                run(images(1, 3, 24, 24))
+
+    def test_image_without_a_patch(self) -> None:
+        dynamic = effvit.sparsify(vit(dynamic_img_size=True), "tome", r=1)
+        with pytest.raises(ValueError, match="the patch grid is 0 x 3: images must hold at least one patch"):
+            dynamic(images(1, 3, 0, 24))
+        with pytest.raises(ValueError, match="the patch grid is 0 x 0: images must hold at least one patch"):
+            reduced("tome").set_input_size((4, 4))
+
+    def test_too_many_neighbours_for_the_grid(self) -> None:
+        with pytest.raises(
+            ValueError, match=r"num_neighbours must be at least 1 and at most 15, got 16 for 16 patches"
+        ):
+            reduced("gtp", num_neighbours=16)(images())
+
+    def test_without_a_prefix_token_one_neighbour_less_fits_the_grid(self) -> None:
+        host = vit(class_token=False, global_pool="avg")
+        fits = effvit.sparsify(host, "gtp", num_prop=1, num_neighbours=14)
+        assert fits(images()).isfinite().all()
+        with pytest.raises(
+            ValueError, match=r"num_neighbours must be at least 1 and at most 14, got 15 for 16 patches"
+        ):
+            effvit.sparsify(host, "gtp", num_prop=1, num_neighbours=15)(images())
+
+
+class TestSetKeepRate:
+    @pytest.mark.parametrize("method", ["tome", "gtp"])
+    def test_method_without_keep_rate(self, method: str) -> None:
+        with pytest.raises(
+            ValueError, match=f"{method} has no keep rate to set; its settings are (r|num_prop), "
+        ):
+            reduced(method).set_keep_rate(0.5)
+
+    @pytest.mark.parametrize(
+        ("rate", "message"),
+        [
+            (1.5, r"keep_rate must be in \(0, 1\], got 1.5"),
+            (True, r"keep_rate must be a number in \(0, 1\], got True"),
+            ([0.5, 0.5], r"keep_rate has 2 values for 1 blocks \[1\]"),
+        ],
+    )
+    def test_rates_that_do_not_fit(self, rate: Any, message: str) -> None:
+        with pytest.raises((TypeError, ValueError), match=message):
+            reduced("evit").set_keep_rate(rate)
+
+    def test_refused_rates_change_nothing(self) -> None:
+        model = reduced("evit", reduce_at=(0, 1))
+        before = model.token_counts()
+        with pytest.raises(ValueError, match="keep_rate must be in"):
+            model.set_keep_rate([0.5, 2.0])
+        assert model.token_counts() == before
+
+    def test_rate_that_leaves_no_token(self) -> None:
+        model = reduced("zero_tprune", r=0)
+        with pytest.raises(ValueError, match="zero_tprune would leave 0 of 16 patch tokens in block 1"):
+            model.set_keep_rate(0.02)
+        assert model(images()).isfinite().all()
+
+    @pytest.mark.parametrize(
+        ("method", "settings"),
+        [("evit", {"keep_rate": 1.0}), ("evit", {"num_tokens": 4}), ("ats", {"num_tokens": 4})],
+    )
+    def test_rate_that_would_have_no_effect(self, method: str, settings: dict[str, Any]) -> None:
+        with pytest.raises(ValueError, match=f"{method}.*(no block|num_tokens)"):
+            reduced(method, **settings).set_keep_rate(0.5)
+
+
+class TestHosts:
+    @pytest.mark.parametrize("method", ["evit", "ats"])
+    @pytest.mark.parametrize(
+        ("host", "name", "prefix"),
+        [
+            (vit(class_token=False, global_pool="avg"), "VisionTransformer", 0),
+            (vit(class_token=False, global_pool="avg", reg_tokens=2), "VisionTransformer", 2),
+            (eva(class_token=False), "Eva", 0),
+        ],
+    )
+    def test_method_that_needs_a_class_token(
+        self, method: str, host: nn.Module, name: str, prefix: int
+    ) -> None:
+        message = (
+            rf"{method} scores patches by the class token, but this {name} has none "
+            rf"\(num_prefix_tokens={prefix}\); use a host with one, or a method .* such as 'tome'"
+        )
+        with pytest.raises(ValueError, match=message):
+            effvit.sparsify(host, method, reduce_at=(1,))
+
+    @pytest.mark.parametrize("selection", CLASS_SCORES)
+    def test_selection_that_needs_a_class_token(self, selection: str) -> None:
+        host = vit(class_token=False, global_pool="avg")
+        with pytest.raises(
+            ValueError, match="gtp scores patches by the class token, but this VisionTransformer has"
+        ):
+            effvit.sparsify(host, "gtp", num_prop=1, selection=selection)
+        with pytest.raises(ValueError, match="gtp scores patches by the class token"):
+            timm.create_model("gtp_vit_medium_patch16_gap_256", selection=selection)
+
+    @pytest.mark.parametrize("pool", ["map", "prr"])
+    @pytest.mark.parametrize("ragged", ["padded", "packed"])
+    def test_variable_counts_under_attention_pooling(self, pool: str, ragged: str) -> None:
+        host = vit(global_pool=pool)
+        with pytest.raises(
+            ValueError, match=rf"attention pooling \(global_pool='{pool}'\) cannot tell from padding"
+        ):
+            effvit.sparsify(host, "ats", ragged=ragged)
+        host.reset_classifier(5, "token")  # the remedy that the message gives
+        assert effvit.sparsify(host, "ats", ragged=ragged)(images()).isfinite().all()
+
+    @pytest.mark.parametrize("block", [ParallelScalingBlock, ParallelThingsBlock, ResPostBlock])
+    def test_unknown_block_class_of_a_vision_transformer(self, block: type[nn.Module]) -> None:
+        message = (
+            rf"blocks\.0 is a {block.__name__}, which token reduction does not know; supported are Block"
+        )
+        with pytest.raises(TypeError, match=message):
+            effvit.sparsify(vit(block_fn=block), "tome")
+
+    def test_unknown_block_class_of_an_eva(self) -> None:
+        with pytest.raises(
+            TypeError, match=r"blocks\.0 is an? EvaBlockPostNorm, which .*: choose a host built from"
+        ):
+            effvit.sparsify(eva(use_post_norm=True), "tome")
+
+    def test_unknown_attention_class(self) -> None:
+        message = r"blocks\.0\.attn is a DiffAttention, which .*; supported are Attention, AttentionRope"
+        with pytest.raises(TypeError, match=message):
+            effvit.sparsify(vit(attn_layer=DiffAttention), "tome")
+
+    @pytest.mark.parametrize(
+        "name",
+        ["vit_base_patch32_plus_256", "vit_relpos_small_patch16_224", "resnet10t", "beit_base_patch16_224"],
+    )
+    def test_model_that_is_no_plain_vision_transformer(self, name: str) -> None:
+        with torch.device("meta"):
+            host = timm.create_model(name)
+            if type(host) is VisionTransformer:
+                assert effvit.sparsify(host, "tome").method == "tome"
+                return
+            message = f"cannot reduce the tokens of a {type(host).__name__}; supported are plain vision"
+            with pytest.raises(TypeError, match=message):
+                effvit.sparsify(host, "tome")
+
+    def test_subclass_whose_forward_may_differ(self) -> None:
+        class Custom(VisionTransformer):
+            pass
+
+        with pytest.raises(TypeError, match="cannot reduce the tokens of a Custom"):
+            effvit.sparsify(Custom(**SIZE), "tome")
+
+
+class TestImages:
+    @pytest.mark.parametrize(
+        "shape", [(3, 32, 32), (1, 1, 3, 32, 32), (1, 1, 32, 32), (1, 4, 32, 32), (1, 32, 32, 3)]
+    )
+    def test_wrong_number_of_dimensions_or_channels(self, shape: tuple[int, ...]) -> None:
+        message = rf"expected images \(B, 3, H, W\), got a tensor of shape {re.escape(str(shape))}"
+        with pytest.raises(ValueError, match=message):
+            reduced("tome")(images(*shape))
+
+    def test_channels_of_the_model_are_named(self) -> None:
+        model = effvit.sparsify(vit(in_chans=4), "tome", r=2)
+        with pytest.raises(ValueError, match=r"expected images \(B, 4, H, W\)"):
+            model(images())
+
+    @pytest.mark.parametrize("size", [(40, 40), (32, 40), (33, 32)])
+    def test_wrong_size(self, size: tuple[int, int]) -> None:
+        model = reduced("tome")
+        message = (
+            rf"expected images of 32 x 32 pixels, got {size[0]} x {size[1]}; "
+            rf"call model\.set_input_size\(\({size[0]}, {size[1]}\)\), create .* dynamic_img_size=True"
+        )
+        for run in (
+            model,
+            model.forward_features,
+            model.forward_tokens,
+            model.trace_tokens,
+            model.forward_intermediates,
+        ):
+            with pytest.raises(ValueError, match=message):
+                run(images(1, 3, *size))
+
+    def test_size_that_is_no_multiple_of_the_patch(self) -> None:
+        model = effvit.sparsify(vit(dynamic_img_size=True), "tome", r=2)
+        message = "20 x 24 is not a multiple of the patch size 8 x 8; resize .* with dynamic_img_pad=True"
+        with pytest.raises(ValueError, match=message):
+            model(images(1, 3, 20, 24))
+        padding = effvit.sparsify(vit(dynamic_img_size=True, dynamic_img_pad=True), "tome", r=2)
+        assert padding(images(1, 3, 20, 24)).isfinite().all()
+
+    @pytest.mark.parametrize("dtype", [torch.uint8, torch.float64, torch.float16])
+    def test_other_dtype_than_the_model(self, dtype: torch.dtype) -> None:
+        message = f"expected images of dtype torch.float32, the model's, got {dtype}; convert the images"
+        with pytest.raises(TypeError, match=message):
+            reduced("tome")(torch.zeros(1, 3, 32, 32, dtype=dtype))
+
+    def test_uint8_is_refused_under_autocast_too(self) -> None:
+        with (
+            torch.autocast("cpu", dtype=torch.bfloat16),
+            pytest.raises(
+                TypeError, match=r"expected images of dtype torch\.float32, the model's, got torch\.uint8"
+            ),
+        ):
+            reduced("tome")(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+
+    def test_array_in_place_of_a_tensor(self) -> None:
+        with pytest.raises(TypeError, match=r"expected images \(B, 3, H, W\) as a tensor, got ndarray"):
+            reduced("tome")(images().numpy())
+
+    def test_empty_batch(self) -> None:
+        with pytest.raises(
+            ValueError, match=r"the batch holds no image: shape \(0, 3, 32, 32\); leave empty batches"
+        ):
+            reduced("tome")(torch.zeros(0, 3, 32, 32))
+
+
+@pytest.mark.parametrize("method", SETTINGS)
+class TestNaN:
+    def test_nan_in_an_image_names_the_image_and_the_input(self, method: str) -> None:
+        x = images(3, 3, 32, 32)
+        x[1, 0, 5, 5] = NAN
+        message = (
+            rf"{method} in block \d: .* are NaN for image 1 of the batch; the tokens that entered .* hold NaN"
+        )
+        with pytest.raises(ValueError, match=message):
+            reduced(method)(x)
+
+    @pytest.mark.parametrize("attention", [None, "eager"])
+    def test_nan_in_the_keys_of_a_block_names_the_block_and_its_weights(
+        self, method: str, attention: str | None
+    ) -> None:
+        model = reduced(method)
+        block = model.blocks[1]
+        block.attn.fused_attn = attention is None
+        with torch.no_grad():
+            block.attn.qkv.weight[SIZE["embed_dim"]] = NAN  # the first row of the keys
+        message = rf"{method} in block 1: .* are NaN for image 0 .* are finite: its own weights hold NaN"
+        with pytest.raises(ValueError, match=message):
+            model(images())
+
+
+@pytest.mark.parametrize("selection", ["CLSAttnMean", "CosSimMax", "IMGAttnMean"])
+def test_nan_message_names_the_selection(selection: str) -> None:
+    model = reduced("gtp", selection=selection)
+    with torch.no_grad():
+        model.blocks[1].attn.qkv.weight[0] = NAN
+    with pytest.raises(
+        ValueError, match=f"gtp in block 1: {selection} scores are NaN .* its own weights hold NaN"
+    ):
+        model(images())
+
+
+class TestForwardArguments:
+    @pytest.mark.parametrize("pool", ["token", "map"])
+    @pytest.mark.parametrize("argument", [{"attn_mask": torch.ones(1, 1, 17, 17)}, {"is_causal": True}])
+    def test_masks_over_the_full_sequence(self, pool: str, argument: dict[str, Any]) -> None:
+        model = effvit.sparsify(vit(global_pool=pool), "tome", r=2)
+        message = "reduced by tome takes no attn_mask or is_causal: .*; use the dense model for masked input"
+        for run in (model, model.forward_features, model.forward_intermediates):
+            with pytest.raises(ValueError, match=message):
+                run(images(), **argument)
+
+    def test_unknown_output_format(self) -> None:
+        with pytest.raises(ValueError, match="output_fmt must be 'NCHW' or 'NLC', got 'NHWC'"):
+            reduced("tome").forward_intermediates(images(), output_fmt="NHWC")
+
+    def test_fill_last_without_memory(self) -> None:
+        features = reduced("evit").forward_tokens(images())
+        message = r"recover 'last' needs .* holds no memory; get it from forward_tokens\(x, memory=True\) or"
+        with pytest.raises(ValueError, match=message):
+            effvit.to_map(*features)
+        assert effvit.to_map(*reduced("evit").forward_tokens(images(), memory=True)).shape == (2, 24, 4, 4)
+
+    def test_drop_path_in_a_packed_batch(self) -> None:
+        host = vit(drop_path_rate=0.5)
+        packed = effvit.sparsify(host, "ats", reduce_at=(0, 1), ragged="packed")
+        assert packed.eval()(images()).isfinite().all()
+        message = "a packed batch is one row, so drop_path cannot .*; train with ragged='padded'"
+        with pytest.raises(ValueError, match=message):
+            packed.train()(images())
+
+
+class TestCheckpoints:
+    def test_missing_file(self, tmp_path: Path) -> None:
+        path = tmp_path / "none.pth"
+        with pytest.raises(FileNotFoundError, match=re.escape(f"no checkpoint at {path}")):
+            effvit.load_checkpoint(reduced("evit"), path)
+
+    @pytest.mark.parametrize(
+        ("other", "message"),
+        [
+            (
+                {"embed_dim": 48},
+                r"cls_token has shape \(1, 1, 48\), the model's \(1, 1, 24\); .* and 39 more",
+            ),
+            ({"num_classes": 9}, r"head.weight has shape \(9, 24\), the model's \(5, 24\)"),
+            ({"depth": 4}, r"blocks\.3\.norm1\.weight is not a parameter of the model; .* and \d+ more"),
+            ({"depth": 2}, r"blocks\.2\.norm1\.weight is missing"),
+        ],
+    )
+    def test_checkpoint_of_another_shape(self, other: dict[str, int], message: str, tmp_path: Path) -> None:
+        path = tmp_path / "other.pth"
+        torch.save(vit(**other).state_dict(), path)
+        model = reduced("evit")
+        before = [parameter.clone() for parameter in model.parameters()]
+        with pytest.raises(
+            ValueError, match=f"is a checkpoint of another model than this ReducedViT: {message}"
+        ):
+            effvit.load_checkpoint(model, path)
+        assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+    @pytest.mark.parametrize("host", [vit, eva])
+    def test_checkpoint_with_foreign_names(self, host: Callable[[], nn.Module], tmp_path: Path) -> None:
+        path = tmp_path / "resnet.pth"
+        torch.save({"state_dict": {"layer1.0.conv1.weight": torch.ones(1)}}, path)
+        message = r"cls_token is missing; .* and \d+ more; create the model it was saved from"
+        with pytest.raises(ValueError, match=message):
+            effvit.load_checkpoint(effvit.sparsify(host(), "tome", r=1), path)
+
+    def test_file_that_holds_no_weights(self, tmp_path: Path) -> None:
+        path = tmp_path / "list.pth"
+        torch.save([torch.ones(1)], path)
+        with pytest.raises(ValueError, match="holds a list, not a dict of weights"):
+            effvit.load_checkpoint(reduced("evit"), path)

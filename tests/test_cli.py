@@ -1,0 +1,233 @@
+"""The command line: what it prints and writes, and one line with status 2 for what the caller can mend."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import effvit
+from effvit import cli, demo
+from effvit.cli import list_variants, main, parse_setting
+
+TINY = "deit_tiny_patch16_224"
+SMALL = ["--img-size", "64"]  # 16 patches
+
+
+def failure(capsys, *arguments: object) -> str:
+    """The one line on stderr of a command that must fail."""
+    assert main([str(argument) for argument in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("effvit: error: ")
+    return captured.err
+
+
+@pytest.fixture
+def image(tmp_path) -> Path:
+    path = tmp_path / "gradient.png"
+    Image.fromarray(np.arange(64 * 96 * 3, dtype=np.uint32).reshape(64, 96, 3).astype(np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Tiny models gain nothing from a second thread, and lose much on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"effvit {effvit.__version__}\n"
+
+
+class TestList:
+    def test_all_methods_and_models_are_listed_with_their_settings(self, capsys):
+        assert main(["list"]) == 0
+        printed = capsys.readouterr().out
+        for method in effvit.list_methods():
+            assert method in printed
+            assert all(f"{setting}=" in printed for setting in effvit.method_settings(method))
+        assert all(name in printed for name in effvit.list_models())
+
+    def test_pattern_selects(self, capsys):
+        assert main(["list", "evit*tiny*"]) == 0
+        printed = capsys.readouterr().out
+        assert "evit_deit_tiny_patch16_224" in printed
+        assert "small" not in printed
+        assert "keep_rate" not in printed
+
+    def test_pattern_without_match_is_an_error(self, capsys):
+        assert "no method and no model matches 'nothing'" in failure(capsys, "list", "nothing")
+
+
+class TestProfile:
+    def test_variants_stand_beside_their_dense_host(self, capsys, tmp_path):
+        path = tmp_path / "folder" / "costs.json"
+        command = ["profile", TINY, "--method", "evit", "tome", "--keep-rate", "0.5", "--set", "r=2", *SMALL]
+        command += ["--rounds", "2", "--batch-size", "2", "--threads", "1", "--json", str(path)]
+        assert main(command) == 0
+        printed = capsys.readouterr().out
+        assert "batch 2, float32, cpu, 1 threads, 2 interleaved rounds, noise of 64 x 64" in printed
+        (group,) = json.loads(path.read_text())
+        assert list(group["models"]) == [TINY, "evit keep_rate=0.5", "tome r=2"]
+        dense, evit, tome = group["models"].values()
+        assert all(name in printed for name in group["models"])
+        assert f"{dense['macs'] / 1e9:.3f}" in printed
+        assert (dense["tokens"], evit["tokens"]) == (16, 4)  # 16 -> 8 + 1 -> 5 + 1 -> 3 + 1
+        assert max(evit["macs"], tome["macs"]) < dense["macs"]
+        assert len(dense["measurement"]["seconds"]) == 2
+        assert group["input_size"] == [3, 64, 64]
+
+    def test_models_without_method_are_compared_with_the_first(self, capsys, tmp_path):
+        path = tmp_path / "costs.json"
+        names = [TINY, f"evit_{TINY}"]
+        assert (
+            main(["profile", *names, *SMALL, "--rounds", "1", "--batch-size", "1", "--json", str(path)]) == 0
+        )
+        (group,) = json.loads(path.read_text())
+        assert list(group["models"]) == names
+        assert group["models"][TINY]["measurement"]["speedup"] == 1
+
+    def test_unknown_model_names_the_nearest(self, capsys):
+        message = failure(capsys, "profile", "deit_tiny_patch16_225")
+        assert "unknown model 'deit_tiny_patch16_225'; did you mean deit_tiny_patch16_224" in message
+
+    def test_unknown_method_names_the_nearest(self, capsys):
+        assert "unknown method 'tom'; did you mean tome" in failure(
+            capsys, "profile", TINY, "--method", "tom"
+        )
+
+    def test_settings_without_method_are_refused(self, capsys):
+        assert "name one with --method" in failure(capsys, "profile", TINY, "--keep-rate", "0.5")
+
+    def test_value_out_of_range_is_named(self, capsys):
+        message = failure(capsys, "profile", TINY, *SMALL, "--method", "evit", "--keep-rate", "1.5")
+        assert "keep_rate must be in (0, 1], got 1.5" in message
+
+    def test_unknown_device_is_named(self, capsys):
+        assert "unknown device 'abacus'" in failure(capsys, "profile", TINY, "--device", "abacus")
+
+    def test_models_of_several_sizes_need_one_size(self, capsys):
+        message = failure(capsys, "profile", TINY, "vit_tiny_patch16_384")
+        assert "give --img-size" in message
+        assert "3 x 384 x 384" in message
+
+    def test_checkpoint_of_another_model_is_refused(self, capsys, tmp_path):
+        path = tmp_path / "weights.pth"
+        torch.save({"head.weight": torch.zeros(1)}, path)
+        assert "checkpoint of another model" in failure(capsys, "profile", TINY, "--checkpoint", path)
+
+    def test_missing_checkpoint_is_named(self, capsys):
+        assert "no checkpoint at absent.pth" in failure(capsys, "profile", TINY, "--checkpoint", "absent.pth")
+
+
+class TestVisualize:
+    def test_every_image_and_variant_has_a_picture(self, capsys, tmp_path, image):
+        command = ["visualize", str(image), "--model", TINY, "--method", "evit", "gtp"]
+        assert main([*command, "--set", "keep_rate=0.5", "--out", str(tmp_path / "out")]) == 0
+        printed = capsys.readouterr().out
+        assert cli.RANDOM_WEIGHTS in printed
+        names = {"gradient-evit-keep_rate-0.5.png", "gradient-gtp.png"}
+        assert {path.name for path in (tmp_path / "out").iterdir()} == names
+        assert all(name in printed for name in names)
+
+    def test_loaded_weights_are_not_called_random(self, capsys, tmp_path, image):
+        path = tmp_path / "weights.pth"
+        torch.save(timm.create_model(TINY).state_dict(), path)
+        command = ["visualize", str(image), "--model", TINY, "--method", "tome", "--out", str(tmp_path)]
+        assert main([*command, "--checkpoint", str(path)]) == 0
+        assert cli.RANDOM_WEIGHTS not in capsys.readouterr().out
+
+    def test_missing_image_is_named(self, capsys, tmp_path):
+        command = ["visualize", "absent.png", "--model", TINY, "--method", "tome", "--out", tmp_path]
+        assert "absent.png" in failure(capsys, *command)
+
+    def test_file_that_is_no_image_is_named(self, capsys, tmp_path):
+        path = tmp_path / "text.png"
+        path.write_text("no picture")
+        command = ["visualize", path, "--model", TINY, "--method", "tome", "--out", tmp_path]
+        assert "cannot identify image file" in failure(capsys, *command)
+
+    def test_images_of_the_same_name_are_refused(self, capsys, tmp_path, image):
+        command = ["visualize", image, image, "--model", TINY, "--method", "tome", "--out", tmp_path]
+        assert "must differ in name" in failure(capsys, *command)
+
+
+class TestDemo:
+    def test_photographs_are_real_and_need_no_network(self, monkeypatch):
+        monkeypatch.setattr("socket.socket", None)
+        photos = demo.photographs()
+        assert set(photos) == {"astronaut", "chelsea", "coffee", "rocket", "china", "flower"}
+        assert all(photo.mode == "RGB" and min(photo.size) >= 300 for photo in photos.values())
+
+    def test_missing_package_is_named(self, monkeypatch):
+        monkeypatch.setattr(demo, "PHOTOGRAPHS", {"no_such_package": ("a.png",)})
+        with pytest.raises(
+            FileNotFoundError, match=r"no_such_package, which is not installed; install effvit\[demo\]"
+        ):
+            demo.photographs()
+
+    def test_every_method_is_among_the_variants(self):
+        assert {method for method, _ in demo.VARIANTS} == set(effvit.list_methods())
+
+    def test_demo_writes_table_plot_and_pictures(self, capsys, monkeypatch, tmp_path):
+        photos = demo.photographs()
+        monkeypatch.setattr(cli, "photographs", lambda: {"coffee": photos["coffee"]})
+        monkeypatch.setattr(cli, "VARIANTS", (("evit", {"keep_rate": 0.5}), ("ats", {})))
+        assert main(["demo", "--model", TINY, "--out", str(tmp_path / "demo")]) == 0
+        printed = capsys.readouterr().out
+        written = {path.name for path in (tmp_path / "demo").iterdir()}
+        assert written == {"pareto.png", "costs.json", "coffee-evit-keep_rate-0.5.png", "coffee-ats.png"}
+        assert all(str(tmp_path / "demo" / name) in printed.replace("\n", "") for name in written)
+        assert f"{TINY} has {cli.RANDOM_WEIGHTS}" in printed
+        (group,) = json.loads((tmp_path / "demo" / "costs.json").read_text())
+        assert list(group["models"]) == [TINY, "evit keep_rate=0.5", "ats"]
+        assert group["images"] == ["coffee"]
+        assert group["has_random_weights"]
+
+
+class TestSettings:
+    @pytest.mark.parametrize(
+        ("text", "parsed"),
+        [
+            ("r=8", ("r", 8)),
+            ("reduce_at=[3,6]", ("reduce_at", [3, 6])),
+            ("fuse_token=false", ("fuse_token", False)),
+            ('graph_type="Spatial"', ("graph_type", "Spatial")),
+            ("num_tokens=null", ("num_tokens", None)),
+        ],
+    )
+    def test_values_are_json(self, text, parsed):
+        assert parse_setting(text) == parsed
+
+    def test_text_without_quotes_is_refused_with_the_way_to_write_it(self):
+        with pytest.raises(ValueError, match=r"'Spatial' is not JSON .* double quotes: 'graph_type=\"...\"'"):
+            parse_setting("graph_type=Spatial")
+
+    @pytest.mark.parametrize("text", ["r", "=8", ""])
+    def test_key_and_value_are_both_needed(self, text):
+        with pytest.raises(ValueError, match="takes KEY=VALUE"):
+            parse_setting(text)
+
+    def test_repeated_settings_make_one_variant_for_each_combination(self):
+        assignments = [("keep_rate", 0.7), ("keep_rate", 0.5), ("fuse_token", True), ("fuse_token", False)]
+        variants = list_variants(["evit", "tome"], assignments)
+        assert len(variants) == 5
+        assert variants[0] == ("evit", {"keep_rate": 0.7, "fuse_token": True})
+        assert variants[-1] == ("tome", {})
+
+    def test_setting_of_no_method_named_is_refused(self):
+        with pytest.raises(
+            ValueError, match="no method named here has a setting 'num_prop': tome takes r, prop_attn"
+        ):
+            list_variants(["tome"], [("num_prop", 8)])

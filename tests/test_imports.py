@@ -1,0 +1,122 @@
+"""Imports point downward only, and what a module offers is written down and there."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import effvit
+
+PACKAGE = Path(effvit.__file__).parent
+# Lower layers know nothing of higher ones; modules of one layer may know each other.
+LAYERS = (
+    ("tokens",),
+    ("attention",),
+    ("block",),
+    ("schedule", "recover"),
+    ("reducers",),
+    ("models",),
+    ("",),  # effvit itself, the public surface
+)
+CORE = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+TOOLS = len(
+    LAYERS
+)  # flops, profiler, visualize, cli, demo ...: they look at models, nothing in the core knows them
+MODULES = sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py"))
+
+
+def rank(module: str) -> int:
+    """Layer of a module given as "effvit.models.host"."""
+    part = [*module.split("."), ""][1]
+    return CORE.get(part, TOOLS)
+
+
+def imported(path: Path) -> set[str]:
+    """Modules of this package that a file imports when it runs, not those imported for annotations alone."""
+    tree = ast.parse(path.read_text())
+    skipped = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name} imports relatively in line {node.lineno}"
+            assert node.module is not None
+            submodules = {
+                f"{node.module}.{alias.name}" for alias in node.names if is_module(node.module, alias.name)
+            }
+            found.update(submodules or {node.module})
+    return {name for name in found if name.split(".")[0] == "effvit"}
+
+
+def is_module(package: str, name: str) -> bool:
+    folder = PACKAGE.parent / package.replace(".", "/")
+    return (folder / f"{name}.py").is_file() or (folder / name / "__init__.py").is_file()
+
+
+def module_name(module: str) -> str:
+    return ".".join(["effvit", *(part for part in module.split("/") if part != "__init__")])
+
+
+def is_public(module: str) -> bool:
+    return not any(part.startswith("_") for part in module.split("/") if part != "__init__")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_downward(module: str) -> None:
+    own = rank(module_name(module))
+    upward = sorted(name for name in imported(PACKAGE / f"{module}.py") if rank(name) > own)
+    assert not upward, f"{module} imports {', '.join(upward)}, which stand above it"
+
+
+def test_order_of_layers_is_that_of_the_files() -> None:
+    parts = {module.split("/")[0] for module in MODULES} - {"__init__"}
+    assert set(CORE) - {""} <= parts
+
+
+def test_reducers_do_not_know_each_other() -> None:
+    methods = {module for module in MODULES if module.startswith("reducers/")} - {
+        "reducers/__init__",
+        "reducers/base",
+    }
+    names = {module_name(module) for module in methods}
+    for module in methods:
+        assert not imported(PACKAGE / f"{module}.py") & (names - {module_name(module)}), module
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if is_public(module)])
+def test_public_names_are_listed_and_exist(module: str) -> None:
+    loaded = importlib.import_module(module_name(module))
+    documented = ast.get_docstring(ast.parse((PACKAGE / f"{module}.py").read_text()))
+    assert documented, f"{module} has no docstring"
+    if module in ("models/__init__", "__main__"):
+        return
+    assert len(set(loaded.__all__)) == len(loaded.__all__) > 0
+    for name in loaded.__all__:
+        assert getattr(loaded, name, None) is not None, f"{module} lists {name}, which it does not have"
+
+
+def test_importing_the_package_loads_none_of_the_tools() -> None:
+    loaded = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", "import effvit, sys; print(*sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=PACKAGE.parent,
+    ).stdout.split()
+    own = [name for name in loaded if name.split(".")[0] == "effvit"]
+    assert "effvit.models.host" in own
+    assert not [name for name in own if rank(name) == TOOLS]
+    assert not {"matplotlib", "fvcore", "mmengine", "rich"} & set(loaded)

@@ -1,0 +1,156 @@
+"""The interleaved measurement: structure and statistics only; no test depends on how fast the machine is."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+import effvit
+from effvit.flops import count_flops
+from effvit.profiler import Measurement, cost_of, measurement, median_interval, profile_models
+
+SIZE = (3, 64, 64)
+
+
+class Recorder(nn.Module):
+    """Notes what it is called with; deepcopy keeps the list, which all copies share."""
+
+    def __init__(self, calls: list) -> None:
+        super().__init__()
+        self.calls = calls
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def __deepcopy__(self, memo):
+        return Recorder(self.calls)
+
+    def forward(self, x):
+        self.calls.append((x.clone(), torch.get_num_threads(), self.training, torch.is_grad_enabled()))
+        return x.sum()
+
+
+def tiny_vit() -> VisionTransformer:
+    return VisionTransformer(img_size=64, patch_size=16, embed_dim=48, depth=2, num_heads=3, num_classes=10)
+
+
+def test_every_model_runs_once_in_every_round():
+    runs: list[str] = []
+    models = {name: Recorder([]) for name in "abc"}
+    results = profile_models(models, SIZE, 2, rounds=5, warmup=2, on_run=runs.append)
+    assert [result.name for result in results] == ["a", "b", "c"]
+    assert all(len(result.seconds) == 5 for result in results)
+    assert all(len(model.calls) == 7 for model in models.values())
+    turns = [runs[i : i + 3] for i in range(0, 21, 3)]
+    assert all(sorted(turn) == ["a", "b", "c"] for turn in turns)
+    assert len({tuple(turn) for turn in turns}) > 1  # shuffled
+
+
+def test_order_is_the_same_for_the_same_seed():
+    orders = []
+    for _ in range(2):
+        orders.append([])
+        profile_models({name: Recorder([]) for name in "abcd"}, SIZE, 1, rounds=3, on_run=orders[-1].append)
+    assert orders[0] == orders[1]
+
+
+def test_models_run_in_eval_mode_without_gradients_on_the_asked_threads():
+    calls: list = []
+    before = torch.get_num_threads()
+    profile_models({"a": Recorder(calls).train()}, SIZE, 2, rounds=1, threads=1)
+    assert all(call[1:] == (1, False, False) for call in calls)
+    assert torch.get_num_threads() == before
+
+
+def test_given_images_fill_the_batch_in_turn():
+    calls: list = []
+    images = torch.arange(3.0).reshape(3, 1, 1, 1).expand(3, *SIZE)
+    profile_models({"a": Recorder(calls)}, SIZE, 5, rounds=1, warmup=0, images=images)
+    assert calls[0][0][:, 0, 0, 0].tolist() == [0, 1, 2, 0, 1]
+
+
+def test_models_keep_mode_and_dtype():
+    model = tiny_vit().train()
+    profile_models(
+        {"a": model, "b": effvit.sparsify(model, "tome", r=2)}, SIZE, 1, rounds=1, dtype=torch.float64
+    )
+    assert model.training
+    assert next(model.parameters()).dtype == torch.float32
+
+
+def test_baseline_has_speedup_one():
+    first, _ = profile_models({"a": Recorder([]), "b": Recorder([])}, SIZE, 1, rounds=4)
+    assert first.speedup == 1
+    assert first.interval == (1, 1)
+
+
+def test_speedup_is_the_median_of_the_ratios_within_rounds():
+    # A drift that both models share cancels; the medians of the durations alone would give 1.5.
+    seconds, baseline = np.array([1.0, 4.0, 2.0]), np.array([2.0, 8.0, 3.0])
+    result = measurement("x", seconds, baseline, batch_size=8)
+    assert result == Measurement("x", 8 / 2.0, 2.0, result.interval, (1.0, 4.0, 2.0))
+    assert 1.5 <= result.interval[0] <= 2 <= result.interval[1] <= 2
+
+
+def test_interval_narrows_like_the_error_of_a_median():
+    # Closed form: the standard error of the median of n normal values is sqrt(pi / 2n).
+    values = np.random.default_rng(1).normal(10, 1, 400)
+    low, high = median_interval(values)
+    assert low < np.median(values) < high
+    assert (high - low) / 2 == pytest.approx(1.96 * np.sqrt(np.pi / 800), rel=0.35)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"rounds": 0}, "rounds must be at least 1, got 0"),
+        ({"threads": 0}, "threads must be at least 1, got 0"),
+    ],
+)
+def test_counts_below_one_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        profile_models({"a": Recorder([])}, SIZE, **{"batch_size": 1, **settings})
+
+
+def test_no_model_is_refused():
+    with pytest.raises(ValueError, match="there is no model to profile"):
+        profile_models({}, SIZE, 1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_missing_cuda_is_named():
+    with pytest.raises(ValueError, match="device 'cuda' asks for CUDA, but torch finds none here"):
+        profile_models({"a": Recorder([])}, SIZE, 1, device="cuda")
+
+
+class TestCost:
+    measured = Measurement("x", 1.0, 1.0, (1.0, 1.0), (1.0,))
+
+    def test_dense_host_keeps_all_its_tokens(self):
+        model = tiny_vit()
+        cost = cost_of(model, SIZE, self.measured)
+        assert cost.tokens == 16
+        assert cost.parameters == sum(p.numel() for p in model.parameters())
+        assert cost.macs == count_flops(model, SIZE).total
+        assert cost.uncounted == {}
+
+    def test_reduced_host_reports_what_leaves_its_last_block(self):
+        assert cost_of(effvit.sparsify(tiny_vit(), "tome", r=3), SIZE, self.measured).tokens == 10
+
+    def test_tokens_that_depend_on_the_image_are_a_mean_over_the_images(self):
+        model = effvit.sparsify(tiny_vit(), "ats", reduce_at=[0, 1])
+        with torch.no_grad():
+            for block in model.blocks:
+                block.attn.qkv.weight.mul_(20)  # sharp attention, so that counts differ
+        images = torch.randn(3, *SIZE)
+        with torch.no_grad():
+            counts = [int(model.eval().forward_tokens(image[None]).tokens.counts()) for image in images]
+        cost = cost_of(model, SIZE, self.measured, images)
+        assert cost.tokens == pytest.approx(sum(counts) / 3)
+        assert cost.macs == count_flops(model, SIZE, images=images).total
+
+    def test_models_without_patch_tokens_have_no_token_count(self):
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten())
+        assert cost_of(model, SIZE, self.measured).tokens is None

@@ -1,0 +1,212 @@
+"""Pictures of tokens: colours in closed form on tiny images, and the panels of real methods."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
+
+import effvit
+from effvit.tokens import TokenMap
+from effvit.visualize import (
+    ALONE,
+    BORDER,
+    DROPPED,
+    FUSED,
+    MERGED,
+    TINTS,
+    data_config,
+    draw_tokens,
+    load_images,
+    patch_states,
+    seen_by,
+    settings_text,
+    spread,
+    token_figure,
+)
+
+SETTINGS = {
+    "evit": {"reduce_at": [1, 2], "keep_rate": 0.5},
+    "tome": {"r": 2},
+    "gtp": {"num_prop": 2},
+    "ats": {"reduce_at": [1, 2, 3]},
+    "zero_tprune": {"keep_rate": 0.7, "r": 1, "reduce_at": [0, 2]},
+}
+
+
+def tiny_vit(img_size: int | tuple[int, int] = 64) -> VisionTransformer:
+    model = VisionTransformer(img_size=img_size, patch_size=16, embed_dim=48, depth=4, num_heads=3)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.qkv.weight.mul_(20)  # sharp attention, so that the methods choose something
+    return model
+
+
+def photograph(width: int = 96, height: int = 80) -> Image.Image:
+    """A colour gradient with seeded noise."""
+    rng = np.random.default_rng(0)
+    ramp = np.linspace(0, 1, width)[None, :, None] * np.linspace(0.3, 1, height)[:, None, None]
+    pixels = ramp * (200, 150, 90) + rng.uniform(0, 40, (height, width, 3))
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def full_map(grid: tuple[int, int]) -> TokenMap:
+    return TokenMap.full(torch.zeros(1, 1 + grid[0] * grid[1], 4), grid, 1, 1)
+
+
+class TestDrawTokens:
+    def test_full_grid_is_the_image_itself(self):
+        image = photograph()
+        assert np.array_equal(draw_tokens(image, full_map((5, 6))), image)
+
+    def test_kept_patches_are_untouched_and_dropped_ones_darker(self):
+        image = photograph(64, 32)  # 2 x 4 patches of 16 pixels
+        tokens = full_map((2, 4)).keep(torch.tensor([[0, 2, 3, 5, 7]]), 5)
+        before, drawn = np.asarray(image), np.asarray(draw_tokens(image, tokens))
+        tint, share = TINTS[DROPPED]
+        for patch in range(8):
+            row, column = divmod(patch, 4)
+            place = (slice(16 * row, 16 * row + 16), slice(16 * column, 16 * column + 16))
+            if patch in (0, 2, 3, 5, 7):
+                assert np.array_equal(drawn[place], before[place])
+            else:
+                grey = before[place].mean(-1, keepdims=True)
+                expected = (1 - share) * grey + share * np.array(tint)
+                assert np.abs(drawn[place] - expected).max() <= 0.5 + 1e-9
+
+    def test_merged_patches_have_the_mean_colour_of_their_group(self):
+        image = photograph(64, 32)
+        # Patches 0, 1 and 7 become one token; 2 to 6 stay alone.
+        target = torch.tensor([[0, 0, 1, 2, 3, 4, 5, 0]])
+        tokens = full_map((2, 4)).relabel(target, torch.tensor([[0, 2, 3, 4, 5, 6]]), 6)
+        before, drawn = np.asarray(image, dtype=float), np.asarray(draw_tokens(image, tokens))
+        group = np.concatenate([before[:16, :32].reshape(-1, 3), before[16:, 48:].reshape(-1, 3)])
+        assert np.abs(drawn[8, 8] - group.mean(0)).max() <= 0.5 + 1e-9
+        assert np.array_equal(drawn[8, 8], drawn[24, 56])
+        assert np.array_equal(drawn[:16, 32:48], before[:16, 32:48])  # alone beside the group
+
+    def test_border_runs_inside_merged_groups_where_they_end(self):
+        image = Image.new("RGB", (64, 16))
+        drawn = np.asarray(draw_tokens(image, torch.tensor([[0, 0, 1, 1]])))
+        white = (drawn == BORDER).all(-1)
+        assert white.all(0).nonzero()[0].tolist() == [31, 32]
+        assert white.sum() == 2 * 16
+
+    def test_members_of_a_fused_token_have_their_own_tint(self):
+        image = photograph(64, 16)
+        tokens = full_map((1, 4)).fuse(torch.tensor([[2, 0, 1]]), 2)  # keeps 2 and 0, fuses 1 and 3
+        before, drawn = np.asarray(image, dtype=float), np.asarray(draw_tokens(image, tokens))
+        tint, share = TINTS[FUSED]
+        for patch in (1, 3):
+            place = np.s_[:, 16 * patch : 16 * patch + 16]
+            expected = (1 - share) * before[place].mean(-1, keepdims=True) + share * np.array(tint)
+            assert np.abs(drawn[place] - expected).max() <= 0.5 + 1e-9
+        for patch in (0, 2):
+            place = np.s_[:, 16 * patch : 16 * patch + 16]
+            assert np.array_equal(drawn[place], before[place])
+
+    def test_labels_draw_as_their_map(self):
+        tokens = full_map((2, 4)).keep(torch.tensor([[1, 6]]), 2)
+        image = photograph()
+        assert np.array_equal(draw_tokens(image, tokens), draw_tokens(image, tokens.labels()[0]))
+
+    def test_image_size_need_not_be_a_multiple_of_the_grid(self):
+        assert draw_tokens(photograph(101, 53), full_map((4, 7)).keep(torch.tensor([[3]]), 1)).size == (
+            101,
+            53,
+        )
+
+    def test_several_images_are_refused(self):
+        tokens = TokenMap.full(torch.zeros(3, 5, 4), (2, 2), 1, 1)
+        with pytest.raises(ValueError, match="draws one image, but the TokenMap is of 3"):
+            draw_tokens(photograph(), tokens)
+
+    def test_labels_without_a_grid_are_refused(self):
+        with pytest.raises(ValueError, match=r"labels must be \(H, W\), got a tensor of shape \(8,\)"):
+            draw_tokens(photograph(), torch.zeros(8, dtype=torch.int64))
+
+
+def test_states_of_patches():
+    labels = np.array([[0, 1, 1], [-1, 2, 2]])
+    assert patch_states(labels, None).tolist() == [[ALONE, MERGED, MERGED], [DROPPED, MERGED, MERGED]]
+    fused = np.array([False, False, True])
+    assert patch_states(labels, fused).tolist() == [[ALONE, MERGED, MERGED], [DROPPED, FUSED, FUSED]]
+    assert patch_states(np.full((1, 2), -1), fused).tolist() == [[DROPPED, DROPPED]]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "shown"),
+    [
+        (range(12), [1, 3, 6, 8, 11]),
+        ((3, 6, 9), [3, 6, 9]),
+        (range(3, 12), [3, 5, 7, 9, 11]),
+        (range(7), [0, 1, 3, 4, 6]),
+    ],
+)
+def test_shown_stages_are_spread_evenly_and_end_with_the_last(blocks, shown):
+    assert spread(blocks, 5) == shown
+
+
+class TestTokenFigure:
+    @pytest.mark.parametrize("method", SETTINGS)
+    def test_every_method_has_a_picture(self, method):
+        model = effvit.sparsify(tiny_vit(), method, **SETTINGS[method])
+        figure = token_figure(model, photograph())
+        assert figure.mode == "RGB"
+        assert figure.width > 300 * (1 + len(model.reducers))
+
+    def test_same_input_gives_the_same_pixels(self):
+        model = effvit.sparsify(tiny_vit(), "tome", r=2)
+        first, second = (token_figure(model, photograph()).tobytes() for _ in range(2))
+        assert first == second
+
+    def test_grid_need_not_be_square(self):
+        model = effvit.sparsify(tiny_vit((32, 96)), "tome", r=2)
+        assert (
+            token_figure(model, photograph()).height
+            < token_figure(effvit.sparsify(tiny_vit((96, 32)), "tome", r=2), photograph()).height
+        )
+
+    def test_model_is_left_as_it_was(self):
+        model = effvit.sparsify(tiny_vit(), "tome", r=2).train()
+        token_figure(model, photograph())
+        assert all(module.training for module in model.modules())
+
+    def test_model_without_reducing_block_shows_the_input_alone(self):
+        model = effvit.sparsify(tiny_vit(), "tome", r=0)
+        assert token_figure(model, photograph()).width < 2 * 300
+
+    def test_title_replaces_method_and_settings(self):
+        model = effvit.sparsify(tiny_vit(), "tome", r=2)
+        assert token_figure(model, photograph(), title="x") != token_figure(model, photograph())
+
+    def test_dense_model_is_refused(self):
+        with pytest.raises(TypeError, match=r"made by effvit\.sparsify, got a VisionTransformer"):
+            token_figure(tiny_vit(), photograph())
+
+
+def test_text_names_only_settings_that_are_not_defaults():
+    assert settings_text(effvit.sparsify(tiny_vit(), "tome", r=2)) == "tome r=2"
+    model = effvit.sparsify(tiny_vit(), "evit", reduce_at=(1, 2))
+    assert settings_text(model) == "evit reduce_at=[1, 2]"
+    assert settings_text(effvit.sparsify(tiny_vit(), "ats")) == "ats"
+
+
+def test_images_are_normalised_by_the_configuration_of_the_model():
+    model = tiny_vit()
+    x = load_images(model, [Image.new("L", (90, 70), 255)])
+    assert x.shape == (1, 3, 64, 64)
+    mean, std = (torch.tensor(data_config(model)[key])[:, None, None] for key in ("mean", "std"))
+    torch.testing.assert_close(x[0], ((1 - mean) / std).expand(3, 64, 64))
+
+
+def test_view_undoes_the_normalisation():
+    model = tiny_vit((32, 96))
+    image = photograph(96, 32)
+    config = data_config(model)
+    assert config["input_size"] == (3, 32, 96)
+    mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
+    pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) / 255
+    assert np.array_equal(seen_by(model, (pixels - mean) / std), image)

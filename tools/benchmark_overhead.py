@@ -1,0 +1,183 @@
+"""How near each method comes to its own ideal: the dense blocks on exactly the reduced token counts.
+
+The ideal runs timm's own blocks and shortens the sequence by a leading slice, between attention and MLP (after the
+MLP for Zero-TPrune), with no scores, no matching and no index: what a method loses against it is its overhead.
+All models run interleaved, each once a round in random order; a figure is the median over the rounds of the ratio
+within a round, with its bootstrap 95 % interval.
+
+    python tools/benchmark_overhead.py --rounds 40 --json overhead.json
+    python tools/benchmark_overhead.py --device cuda --dtype bfloat16 --batch-size 128
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor, nn
+
+import effvit
+from effvit.models.host import ReducedHost
+from effvit.profiler import Measurement, median_interval, noise, profile_models
+
+CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "EViT 0.7": ("evit", {"keep_rate": 0.7}),
+    "EViT 0.5": ("evit", {"keep_rate": 0.5}),
+    "ToMe r 8": ("tome", {"r": 8}),
+    "ToMe r 13": ("tome", {"r": 13}),
+    "Zero-TPrune": ("zero_tprune", {}),
+    "GTP 8": ("gtp", {"num_prop": 8}),
+    "ATS padded": ("ats", {"ragged": "padded"}),
+    "ATS packed": ("ats", {"ragged": "packed"}),
+}
+
+
+class IdealViT(nn.Module):
+    """A timm ViT whose token count follows a list, at no cost.
+
+    The blocks are given explicitly, so a compiler cannot drop what a swapped buffer would cut off: every token
+    that is left depends on the image.
+
+    Args:
+        dense: The ViT.
+        counts: Patch tokens that leave each block.
+        after_mlp: Shorten behind the MLP instead of before it.
+    """
+
+    def __init__(self, dense: nn.Module, counts: list[int], after_mlp: bool) -> None:
+        super().__init__()
+        self.dense = dense
+        self.lengths = [dense.num_prefix_tokens + count for count in counts]
+        self.after_mlp = after_mlp
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.dense.norm_pre(self.dense._pos_embed(self.dense.patch_embed(x)))
+        for block, length in zip(self.dense.blocks, self.lengths, strict=True):
+            x = x + block.ls1(block.attn(block.norm1(x)))
+            if not self.after_mlp:
+                x = x[:, :length]
+            x = x + block.ls2(block.mlp(block.norm2(x)))
+            if self.after_mlp:
+                x = x[:, :length]
+        return self.dense.forward_head(self.dense.norm(x))
+
+
+def sharpen(dense: nn.Module, factor: float) -> None:
+    """Multiply the query weights, so that random attention is uneven enough for ATS to adapt to the image."""
+    with torch.no_grad():
+        for block in dense.blocks:
+            width = block.attn.qkv.weight.shape[1]
+            block.attn.qkv.weight[:width] *= factor
+
+
+@torch.no_grad()
+def mean_counts(model: ReducedHost, images: Tensor) -> list[int]:
+    """Patch tokens leaving each block, the mean over the batch for a method that adapts to the image."""
+    return [round(float(f.tokens.counts().double().mean())) for f in model.trace_tokens(images)]
+
+
+def efficiency(ideal: Measurement, own: Measurement) -> tuple[float, tuple[float, float]]:
+    """Speed over the ideal's and its interval, from runs in the same rounds."""
+    ratios = np.array(ideal.seconds) / np.array(own.seconds)
+    return float(np.median(ratios)), median_interval(ratios)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="deit_small_patch16_224", help="timm name of a plain ViT")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=40, help="10 give about +-7 %%, 20 +-5 %%")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--sharpen", type=float, default=12.0, help="factor on the query weights")
+    parser.add_argument("--only", default="", help="run the configurations whose name contains this")
+    parser.add_argument("--json", type=Path, help="write figures, samples, machine and versions here")
+    args = parser.parse_args()
+
+    console = Console()
+    torch.manual_seed(0)
+    dense = timm.create_model(args.model).eval()
+    sharpen(dense, args.sharpen)
+    size = (3, *dense.patch_embed.img_size)
+    images = noise(size, args.batch_size)
+    models: dict[str, nn.Module] = {"dense": dense}
+    counts: dict[str, list[int]] = {}
+    for name, (method, settings) in CONFIGURATIONS.items():
+        if args.only.lower() in name.lower():
+            model = effvit.sparsify(dense, method, **settings)
+            counts[name] = mean_counts(model, images)
+            models[name] = model
+            models[f"ideal {name}"] = IdealViT(dense, counts[name], after_mlp=method == "zero_tprune")
+
+    with Progress(console=console) as progress:
+        task = progress.add_task("measuring", total=len(models) * (args.rounds + 2))
+        measured = profile_models(
+            models,
+            size,
+            args.batch_size,
+            rounds=args.rounds,
+            threads=args.threads,
+            device=args.device,
+            dtype=getattr(torch, args.dtype),
+            images=images,
+            on_run=lambda _: progress.advance(task),
+        )
+    by_name = {m.name: m for m in measured}
+
+    table = Table(title=f"{args.model}, batch {args.batch_size}, {args.dtype}, {args.device}, {args.threads} thread(s)")
+    for column in ("method", "tokens left", "images/s", "speed-up", "ideal speed-up", "of the ideal", "95 % interval"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    rows = []
+    for name in counts:
+        own, ideal = by_name[name], by_name[f"ideal {name}"]
+        share, interval = efficiency(ideal, own)
+        rows.append({"name": name, "counts": counts[name], "efficiency": share, "interval": interval})
+        table.add_row(
+            name,
+            str(counts[name][-1]),
+            f"{own.images_per_second:.2f}",
+            f"{own.speedup:.2f}",
+            f"{ideal.speedup:.2f}",
+            f"{share:.3f}",
+            f"{interval[0]:.3f} to {interval[1]:.3f}",
+        )
+    console.print(table)
+    if args.json:
+        record = {
+            "arguments": {key: str(value) for key, value in vars(args).items() if key != "json"},
+            "machine": {
+                "processor": processor_name(),
+                "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu",
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "timm": timm.__version__,
+                "effvit": effvit.__version__,
+            },
+            "results": rows,
+            "seconds": {m.name: m.seconds for m in measured},
+        }
+        args.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def processor_name() -> str:
+    """The processor's name as the system gives it."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()
