@@ -86,8 +86,8 @@ class _TokenBlock(nn.Module):
         """One block on the tokens x (B, P+N, C): returns (B, P+K, C) and the map of the K tokens left."""
         if self.reducer is not None:
             return self.reducer(x, tokens, self, rope)
-        x, state = self.attend(x, tokens, rope)
-        return self.feedforward(x), state.tokens
+        x = self.attend(x, tokens, rope)[0]  # dropping the state frees q, k and v before the MLP runs
+        return self.feedforward(x), tokens
 
 
 class TokenBlock(_TokenBlock, Block):

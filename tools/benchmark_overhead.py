@@ -1,7 +1,7 @@
 """How near each method comes to its own ideal: the dense blocks on exactly the reduced token counts.
 
-The ideal runs timm's own blocks and shortens the sequence by a leading slice, between attention and MLP (after the
-MLP for Zero-TPrune), with no scores, no matching and no index: what a method loses against it is its overhead.
+The ideal runs timm's own blocks and shortens the sequence by a leading slice between attention and MLP, with no
+scores, no matching and no index: what a method loses against it is its overhead.
 All models run interleaved, each once a round in random order; a figure is the median over the rounds of the ratio
 within a round, with its bootstrap 95 % interval.
 
@@ -50,24 +50,19 @@ class IdealViT(nn.Module):
     Args:
         dense: The ViT.
         counts: Patch tokens that leave each block.
-        after_mlp: Shorten behind the MLP instead of before it.
     """
 
-    def __init__(self, dense: nn.Module, counts: list[int], after_mlp: bool) -> None:
+    def __init__(self, dense: nn.Module, counts: list[int]) -> None:
         super().__init__()
         self.dense = dense
         self.lengths = [dense.num_prefix_tokens + count for count in counts]
-        self.after_mlp = after_mlp
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.dense.norm_pre(self.dense._pos_embed(self.dense.patch_embed(x)))
         for block, length in zip(self.dense.blocks, self.lengths, strict=True):
             x = x + block.ls1(block.attn(block.norm1(x)))
-            if not self.after_mlp:
-                x = x[:, :length]
+            x = x[:, :length]
             x = x + block.ls2(block.mlp(block.norm2(x)))
-            if self.after_mlp:
-                x = x[:, :length]
         return self.dense.forward_head(self.dense.norm(x))
 
 
@@ -117,7 +112,7 @@ def main() -> None:
             model = effvit.sparsify(dense, method, **settings)
             counts[name] = mean_counts(model, images)
             models[name] = model
-            models[f"ideal {name}"] = IdealViT(dense, counts[name], after_mlp=method == "zero_tprune")
+            models[f"ideal {name}"] = IdealViT(dense, counts[name])
 
     with Progress(console=console) as progress:
         task = progress.add_task("measuring", total=len(models) * (args.rounds + 2))

@@ -241,7 +241,9 @@ class ATS(Reducer):
         self, x: Tensor, tokens: TokenMap, block: _TokenBlock, rope: Tensor | None
     ) -> tuple[Tensor, TokenMap]:
         x, state = block.attend(x, tokens, rope, pick=lambda state: self.pick(state, x))
-        return block.feedforward(x), state.tokens
+        tokens = state.tokens
+        del state  # queries, keys and values need not stay in memory while the MLP runs
+        return block.feedforward(x), tokens
 
     @torch.no_grad()
     def pick(self, state: AttnState, x: Tensor) -> Selection:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from effvit.attention import AttnState
+from effvit.attention import AttnState, EditMap
 from effvit.tokens import TokenMap, fx_leaf
 
 if TYPE_CHECKING:
@@ -87,9 +87,14 @@ class Reducer(nn.Module):
         self, x: Tensor, tokens: TokenMap, block: _TokenBlock, rope: Tensor | None
     ) -> tuple[Tensor, TokenMap]:
         """Run the block with this reducer between attention and MLP."""
-        x, state = block.attend(x, tokens, rope)
+        x, state = block.attend(x, tokens, rope, edit_map=self.map_edit())
         x, tokens = self.reduce(x, tokens, state)
+        del state  # queries, keys and values need not stay in memory while the MLP runs
         return block.feedforward(x), tokens
+
+    def map_edit(self) -> EditMap | None:
+        """What to do with the softmax map before it is applied; None if the method needs no map at all."""
+        return None
 
     def reduce(self, x: Tensor, tokens: TokenMap, state: AttnState) -> tuple[Tensor, TokenMap]:
         """x (B, P+N, C) after the attention residual -> (B, P+K, C) and the map of the K tokens left."""

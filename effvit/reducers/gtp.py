@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from effvit.attention import AttnState
+from effvit.attention import AttnState, EditMap
 from effvit.reducers.base import Reducer, check_finite
 from effvit.schedule import check_blocks, check_count, check_fraction, per_block
 from effvit.tokens import TokenMap, flat_rows, fx_leaf, take_rows, wide_dtype
-
-if TYPE_CHECKING:
-    from effvit.block import _TokenBlock
 
 __all__ = ["GRAPH_TYPES", "GTP", "PROPAGATIONS", "SELECTIONS", "propagation_graph", "sparsify_map"]
 
@@ -226,17 +222,12 @@ class GTP(Reducer):
         scale = torch.ones_like(tokens.anchor, dtype=graph.dtype) if self.token_scale else None
         return replace(tokens, carry=graph, key_weight=scale)
 
-    def forward(
-        self, x: Tensor, tokens: TokenMap, block: _TokenBlock, rope: Tensor | None
-    ) -> tuple[Tensor, TokenMap]:
-        needs_map = self.selection in MAP_SCORES or self.selection in ROW_SCORES or self.sparsity < 1
-        x, state = block.attend(x, tokens, rope, edit_map=self.edit_map if needs_map else None)
-        x, tokens = self.reduce(x, tokens, state)
-        return block.feedforward(x), tokens
-
-    def edit_map(self, weights: Tensor) -> Tensor:
-        """The softmax map attention uses and scores are read from."""
-        return sparsify_map(weights, self.sparsity) if self.sparsity < 1 else weights
+    def map_edit(self) -> EditMap | None:
+        if self.sparsity < 1:
+            return lambda weights: sparsify_map(weights, self.sparsity)
+        if self.selection in MAP_SCORES or self.selection in ROW_SCORES:
+            return lambda weights: weights
+        return None
 
     @torch.no_grad()
     def scores(self, state: AttnState) -> Tensor:
