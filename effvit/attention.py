@@ -8,7 +8,7 @@ the softmax map; what a method scores tokens with (the class token's row, the ke
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -131,14 +131,10 @@ def variable_length_attention(
     """
     query_lengths, key_lengths = query_mask.sum(1), key_mask.sum(1)
     if q.device.type == "cpu":
-        per_image = zip(
-            *(
-                x.split(lengths.tolist(), dim=2)
-                for x, lengths in ((q, query_lengths), (k, key_lengths), (v, key_lengths))
-            ),
-            strict=True,
-        )
-        return torch.cat([F.scaled_dot_product_attention(*qkv, dropout_p=dropout_p) for qkv in per_image], dim=2)
+        q_rows, k_rows = query_lengths.tolist(), key_lengths.tolist()
+        images = zip(q.split(q_rows, dim=2), k.split(k_rows, dim=2), v.split(k_rows, dim=2), strict=True)
+        outputs = [F.scaled_dot_product_attention(qi, ki, vi, dropout_p=dropout_p) for qi, ki, vi in images]
+        return torch.cat(outputs, dim=2)
     return _jagged_attention(q, k, v, query_lengths, key_lengths, dropout_p)
 
 
@@ -175,17 +171,9 @@ class _TokenAttention(nn.Module):
     module hold for everything it computes.
     """
 
-    num_heads: int
-    head_dim: int
-    scale: float
-    fused_attn: bool
-    q_norm: nn.Module
-    k_norm: nn.Module
-    attn_drop: nn.Dropout
-    norm: nn.Module
-    gate: nn.Module | None
-    proj: nn.Module
-    proj_drop: nn.Module
+    if TYPE_CHECKING:  # what timm's class brings along
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens (B, N, C) -> q, k, v, each (B, heads, N, D)."""

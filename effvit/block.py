@@ -5,7 +5,7 @@ A block offers a reducer its two halves, ``attend`` and ``feedforward``, and kno
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from timm.layers import DropPath
 from timm.models.eva import EvaBlock
@@ -35,12 +35,11 @@ def rehouse(module: nn.Module, cls: type[ModuleT]) -> ModuleT:
 class _TokenBlock(nn.Module):
     """The forward pass shared by the block classes; a subclass supplies the two residual branches."""
 
-    norm1: nn.Module
-    attn: nn.Module
-    norm2: nn.Module
-    mlp: nn.Module
-    drop_path1: nn.Module
-    reducer: nn.Module | None
+    reducer: Any
+
+    if TYPE_CHECKING:  # what timm's class brings along
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def _attention_branch(self, y: Tensor) -> Tensor:
         raise NotImplementedError
@@ -126,13 +125,14 @@ def token_block(block: nn.Module, position: int) -> _TokenBlock:
             f"blocks.{position} is a {type(block).__name__}, which token reduction does not know; "
             f"supported are {', '.join(cls.__name__ for cls in BLOCK_CLASSES)}: choose a host built from them"
         )
-    known_attn = ATTENTION_CLASSES.get(type(block.attn))
+    attn: Any = block.attn
+    known_attn = ATTENTION_CLASSES.get(type(attn))
     if known_attn is None:
         raise TypeError(
-            f"blocks.{position}.attn is a {type(block.attn).__name__}, which token reduction does not know; "
+            f"blocks.{position}.attn is a {type(attn).__name__}, which token reduction does not know; "
             f"supported are {', '.join(cls.__name__ for cls in ATTENTION_CLASSES)}: choose a host built from them"
         )
     new = rehouse(block, known)
-    new.attn = rehouse(block.attn, known_attn)
+    new.attn = rehouse(attn, known_attn)
     new.register_module("reducer", None)
     return new

@@ -79,12 +79,8 @@ def parser() -> argparse.ArgumentParser:
         description="Compare each MODEL with its variants by --method; without one, all with the first.",
     )
     command.add_argument("models", nargs="+", metavar="MODEL", help="any name of timm or of the zoo")
-    command.add_argument(
-        "--method", nargs="+", default=[], metavar="NAME", help="methods to reduce each MODEL with"
-    )
-    command.add_argument(
-        "--keep-rate", nargs="+", type=float, default=[], metavar="RATE", help="one variant for each"
-    )
+    command.add_argument("--method", nargs="+", default=[], metavar="NAME", help="methods to reduce each MODEL with")
+    command.add_argument("--keep-rate", nargs="+", type=float, default=[], metavar="RATE", help="one variant for each")
     command.add_argument("--img-size", nargs="+", type=int, metavar="SIZE", help="side, or height and width")
     command.add_argument("--batch-size", type=int, default=8)
     command.add_argument("--rounds", type=int, default=10)
@@ -122,9 +118,7 @@ def run_list(arguments: argparse.Namespace) -> None:
         raise ValueError(f"no method and no model matches {arguments.pattern!r}")
     console = output()
     if methods:
-        table = Table(
-            "method", "what it does", "settings and defaults", title="Methods", title_justify="left"
-        )
+        table = Table("method", "what it does", "settings and defaults", title="Methods", title_justify="left")
         for method in methods:
             defaults = effvit.method_settings(method)
             settings = "\n".join(f"{name}={value!r}" for name, value in defaults.items())
@@ -158,9 +152,7 @@ def run_profile(arguments: argparse.Namespace) -> None:
         }
         costs = measure(models, shared_input_size(models), conditions)
         print_costs(output(), costs, f"{describe(conditions)}, noise of {size_text(models)}")
-        records.append(
-            record(costs, conditions | {"input_size": shared_input_size(models), "images": "noise"})
-        )
+        records.append(record(costs, conditions | {"input_size": shared_input_size(models), "images": "noise"}))
     if arguments.json is not None:
         write_json(arguments.json, records)
 
@@ -171,9 +163,7 @@ def run_visualize(arguments: argparse.Namespace) -> None:
     variants = list_variants(arguments.method, assignments)
     stems = [path.stem for path in arguments.images]
     if len(set(stems)) < len(stems):
-        raise ValueError(
-            f"pictures are named after the images, which must differ in name: {', '.join(stems)}"
-        )
+        raise ValueError(f"pictures are named after the images, which must differ in name: {', '.join(stems)}")
     images = {path.stem: open_image(path) for path in arguments.images}
     models = reduced(create(arguments.model, arguments), variants)
     console = output()
@@ -239,9 +229,7 @@ def parse_setting(text: str) -> tuple[str, Any]:
         ) from error
 
 
-def list_variants(
-    methods: Sequence[str], assignments: Sequence[tuple[str, Any]]
-) -> list[tuple[str, dict[str, Any]]]:
+def list_variants(methods: Sequence[str], assignments: Sequence[tuple[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
     """(method, settings) for every method and combination of values of the settings it has.
 
     Raises:
@@ -253,9 +241,7 @@ def list_variants(
     taken = {method: [key for key in values if key in effvit.method_settings(method)] for method in methods}
     for key in values:
         if not any(key in keys for keys in taken.values()):
-            known = "; ".join(
-                f"{method} takes {', '.join(effvit.method_settings(method))}" for method in methods
-            )
+            known = "; ".join(f"{method} takes {', '.join(effvit.method_settings(method))}" for method in methods)
             raise ValueError(f"no method named here has a setting {key!r}: {known}")
     return [
         (method, dict(zip(keys, combination, strict=True)))
@@ -278,9 +264,7 @@ def create(name: str, arguments: argparse.Namespace) -> nn.Module:
     architecture = name.split(".")[0]
     if not timm.is_model(architecture):
         nearest = difflib.get_close_matches(architecture, timm.list_models(), n=3)
-        hint = (
-            f"did you mean {' or '.join(nearest)}?" if nearest else "see effvit list and timm.list_models()"
-        )
+        hint = f"did you mean {' or '.join(nearest)}?" if nearest else "see effvit list and timm.list_models()"
         raise ValueError(f"unknown model {name!r}; {hint}")
     options: dict[str, Any] = {}
     img_size = getattr(arguments, "img_size", None)
@@ -356,9 +340,7 @@ def measure(
     """Name -> Cost of the models, with progress bars; conditions as ``profile_models`` takes them."""
     costs = {}
     with progress() as bars:
-        speed = bars.add_task(
-            "measuring speed", total=len(models) * (conditions["warmup"] + conditions["rounds"])
-        )
+        speed = bars.add_task("measuring speed", total=len(models) * (conditions["warmup"] + conditions["rounds"]))
         count = bars.add_task("counting multiply-adds", total=len(models))
         measurements = profile_models(
             models,

@@ -46,8 +46,7 @@ def photographs() -> dict[str, Image.Image]:
         spec = find_spec(package)
         if spec is None or spec.origin is None:
             raise FileNotFoundError(
-                f"the demo's photographs come with the package {package}, which is not installed; "
-                "install effvit[demo]"
+                f"the demo's photographs come with the package {package}, which is not installed; install effvit[demo]"
             )
         for file in files:
             with Image.open(Path(spec.origin).parent / file) as image:

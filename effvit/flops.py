@@ -101,9 +101,7 @@ def eval_twin(model: ModelT) -> ModelT:
     return copy.deepcopy(model, shared).eval()
 
 
-def count_flops(
-    model: nn.Module, input_size: tuple[int, int, int], *, images: Tensor | None = None
-) -> FlopReport:
+def count_flops(model: nn.Module, input_size: tuple[int, int, int], *, images: Tensor | None = None) -> FlopReport:
     """Multiply-accumulates (MACs) of one image in eval mode. The model is left as it is.
 
     Args:

@@ -91,7 +91,7 @@ def tome_r(r: int | Sequence[int] | tuple[int, float], depth: int) -> list[int]:
         schedule may lie a little below r * depth.
     """
     if isinstance(r, (list, tuple)) and len(r) == 2 and isinstance(r[1], float):
-        mean, inflection = check_count("r", r[0]), r[1]  # type: ignore[arg-type]
+        mean, inflection = check_count("r", r[0]), r[1]
         if not -1 <= inflection <= 1:
             raise ValueError(f"the inflection of r must be in [-1, 1], got {inflection}")
         first = int(mean * (1 - inflection))
@@ -100,7 +100,7 @@ def tome_r(r: int | Sequence[int] | tuple[int, float], depth: int) -> list[int]:
     if isinstance(r, (list, tuple)):
         if len(r) > depth:
             raise ValueError(f"r has {len(r)} values, but the model has {depth} blocks")
-        return [check_count("r", value) for value in r] + [0] * (depth - len(r))  # type: ignore[arg-type]
+        return [check_count("r", value) for value in r] + [0] * (depth - len(r))
     return [check_count("r", r)] * depth  # type: ignore[arg-type]
 
 

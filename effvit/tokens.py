@@ -37,7 +37,7 @@ def fx_leaf(function: Callable[P, R]) -> Callable[P, R]:
         for argument in args:
             placeholder = argument.source if isinstance(argument, TokenMap) else argument
             if isinstance(placeholder, torch.fx.Proxy):
-                return placeholder.tracer.create_proxy("call_function", leaf, args, kwargs)  # type: ignore
+                return placeholder.tracer.create_proxy("call_function", leaf, args, kwargs)
         return function(*args, **kwargs)
 
     return leaf
@@ -184,9 +184,7 @@ class TokenMap:
             packed=packed,
         )
 
-    def keep(
-        self, index: Tensor, num_tokens: int, valid: Tensor | None = None, packed: bool = False
-    ) -> TokenMap:
+    def keep(self, index: Tensor, num_tokens: int, valid: Tensor | None = None, packed: bool = False) -> TokenMap:
         """The map after only some tokens were kept.
 
         Args:

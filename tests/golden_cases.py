@@ -91,7 +91,11 @@ def find_cases(folder: Path, method: str) -> list[Case]:
     """Cases of one method with tensors beside the json, in order of their names."""
     if not (folder / method).is_dir():
         return []
-    return [Case(method, path) for path in sorted((folder / method).glob("*.json")) if path.with_suffix(".safetensors").is_file()]
+    return [
+        Case(method, path)
+        for path in sorted((folder / method).glob("*.json"))
+        if path.with_suffix(".safetensors").is_file()
+    ]
 
 
 def find_tables(folder: Path, method: str) -> list[Path]:

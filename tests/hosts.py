@@ -23,15 +23,19 @@ HOSTS: dict[str, Callable[..., nn.Module]] = {
     "class_token": partial(VisionTransformer, **SIZE),
     "distilled": partial(VisionTransformerDistilled, **SIZE),
     "registers": partial(
-        VisionTransformer, **SIZE, reg_tokens=4, init_values=0.1, qk_norm=True, no_embed_class=True, pre_norm=True
+        VisionTransformer,
+        **SIZE,
+        reg_tokens=4,
+        init_values=0.1,
+        qk_norm=True,
+        no_embed_class=True,
+        pre_norm=True,
     ),
     "average_pool": partial(VisionTransformer, **SIZE, class_token=False, global_pool="avg"),
     "register_no_class": partial(VisionTransformer, **SIZE, class_token=False, reg_tokens=1, global_pool="avg"),
     "attention_pool": partial(VisionTransformer, **SIZE, class_token=False, global_pool="map"),
     "eva02": partial(Eva, **(SIZE | ROPE), swiglu_mlp=True, scale_mlp=True, qkv_fused=False, init_values=0.1),
-    "dinov3": partial(
-        Eva, **(SIZE | ROPE), rope_type="dinov3", num_reg_tokens=4, init_values=0.1, global_pool="token"
-    ),
+    "dinov3": partial(Eva, **(SIZE | ROPE), rope_type="dinov3", num_reg_tokens=4, init_values=0.1, global_pool="token"),
     "rope_mixed": partial(Eva, **(SIZE | ROPE), rope_type="mixed", attn_type="rope", global_pool="token"),
     "gated_grouped": partial(
         Eva,

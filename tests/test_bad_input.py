@@ -68,21 +68,15 @@ class TestNames:
             ask("evitt")
 
     def test_unknown_method_that_is_near_none_is_answered_with_all(self) -> None:
-        with pytest.raises(
-            ValueError, match="unknown method 'x'; known are evit, tome, gtp, ats, zero_tprune"
-        ):
+        with pytest.raises(ValueError, match="unknown method 'x'; known are evit, tome, gtp, ats, zero_tprune"):
             effvit.sparsify(vit(), "x")
 
     def test_unknown_host_is_answered_with_the_nearest(self) -> None:
-        with pytest.raises(
-            ValueError, match=r"unknown timm model 'deit_smal_patch16_224'; did you mean deit_small_p"
-        ):
+        with pytest.raises(ValueError, match=r"unknown timm model 'deit_smal_patch16_224'; did you mean deit_small_p"):
             effvit.sparsify("deit_smal_patch16_224", "tome")
 
     def test_setting_of_another_method_is_answered_with_its_owners(self) -> None:
-        message = (
-            r"tome has no setting 'keep_rate'; it belongs to evit, ats, zero_tprune; tome takes r, prop_attn"
-        )
+        message = r"tome has no setting 'keep_rate'; it belongs to evit, ats, zero_tprune; tome takes r, prop_attn"
         with pytest.raises(ValueError, match=message):
             effvit.sparsify(vit(), "tome", keep_rate=0.5)
         with pytest.raises(ValueError, match=message):
@@ -112,9 +106,7 @@ class TestSettingsOutOfRange:
     @pytest.mark.parametrize("method", WITH_KEEP_RATE)
     @pytest.mark.parametrize("rate", [True, "0.5", [None]])
     def test_keep_rate_that_is_no_number(self, method: str, rate: Any) -> None:
-        with pytest.raises(
-            TypeError, match=r"keep_rate must be a number in \(0, 1\], got (True|'0.5'|None)$"
-        ):
+        with pytest.raises(TypeError, match=r"keep_rate must be a number in \(0, 1\], got (True|'0.5'|None)$"):
             reduced(method, keep_rate=rate)
 
     @pytest.mark.parametrize(
@@ -129,9 +121,7 @@ class TestSettingsOutOfRange:
             ("ats", "num_tokens", 2),
         ],
     )
-    def test_counts_that_are_too_small_or_no_whole_numbers(
-        self, method: str, name: str, minimum: int
-    ) -> None:
+    def test_counts_that_are_too_small_or_no_whole_numbers(self, method: str, name: str, minimum: int) -> None:
         with pytest.raises(ValueError, match=f"{name} must be at least {minimum}, got {minimum - 1}"):
             reduced(method, **{name: minimum - 1})
         for value in (1.5, 3.0, True, "3", NAN):
@@ -172,9 +162,7 @@ class TestSettingsOutOfRange:
         ],
     )
     def test_switch_that_is_not_true_or_false(self, method: str, name: str) -> None:
-        with pytest.raises(
-            TypeError, match=f"{name} must be True or False, got 'no'"
-        ):  # which counts as True
+        with pytest.raises(TypeError, match=f"{name} must be True or False, got 'no'"):  # which counts as True
             reduced(method, **{name: "no"})
 
     @pytest.mark.parametrize("sparsity", [0, 1.5, NAN])
@@ -183,9 +171,7 @@ class TestSettingsOutOfRange:
             reduced("gtp", sparsity=sparsity)
 
     def test_sparsity_that_keeps_every_entry_of_the_map(self) -> None:
-        with pytest.raises(
-            ValueError, match=r"sparsity 0.999 keeps every entry of a 17 x 17 .*; use sparsity=1"
-        ):
+        with pytest.raises(ValueError, match=r"sparsity 0.999 keeps every entry of a 17 x 17 .*; use sparsity=1"):
             reduced("gtp", sparsity=0.999)(images())
 
     @pytest.mark.parametrize("alpha", ["x", NAN, float("inf")])
@@ -200,16 +186,12 @@ class TestSettingsOutOfRange:
 
     @pytest.mark.parametrize("var_range", [(1,), (1, 0), (NAN, 1), 3, "ab"])
     def test_variance_range_that_is_none(self, var_range: Any) -> None:
-        with pytest.raises(
-            (TypeError, ValueError), match=r"var_range must be \(smallest, largest\) variance, got"
-        ):
+        with pytest.raises((TypeError, ValueError), match=r"var_range must be \(smallest, largest\) variance, got"):
             reduced("zero_tprune", var_range=var_range)
 
     @pytest.mark.parametrize("propagation", ["Mean", "None"])
     def test_token_scale_without_a_graph(self, propagation: str) -> None:
-        with pytest.raises(
-            ValueError, match=f"token_scale needs propagation='GraphProp', got '{propagation}'"
-        ):
+        with pytest.raises(ValueError, match=f"token_scale needs propagation='GraphProp', got '{propagation}'"):
             reduced("gtp", token_scale=True, propagation=propagation)
 
     def test_rate_and_number_of_sampling_points_together(self) -> None:
@@ -217,9 +199,7 @@ class TestSettingsOutOfRange:
             reduced("ats", keep_rate=0.5, num_tokens=4)
 
     def test_packed_batch_with_the_official_batch_dependence(self) -> None:
-        with pytest.raises(
-            ValueError, match=r"compat=True reproduces the official padded batch; it needs ragged='pa"
-        ):
+        with pytest.raises(ValueError, match=r"compat=True reproduces the official padded batch; it needs ragged='pa"):
             reduced("ats", ragged="packed", compat=True)
 
     def test_unknown_fill(self) -> None:
@@ -290,9 +270,7 @@ class TestBlocksAndLengths:
             reduced(method, **{name: [value, value]})
 
     def test_sequences_over_all_blocks(self) -> None:
-        with pytest.raises(
-            ValueError, match=r"num_prop has 2 values for 3 blocks \[0, 1, 2\]; give one value"
-        ):
+        with pytest.raises(ValueError, match=r"num_prop has 2 values for 3 blocks \[0, 1, 2\]; give one value"):
             reduced("gtp", num_prop=[1, 2])
         with pytest.raises(ValueError, match="r has 4 values, but the model has 3 blocks"):
             reduced("tome", r=[1, 1, 1, 1])
@@ -300,30 +278,22 @@ class TestBlocksAndLengths:
 
 class TestSchedulesThatLeaveNoToken:
     def test_schedule_is_refused_when_the_model_is_made(self) -> None:
-        with pytest.raises(
-            ValueError, match=r"gtp would leave 0 of 8 patch tokens in block 1 .* 4 x 4; reduce less"
-        ):
+        with pytest.raises(ValueError, match=r"gtp would leave 0 of 8 patch tokens in block 1 .* 4 x 4; reduce less"):
             reduced("gtp", num_prop=8)
         with pytest.raises(ValueError, match=r"zero_tprune would leave 0 of 16 patch tokens in block 1"):
             reduced("zero_tprune", keep_rate=0.02, r=0)
 
     def test_schedule_is_refused_for_a_smaller_input_size_and_never_computed(self) -> None:
         model = reduced("gtp", num_prop=5)
-        with pytest.raises(
-            ValueError, match=r"gtp would leave -1 of 4 patch tokens in block 1 .* 3 x 3; reduce less"
-        ):
+        with pytest.raises(ValueError, match=r"gtp would leave -1 of 4 patch tokens in block 1 .* 3 x 3; reduce less"):
             model.set_input_size((24, 24))
-        with pytest.raises(
-            ValueError, match=r"gtp would leave -1 of 4|expected images of 32 x 32 pixels, got 24 x 24"
-        ):
+        with pytest.raises(ValueError, match=r"gtp would leave -1 of 4|expected images of 32 x 32 pixels, got 24 x 24"):
             model(images(1, 3, 24, 24))
 
     def test_schedule_is_refused_for_a_smaller_image_of_a_dynamic_model(self) -> None:
         model = effvit.sparsify(vit(dynamic_img_size=True), "gtp", num_prop=5, num_neighbours=2)
         for run in (model, model.forward_tokens, model.trace_tokens, model.forward_intermediates):
-            with pytest.raises(
-                ValueError, match=r"gtp would leave -1 of 4 patch tokens .* 3 x 3; reduce less"
-            ):
+            with pytest.raises(ValueError, match=r"gtp would leave -1 of 4 patch tokens .* 3 x 3; reduce less"):
                 run(images(1, 3, 24, 24))
 
     def test_image_without_a_patch(self) -> None:
@@ -352,9 +322,7 @@ class TestSchedulesThatLeaveNoToken:
 class TestSetKeepRate:
     @pytest.mark.parametrize("method", ["tome", "gtp"])
     def test_method_without_keep_rate(self, method: str) -> None:
-        with pytest.raises(
-            ValueError, match=f"{method} has no keep rate to set; its settings are (r|num_prop), "
-        ):
+        with pytest.raises(ValueError, match=f"{method} has no keep rate to set; its settings are (r|num_prop), "):
             reduced(method).set_keep_rate(0.5)
 
     @pytest.mark.parametrize(
@@ -401,9 +369,7 @@ class TestHosts:
             (eva(class_token=False), "Eva", 0),
         ],
     )
-    def test_method_that_needs_a_class_token(
-        self, method: str, host: nn.Module, name: str, prefix: int
-    ) -> None:
+    def test_method_that_needs_a_class_token(self, method: str, host: nn.Module, name: str, prefix: int) -> None:
         message = (
             rf"{method} scores patches by the class token, but this {name} has none "
             rf"\(num_prefix_tokens={prefix}\); use a host with one, or a method .* such as 'tome'"
@@ -414,9 +380,7 @@ class TestHosts:
     @pytest.mark.parametrize("selection", CLASS_SCORES)
     def test_selection_that_needs_a_class_token(self, selection: str) -> None:
         host = vit(class_token=False, global_pool="avg")
-        with pytest.raises(
-            ValueError, match="gtp scores patches by the class token, but this VisionTransformer has"
-        ):
+        with pytest.raises(ValueError, match="gtp scores patches by the class token, but this VisionTransformer has"):
             effvit.sparsify(host, "gtp", num_prop=1, selection=selection)
         with pytest.raises(ValueError, match="gtp scores patches by the class token"):
             timm.create_model("gtp_vit_medium_patch16_gap_256", selection=selection)
@@ -425,25 +389,19 @@ class TestHosts:
     @pytest.mark.parametrize("ragged", ["padded", "packed"])
     def test_variable_counts_under_attention_pooling(self, pool: str, ragged: str) -> None:
         host = vit(global_pool=pool)
-        with pytest.raises(
-            ValueError, match=rf"attention pooling \(global_pool='{pool}'\) cannot tell from padding"
-        ):
+        with pytest.raises(ValueError, match=rf"attention pooling \(global_pool='{pool}'\) cannot tell from padding"):
             effvit.sparsify(host, "ats", ragged=ragged)
         host.reset_classifier(5, "token")  # the remedy that the message gives
         assert effvit.sparsify(host, "ats", ragged=ragged)(images()).isfinite().all()
 
     @pytest.mark.parametrize("block", [ParallelScalingBlock, ParallelThingsBlock, ResPostBlock])
     def test_unknown_block_class_of_a_vision_transformer(self, block: type[nn.Module]) -> None:
-        message = (
-            rf"blocks\.0 is a {block.__name__}, which token reduction does not know; supported are Block"
-        )
+        message = rf"blocks\.0 is a {block.__name__}, which token reduction does not know; supported are Block"
         with pytest.raises(TypeError, match=message):
             effvit.sparsify(vit(block_fn=block), "tome")
 
     def test_unknown_block_class_of_an_eva(self) -> None:
-        with pytest.raises(
-            TypeError, match=r"blocks\.0 is an? EvaBlockPostNorm, which .*: choose a host built from"
-        ):
+        with pytest.raises(TypeError, match=r"blocks\.0 is an? EvaBlockPostNorm, which .*: choose a host built from"):
             effvit.sparsify(eva(use_post_norm=True), "tome")
 
     def test_unknown_attention_class(self) -> None:
@@ -474,9 +432,7 @@ class TestHosts:
 
 
 class TestImages:
-    @pytest.mark.parametrize(
-        "shape", [(3, 32, 32), (1, 1, 3, 32, 32), (1, 1, 32, 32), (1, 4, 32, 32), (1, 32, 32, 3)]
-    )
+    @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 1, 3, 32, 32), (1, 1, 32, 32), (1, 4, 32, 32), (1, 32, 32, 3)])
     def test_wrong_number_of_dimensions_or_channels(self, shape: tuple[int, ...]) -> None:
         message = rf"expected images \(B, 3, H, W\), got a tensor of shape {re.escape(str(shape))}"
         with pytest.raises(ValueError, match=message):
@@ -521,9 +477,7 @@ class TestImages:
     def test_uint8_is_refused_under_autocast_too(self) -> None:
         with (
             torch.autocast("cpu", dtype=torch.bfloat16),
-            pytest.raises(
-                TypeError, match=r"expected images of dtype torch\.float32, the model's, got torch\.uint8"
-            ),
+            pytest.raises(TypeError, match=r"expected images of dtype torch\.float32, the model's, got torch\.uint8"),
         ):
             reduced("tome")(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
 
@@ -532,9 +486,7 @@ class TestImages:
             reduced("tome")(images().numpy())
 
     def test_empty_batch(self) -> None:
-        with pytest.raises(
-            ValueError, match=r"the batch holds no image: shape \(0, 3, 32, 32\); leave empty batches"
-        ):
+        with pytest.raises(ValueError, match=r"the batch holds no image: shape \(0, 3, 32, 32\); leave empty batches"):
             reduced("tome")(torch.zeros(0, 3, 32, 32))
 
 
@@ -543,9 +495,7 @@ class TestNaN:
     def test_nan_in_an_image_names_the_image_and_the_input(self, method: str) -> None:
         x = images(3, 3, 32, 32)
         x[1, 0, 5, 5] = NAN
-        message = (
-            rf"{method} in block \d: .* are NaN for image 1 of the batch; the tokens that entered .* hold NaN"
-        )
+        message = rf"{method} in block \d: .* are NaN for image 1 of the batch; the tokens that entered .* hold NaN"
         with pytest.raises(ValueError, match=message):
             reduced(method)(x)
 
@@ -568,9 +518,7 @@ def test_nan_message_names_the_selection(selection: str) -> None:
     model = reduced("gtp", selection=selection)
     with torch.no_grad():
         model.blocks[1].attn.qkv.weight[0] = NAN
-    with pytest.raises(
-        ValueError, match=f"gtp in block 1: {selection} scores are NaN .* its own weights hold NaN"
-    ):
+    with pytest.raises(ValueError, match=f"gtp in block 1: {selection} scores are NaN .* its own weights hold NaN"):
         model(images())
 
 
@@ -627,9 +575,7 @@ class TestCheckpoints:
         torch.save(vit(**other).state_dict(), path)
         model = reduced("evit")
         before = [parameter.clone() for parameter in model.parameters()]
-        with pytest.raises(
-            ValueError, match=f"is a checkpoint of another model than this ReducedViT: {message}"
-        ):
+        with pytest.raises(ValueError, match=f"is a checkpoint of another model than this ReducedViT: {message}"):
             effvit.load_checkpoint(model, path)
         assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 

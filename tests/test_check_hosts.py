@@ -32,9 +32,7 @@ def test_every_method_is_checked(tool: ModuleType) -> None:
 
 def test_hosts_are_plain_vision_transformers_of_every_kind(tool: ModuleType) -> None:
     hosts = tool.find_hosts("*tiny*")
-    assert {"deit_tiny_distilled_patch16_224", "eva02_tiny_patch14_224", "vit_tiny_r_s16_p8_224"} <= set(
-        hosts
-    )
+    assert {"deit_tiny_distilled_patch16_224", "eva02_tiny_patch14_224", "vit_tiny_r_s16_p8_224"} <= set(hosts)
     assert not [name for name in hosts if name.startswith(("swin", "beit", "cait", "evit"))]
     assert hosts["eva02_tiny_patch14_224"] == {"depth": 2, "img_size": (70, 84)}
 
@@ -79,18 +77,13 @@ def test_difference_from_timm_is_found(tool: ModuleType) -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x) + 1
 
-    dense = VisionTransformer(
-        img_size=48, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=5
-    ).eval()
+    dense = VisionTransformer(img_size=48, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=5).eval()
     x = torch.randn(1, 3, 48, 48)
     with torch.no_grad():
         expected = tool.everything(dense, x)
         assert tool.check_off(dense, "tome", x, expected).result == "good"
         expected[0] = expected[0] + 1e-6
-        assert (
-            tool.check_off(dense, "tome", x, expected).reason
-            == "differs from timm although nothing is reduced"
-        )
+        assert tool.check_off(dense, "tome", x, expected).reason == "differs from timm although nothing is reduced"
     dense.__class__ = Shifted
     with torch.no_grad():
         outcome = tool.check(dense, ["tome"], x)["tome"]["off"]
@@ -98,9 +91,7 @@ def test_difference_from_timm_is_found(tool: ModuleType) -> None:
     assert outcome.reason.startswith("TypeError: cannot reduce the tokens of a Shifted")
 
 
-def test_pattern_that_matches_nothing_is_an_error(
-    tool: ModuleType, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_pattern_that_matches_nothing_is_an_error(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         tool.main(["--pattern", "resnet*"])
     assert "no plain vision transformer of timm matches 'resnet*'" in capsys.readouterr().err

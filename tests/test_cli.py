@@ -91,9 +91,7 @@ class TestProfile:
     def test_models_without_method_are_compared_with_the_first(self, capsys, tmp_path):
         path = tmp_path / "costs.json"
         names = [TINY, f"evit_{TINY}"]
-        assert (
-            main(["profile", *names, *SMALL, "--rounds", "1", "--batch-size", "1", "--json", str(path)]) == 0
-        )
+        assert main(["profile", *names, *SMALL, "--rounds", "1", "--batch-size", "1", "--json", str(path)]) == 0
         (group,) = json.loads(path.read_text())
         assert list(group["models"]) == names
         assert group["models"][TINY]["measurement"]["speedup"] == 1
@@ -103,9 +101,7 @@ class TestProfile:
         assert "unknown model 'deit_tiny_patch16_225'; did you mean deit_tiny_patch16_224" in message
 
     def test_unknown_method_names_the_nearest(self, capsys):
-        assert "unknown method 'tom'; did you mean tome" in failure(
-            capsys, "profile", TINY, "--method", "tom"
-        )
+        assert "unknown method 'tom'; did you mean tome" in failure(capsys, "profile", TINY, "--method", "tom")
 
     def test_settings_without_method_are_refused(self, capsys):
         assert "name one with --method" in failure(capsys, "profile", TINY, "--keep-rate", "0.5")
@@ -172,9 +168,7 @@ class TestDemo:
 
     def test_missing_package_is_named(self, monkeypatch):
         monkeypatch.setattr(demo, "PHOTOGRAPHS", {"no_such_package": ("a.png",)})
-        with pytest.raises(
-            FileNotFoundError, match=r"no_such_package, which is not installed; install effvit\[demo\]"
-        ):
+        with pytest.raises(FileNotFoundError, match=r"no_such_package, which is not installed; install effvit\[demo\]"):
             demo.photographs()
 
     def test_every_method_is_among_the_variants(self):
@@ -227,7 +221,5 @@ class TestSettings:
         assert variants[-1] == ("tome", {})
 
     def test_setting_of_no_method_named_is_refused(self):
-        with pytest.raises(
-            ValueError, match="no method named here has a setting 'num_prop': tome takes r, prop_attn"
-        ):
+        with pytest.raises(ValueError, match="no method named here has a setting 'num_prop': tome takes r, prop_attn"):
             list_variants(["tome"], [("num_prop", 8)])

@@ -21,7 +21,7 @@ import effvit
 from effvit.models.host import ReducedHost
 from effvit.tokens import TokenMap
 
-STATIC_PAIRS = [pair for pair in PAIRS if pair[0] != "ats"]
+ONNX_PAIRS = [(method, "class_token") for method in SETTINGS] + [("tome", "average_pool"), ("evit", "dinov3")]
 EXPORT_HOSTS = ("class_token", "average_pool", "dinov3")
 
 
@@ -232,10 +232,10 @@ class Logits(nn.Module):
         return self.model(x)
 
 
-@pytest.mark.parametrize(("method", "host"), [pair for pair in PAIRS if pair[1] in EXPORT_HOSTS])
 class TestExport:
-    """Exporters take long, so a few hosts stand for all: class token, none, and RoPE with five prefix tokens."""
+    """Exporters take long, so a few pairs stand for all: every method, no class token, RoPE with five prefixes."""
 
+    @pytest.mark.parametrize(("method", "host"), [pair for pair in PAIRS if pair[1] in EXPORT_HOSTS])
     def test_exports_with_a_dynamic_batch(self, method: str, host: str) -> None:
         model = Logits(make_model(method, host))
         x = make_images(model.model)
@@ -244,6 +244,7 @@ class TestExport:
         other = make_images(model.model, batch=5)
         assert torch.allclose(program.module()(other), model(other), rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.parametrize(("method", "host"), ONNX_PAIRS)
     def test_onnx_runs_in_onnxruntime_and_agrees(self, method: str, host: str, tmp_path: Path) -> None:
         model = Logits(make_model(method, host))
         x = make_images(model.model)
@@ -282,7 +283,16 @@ def test_merging_two_identical_tokens_changes_nothing(host: str) -> None:
 
 def test_packed_and_padded_batches_of_ats_agree() -> None:
     ragged = 0
-    for host in ("class_token", "distilled", "registers", "eva02", "dinov3", "rope_mixed", "gated_grouped", "lvvit"):
+    for host in (
+        "class_token",
+        "distilled",
+        "registers",
+        "eva02",
+        "dinov3",
+        "rope_mixed",
+        "gated_grouped",
+        "lvvit",
+    ):
         padded = double(make_model("ats", host))
         packed = double(make_model("ats", host, ragged="packed"))
         x = make_images(padded, batch=4).double()

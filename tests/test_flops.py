@@ -40,9 +40,7 @@ def tiny_vit() -> VisionTransformer:
 class TestAgainstOfficialModules:
     """GMACs of fvcore on the official code with materialised attention, 224 px, batch 1."""
 
-    @pytest.mark.parametrize(
-        ("name", "gmacs"), [("deit_tiny_patch16_224", 1.2584), ("deit_small_patch16_224", 4.6083)]
-    )
+    @pytest.mark.parametrize(("name", "gmacs"), [("deit_tiny_patch16_224", 1.2584), ("deit_small_patch16_224", 4.6083)])
     def test_dense_deit(self, name, gmacs):
         assert count_flops(timm.create_model(name), IMAGE).total / 1e9 == pytest.approx(gmacs, abs=1e-4)
 
@@ -77,9 +75,7 @@ def test_count_is_complete_and_the_same_with_and_without_fused_attention(method)
             set_fused_attn(fused)
             torch.manual_seed(0)
             model = tiny_vit()
-            report = count_flops(
-                effvit.sparsify(model, method, **SMALL[method]) if method else model, (3, 64, 64)
-            )
+            report = count_flops(effvit.sparsify(model, method, **SMALL[method]) if method else model, (3, 64, 64))
             totals.append(report.total)
             assert report.uncounted == {}
             has_kernel = "scaled_dot_product_attention" in report.by_operator
@@ -140,9 +136,7 @@ def test_modules_own_the_multiply_adds_inside_them():
     assert sum(report.by_module[part] for part in parts) == report.total == sum(report.by_operator.values())
     qkv = report.by_module["blocks.1.attn.qkv"]
     assert qkv == 17 * 48 * 3 * 48
-    fused_token = report.by_module[
-        "blocks.1.reducer"
-    ]  # only what the method itself computes, not the block it runs
+    fused_token = report.by_module["blocks.1.reducer"]  # only what the method itself computes, not the block it runs
     assert 0 < fused_token < qkv < report.by_module["blocks.1"]
 
 

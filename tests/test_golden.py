@@ -33,7 +33,13 @@ from effvit.reducers.ats import inverse_transform_sample, significance
 from effvit.reducers.evit import class_attention
 from effvit.reducers.gtp import CLASS_SCORES, GTP, MAP_SCORES, ROW_SCORES, propagation_graph, sparsify_map
 from effvit.reducers.tome import bipartite_soft_matching, kth_bipartite_target, matching_target, merge_tokens
-from effvit.reducers.zero_tprune import aggregate_heads, head_variance, match_groups, split_groups, weighted_page_rank
+from effvit.reducers.zero_tprune import (
+    aggregate_heads,
+    head_variance,
+    match_groups,
+    split_groups,
+    weighted_page_rank,
+)
 from effvit.schedule import cosine_keep_rate, tome_r
 from effvit.tokens import TokenMap
 
@@ -290,7 +296,10 @@ def compare_gtp(case: Case) -> None:
         options.pop("sparsity", None)  # the official LV-ViT does not hand it to its attention
     else:
         init_values = options.pop("init_values", None)
-        kwargs: dict[str, Any] = {"qkv_bias": "state/blocks.0.attn.qkv.bias" in case, "init_values": init_values}
+        kwargs: dict[str, Any] = {
+            "qkv_bias": "state/blocks.0.attn.qkv.bias" in case,
+            "init_values": init_values,
+        }
         if config["norm_eps"] != 1e-6:
             kwargs["norm_layer"] = partial(nn.LayerNorm, eps=config["norm_eps"])
         if not config["class_token"]:
@@ -401,7 +410,10 @@ def compare_propagation(case: Case, split: str, prefix: int) -> None:
         case.close(out, f"{split}/propagate/{propagation}/x")
         if propagation == "GraphProp":
             assert left.key_weight is not None
-            case.close(torch.cat([scales[:, :prefix], left.key_weight], 1), f"{split}/propagate/GraphProp/token_scales")
+            case.close(
+                torch.cat([scales[:, :prefix], left.key_weight], 1),
+                f"{split}/propagate/GraphProp/token_scales",
+            )
             rows = torch.stack([case[f"{split}/weight"][b][a][:, a] for b, a in enumerate(left.anchor)])
             case.close(rows, f"{split}/propagate/GraphProp/weight")
 
@@ -429,7 +441,12 @@ def compare_ats(case: Case) -> None:
     points = [config["NUM_TOKENS"][i] - 1 for i in blocks]
     dtype = case["input"].dtype
     model = effvit.sparsify(
-        host.eval().to(dtype), "ats", reduce_at=blocks, num_tokens=points, drop_tokens=config["DROP_TOKENS"], compat=True
+        host.eval().to(dtype),
+        "ats",
+        reduce_at=blocks,
+        num_tokens=points,
+        drop_tokens=config["DROP_TOKENS"],
+        compat=True,
     )
     trace = Trace(model, case["input"])
     case.close(trace.output, "output")
@@ -446,7 +463,9 @@ def compare_ats_blocks(case: Case, config: dict[str, Any]) -> None:
     tokens = TokenMap.full(x, (1, x.shape[1] - 1), num_prefix=1, num_class=1)
     for i, count in enumerate(config["n_tokens_and_n_ref_tokens_per_block"]):
         block = Block(config["dim"], config["num_heads"], mlp_ratio=config["mlp_ratio"], qkv_bias=config["qkv_bias"])
-        block.load_state_dict({k.removeprefix(f"blocks.{i}."): v for k, v in state.items() if k.startswith(f"blocks.{i}.")})
+        block.load_state_dict(
+            {k.removeprefix(f"blocks.{i}."): v for k, v in state.items() if k.startswith(f"blocks.{i}.")}
+        )
         block = token_block(block.eval(), i)
         block.reducer = METHODS["ats"].plan(
             1, reduce_at=[0], num_tokens=count - 1, drop_tokens=config["drop_tokens"], compat=True

@@ -24,9 +24,7 @@ LAYERS = (
     ("",),  # effvit itself, the public surface
 )
 CORE = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-TOOLS = len(
-    LAYERS
-)  # flops, profiler, visualize, cli, demo ...: they look at models, nothing in the core knows them
+TOOLS = len(LAYERS)  # flops, profiler, visualize, cli, demo ...: they look at models, nothing in the core knows them
 MODULES = sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py"))
 
 
@@ -54,9 +52,7 @@ def imported(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name} imports relatively in line {node.lineno}"
             assert node.module is not None
-            submodules = {
-                f"{node.module}.{alias.name}" for alias in node.names if is_module(node.module, alias.name)
-            }
+            submodules = {f"{node.module}.{alias.name}" for alias in node.names if is_module(node.module, alias.name)}
             found.update(submodules or {node.module})
     return {name for name in found if name.split(".")[0] == "effvit"}
 

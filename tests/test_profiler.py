@@ -72,9 +72,7 @@ def test_given_images_fill_the_batch_in_turn():
 
 def test_models_keep_mode_and_dtype():
     model = tiny_vit().train()
-    profile_models(
-        {"a": model, "b": effvit.sparsify(model, "tome", r=2)}, SIZE, 1, rounds=1, dtype=torch.float64
-    )
+    profile_models({"a": model, "b": effvit.sparsify(model, "tome", r=2)}, SIZE, 1, rounds=1, dtype=torch.float64)
     assert model.training
     assert next(model.parameters()).dtype == torch.float32
 

@@ -64,9 +64,7 @@ class TestNearest:
 
     def test_grid_of_one_row(self) -> None:
         tokens = TokenMap.full(torch.zeros(1, 6, 4), (1, 6), 0, 0).keep(torch.tensor([[4, 0]]), 2)
-        assert nearest_token(tokens).tolist() == [
-            [1, 1, 0, 0, 0, 0]
-        ]  # patch 2 is as near to both: the first token
+        assert nearest_token(tokens).tolist() == [[1, 1, 0, 0, 0, 0]]  # patch 2 is as near to both: the first token
 
 
 @pytest.mark.parametrize("fill", FILLS)

@@ -141,9 +141,11 @@ class TestFxTracing:
         model = build(name, num_classes=42, dynamic_img_size=False).train()
         nodes, _ = get_graph_node_names(model, tracer_kwargs=tracer_kwargs())
         traced = create_feature_extractor(
-            model, train_return_nodes=[nodes[0][-1]] if isinstance(nodes[0], list) else [nodes[-1]],
+            model,
+            train_return_nodes=[nodes[0][-1]] if isinstance(nodes[0], list) else [nodes[-1]],
             eval_return_nodes=[nodes[-1]],
-            tracer_kwargs=tracer_kwargs(), suppress_diff_warning=True,
+            tracer_kwargs=tracer_kwargs(),
+            suppress_diff_warning=True,
         )
         (out,) = traced(images(model, batch=2)).values()
         out.mean().backward()
@@ -153,7 +155,7 @@ class TestFxTracing:
 def test_symbolic_tracing_of_dynamic_sizes_is_refused() -> None:
     model = build("evit_vit_small_patch16_dinov3").eval()
     assert model.dynamic_img_size
-    with pytest.raises(TypeError, match="create it with dynamic_img_size=False, or use torch.export"):
+    with pytest.raises(TypeError, match=r"create it with dynamic_img_size=False, or use torch.export"):
         get_graph_node_names(model, tracer_kwargs=tracer_kwargs())
 
 

@@ -99,9 +99,7 @@ class TestKeep:
     def test_fields_of_tokens_follow_their_token(self) -> None:
         size = torch.rand(2, NUM_PATCHES)
         target = torch.arange(NUM_PATCHES).expand(2, -1)
-        tokens = full_map().relabel(
-            target, target, NUM_PATCHES, size=size, key_weight=2 * size, fused=size > 0.5
-        )
+        tokens = full_map().relabel(target, target, NUM_PATCHES, size=size, key_weight=2 * size, fused=size > 0.5)
         index = random_choice(2, NUM_PATCHES, 4)
         left = tokens.keep(index, 4)
         assert left.size is not None
@@ -147,9 +145,7 @@ class TestMergeAndFuse:
         assert tokens.on_its_own().sum(1).tolist() == [4, 4]
 
     def test_fused_token_can_be_kept_and_fused_again(self) -> None:
-        tokens = full_map().fuse(
-            torch.tensor([[0, 1, 2, 3]]).expand(2, -1), 3
-        )  # tokens 0 1 2 and the fused 3
+        tokens = full_map().fuse(torch.tensor([[0, 1, 2, 3]]).expand(2, -1), 3)  # tokens 0 1 2 and the fused 3
         kept = tokens.fuse(torch.tensor([[3, 0, 1]]).expand(2, -1), 2)
         assert kept.fused is not None
         assert kept.fused[0].tolist() == [True, False, True]
@@ -166,9 +162,7 @@ class TestMergeAndFuse:
 
 class TestPacking:
     def ragged_map(self) -> TokenMap:
-        valid = torch.tensor(
-            [[True, True, True, False], [True, True, True, True], [True, False, False, False]]
-        )
+        valid = torch.tensor([[True, True, True, False], [True, True, True, True], [True, False, False, False]])
         return full_map(batch=3).keep(random_choice(3, NUM_PATCHES, 4), 4, valid=valid, packed=True)
 
     def test_unpacking_a_packed_sequence_gives_it_back(self) -> None:

@@ -130,7 +130,15 @@ def main() -> None:
     by_name = {m.name: m for m in measured}
 
     table = Table(title=f"{args.model}, batch {args.batch_size}, {args.dtype}, {args.device}, {args.threads} thread(s)")
-    for column in ("method", "tokens left", "images/s", "speed-up", "ideal speed-up", "of the ideal", "95 % interval"):
+    for column in (
+        "method",
+        "tokens left",
+        "images/s",
+        "speed-up",
+        "ideal speed-up",
+        "of the ideal",
+        "95 % interval",
+    ):
         table.add_column(column, justify="left" if column == "method" else "right")
     rows = []
     for name in counts:

@@ -72,9 +72,7 @@ def small_arguments(name: str) -> dict[str, Any] | None:
     with torch.device("meta"):
         try:
             model = timm.create_model(name, **small)
-        except (
-            AssertionError
-        ):  # the number of key heads is given for each block: take the first and a middle one
+        except AssertionError:  # the number of key heads is given for each block: take the first and a middle one
             model = timm.create_model(name)
             heads = [block.attn.num_heads // block.attn.num_kv_groups for block in model.blocks]
             small["num_kv_heads"] = (heads[0], heads[len(heads) // 2])
@@ -90,9 +88,7 @@ def find_hosts(pattern: str = "*") -> dict[str, dict[str, Any]]:
 
     Every name of the modules that know one of PLAIN_CLASSES is created, on the meta device.
     """
-    contents = {
-        name: vars(sys.modules.get(f"timm.models.{name}", object)).values() for name in list_modules()
-    }
+    contents = {name: vars(sys.modules.get(f"timm.models.{name}", object)).values() for name in list_modules()}
     modules = [name for name, content in contents.items() if any(cls in content for cls in PLAIN_CLASSES)]
     names = sorted(name for module in modules for name in timm.list_models(module=module))
     arguments = {name: small_arguments(name) for name in names if fnmatch.fnmatch(name, pattern)}
@@ -152,9 +148,7 @@ CHECKS: dict[str, Callable[[nn.Module, str, Tensor, list[Tensor]], Outcome]] = {
 def check(dense: nn.Module, methods: Sequence[str], x: Tensor) -> dict[str, dict[str, Outcome]]:
     """{method: {check: outcome}} of the host ``dense`` on the images x."""
     expected = everything(dense, x)
-    return {
-        method: {name: attempt(name, dense, method, x, expected) for name in CHECKS} for method in methods
-    }
+    return {method: {name: attempt(name, dense, method, x, expected) for name in CHECKS} for method in methods}
 
 
 def attempt(name: str, dense: nn.Module, method: str, x: Tensor, expected: list[Tensor]) -> Outcome:
@@ -175,8 +169,7 @@ def summary(outcomes: Outcomes) -> str:
     lines = [
         f"{len(outcomes)} hosts of timm {timm.__version__}, {DEPTH} blocks, {GRID[0]} x {GRID[1]} patches",
         f"{'':<12}{'nothing reduced':^27}{'default setting':^27}",
-        f"{'method':<12}"
-        + "".join(f"{head:>9}" for head in ("exact", "refused", "wrong", "runs", "refused", "wrong")),
+        f"{'method':<12}" + "".join(f"{head:>9}" for head in ("exact", "refused", "wrong", "runs", "refused", "wrong")),
     ]
     refused, wrong = [], []
     for method in methods:

@@ -12,7 +12,7 @@ import difflib
 import fnmatch
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import timm
 import torch
@@ -70,15 +70,19 @@ class ReducedHost(nn.Module):
     head_reads_patches = False
     token_drop: PatchDropoutWithIndices | None
 
-    blocks: nn.Sequential | nn.ModuleList
-    patch_embed: nn.Module
-    norm: nn.Module
-    norm_pre: nn.Module
-    cls_token: nn.Parameter | None
-    attn_pool: nn.Module | None
+    blocks: Any
+    patch_embed: Any
+    norm: Any
+    norm_pre: Any
+    cls_token: Any
+    attn_pool: Any
     num_prefix_tokens: int
     global_pool: str
     grad_checkpointing: bool
+
+    if TYPE_CHECKING:  # what timm's class brings along
+
+        def __getattr__(self, name: str) -> Any: ...
 
     @property
     def num_class_tokens(self) -> int:
@@ -205,8 +209,7 @@ class ReducedHost(nn.Module):
         if tokens.size is None:
             return self.forward_head(x)
         # Attention pooling over merged tokens: a bias of log size equals pooling the un-merged sequence.
-        weighted = replace(tokens, key_weight=tokens.size)
-        bias = weighted.key_bias(x.dtype)
+        bias: Any = replace(tokens, key_weight=tokens.size).key_bias(x.dtype)
         if isinstance(self, VisionTransformer) and not self.pool_include_prefix:
             x, bias = x[:, tokens.num_prefix :], bias[..., tokens.num_prefix :]
         return self.head(self.head_drop(self.fc_norm(self.attn_pool(x, attn_mask=bias))))
@@ -249,7 +252,8 @@ class ReducedHost(nn.Module):
         num_blocks = last + 1 if stop_early else None
         final, taken = self._forward_blocks(x, take, num_blocks, memory=self.recover == "last")
 
-        intermediates, prefixes = [], []
+        intermediates: list[Any] = []
+        prefixes: list[Tensor] = []
         for features in taken:
             tokens = features.tokens
             y = to_grid(features.x, tokens, self.recover)  # (B, H*W, C)
@@ -269,11 +273,11 @@ class ReducedHost(nn.Module):
             intermediates = list(zip(intermediates, prefixes, strict=True))
         if intermediates_only:
             return result if output_dict else intermediates
-        features = self._poolable(*_unpacked(self.norm(final.x), final.tokens))
+        final_features = self._poolable(*_unpacked(self.norm(final.x), final.tokens))
         if output_dict:
-            result["image_features"] = features
+            result["image_features"] = final_features
             return result
-        return features, intermediates
+        return final_features, intermediates
 
     # -- settings ----------------------------------------------------------------------------------------------
 
@@ -298,7 +302,7 @@ class ReducedHost(nn.Module):
         """
         if "keep_rate" not in self.settings:
             raise ValueError(f"{self.method} has no keep rate to set; its settings are {', '.join(self.settings)}")
-        reducers = self.reducers
+        reducers: dict[int, Any] = self.reducers
         for block, rate in per_block("keep_rate", keep_rate, tuple(reducers)).items():
             own = reducers[block].base_keep_rate
             reducers[block].keep_rate = own if rate is None else check_fraction("keep_rate", rate)
@@ -468,25 +472,21 @@ def sparsify(model: nn.Module | str, method: str, *, recover: str = "last", **se
     """
     check_settings(method, settings)
     check_fill(recover)
-    if isinstance(model, str):
-        name = model.split(".", 1)[0]
-        if not timm.is_model(name):
-            raise ValueError(f"unknown timm model {model!r}; {_nearest(name, timm.list_models())}")
-        model = timm.create_model(model)
-    host_class = type(model) if isinstance(model, ReducedHost) else HOST_CLASSES.get(type(model))
+    dense: Any = _create_host(model) if isinstance(model, str) else model
+    host_class = type(dense) if isinstance(dense, ReducedHost) else HOST_CLASSES.get(type(dense))
     if host_class is None:
         raise TypeError(
-            f"cannot reduce the tokens of a {type(model).__name__}; supported are plain vision transformers: "
+            f"cannot reduce the tokens of a {type(dense).__name__}; supported are plain vision transformers: "
             f"{', '.join(cls.__name__ for cls in HOST_CLASSES)}"
         )
-    plan = METHODS[method].plan(len(model.blocks), **settings)
+    plan = METHODS[method].plan(len(dense.blocks), **settings)
 
-    shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    host = rehouse(copy.deepcopy(model, shared), host_class)
+    shared: dict[int, Any] = {id(t): t for t in (*dense.parameters(), *dense.buffers())}
+    host = rehouse(copy.deepcopy(dense, shared), host_class)
     host.method = method
     host.settings = {name: _plain(value) for name, value in (METHODS[method].defaults() | settings).items()}
     host.recover = recover
-    if not isinstance(model, ReducedHost):
+    if not isinstance(dense, ReducedHost):
         _keep_drop_indices(host)
         for i, block in enumerate(host.blocks):
             host.blocks[i] = token_block(block, i)
@@ -499,13 +499,21 @@ def sparsify(model: nn.Module | str, method: str, *, recover: str = "last", **se
     return host
 
 
+def _create_host(name: str) -> nn.Module:
+    architecture = name.partition(".")[0]
+    if not timm.is_model(architecture):
+        raise ValueError(f"unknown timm model {name!r}; {_nearest(architecture, timm.list_models())}")
+    return timm.create_model(name)
+
+
 def _keep_drop_indices(host: ReducedHost) -> None:
     """Move timm's patch dropout behind the embedding, where its choice can enter the TokenMap."""
-    drop = host.patch_drop
+    drop: Any = host.patch_drop
     host.token_drop = None
     if isinstance(drop, (PatchDropout, PatchDropoutWithIndices)):
         host.token_drop = PatchDropoutWithIndices(drop.prob, drop.num_prefix_tokens, drop.ordered)
-    host.patch_drop = None if isinstance(host, Eva) else nn.Identity()
+    unused: Any = None if isinstance(host, Eva) else nn.Identity()
+    host.patch_drop = unused
 
 
 def _check_host(host: ReducedHost) -> None:

@@ -27,7 +27,7 @@ class ConvStemEmbed(PatchEmbed):
 
     def __init__(self, *args: Any, patch_size: int = 16, in_chans: int = 3, embed_dim: int = 384, **kwargs: Any):
         super().__init__(*args, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, **kwargs)
-        dd = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
+        dd: dict[str, Any] = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
         width = 64
         self.conv1 = nn.Conv2d(in_chans, width, 7, stride=2, padding=3, bias=False, **dd)
         self.bn1 = nn.BatchNorm2d(width, **dd)
@@ -95,7 +95,7 @@ class LVViT(VisionTransformer):
         return nn.Linear(self.embed_dim, self.num_classes, **dd) if self.num_classes > 0 else nn.Identity()
 
     @torch.jit.ignore
-    def get_classifier(self) -> tuple[nn.Module, nn.Module]:  # type: ignore[override]
+    def get_classifier(self) -> tuple[nn.Module, nn.Module]:
         return self.head, self.aux_head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -142,7 +142,11 @@ default_cfgs = generate_default_cfgs({"lvvit_small_patch16_224": _cfg(), "lvvit_
 def _create_lvvit(variant: str, pretrained: bool, **kwargs: Any) -> LVViT:
     out_indices = kwargs.pop("out_indices", 3)
     return build_model_with_cfg(
-        LVViT, variant, pretrained, feature_cfg={"out_indices": out_indices, "feature_cls": "getter"}, **kwargs
+        LVViT,
+        variant,
+        pretrained,
+        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
+        **kwargs,
     )
 
 

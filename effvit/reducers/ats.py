@@ -222,7 +222,9 @@ class ATS(Reducer):
         points: dict[int, int | None] = dict.fromkeys(blocks)
         rates: dict[int, float | None] = dict.fromkeys(blocks)
         if num_tokens is not None:
-            points = {b: check_count("num_tokens", v, 2) for b, v in per_block("num_tokens", num_tokens, blocks).items()}
+            points = {
+                b: check_count("num_tokens", v, 2) for b, v in per_block("num_tokens", num_tokens, blocks).items()
+            }
         elif keep_rate is not None:
             rates = {b: check_fraction("keep_rate", v) for b, v in per_block("keep_rate", keep_rate, blocks).items()}
         options = (grid, value_norm, ragged, drop_tokens, compat)
@@ -237,9 +239,7 @@ class ATS(Reducer):
     def count(self, num_tokens: int, num_patches: int) -> int:
         return min(self.num_points(num_patches), num_tokens)
 
-    def forward(
-        self, x: Tensor, tokens: TokenMap, block: _TokenBlock, rope: Tensor | None
-    ) -> tuple[Tensor, TokenMap]:
+    def forward(self, x: Tensor, tokens: TokenMap, block: _TokenBlock, rope: Tensor | None) -> tuple[Tensor, TokenMap]:
         x, state = block.attend(x, tokens, rope, pick=lambda state: self.pick(state, x))
         tokens = state.tokens
         del state  # queries, keys and values need not stay in memory while the MLP runs

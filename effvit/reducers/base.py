@@ -60,7 +60,7 @@ class Reducer(nn.Module):
     block: int = -1
 
     @classmethod
-    def plan(cls, depth: int, **settings: Any) -> dict[int, Reducer]:
+    def plan(cls, depth: int, *args: Any, **settings: Any) -> dict[int, Reducer]:
         """{block: reducer} for a model of ``depth`` blocks; blocks where nothing is reduced are left out."""
         raise NotImplementedError
 
@@ -83,9 +83,7 @@ class Reducer(nn.Module):
         """The map to begin with, given the embedded tokens x (B, P+H*W, C) of the full grid."""
         return tokens
 
-    def forward(
-        self, x: Tensor, tokens: TokenMap, block: _TokenBlock, rope: Tensor | None
-    ) -> tuple[Tensor, TokenMap]:
+    def forward(self, x: Tensor, tokens: TokenMap, block: _TokenBlock, rope: Tensor | None) -> tuple[Tensor, TokenMap]:
         """Run the block with this reducer between attention and MLP."""
         x, state = block.attend(x, tokens, rope, edit_map=self.map_edit())
         x, tokens = self.reduce(x, tokens, state)

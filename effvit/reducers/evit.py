@@ -67,7 +67,9 @@ class EViT(Reducer):
         rates = {b: check_fraction("keep_rate", r) for b, r in per_block("keep_rate", keep_rate, blocks).items()}
         counts: dict[int, int | None] = dict.fromkeys(blocks)
         if num_tokens is not None:
-            counts = {b: check_count("num_tokens", n, 1) for b, n in per_block("num_tokens", num_tokens, blocks).items()}
+            counts = {
+                b: check_count("num_tokens", n, 1) for b, n in per_block("num_tokens", num_tokens, blocks).items()
+            }
         return {b: cls(rates[b], fuse_token, counts[b]) for b in blocks if rates[b] < 1 or counts[b] is not None}
 
     def num_kept(self, num_tokens: int) -> int:

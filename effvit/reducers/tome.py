@@ -14,7 +14,14 @@ from effvit.reducers.base import Reducer, check_finite
 from effvit.schedule import tome_r
 from effvit.tokens import TokenMap, flat_rows, take_rows, wide_dtype
 
-__all__ = ["Matching", "ToMe", "bipartite_soft_matching", "kth_bipartite_target", "matching_target", "merge_tokens"]
+__all__ = [
+    "Matching",
+    "ToMe",
+    "bipartite_soft_matching",
+    "kth_bipartite_target",
+    "matching_target",
+    "merge_tokens",
+]
 
 
 class Matching(NamedTuple):
@@ -86,7 +93,9 @@ def matching_target(matching: Matching, like: Tensor) -> Tensor:
     return target.scatter(1, matching.source, target.gather(1, matching.destination))
 
 
-def merge_tokens(x: Tensor, size: Tensor, matching: Matching, target: Tensor, num_prefix: int = 0) -> tuple[Tensor, Tensor]:
+def merge_tokens(
+    x: Tensor, size: Tensor, matching: Matching, target: Tensor, num_prefix: int = 0
+) -> tuple[Tensor, Tensor]:
     """Size-weighted mean of merged tokens (merge.py@af95e4b ``merge_wavg``).
 
     Only the r merged rows are computed with: each adds its share of the difference to its destination, so two

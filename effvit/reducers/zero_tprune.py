@@ -94,19 +94,15 @@ def weighted_page_rank(
         mask = kept.unsqueeze(1).to(weights.dtype)  # (B, 1, N)
         signal = signal * mask
         row_sum = (weights @ mask.expand_as(signal).unsqueeze(-1)).squeeze(-1)
-        row_scale = mask / row_sum
+        mask = mask.unsqueeze(2)  # (B, 1, 1, N)
+        row_scale = mask / row_sum.unsqueeze(2)
     signal = (signal / signal.sum(-1, keepdim=True)).unsqueeze(2)  # (B, heads, 1, N)
     for _ in range(num_iters):
-        if kept is None:
-            signal = signal @ weights
-        else:
-            signal = ((signal * row_scale.unsqueeze(2)) @ weights) * mask.unsqueeze(2)
+        signal = signal @ weights if kept is None else ((signal * row_scale) @ weights) * mask
     return signal.squeeze(2)
 
 
-def aggregate_heads(
-    signal: Tensor, var_range: tuple[float, float] | None, kept: Tensor | None = None
-) -> Tensor:
+def aggregate_heads(signal: Tensor, var_range: tuple[float, float] | None, kept: Tensor | None = None) -> Tensor:
     """Root mean square of the head scores over the heads whose variance is in range (EIR and VHF, section 3.2).
 
     The variance is that of N * s over the N tokens (mean one): the only scale on which the published range of
@@ -296,7 +292,9 @@ class ZeroTPrune(Reducer):
             kept = F.pad(left, (num_prefix, 0), value=1)
         number = self.count(tokens.num_tokens, tokens.num_patches)
         if number < distinct:
-            scores = check_finite(self.importance(state, self.num_iters, kept)[:, num_prefix:], self.origin("page rank"), x)
+            scores = check_finite(
+                self.importance(state, self.num_iters, kept)[:, num_prefix:], self.origin("page rank"), x
+            )
             best = scores.masked_fill(left == 0, -1).topk(number, dim=1).indices
             left = torch.zeros_like(left).scatter(1, best, 1)
         index = image_order(left, number)

@@ -1,0 +1,44 @@
+"""Figures in the documents are those of the measured files."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+
+import effvit
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def overhead_rows() -> list[str]:
+    record = json.loads((ROOT / "docs/benchmarks/overhead_cpu.json").read_text())
+    dense = np.array(record["seconds"]["dense"])
+    rows = []
+    for result in record["results"]:
+        speedup = float(np.median(dense / np.array(record["seconds"][result["name"]])))
+        low, high = result["interval"]
+        rows.append(f"| {result['name']} | {speedup:.2f} | {result['efficiency']:.3f} | {low:.3f} to {high:.3f} |")
+    return rows
+
+
+def test_readme_shows_the_measured_overhead() -> None:
+    readme = (ROOT / "README.md").read_text()
+    table = re.search(r"<!-- overhead table.*?-->\n(.*?)<!-- end of overhead table -->", readme, re.DOTALL)
+    assert table is not None
+    assert table.group(1).strip().splitlines()[2:] == overhead_rows()
+
+
+def test_readme_and_model_cards_name_every_method() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for method in effvit.list_methods():
+        assert f"`{method}`" in readme
+        assert (ROOT / "model_cards" / f"{method}.md").is_file()
+
+
+def test_documents_link_only_to_files_that_exist() -> None:
+    for document in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "model_cards").glob("*.md")):
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document.name} links to {target}"
