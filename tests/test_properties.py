@@ -1,0 +1,141 @@
+"""A thousand drawn combinations of host, method, settings and size: right, or refused with a sentence."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_contract import assert_law
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+import effvit
+from effvit.recover import FILLS
+from effvit.reducers.gtp import GRAPH_TYPES, PROPAGATIONS, SELECTIONS
+from effvit.reducers.zero_tprune import PARTITIONS, SIMILARITIES
+
+REFUSALS = re.compile(
+    r"would leave \d+ of \d+ patch tokens|scores patches by the class token|which attention pooling"
+    r"|num_neighbours must be at least 1 and below|keeps every entry of|token_scale needs propagation"
+    r"|compat=True reproduces the official padded batch"
+)
+rates = st.sampled_from([0.2, 0.5, 0.7, 0.95, 1.0])
+
+
+@st.composite
+def hosts(draw: st.DrawFn) -> nn.Module:
+    """A tiny host of any kind on any small grid, one patch and one row included."""
+    patch = draw(st.sampled_from([4, 8]))
+    grid = draw(st.sampled_from([(1, 1), (1, 5), (2, 2), (3, 4), (7, 5), (4, 1)]))
+    heads = draw(st.sampled_from([2, 3]))
+    common: dict[str, Any] = {
+        "img_size": (grid[0] * patch, grid[1] * patch),
+        "patch_size": patch,
+        "embed_dim": 8 * heads,
+        "num_heads": heads,
+        "depth": draw(st.integers(1, 4)),
+        "num_classes": 5,
+        "init_values": draw(st.sampled_from([None, 0.1])),
+        "qk_norm": draw(st.booleans()),
+    }
+    kind = draw(st.sampled_from(["vit", "vit", "distilled", "eva"]))
+    if kind == "distilled":
+        return VisionTransformerDistilled(**common)
+    class_token = draw(st.booleans())
+    pools = ["avg", "map"] + (["token"] if class_token else [])
+    common |= {"class_token": class_token, "global_pool": draw(st.sampled_from(pools))}
+    registers = draw(st.integers(0, 2))
+    if kind == "vit":
+        return VisionTransformer(
+            **common, reg_tokens=registers, pre_norm=draw(st.booleans()), no_embed_class=draw(st.booleans())
+        )
+    rope = draw(st.sampled_from([None, "cat", "mixed", "dinov3"]))
+    return Eva(
+        **common,
+        num_reg_tokens=registers,
+        swiglu_mlp=draw(st.booleans()),
+        qkv_fused=draw(st.booleans()),
+        use_rot_pos_emb=rope is not None,
+        rope_type=rope or "cat",
+    )
+
+
+@st.composite
+def methods(draw: st.DrawFn, depth: int) -> tuple[str, dict[str, Any]]:
+    """A method with settings drawn from all it has."""
+    method = draw(st.sampled_from(effvit.list_methods()))
+    blocks = sorted(draw(st.sets(st.integers(0, depth - 1), min_size=1)))
+    if method == "evit":
+        drawn: dict[str, Any] = {"keep_rate": draw(rates), "fuse_token": draw(st.booleans()), "reduce_at": blocks}
+    elif method == "tome":
+        r = draw(st.one_of(st.integers(0, 9), st.tuples(st.integers(1, 6), st.sampled_from([-1.0, 0.5, 1.0]))))
+        drawn = {"r": r, "prop_attn": draw(st.booleans())}
+    elif method == "gtp":
+        drawn = {
+            "num_prop": draw(st.integers(0, 4)),
+            "selection": draw(st.sampled_from([rule for rule in SELECTIONS if rule != "Random"])),
+            "propagation": draw(st.sampled_from(PROPAGATIONS)),
+            "graph_type": draw(st.sampled_from(GRAPH_TYPES)),
+            "num_neighbours": draw(st.integers(1, 8)),
+            "sparsity": draw(st.sampled_from([1.0, 1.0, 0.7])),
+            "reduce_at": blocks,
+        }
+    elif method == "ats":
+        drawn = {
+            "keep_rate": draw(st.one_of(st.none(), rates)),
+            "reduce_at": blocks,
+            "grid": draw(st.sampled_from(["official", "midpoint"])),
+            "value_norm": draw(st.sampled_from(["concat", "per_head"])),
+            "ragged": draw(st.sampled_from(["padded", "packed"])),
+            "drop_tokens": draw(st.booleans()),
+        }
+    else:
+        drawn = {
+            "keep_rate": draw(rates),
+            "reduce_at": blocks,
+            "r": draw(st.integers(0, 5)),
+            "num_iters": draw(st.integers(1, 5)),
+            "cls_boost": draw(st.sampled_from([None, 1.0])),
+            "var_range": draw(st.sampled_from([None, (0.01, 0.7)])),
+            "partition": draw(st.sampled_from(PARTITIONS)),
+            "similarity": draw(st.sampled_from(sorted(SIMILARITIES))),
+        }
+    return method, drawn | {"recover": draw(st.sampled_from(FILLS))}
+
+
+@settings(max_examples=1000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_any_combination_is_right_or_refused(data: st.DataObject) -> None:
+    torch.manual_seed(data.draw(st.integers(0, 100)))
+    host = data.draw(hosts()).double().eval()
+    method, drawn = data.draw(methods(len(host.blocks)))
+    x = torch.randn(data.draw(st.integers(1, 3)), 3, *host.patch_embed.img_size, dtype=torch.float64)
+    try:
+        with torch.no_grad():
+            model = effvit.sparsify(host, method, **drawn).eval()
+            out = model(x)
+    except ValueError as error:
+        assert REFUSALS.search(str(error)), error
+        return
+
+    with torch.no_grad():
+        assert out.shape == (len(x), 5)
+        assert out.isfinite().all()
+        alone = torch.cat([model(image[None]) for image in x])
+        assert torch.allclose(out, alone, rtol=1e-9, atol=1e-9)
+        final, maps = model.forward_intermediates(x)
+        assert final.isfinite().all()
+        for features in maps:
+            assert features.shape == (len(x), host.embed_dim, *host.patch_embed.grid_size)
+            assert features.isfinite().all()
+        for (y, tokens), bound in zip(model.trace_tokens(x), model.token_counts(), strict=True):
+            assert y.shape[1] == host.num_prefix_tokens + tokens.anchor.shape[1]
+            assert tokens.anchor.shape[1] <= bound if method == "ats" else tokens.anchor.shape[1] == bound
+            assert_law(tokens)
+            if tokens.size is not None:
+                assert torch.equal(tokens.size.sum(1), torch.full_like(tokens.size[:, 0], host.patch_embed.num_patches))
