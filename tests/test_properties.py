@@ -120,8 +120,9 @@ def test_any_combination_is_right_or_refused(data: st.DataObject) -> None:
             model = effvit.sparsify(host, method, **drawn).eval()
             out = model(x)
     except ValueError as error:
-        assert REFUSALS.search(str(error)), error
-        return
+        if REFUSALS.search(str(error)):
+            return
+        raise
 
     with torch.no_grad():
         assert out.shape == (len(x), 5)

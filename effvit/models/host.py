@@ -408,8 +408,8 @@ def check_counts(model: ReducedHost, grid: tuple[int, int]) -> None:
     for block, count in enumerate(model.token_counts(grid)):
         if count < 1:
             raise ValueError(
-                f"{model.method} would leave {max(count, 0)} of {left} patch tokens in block {block} for a patch grid of "
-                f"{grid[0]} x {grid[1]}; reduce less or in fewer blocks"
+                f"{model.method} would leave {max(count, 0)} of {left} patch tokens in block {block} "
+                f"for a patch grid of {grid[0]} x {grid[1]}; reduce less or in fewer blocks"
             )
         left = count
 
