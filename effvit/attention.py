@@ -44,6 +44,7 @@ class AttnState(NamedTuple):
         scale: Factor on q k^T.
         tokens: The map of the tokens that leave the attention: the selected ones if any were selected.
         keys: The map of the tokens that entered it, to which q, k and v belong.
+        x: The normalised tokens that entered it, to tell where NaN scores come from.
         rows: The selected rows of the input sequence, None for all.
         weights: (B, heads, P+N, P+N) softmax map, only for a method that asked for it.
     """
@@ -54,6 +55,7 @@ class AttnState(NamedTuple):
     scale: float
     tokens: TokenMap
     keys: TokenMap
+    x: Tensor | None = None
     rows: Tensor | None = None
     weights: Tensor | None = None
 
@@ -215,7 +217,7 @@ class _TokenAttention(nn.Module):
         if groups > 1:
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
 
-        state = AttnState(q, k, v, self.scale, tokens=tokens, keys=tokens)
+        state = AttnState(q, k, v, self.scale, tokens=tokens, keys=tokens, x=x)
         if pick is not None:
             rows, selected = pick(state)
             q = take_heads(q, rows)

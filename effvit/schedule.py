@@ -13,6 +13,8 @@ __all__ = [
     "check_blocks",
     "check_count",
     "check_fraction",
+    "check_number",
+    "check_switch",
     "cosine_keep_rate",
     "per_block",
     "spread_blocks",
@@ -38,6 +40,21 @@ def check_count(name: str, value: int, minimum: int = 0) -> int:
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
     return value
+
+
+def check_switch(name: str, value: bool) -> bool:
+    """``value`` if it is True or False, else a TypeError that names it."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def check_number(name: str, value: float, rule: str = "finite") -> float:
+    """``value`` if it is a finite number (and above 0 for the rule "positive"), else a ValueError that names it."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or (rule == "positive" and value <= 0):
+        raise ValueError(f"{name} must be a {rule} number, got {value!r}")
+    return float(value)
 
 
 def check_blocks(name: str, blocks: Sequence[int], depth: int) -> tuple[int, ...]:
@@ -124,6 +141,8 @@ def cosine_keep_rate(
     """
     check_fraction("keep_rate", keep_rate)
     check_count("steps_per_epoch", steps_per_epoch, minimum=1)
+    check_count("start_epoch", start_epoch)
+    check_count("epochs", epochs)
     epoch = check_count("step", step) // steps_per_epoch
     if epoch < start_epoch:
         return 1.0

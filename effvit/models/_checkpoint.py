@@ -67,7 +67,10 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> list[str]:
         ValueError: The checkpoint belongs to another architecture: missing, unexpected or differently shaped
             parameters, of which the first are named.
     """
-    state, dropped = official_state_dict(_read(Path(path)))
+    content = _read(Path(path))
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of weights")
+    state, dropped = official_state_dict(content)
     if isinstance(model, eva.Eva):
         state = eva.checkpoint_filter_fn(state, model)
     elif isinstance(model, vision_transformer.VisionTransformer) and state:

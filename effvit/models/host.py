@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import timm
 import torch
-from timm.layers import PatchDropout, PatchDropoutWithIndices
+from timm.layers import PatchDropout, PatchDropoutWithIndices, to_2tuple
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from timm.models.deit import VisionTransformerDistilled
@@ -303,14 +303,30 @@ class ReducedHost(nn.Module):
         if "keep_rate" not in self.settings:
             raise ValueError(f"{self.method} has no keep rate to set; its settings are {', '.join(self.settings)}")
         reducers: dict[int, Any] = self.reducers
-        for block, rate in per_block("keep_rate", keep_rate, tuple(reducers)).items():
-            own = reducers[block].base_keep_rate
-            reducers[block].keep_rate = own if rate is None else check_fraction("keep_rate", rate)
+        if not reducers or self.settings.get("num_tokens") is not None:
+            cause = "its num_tokens are absolute" if reducers else "its settings let no block reduce"
+            raise ValueError(f"{self.method}: a keep rate would have no effect, no block uses one ({cause})")
+        before = {block: reducer.keep_rate for block, reducer in reducers.items()}
+        rates = per_block("keep_rate", keep_rate, tuple(reducers))
+        rates = {
+            b: reducers[b].base_keep_rate if r is None else check_fraction("keep_rate", r) for b, r in rates.items()
+        }
+        try:
+            for block, rate in rates.items():
+                reducers[block].keep_rate = rate
+            check_counts(self, self.patch_embed.grid_size)
+        except ValueError:
+            for block, rate in before.items():
+                reducers[block].keep_rate = rate
+            raise
 
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
-        """timm's resize, then a check that the settings still leave tokens on the new grid."""
+        """timm's resize, if the settings leave tokens on the new grid."""
+        new_patch = to_2tuple(patch_size or self.patch_embed.patch_size)
+        size = to_2tuple(img_size or self.patch_embed.img_size)
+        check_counts(self, (size[0] // new_patch[0], size[1] // new_patch[1]))
         super().set_input_size(img_size, patch_size)  # type: ignore[misc]
-        check_counts(self, self.patch_embed.grid_size)
+        check_counts(self, self.patch_embed.grid_size)  # a hybrid embedding has another grid than its patch size says
 
     def extra_repr(self) -> str:
         return f"method={self.method!r}, settings={self.settings}"
@@ -371,6 +387,8 @@ def check_images(x: Tensor, model: ReducedHost) -> None:
     """Raise a named error unless x is a batch of images this model takes; a placeholder passes."""
     if isinstance(x, torch.fx.Proxy):
         return
+    if not isinstance(x, Tensor):
+        raise TypeError(f"expected images (B, 3, H, W) as a tensor, got {type(x).__name__}")
     patch_embed = model.patch_embed
     channels = getattr(model, "in_chans", 3)
     if x.ndim != 4 or x.shape[1] != channels:
@@ -408,7 +426,7 @@ def check_counts(model: ReducedHost, grid: tuple[int, int]) -> None:
     for block, count in enumerate(model.token_counts(grid)):
         if count < 1:
             raise ValueError(
-                f"{model.method} would leave {max(count, 0)} of {left} patch tokens in block {block} "
+                f"{model.method} would leave {count} of {left} patch tokens in block {block} "
                 f"for a patch grid of {grid[0]} x {grid[1]}; reduce less or in fewer blocks"
             )
         left = count
@@ -442,7 +460,10 @@ def check_settings(method: str, settings: dict[str, Any]) -> None:
         if name in known:
             continue
         owners = [other for other in METHODS if name in METHODS[other].defaults()]
-        owned = f"it belongs to {', '.join(owners)}; " if owners else f"{_nearest(name, tuple(known))} "
+        close = difflib.get_close_matches(name, known, n=1)
+        owned = f"it belongs to {', '.join(owners)}; " if owners else ""
+        if close and not owners:
+            owned = f"did you mean {close[0]}? "
         raise ValueError(f"{method} has no setting {name!r}; {owned}{method} takes {', '.join(known)}")
 
 

@@ -92,7 +92,7 @@ def _register() -> None:
         for host in hosts:
             variant = f"{method}_{host}"
             default_cfgs[variant] = _host_cfgs(host, variant)
-            register_model(_entry_point(method, host))
+            globals()[variant] = register_model(_entry_point(method, host))  # listed in __all__ by timm
 
 
 _register()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from effvit.attention import AttnState, Selection
 from effvit.reducers.base import Reducer, check_finite
-from effvit.schedule import check_blocks, check_count, check_fraction, per_block
+from effvit.schedule import check_blocks, check_count, check_fraction, check_switch, per_block
 from effvit.tokens import TokenMap, flat_rows, fx_leaf
 
 if TYPE_CHECKING:
@@ -218,6 +218,8 @@ class ATS(Reducer):
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
         if compat and ragged == "packed":
             raise ValueError("compat=True reproduces the official padded batch; it needs ragged='padded'")
+        check_switch("drop_tokens", drop_tokens)
+        check_switch("compat", compat)
         blocks = check_blocks("reduce_at", range(depth // 4, depth) if reduce_at is None else reduce_at, depth)
         points: dict[int, int | None] = dict.fromkeys(blocks)
         rates: dict[int, float | None] = dict.fromkeys(blocks)
@@ -225,7 +227,11 @@ class ATS(Reducer):
             points = {
                 b: check_count("num_tokens", v, 2) for b, v in per_block("num_tokens", num_tokens, blocks).items()
             }
-        elif keep_rate is not None:
+        if num_tokens is not None and keep_rate is not None:
+            raise ValueError(
+                f"keep_rate and num_tokens both set the sampling points, got {keep_rate} and {num_tokens}; give one"
+            )
+        if keep_rate is not None:
             rates = {b: check_fraction("keep_rate", v) for b, v in per_block("keep_rate", keep_rate, blocks).items()}
         options = (grid, value_norm, ragged, drop_tokens, compat)
         return {b: cls(rates[b], points[b], *options) for b in blocks if rates[b] != 1}
@@ -240,16 +246,16 @@ class ATS(Reducer):
         return min(self.num_points(num_patches), num_tokens)
 
     def forward(self, x: Tensor, tokens: TokenMap, block: _TokenBlock, rope: Tensor | None) -> tuple[Tensor, TokenMap]:
-        x, state = block.attend(x, tokens, rope, pick=lambda state: self.pick(state, x))
+        x, state = block.attend(x, tokens, rope, pick=self.pick)
         tokens = state.tokens
         del state  # queries, keys and values need not stay in memory while the MLP runs
         return block.feedforward(x), tokens
 
     @torch.no_grad()
-    def pick(self, state: AttnState, x: Tensor) -> Selection:
-        """Sample the query rows that are computed from the scores of all tokens; x entered the block."""
+    def pick(self, state: AttnState) -> Selection:
+        """Sample the query rows that are computed from the scores of all tokens."""
         tokens = state.keys
-        scores = check_finite(significance(state, self.value_norm), self.origin("token scores"), x)
+        scores = check_finite(significance(state, self.value_norm), self.origin("token scores"), state.x)
         num_points = self.num_points(tokens.num_patches)
         sample = inverse_transform_sample(scores, num_points, tokens.valid, self.grid, self.compat)
         width = self.count(tokens.num_tokens, tokens.num_patches)

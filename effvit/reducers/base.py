@@ -18,7 +18,7 @@ __all__ = ["Reducer", "check_finite"]
 
 
 @fx_leaf
-def check_finite(scores: Tensor, origin: str, x: Tensor) -> Tensor:
+def check_finite(scores: Tensor, origin: str, x: Tensor | None) -> Tensor:
     """``scores``, or an error that says where NaN came from; a top-k of NaN would be an arbitrary choice.
 
     On a CPU the error is raised at once; on a GPU it is an asynchronous device assertion, which does not wait
@@ -33,7 +33,7 @@ def check_finite(scores: Tensor, origin: str, x: Tensor) -> Tensor:
         image = int(scores.isnan().flatten(1).any(1).nonzero()[0])
         cause = (
             "the tokens that entered the block hold NaN or infinity already: look at the input and earlier blocks"
-            if not x.isfinite().all()
+            if x is not None and not x.isfinite().all()
             else "the tokens that entered the block are finite: its own weights hold NaN or its products overflow"
         )
         raise ValueError(f"{origin} are NaN for image {image} of the batch; {cause}")

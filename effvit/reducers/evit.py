@@ -10,7 +10,7 @@ from torch import Tensor
 
 from effvit.attention import AttnState
 from effvit.reducers.base import Reducer, check_finite
-from effvit.schedule import check_blocks, check_count, check_fraction, per_block, spread_blocks
+from effvit.schedule import check_blocks, check_count, check_fraction, check_switch, per_block, spread_blocks
 from effvit.tokens import TokenMap, flat_rows, take_rows
 
 __all__ = ["EViT", "class_attention"]
@@ -63,6 +63,7 @@ class EViT(Reducer):
             fuse_token: Add the token that sums up what was dropped.
             num_tokens: Absolute numbers of tokens to keep in place of a rate; one value or one for each block.
         """
+        check_switch("fuse_token", fuse_token)
         blocks = check_blocks("reduce_at", spread_blocks((3, 6, 9), depth) if reduce_at is None else reduce_at, depth)
         rates = {b: check_fraction("keep_rate", r) for b, r in per_block("keep_rate", keep_rate, blocks).items()}
         counts: dict[int, int | None] = dict.fromkeys(blocks)
@@ -86,7 +87,7 @@ class EViT(Reducer):
         kept = self.num_kept(tokens.num_tokens)
         if kept == tokens.num_tokens:
             return x, tokens
-        scores = check_finite(class_attention(state), self.origin("class-token scores"), x)  # (B, N)
+        scores = check_finite(class_attention(state), self.origin("class-token scores"), state.x)  # (B, N)
         if not self.fuse_token:
             index = scores.topk(kept, dim=1).indices
             rows = flat_rows(index, tokens.num_prefix + tokens.num_tokens, tokens.num_prefix)

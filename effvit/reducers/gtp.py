@@ -11,7 +11,7 @@ from torch import Tensor
 
 from effvit.attention import AttnState, EditMap
 from effvit.reducers.base import Reducer, check_finite
-from effvit.schedule import check_blocks, check_count, check_fraction, per_block
+from effvit.schedule import check_blocks, check_count, check_fraction, check_number, check_switch, per_block
 from effvit.tokens import TokenMap, flat_rows, fx_leaf, take_rows, wide_dtype
 
 __all__ = ["GRAPH_TYPES", "GTP", "PROPAGATIONS", "SELECTIONS", "propagation_graph", "sparsify_map"]
@@ -113,8 +113,8 @@ def propagation_graph(
     neighbours = num_neighbours if num_prefix else num_neighbours + 1
     if graph_type != "Spatial" and not 0 < neighbours < patches.shape[1]:
         raise ValueError(
-            f"num_neighbours must be at least 1 and below the number of patches, got {num_neighbours} "
-            f"for {patches.shape[1]} patches"
+            f"num_neighbours must be at least 1 and at most {patches.shape[1] - (1 if num_prefix else 2)}, "
+            f"got {num_neighbours} for {patches.shape[1]} patches"
         )
     if graph_type == "Spatial":
         edges = spatial_edges(patches, grid).expand(patches.shape[0], -1, -1)
@@ -203,6 +203,9 @@ class GTP(Reducer):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
         check_fraction("sparsity", sparsity)
+        check_number("alpha", alpha)
+        if token_scale is not None:
+            check_switch("token_scale", token_scale)
         check_count("num_neighbours", num_neighbours, 1)
         if token_scale and propagation != "GraphProp":
             raise ValueError(
@@ -244,7 +247,7 @@ class GTP(Reducer):
 
     def reduce(self, x: Tensor, tokens: TokenMap, state: AttnState) -> tuple[Tensor, TokenMap]:
         kept = tokens.num_tokens - self.num_prop
-        scores = check_finite(self.scores(state), self.origin(f"{self.selection} scores"), x)
+        scores = check_finite(self.scores(state), self.origin(f"{self.selection} scores"), state.x)
         ranked = scores.argsort(dim=-1, descending=True)  # (B, N)
         index, removed = ranked[:, :kept], ranked[:, kept:]
         length = tokens.num_prefix + tokens.num_tokens

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from effvit.attention import AttnState
 from effvit.reducers.base import Reducer, check_finite
-from effvit.schedule import tome_r
+from effvit.schedule import check_switch, tome_r
 from effvit.tokens import TokenMap, flat_rows, take_rows, wide_dtype
 
 __all__ = [
@@ -156,6 +156,7 @@ class ToMe(Reducer):
             prop_attn: Proportional attention: a token of size s receives attention like s equal tokens. The
                 authors use True for supervised models, False for masked autoencoders off the shelf.
         """
+        check_switch("prop_attn", prop_attn)
         return {block: cls(value, prop_attn) for block, value in enumerate(tome_r(r, depth)) if value > 0}
 
     def num_merged(self, num_tokens: int) -> int:
@@ -171,7 +172,7 @@ class ToMe(Reducer):
             return x, tokens
         with torch.no_grad():
             metric = state.k.mean(dim=1)[:, tokens.num_prefix :]  # (B, N, D)
-            check_finite(metric.sum(-1), self.origin("keys"), x)
+            check_finite(metric.sum(-1), self.origin("keys"), state.x)
             matching = bipartite_soft_matching(metric, r, tokens.num_prefix)
             target = matching_target(matching, tokens.anchor)
             size = tokens.size

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from effvit.attention import AttnState, EditMap
 from effvit.reducers.base import Reducer, check_finite
-from effvit.schedule import check_blocks, check_count, check_fraction, per_block, spread_blocks
+from effvit.schedule import check_blocks, check_count, check_fraction, check_number, per_block, spread_blocks
 from effvit.tokens import TokenMap, flat_rows, take_rows, wide_dtype
 
 __all__ = [
@@ -245,8 +245,11 @@ class ZeroTPrune(Reducer):
             raise ValueError(f"partition must be one of {', '.join(PARTITIONS)}, got {partition!r}")
         if similarity not in SIMILARITIES:
             raise ValueError(f"similarity must be one of {', '.join(SIMILARITIES)}, got {similarity!r}")
-        if var_range is not None and not (len(var_range) == 2 and var_range[0] <= var_range[1]):
-            raise ValueError(f"var_range must be (smallest, largest) variance, got {var_range}")
+        if cls_boost is not None:
+            check_number("cls_boost", cls_boost, "positive")
+        pair = isinstance(var_range, (list, tuple)) and len(var_range) == 2
+        if var_range is not None and not (pair and var_range[0] <= var_range[1]):
+            raise ValueError(f"var_range must be (smallest, largest) variance, got {var_range!r}")
         rates = {b: check_fraction("keep_rate", v) for b, v in per_block("keep_rate", keep_rate, blocks).items()}
         pairs = {b: check_count("r", v) for b, v in per_block("r", r, blocks).items()}
         iters = {b: check_count("num_iters", v, 1) for b, v in per_block("num_iters", num_iters, blocks).items()}
@@ -283,7 +286,9 @@ class ZeroTPrune(Reducer):
         left = torch.ones_like(tokens.anchor)  # (B, N) 1 for the tokens still there
         kept = None
         if distinct < tokens.num_tokens:
-            scores = check_finite(self.importance(state, num_iters=1)[:, num_prefix:], self.origin("page rank"), x)
+            scores = check_finite(
+                self.importance(state, num_iters=1)[:, num_prefix:], self.origin("page rank"), state.x
+            )
             features = state.k[:, :, num_prefix:].detach().transpose(1, 2).flatten(2)  # (B, N, heads * D)
             group_a, group_b = split_groups(scores, self.partition)
             closest, _ = match_groups(features, group_a, group_b, self.similarity)
