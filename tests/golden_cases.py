@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -51,7 +53,10 @@ class Case:
 
     def close(self, actual: Tensor, key: str, tolerance: float = SINGLE) -> None:
         """Assert that actual equals the recorded tensor within ``tolerance`` of its largest entry."""
-        expected = self[key]
+        self.near(actual, self[key], key, tolerance)
+
+    def near(self, actual: Tensor, expected: Tensor, key: str, tolerance: float = SINGLE) -> None:
+        """Assert that actual equals the expected tensor, which ``key`` names, as ``close`` does."""
         assert actual.shape == expected.shape, f"{key}: {tuple(actual.shape)} is not {tuple(expected.shape)}"
         scale = expected.abs().max().clamp(min=1e-12).double()
         error = float(((actual.detach().double() - expected.double()).abs().max() / scale) if actual.numel() else 0)
@@ -85,6 +90,60 @@ class Case:
             assert x.grad is not None
             self.close(x.grad, "grad_input")
         model.eval()
+
+    def adapted_gradients(
+        self, model: Any, outputs: Callable[[Tensor], list[Tensor]], tolerance: float = SINGLE
+    ) -> None:
+        """Compare the recorded gradients of the summed squares of ``outputs(input)`` under the official names.
+
+        Weights nobody recorded a gradient of are NaN in the official dictionary, so that a rule of
+        ``adapt_state_dict`` which joins or permutes weights can be used for their gradients as it is.
+        """
+        recorded = {key.removeprefix("grad/"): value for key, value in self.tensors.items() if key.startswith("grad/")}
+        if not recorded and "grad_input" not in self:
+            return
+        unknown = {
+            key: torch.full_like(value, float("nan"))
+            for key, value in self.state().items()
+            if value.is_floating_point()
+        }
+        official, _ = model.adapt_state_dict(unknown | recorded)
+        model.zero_grad()
+        x = self["input"].clone().requires_grad_()
+        sum(out.square().sum() for out in outputs(x)).backward()
+        compared = 0
+        for name, expected in official.items():
+            known = ~expected.isnan()
+            if known.any():
+                gradient = model.get_parameter(name).grad
+                assert gradient is not None, name
+                self.near(gradient[known], expected[known], f"gradient of {name}", tolerance)
+                compared += 1
+        assert compared or not recorded, "no recorded gradient belongs to a parameter of the model"
+        if "grad_input" in self:
+            assert x.grad is not None
+            self.close(x.grad, "grad_input", tolerance)
+
+
+def check_official_keys(content: dict[str, Any], name: str, dropped: tuple[str, ...] = (), **kwargs: Any) -> None:
+    """Assert that a list of official parameter names and shapes becomes exactly ours.
+
+    Args:
+        content: A ``keys_*.json`` of an architecture.
+        name: Our registered name.
+        dropped: Parts of the names that have no place in our model; anything else must be used.
+        kwargs: Arguments of ``timm.create_model``.
+    """
+    with torch.device("meta"):
+        model = timm.create_model(name, **kwargs)
+        official = {
+            key: torch.empty(shape, dtype=getattr(torch, dtype)) for key, (dtype, shape) in content["keys"].items()
+        }
+    state, unused = model.adapt_state_dict(official)
+    assert {key: tuple(v.shape) for key, v in state.items()} == {
+        key: tuple(v.shape) for key, v in model.state_dict().items()
+    }
+    assert all(any(part in key for part in dropped) for key in unused), unused
 
 
 def find_cases(folder: Path, method: str) -> list[Case]:

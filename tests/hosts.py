@@ -84,3 +84,14 @@ def make_model(method: str, host: str, **settings: Any) -> ReducedHost:
 def make_images(model: nn.Module, batch: int = 2) -> Tensor:
     size = model.patch_embed.img_size
     return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(1))
+
+
+class Logits(nn.Module):
+    """A model whose positional signature is one image batch, for the exporters."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)

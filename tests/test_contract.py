@@ -13,9 +13,8 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from hosts import HOSTS, OFF, PAIRS, SETTINGS, make_host, make_images, make_model
+from hosts import HOSTS, OFF, PAIRS, SETTINGS, Logits, make_host, make_images, make_model
 from timm.models.eva import Eva
-from torch import Tensor, nn
 
 import effvit
 from effvit.models.host import ReducedHost
@@ -219,17 +218,6 @@ class TestEveryPair:
         maps = model.forward_intermediates(make_images(model), indices=2, intermediates_only=True, norm=True)
         assert len(maps) == 2
         assert all(m.isfinite().all() for m in maps)
-
-
-class Logits(nn.Module):
-    """A model whose positional signature is one image batch, for the exporters."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x)
 
 
 class TestExport:

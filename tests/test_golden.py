@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -43,8 +44,10 @@ from effvit.reducers.zero_tprune import (
 from effvit.schedule import cosine_keep_rate, tome_r
 from effvit.tokens import TokenMap
 
-# Folders of methods that this package has another home for; any other folder is skipped by name.
-IMPLEMENTED = tuple(METHODS)
+# Folder of an architecture -> module with compare(case) and, for lists of official names, compare_keys(content).
+ARCHITECTURES: dict[str, ModuleType] = {}
+# Any other folder is skipped by name.
+IMPLEMENTED = (*METHODS, *ARCHITECTURES)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -81,6 +84,9 @@ def test_case_agrees_with_the_official_code(case: Case) -> None:
 
 def test_table_agrees_with_the_official_code(table: Path) -> None:
     content = json.loads(table.read_text())
+    if table.parent.name in ARCHITECTURES:
+        ARCHITECTURES[table.parent.name].compare_keys(content)
+        return
     kind = "keys" if table.stem.startswith("keys_") else table.stem
     TABLES[kind](table, content)
 
@@ -645,6 +651,7 @@ COMPARE: dict[str, Callable[[Case], None]] = {
     "gtp": compare_gtp,
     "ats": compare_ats,
     "zero_tprune": compare_zero_tprune,
+    **{folder: module.compare for folder, module in ARCHITECTURES.items()},
 }
 TABLES: dict[str, Callable[[Path, Any], None]] = {
     "keep_rate_schedule": compare_keep_rates,

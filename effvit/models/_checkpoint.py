@@ -71,7 +71,11 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> list[str]:
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of weights")
     state, dropped = official_state_dict(content)
-    if isinstance(model, eva.Eva):
+    adapt = getattr(model, "adapt_state_dict", None)
+    if adapt is not None:
+        state, unused = adapt(state)
+        dropped += unused
+    elif isinstance(model, eva.Eva):
         state = eva.checkpoint_filter_fn(state, model)
     elif isinstance(model, vision_transformer.VisionTransformer) and state:
         state = vision_transformer.checkpoint_filter_fn(state, model, adapt_layer_scale=True)

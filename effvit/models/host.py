@@ -25,6 +25,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from effvit.block import rehouse, token_block
+from effvit.models._surface import check_images, check_output_fmt, hand_out, refuse_mask
 from effvit.recover import check_fill, to_grid
 from effvit.reducers import METHODS, Reducer
 from effvit.schedule import check_fraction, per_block
@@ -180,7 +181,7 @@ class ReducedHost(nn.Module):
         once for each patch they stand for, so that a mean weights them by size; padding of images with fewer
         tokens holds their mean.
         """
-        _refuse_mask(self, attn_mask, is_causal)
+        refuse_mask(self, attn_mask, is_causal)
         (x, tokens), _ = self._forward_blocks(x)
         return self._poolable(*_unpacked(self.norm(x), tokens))
 
@@ -204,7 +205,7 @@ class ReducedHost(nn.Module):
         """Class scores (B, num_classes) of images (B, 3, H, W)."""
         if self.global_pool != "map" or self.attn_pool is None:
             return self.forward_head(self.forward_features(x, attn_mask, is_causal))
-        _refuse_mask(self, attn_mask, is_causal)
+        refuse_mask(self, attn_mask, is_causal)
         x, tokens = self.forward_tokens(x)
         if tokens.size is None:
             return self.forward_head(x)
@@ -245,14 +246,13 @@ class ReducedHost(nn.Module):
             (final features, intermediates), the intermediates, or the dict. Patches that were dropped are filled
             as ``self.recover`` says.
         """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
-        _refuse_mask(self, attn_mask, is_causal)
+        check_output_fmt(output_fmt)
+        refuse_mask(self, attn_mask, is_causal)
         take, last = feature_take_indices(len(self.blocks), indices)
         num_blocks = last + 1 if stop_early else None
         final, taken = self._forward_blocks(x, take, num_blocks, memory=self.recover == "last")
 
-        intermediates: list[Any] = []
+        maps: list[Tensor] = []
         prefixes: list[Tensor] = []
         for features in taken:
             tokens = features.tokens
@@ -261,23 +261,15 @@ class ReducedHost(nn.Module):
             y, prefix = (self.norm(y), self.norm(prefix)) if norm else (y, prefix)
             if output_fmt == "NCHW":
                 y = y.transpose(1, 2).unflatten(2, tokens.grid).contiguous()
-            intermediates.append(y)
+            maps.append(y)
             prefixes.append(prefix)
-
-        with_prefix = return_prefix_tokens and self.num_prefix_tokens > 0
-        if output_dict:
-            result: dict[str, Any] = {"image_intermediates": intermediates}
-            if with_prefix:
-                result["image_intermediates_prefix"] = prefixes
-        elif with_prefix:
-            intermediates = list(zip(intermediates, prefixes, strict=True))
-        if intermediates_only:
-            return result if output_dict else intermediates
-        final_features = self._poolable(*_unpacked(self.norm(final.x), final.tokens))
-        if output_dict:
-            result["image_features"] = final_features
-            return result
-        return final_features, intermediates
+        return hand_out(
+            maps,
+            prefixes if return_prefix_tokens and self.num_prefix_tokens > 0 else None,
+            lambda: self._poolable(*_unpacked(self.norm(final.x), final.tokens)),
+            intermediates_only,
+            output_dict,
+        )
 
     # -- settings ----------------------------------------------------------------------------------------------
 
@@ -371,51 +363,6 @@ def _unpacked(x: Tensor, tokens: TokenMap) -> tuple[Tensor, TokenMap]:
     if not tokens.packed:
         return x, tokens
     return tokens.unpack(x), replace(tokens, packed=False)
-
-
-def _refuse_mask(model: ReducedHost, attn_mask: Tensor | None, is_causal: bool) -> None:
-    if isinstance(attn_mask, torch.fx.Proxy):  # symbolic tracing passes a placeholder for every argument
-        return
-    if attn_mask is not None or is_causal:
-        raise ValueError(
-            f"a model reduced by {model.method} takes no attn_mask or is_causal: both are defined on the full "
-            "sequence, whose tokens move and leave; use the dense model for masked input"
-        )
-
-
-def check_images(x: Tensor, model: ReducedHost) -> None:
-    """Raise a named error unless x is a batch of images this model takes; a placeholder passes."""
-    if isinstance(x, torch.fx.Proxy):
-        return
-    if not isinstance(x, Tensor):
-        raise TypeError(f"expected images (B, 3, H, W) as a tensor, got {type(x).__name__}")
-    patch_embed = model.patch_embed
-    channels = getattr(model, "in_chans", 3)
-    if x.ndim != 4 or x.shape[1] != channels:
-        raise ValueError(f"expected images (B, {channels}, H, W), got a tensor of shape {tuple(x.shape)}")
-    if x.shape[0] == 0:
-        raise ValueError(f"the batch holds no image: shape {tuple(x.shape)}; leave empty batches out")
-    weight = next(patch_embed.parameters())
-    if not x.is_floating_point() or (x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type)):
-        raise TypeError(
-            f"expected images of dtype {weight.dtype}, the model's, got {x.dtype}; "
-            "convert the images or the model, or run under torch.autocast"
-        )
-    height, width = x.shape[-2:]
-    if not getattr(model, "dynamic_img_size", False):
-        if (height, width) != tuple(patch_embed.img_size):
-            raise ValueError(
-                f"expected images of {patch_embed.img_size[0]} x {patch_embed.img_size[1]} pixels, got "
-                f"{height} x {width}; call model.set_input_size(({height}, {width})), create the model with "
-                "dynamic_img_size=True, or resize the images"
-            )
-    elif not getattr(patch_embed, "dynamic_img_pad", False) and (
-        height % patch_embed.patch_size[0] or width % patch_embed.patch_size[1]
-    ):
-        raise ValueError(
-            f"image size {height} x {width} is not a multiple of the patch size {patch_embed.patch_size[0]} x "
-            f"{patch_embed.patch_size[1]}; resize the images or create the model with dynamic_img_pad=True"
-        )
 
 
 def check_counts(model: ReducedHost, grid: tuple[int, int]) -> None:

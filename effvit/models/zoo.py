@@ -14,7 +14,7 @@ from timm.models._builder import resolve_pretrained_cfg
 from timm.models._pretrained import DefaultCfg
 from torch import nn
 
-from effvit.models import lvvit
+from effvit.models import architectures, lvvit
 from effvit.models.host import check_settings, sparsify
 from effvit.reducers import METHODS
 
@@ -100,5 +100,5 @@ _register()
 
 def list_models(pattern: str = "*") -> list[str]:
     """Names of the zoo's models that match a shell-style pattern."""
-    own = set(default_cfgs) | set(lvvit.default_cfgs)
+    own = {*default_cfgs, *lvvit.default_cfgs, *architectures.default_cfgs}
     return [name for name in timm.list_models() if name in own and fnmatch.fnmatch(name, pattern)]

@@ -1,0 +1,383 @@
+"""What timm expects of every backbone, written once: checks of the input, and intermediates in timm's forms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from timm.layers import ClassifierHead, get_device_dtype
+from timm.models import checkpoint_seq
+from timm.models._features import feature_take_indices
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+__all__ = [
+    "PyramidBackbone",
+    "PyramidStage",
+    "SoftTokenViT",
+    "check_batch",
+    "check_images",
+    "check_output_fmt",
+    "hand_out",
+    "refuse_mask",
+]
+
+
+def check_batch(x: Tensor, model: nn.Module, in_chans: int) -> bool:
+    """Raise a named error unless x is a batch of images in the model's dtype; False for a placeholder of fx."""
+    if isinstance(x, torch.fx.Proxy):
+        return False
+    if not isinstance(x, Tensor):
+        raise TypeError(f"expected images (B, {in_chans}, H, W) as a tensor, got {type(x).__name__}")
+    if x.ndim != 4 or x.shape[1] != in_chans:
+        raise ValueError(f"expected images (B, {in_chans}, H, W), got a tensor of shape {tuple(x.shape)}")
+    if x.shape[0] == 0:
+        raise ValueError(f"the batch holds no image: shape {tuple(x.shape)}; leave empty batches out")
+    weight = next(model.parameters())
+    if not x.is_floating_point() or (x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type)):
+        raise TypeError(
+            f"expected images of dtype {weight.dtype}, the model's, got {x.dtype}; "
+            "convert the images or the model, or run under torch.autocast"
+        )
+    return True
+
+
+def check_images(x: Tensor, model: Any) -> None:
+    """Raise a named error unless x is a batch of images that a plain ViT with ``patch_embed`` takes."""
+    patch_embed = model.patch_embed
+    if not check_batch(x, patch_embed, getattr(model, "in_chans", 3)):
+        return
+    height, width = x.shape[-2:]
+    if not getattr(model, "dynamic_img_size", False):
+        if (height, width) != tuple(patch_embed.img_size):
+            raise ValueError(
+                f"expected images of {patch_embed.img_size[0]} x {patch_embed.img_size[1]} pixels, got "
+                f"{height} x {width}; call model.set_input_size(({height}, {width})), create the model with "
+                "dynamic_img_size=True, or resize the images"
+            )
+    elif not getattr(patch_embed, "dynamic_img_pad", False) and (
+        height % patch_embed.patch_size[0] or width % patch_embed.patch_size[1]
+    ):
+        raise ValueError(
+            f"image size {height} x {width} is not a multiple of the patch size {patch_embed.patch_size[0]} x "
+            f"{patch_embed.patch_size[1]}; resize the images or create the model with dynamic_img_pad=True"
+        )
+
+
+def check_output_fmt(output_fmt: str, known: Sequence[str] = ("NCHW", "NLC")) -> None:
+    """Raise a ValueError unless intermediates can be given in that form."""
+    if output_fmt not in known:
+        raise ValueError(f"output_fmt must be {' or '.join(map(repr, known))}, got {output_fmt!r}")
+
+
+def refuse_mask(model: Any, attn_mask: Tensor | None, is_causal: bool) -> None:
+    """Raise a ValueError for an attention mask, which has no meaning once tokens are not those of the image."""
+    if isinstance(attn_mask, torch.fx.Proxy):  # symbolic tracing passes a placeholder for every argument
+        return
+    if attn_mask is not None or is_causal:
+        what = f"a model reduced by {model.method}" if hasattr(model, "method") else f"a {type(model).__name__}"
+        raise ValueError(
+            f"{what} takes no attn_mask or is_causal: both are defined on the full "
+            "sequence, whose tokens move and leave; use the dense model for masked input"
+        )
+
+
+def hand_out(
+    maps: list[Tensor],
+    prefixes: list[Tensor] | None,
+    final: Callable[[], Tensor],
+    intermediates_only: bool,
+    output_dict: bool,
+) -> Any:
+    """What timm's ``forward_intermediates`` of a plain ViT returns.
+
+    Args:
+        maps: One feature map or sequence for each block asked for.
+        prefixes: Their prefix tokens (B, P, C), None where they were not asked for.
+        final: Computes the final features, called only if they are returned.
+        intermediates_only: Return the intermediates alone.
+        output_dict: Return a dict.
+    """
+    if output_dict:
+        result: dict[str, Any] = {"image_intermediates": maps}
+        if prefixes is not None:
+            result["image_intermediates_prefix"] = prefixes
+        if not intermediates_only:
+            result["image_features"] = final()
+        return result
+    intermediates = maps if prefixes is None else list(zip(maps, prefixes, strict=True))
+    return intermediates if intermediates_only else (final(), intermediates)
+
+
+class SoftTokenViT(VisionTransformer):
+    """A plain ViT of an architecture whose later blocks work on other tokens than one a patch.
+
+    A subclass supplies ``_run`` and, where the tokens it ends with need more than the final norm, ``_finish``.
+    Everything timm asks of a vision transformer's features follows from these two.
+    """
+
+    def _run(
+        self, x: Tensor, take: Sequence[int] = (), num_blocks: int | None = None
+    ) -> tuple[Any, list[tuple[Tensor, Tensor]]]:
+        """The one loop over the blocks.
+
+        Args:
+            x: Images (B, 3, H, W).
+            take: Blocks whose output is wanted on the full patch grid.
+            num_blocks: Blocks to run, None for all.
+
+        Returns:
+            What ``_finish`` takes, and for each block in ``take`` the patch features (B, H*W, C) and the prefix
+            tokens (B, P, C), neither normalised.
+        """
+        raise NotImplementedError
+
+    def _finish(self, state: Any) -> Tensor:
+        """Normalised final tokens (B, P+M, C), what ``forward_head`` takes."""
+        return self.norm(state)
+
+    def _grid(self, x: Tensor) -> tuple[int, int]:
+        """(H, W) patch grid of images x."""
+        if self.dynamic_img_size:
+            return self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
+        return tuple(self.patch_embed.grid_size)
+
+    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Normalised final tokens (B, P+M, C) of images (B, 3, H, W); a mask is refused."""
+        refuse_mask(self, attn_mask, is_causal)
+        check_images(x, self)
+        return self._finish(self._run(x)[0])
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Any:
+        """Features of several blocks on the full patch grid; arguments and returns as timm's method.
+
+        Args:
+            x: Images (B, 3, H, W).
+            indices: The last n blocks if an int, all if None, or block numbers.
+            return_prefix_tokens: Return (map, prefix tokens) pairs.
+            norm: Apply the final norm to the intermediates.
+            stop_early: Do not run the blocks behind the last one asked for.
+            output_fmt: "NCHW" for maps (B, C, H/patch, W/patch), "NLC" for sequences (B, N, C) of all patches.
+            intermediates_only: Return only the list of intermediates.
+            output_dict: Return a dict with image_features and image_intermediates.
+            attn_mask: Refused.
+            is_causal: Refused.
+        """
+        check_output_fmt(output_fmt)
+        refuse_mask(self, attn_mask, is_causal)
+        check_images(x, self)
+        take, last = feature_take_indices(len(self.blocks), indices)
+        state, taken = self._run(x, take, last + 1 if stop_early else None)
+        maps, prefixes = [], []
+        for y, prefix in taken:
+            y, prefix = (self.norm(y), self.norm(prefix)) if norm else (y, prefix)
+            maps.append(y if output_fmt == "NLC" else y.transpose(1, 2).unflatten(2, self._grid(x)).contiguous())
+            prefixes.append(prefix)
+        return hand_out(
+            maps,
+            prefixes if return_prefix_tokens and self.num_prefix_tokens > 0 else None,
+            lambda: self._finish(state),
+            intermediates_only,
+            output_dict,
+        )
+
+
+class PyramidStage(nn.Module):
+    """One stage of a pyramid: an optional downsampling, then blocks."""
+
+    def __init__(self, downsample: nn.Module | None, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.downsample = downsample if downsample is not None else nn.Identity()
+        self.blocks = nn.Sequential(*blocks)
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x)
+        return checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
+
+
+class PyramidBackbone(nn.Module):
+    """A backbone of four stages at strides 4, 8, 16 and 32 that takes images of any size.
+
+    A subclass sets ``stem`` (stride 4), ``stages`` (``nn.Sequential`` of PyramidStage) and, if it has one, the
+    final projection and norm, which ``_finish`` applies.
+
+    Args:
+        dims: Channels of the stages.
+        num_classes: Classes; 0 for none.
+        global_pool: timm's pooling in front of the classifier, "" for none.
+        in_chans: Channels of the images.
+        num_features: Channels of ``forward_features``, those of the last stage if None.
+        drop_rate: Dropout in front of the classifier.
+        out_norm: Makes the norm of one stage's output given its channels; used for the maps of
+            ``forward_intermediates`` only, so ask for it in a dense model alone. None: plain maps.
+        output_fmt: Layout in which the stages pass features, "NCHW" or "NHWC"; maps are NCHW in any case.
+    """
+
+    stem: nn.Module
+    stages: Any  # nn.Sequential of PyramidStage
+
+    def __init__(
+        self,
+        dims: Sequence[int],
+        num_classes: int,
+        global_pool: str,
+        in_chans: int,
+        num_features: int | None = None,
+        drop_rate: float = 0.0,
+        out_norm: Callable[[int], nn.Module] | None = None,
+        output_fmt: str = "NCHW",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        check_output_fmt(output_fmt, ("NCHW", "NHWC"))
+        self.num_classes, self.in_chans = num_classes, in_chans
+        self.num_features = self.head_hidden_size = num_features or dims[-1]
+        self.embed_dim = list(dims)
+        self.stage_fmt = output_fmt
+        self.feature_info = [
+            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
+        ]
+        self.out_norms = None if out_norm is None else nn.ModuleList(out_norm(dim) for dim in dims)
+        self.head: Any = ClassifierHead(
+            self.num_features, num_classes, global_pool, drop_rate, device=device, dtype=dtype
+        )
+
+    def _finish(self, x: Tensor) -> Tensor:
+        """Output of the last stage -> final features, both (B, C, H, W)."""
+        return x
+
+    def _to_maps(self, x: Tensor) -> Tensor:
+        return x.permute(0, 3, 1, 2) if self.stage_fmt == "NHWC" else x
+
+    @property
+    def grad_checkpointing(self) -> bool:
+        """Whether the blocks are recomputed in the backward pass."""
+        return any(stage.grad_checkpointing for stage in self.stages)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Final features (B, num_features, ceil(H/32), ceil(W/32)) of images (B, in_chans, H, W)."""
+        check_batch(x, self, self.in_chans)
+        return self._finish(self._to_maps(self.stages(self.stem(x))))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Final features -> class scores (B, num_classes), or pooled features (B, num_features)."""
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Class scores (B, num_classes) of images (B, in_chans, H, W)."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Maps of several stages; arguments and returns as timm's method.
+
+        Args:
+            x: Images (B, in_chans, H, W).
+            indices: The last n stages if an int, all if None, or stage numbers.
+            norm: Without ``out_norm``: refused, since the stages have no norm of their own. With it: no effect,
+                maps are normalised.
+            stop_early: Do not run the stages behind the last one asked for.
+            output_fmt: "NCHW".
+            intermediates_only: Return only the list of maps.
+
+        Returns:
+            (final features, maps), or the maps: (B, C_i, H/4/2^i, W/4/2^i), rounded up.
+        """
+        check_output_fmt(output_fmt, ("NCHW",))
+        if norm and self.out_norms is None:
+            raise ValueError(
+                f"the stages of this {type(self).__name__} have no norm of their own to apply; "
+                "create the model with out_norm=True, or use norm=False"
+            )
+        check_batch(x, self, self.in_chans)
+        take, last = feature_take_indices(len(self.stages), indices)
+        x = self.stem(x)
+        maps = []
+        for i, stage in enumerate(self.stages):
+            if i > last and (stop_early or intermediates_only):
+                break
+            x = stage(x)
+            if i in take:
+                y = self._to_maps(x)
+                maps.append(y.contiguous() if self.out_norms is None else self.out_norms[i](y).contiguous())
+        if intermediates_only:
+            return maps
+        x = self._to_maps(x)
+        return (self._finish(x) if i == len(self.stages) - 1 else x), maps
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Cut what the maps of these stages do not need; returns their numbers (timm's method)."""
+        take, last = feature_take_indices(len(self.stages), indices)
+        self.stages = self.stages[: last + 1]
+        if self.out_norms is not None:
+            self.out_norms = nn.ModuleList(
+                norm if i in take else nn.Identity() for i, norm in enumerate(self.out_norms)
+            )
+        if prune_norm:
+            self._prune_final()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take
+
+    def _prune_final(self) -> None:
+        """Remove the modules that only ``_finish`` uses."""
+
+    def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
+        """Accepts any image size, since nothing here depends on one; the stride is fixed."""
+        if patch_size is not None:
+            raise ValueError(f"{type(self).__name__} has a fixed stride of 4 and no patch_size, got {patch_size}")
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks in the backward pass instead of keeping what they computed."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that take no weight decay although they have several dimensions."""
+        return set()
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Groups of parameters from stem to head, for layer-wise learning rates (timm's form)."""
+        return {
+            "stem": r"^stem",
+            "blocks": r"^stages\.(\d+)"
+            if coarse
+            else [
+                (r"^stages\.(\d+)\.downsample", (0,)),
+                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+                (r"^(?!stem|stages)", (99999,)),
+            ],
+        }
+
+    def get_classifier(self) -> nn.Module:
+        """The classifier, a linear layer."""
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier, and the pooling if one is given."""
+        self.num_classes = num_classes
+        self.head.reset(num_classes, pool_type=global_pool, **get_device_dtype(self))
