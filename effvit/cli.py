@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import platform
 import re
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 import effvit
 from effvit.demo import VARIANTS, photographs, plot_costs
 from effvit.models._checkpoint import convert_checkpoint
-from effvit.models.host import ReducedHost
+from effvit.models.host import ReducedHost, check_model_name
 from effvit.profiler import Cost, cost_of, profile_models
 from effvit.reducers import METHODS
 from effvit.visualize import data_config, load_images, token_figure
@@ -294,11 +293,7 @@ def reduced(host: nn.Module, variants: Sequence[tuple[str, dict[str, Any]]]) -> 
 
 def build(name: str, options: Mapping[str, Any], pretrained: bool = False) -> nn.Module:
     """The named model; a ValueError for an unknown name, which names the nearest."""
-    architecture = name.split(".")[0]
-    if not timm.is_model(architecture):
-        nearest = difflib.get_close_matches(architecture, timm.list_models(), n=3)
-        hint = f"did you mean {' or '.join(nearest)}?" if nearest else "see effvit list and timm.list_models()"
-        raise ValueError(f"unknown model {name!r}; {hint}")
+    check_model_name(name)
     try:
         return timm.create_model(name, pretrained=pretrained, **options)
     except Exception as error:  # downloads fail with the exceptions of several libraries

@@ -73,7 +73,7 @@ class TestNames:
             effvit.sparsify(vit(), "x")
 
     def test_unknown_host_is_answered_with_the_nearest(self) -> None:
-        with pytest.raises(ValueError, match=r"unknown timm model 'deit_smal_patch16_224'; did you mean deit_small_p"):
+        with pytest.raises(ValueError, match=r"unknown model 'deit_smal_patch16_224'; did you mean deit_small_p"):
             effvit.sparsify("deit_smal_patch16_224", "tome")
 
     def test_setting_of_another_method_is_answered_with_its_owners(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,16 @@ from safetensors.torch import load_file
 from timm.models import eva, vision_transformer
 from torch import Tensor, nn
 
-__all__ = ["Conversion", "convert_checkpoint", "load_checkpoint", "official_state_dict"]
+__all__ = [
+    "Conversion",
+    "adapt_state",
+    "check_state",
+    "convert_checkpoint",
+    "load_checkpoint",
+    "official_state_dict",
+    "read_checkpoint",
+    "read_file",
+]
 
 # Where training scripts put the weights: DeiT, EViT and GTP under "model"; timm under "state_dict"; DINO under
 # "teacher" (the network it publishes) beside "student".
@@ -58,15 +67,25 @@ class Conversion(NamedTuple):
     dropped: list[str]
 
 
-def _read(path: Path) -> Mapping[str, Any]:
-    """The content of a checkpoint file; nothing but weights and plain values is ever loaded from it."""
+def read_file(path: str | Path, allowed: Sequence[Any] = ()) -> Mapping[str, Any]:
+    """The content of a checkpoint file; nothing but weights and plain values is ever loaded from it.
+
+    Args:
+        path: .safetensors, or a .pth.
+        allowed: Further types a .pth may hold, as ``torch.serialization.safe_globals`` takes them.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: The file cannot be read, or holds no dict.
+    """
+    path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         # EViT's and DeiT's files hold their command line as a Namespace beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace, *allowed]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         reason = next((line for line in str(error).splitlines() if line), type(error).__name__)
@@ -77,6 +96,53 @@ def _read(path: Path) -> Mapping[str, Any]:
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of weights")
     return content
+
+
+def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], list[str]]:
+    """The weights in a file under plain names, and the names of what was dropped from it; errors of ``read_file``."""
+    return official_state_dict(read_file(path))
+
+
+def adapt_state(model: nn.Module, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Weights of an official file under the names and shapes of a model, and the names that have no place in it."""
+    adapt = getattr(model, "adapt_state_dict", None)
+    if adapt is not None:
+        return adapt(state)
+    if isinstance(model, eva.Eva):
+        return eva.checkpoint_filter_fn(state, model), []
+    if isinstance(model, vision_transformer.VisionTransformer) and state:
+        return vision_transformer.checkpoint_filter_fn(state, model, adapt_layer_scale=True), []
+    return state, []
+
+
+def check_state(
+    state: Mapping[str, Tensor], model: nn.Module, origin: str | Path, known: Collection[str] | None = None
+) -> None:
+    """Raise a ValueError unless ``state`` holds every weight of the model in its shape.
+
+    Args:
+        state: Weights under the model's names.
+        model: The model.
+        origin: Where they are from, for the message.
+        known: For a model that is part of another, the names of the whole: those may be in ``state`` without being
+            in the model, and weights of the model that are not among them are new and may be missing.
+    """
+    own = model.state_dict()
+    known = own if known is None else known
+    faults = [f"{name} is missing" for name in own if name in known and name not in state]
+    faults += [f"{name} is not a parameter of the model" for name in state if name not in known]
+    faults += [
+        f"{name} has shape {tuple(value.shape)}, the model's {tuple(own[name].shape)}"
+        for name, value in state.items()
+        if name in own and value.shape != own[name].shape
+    ]
+    if faults:
+        more = f" and {len(faults) - 4} more" if len(faults) > 4 else ""
+        raise ValueError(
+            f"{origin} is a checkpoint of another model than this {type(model).__name__}: "
+            f"{'; '.join(faults[:4])}{more}; "
+            "create the model it was saved from (its name, num_classes and patch_size must agree)"
+        )
 
 
 def convert_checkpoint(model: nn.Module, path: str | Path) -> Conversion:
@@ -93,32 +159,11 @@ def convert_checkpoint(model: nn.Module, path: str | Path) -> Conversion:
         ValueError: The file cannot be read, or belongs to another architecture: missing, unexpected or
             differently shaped parameters, of which the first are named.
     """
-    plain, dropped = official_state_dict(_read(Path(path)))
-    state = plain
-    adapt = getattr(model, "adapt_state_dict", None)
-    if adapt is not None:
-        state, unused = adapt(plain)
-        dropped += unused
-    elif isinstance(model, eva.Eva):
-        state = eva.checkpoint_filter_fn(plain, model)
-    elif isinstance(model, vision_transformer.VisionTransformer) and plain:
-        state = vision_transformer.checkpoint_filter_fn(plain, model, adapt_layer_scale=True)
-    own = model.state_dict()
-    faults = [f"{name} is missing" for name in own if name not in state]
-    faults += [f"{name} is not a parameter of the model" for name in state if name not in own]
-    faults += [
-        f"{name} has shape {tuple(value.shape)}, the model's {tuple(own[name].shape)}"
-        for name, value in state.items()
-        if name in own and value.shape != own[name].shape
-    ]
-    if faults:
-        more = f" and {len(faults) - 4} more" if len(faults) > 4 else ""
-        raise ValueError(
-            f"{path} is a checkpoint of another model than this {type(model).__name__}: {'; '.join(faults[:4])}{more}; "
-            "create the model it was saved from (its name, num_classes and patch_size must agree)"
-        )
+    plain, dropped = read_checkpoint(path)
+    state, unused = adapt_state(model, plain)
+    check_state(state, model, path)
     same = [name for name in state if name in plain]
-    return Conversion(state, same, [name for name in state if name not in plain], dropped)
+    return Conversion(state, same, [name for name in state if name not in plain], dropped + unused)
 
 
 def load_checkpoint(model: nn.Module, path: str | Path) -> list[str]:

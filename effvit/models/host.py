@@ -37,6 +37,7 @@ __all__ = [
     "ReducedEva",
     "ReducedViT",
     "TokenFeatures",
+    "check_model_name",
     "list_methods",
     "method_settings",
     "sparsify",
@@ -467,10 +468,15 @@ def sparsify(model: nn.Module | str, method: str, *, recover: str = "last", **se
     return host
 
 
-def _create_host(name: str) -> nn.Module:
+def check_model_name(name: str) -> None:
+    """Raise a ValueError, which names the nearest, unless timm knows the model; a tag may follow the name."""
     architecture = name.partition(".")[0]
     if not timm.is_model(architecture):
-        raise ValueError(f"unknown timm model {name!r}; {_nearest(architecture, timm.list_models())}")
+        raise ValueError(f"unknown model {name!r}; {_nearest(architecture, timm.list_models())}")
+
+
+def _create_host(name: str) -> nn.Module:
+    check_model_name(name)
     return timm.create_model(name)
 
 

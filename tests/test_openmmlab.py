@@ -1,0 +1,272 @@
+"""The backbone, neck, optimizer constructor and hook for OpenMMLab, after mmdet's and mmseg's own backbone tests.
+
+The patterns are those of mmdet's test_swin.py and test_pvt.py (3.5.1) and mmseg's test_vit.py: odd sizes, frozen
+stages, recomputation, bad arguments.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("mmengine", reason="the mm extra is not installed")
+
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS
+from safetensors.torch import save_file
+
+import effvit
+from effvit.openmmlab import EffViT, load_config
+
+PLAIN = "evit_deit_tiny_patch16_224"
+SMALL: dict[str, Any] = {"depth": 4, "embed_dim": 48, "num_heads": 3, "img_size": 64}
+
+
+def backbone(name: str = PLAIN, **kwargs: Any) -> EffViT:
+    torch.manual_seed(0)
+    return MODELS.build({"type": "EffViT", "model_name": name, **SMALL, **kwargs})
+
+
+def images(*size: int) -> Tensor:
+    return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
+
+
+class TestBackbone:
+    @pytest.mark.parametrize("size", [(32, 32), (31, 33), (112, 137), (64, 64), (16, 200)])
+    @pytest.mark.parametrize("name", [PLAIN, "ats_vit_small_patch16_dinov3", "tome_vit_base_patch16_siglip_224"])
+    def test_any_image_size_gives_full_maps(self, name: str, size: tuple[int, int]) -> None:
+        model = backbone(name, out_indices=(1, 3)).eval()
+        maps = model(images(*size))
+        assert isinstance(maps, tuple)
+        expected = (2, 48, math.ceil(size[0] / 16), math.ceil(size[1] / 16))
+        assert [m.shape for m in maps] == [expected] * 2
+        assert all(m.isfinite().all() for m in maps)
+
+    @pytest.mark.parametrize("size", [(31, 33), (112, 137)])
+    def test_pyramid_levels_fit_each_other_at_odd_sizes(self, size: tuple[int, int]) -> None:
+        maps = backbone(pyramid=True).eval()(images(*size))
+        grid = [math.ceil(side / 16) for side in size]
+        for level, scale in zip(maps, (4, 2, 1, 0.5), strict=True):
+            assert list(level.shape[-2:]) == [math.ceil(side * scale) for side in grid]
+
+    def test_maps_are_those_of_timm(self) -> None:
+        model = backbone(out_indices=(1, 3)).eval()
+        x = images(64, 64)
+        expected = model.model.forward_intermediates(x, indices=[1, 3], intermediates_only=True)
+        assert all(torch.equal(a, b) for a, b in zip(model(x), expected, strict=True))
+
+    def test_any_timm_transformer_serves_as_dense_baseline(self) -> None:
+        assert backbone("deit_tiny_patch16_224", out_indices=(3,))(images(40, 56))[0].shape == (2, 48, 3, 4)
+        swin = MODELS.build(
+            {"type": "EffViT", "model_name": "swin_tiny_patch4_window7_224", "out_indices": (0, 1, 2, 3)}
+        )
+        assert [m.shape[1] for m in swin(images(64, 96))] == [96, 192, 384, 768]
+
+    def test_settings_of_the_method_reach_the_model(self) -> None:
+        model = backbone(keep_rate=0.5, reduce_at=(1,), recover="zero")
+        assert model.model.settings["keep_rate"] == 0.5
+        assert model.model.recover == "zero"
+
+    def test_channels_are_those_of_the_maps(self) -> None:
+        assert backbone(out_indices=(1, 3)).channels == [48, 48]
+        assert backbone(pyramid=True).channels == [12, 24, 48, 48]
+
+    def test_new_norms_give_each_map_zero_mean_over_channels(self) -> None:
+        model = backbone(out_indices=(1, 3), out_norm=True).eval()
+        for features in model(images(64, 64)):
+            assert features.mean(1).abs().max() < 1e-5
+
+    def test_frozen_stages_stop_gradients_and_stay_in_eval_mode(self) -> None:
+        model = backbone(frozen_stages=2, drop_path_rate=0.5, out_indices=(3,)).train()
+        trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert not any(f".{part}" in name for name in trains for part in ("patch_embed", "pos_embed", "cls_token"))
+        assert not any(f"blocks.{i}." in name for name in trains for i in (0, 1))
+        assert all(any(f"blocks.{i}." in name for name in trains) for i in (2, 3))
+        assert not model.model.blocks[1].training
+        assert model.model.blocks[2].training
+
+    def test_all_stages_frozen_leave_nothing_to_train(self) -> None:
+        model = backbone(frozen_stages=4, out_norm=True).train()
+        assert not [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+    def test_norm_eval_keeps_batch_norm_in_eval_mode(self) -> None:
+        model = MODELS.build({"type": "EffViT", "model_name": "evit_lvvit_small_patch16_224", "norm_eval": True})
+        model.train()
+        norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+        assert norms
+        assert not any(norm.training for norm in norms)
+
+    def test_recomputation_changes_no_map_and_no_gradient(self) -> None:
+        plain, recomputed = backbone(), backbone(with_cp=True)
+        recomputed.load_state_dict(plain.state_dict())
+        x = images(64, 64)
+        for model in (plain, recomputed):
+            sum(m.square().sum() for m in model.train()(x)).backward()
+        for a, b in zip(plain.parameters(), recomputed.parameters(), strict=True):
+            assert torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+
+    def test_every_trained_parameter_gets_a_gradient(self) -> None:
+        model = backbone(out_indices=(1, 2), out_norm=True).train()
+        sum(m.square().sum() for m in model(images(64, 64))).backward()
+        assert not [name for name, parameter in model.named_parameters() if parameter.grad is None]
+
+
+class TestWeights:
+    def test_pretrained_file_of_a_classifier_loads_without_its_head(self, tmp_path: Path) -> None:
+        dense = timm.create_model("deit_tiny_patch16_224", **(SMALL | {"num_classes": 11}))
+        save_file(dense.state_dict(), tmp_path / "dense.safetensors")
+        model = backbone(out_indices=(1, 2), pretrained=str(tmp_path / "dense.safetensors"))
+        assert len(model.model.blocks) == 3
+        for name, weight in model.model.state_dict().items():
+            assert torch.equal(weight, dense.state_dict()[name]), name
+
+    def test_position_embedding_of_another_size_is_resampled(self, tmp_path: Path) -> None:
+        dense = timm.create_model("deit_tiny_patch16_224", **(SMALL | {"img_size": 96}))
+        torch.save({"model": dense.state_dict()}, tmp_path / "dense.pth")
+        model = backbone(pretrained=str(tmp_path / "dense.pth"))
+        assert model.model.pos_embed.shape == (1, 17, 48)
+
+    def test_runner_does_not_overwrite_loaded_weights(self, tmp_path: Path) -> None:
+        dense = timm.create_model("deit_tiny_patch16_224", **SMALL)
+        save_file(dense.state_dict(), tmp_path / "dense.safetensors")
+        model = backbone(pretrained=str(tmp_path / "dense.safetensors"))
+        model.init_weights()
+        assert torch.equal(model.model.pos_embed, dense.pos_embed)
+
+    def test_init_cfg_takes_the_backbone_out_of_a_detector(self, tmp_path: Path) -> None:
+        trained = backbone()
+        state = {f"backbone.{name}": weight + 1 for name, weight in trained.state_dict().items()}
+        torch.save({"state_dict": state | {"head.weight": torch.ones(1)}, "meta": {}}, tmp_path / "epoch_1.pth")
+        cfg = {"type": "Pretrained", "checkpoint": str(tmp_path / "epoch_1.pth"), "prefix": "backbone."}
+        model = backbone(init_cfg=cfg)
+        model.init_weights()
+        assert torch.equal(model.model.pos_embed, trained.model.pos_embed + 1)
+
+    def test_checkpoint_of_another_model_is_refused(self, tmp_path: Path) -> None:
+        other = timm.create_model("deit_tiny_patch16_224", **(SMALL | {"embed_dim": 24}))
+        save_file(other.state_dict(), tmp_path / "other.safetensors")
+        with pytest.raises(ValueError, match=r"is a checkpoint of another model than this ReducedViT"):
+            backbone(pretrained=str(tmp_path / "other.safetensors"))
+        torch.save({"state_dict": {"neck.weight": torch.ones(1)}}, tmp_path / "neck.pth")
+        cfg = {"type": "Pretrained", "checkpoint": str(tmp_path / "neck.pth"), "prefix": "backbone."}
+        model = backbone(init_cfg=cfg)
+        with pytest.raises(ValueError, match=r"holds no weights under the prefix 'backbone'; its names start 'neck"):
+            model.init_weights()
+
+    def test_other_kinds_of_init_cfg_are_refused(self) -> None:
+        model = backbone(init_cfg={"type": "Kaiming", "layer": "Conv2d"})
+        with pytest.raises(ValueError, match="takes only an init_cfg of type 'Pretrained', got 'Kaiming'"):
+            model.init_weights()
+
+
+class TestBadArguments:
+    def test_unknown_name_names_the_nearest(self) -> None:
+        with pytest.raises(ValueError, match="unknown model 'evit_deit_tiny_patch16_225'; did you mean evit_deit_tiny"):
+            backbone("evit_deit_tiny_patch16_225")
+
+    @pytest.mark.parametrize("indices", [(0, 4), (-5,), 5])
+    def test_blocks_beyond_the_model(self, indices: Any) -> None:
+        with pytest.raises(ValueError, match=r"goes beyond the 4 blocks, stages or levels of evit_deit_tiny"):
+            backbone(out_indices=indices)
+
+    def test_too_many_frozen_stages(self) -> None:
+        with pytest.raises(ValueError, match=r"frozen_stages must be at most 4, the blocks or stages left .*, got 5"):
+            backbone(frozen_stages=5)
+
+    def test_method_that_cannot_serve_the_host(self) -> None:
+        with pytest.raises(ValueError, match="evit scores patches by the class token"):
+            backbone(PLAIN, class_token=False, global_pool="avg")
+
+    def test_unknown_setting(self) -> None:
+        with pytest.raises(ValueError, match="evit has no setting 'r'; it belongs to tome"):
+            backbone(r=8)
+
+
+class Detector(nn.Module):
+    """A backbone and a head, as the optimizer constructor meets them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = backbone(out_indices=(3,))
+        self.head = nn.Linear(48, 4)
+
+
+def groups_by_name(rate: float = 0.5, **options: Any) -> dict[str, dict[str, Any]]:
+    model = Detector()
+    cfg = {
+        "type": "OptimWrapper",
+        "optimizer": {"type": "AdamW", "lr": 1.0, "weight_decay": 0.05},
+        "constructor": "LayerDecayOptimWrapperConstructor",
+        "paramwise_cfg": {"layer_decay_rate": rate, **options},
+    }
+    groups = build_optim_wrapper(model, cfg).optimizer.param_groups
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {names[id(p)]: group for group in groups for p in group["params"]}
+
+
+class TestLayerDecay:
+    def test_rates_fall_from_the_head_to_the_stem(self) -> None:
+        groups = groups_by_name()
+        rates = [groups[f"backbone.features.model.blocks.{i}.mlp.fc1.weight"]["lr"] for i in range(4)]
+        assert rates == [rates[-1] * 0.5 ** (3 - i) for i in range(4)]
+        assert groups["backbone.features.model.patch_embed.proj.weight"]["lr"] == rates[0] * 0.5
+        assert groups["head.weight"]["lr"] == 1.0
+
+    def test_vectors_and_position_embeddings_do_not_decay(self) -> None:
+        groups = groups_by_name()
+        assert groups["backbone.features.model.pos_embed"]["weight_decay"] == 0
+        assert groups["backbone.features.model.blocks.0.norm1.weight"]["weight_decay"] == 0
+        assert groups["backbone.features.model.blocks.0.mlp.fc1.weight"]["weight_decay"] == 0.05
+        assert groups["head.bias"]["weight_decay"] == 0
+
+    def test_keys_of_mmengine_still_hold(self) -> None:
+        groups = groups_by_name(custom_keys={"head": {"lr_mult": 10.0}})
+        assert groups["head.weight"]["lr"] == 10.0
+
+    def test_bad_rates_are_refused(self) -> None:
+        with pytest.raises(ValueError, match=r"layer_decay_rate must be in \(0, 1\], got 1.5"):
+            groups_by_name(1.5)
+
+    def test_a_model_without_our_backbone_is_refused(self) -> None:
+        constructor = OPTIM_WRAPPER_CONSTRUCTORS.get("LayerDecayOptimWrapperConstructor")(
+            {"optimizer": {"type": "SGD", "lr": 1.0}}, {"layer_decay_rate": 0.5}
+        )
+        with pytest.raises(ValueError, match="need a backbone of type EffViT, and this model has none"):
+            constructor(nn.Linear(2, 2))
+
+
+class TestKeepRateHook:
+    def test_rate_follows_the_schedule(self) -> None:
+        model = Detector()
+        hook = HOOKS.build({"type": "KeepRateHook", "keep_rate": 0.5, "start_epoch": 1, "epochs": 2})
+        rates = []
+        for step in (0, 9, 10, 20, 40):
+            hook.before_train_iter(SimpleNamespace(iter=step, train_dataloader=range(10), model=model), step)
+            rates.append(next(iter(model.backbone.model.reducers.values())).keep_rate)
+        assert rates[:2] == [1.0, 1.0]
+        assert rates[2] > rates[3] > rates[4] == 0.5
+        assert rates[3] == effvit.cosine_keep_rate(20, 10, 0.5, 1, 2)
+
+    def test_bad_rate_is_refused_when_the_hook_is_built(self) -> None:
+        with pytest.raises(ValueError, match=r"keep_rate must be in \(0, 1\], got 0"):
+            HOOKS.build({"type": "KeepRateHook", "keep_rate": 0})
+
+
+def test_neck_is_found_by_its_name() -> None:
+    neck = MODELS.build({"type": "SimpleFeaturePyramid", "in_channels": 32, "out_channels": 8})
+    assert [level.shape[-1] for level in neck((torch.randn(1, 32, 8, 8),))] == [32, 16, 8, 4, 2]
+
+
+def test_configs_may_inherit_from_mmseg_and_mmdet(tmp_path: Path) -> None:
+    path = tmp_path / "config.py"
+    path.write_text("_base_ = ['mmseg::_base_/schedules/schedule_20k.py', 'mmdet::_base_/models/retinanet_r50_fpn.py']")
+    config = load_config(path)
+    assert config.train_cfg.max_iters == 20000
+    assert config.model.type == "RetinaNet"
