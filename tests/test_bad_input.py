@@ -39,6 +39,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gtp": {"num_prop": 2, "num_neighbours": 2},
     "ats": {"reduce_at": (1,)},
     "zero_tprune": {"keep_rate": 0.7, "r": 2, "reduce_at": (1,)},
+    "dymu": {"thresholds": (0.5, 0.5, 0.5)},
 }
 WITH_KEEP_RATE = ("evit", "ats", "zero_tprune")
 WITH_BLOCKS = ("evit", "gtp", "ats", "zero_tprune")

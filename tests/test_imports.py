@@ -18,7 +18,7 @@ LAYERS = (
     ("tokens",),
     ("attention",),
     ("block",),
-    ("schedule", "recover"),
+    ("schedule", "recover", "matching"),
     ("reducers",),
     ("models",),
     ("",),  # effvit itself, the public surface

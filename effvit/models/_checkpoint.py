@@ -20,6 +20,8 @@ __all__ = ["load_checkpoint", "official_state_dict"]
 CONTAINERS = ("state_dict", "model", "teacher", "student")
 WRAPPERS = re.compile(r"^(module\.|backbone\.|encoder\.)+")
 # Parameters of training only: the projection head of DINO, and the all-zero row of ATS (no parameter at all).
+# Thresholds of DyMU, which timm's filters leave at the block they belong to.
+THRESHOLD = re.compile(r"^(blocks\.\d+\.)threshold$")
 DROPPED = re.compile(r"(^head\.(mlp|last_layer)\.|\.attn\.out_zero_mask$)")
 
 
@@ -50,6 +52,26 @@ def _read(path: Path) -> Mapping[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
+def place_thresholds(state: dict[str, Tensor], model: nn.Module) -> list[str]:
+    """Rename official thresholds in ``state`` and fill in what it does not hold; returns names without a place.
+
+    A plain host's checkpoint has no thresholds, and an official one has them for blocks that do not reduce too.
+    """
+    own = {name: value for name, value in model.state_dict().items() if ".reducer." in name}
+    unused = []
+    for name in [name for name in state if THRESHOLD.match(name) and own]:
+        value = state.pop(name)
+        prefix = THRESHOLD.sub(r"\1reducer.", name)
+        if f"{prefix}threshold" not in own:
+            unused.append(name)
+            continue
+        state[f"{prefix}threshold"] = value
+        state[f"{prefix}num_batches"] = (value != 1).long()  # officially not saved; 1.0 stands for none
+    for name, value in own.items():
+        state.setdefault(name, value)
+    return unused
+
+
 def load_checkpoint(model: nn.Module, path: str | Path) -> list[str]:
     """Load a checkpoint of timm or of an official repository into a model, strictly.
 
@@ -75,6 +97,7 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> list[str]:
         state = eva.checkpoint_filter_fn(state, model)
     elif isinstance(model, vision_transformer.VisionTransformer) and state:
         state = vision_transformer.checkpoint_filter_fn(state, model, adapt_layer_scale=True)
+    dropped += place_thresholds(state, model)
     own = model.state_dict()
     faults = [f"{name} is missing" for name in own if name not in state]
     faults += [f"{name} is not a parameter of the model" for name in state if name not in own]
