@@ -125,8 +125,10 @@ def check_off(dense: nn.Module, method: str, x: Tensor, expected: list[Tensor]) 
 
 
 def check_default(dense: nn.Module, method: str, x: Tensor, expected: list[Tensor]) -> Outcome:
-    """Whether the method's default setting removes tokens and gives finite scores, features and maps."""
+    """Whether the method's default setting removes tokens and gives finite scores, features and maps; calibrated if need be."""
     model = effvit.sparsify(dense, method)
+    if "thresholds" in model.settings:
+        effvit.calibrate(model, [x])
     scores, features = model(x), model.forward_tokens(x, memory=True)
     dense_map = effvit.to_map(*features)
     if scores.shape != expected[0].shape or dense_map.shape != expected[-1].shape:

@@ -301,6 +301,7 @@ class DyMU(Reducer):
     def reduce(self, x: Tensor, tokens: TokenMap, state: AttnState) -> tuple[Tensor, TokenMap]:
         self.check_ready()
         static, traced = torch.compiler.is_compiling(), isinstance(x, torch.fx.Proxy)
+        recorded = static or traced or torch.jit.is_tracing()  # a graph keeps its way, whatever the image
         with torch.no_grad():
             metric = state.k.mean(dim=1, dtype=wide_dtype(state.k.dtype))
             metric = (tokens.unpack(metric) if tokens.packed else metric)[:, tokens.num_prefix :]  # (B, N, D)
@@ -318,7 +319,7 @@ class DyMU(Reducer):
             )
         if self.ranking:
             tokens = replace(tokens, carry=merge.threshold)
-        if not (static or traced or merge.official or merge.merged.any()):
+        if not (recorded or merge.official or merge.merged.any()):
             return x, tokens
         return apply_merge(x, tokens, merge, self.ragged == "packed", not static)
 
