@@ -152,9 +152,7 @@ def variable_length_attention(
     return _jagged_attention(q, k, v, query_lengths, key_lengths, dropout_p, scale)[..., :width]
 
 
-def _bias_as_features(
-    q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _bias_as_features(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v (1, heads, T, D + 8) whose products hold the bias: variable-length kernels take no mask.
 
     The bias is split into a high and a low part, so that it keeps its precision in bfloat16. Flash attention wants

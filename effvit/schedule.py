@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 __all__ = [
+    "R_SCHEDULES",
     "check_blocks",
     "check_count",
     "check_fraction",
     "check_number",
     "check_switch",
-    "R_SCHEDULES",
     "cosine_keep_rate",
     "dymu_r",
     "per_block",

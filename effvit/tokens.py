@@ -19,7 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["RAGGED", "TokenMap", "compact", "flat_rows", "fx_leaf", "packed_rows", "sequence_rows", "take_rows", "wide_dtype"]
+__all__ = [
+    "RAGGED",
+    "TokenMap",
+    "compact",
+    "flat_rows",
+    "fx_leaf",
+    "packed_rows",
+    "sequence_rows",
+    "take_rows",
+    "wide_dtype",
+]
 
 RAGGED = ("padded", "packed")
 
@@ -92,9 +102,7 @@ def position_of(index: Tensor, anchor: Tensor, valid: Tensor | None = None) -> T
 
 
 @fx_leaf
-def compact(
-    order: Tensor, kept: Tensor, width: int, trim: bool, keep_mask: bool
-) -> tuple[Tensor, Tensor | None]:
+def compact(order: Tensor, kept: Tensor, width: int, trim: bool, keep_mask: bool) -> tuple[Tensor, Tensor | None]:
     """The kept tokens of each image in front, for a method whose number of tokens depends on the image.
 
     Args:
@@ -336,7 +344,7 @@ class TokenMap:
 
 @fx_leaf
 def sequence_rows(tokens: TokenMap, index: Tensor) -> Tensor:
-    """Rows (B, P+K) of the prefix tokens and the tokens ``index`` (B, K) in the flattened sequence, packed or padded."""
+    """Rows (B, P+K) of the prefix tokens and the tokens ``index`` (B, K) in the flattened sequence, packed or not."""
     mask = tokens.sequence_mask()
     rows = flat_rows(index, mask.shape[1], tokens.num_prefix)
     return (mask.flatten().cumsum(0) - 1)[rows] if tokens.packed else rows

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 from hosts import HOSTS, make_host, make_images, make_model
+from safetensors.torch import save_file
 from timm.models import save_for_hf
-from torch import Tensor, nn
+from torch import Tensor
 
 import effvit
 from effvit.models.calibration import ranking
@@ -25,7 +25,6 @@ from effvit.reducers.dymu import (
     virtual_unmerged_attention,
 )
 from effvit.schedule import R_SCHEDULES, dymu_r
-from effvit.tokens import TokenMap
 
 
 def uncalibrated(host: str = "class_token", **settings: object) -> ReducedHost:
@@ -222,6 +221,24 @@ class TestStoredThresholds:
         save_for_hf(model, tmp_path)
         loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
         assert torch.equal(loaded(x), model(x))
+        other = {"num_classes": 3, "img_size": 192}
+        resized = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, **other).eval()
+        assert resized(torch.randn(2, 3, 192, 192)).shape == (2, 3)
+        assert torch.equal(resized.reducers[3].threshold, model.reducers[3].threshold)
+
+    @pytest.mark.parametrize(
+        "host", ["deit_tiny_patch16_224", "vit_small_patch16_dinov3", "vit_base_patch16_siglip_224"]
+    )
+    def test_pretrained_weights_of_the_host_load(self, host: str, tmp_path: Path) -> None:
+        small = {"depth": 2, "embed_dim": 96, "num_heads": 3}
+        dense = timm.create_model(host, **small).eval()
+        save_file(dense.state_dict(), tmp_path / "weights.safetensors")
+        overlay = {"file": str(tmp_path / "weights.safetensors")}
+        model = timm.create_model(
+            f"dymu_{host}", pretrained=True, pretrained_cfg_overlay=overlay, thresholds=[1.0, 1.0], **small
+        ).eval()
+        x = torch.randn(1, 3, *dense.patch_embed.img_size)
+        assert torch.equal(model(x), dense(x))
 
 
 @pytest.mark.parametrize("host", HOSTS)

@@ -125,7 +125,7 @@ def check_off(dense: nn.Module, method: str, x: Tensor, expected: list[Tensor]) 
 
 
 def check_default(dense: nn.Module, method: str, x: Tensor, expected: list[Tensor]) -> Outcome:
-    """Whether the method's default setting removes tokens and gives finite scores, features and maps; calibrated if need be."""
+    """Whether the method's default setting removes tokens and gives finite scores, features and maps."""
     model = effvit.sparsify(dense, method)
     if "thresholds" in model.settings:
         effvit.calibrate(model, [x])

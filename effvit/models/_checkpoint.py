@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from timm.models import eva, vision_transformer
 from torch import Tensor, nn
 
-__all__ = ["load_checkpoint", "official_state_dict"]
+__all__ = ["host_state_dict", "load_checkpoint", "official_state_dict", "place_thresholds"]
 
 # Where training scripts put the weights: DeiT, EViT and GTP under "model"; timm under "state_dict"; DINO under
 # "teacher" (the network it publishes) beside "student".
@@ -72,6 +72,15 @@ def place_thresholds(state: dict[str, Tensor], model: nn.Module) -> list[str]:
     return unused
 
 
+def host_state_dict(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Weights under timm's or official names -> the model's names, resampled to its sizes as timm does it."""
+    if isinstance(model, eva.Eva):
+        return eva.checkpoint_filter_fn(state, model)
+    if isinstance(model, vision_transformer.VisionTransformer) and state:
+        return vision_transformer.checkpoint_filter_fn(state, model, adapt_layer_scale=True)
+    return state
+
+
 def load_checkpoint(model: nn.Module, path: str | Path) -> list[str]:
     """Load a checkpoint of timm or of an official repository into a model, strictly.
 
@@ -93,10 +102,7 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> list[str]:
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of weights")
     state, dropped = official_state_dict(content)
-    if isinstance(model, eva.Eva):
-        state = eva.checkpoint_filter_fn(state, model)
-    elif isinstance(model, vision_transformer.VisionTransformer) and state:
-        state = vision_transformer.checkpoint_filter_fn(state, model, adapt_layer_scale=True)
+    state = host_state_dict(state, model)
     dropped += place_thresholds(state, model)
     own = model.state_dict()
     faults = [f"{name} is missing" for name in own if name not in state]

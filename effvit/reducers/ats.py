@@ -232,11 +232,8 @@ class ATS(Reducer):
         static = torch.compiler.is_compiling()
         traced = isinstance(scores, torch.fx.Proxy)
         trim = self.drop_tokens and not static
-        index, valid = compact(
-            sample.order, sample.picked, width, trim, static or traced or self.ragged == "packed"
-        )
+        index, valid = compact(sample.order, sample.picked, width, trim, static or traced or self.ragged == "packed")
         left = tokens.keep(index, width, valid=valid, packed=self.ragged == "packed")
         if self.ragged == "padded":
             return Selection(flat_rows(index, tokens.num_prefix + scores.shape[1], tokens.num_prefix), left)
         return Selection(packed_rows(tokens, index, left), left)
-

@@ -32,7 +32,7 @@ __all__ = [
     "Merge",
     "apply_merge",
     "descending_rank",
-        "plan_merge",
+    "plan_merge",
     "remerge",
     "top_of_batch",
     "virtual_unmerge",
@@ -52,7 +52,7 @@ class Merge(NamedTuple):
         source: (B, |A|) the tokens of set A.
         destination: (B, |A|) the token of set B most similar to each of them.
         merged: (B, |A|) True where the source is merged into its destination.
-        index: (B, K) the tokens that stay, in their new order.
+        order: (B, K) the tokens that stay, in their new order.
         valid: (B, K) False for the padding of images that keep fewer; None if no slot is empty.
         threshold: The similarity above which tokens were merged: the given one, or that of the batch.
         official: The order, and so the division, of the official batch path.
@@ -61,7 +61,7 @@ class Merge(NamedTuple):
     source: Tensor
     destination: Tensor
     merged: Tensor
-    index: Tensor
+    order: Tensor
     valid: Tensor | None
     threshold: Tensor
     official: bool
@@ -165,7 +165,6 @@ def _wide_match(metric: Tensor, num_prefix: int, valid: Tensor | None) -> tuple[
     return torch.where(best.isfinite(), best, float("-inf")), destination
 
 
-@fx_leaf
 def apply_merge(x: Tensor, tokens: TokenMap, merge: Merge, packed: bool, sparse: bool) -> tuple[Tensor, TokenMap]:
     """Size-weighted mean of merged tokens.
 
@@ -182,38 +181,58 @@ def apply_merge(x: Tensor, tokens: TokenMap, merge: Merge, packed: bool, sparse:
     Returns:
         (B, P+K, C), or packed, and its map with sizes.
     """
-    size = tokens.size
+    num_prefix, size = tokens.num_prefix, tokens.size
     if size is None:
         size = torch.ones_like(tokens.anchor, dtype=wide_dtype(x.dtype))
     source_size = size.gather(1, merge.source)
     size = size.scatter_add(1, merge.destination, torch.where(merge.merged, source_size, 0))
     share = torch.where(merge.merged, source_size / size.gather(1, merge.destination), 0).to(x.dtype)
-    source, destination = (sequence_rows(tokens, i)[:, tokens.num_prefix :] for i in merge[:2])  # (B, |A|)
-    if sparse:
-        source, destination, share = (y[merge.merged].unsqueeze(0) for y in (source, destination, share))
-    delta = (take_rows(x, source) - take_rows(x, destination)) * share.unsqueeze(-1)
-    x = x.flatten(0, 1).index_add(0, destination.flatten(), delta.flatten(0, 1)).view_as(x)
+    source = sequence_rows(tokens, merge.source)[:, num_prefix:]  # (B, |A|)
+    destination = sequence_rows(tokens, merge.destination)[:, num_prefix:]
+    x = add_shares(x, source, destination, share, merge.merged if sparse else None)
 
     into = torch.where(merge.merged, merge.destination, merge.source)
     into = (torch.ones_like(tokens.anchor).cumsum(1) - 1).scatter(1, merge.source, into)  # (B, N)
-    size = size.gather(1, merge.index)
+    size = size.gather(1, merge.order)
     if merge.valid is not None:
         size = size * merge.valid
     left = tokens.relabel(
-        position_of(merge.index, tokens.anchor, merge.valid).gather(1, into),
-        tokens.anchor.gather(1, merge.index),
+        position_of(merge.order, tokens.anchor, merge.valid).gather(1, into),
+        tokens.anchor.gather(1, merge.order),
         tokens.num_tokens,
         size=size,
         key_weight=size,
         valid=merge.valid,
         packed=packed,
     )
-    rows = packed_rows(tokens, merge.index, left) if packed else sequence_rows(tokens, merge.index)
-    x = take_rows(x, rows)
-    if merge.official:
-        whole = F.pad(size, (tokens.num_prefix, 0), value=1)
-        x = x * (whole / (whole + OFFICIAL_EPS)).unsqueeze(-1).to(x.dtype)
-    return x, left
+    rows = packed_rows(tokens, merge.order, left) if packed else sequence_rows(tokens, merge.order)
+    return official_division(take_rows(x, rows), size, num_prefix, merge.official), left
+
+
+@fx_leaf
+def add_shares(x: Tensor, source: Tensor, destination: Tensor, share: Tensor, merged: Tensor | None) -> Tensor:
+    """x with the difference of each source row to its destination row, times its share, added to the latter.
+
+    Args:
+        x: (B, P+N, C), or (1, T, C) packed.
+        source: (B, |A|) rows of the flattened x.
+        destination: (B, |A|), likewise.
+        share: (B, |A|), 0 for rows that are not merged.
+        merged: (B, |A|) True for the rows that are; given, the others are left out.
+    """
+    if merged is not None:
+        source, destination, share = (y[merged].unsqueeze(0) for y in (source, destination, share))
+    delta = (take_rows(x, source) - take_rows(x, destination)) * share.unsqueeze(-1)
+    return x.flatten(0, 1).index_add(0, destination.flatten(), delta.flatten(0, 1)).view_as(x)
+
+
+@fx_leaf
+def official_division(x: Tensor, size: Tensor, num_prefix: int, official: bool) -> Tensor:
+    """x (B, P+N, C) as if its weighted sums had been divided by their size + 1e-4, if ``official``."""
+    if not official:
+        return x
+    whole = F.pad(size, (num_prefix, 0), value=1)
+    return x * (whole / (whole + OFFICIAL_EPS)).unsqueeze(-1).to(x.dtype)
 
 
 class DyMU(Reducer):
@@ -238,6 +257,7 @@ class DyMU(Reducer):
     summary = "merge what is more similar than thresholds learnt from batches (2504.17040)"
     variable_length = True
     keeps_every_patch = True
+    learns = True
     threshold: Tensor
     num_batches: Tensor
 
@@ -288,7 +308,8 @@ class DyMU(Reducer):
             raise ValueError("compat=True reproduces the official padded batch; it needs ragged='padded'")
         blocks = tuple(range(depth))
         if isinstance(r_total, (list, tuple)):
-            rs = [check_count("r_total", r) for r in per_block("r_total", r_total, blocks).values()]
+            values: dict[int, int] = per_block("r_total", r_total, blocks)
+            rs = [check_count("r_total", r) for r in values.values()]
         else:
             rs = dymu_r(r_total, depth, r_schedule)  # type: ignore[arg-type]
         given = check_thresholds(thresholds, blocks)
@@ -371,7 +392,8 @@ def check_thresholds(thresholds: Sequence[float] | None, blocks: tuple[int, ...]
         return [None] * len(blocks)
     if not isinstance(thresholds, (list, tuple)):
         raise TypeError(f"thresholds must be a sequence with one number for each block, got {thresholds!r}")
-    values = [check_number("thresholds", value) for value in per_block("thresholds", thresholds, blocks).values()]
+    given: dict[int, float] = per_block("thresholds", thresholds, blocks)
+    values = [check_number("thresholds", value) for value in given.values()]
     for value in values:
         if not -1 <= value <= 1:
             raise ValueError(f"thresholds must be cosine similarities in [-1, 1], got {value}")
