@@ -21,12 +21,10 @@ from effvit.reducers.dymu import (
     OFFICIAL_EPS,
     apply_merge,
     plan_merge,
-    remerge,
-    virtual_unmerge,
-    virtual_unmerged_attention,
 )
 from effvit.schedule import dymu_r
 from effvit.tokens import TokenMap
+from effvit.unmerge import remerge, virtual_unmerge, virtual_unmerged_attention
 
 CLIP_NAMES = {
     "image_size": "img_size",
@@ -79,6 +77,10 @@ def build(case: Case) -> tuple[VisionTransformer, dict[str, Any]]:
     host.to(case["input"].dtype)
     state, _ = official_state_dict(checkpoint_filter_fn(state, host))
     host.load_state_dict({name: value for name, value in state.items() if not name.endswith("threshold")})
+    if case.config["kind"] == "timm":
+        for block in host.blocks:  # officially there, but not applied
+            block.ls1 = nn.Identity()
+        state = {name: value for name, value in state.items() if ".ls1." not in name}
     settings |= {"max_r_per_instance_ratio": ratio, "thresholds": thresholds}
     settings["state"] = state
     return host.eval(), settings
@@ -99,7 +101,9 @@ def compare_model(case: Case) -> None:
         for i in range(config["calibration_batches"]):
             with ranking(model):
                 compare_run(case, model, f"calib{i}/")
-            case.close(torch.tensor(effvit.calibrate(model, [case[f"calib{i}/input"]])), f"calib{i}/thresholds")
+            key = f"calib{i}/thresholds"
+            thresholds = effvit.calibrate(model, [case[f"calib{i}/input"]])
+            case.close(torch.tensor(thresholds, dtype=case[key].dtype), key, tolerance(case))
         case.close(thresholds_of(model, case), "thresholds", tolerance(case))
 
     reloaded = effvit.sparsify(host, "dymu", compat=True, **settings).to(case["input"].dtype)
@@ -111,6 +115,10 @@ def compare_model(case: Case) -> None:
     official = effvit.sparsify(host, "dymu", compat=True, **settings)
     if config["mode"] == "batch" and len(case["input"]) > 1:
         compare_run(case, official, "")
+        if config["kind"] == "timm":
+            case.gradients(official)
+        if "output_f64" in case:
+            case.close(run(official.double(), case["input"].double(), case), "output_f64", DOUBLE)
         return
     own = effvit.sparsify(host, "dymu", **settings)  # an image alone is the default, whatever its batch
     packed = effvit.sparsify(host, "dymu", ragged="packed", **settings)

@@ -19,12 +19,10 @@ from effvit.models.host import ReducedHost
 from effvit.reducers.dymu import (
     descending_rank,
     plan_merge,
-    remerge,
     top_of_batch,
-    virtual_unmerge,
-    virtual_unmerged_attention,
 )
 from effvit.schedule import R_SCHEDULES, dymu_r
+from effvit.unmerge import remerge, virtual_unmerge, virtual_unmerged_attention
 
 
 def uncalibrated(host: str = "class_token", **settings: object) -> ReducedHost:
@@ -33,6 +31,17 @@ def uncalibrated(host: str = "class_token", **settings: object) -> ReducedHost:
 
 def counts(model: ReducedHost, x: Tensor) -> list[int]:
     return model.forward_tokens(x).tokens.counts().tolist()
+
+
+def calibrate_in_group(rank: int, folder: Path) -> None:
+    """One process of two, of which the first has one batch and the second two."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
+    model = uncalibrated()
+    scales = ((1,), (2, 3))[rank]
+    thresholds = effvit.calibrate(model, [make_images(model) * scale for scale in scales])
+    torch.save((thresholds, int(model.reducers[0].num_batches)), folder / str(rank))
+    torch.distributed.destroy_process_group()
 
 
 class TestSchedule:
@@ -160,14 +169,14 @@ class TestCalibration:
             found = [effvit.calibrate(uncalibrated(host, ragged=r).double(), [x]) for r in ("padded", "packed")]
             assert found[0] == pytest.approx(found[1], abs=1e-12)
 
-    def test_mean_over_processes(self, tmp_path: Path) -> None:
-        # One process is a group too: the reduction runs, and a mean over one is itself.
-        expected = effvit.calibrate(uncalibrated(), [make_images(uncalibrated())])
-        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-        try:
-            assert effvit.calibrate(uncalibrated(), [make_images(uncalibrated())]) == expected
-        finally:
-            torch.distributed.destroy_process_group()
+    def test_two_processes_end_with_the_mean_over_the_batches_of_both(self, tmp_path: Path) -> None:
+        torch.multiprocessing.spawn(calibrate_in_group, (tmp_path,), nprocs=2)
+        model = uncalibrated()
+        expected = effvit.calibrate(model, [make_images(model) * scale for scale in (1, 2, 3)])
+        for rank in range(2):
+            thresholds, number = torch.load(tmp_path / str(rank))
+            assert thresholds == pytest.approx(expected, abs=1e-6)
+            assert number == 3
 
 
 class TestStoredThresholds:
@@ -183,6 +192,15 @@ class TestStoredThresholds:
         assert model.reducers[0].threshold.dtype == torch.float32
         assert torch.equal(model.reducers[0].threshold, before)
         assert model.double().reducers[0].threshold.dtype == torch.float64
+
+    def test_memory_that_replaces_the_meta_device_holds_no_threshold(self) -> None:
+        with torch.device("meta"):
+            model = effvit.sparsify(HOSTS["class_token"](), "dymu", r_total=20).eval()
+        model.to_empty(device="cpu")
+        model.load_state_dict(make_host("class_token").state_dict())
+        assert float(model.reducers[0].threshold) == 1
+        with pytest.raises(ValueError, match="has no threshold yet"):
+            model(make_images(model))
 
     def test_state_dict_carries_them(self) -> None:
         model, other = self.calibrated(), uncalibrated()
@@ -255,6 +273,15 @@ def test_packed_and_padded_batches_agree(host: str) -> None:
         strict=True,
     ):
         assert torch.allclose(own, other, rtol=0, atol=1e-10)
+
+
+def test_packed_batches_run_in_bfloat16() -> None:
+    for host in ("attention_pool", "dinov3"):
+        model = make_model("dymu", host, ragged="packed")
+        x = make_images(model, batch=3)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert model(x).isfinite().all()
+        assert model.bfloat16()(x.bfloat16()).isfinite().all()
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")

@@ -18,7 +18,7 @@ LAYERS = (
     ("tokens",),
     ("attention",),
     ("block",),
-    ("schedule", "recover", "matching"),
+    ("schedule", "recover", "matching", "unmerge"),
     ("reducers",),
     ("models",),
     ("",),  # effvit itself, the public surface

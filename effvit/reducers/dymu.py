@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import apply_rot_embed
 from torch import Tensor
 
 from effvit.attention import AttnState
@@ -33,10 +32,7 @@ __all__ = [
     "apply_merge",
     "descending_rank",
     "plan_merge",
-    "remerge",
     "top_of_batch",
-    "virtual_unmerge",
-    "virtual_unmerged_attention",
 ]
 
 # Similarities this near the threshold count as equal to it: another batch size changes the order of sums, and with
@@ -151,8 +147,8 @@ def plan_merge(
         order = torch.where(merged.any(1, keepdim=True), order, patch)
     left = torch.ones_like(patch, dtype=torch.bool) if valid is None else valid
     left = left & ~torch.zeros_like(left).scatter(1, source, merged)
-    index, valid = compact(order, left.gather(1, order), number, trim, keep_mask)
-    return Merge(source, destination, merged, index, valid, threshold, official)
+    order, valid = compact(order, left.gather(1, order), number, trim, keep_mask)
+    return Merge(source, destination, merged, order, valid, threshold, official)
 
 
 def _wide_match(metric: Tensor, num_prefix: int, valid: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -371,7 +367,9 @@ class DyMU(Reducer):
         """Move and cast as any module, but keep the threshold in float32 or wider: means do not fit bfloat16."""
         before = self.threshold
         super()._apply(fn, recurse)
-        if self.threshold.dtype not in (torch.float32, torch.float64):
+        if before.is_meta and not self.threshold.is_meta:  # to_empty: the memory holds anything
+            self.reset_parameters()
+        elif self.threshold.dtype not in (torch.float32, torch.float64):
             self.threshold = before.to(self.threshold.device)
         return self
 
@@ -406,64 +404,3 @@ def check_limits(ratio: float, rs: list[int]) -> list[int | None]:
     if any(rs) and not any(limits):
         raise ValueError(f"max_r_per_instance_ratio {ratio} of r {rs} lets no block merge a token; raise one of them")
     return list(limits)
-
-
-# -- virtual unmerging -----------------------------------------------------------------------------------------
-
-
-def virtual_unmerge(x: Tensor, group: Tensor) -> Tensor:
-    """What every position sees of the token that stands for it: x (B, heads, n, D) -> (B, heads, N, D).
-
-    Args:
-        x: Values of the n tokens.
-        group: (B, N) or (N,) position -> token, e.g. ``TokenMap.source``.
-    """
-    group = group.expand(x.shape[0], -1)
-    rows = torch.arange(x.shape[0], device=x.device).unsqueeze(1) * x.shape[2] + group
-    return take_rows(x.transpose(1, 2), rows).transpose(1, 2)
-
-
-def remerge(x: Tensor, group: Tensor, num_tokens: int) -> Tensor:
-    """Mean over the positions that share a token: x (B, heads, N, D) -> (B, heads, num_tokens, D).
-
-    The inverse of ``virtual_unmerge``. A token no position belongs to gets zeros.
-    """
-    batch, heads, _, width = x.shape
-    group = group.expand(batch, -1)
-    rows = (torch.arange(batch, device=x.device).unsqueeze(1) * num_tokens + group).flatten()
-    flat = x.transpose(1, 2).reshape(-1, heads * width)
-    total = flat.new_zeros(batch * num_tokens, heads * width).index_add(0, rows, flat)
-    number = flat.new_zeros(batch * num_tokens).index_add(0, rows, torch.ones_like(flat[:, 0]))
-    mean = total / number.clamp(min=1).unsqueeze(-1)
-    return mean.view(batch, num_tokens, heads, width).transpose(1, 2)
-
-
-def virtual_unmerged_attention(
-    q: Tensor, k: Tensor, v: Tensor, group: Tensor, cos: Tensor, sin: Tensor, is_causal: bool = False
-) -> Tensor:
-    """Attention as if merged tokens stood at all their positions again (VTU of DyMU, 2504.17040, section 3.2).
-
-    For a decoder, such as a language model, that reads merged image tokens but was trained on whole images: norms,
-    projections and MLP run on the n tokens, only attention sees the N positions and their rotary embedding.
-
-    The cost of attention is that of N positions; only the rest becomes cheaper. The paper's factorised scores
-    (n x n products, combined by the rotations of each pair of positions) are equal but hold N x N x D/2 numbers,
-    and the official code too expands q, k and v by default (README@c57d75a, "Implementation Notes").
-
-    Args:
-        q: (B, heads, n, D) queries of the tokens, before rotation.
-        k: Keys, likewise.
-        v: Values, likewise.
-        group: (B, N) or (N,) position -> token.
-        cos: (N, D) or (B, N, D) rotary table of the positions, for the two halves of D as pairs.
-        sin: Likewise.
-        is_causal: Position i attends to positions up to i only.
-
-    Returns:
-        (B, heads, n, D): the outputs of the positions, averaged over those that share a token.
-    """
-    number = q.shape[2]
-    cos, sin = (table.unsqueeze(-3) for table in (cos, sin))  # for all heads
-    q, k = (apply_rot_embed(virtual_unmerge(y, group), sin, cos, half=True) for y in (q, k))
-    out = F.scaled_dot_product_attention(q, k, virtual_unmerge(v, group), is_causal=is_causal)
-    return remerge(out, group, number)
