@@ -5,6 +5,7 @@ zoo's names with ``timm.create_model``.
 """
 
 from effvit.models._checkpoint import load_checkpoint
+from effvit.models.calibration import calibrate
 from effvit.models.host import TokenFeatures, list_methods, method_settings, sparsify
 from effvit.models.zoo import list_models, register_pyramid
 from effvit.recover import to_map
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 __all__ = [
     "TokenFeatures",
     "TokenMap",
+    "calibrate",
     "cosine_keep_rate",
     "list_methods",
     "list_models",

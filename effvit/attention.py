@@ -113,7 +113,13 @@ def take_heads(x: Tensor, rows: Tensor) -> Tensor:
 
 @fx_leaf
 def variable_length_attention(
-    q: Tensor, k: Tensor, v: Tensor, query_mask: Tensor, key_mask: Tensor, dropout_p: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_mask: Tensor,
+    key_mask: Tensor,
+    dropout_p: float,
+    key_bias: Tensor | None = None,
 ) -> Tensor:
     """Attention inside each image of a packed batch: q (1, heads, Tq, D), k and v (1, heads, Tk, D).
 
@@ -127,6 +133,7 @@ def variable_length_attention(
         query_mask: (B, P+K) True where a padded sequence of the queries holds a token.
         key_mask: (B, P+N), likewise for the keys.
         dropout_p: Attention dropout.
+        key_bias: (1, Tk) bias on the logits of each key, None for none.
 
     Returns:
         (1, heads, Tq, D).
@@ -134,14 +141,39 @@ def variable_length_attention(
     query_lengths, key_lengths = query_mask.sum(1), key_mask.sum(1)
     if q.device.type == "cpu":
         q_rows, k_rows = query_lengths.tolist(), key_lengths.tolist()
-        images = zip(q.split(q_rows, dim=2), k.split(k_rows, dim=2), v.split(k_rows, dim=2), strict=True)
-        outputs = [F.scaled_dot_product_attention(qi, ki, vi, dropout_p=dropout_p) for qi, ki, vi in images]
+        masks = [None] * len(k_rows) if key_bias is None else key_bias[:, None, None].to(q.dtype).split(k_rows, dim=3)
+        images = zip(q.split(q_rows, dim=2), k.split(k_rows, dim=2), v.split(k_rows, dim=2), masks, strict=True)
+        outputs = [F.scaled_dot_product_attention(qi, ki, vi, mask, dropout_p) for qi, ki, vi, mask in images]
         return torch.cat(outputs, dim=2)
-    return _jagged_attention(q, k, v, query_lengths, key_lengths, dropout_p)
+    if key_bias is None:
+        return _jagged_attention(q, k, v, query_lengths, key_lengths, dropout_p)
+    width, scale = q.shape[-1], q.shape[-1] ** -0.5
+    q, k, v = _bias_as_features(q, k, v, key_bias, scale)
+    return _jagged_attention(q, k, v, query_lengths, key_lengths, dropout_p, scale)[..., :width]
+
+
+def _bias_as_features(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v (1, heads, T, D + 8) whose products hold the bias: variable-length kernels take no mask.
+
+    The bias is split into a high and a low part, so that it keeps its precision in bfloat16. Flash attention wants
+    equal widths of q, k and v in multiples of 8.
+    """
+    bias = key_bias.to(wide_dtype(key_bias.dtype)) / scale
+    high = bias.to(k.dtype)
+    low = (bias - high).to(k.dtype)
+    columns = F.pad(torch.stack([high, low], dim=-1), (0, 6))[:, None].expand(-1, k.shape[1], -1, -1)
+    ones = F.pad(torch.ones_like(q[..., :2]), (0, 6))
+    return torch.cat([q, ones], dim=-1), torch.cat([k, columns], dim=-1), F.pad(v, (0, 8))
 
 
 def _jagged_attention(
-    q: Tensor, k: Tensor, v: Tensor, query_lengths: Tensor, key_lengths: Tensor, dropout_p: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_lengths: Tensor,
+    key_lengths: Tensor,
+    dropout_p: float,
+    scale: float | None = None,
 ) -> Tensor:
     def jagged(x: Tensor, lengths: Tensor) -> Tensor:
         offsets = F.pad(lengths.cumsum(0), (1, 0))
@@ -149,7 +181,7 @@ def _jagged_attention(
         return torch.nested.nested_tensor_from_jagged(rows, offsets).transpose(1, 2)
 
     out = F.scaled_dot_product_attention(
-        jagged(q, query_lengths), jagged(k, key_lengths), jagged(v, key_lengths), dropout_p=dropout_p
+        jagged(q, query_lengths), jagged(k, key_lengths), jagged(v, key_lengths), dropout_p=dropout_p, scale=scale
     )
     return out.transpose(1, 2).values().transpose(0, 1).unsqueeze(0)  # (1, heads, Tq, D)
 
@@ -232,7 +264,10 @@ class _TokenAttention(nn.Module):
                 k, v = (tokens.pack(y.transpose(1, 2)).transpose(1, 2) for y in (k, v))
             dropout_p = self.attn_drop.p if self.training else 0.0
             query_mask, key_mask = state.tokens.sequence_mask(), tokens.sequence_mask()
-            out = variable_length_attention(q, k, v, query_mask, key_mask, dropout_p)
+            bias = None if tokens.key_weight is None else tokens.key_bias(wide_dtype(q.dtype))
+            if bias is not None:
+                bias = tokens.pack(bias[:, 0, 0])  # (1, T) without the -inf of the padding
+            out = variable_length_attention(q, k, v, query_mask, key_mask, dropout_p, bias)
         elif self.fused_attn:
             dropout_p = self.attn_drop.p if self.training else 0.0
             bias = tokens.key_bias(q.dtype)

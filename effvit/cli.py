@@ -214,6 +214,9 @@ def run_demo(arguments: argparse.Namespace) -> None:
     variants = reduced(host, VARIANTS)
     models = {arguments.model: host, **variants}
     images = load_images(host, list(photos.values()))
+    for variant in variants.values():
+        if METHODS[variant.method].learns:
+            effvit.calibrate(variant, [images])
     is_random = has_random_weights(arguments)
     if is_random:
         console.print(

@@ -29,6 +29,7 @@ VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("gtp", {"num_prop": 8}),
     ("ats", {}),
     ("zero_tprune", {}),
+    ("dymu", {"r_total": 96}),  # calibrated on the photographs
 )
 DENSE_COLOUR = "#343a40"
 COLOURS = ("#1c7ed6", "#e8590c", "#2f9e44", "#9c36b5", "#e03131", "#0c8599", "#f08c00")

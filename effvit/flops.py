@@ -37,11 +37,11 @@ IGNORED_OPERATORS = frozenset(f"aten::{name}" for name in (
     "abs", "add", "ceil", "clamp_min", "cos", "div", "exp", "gelu", "linalg_vector_norm", "log",
     "max_pool2d", "mul", "neg", "rsqrt", "rsub", "sigmoid", "silu", "sin", "softmax", "sqrt", "square", "sub",
     # sums, extremes and order
-    "amax", "amin", "argsort", "cumsum", "kthvalue", "maximum", "mean", "sort", "sum", "topk",
+    "amax", "amin", "any", "argsort", "cumsum", "kthvalue", "maximum", "mean", "sort", "sum", "topk",
     # comparisons
-    "__or__", "isnan", "le", "lt",
+    "__or__", "isfinite", "isnan", "le", "lt", "ne",
     # making and moving tokens, adding one to another
-    "diagonal", "expand_as", "eye", "index_add", "index_copy", "index_select", "meshgrid", "new_ones",
+    "clone", "diagonal", "expand_as", "eye", "fill_", "index_add", "index_copy", "index_select", "meshgrid", "new_ones",
     "numel", "ones_like", "pad", "rand_like", "repeat_interleave", "reshape_as", "scatter", "scatter_add",
     "unflatten", "view_as", "where",
 ))

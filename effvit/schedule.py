@@ -10,18 +10,21 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 __all__ = [
+    "R_SCHEDULES",
     "check_blocks",
     "check_count",
     "check_fraction",
     "check_number",
     "check_switch",
     "cosine_keep_rate",
+    "dymu_r",
     "per_block",
     "spread_blocks",
     "tome_r",
 ]
 
 ValueT = TypeVar("ValueT")
+R_SCHEDULES = ("constant", "linear", "reverse_linear")
 
 
 def check_fraction(name: str, value: float) -> float:
@@ -119,6 +122,32 @@ def tome_r(r: int | Sequence[int] | tuple[int, float], depth: int) -> list[int]:
             raise ValueError(f"r has {len(r)} values, but the model has {depth} blocks")
         return [check_count("r", value) for value in r] + [0] * (depth - len(r))
     return [check_count("r", r)] * depth  # type: ignore[arg-type]
+
+
+def dymu_r(r_total: int, depth: int, r_schedule: str = "constant") -> list[int]:
+    """Tokens an average image loses in each block, in all ``r_total`` (DyMU, 2504.17040; tome.py@c57d75a).
+
+    Args:
+        r_total: Tokens to merge over all blocks.
+        depth: Number of blocks.
+        r_schedule: "constant": the same in every block, the first ones take the remainder; "linear": falling from
+            2 * r_total // depth until the total is reached, then 0; "reverse_linear": the same from behind.
+
+    Returns:
+        ``depth`` ints with the sum ``r_total``. Where a falling line of whole numbers stays below the total (for
+        few tokens, on which the official code does not end), the rest is spread as in "constant".
+    """
+    check_count("r_total", r_total)
+    if r_schedule not in R_SCHEDULES:
+        raise ValueError(f"r_schedule must be one of {', '.join(R_SCHEDULES)}, got {r_schedule!r}")
+    values = [0] * depth
+    if r_schedule != "constant":
+        first = 2 * r_total // depth
+        for i in range(depth):
+            values[i] = min(int(first - i * (first / depth)), r_total - sum(values))
+    share, extra = divmod(r_total - sum(values), depth)
+    values = [value + share + (i < extra) for i, value in enumerate(values)]
+    return values[::-1] if r_schedule == "reverse_linear" else values
 
 
 def cosine_keep_rate(

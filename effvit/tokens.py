@@ -19,7 +19,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["TokenMap", "flat_rows", "fx_leaf", "take_rows", "wide_dtype"]
+__all__ = [
+    "RAGGED",
+    "TokenMap",
+    "compact",
+    "flat_rows",
+    "fx_leaf",
+    "packed_rows",
+    "sequence_rows",
+    "take_rows",
+    "wide_dtype",
+]
+
+RAGGED = ("padded", "packed")
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -87,6 +99,36 @@ def position_of(index: Tensor, anchor: Tensor, valid: Tensor | None = None) -> T
     if valid is not None:
         rank = rank.masked_fill(~valid, -1)
     return torch.full_like(anchor, -1).scatter(1, index, rank)
+
+
+@fx_leaf
+def compact(order: Tensor, kept: Tensor, width: int, trim: bool, keep_mask: bool) -> tuple[Tensor, Tensor | None]:
+    """The kept tokens of each image in front, for a method whose number of tokens depends on the image.
+
+    Args:
+        order: (B, N) tokens of each image in their new order.
+        kept: (B, N) True where the token in ``order`` stays.
+        width: Slots of each image, at least the largest number of kept tokens.
+        trim: Cut to the largest number kept in the batch; reads that number from the device.
+        keep_mask: Return the mask even if no slot is empty.
+
+    Returns:
+        Tokens (B, width), and (B, width) True for slots that hold one; None if all do.
+    """
+    counts = kept.sum(1)
+    ragged = True
+    number = order.shape[1]
+    width = min(width, number)
+    if trim:
+        longest = int(counts.max())
+        ragged = int(counts.min()) < longest
+        width = min(width, longest)
+    place = torch.ones_like(order).cumsum(1) - 1
+    place = torch.where(kept, place, place + number).sort(dim=1).values[:, :width] % number
+    index = order.gather(1, place)
+    if not ragged and not keep_mask:
+        return index, None
+    return index, torch.arange(width, device=index.device) < counts.unsqueeze(1)
 
 
 @fx_leaf
@@ -298,3 +340,17 @@ class TokenMap:
     def labels(self) -> Tensor:
         """(B, H, W) token that carries each patch, -1 where it was dropped: what a picture is drawn from."""
         return self.source.unflatten(1, self.grid)
+
+
+@fx_leaf
+def sequence_rows(tokens: TokenMap, index: Tensor) -> Tensor:
+    """Rows (B, P+K) of the prefix tokens and the tokens ``index`` (B, K) in the flattened sequence, packed or not."""
+    mask = tokens.sequence_mask()
+    rows = flat_rows(index, mask.shape[1], tokens.num_prefix)
+    return (mask.flatten().cumsum(0) - 1)[rows] if tokens.packed else rows
+
+
+@fx_leaf
+def packed_rows(tokens: TokenMap, index: Tensor, left: TokenMap) -> Tensor:
+    """Rows (1, T) of the input sequence, padded or packed, that hold the tokens ``index`` of all images."""
+    return sequence_rows(tokens, index)[left.sequence_mask()].unsqueeze(0)

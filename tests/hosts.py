@@ -55,6 +55,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gtp": {"num_prop": 2, "num_neighbours": 3},
     "ats": {"reduce_at": (1, 2, 3)},
     "zero_tprune": {"keep_rate": 0.7, "reduce_at": (0, 2), "r": 2, "num_iters": 3},
+    "dymu": {"thresholds": (0.9, 0.8, 0.7, 0.6)},
 }
 OFF: dict[str, dict[str, Any]] = {
     "evit": {"keep_rate": 1.0},
@@ -62,6 +63,7 @@ OFF: dict[str, dict[str, Any]] = {
     "gtp": {"num_prop": 0},
     "ats": {"keep_rate": 1.0},
     "zero_tprune": {"keep_rate": 1.0},
+    "dymu": {"r_total": 0},
 }
 NO_CLASS_TOKEN = {"average_pool", "register_no_class", "attention_pool"}
 PAIRS = [(m, h) for m in SETTINGS for h in HOSTS if not (m in ("evit", "ats") and h in NO_CLASS_TOKEN)]

@@ -40,6 +40,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gtp": {"num_prop": 2, "num_neighbours": 2},
     "ats": {"reduce_at": (1,)},
     "zero_tprune": {"keep_rate": 0.7, "r": 2, "reduce_at": (1,)},
+    "dymu": {"thresholds": (0.5, 0.5, 0.5)},
 }
 WITH_KEEP_RATE = ("evit", "ats", "zero_tprune")
 WITH_BLOCKS = ("evit", "gtp", "ats", "zero_tprune")
@@ -120,6 +121,7 @@ class TestSettingsOutOfRange:
             ("gtp", "num_neighbours", 1),
             ("evit", "num_tokens", 1),
             ("ats", "num_tokens", 2),
+            ("dymu", "r_total", 0),
         ],
     )
     def test_counts_that_are_too_small_or_no_whole_numbers(self, method: str, name: str, minimum: int) -> None:
@@ -146,6 +148,8 @@ class TestSettingsOutOfRange:
             ("zero_tprune", "preset", "quoted_deit_small, .*"),
             ("zero_tprune", "partition", "sequential_u, sequential_i, alternate"),
             ("zero_tprune", "similarity", "cosine, dot, euclidean, manhattan"),
+            ("dymu", "r_schedule", "constant, linear, reverse_linear"),
+            ("dymu", "ragged", "padded, packed"),
         ],
     )
     def test_choices_that_do_not_exist(self, method: str, name: str, known: str) -> None:
@@ -160,6 +164,7 @@ class TestSettingsOutOfRange:
             ("ats", "drop_tokens"),
             ("ats", "compat"),
             ("gtp", "token_scale"),
+            ("dymu", "compat"),
         ],
     )
     def test_switch_that_is_not_true_or_false(self, method: str, name: str) -> None:
@@ -199,9 +204,10 @@ class TestSettingsOutOfRange:
         with pytest.raises(ValueError, match="keep_rate and num_tokens"):
             reduced("ats", keep_rate=0.5, num_tokens=4)
 
-    def test_packed_batch_with_the_official_batch_dependence(self) -> None:
+    @pytest.mark.parametrize("method", ["ats", "dymu"])
+    def test_packed_batch_with_the_official_batch_dependence(self, method: str) -> None:
         with pytest.raises(ValueError, match=r"compat=True reproduces the official padded batch; it needs ragged='pa"):
-            reduced("ats", ragged="packed", compat=True)
+            reduced(method, ragged="packed", compat=True)
 
     def test_unknown_fill(self) -> None:
         message = "recover must be one of last, nearest, zero, got 'x'"
@@ -271,10 +277,72 @@ class TestBlocksAndLengths:
             reduced(method, **{name: [value, value]})
 
     def test_sequences_over_all_blocks(self) -> None:
+        with pytest.raises(ValueError, match=r"thresholds has 2 values for 3 blocks \[0, 1, 2\]; give one value"):
+            reduced("dymu", thresholds=[0.5, 0.5])
+        with pytest.raises(ValueError, match=r"r_total has 2 values for 3 blocks \[0, 1, 2\]; give one value"):
+            reduced("dymu", r_total=[1, 2])
         with pytest.raises(ValueError, match=r"num_prop has 2 values for 3 blocks \[0, 1, 2\]; give one value"):
             reduced("gtp", num_prop=[1, 2])
         with pytest.raises(ValueError, match="r has 4 values, but the model has 3 blocks"):
             reduced("tome", r=[1, 1, 1, 1])
+
+
+class TestThresholds:
+    @pytest.mark.parametrize("value", [1.5, -1.01])
+    def test_threshold_that_is_no_cosine(self, value: float) -> None:
+        message = re.escape(f"thresholds must be cosine similarities in [-1, 1], got {value}")
+        with pytest.raises(ValueError, match=message):
+            reduced("dymu", thresholds=[0.5, value, 0.5])
+
+    @pytest.mark.parametrize("value", [NAN, "0.5", None, True])
+    def test_threshold_that_is_no_number(self, value: Any) -> None:
+        with pytest.raises(ValueError, match=f"thresholds must be a finite number, got {value!r}"):
+            reduced("dymu", thresholds=[0.5, value, 0.5])
+
+    @pytest.mark.parametrize("value", [0.5, "abc"])
+    def test_thresholds_that_are_no_sequence(self, value: Any) -> None:
+        with pytest.raises(
+            TypeError, match=f"thresholds must be a sequence with one number for each .*, got {value!r}"
+        ):
+            reduced("dymu", thresholds=value)
+
+    @pytest.mark.parametrize("ratio", [0, -1.0, NAN, "2"])
+    def test_limit_of_an_image_that_is_no_positive_number(self, ratio: Any) -> None:
+        with pytest.raises(ValueError, match=f"max_r_per_instance_ratio must be a positive number, got {ratio!r}"):
+            reduced("dymu", max_r_per_instance_ratio=ratio)
+
+    def test_limit_of_an_image_that_lets_nothing_merge(self) -> None:
+        message = r"max_r_per_instance_ratio 0.2 of r \[3, 2, 2\] lets no block merge a token; raise one of them"
+        with pytest.raises(ValueError, match=message):
+            reduced("dymu", r_total=7, max_r_per_instance_ratio=0.2)
+
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_model_without_thresholds_does_not_run(self, compiled: bool) -> None:
+        model = effvit.sparsify(vit(), "dymu").eval()
+        message = r"dymu in block 0 has no threshold yet, .*; call effvit.calibrate\(model, batches\), load a calib"
+        with pytest.raises((ValueError, torch._dynamo.exc.Unsupported), match=message):
+            (torch.compile(model, fullgraph=True, backend="eager") if compiled else model)(images())
+
+    def test_calibration_of_what_has_no_thresholds(self) -> None:
+        with pytest.raises(TypeError, match=r"expected a model made by effvit.sparsify\(..., 'dymu'\), got VisionTra"):
+            effvit.calibrate(vit(), [images()])  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="tome has no thresholds to calibrate; methods that have are dymu"):
+            effvit.calibrate(reduced("tome"), [images()])
+        with pytest.raises(ValueError, match=r"dymu has r 0 in every block \(r_total=0\): nothing to calibrate"):
+            effvit.calibrate(effvit.sparsify(vit(), "dymu", r_total=0), [images()])
+
+    def test_calibration_of_given_thresholds(self) -> None:
+        with pytest.raises(ValueError, match=r"the settings give thresholds, .*; make the model with thresholds=None"):
+            effvit.calibrate(reduced("dymu"), [images()])
+
+    def test_calibration_on_nothing(self) -> None:
+        with pytest.raises(ValueError, match=r"batches holds no batch of images, .*; give at least one"):
+            effvit.calibrate(effvit.sparsify(vit(), "dymu"), [])
+
+    def test_calibration_on_labelled_images(self) -> None:
+        message = r"as tensors, got list; for a loader of \(images, labels\) give \(images for images, _ in loader\)"
+        with pytest.raises(TypeError, match=message):
+            effvit.calibrate(effvit.sparsify(vit(), "dymu"), [[images(), torch.zeros(2)]])  # type: ignore[list-item]
 
 
 class TestSchedulesThatLeaveNoToken:

@@ -203,15 +203,21 @@ class TestDemo:
     def test_demo_writes_table_plot_and_pictures(self, capsys, monkeypatch, tmp_path):
         photos = demo.photographs()
         monkeypatch.setattr(cli, "photographs", lambda: {"coffee": photos["coffee"]})
-        monkeypatch.setattr(cli, "VARIANTS", (("evit", {"keep_rate": 0.5}), ("ats", {})))
+        monkeypatch.setattr(cli, "VARIANTS", (("evit", {"keep_rate": 0.5}), ("ats", {}), ("dymu", {})))
         assert main(["demo", "--model", TINY, "--out", str(tmp_path / "demo")]) == 0
         printed = capsys.readouterr().out
         written = {path.name for path in (tmp_path / "demo").iterdir()}
-        assert written == {"pareto.png", "costs.json", "coffee-evit-keep_rate-0.5.png", "coffee-ats.png"}
+        assert written == {
+            "pareto.png",
+            "costs.json",
+            "coffee-evit-keep_rate-0.5.png",
+            "coffee-ats.png",
+            "coffee-dymu.png",
+        }
         assert all(str(tmp_path / "demo" / name) in printed.replace("\n", "") for name in written)
         assert f"{TINY} has {cli.RANDOM_WEIGHTS}" in printed
         (group,) = json.loads((tmp_path / "demo" / "costs.json").read_text())
-        assert list(group["models"]) == [TINY, "evit keep_rate=0.5", "ats"]
+        assert list(group["models"]) == [TINY, "evit keep_rate=0.5", "ats", "dymu"]
         assert group["images"] == ["coffee"]
         assert group["has_random_weights"]
 

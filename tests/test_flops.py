@@ -30,6 +30,7 @@ SMALL = {
     "gtp": {"num_prop": 3},
     "ats": {},
     "zero_tprune": {"keep_rate": 0.7, "r": 2, "reduce_at": [0]},
+    "dymu": {"thresholds": [0.1, 0.1]},
 }
 
 

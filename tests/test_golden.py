@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from conftest import golden_errors
 from golden_cases import DOUBLE, Case, find_cases, find_tables
+from golden_dymu import compare as compare_dymu
+from golden_dymu import compare_schedule
 from timm.models import create_model
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -651,12 +653,14 @@ COMPARE: dict[str, Callable[[Case], None]] = {
     "gtp": compare_gtp,
     "ats": compare_ats,
     "zero_tprune": compare_zero_tprune,
+    "dymu": compare_dymu,
     **{folder: module.compare for folder, module in ARCHITECTURES.items()},
 }
 TABLES: dict[str, Callable[[Path, Any], None]] = {
     "keep_rate_schedule": compare_keep_rates,
     "parse_r": compare_r_schedules,
     "keys": compare_keys,
+    "r_schedule": compare_schedule,
 }
 
 

@@ -18,7 +18,7 @@ LAYERS = (
     ("tokens",),
     ("attention", "cross_attention"),
     ("block",),
-    ("schedule", "recover"),
+    ("schedule", "recover", "matching", "unmerge"),
     ("reducers",),
     ("models",),
     ("",),  # effvit itself, the public surface

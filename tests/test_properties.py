@@ -16,8 +16,11 @@ from torch import nn
 
 import effvit
 from effvit.recover import FILLS
+from effvit.reducers import METHODS
 from effvit.reducers.gtp import GRAPH_TYPES, PROPAGATIONS, SELECTIONS
 from effvit.reducers.zero_tprune import PARTITIONS, SIMILARITIES
+from effvit.schedule import R_SCHEDULES
+from effvit.tokens import RAGGED
 
 REFUSALS = re.compile(
     r"would leave -?\d+ of \d+ patch tokens|scores patches by the class token|which attention pooling"
@@ -94,6 +97,14 @@ def methods(draw: st.DrawFn, depth: int) -> tuple[str, dict[str, Any]]:
             "ragged": draw(st.sampled_from(["padded", "packed"])),
             "drop_tokens": draw(st.booleans()),
         }
+    elif method == "dymu":
+        drawn = {
+            "r_total": draw(st.sampled_from([0, 1, 5, 40])),
+            "r_schedule": draw(st.sampled_from(R_SCHEDULES)),
+            "thresholds": [draw(st.sampled_from([-1.0, 0.0, 0.3, 0.6, 0.9, 1.0])) for _ in range(depth)],
+            "max_r_per_instance_ratio": draw(st.sampled_from([None, None, 1.0, 2.5])),
+            "ragged": draw(st.sampled_from(RAGGED)),
+        }
     else:
         drawn = {
             "keep_rate": draw(rates),
@@ -136,7 +147,8 @@ def test_any_combination_is_right_or_refused(data: st.DataObject) -> None:
             assert features.isfinite().all()
         for (y, tokens), bound in zip(model.trace_tokens(x), model.token_counts(), strict=True):
             assert y.shape[1] == host.num_prefix_tokens + tokens.anchor.shape[1]
-            assert tokens.anchor.shape[1] <= bound if method == "ats" else tokens.anchor.shape[1] == bound
+            ragged = METHODS[method].variable_length
+            assert tokens.anchor.shape[1] <= bound if ragged else tokens.anchor.shape[1] == bound
             assert_law(tokens)
             if tokens.size is not None:
                 assert torch.equal(tokens.size.sum(1), torch.full_like(tokens.size[:, 0], host.patch_embed.num_patches))

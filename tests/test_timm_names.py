@@ -48,6 +48,8 @@ def build(name: str, **kwargs: object) -> nn.Module:
     """The model narrow, three blocks deep and for a small input, so that every name is quick."""
     size = 8 * int(name.partition("patch")[2][:2])
     small = {"depth": 3, "embed_dim": 96, "num_heads": 3, "img_size": size, **kwargs}
+    if name.startswith("dymu_"):  # random weights have no learnt thresholds
+        small = {"thresholds": (0.5, 0.5, 0.5)} | small
     return timm.create_model(name, **small)
 
 

@@ -33,6 +33,7 @@ SETTINGS = {
     "gtp": {"num_prop": 2},
     "ats": {"reduce_at": [1, 2, 3]},
     "zero_tprune": {"keep_rate": 0.7, "r": 1, "reduce_at": [0, 2]},
+    "dymu": {"thresholds": [0.3, 0.3, 0.3, 0.3]},
 }
 
 

@@ -41,6 +41,7 @@ OFF: dict[str, dict[str, Any]] = {
     "gtp": {"num_prop": 0},
     "ats": {"keep_rate": 1.0},
     "zero_tprune": {"keep_rate": 1.0},
+    "dymu": {"r_total": 0},
 }
 # What a pair may be refused for: a word for the table, and the message that says so.
 REASONS = {
@@ -126,6 +127,8 @@ def check_off(dense: nn.Module, method: str, x: Tensor, expected: list[Tensor]) 
 def check_default(dense: nn.Module, method: str, x: Tensor, expected: list[Tensor]) -> Outcome:
     """Whether the method's default setting removes tokens and gives finite scores, features and maps."""
     model = effvit.sparsify(dense, method)
+    if "thresholds" in model.settings:
+        effvit.calibrate(model, [x])
     scores, features = model(x), model.forward_tokens(x, memory=True)
     dense_map = effvit.to_map(*features)
     if scores.shape != expected[0].shape or dense_map.shape != expected[-1].shape:

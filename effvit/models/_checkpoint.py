@@ -20,8 +20,10 @@ __all__ = [
     "adapt_state",
     "check_state",
     "convert_checkpoint",
+    "host_state_dict",
     "load_checkpoint",
     "official_state_dict",
+    "place_thresholds",
     "read_checkpoint",
     "read_file",
 ]
@@ -31,6 +33,8 @@ __all__ = [
 CONTAINERS = ("state_dict", "model", "teacher", "student")
 WRAPPERS = re.compile(r"^(module\.|backbone\.|encoder\.)+")
 # Parameters of training only: the projection head of DINO, and the all-zero row of ATS (no parameter at all).
+# Thresholds of DyMU, which timm's filters leave at the block they belong to.
+THRESHOLD = re.compile(r"^(blocks\.\d+\.)threshold$")
 DROPPED = re.compile(r"(^head\.(mlp|last_layer)\.|\.attn\.out_zero_mask$)")
 
 
@@ -65,6 +69,35 @@ class Conversion(NamedTuple):
     same: list[str]
     renamed: list[str]
     dropped: list[str]
+
+
+def place_thresholds(state: dict[str, Tensor], model: nn.Module) -> list[str]:
+    """Rename official thresholds in ``state`` and fill in what it does not hold; returns names without a place.
+
+    A plain host's checkpoint has no thresholds, and an official one has them for blocks that do not reduce too.
+    """
+    own = {name: value for name, value in model.state_dict().items() if ".reducer." in name}
+    unused = []
+    for name in [name for name in state if THRESHOLD.match(name) and own]:
+        value = state.pop(name)
+        prefix = THRESHOLD.sub(r"\1reducer.", name)
+        if f"{prefix}threshold" not in own:
+            unused.append(name)
+            continue
+        state[f"{prefix}threshold"] = value
+        state[f"{prefix}num_batches"] = (value != 1).long()  # officially not saved; 1.0 stands for none
+    for name, value in own.items():
+        state.setdefault(name, value)
+    return unused
+
+
+def host_state_dict(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Weights under timm's or official names -> the model's names, resampled to its sizes as timm does it."""
+    if isinstance(model, eva.Eva):
+        return eva.checkpoint_filter_fn(state, model)
+    if isinstance(model, vision_transformer.VisionTransformer) and state:
+        return vision_transformer.checkpoint_filter_fn(state, model, adapt_layer_scale=True)
+    return state
 
 
 def read_file(path: str | Path, allowed: Sequence[Any] = ()) -> Mapping[str, Any]:
@@ -108,11 +141,8 @@ def adapt_state(model: nn.Module, state: dict[str, Tensor]) -> tuple[dict[str, T
     adapt = getattr(model, "adapt_state_dict", None)
     if adapt is not None:
         return adapt(state)
-    if isinstance(model, eva.Eva):
-        return eva.checkpoint_filter_fn(state, model), []
-    if isinstance(model, vision_transformer.VisionTransformer) and state:
-        return vision_transformer.checkpoint_filter_fn(state, model, adapt_layer_scale=True), []
-    return state, []
+    state = host_state_dict(state, model)
+    return state, place_thresholds(state, model)
 
 
 def check_state(

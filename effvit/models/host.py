@@ -499,7 +499,8 @@ def _check_host(host: ReducedHost) -> None:
                 f"none (num_prefix_tokens={host.num_prefix_tokens}); use a host with one, or a method without that "
                 "need such as 'tome' or 'zero_tprune'"
             )
-        if reducer.variable_length and host.global_pool in ("map", "prr"):
+        dropping = reducer.variable_length and not reducer.keeps_every_patch
+        if dropping and host.global_pool in ("map", "prr"):
             raise ValueError(
                 f"{host.method} keeps a different number of tokens for each image, which attention pooling "
                 f"(global_pool={host.global_pool!r}) cannot tell from padding; "

@@ -15,6 +15,7 @@ from timm.models._pretrained import DefaultCfg
 from torch import nn
 
 from effvit.models import architectures, lvvit
+from effvit.models._checkpoint import host_state_dict
 from effvit.models.feature_pyramid import feature_settings
 from effvit.models.host import check_settings, sparsify
 from effvit.reducers import METHODS
@@ -72,15 +73,26 @@ def _entry_point(method: str, host: str) -> Callable[..., nn.Module]:
             pretrained_cfg=kwargs.pop("pretrained_cfg", None),
             pretrained_cfg_overlay=kwargs.pop("pretrained_cfg_overlay", None),
         )
+        learns = METHODS[method].learns  # then a checkpoint may hold what the method learnt: load behind sparsify
+        strict = "siglip" not in host or kwargs.get("global_pool", "map") == "map"  # timm's rule for SigLIP
         loading = {name: kwargs.pop(name) for name in ("cache_dir", "pretrained_model_args") if name in kwargs}
 
         def reduced_host(**host_kwargs: Any) -> nn.Module:
-            dense = model_entrypoint(host)(pretrained=pretrained, pretrained_cfg=cfg, **loading, **host_kwargs)
+            as_timm = pretrained and not learns
+            dense = model_entrypoint(host)(pretrained=as_timm, pretrained_cfg=cfg, **loading, **host_kwargs)
             return sparsify(dense, method, **settings)
 
         feature_cfg = feature_settings(kwargs, out_indices=3)
         return build_model_with_cfg(
-            reduced_host, variant, pretrained=False, pretrained_cfg=cfg, feature_cfg=feature_cfg, **kwargs
+            reduced_host,
+            variant,
+            pretrained=pretrained and learns,
+            pretrained_cfg=cfg,
+            pretrained_filter_fn=host_state_dict,
+            pretrained_strict=strict,
+            cache_dir=loading.get("cache_dir"),
+            feature_cfg=feature_cfg,
+            **kwargs,
         )
 
     create.__name__ = create.__qualname__ = variant

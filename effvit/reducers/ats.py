@@ -13,15 +13,14 @@ from torch import Tensor
 from effvit.attention import AttnState, Selection
 from effvit.reducers.base import Reducer, check_finite
 from effvit.schedule import check_blocks, check_count, check_fraction, check_switch, per_block
-from effvit.tokens import TokenMap, flat_rows, fx_leaf
+from effvit.tokens import RAGGED, TokenMap, compact, flat_rows, fx_leaf, packed_rows
 
 if TYPE_CHECKING:
     from effvit.block import _TokenBlock
 
-__all__ = ["ATS", "GRIDS", "RAGGED", "inverse_transform_sample", "significance"]
+__all__ = ["ATS", "GRIDS", "inverse_transform_sample", "significance"]
 
 GRIDS = ("official", "midpoint")
-RAGGED = ("padded", "packed")
 VALUE_NORMS = ("concat", "per_head")
 
 
@@ -111,35 +110,6 @@ def inverse_transform_sample(
         last_point = last_point.masked_fill(place < scores.shape[1] - num_points, -1)
     reached = F.pad(last_point, (0, 1), value=num_points - 1) > F.pad(last_point, (1, 0), value=-1)
     return Sample(order, reached & real)
-
-
-@fx_leaf
-def gather_sample(sample: Sample, width: int, trim: bool, keep_mask: bool) -> tuple[Tensor, Tensor | None]:
-    """The sampled tokens of each image in front, in ascending order of score.
-
-    Args:
-        sample: The sample.
-        width: Slots of each image, at least the largest number of sampled tokens.
-        trim: Cut to the largest number sampled in the batch; reads that number from the device.
-        keep_mask: Return the mask even if no slot is empty.
-
-    Returns:
-        Tokens (B, width), and (B, width) True for slots that hold one; None if all do.
-    """
-    counts = sample.picked.sum(1)
-    ragged = True
-    number = sample.order.shape[1]
-    width = min(width, number)
-    if trim:
-        longest = int(counts.max())
-        ragged = int(counts.min()) < longest
-        width = min(width, longest)
-    place = torch.ones_like(sample.order).cumsum(1) - 1
-    place = torch.where(sample.picked, place, place + number).sort(dim=1).values[:, :width] % number
-    index = sample.order.gather(1, place)
-    if not ragged and not keep_mask:
-        return index, None
-    return index, torch.arange(width, device=index.device) < counts.unsqueeze(1)
 
 
 class ATS(Reducer):
@@ -262,18 +232,8 @@ class ATS(Reducer):
         static = torch.compiler.is_compiling()
         traced = isinstance(scores, torch.fx.Proxy)
         trim = self.drop_tokens and not static
-        index, valid = gather_sample(sample, width, trim, keep_mask=static or traced or self.ragged == "packed")
+        index, valid = compact(sample.order, sample.picked, width, trim, static or traced or self.ragged == "packed")
         left = tokens.keep(index, width, valid=valid, packed=self.ragged == "packed")
         if self.ragged == "padded":
             return Selection(flat_rows(index, tokens.num_prefix + scores.shape[1], tokens.num_prefix), left)
         return Selection(packed_rows(tokens, index, left), left)
-
-
-@fx_leaf
-def packed_rows(tokens: TokenMap, index: Tensor, left: TokenMap) -> Tensor:
-    """Rows (1, T) of the input sequence, padded or packed, that hold the tokens ``index`` of all images."""
-    mask = tokens.sequence_mask()
-    rows = flat_rows(index, mask.shape[1], tokens.num_prefix)
-    if tokens.packed:
-        rows = (mask.flatten().cumsum(0) - 1)[rows]
-    return rows[left.sequence_mask()].unsqueeze(0)

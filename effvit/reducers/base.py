@@ -50,6 +50,9 @@ class Reducer(nn.Module):
         name: The method's name, as in ``effvit.list_methods()``.
         summary: One line on the method with its source.
         needs_class_token: The method scores patches by the class token.
+        variable_length: The method keeps a different number of tokens for each image.
+        keeps_every_patch: No patch is dropped: a token stands for each, so pooling over un-merged tokens is exact.
+        learns: The method learns something beside the weights, which state_dict holds.
         block: The block this reducer sits in, for messages.
     """
 
@@ -57,6 +60,8 @@ class Reducer(nn.Module):
     summary: str
     needs_class_token = False
     variable_length = False
+    keeps_every_patch = False
+    learns = False
     block: int = -1
 
     @classmethod

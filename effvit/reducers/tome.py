@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effvit.attention import AttnState
+from effvit.matching import alternating_match
 from effvit.reducers.base import Reducer, check_finite
 from effvit.schedule import check_switch, tome_r
 from effvit.tokens import TokenMap, flat_rows, take_rows, wide_dtype
@@ -53,10 +54,8 @@ def bipartite_soft_matching(metric: Tensor, r: int, num_prefix: int) -> Matching
         The matching. The new order is what is left of A, then B; A keeps its order in the sequence if there is
         a prefix token and is ordered by falling similarity if not, as in the official code.
     """
-    metric = F.normalize(metric, dim=-1)
     first_a, first_b = num_prefix % 2, (num_prefix + 1) % 2
-    similarity = metric[:, first_a::2] @ metric[:, first_b::2].transpose(1, 2)  # (B, |A|, |B|)
-    best, match = similarity.max(dim=-1)
+    best, destination = alternating_match(metric, num_prefix)
     ranked = best.argsort(dim=-1, descending=True)
     merged, left = ranked[:, :r], ranked[:, r:]
     if num_prefix:
@@ -64,7 +63,7 @@ def bipartite_soft_matching(metric: Tensor, r: int, num_prefix: int) -> Matching
     in_b = 2 * torch.ones_like(metric[:, first_b::2, 0], dtype=torch.int64).cumsum(1) - 2 + first_b
     return Matching(
         source=2 * merged + first_a,
-        destination=2 * match.gather(1, merged) + first_b,
+        destination=destination.gather(1, merged),
         order=torch.cat([2 * left + first_a, in_b], dim=1),
     )
 
@@ -137,6 +136,7 @@ class ToMe(Reducer):
 
     name = "tome"
     summary = "merge the r most similar tokens of every block (2210.09461)"
+    keeps_every_patch = True
 
     def __init__(self, r: int, prop_attn: bool) -> None:
         super().__init__()

@@ -1,0 +1,34 @@
+"""Bipartite matching of alternating tokens (ToMe, arXiv 2210.09461, section 3.1), which several methods build on."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["alternating_match"]
+
+
+def alternating_match(metric: Tensor, num_prefix: int, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """For every token of set A its most similar token of set B, by cosine.
+
+    The sets alternate along the whole sequence, prefix tokens included: A has its even, B its odd places. Prefix
+    tokens themselves are in neither, so they are never matched, whatever their number.
+
+    Args:
+        metric: (B, N, D) features of the patch tokens; at least one of them must fall into B.
+        num_prefix: Prefix tokens in front of the patches.
+        valid: (B, N) False for padding, which matches nothing.
+
+    Returns:
+        Largest similarity (B, |A|), -inf for padding and where B is all padding; and the place (B, |A|) of the
+        matched token among the N patch tokens. Token i of A is patch token ``2 * i + num_prefix % 2``.
+    """
+    metric = F.normalize(metric, dim=-1)
+    first_a, first_b = num_prefix % 2, (num_prefix + 1) % 2
+    similarity = metric[:, first_a::2] @ metric[:, first_b::2].transpose(1, 2)  # (B, |A|, |B|)
+    if valid is not None:
+        similarity = similarity.masked_fill(~valid[:, None, first_b::2], float("-inf"))
+    best, match = similarity.max(dim=-1)
+    if valid is not None:
+        best = best.masked_fill(~valid[:, first_a::2], float("-inf"))
+    return best, 2 * match + first_b

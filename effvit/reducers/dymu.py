@@ -1,0 +1,406 @@
+"""DyMU: merge every pair of tokens above a learnt similarity, as many as the image has (arXiv 2504.17040)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from effvit.attention import AttnState
+from effvit.matching import alternating_match
+from effvit.reducers.base import Reducer, check_finite
+from effvit.schedule import check_count, check_number, check_switch, dymu_r, per_block
+from effvit.tokens import (
+    RAGGED,
+    TokenMap,
+    compact,
+    fx_leaf,
+    packed_rows,
+    position_of,
+    sequence_rows,
+    take_rows,
+    wide_dtype,
+)
+
+__all__ = [
+    "DyMU",
+    "Merge",
+    "apply_merge",
+    "descending_rank",
+    "plan_merge",
+    "top_of_batch",
+]
+
+# Similarities this near the threshold count as equal to it: another batch size changes the order of sums, and with
+# it the last digits, and an image must not depend on that.
+TIE = 1e-6
+OFFICIAL_EPS = 1e-4  # what the official batch path adds to every size it divides by
+
+
+class Merge(NamedTuple):
+    """Which of the N patch tokens go where.
+
+    Attributes:
+        source: (B, |A|) the tokens of set A.
+        destination: (B, |A|) the token of set B most similar to each of them.
+        merged: (B, |A|) True where the source is merged into its destination.
+        order: (B, K) the tokens that stay, in their new order.
+        valid: (B, K) False for the padding of images that keep fewer; None if no slot is empty.
+        threshold: The similarity above which tokens were merged: the given one, or that of the batch.
+        official: The order, and so the division, of the official batch path.
+    """
+
+    source: Tensor
+    destination: Tensor
+    merged: Tensor
+    order: Tensor
+    valid: Tensor | None
+    threshold: Tensor
+    official: bool
+
+
+def descending_rank(values: Tensor) -> Tensor:
+    """Rank of every entry of values (B, N) in its row, 0 for the largest; equal values by position."""
+    ordered, order = values.sort(dim=1, descending=True)
+    level = F.pad((ordered[:, 1:] != ordered[:, :-1]).cumsum(1), (1, 0))
+    by_position = (level * values.shape[1] + order).argsort(1)  # unique whole numbers: no stable sort is needed
+    place = torch.ones_like(order).cumsum(1) - 1
+    return torch.zeros_like(order).scatter(1, order.gather(1, by_position), place)
+
+
+def top_of_batch(best: Tensor, r: int, num_prefix: int) -> tuple[Tensor, Tensor]:
+    """The r * B largest similarities of a batch, whatever image they are in (DyMU section 3.1, rank mode).
+
+    Args:
+        best: (B, |A|), -inf for what may not be merged.
+        r: Tokens an average image is to lose.
+        num_prefix: Prefix tokens; those in set A count as rows that are never merged, as in the official code.
+
+    Returns:
+        (B, |A|) True for the rows to merge, and the threshold of the batch: the largest similarity that is not
+        merged, at least 0. Merging what is strictly above it merges the same rows.
+    """
+    rows = F.pad(best, ((num_prefix + 1) // 2, 0), value=float("-inf"))
+    rank = descending_rank(rows.reshape(1, -1)).view_as(rows)[:, (num_prefix + 1) // 2 :]
+    number = r * len(best)
+    ordered = rows.flatten().sort(descending=True).values
+    return (rank < number) & best.isfinite(), ordered[min(number, len(ordered) - 1)].clamp(min=0)
+
+
+@fx_leaf
+def plan_merge(
+    metric: Tensor,
+    valid: Tensor | None,
+    num_prefix: int,
+    threshold: Tensor | None,
+    r: int = 0,
+    max_r: int | None = None,
+    compat: bool = False,
+    trim: bool = True,
+    keep_mask: bool = False,
+) -> Merge:
+    """Choose the tokens to merge (DyMU, 2504.17040, section 3.1).
+
+    By default an image merges, in any batch, what tome.py@c57d75a merges when the image is alone: at most half of
+    its tokens; what is left of A comes first, then B; A keeps its order if there is a prefix token and falls by
+    similarity if not; an image that merges nothing keeps its order.
+
+    Args:
+        metric: (B, N, D) features of the patch tokens, compared by cosine.
+        valid: (B, N) False for padding.
+        num_prefix: Prefix tokens in front of the patches.
+        threshold: Merge what is more similar. None: merge the most similar of the batch and find its threshold.
+        r: Tokens an average image is to lose, for ``threshold=None``.
+        max_r: At most so many are merged in each image.
+        compat: Reproduce the official batch: more than one image, or a batch without threshold, is merged without
+            the limit of one half, and left as A, then B, each in its order, even where nothing was merged.
+        trim: Cut the padding to the longest image.
+        keep_mask: Return the mask even if no slot is empty.
+    """
+    batch, number = metric.shape[:2]
+    official = compat and (threshold is None or batch > 1)
+    patch = torch.arange(number, device=metric.device).expand(batch, -1)  # (B, N)
+    source, others = patch[:, num_prefix % 2 :: 2], patch[:, (num_prefix + 1) % 2 :: 2]
+    if number < 2:
+        best, destination = metric.new_full(source.shape, float("-inf")), source
+    else:
+        best, destination = _wide_match(metric, num_prefix, valid)
+    falling = not official and num_prefix == 0
+    rank = None
+    if falling or max_r is not None or (not official and num_prefix % 2 == 0):
+        rank = descending_rank(best)
+        limit = torch.full_like(patch[:, :1], number) if valid is None else valid.sum(1, keepdim=True)
+        limit = torch.full_like(limit, number) if official else limit // 2
+        best = best.masked_fill(rank >= (limit if max_r is None else limit.clamp(max=max_r)), float("-inf"))
+    if threshold is None:
+        merged, threshold = top_of_batch(best, min(r, number // 2), num_prefix)
+    else:
+        merged = best > threshold.to(best.dtype) + (0 if compat else TIE)
+
+    first = torch.zeros_like(source).scatter(1, rank, source) if falling and rank is not None else source
+    order = torch.cat([first, others], dim=1)
+    if not official:
+        order = torch.where(merged.any(1, keepdim=True), order, patch)
+    left = torch.ones_like(patch, dtype=torch.bool) if valid is None else valid
+    left = left & ~torch.zeros_like(left).scatter(1, source, merged)
+    order, valid = compact(order, left.gather(1, order), number, trim, keep_mask)
+    return Merge(source, destination, merged, order, valid, threshold, official)
+
+
+def _wide_match(metric: Tensor, num_prefix: int, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """alternating_match in the metric's own precision: in bfloat16 cosines near 1 are 0.004 apart."""
+    if torch.is_autocast_enabled(metric.device.type):
+        with torch.autocast(metric.device.type, enabled=False):
+            best, destination = alternating_match(metric, num_prefix, valid)
+    else:
+        best, destination = alternating_match(metric, num_prefix, valid)
+    return torch.where(best.isfinite(), best, float("-inf")), destination
+
+
+def apply_merge(x: Tensor, tokens: TokenMap, merge: Merge, packed: bool, sparse: bool) -> tuple[Tensor, TokenMap]:
+    """Size-weighted mean of merged tokens.
+
+    Each merged token adds its share of the difference to its destination, so two equal tokens merge without any
+    rounding, and rows that do not merge are not computed with.
+
+    Args:
+        x: (B, P+N, C) tokens, or (1, T, C) packed.
+        tokens: Their map.
+        merge: Which tokens go where.
+        packed: Return a packed sequence.
+        sparse: Compute with the merged rows only, whose number is read from the device; False keeps shapes fixed.
+
+    Returns:
+        (B, P+K, C), or packed, and its map with sizes.
+    """
+    num_prefix, size = tokens.num_prefix, tokens.size
+    if size is None:
+        size = torch.ones_like(tokens.anchor, dtype=wide_dtype(x.dtype))
+    source_size = size.gather(1, merge.source)
+    size = size.scatter_add(1, merge.destination, torch.where(merge.merged, source_size, 0))
+    share = torch.where(merge.merged, source_size / size.gather(1, merge.destination), 0).to(x.dtype)
+    source = sequence_rows(tokens, merge.source)[:, num_prefix:]  # (B, |A|)
+    destination = sequence_rows(tokens, merge.destination)[:, num_prefix:]
+    x = add_shares(x, source, destination, share, merge.merged if sparse else None)
+
+    into = torch.where(merge.merged, merge.destination, merge.source)
+    into = (torch.ones_like(tokens.anchor).cumsum(1) - 1).scatter(1, merge.source, into)  # (B, N)
+    size = size.gather(1, merge.order)
+    if merge.valid is not None:
+        size = size * merge.valid
+    left = tokens.relabel(
+        position_of(merge.order, tokens.anchor, merge.valid).gather(1, into),
+        tokens.anchor.gather(1, merge.order),
+        tokens.num_tokens,
+        size=size,
+        key_weight=size,
+        valid=merge.valid,
+        packed=packed,
+    )
+    rows = packed_rows(tokens, merge.order, left) if packed else sequence_rows(tokens, merge.order)
+    return official_division(take_rows(x, rows), size, num_prefix, merge.official), left
+
+
+@fx_leaf
+def add_shares(x: Tensor, source: Tensor, destination: Tensor, share: Tensor, merged: Tensor | None) -> Tensor:
+    """x with the difference of each source row to its destination row, times its share, added to the latter.
+
+    Args:
+        x: (B, P+N, C), or (1, T, C) packed.
+        source: (B, |A|) rows of the flattened x.
+        destination: (B, |A|), likewise.
+        share: (B, |A|), 0 for rows that are not merged.
+        merged: (B, |A|) True for the rows that are; given, the others are left out.
+    """
+    if merged is not None:
+        source, destination, share = (y[merged].unsqueeze(0) for y in (source, destination, share))
+    delta = (take_rows(x, source) - take_rows(x, destination)) * share.unsqueeze(-1)
+    return x.flatten(0, 1).index_add(0, destination.flatten(), delta.flatten(0, 1)).view_as(x)
+
+
+@fx_leaf
+def official_division(x: Tensor, size: Tensor, num_prefix: int, official: bool) -> Tensor:
+    """x (B, P+N, C) as if its weighted sums had been divided by their size + 1e-4, if ``official``."""
+    if not official:
+        return x
+    whole = F.pad(size, (num_prefix, 0), value=1)
+    return x * (whole / (whole + OFFICIAL_EPS)).unsqueeze(-1).to(x.dtype)
+
+
+class DyMU(Reducer):
+    """Merge the tokens that are more similar than the block's threshold (DToMe of DyMU, 2504.17040, section 3.1).
+
+    Place, similarity, sets and proportional attention are those of ToMe; but the threshold, learnt so that an
+    average image loses r tokens, lets a simple image lose more of them and a complex one fewer. Thresholds come from
+    ``effvit.calibrate``, a checkpoint, or the setting ``thresholds``; without any of them the model refuses to run.
+
+    Deviations from tome.py@c57d75a, all but the last two undone by ``compat=True``: every batch is merged as its
+    images would be alone (officially another order of tokens and 1e-4 on each size in batches of two and more);
+    similarities within 1e-6 of the threshold are not above it; all prefix tokens are protected, not only the class
+    token; what is not finite is never merged. LayerScale is applied, which the official timm block forgets.
+
+    Attributes:
+        threshold: Saved buffer, in float32 or wider whatever the dtype of the model.
+        num_batches: Saved buffer, calibration batches the threshold is the mean of; 0 for none.
+        ranking: Merge the most similar of the batch and hand its threshold on in ``TokenMap.carry``.
+    """
+
+    name = "dymu"
+    summary = "merge what is more similar than thresholds learnt from batches (2504.17040)"
+    variable_length = True
+    keeps_every_patch = True
+    learns = True
+    threshold: Tensor
+    num_batches: Tensor
+
+    def __init__(self, r: int, threshold: float | None, max_r: int | None, ragged: str, compat: bool) -> None:
+        super().__init__()
+        self.r = r
+        self.given = threshold
+        self.max_r = max_r
+        self.ragged = ragged
+        self.compat = compat
+        self.ranking = False
+        self.register_buffer("threshold", torch.empty((), dtype=torch.float32))
+        self.register_buffer("num_batches", torch.empty((), dtype=torch.int64))
+        self.reset_parameters()
+
+    @classmethod
+    def plan(
+        cls,
+        depth: int,
+        *,
+        r_total: int | Sequence[int] = 96,
+        r_schedule: str = "constant",
+        thresholds: Sequence[float] | None = None,
+        max_r_per_instance_ratio: float | None = None,
+        ragged: str = "padded",
+        compat: bool = False,
+    ) -> dict[int, Reducer]:
+        """Settings of the method.
+
+        Args:
+            depth: Blocks of the host.
+            r_total: Tokens an average image is to lose over all blocks, which calibration aims at; or a list with
+                one number for each block. A block with 0 merges nothing. The default is that of the official
+                vit_base_patch16_siglip_224_tome.
+            r_schedule: How ``r_total`` is spread, "constant", "linear" or "reverse_linear", see
+                ``schedule.dymu_r``.
+            thresholds: Cosine similarities to merge above, one for each block, in place of calibration; they
+                stay even if a checkpoint holds others. Those of blocks with r 0 are not used.
+            max_r_per_instance_ratio: At most this multiple of a block's r is merged in each image; None: no limit.
+            ragged: How images with different counts share a batch: "padded" to the longest with a key mask, or
+                "packed" one after another with variable-length attention and no padding. Equal results.
+            compat: Reproduce the official padded batch, in which an image is merged otherwise than alone.
+        """
+        if ragged not in RAGGED:
+            raise ValueError(f"ragged must be one of {', '.join(RAGGED)}, got {ragged!r}")
+        check_switch("compat", compat)
+        if compat and ragged == "packed":
+            raise ValueError("compat=True reproduces the official padded batch; it needs ragged='padded'")
+        blocks = tuple(range(depth))
+        if isinstance(r_total, (list, tuple)):
+            values: dict[int, int] = per_block("r_total", r_total, blocks)
+            rs = [check_count("r_total", r) for r in values.values()]
+        else:
+            rs = dymu_r(r_total, depth, r_schedule)  # type: ignore[arg-type]
+        given = check_thresholds(thresholds, blocks)
+        limits = [None] * depth if max_r_per_instance_ratio is None else check_limits(max_r_per_instance_ratio, rs)
+        return {b: cls(rs[b], given[b], limits[b], ragged, compat) for b in blocks if rs[b] > 0}
+
+    def count(self, num_tokens: int, num_patches: int) -> int:
+        return num_tokens
+
+    def reduce(self, x: Tensor, tokens: TokenMap, state: AttnState) -> tuple[Tensor, TokenMap]:
+        self.check_ready()
+        static, traced = torch.compiler.is_compiling(), isinstance(x, torch.fx.Proxy)
+        recorded = static or traced or torch.jit.is_tracing()  # a graph keeps its way, whatever the image
+        with torch.no_grad():
+            metric = state.k.mean(dim=1, dtype=wide_dtype(state.k.dtype))
+            metric = (tokens.unpack(metric) if tokens.packed else metric)[:, tokens.num_prefix :]  # (B, N, D)
+            check_finite(metric.sum(-1), self.origin("keys"), state.x)
+            merge = plan_merge(
+                metric,
+                tokens.valid,
+                tokens.num_prefix,
+                None if self.ranking else self.threshold,
+                self.r,
+                self.max_r,
+                self.compat,
+                trim=not static,
+                keep_mask=static or traced or self.ragged == "packed",
+            )
+        if self.ranking:
+            tokens = replace(tokens, carry=merge.threshold)
+        if not (recorded or merge.official or merge.merged.any()):
+            return x, tokens
+        return apply_merge(x, tokens, merge, self.ragged == "packed", not static)
+
+    # -- thresholds --------------------------------------------------------------------------------------------
+
+    def reset_parameters(self) -> None:
+        """Back to the given threshold, or to none."""
+        self.set_threshold(1.0 if self.given is None else self.given, 0)
+        self.ready = self.given is not None
+
+    def check_ready(self) -> None:
+        """Raise a ValueError while there is no threshold: the model would silently merge nothing."""
+        if self.ready or self.ranking or self.num_batches.is_meta:
+            return
+        if torch.compiler.is_compiling() or not self.num_batches:
+            raise ValueError(
+                f"dymu in block {self.block} has no threshold yet, so it would merge nothing; call "
+                "effvit.calibrate(model, batches), load a calibrated checkpoint, or give the setting thresholds"
+            )
+
+    def set_threshold(self, threshold: float, num_batches: int) -> None:
+        """Set the threshold to a mean over so many calibration batches."""
+        self.threshold.fill_(threshold)
+        self.num_batches.fill_(num_batches)
+        self.ready = num_batches > 0
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DyMU:
+        """Move and cast as any module, but keep the threshold in float32 or wider: means do not fit bfloat16."""
+        before = self.threshold
+        super()._apply(fn, recurse)
+        if before.is_meta and not self.threshold.is_meta:  # to_empty: the memory holds anything
+            self.reset_parameters()
+        elif self.threshold.dtype not in (torch.float32, torch.float64):
+            self.threshold = before.to(self.threshold.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Load as any module, but leave given thresholds alone, and those a checkpoint has nothing about."""
+        threshold = self.threshold if self.given is None else torch.full_like(self.threshold, self.given)
+        own = {f"{prefix}threshold": threshold, f"{prefix}num_batches": self.num_batches}
+        if self.given is not None or f"{prefix}threshold" not in state_dict:
+            state_dict.update(own)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        number = state_dict[f"{prefix}num_batches"]
+        self.ready = self.given is not None or (not number.is_meta and bool(number > 0))
+
+
+def check_thresholds(thresholds: Sequence[float] | None, blocks: tuple[int, ...]) -> list[float | None]:
+    """One threshold for each block, or None for each."""
+    if thresholds is None:
+        return [None] * len(blocks)
+    if not isinstance(thresholds, (list, tuple)):
+        raise TypeError(f"thresholds must be a sequence with one number for each block, got {thresholds!r}")
+    given: dict[int, float] = per_block("thresholds", thresholds, blocks)
+    values = [check_number("thresholds", value) for value in given.values()]
+    for value in values:
+        if not -1 <= value <= 1:
+            raise ValueError(f"thresholds must be cosine similarities in [-1, 1], got {value}")
+    return list(values)
+
+
+def check_limits(ratio: float, rs: list[int]) -> list[int | None]:
+    """Tokens an image may lose in each block."""
+    limits = [int(check_number("max_r_per_instance_ratio", ratio, "positive") * r) for r in rs]
+    if any(rs) and not any(limits):
+        raise ValueError(f"max_r_per_instance_ratio {ratio} of r {rs} lets no block merge a token; raise one of them")
+    return list(limits)
