@@ -55,6 +55,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gtp": {"num_prop": 2, "num_neighbours": 3},
     "ats": {"reduce_at": (1, 2, 3)},
     "zero_tprune": {"keep_rate": 0.7, "reduce_at": (0, 2), "r": 2, "num_iters": 3},
+    "expedite": {"keep_rate": 0.5, "cluster_at": 1, "num_iters": 3, "window_size": 3, "temperature": 0.05, "k": 4},
+    "hot": {"keep_rate": 0.5, "reduce_at": (1, 3)},
 }
 OFF: dict[str, dict[str, Any]] = {
     "evit": {"keep_rate": 1.0},
@@ -62,6 +64,8 @@ OFF: dict[str, dict[str, Any]] = {
     "gtp": {"num_prop": 0},
     "ats": {"keep_rate": 1.0},
     "zero_tprune": {"keep_rate": 1.0},
+    "expedite": {"keep_rate": 1.0},
+    "hot": {"keep_rate": 1.0},
 }
 NO_CLASS_TOKEN = {"average_pool", "register_no_class", "attention_pool"}
 PAIRS = [(m, h) for m in SETTINGS for h in HOSTS if not (m in ("evit", "ats") and h in NO_CLASS_TOKEN)]

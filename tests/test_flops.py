@@ -30,6 +30,8 @@ SMALL = {
     "gtp": {"num_prop": 3},
     "ats": {},
     "zero_tprune": {"keep_rate": 0.7, "r": 2, "reduce_at": [0]},
+    "expedite": {"keep_rate": 0.6},
+    "hot": {"reduce_at": [1]},
 }
 
 

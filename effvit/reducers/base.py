@@ -50,6 +50,7 @@ class Reducer(nn.Module):
         name: The method's name, as in ``effvit.list_methods()``.
         summary: One line on the method with its source.
         needs_class_token: The method scores patches by the class token.
+        recover: The fill of dense maps unless another is asked for, one of ``effvit.recover.FILLS``.
         block: The block this reducer sits in, for messages.
     """
 
@@ -57,6 +58,7 @@ class Reducer(nn.Module):
     summary: str
     needs_class_token = False
     variable_length = False
+    recover = "last"
     block: int = -1
 
     @classmethod
@@ -78,6 +80,10 @@ class Reducer(nn.Module):
             num_patches: Patches of the whole image.
         """
         raise NotImplementedError
+
+    def count_on(self, num_tokens: int, grid: tuple[int, int]) -> int:
+        """``count`` for an image of that patch grid (H, W), for a method whose count depends on its shape."""
+        return self.count(num_tokens, grid[0] * grid[1])
 
     def start(self, x: Tensor, tokens: TokenMap) -> TokenMap:
         """The map to begin with, given the embedded tokens x (B, P+H*W, C) of the full grid."""
