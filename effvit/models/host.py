@@ -324,9 +324,10 @@ class ReducedHost(nn.Module):
         """
         if "keep_rate" not in self.settings:
             raise ValueError(f"{self.method} has no keep rate to set; its settings are {', '.join(self.settings)}")
-        reducers: dict[int, Any] = self.reducers
-        if not reducers or self.settings.get("num_tokens") is not None:
-            cause = "its num_tokens are absolute" if reducers else "its settings let no block reduce"
+        reducers: dict[int, Any] = {b: r for b, r in self.reducers.items() if hasattr(r, "base_keep_rate")}
+        absolute = [name for name in ("num_tokens", "num_clusters") if self.settings.get(name) is not None]
+        if not reducers or absolute:
+            cause = f"its {absolute[0]} are absolute" if absolute else "its settings let no block reduce"
             raise ValueError(f"{self.method}: a keep rate would have no effect, no block uses one ({cause})")
         before = {block: reducer.keep_rate for block, reducer in reducers.items()}
         rates = per_block("keep_rate", keep_rate, tuple(reducers))

@@ -168,6 +168,7 @@ class Expedite(Reducer):
     ) -> None:
         super().__init__()
         self.keep_rate = keep_rate
+        self.base_keep_rate = keep_rate
         self.num_clusters = num_clusters
         self.num_iters = num_iters
         self.temperature = temperature
