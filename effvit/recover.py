@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 FILLS = ("last", "nearest", "zero", "reconstruct")
-NORMS = ("l2", "l1")
+NORMS = ("l2", "l1", "official")
 
 
 def check_fill(fill: str) -> None:
@@ -86,9 +86,9 @@ def reconstruct_tokens(
 
     Weights are exp(-temperature * D) with D the squared distance between the patch and the token at a former
     depth, kept for the k nearest (more where distances tie) and normalised for each patch. Defaults are those of
-    scripts/amg.py@75a1c30. One deviation from hourglass_image_encoder.py: the smallest distance of a patch is
-    subtracted first. That cancels in the normalisation, but a patch far from all tokens (temperature * D above
-    28, where the official weights underflow) is reconstructed like any other instead of becoming zero.
+    scripts/amg.py@75a1c30. Unless norm is "official", the smallest distance of a patch is subtracted first: that
+    cancels in the normalisation, but a patch far from all tokens is reconstructed like any other, while the
+    official weights underflow and make it small or zero (temperature * D above 27).
 
     Args:
         z: (B, M, C') tokens to mix.
@@ -97,7 +97,7 @@ def reconstruct_tokens(
         temperature: Factor on the squared distance.
         k: Tokens a patch is a mixture of; None means 20, or all where there are fewer.
         norm: "l2": weights have Euclidean norm one, as officially, so that they sum to between 1 and sqrt(k);
-            "l1": they sum to one, a mean.
+            "l1": they sum to one, a mean; "official": as "l2", with the underflow of the official code.
         usable: (B, M) False for tokens that take part only if a patch has no other.
 
     Returns:
@@ -118,8 +118,11 @@ def reconstruct_tokens(
     if usable is not None:
         logits = logits.masked_fill(~usable.unsqueeze(1), torch.finfo(logits.dtype).min)
     nearest = logits.detach().topk(k or min(20, number), dim=-1).values
-    weights = (logits - nearest[..., :1]).exp().masked_fill(logits < nearest[..., -1:], 0)
-    weights = F.normalize(weights, p=2.0 if norm == "l2" else 1.0, dim=-1)
+    largest = nearest[..., :1]
+    if norm == "official":  # the true distances, which are not negative
+        largest = (patches.to(logits.dtype).square().sum(-1, keepdim=True) * temperature).maximum(largest)
+    weights = (logits - largest).exp().masked_fill(logits < nearest[..., -1:], 0)
+    weights = F.normalize(weights, p=1.0 if norm == "l1" else 2.0, dim=-1)
     with without_autocast(z):
         return weights.to(z.dtype) @ z
 

@@ -118,7 +118,7 @@ class Reference(NamedTuple):
             mixture of several; None: each patch is carried by one token at most, which is as its anchor was.
         temperature: Factor on the squared distance.
         k: Tokens a patch is reconstructed from; None means 20, or all where there are fewer.
-        norm: "l2" or "l1", see ``effvit.recover.reconstruct_tokens``.
+        norm: "l2", "l1" or "official", see ``effvit.recover.reconstruct_tokens``.
     """
 
     patches: Tensor

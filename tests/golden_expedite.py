@@ -36,7 +36,7 @@ def compare_layers(case: Case) -> None:
     labels = nearest_centre(patches, centres)
     case.equal(labels, "inter/hard_labels")
     z = case["super_tokens_input"]
-    mix = {"temperature": config["temperture"], "k": config["k"]}
+    mix = {"temperature": config["temperture"], "k": config["k"], "norm": "official"}
     case.close(reconstruct_tokens(z, patches, centres, **mix), "output", limit)
     case.close(reconstruct_tokens(centres, patches, centres, **mix), "inter/reconstructed_self", limit)
     case.close(take_rows(z, flat_rows(labels, z.shape[1])), "inter/naive_unpool", limit)
@@ -49,9 +49,9 @@ class HourglassEncoder(nn.Module):
         super().__init__()
         own = {key: value for key, value in kwargs.items() if not key.startswith("hourglass_")}
         own["neck_chans"] = own.pop("out_chans")
-        own["use_abs_pos"] = own.pop("use_abs_pos", True)
+        own.pop("rel_pos_zero_init", None)  # of no effect on loaded weights
         self.sam = VisionTransformerSAM(**own, num_classes=0, global_pool="")
-        self.location = kwargs["hourglass_clustering_location"]
+        self.location = kwargs.get("hourglass_clustering_location", -1)
         self.clusters = cluster_grid(kwargs.get("hourglass_num_cluster", 100))
         temperature = kwargs.get("hourglass_temperture", 0.01)
         self.clustering = {
@@ -59,7 +59,11 @@ class HourglassEncoder(nn.Module):
             "temperature": temperature,
             "window_size": kwargs.get("hourglass_cluster_window_size", 5),
         }
-        self.mixture = {"temperature": temperature, "k": kwargs.get("hourglass_reconstruction_k", 20)}
+        self.mixture = {
+            "temperature": temperature,
+            "k": kwargs.get("hourglass_reconstruction_k", 20),
+            "norm": "official",
+        }
         self.window = kwargs["window_size"]
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:

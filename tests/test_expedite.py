@@ -196,7 +196,7 @@ class TestRefusals:
             ({"temperature": 0}, ValueError, "temperature must be a positive number, got 0"),
             ({"temperature": float("nan")}, ValueError, "temperature must be a positive number, got nan"),
             ({"num_iters": -1}, ValueError, "num_iters must be at least 0, got -1"),
-            ({"norm": "max"}, ValueError, "norm must be one of l2, l1, got 'max'"),
+            ({"norm": "max"}, ValueError, "norm must be one of l2, l1, official, got 'max'"),
             ({"cluster_at": 4}, ValueError, "cluster_at names block 4, but the model has blocks 0 to 3"),
             (
                 {"cluster_at": 2, "restore_at": 2},

@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import effvit
-from effvit.recover import FILLS
+from effvit.recover import FILLS, NORMS
 from effvit.reducers.gtp import GRAPH_TYPES, PROPAGATIONS, SELECTIONS
 from effvit.reducers.zero_tprune import PARTITIONS, SIMILARITIES
 
@@ -104,7 +104,7 @@ def methods(draw: st.DrawFn, depth: int) -> tuple[str, dict[str, Any]]:
             "temperature": draw(st.sampled_from([5e-3, 0.1, 100.0])),
             "window_size": draw(st.sampled_from([1, 3, 5])),
             "k": draw(st.sampled_from([None, 1, 3])),
-            "norm": draw(st.sampled_from(["l2", "l1"])),
+            "norm": draw(st.sampled_from(NORMS)),
         }
     elif method == "hot":
         drawn = {"keep_rate": draw(rates), "reduce_at": blocks, "k": draw(st.integers(2, 4))}

@@ -211,7 +211,14 @@ class TestReconstruction:
     def test_is_the_formula(self, k: int) -> None:
         z, x, c = (torch.randn(2, n, d, dtype=torch.float64) for n, d in ((7, 5), (20, 6), (7, 6)))
         expected = self.official(z, x, c, 0.1, k)
-        assert torch.allclose(reconstruct_tokens(z, x, c, 0.1, k), expected, atol=1e-12)
+        for norm in ("l2", "official"):
+            assert torch.allclose(reconstruct_tokens(z, x, c, 0.1, k, norm), expected, atol=1e-12)
+
+    def test_official_norm_shrinks_far_patches_as_the_official_code(self) -> None:
+        z, x, c = (torch.randn(2, n, d, dtype=torch.float64) for n, d in ((7, 5), (20, 6), (7, 6)))
+        expected = self.official(z, x, c, 6.0, 3)
+        assert torch.allclose(reconstruct_tokens(z, x, c, 6.0, 3, "official"), expected, atol=1e-12)
+        assert not torch.allclose(reconstruct_tokens(z, x, c, 6.0, 3), expected, atol=1e-3)
 
     def test_mean_of_equal_tokens_is_the_token(self) -> None:
         z = torch.randn(2, 1, 5).expand(-1, 7, -1)
@@ -222,6 +229,7 @@ class TestReconstruction:
     def test_patch_far_from_all_tokens_gets_the_nearest_instead_of_zeros(self, norm: str) -> None:
         z, x, c = torch.randn(1, 3, 4), torch.full((1, 2, 4), 100.0), torch.randn(1, 3, 4)
         assert (self.official(z, x, c, 1.0, 2) == 0).all()
+        assert (reconstruct_tokens(z, x, c, 1.0, 2, "official") == 0).all()
         nearest = (x[:, :, None] - c[:, None]).square().sum(-1).argmin(-1)
         assert torch.allclose(reconstruct_tokens(z, x, c, 1.0, 2, norm)[0], z[0, nearest[0]], atol=1e-5)
 
@@ -233,7 +241,7 @@ class TestReconstruction:
                 ValueError, match=f"k must be at least 1 and at most the number of tokens, got {k} for 3"
             ):
                 reconstruct_tokens(z, x, c, k=k)
-        with pytest.raises(ValueError, match="norm must be one of l2, l1, got 'max'"):
+        with pytest.raises(ValueError, match="norm must be one of l2, l1, official, got 'max'"):
             reconstruct_tokens(z, x, c, norm="max")
 
     def test_restored_sequence_is_a_full_grid_with_the_old_prefix(self) -> None:

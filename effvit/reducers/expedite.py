@@ -208,7 +208,7 @@ class Expedite(Reducer):
                 of the host's features; the default is for SAM.
             window_size: Odd side of the window of clusters a patch may belong to.
             k: Centres a patch is reconstructed from; None means 20, or all where there are fewer.
-            norm: "l2" or "l1", see ``effvit.recover.reconstruct_tokens``.
+            norm: "l2", "l1" or "official", see ``effvit.recover.reconstruct_tokens``.
         """
         first = 6 * depth // 32 if cluster_at is None else cluster_at
         check_blocks("cluster_at", (first,), depth)
