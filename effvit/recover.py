@@ -1,4 +1,4 @@
-"""From the tokens that are left back to full (B, C, H, W) maps: the fills that need no weights.
+"""From the tokens that are left back to full (B, C, H, W) maps: fills without weights, and attention with them.
 
 A recovery is exact where nothing was reduced. Merged patches take the feature of their token ("unmerge by
 source"); the fills differ in what a patch gets that no token stands for any more.
@@ -6,14 +6,28 @@ source"); the fills differ in what a patch gets that no token stands for any mor
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from effvit.tokens import TokenMap, flat_rows, take_rows
+from effvit.tokens import TokenMap, flat_rows, fx_leaf, take_rows, wide_dtype, without_autocast
 
-__all__ = ["FILLS", "check_fill", "to_grid", "to_map"]
+__all__ = [
+    "FILLS",
+    "NORMS",
+    "TokenRecoveringAttention",
+    "check_fill",
+    "closeness",
+    "reconstruct_tokens",
+    "restore",
+    "to_grid",
+    "to_map",
+]
 
-FILLS = ("last", "nearest", "zero")
+FILLS = ("last", "nearest", "zero", "reconstruct")
+NORMS = ("l2", "l1", "official")
 
 
 def check_fill(fill: str) -> None:
@@ -37,6 +51,118 @@ def nearest_token(tokens: TokenMap) -> Tensor:
     return distance.argmin(-1)
 
 
+@fx_leaf
+def closeness(x: Tensor, centres: Tensor, temperature: float) -> Tensor:
+    """-temperature * |x - c|^2 of every token to every centre, up to a term of each token alone.
+
+    The term, -temperature * |x|^2, changes no softmax, order or normalised weight over the centres; without it
+    one fused product remains, and what cancels in |x|^2 - 2 x c + |c|^2 does not cost precision.
+
+    Args:
+        x: (B, N, C) tokens.
+        centres: (B, M, C).
+        temperature: Factor on the squared distance.
+
+    Returns:
+        (B, N, M) in float32 (float64 for float64), also under autocast.
+    """
+    x, centres = x.to(wide_dtype(x.dtype)), centres.to(wide_dtype(x.dtype))
+    with without_autocast(x):
+        offset = centres.square().sum(-1).mul(-temperature).unsqueeze(1)  # (B, 1, M)
+        return torch.baddbmm(offset, x, centres.transpose(1, 2), alpha=2 * temperature)
+
+
+@fx_leaf
+def reconstruct_tokens(
+    z: Tensor,
+    patches: Tensor,
+    centres: Tensor,
+    temperature: float = 5e-3,
+    k: int | None = None,
+    norm: str = "l2",
+    usable: Tensor | None = None,
+) -> Tensor:
+    """Every patch as a mixture of the k tokens it was most alike (Expedite, 2210.01035, token reconstruction).
+
+    Weights are exp(-temperature * D) with D the squared distance between the patch and the token at a former
+    depth, kept for the k nearest (more where distances tie) and normalised for each patch. Defaults are those of
+    scripts/amg.py@75a1c30. Unless norm is "official", the smallest distance of a patch is subtracted first: that
+    cancels in the normalisation, but a patch far from all tokens is reconstructed like any other, while the
+    official weights underflow and make it small or zero (temperature * D above 27).
+
+    Args:
+        z: (B, M, C') tokens to mix.
+        patches: (B, N, C) features of all patches at the former depth.
+        centres: (B, M, C) features of the tokens at that depth.
+        temperature: Factor on the squared distance.
+        k: Tokens a patch is a mixture of; None means 20, or all where there are fewer.
+        norm: "l2": weights have Euclidean norm one, as officially, so that they sum to between 1 and sqrt(k);
+            "l1": they sum to one, a mean; "official": as "l2", with the underflow of the official code.
+        usable: (B, M) False for tokens that take part only if a patch has no other.
+
+    Returns:
+        (B, N, C').
+
+    Raises:
+        ValueError: k larger than M, or an unknown norm.
+    """
+    if norm not in NORMS:
+        raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
+    number = centres.shape[1]
+    if k is not None and not 1 <= k <= number:
+        raise ValueError(
+            f"k must be at least 1 and at most the number of tokens, got {k} for {number} tokens; "
+            "use a smaller k, or None for 20 at most"
+        )
+    logits = closeness(patches, centres, temperature)  # (B, N, M)
+    if usable is not None:
+        logits = logits.masked_fill(~usable.unsqueeze(1), torch.finfo(logits.dtype).min)
+    nearest = logits.detach().topk(k or min(20, number), dim=-1).values
+    largest = nearest[..., :1]
+    if norm == "official":  # the true distances, which are not negative
+        largest = (patches.to(logits.dtype).square().sum(-1, keepdim=True) * temperature).maximum(largest)
+    weights = (logits - largest).exp().masked_fill(logits < nearest[..., -1:], 0)
+    weights = F.normalize(weights, p=1.0 if norm == "l1" else 2.0, dim=-1)
+    with without_autocast(z):
+        return weights.to(z.dtype) @ z
+
+
+def _reconstruct(patches: Tensor, tokens: TokenMap) -> Tensor:
+    """Fill "reconstruct" of to_grid: patches (B, N, C) -> (B, H*W, C)."""
+    reference = tokens.reference
+    if reference is None:
+        raise ValueError(
+            "recover 'reconstruct' needs features from before the reduction to compare the patches in, but this "
+            "TokenMap holds no reference; get it from forward_tokens(x, memory=True) or use recover 'nearest' or 'zero'"
+        )
+    centres = reference.centres
+    if centres is None:
+        centres = take_rows(reference.patches, flat_rows(tokens.anchor, tokens.num_patches))
+    usable = tokens.valid
+    if tokens.fused is not None:  # a fused token is not what its anchor was
+        usable = ~tokens.fused if usable is None else usable & ~tokens.fused
+    options = (reference.temperature, reference.k, reference.norm)
+    mixture = reconstruct_tokens(patches, reference.patches, centres, *options, usable)
+    if tokens.soft:
+        return mixture
+    carried = take_rows(patches, flat_rows(tokens.source.clamp(min=0), patches.shape[1]))
+    return torch.where(tokens.on_its_own().unsqueeze(-1), carried, mixture)
+
+
+def restore(x: Tensor, tokens: TokenMap) -> tuple[Tensor, TokenMap]:
+    """The full sequence (B, P + H*W, C), reconstructed, and its map, as if nothing had been reduced before.
+
+    Args:
+        x: (B, P+N, C) tokens.
+        tokens: Their map, with a reference; errors as in to_grid with "reconstruct".
+    """
+    if not tokens.moved:
+        return x, tokens
+    x = tokens.unpack(x) if tokens.packed else x
+    x = torch.cat([tokens.split(x)[0], to_grid(x, replace(tokens, packed=False), "reconstruct")], dim=1)
+    return x, TokenMap.full(x, tokens.grid, tokens.num_prefix, tokens.num_class)
+
+
 def to_grid(x: Tensor, tokens: TokenMap, fill: str = "last") -> Tensor:
     """Patch tokens of x (B, P+N, C) put back on the full grid: (B, H*W, C) in image order.
 
@@ -44,16 +170,21 @@ def to_grid(x: Tensor, tokens: TokenMap, fill: str = "last") -> Tensor:
         x: Tokens as the reduced blocks return them; packed (1, T, C) if ``tokens.packed``.
         tokens: The map that came with x.
         fill: What a dropped patch gets. "last": the feature it had when it entered the block that dropped it
-            (needs ``tokens.memory``); "nearest": the feature of the nearest token that is left; "zero": zeros.
-            Patches summed up in a fused token count as dropped for "last", as carried for the others.
+            (needs ``tokens.memory``); "nearest": the feature of the nearest token that is left; "zero": zeros;
+            "reconstruct": a mixture of the tokens it was most alike before the first reduction, see
+            ``reconstruct_tokens`` (needs ``tokens.reference``). Patches summed up in a fused token count as
+            dropped for "last" and "reconstruct", as carried for the others. In soft clusters no token stands for
+            a patch: "reconstruct" mixes all of them, the others take the feature of the nearest cluster.
 
     Raises:
-        ValueError: An unknown fill, or "last" for a map made without memory.
+        ValueError: An unknown fill, "last" for a map made without memory, "reconstruct" without reference.
     """
     check_fill(fill)
     _, patches = tokens.split(tokens.unpack(x) if tokens.packed else x)
     if not tokens.moved:
         return patches
+    if fill == "reconstruct":
+        return _reconstruct(patches, tokens)
     source = tokens.source
     if fill == "nearest":
         source = torch.where(source < 0, nearest_token(tokens), source)
@@ -73,3 +204,87 @@ def to_grid(x: Tensor, tokens: TokenMap, fill: str = "last") -> Tensor:
 def to_map(x: Tensor, tokens: TokenMap, fill: str = "last") -> Tensor:
     """Full feature map (B, C, H, W) of x; arguments and errors as in to_grid."""
     return to_grid(x, tokens, fill).transpose(1, 2).unflatten(2, tokens.grid).contiguous()
+
+
+class TokenRecoveringAttention(nn.Module):
+    """Recover a full sequence from the tokens left by cross-attention (HoT, 2311.12028, token recovering attention).
+
+    ``out = queries + attention(queries, kept, kept)``: no norm, no MLP. The queries are learned, one for each
+    position of a sequence of fixed length, as in hot_mixste.py@873b5bd, or given, for example the tokens from
+    before the pruning, which fits any length. Parameters are named as there (``x_token`` of the model and
+    ``cross_attention.*`` in one module here).
+
+    Deviation: learned queries start small and random. The official zeros make all positions equal at first, so
+    that only the residual path tells them apart; ``zero_init`` asks for them.
+
+    Args:
+        dim: Channels.
+        num_queries: Length of the sequence to recover; None if queries are given to ``forward``.
+        num_heads: Attention heads.
+        zero_init: Start learned queries at zero.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+
+    Raises:
+        ValueError: dim not a multiple of num_heads, or zero_init without learned queries.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_queries: int | None = None,
+        num_heads: int = 8,
+        zero_init: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"dim must be a multiple of num_heads, got {dim} and {num_heads}")
+        if num_queries is None and zero_init:
+            raise ValueError("zero_init is for learned queries, but num_queries is None; leave it out or give a number")
+        self.num_heads = num_heads
+        self.zero_init = zero_init
+        self.register_parameter("x_token", None)
+        if num_queries is not None:
+            self.x_token = nn.Parameter(torch.empty(1, num_queries, dim, device=device, dtype=dtype))
+        self.linear_q = nn.Linear(dim, dim, device=device, dtype=dtype)
+        self.linear_k = nn.Linear(dim, dim, device=device, dtype=dtype)
+        self.linear_v = nn.Linear(dim, dim, device=device, dtype=dtype)
+        self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
+        self.reset_queries()
+
+    def reset_queries(self) -> None:
+        """Initialise learned queries: a normal distribution of 0.02 cut at two units, or zeros."""
+        if self.x_token is None:
+            return
+        if self.zero_init:
+            nn.init.zeros_(self.x_token)
+        else:
+            nn.init.trunc_normal_(self.x_token, std=0.02)
+
+    def forward(self, kept: Tensor, queries: Tensor | None = None) -> Tensor:
+        """The recovered sequence.
+
+        Args:
+            kept: (B, K, C) tokens left.
+            queries: (B, F, C), or (1, F, C) for all images; None for the learned ones.
+
+        Returns:
+            (B, F, C).
+
+        Raises:
+            ValueError: No queries, or two kinds of them.
+        """
+        if (queries is None) == (self.x_token is None):
+            raise ValueError(
+                "give queries to a module without learned ones (num_queries=None), and none to a module with them"
+            )
+        queries = self.x_token if queries is None else queries
+        queries = queries.expand(kept.shape[0], -1, -1)
+        q, k, v = (self._heads(y) for y in (self.linear_q(queries), self.linear_k(kept), self.linear_v(kept)))
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, F, C)
+        return queries + self.proj(out)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, N, D)

@@ -11,9 +11,10 @@ index, and it exports to ONNX with a dynamic batch. ``torch.fx`` keeps each of t
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from torch import Tensor
 
 __all__ = [
     "RAGGED",
+    "Reference",
     "TokenMap",
     "compact",
     "flat_rows",
@@ -29,6 +31,7 @@ __all__ = [
     "sequence_rows",
     "take_rows",
     "wide_dtype",
+    "without_autocast",
 ]
 
 RAGGED = ("padded", "packed")
@@ -59,6 +62,13 @@ def fx_leaf(function: Callable[P, R]) -> Callable[P, R]:
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype scores, softmax and token sizes are kept in: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """Context in which products keep the dtype of their factors: for distances, which bf16 products would blur."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()
 
 
 @fx_leaf
@@ -143,6 +153,25 @@ def _unpack(x: Tensor, mask: Tensor) -> Tensor:
     return padded.index_copy(0, rows, x.squeeze(0)).unflatten(0, mask.shape)  # (B, P+N, C)
 
 
+class Reference(NamedTuple):
+    """Features in which all patches can be compared with the tokens left: those from before the first reduction.
+
+    Attributes:
+        patches: (B, H*W, C) features of the full grid.
+        centres: (B, N, C) features of the tokens where they stand for soft clusters, so that every patch is a
+            mixture of several; None: each patch is carried by one token at most, which is as its anchor was.
+        temperature: Factor on the squared distance.
+        k: Tokens a patch is reconstructed from; None means 20, or all where there are fewer.
+        norm: "l2", "l1" or "official", see ``effvit.recover.reconstruct_tokens``.
+    """
+
+    patches: Tensor
+    centres: Tensor | None = None
+    temperature: float = 5e-3
+    k: int | None = None
+    norm: str = "l2"
+
+
 @dataclass(frozen=True)
 class TokenMap:
     """Where every patch of a batch of images is in the current token sequence.
@@ -163,6 +192,7 @@ class TokenMap:
         valid: (B, N) False for the padding of an image with fewer tokens than its neighbours. None: all valid.
         fused: (B, N) True for a token that sums up patches it does not stand for one by one (EViT's). None: no.
         memory: (B, H*W, C) last feature every patch had while it was carried; kept only for dense recovery.
+        reference: What patches are reconstructed from the tokens left by; kept only where that may be asked for.
         carry: What a method hands from block to block (GTP: its graph).
         packed: The sequence is one row (1, T, C) of all valid tokens of all images, without padding.
     """
@@ -179,6 +209,7 @@ class TokenMap:
     valid: Tensor | None = None
     fused: Tensor | None = None
     memory: Tensor | None = None
+    reference: Reference | None = None
     carry: Tensor | None = None
     packed: bool = False
 
@@ -210,7 +241,15 @@ class TokenMap:
             valid: New padding mask.
             fused: New marks of fused tokens.
             packed: Whether the new sequence is packed.
+
+        Raises:
+            ValueError: The tokens stand for soft clusters, which cannot be followed through another reduction.
         """
+        if self.soft:
+            raise ValueError(
+                "tokens that stand for soft clusters cannot be reduced again, since a patch is a mixture of several; "
+                "restore the full grid first (effvit.recover.restore)"
+            )
         carried = target.gather(1, self.source.clamp(min=0))
         source = torch.where(self.source < 0, self.source, carried)
         return replace(
@@ -269,6 +308,11 @@ class TokenMap:
         """Patches of the whole image, H * W."""
         return self.grid[0] * self.grid[1]
 
+    @property
+    def soft(self) -> bool:
+        """Whether the tokens stand for soft clusters, so that every patch is a mixture of several."""
+        return self.reference is not None and self.reference.centres is not None
+
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, P+N, C) -> prefix tokens (B, P, C) and patch tokens (B, N, C)."""
         return x[:, : self.num_prefix], x[:, self.num_prefix :]
@@ -323,6 +367,10 @@ class TokenMap:
         if self.memory is None:
             return replace(self, memory=feature)
         return replace(self, memory=torch.where(self.on_its_own().unsqueeze(-1), feature, self.memory))
+
+    def refer(self, x: Tensor) -> TokenMap:
+        """The map that keeps the patches of the full grid in x (B, P + H*W, C) to be compared with later."""
+        return replace(self, reference=Reference(x[:, self.num_prefix :]))
 
     def on_its_own(self) -> Tensor:
         """(B, H*W) True for a patch that is carried by a token which stands for it (not dropped, not fused)."""

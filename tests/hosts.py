@@ -56,6 +56,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ats": {"reduce_at": (1, 2, 3)},
     "zero_tprune": {"keep_rate": 0.7, "reduce_at": (0, 2), "r": 2, "num_iters": 3},
     "dymu": {"thresholds": (0.9, 0.8, 0.7, 0.6)},
+    "expedite": {"keep_rate": 0.5, "cluster_at": 1, "num_iters": 3, "window_size": 3, "temperature": 0.05, "k": 4},
+    "hot": {"keep_rate": 0.5, "reduce_at": (1, 3)},
 }
 OFF: dict[str, dict[str, Any]] = {
     "evit": {"keep_rate": 1.0},
@@ -64,6 +66,8 @@ OFF: dict[str, dict[str, Any]] = {
     "ats": {"keep_rate": 1.0},
     "zero_tprune": {"keep_rate": 1.0},
     "dymu": {"r_total": 0},
+    "expedite": {"keep_rate": 1.0},
+    "hot": {"keep_rate": 1.0},
 }
 NO_CLASS_TOKEN = {"average_pool", "register_no_class", "attention_pool"}
 PAIRS = [(m, h) for m in SETTINGS for h in HOSTS if not (m in ("evit", "ats") and h in NO_CLASS_TOKEN)]

@@ -78,7 +78,9 @@ class TestNames:
             effvit.sparsify("deit_smal_patch16_224", "tome")
 
     def test_setting_of_another_method_is_answered_with_its_owners(self) -> None:
-        message = r"tome has no setting 'keep_rate'; it belongs to evit, ats, zero_tprune; tome takes r, prop_attn"
+        message = (
+            r"tome has no setting 'keep_rate'; it belongs to evit, ats, zero_tprune, expedite, hot; tome takes r, p"
+        )
         with pytest.raises(ValueError, match=message):
             effvit.sparsify(vit(), "tome", keep_rate=0.5)
         with pytest.raises(ValueError, match=message):
@@ -210,7 +212,7 @@ class TestSettingsOutOfRange:
             reduced(method, ragged="packed", compat=True)
 
     def test_unknown_fill(self) -> None:
-        message = "recover must be one of last, nearest, zero, got 'x'"
+        message = "recover must be one of last, nearest, zero, reconstruct, got 'x'"
         with pytest.raises(ValueError, match=message):
             reduced("evit", recover="x")
         with pytest.raises(ValueError, match=message):

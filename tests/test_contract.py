@@ -126,11 +126,17 @@ class TestEveryPair:
         for before in model.blocks[:index]:
             x, tokens = before(x, tokens, model._block_rope(rope, index))
         block_rope = model._block_rope(rope, index)
+        entered: list[Tensor] = []
+        hook = block.attn.register_forward_pre_hook(lambda _, arguments: entered.append(arguments[0]))
         reduced, _ = block(x, tokens, block_rope)
+        hook.remove()
+        prefix = model.num_prefix_tokens
+        assert torch.allclose(entered[0][:, :prefix], block.norm1(x)[:, :prefix], rtol=1e-5, atol=1e-6)
+        if entered[0].shape[1] < x.shape[1]:  # reduced before attention, which then has fewer keys
+            return
         reducer, block.reducer = block.reducer, None
         plain, _ = block(x, reducer.start(x, tokens) if tokens.carry is None else tokens, block_rope)
         block.reducer = reducer
-        prefix = model.num_prefix_tokens
         assert torch.allclose(reduced[:, :prefix], plain[:, :prefix], rtol=1e-5, atol=1e-6)
 
     def test_state_dict_keys_are_those_of_timm(self, method: str, host: str) -> None:
@@ -217,7 +223,7 @@ class TestEveryPair:
         compiled = torch.compile(model, fullgraph=True, backend="eager")
         assert torch.allclose(compiled(x), model(x), rtol=1e-5, atol=1e-5)
 
-    @pytest.mark.parametrize("fill", ["zero", "nearest", "last"])
+    @pytest.mark.parametrize("fill", ["zero", "nearest", "last", "reconstruct"])
     def test_every_fill_gives_full_finite_maps(self, method: str, host: str, fill: str) -> None:
         model = make_model(method, host, recover=fill)
         maps = model.forward_intermediates(make_images(model), indices=2, intermediates_only=True, norm=True)

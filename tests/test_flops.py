@@ -31,6 +31,8 @@ SMALL = {
     "ats": {},
     "zero_tprune": {"keep_rate": 0.7, "r": 2, "reduce_at": [0]},
     "dymu": {"thresholds": [0.1, 0.1]},
+    "expedite": {"keep_rate": 0.6},
+    "hot": {"reduce_at": [1]},
 }
 
 

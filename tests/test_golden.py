@@ -13,6 +13,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import golden_expedite
+import golden_hot
 import pytest
 import torch
 import torch.nn.functional as F
@@ -89,7 +91,7 @@ def test_table_agrees_with_the_official_code(table: Path) -> None:
     if table.parent.name in ARCHITECTURES:
         ARCHITECTURES[table.parent.name].compare_keys(content)
         return
-    kind = "keys" if table.stem.startswith("keys_") else table.stem
+    kind = "keys" if table.stem.startswith("keys_") and table.stem not in TABLES else table.stem
     TABLES[kind](table, content)
 
 
@@ -655,12 +657,15 @@ COMPARE: dict[str, Callable[[Case], None]] = {
     "zero_tprune": compare_zero_tprune,
     "dymu": compare_dymu,
     **{folder: module.compare for folder, module in ARCHITECTURES.items()},
+    "expedite": golden_expedite.compare,
+    "hot": golden_hot.compare,
 }
 TABLES: dict[str, Callable[[Path, Any], None]] = {
     "keep_rate_schedule": compare_keep_rates,
     "parse_r": compare_r_schedules,
     "keys": compare_keys,
     "r_schedule": compare_schedule,
+    "keys_hot_mixste": golden_hot.compare_keys,
 }
 
 

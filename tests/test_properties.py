@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import effvit
-from effvit.recover import FILLS
+from effvit.recover import FILLS, NORMS
 from effvit.reducers import METHODS
 from effvit.reducers.gtp import GRAPH_TYPES, PROPAGATIONS, SELECTIONS
 from effvit.reducers.zero_tprune import PARTITIONS, SIMILARITIES
@@ -25,7 +25,8 @@ from effvit.tokens import RAGGED
 REFUSALS = re.compile(
     r"would leave -?\d+ of \d+ patch tokens|scores patches by the class token|which attention pooling"
     r"|num_neighbours must be at least 1 and at most|keeps every entry of|token_scale needs propagation"
-    r"|compat=True reproduces the official padded batch"
+    r"|compat=True reproduces the official padded batch|k must be at (least 2 and at )?most the number of"
+    r"|restore_at must be a block behind|clusters must be at least 1 x 1 and at most one for each token"
 )
 rates = st.sampled_from([0.2, 0.5, 0.7, 0.95, 1.0])
 
@@ -105,6 +106,19 @@ def methods(draw: st.DrawFn, depth: int) -> tuple[str, dict[str, Any]]:
             "max_r_per_instance_ratio": draw(st.sampled_from([None, None, 1.0, 2.5])),
             "ragged": draw(st.sampled_from(RAGGED)),
         }
+    elif method == "expedite":
+        drawn = {
+            **draw(st.sampled_from([{"keep_rate": 0.5}, {"keep_rate": 1.0}, {"num_clusters": (2, 3)}, {}])),
+            "cluster_at": blocks[0],
+            "restore_at": draw(st.sampled_from([None, *blocks[1:]])),
+            "num_iters": draw(st.integers(0, 3)),
+            "temperature": draw(st.sampled_from([5e-3, 0.1, 100.0])),
+            "window_size": draw(st.sampled_from([1, 3, 5])),
+            "k": draw(st.sampled_from([None, 1, 3])),
+            "norm": draw(st.sampled_from(NORMS)),
+        }
+    elif method == "hot":
+        drawn = {"keep_rate": draw(rates), "reduce_at": blocks, "k": draw(st.integers(2, 4))}
     else:
         drawn = {
             "keep_rate": draw(rates),

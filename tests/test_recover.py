@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from effvit.recover import FILLS, nearest_token, to_grid, to_map
+from effvit.recover import (
+    FILLS,
+    TokenRecoveringAttention,
+    nearest_token,
+    reconstruct_tokens,
+    restore,
+    to_grid,
+    to_map,
+)
 from effvit.tokens import TokenMap
 
 GRID = (3, 5)
@@ -18,6 +26,11 @@ PREFIX = 2
 
 def full_map(batch: int = 2) -> TokenMap:
     return TokenMap.full(torch.zeros(batch, PREFIX + NUM_PATCHES, 4), GRID, PREFIX, num_class=1)
+
+
+def known() -> TokenMap:
+    """The full map with what every fill asks for."""
+    return full_map().remember(features(NUM_PATCHES)).refer(features(NUM_PATCHES))
 
 
 def random_order(batch: int, kept: int) -> Tensor:
@@ -76,33 +89,33 @@ class TestEveryFill:
 
     def test_shuffled_sequence_is_put_back_in_order(self, fill: str) -> None:
         x, order = features(NUM_PATCHES), random_order(2, NUM_PATCHES)
-        tokens = full_map().remember(features(NUM_PATCHES)).keep(order, NUM_PATCHES)
+        tokens = known().keep(order, NUM_PATCHES)
         grid = to_grid(x, tokens, fill)
         assert torch.equal(grid.gather(1, order.unsqueeze(-1).expand(-1, -1, 4)), x[:, PREFIX:])
 
     def test_kept_patches_have_the_feature_of_their_token(self, fill: str) -> None:
         x, index = features(6), random_order(2, 6)
-        tokens = full_map().remember(features(NUM_PATCHES)).keep(index, 6)
+        tokens = known().keep(index, 6)
         grid = to_grid(x, tokens, fill)
         assert torch.equal(grid.gather(1, index.unsqueeze(-1).expand(-1, -1, 4)), x[:, PREFIX:])
 
     def test_merged_patches_have_the_feature_of_their_token(self, fill: str) -> None:
         target = (torch.arange(NUM_PATCHES) // 3).expand(2, -1)
-        tokens = full_map().remember(features(NUM_PATCHES))
+        tokens = known()
         tokens = tokens.relabel(target, torch.arange(0, NUM_PATCHES, 3).expand(2, -1), 5)
         x = features(5)
         assert torch.equal(to_grid(x, tokens, fill), x[:, PREFIX:].repeat_interleave(3, dim=1))
 
     def test_packed_sequence_is_recovered_like_the_padded_one(self, fill: str) -> None:
         arguments: dict[str, Any] = {"valid": torch.tensor([[True, True, True], [True, False, False]])}
-        start, index = full_map().remember(features(NUM_PATCHES)), random_order(2, 3)
+        start, index = known(), random_order(2, 3)
         padded, packed = start.keep(index, 3, **arguments), start.keep(index, 3, packed=True, **arguments)
         x = features(3)
         assert torch.equal(to_grid(packed.pack(x), packed, fill), to_grid(x, padded, fill))
 
     def test_map_is_the_grid_with_channels_first(self, fill: str) -> None:
         x, index = features(6), random_order(2, 6)
-        tokens = full_map().remember(features(NUM_PATCHES)).keep(index, 6)
+        tokens = known().keep(index, 6)
         dense = to_map(x, tokens, fill)
         assert dense.shape == (2, 4, *GRID)
         assert dense.is_contiguous()
@@ -153,3 +166,128 @@ class TestDroppedPatches:
         assert after.grad is not None
         assert torch.equal(before.grad[:, PREFIX:].sum(-1) / 4, (tokens.source == -1).float())
         assert torch.equal(after.grad[:, PREFIX:], torch.ones(2, 6, 4))
+
+    def test_reconstruct_mixes_the_tokens_the_patch_was_like(self) -> None:
+        before, x, index = features(NUM_PATCHES), features(6), random_order(2, 6)
+        tokens = full_map().refer(before).keep(index, 6)
+        grid = to_grid(x, tokens, "reconstruct")
+        for image in range(2):
+            patches = before[image, PREFIX:]
+            distance = (patches[:, None] - patches[index[image]]).square().sum(-1)
+            weights = torch.exp(-5e-3 * distance)
+            mixture = weights / weights.square().sum(-1, keepdim=True).sqrt() @ x[image, PREFIX:]
+            dropped = tokens.source[image] == -1
+            assert torch.allclose(grid[image, dropped], mixture[dropped], atol=1e-5)
+
+    def test_fused_tokens_and_padding_take_no_part_in_reconstruct(self) -> None:
+        start, x = full_map().refer(features(NUM_PATCHES)), features(3)
+        fused = start.fuse(random_order(2, 3), 2)
+        padded = start.keep(random_order(2, 3), 3, valid=torch.tensor([[True, True, False]]).expand(2, -1))
+        for tokens in (fused, padded):
+            changed = torch.cat([x[:, :-1], x[:, -1:] + 1], dim=1)
+            assert torch.equal(to_grid(x, tokens, "reconstruct"), to_grid(changed, tokens, "reconstruct"))
+
+    def test_only_a_fused_token_left_is_what_all_patches_get(self) -> None:
+        tokens, x = full_map().refer(features(NUM_PATCHES)).fuse(random_order(2, 1), 0), features(1)
+        assert torch.equal(to_grid(x, tokens, "reconstruct"), x[:, PREFIX:].expand(-1, NUM_PATCHES, -1))
+
+    def test_reconstruct_without_reference_is_refused(self) -> None:
+        tokens = full_map().keep(random_order(2, 6), 6)
+        message = r"recover 'reconstruct' needs features from before .* forward_tokens\(x, memory=True\) or use"
+        with pytest.raises(ValueError, match=message):
+            to_grid(features(6), tokens, "reconstruct")
+
+
+class TestReconstruction:
+    """reconstruct_tokens against its formula, w = exp(-T D), the k largest of each row, norm one."""
+
+    def official(self, z: Tensor, x: Tensor, c: Tensor, temperature: float, k: int) -> Tensor:
+        distance = (x[:, :, None] - c[:, None]).square().sum(-1)
+        weights = torch.exp(-temperature * distance)
+        weights = weights * (weights >= weights.topk(k, dim=-1).values[..., -1:])
+        return torch.nn.functional.normalize(weights, dim=-1) @ z
+
+    @pytest.mark.parametrize("k", [1, 3, 7])
+    def test_is_the_formula(self, k: int) -> None:
+        z, x, c = (torch.randn(2, n, d, dtype=torch.float64) for n, d in ((7, 5), (20, 6), (7, 6)))
+        expected = self.official(z, x, c, 0.1, k)
+        for norm in ("l2", "official"):
+            assert torch.allclose(reconstruct_tokens(z, x, c, 0.1, k, norm), expected, atol=1e-12)
+
+    def test_official_norm_shrinks_far_patches_as_the_official_code(self) -> None:
+        z, x, c = (torch.randn(2, n, d, dtype=torch.float64) for n, d in ((7, 5), (20, 6), (7, 6)))
+        expected = self.official(z, x, c, 6.0, 3)
+        assert torch.allclose(reconstruct_tokens(z, x, c, 6.0, 3, "official"), expected, atol=1e-12)
+        assert not torch.allclose(reconstruct_tokens(z, x, c, 6.0, 3), expected, atol=1e-3)
+
+    def test_mean_of_equal_tokens_is_the_token(self) -> None:
+        z = torch.randn(2, 1, 5).expand(-1, 7, -1)
+        mixed = reconstruct_tokens(z, torch.randn(2, 20, 6), torch.randn(2, 7, 6), 0.1, 3, "l1")
+        assert torch.allclose(mixed, z[:, :1].expand(-1, 20, -1), atol=1e-6)
+
+    @pytest.mark.parametrize("norm", ["l2", "l1"])
+    def test_patch_far_from_all_tokens_gets_the_nearest_instead_of_zeros(self, norm: str) -> None:
+        z, x, c = torch.randn(1, 3, 4), torch.full((1, 2, 4), 100.0), torch.randn(1, 3, 4)
+        assert (self.official(z, x, c, 1.0, 2) == 0).all()
+        assert (reconstruct_tokens(z, x, c, 1.0, 2, "official") == 0).all()
+        nearest = (x[:, :, None] - c[:, None]).square().sum(-1).argmin(-1)
+        assert torch.allclose(reconstruct_tokens(z, x, c, 1.0, 2, norm)[0], z[0, nearest[0]], atol=1e-5)
+
+    def test_more_neighbours_than_tokens_or_an_unknown_norm(self) -> None:
+        z, x, c = torch.randn(1, 3, 4), torch.randn(1, 5, 4), torch.randn(1, 3, 4)
+        assert reconstruct_tokens(z, x, c).shape == (1, 5, 4)  # 20 at most by default
+        for k in (0, 4):
+            with pytest.raises(
+                ValueError, match=f"k must be at least 1 and at most the number of tokens, got {k} for 3"
+            ):
+                reconstruct_tokens(z, x, c, k=k)
+        with pytest.raises(ValueError, match="norm must be one of l2, l1, official, got 'max'"):
+            reconstruct_tokens(z, x, c, norm="max")
+
+    def test_restored_sequence_is_a_full_grid_with_the_old_prefix(self) -> None:
+        x, tokens = features(6), full_map().refer(features(NUM_PATCHES)).keep(random_order(2, 6), 6)
+        restored, full = restore(x, tokens)
+        assert torch.equal(restored[:, :PREFIX], x[:, :PREFIX])
+        assert torch.equal(restored[:, PREFIX:], to_grid(x, tokens, "reconstruct"))
+        assert not full.moved
+        assert restore(restored, full)[0] is restored
+
+
+class TestTokenRecoveringAttention:
+    def test_is_queries_plus_attention_to_the_kept_tokens(self) -> None:
+        module = TokenRecoveringAttention(16, num_heads=2)
+        kept, queries = torch.randn(3, 5, 16), torch.randn(3, 9, 16)
+        heads = [
+            (module.linear_q(queries)[..., s] @ module.linear_k(kept)[..., s].transpose(1, 2) / 8**0.5).softmax(-1)
+            @ module.linear_v(kept)[..., s]
+            for s in (slice(0, 8), slice(8, 16))
+        ]
+        expected = queries + module.proj(torch.cat(heads, dim=-1))
+        assert torch.allclose(module(kept, queries), expected, atol=1e-6)
+
+    def test_learned_queries_start_small_and_different_or_as_officially_at_zero(self) -> None:
+        learned = TokenRecoveringAttention(16, 9, num_heads=2)
+        assert learned.x_token is not None
+        assert 0 < learned.x_token.std() < 0.03
+        assert learned(torch.randn(3, 5, 16)).shape == (3, 9, 16)
+        zeros = TokenRecoveringAttention(16, 9, num_heads=2, zero_init=True)
+        assert zeros.x_token is not None
+        assert (zeros.x_token == 0).all()
+        assert TokenRecoveringAttention(16, 9, device="meta").x_token.is_meta
+
+    def test_every_parameter_gets_a_gradient(self) -> None:
+        module = TokenRecoveringAttention(16, 9, num_heads=2)
+        module(torch.randn(3, 5, 16)).square().sum().backward()
+        assert all(parameter.grad is not None for parameter in module.parameters())
+
+    def test_wrong_arguments_are_named(self) -> None:
+        kept, queries = torch.randn(3, 5, 16), torch.randn(3, 9, 16)
+        message = r"give queries to a module without learned ones \(num_queries=None\), and none to a module with"
+        with pytest.raises(ValueError, match=message):
+            TokenRecoveringAttention(16)(kept)
+        with pytest.raises(ValueError, match=message):
+            TokenRecoveringAttention(16, 9)(kept, queries)
+        with pytest.raises(ValueError, match="dim must be a multiple of num_heads, got 16 and 3"):
+            TokenRecoveringAttention(16, num_heads=3)
+        with pytest.raises(ValueError, match="zero_init is for learned queries, but num_queries is None"):
+            TokenRecoveringAttention(16, zero_init=True)

@@ -42,6 +42,8 @@ OFF: dict[str, dict[str, Any]] = {
     "ats": {"keep_rate": 1.0},
     "zero_tprune": {"keep_rate": 1.0},
     "dymu": {"r_total": 0},
+    "expedite": {"keep_rate": 1.0},
+    "hot": {"keep_rate": 1.0},
 }
 # What a pair may be refused for: a word for the table, and the message that says so.
 REASONS = {

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from effvit.block import rehouse, token_block
 from effvit.models._surface import check_images, check_output_fmt, hand_out, refuse_mask
-from effvit.recover import check_fill, to_grid
+from effvit.recover import check_fill, restore, to_grid
 from effvit.reducers import METHODS, Reducer
 from effvit.schedule import check_fraction, per_block
 from effvit.tokens import TokenMap, flat_rows, take_rows
@@ -110,7 +110,7 @@ class ReducedHost(nn.Module):
             return self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
         return tuple(self.patch_embed.grid_size)
 
-    def _start(self, x: Tensor, memory: bool) -> tuple[Tensor, Tensor | None, TokenMap]:
+    def _start(self, x: Tensor, memory: bool, reference: bool = False) -> tuple[Tensor, Tensor | None, TokenMap]:
         check_images(x, self)
         grid = self._grid(x)
         if getattr(self, "dynamic_img_size", False):
@@ -125,13 +125,19 @@ class ReducedHost(nn.Module):
         for reducer in list(self.reducers.values())[:1]:
             tokens = reducer.start(x, tokens)
         if self.token_drop is not None:
-            x, index = self.token_drop(x)
+            full, (x, index) = x, self.token_drop(x)
             if index is not None:
+                tokens = tokens.refer(full) if reference else tokens
                 tokens = tokens.keep(index, index.shape[1])
         return x, rope, tokens.remember(x) if memory else tokens
 
     def _forward_blocks(
-        self, x: Tensor, take: Sequence[int] = (), num_blocks: int | None = None, memory: bool = False
+        self,
+        x: Tensor,
+        take: Sequence[int] = (),
+        num_blocks: int | None = None,
+        memory: bool = False,
+        reference: bool = False,
     ) -> tuple[TokenFeatures, list[TokenFeatures]]:
         """The one loop over the blocks.
 
@@ -139,16 +145,19 @@ class ReducedHost(nn.Module):
             x: Images (B, 3, H, W).
             take: Blocks whose output is returned too.
             num_blocks: Blocks to run, None for all.
-            memory: Let the maps remember dropped patches, for dense recovery.
+            memory: Let the maps remember dropped patches, for dense recovery by "last".
+            reference: Let the maps keep the full grid from before the first reduction, for "reconstruct".
 
         Returns:
             Output of the last block run, and of the blocks in ``take``; packed where the method packs.
         """
-        x, rope, tokens = self._start(x, memory)
+        x, rope, tokens = self._start(x, memory, reference)
         taken = []
         for i, block in enumerate(self.blocks[:num_blocks]):
             if memory and block.reducer is not None:
                 tokens = tokens.remember(x)
+            if reference and block.reducer is not None and tokens.reference is None:
+                tokens = tokens.refer(x)
             if self.grad_checkpointing:
                 x, tokens = checkpoint(block, x, tokens, self._block_rope(rope, i))
             else:
@@ -162,32 +171,43 @@ class ReducedHost(nn.Module):
 
         Args:
             x: Images (B, 3, H, W).
-            memory: Let the map remember the features of dropped patches, which ``recover`` "last" needs.
+            memory: Let the map remember the features of dropped patches, which the fill "last" needs, and those
+                of all patches before the first reduction, which "reconstruct" needs.
 
         Returns:
             Normalised tokens (B, P+N, C) as the last block left them, and where they are.
         """
-        (x, tokens), _ = self._forward_blocks(x, memory=memory)
+        (x, tokens), _ = self._forward_blocks(x, memory=memory, reference=memory)
         return TokenFeatures(*_unpacked(self.norm(x), tokens))
 
     def trace_tokens(self, x: Tensor, memory: bool = False) -> list[TokenFeatures]:
         """Tokens (not normalised) and TokenMap after every block, for pictures and statistics."""
-        _, taken = self._forward_blocks(x, take=range(len(self.blocks)), memory=memory)
+        _, taken = self._forward_blocks(x, take=range(len(self.blocks)), memory=memory, reference=memory)
         return [TokenFeatures(*_unpacked(*features)) for features in taken]
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Normalised tokens (B, P+N, C), made so that timm's ``forward_head`` is exact on them.
 
         With class-token pooling these are the tokens left. With any other pooling merged tokens are given back
-        once for each patch they stand for, so that a mean weights them by size; padding of images with fewer
-        tokens holds their mean.
+        once for each patch they stand for, so that a mean weights them by size; soft clusters give way to all
+        patches, reconstructed before the norm; padding of images with fewer tokens holds their mean.
         """
         refuse_mask(self, attn_mask, is_causal)
         (x, tokens), _ = self._forward_blocks(x)
-        return self._poolable(*_unpacked(self.norm(x), tokens))
+        return self._poolable(*self._normalised(x, tokens))
+
+    @property
+    def _pools_patches(self) -> bool:
+        return self.global_pool != "token" or self.head_reads_patches
+
+    def _normalised(self, x: Tensor, tokens: TokenMap) -> tuple[Tensor, TokenMap]:
+        """Normalised tokens and their map, soft clusters restored to all patches if the head pools them."""
+        if tokens.soft and self._pools_patches:
+            x, tokens = restore(x, tokens)
+        return _unpacked(self.norm(x), tokens)
 
     def _poolable(self, x: Tensor, tokens: TokenMap) -> Tensor:
-        if self.global_pool == "token" and not self.head_reads_patches:
+        if not self._pools_patches:
             return x
         if tokens.size is not None:
             prefix, patches = tokens.split(x)
@@ -207,7 +227,8 @@ class ReducedHost(nn.Module):
         if self.global_pool != "map" or self.attn_pool is None:
             return self.forward_head(self.forward_features(x, attn_mask, is_causal))
         refuse_mask(self, attn_mask, is_causal)
-        x, tokens = self.forward_tokens(x)
+        (x, tokens), _ = self._forward_blocks(x)
+        x, tokens = self._normalised(x, tokens)
         if tokens.size is None:
             return self.forward_head(x)
         # Attention pooling over merged tokens: a bias of log size equals pooling the un-merged sequence.
@@ -251,7 +272,8 @@ class ReducedHost(nn.Module):
         refuse_mask(self, attn_mask, is_causal)
         take, last = feature_take_indices(len(self.blocks), indices)
         num_blocks = last + 1 if stop_early else None
-        final, taken = self._forward_blocks(x, take, num_blocks, memory=self.recover == "last")
+        memory, reference = self.recover == "last", self.recover == "reconstruct"
+        final, taken = self._forward_blocks(x, take, num_blocks, memory, reference)
 
         maps: list[Tensor] = []
         prefixes: list[Tensor] = []
@@ -267,7 +289,7 @@ class ReducedHost(nn.Module):
         return hand_out(
             maps,
             prefixes if return_prefix_tokens and self.num_prefix_tokens > 0 else None,
-            lambda: self._poolable(*_unpacked(self.norm(final.x), final.tokens)),
+            lambda: self._poolable(*self._normalised(*final)),
             intermediates_only,
             output_dict,
         )
@@ -280,7 +302,7 @@ class ReducedHost(nn.Module):
         counts, left = [], height * width
         for block in self.blocks:
             if block.reducer is not None:
-                left = block.reducer.count(left, height * width)
+                left = block.reducer.count_on(left, (height, width))
             counts.append(left)
         return counts
 
@@ -295,9 +317,10 @@ class ReducedHost(nn.Module):
         """
         if "keep_rate" not in self.settings:
             raise ValueError(f"{self.method} has no keep rate to set; its settings are {', '.join(self.settings)}")
-        reducers: dict[int, Any] = self.reducers
-        if not reducers or self.settings.get("num_tokens") is not None:
-            cause = "its num_tokens are absolute" if reducers else "its settings let no block reduce"
+        reducers: dict[int, Any] = {b: r for b, r in self.reducers.items() if hasattr(r, "base_keep_rate")}
+        absolute = [name for name in ("num_tokens", "num_clusters") if self.settings.get(name) is not None]
+        if not reducers or absolute:
+            cause = f"its {absolute[0]} are absolute" if absolute else "its settings let no block reduce"
             raise ValueError(f"{self.method}: a keep rate would have no effect, no block uses one ({cause})")
         before = {block: reducer.keep_rate for block, reducer in reducers.items()}
         rates = per_block("keep_rate", keep_rate, tuple(reducers))
@@ -419,15 +442,16 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, (tuple, list, range)) else value
 
 
-def sparsify(model: nn.Module | str, method: str, *, recover: str = "last", **settings: Any) -> ReducedHost:
+def sparsify(model: nn.Module | str, method: str, *, recover: str | None = None, **settings: Any) -> ReducedHost:
     """A cheaper version of a timm vision transformer that drops, merges or samples tokens as it goes.
 
     Args:
         model: A timm model or the name of one (then created without pretrained weights; for others call
             ``timm.create_model`` and give the model). It may be reduced already: its method is replaced.
         method: One of ``effvit.list_methods()``.
-        recover: How dense maps (``forward_intermediates``, ``features_only``) fill dropped patches: "last",
-            "nearest" or "zero".
+        recover: How dense maps (``forward_intermediates``, ``features_only``) fill dropped patches, one of
+            ``effvit.recover.FILLS``: "last", "nearest", "zero" or "reconstruct". None means "reconstruct" for
+            Expedite, "last" for the other methods.
         settings: Settings of the method in its paper's words, e.g. ``keep_rate`` and ``reduce_at`` for EViT, ATS
             and Zero-TPrune, ``r`` for ToMe, ``num_prop`` for GTP. See ``effvit.method_settings(method)``.
 
@@ -440,6 +464,7 @@ def sparsify(model: nn.Module | str, method: str, *, recover: str = "last", **se
         TypeError: A model, block or attention class whose tokens cannot be reduced correctly.
     """
     check_settings(method, settings)
+    recover = METHODS[method].recover if recover is None else recover
     check_fill(recover)
     dense: Any = _create_host(model) if isinstance(model, str) else model
     host_class = type(dense) if isinstance(dense, ReducedHost) else HOST_CLASSES.get(type(dense))

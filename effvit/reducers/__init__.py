@@ -4,10 +4,14 @@ from effvit.reducers.ats import ATS
 from effvit.reducers.base import Reducer
 from effvit.reducers.dymu import DyMU
 from effvit.reducers.evit import EViT
+from effvit.reducers.expedite import Expedite
 from effvit.reducers.gtp import GTP
+from effvit.reducers.hot import HoT
 from effvit.reducers.tome import ToMe
 from effvit.reducers.zero_tprune import ZeroTPrune
 
-__all__ = ["ATS", "GTP", "METHODS", "DyMU", "EViT", "Reducer", "ToMe", "ZeroTPrune"]
+__all__ = ["ATS", "GTP", "METHODS", "DyMU", "EViT", "Expedite", "HoT", "Reducer", "ToMe", "ZeroTPrune"]
 
-METHODS: dict[str, type[Reducer]] = {method.name: method for method in (EViT, ToMe, GTP, ATS, ZeroTPrune, DyMU)}
+METHODS: dict[str, type[Reducer]] = {
+    method.name: method for method in (EViT, ToMe, GTP, ATS, ZeroTPrune, DyMU, Expedite, HoT)
+}

@@ -53,6 +53,7 @@ class Reducer(nn.Module):
         variable_length: The method keeps a different number of tokens for each image.
         keeps_every_patch: No patch is dropped: a token stands for each, so pooling over un-merged tokens is exact.
         learns: The method learns something beside the weights, which state_dict holds.
+        recover: The fill of dense maps unless another is asked for, one of ``effvit.recover.FILLS``.
         block: The block this reducer sits in, for messages.
     """
 
@@ -62,6 +63,7 @@ class Reducer(nn.Module):
     variable_length = False
     keeps_every_patch = False
     learns = False
+    recover = "last"
     block: int = -1
 
     @classmethod
@@ -83,6 +85,10 @@ class Reducer(nn.Module):
             num_patches: Patches of the whole image.
         """
         raise NotImplementedError
+
+    def count_on(self, num_tokens: int, grid: tuple[int, int]) -> int:
+        """``count`` for an image of that patch grid (H, W), for a method whose count depends on its shape."""
+        return self.count(num_tokens, grid[0] * grid[1])
 
     def start(self, x: Tensor, tokens: TokenMap) -> TokenMap:
         """The map to begin with, given the embedded tokens x (B, P+H*W, C) of the full grid."""

@@ -1,0 +1,316 @@
+"""Expedite: cluster the tokens of the middle blocks, reconstruct all of them afterwards (arXiv 2210.01035)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from effvit.recover import NORMS, closeness, restore
+from effvit.reducers.base import Reducer, check_finite
+from effvit.schedule import check_blocks, check_count, check_fraction, check_number
+from effvit.tokens import Reference, TokenMap, fx_leaf, wide_dtype, without_autocast
+
+if TYPE_CHECKING:
+    from effvit.block import _TokenBlock
+
+__all__ = ["Expedite", "Restore", "cell_middles", "cluster_tokens", "local_mask", "nearest_centre"]
+
+
+def local_mask(grid: tuple[int, int], clusters: tuple[int, int], window_size: int, like: Tensor) -> Tensor | None:
+    """0 where a patch may belong to a cluster, -inf elsewhere: (H*W, h*w); None if every pair may.
+
+    A patch starts in the cell (row * h // H, column * w // W) of the cluster grid. It may belong to the clusters
+    at most window_size // 2 rows and columns away from that cell, in all iterations. (Officially the cell is
+    found by float32 interpolation, which puts a row or column elsewhere for some sizes above 43, such as 82 and 2.)
+
+    Args:
+        grid: (H, W) patches.
+        clusters: (h, w) clusters.
+        window_size: Odd side of the window of clusters.
+        like: Gives device and dtype.
+    """
+    radius = window_size // 2
+    if radius >= max(clusters) - 1:
+        return None
+    sides = []
+    for patches, cells in zip(grid, clusters, strict=True):
+        cell = torch.arange(patches, device=like.device) * cells // patches
+        far = (cell.unsqueeze(1) - torch.arange(cells, device=like.device)).abs() > radius  # (H, h) or (W, w)
+        sides.append(torch.zeros(patches, cells, device=like.device, dtype=like.dtype).masked_fill(far, -math.inf))
+    rows, columns = sides
+    return (rows[:, None, :, None] + columns[None, :, None, :]).flatten(2).flatten(0, 1)
+
+
+@fx_leaf
+def cluster_tokens(
+    x: Tensor, clusters: tuple[int, int], num_iters: int = 5, temperature: float = 5e-3, window_size: int = 5
+) -> Tensor:
+    """Centres of a local soft k-means on maps of tokens (Expedite, 2210.01035, token clustering layer).
+
+    Centres start as means over the cells of an h x w grid (adaptive average pooling: cells overlap where sizes
+    do not divide). In each iteration a token is shared among the clusters near its cell by a softmax over
+    -temperature * squared distance, and a centre becomes the mean of its shares. As in
+    hourglass_image_encoder.py@75a1c30 no gradient flows through the shares. The squared norm of a token is left
+    out of the distance, since the softmax does not see it, and the sums of the shares come out of the same product
+    as the centres, from a feature of ones.
+
+    Args:
+        x: (B, H, W, C) maps; whole images, or windows of them as one batch.
+        clusters: (h, w), at most (H, W).
+        num_iters: Iterations; 0 leaves the means of the cells.
+        temperature: Factor on the squared distance, above 0: the larger, the harder the clusters.
+        window_size: Odd side of the window of clusters a token may belong to.
+
+    Returns:
+        (B, h, w, C).
+
+    Raises:
+        ValueError: More clusters than tokens on a side, an even window.
+    """
+    grid = (x.shape[1], x.shape[2])
+    check_clusters(clusters, grid)
+    check_window(window_size)
+    centres = F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), clusters).flatten(2).transpose(1, 2)  # (B, h*w, C)
+    if num_iters:
+        dtype = wide_dtype(x.dtype)
+        tokens = F.pad(x.flatten(1, 2).to(dtype), (0, 1), value=1)  # (B, H*W, C+1)
+        mask = local_mask(grid, clusters, window_size, tokens)
+        with torch.no_grad():
+            shares = _shares(tokens, centres.to(dtype), mask, temperature)
+            for _ in range(num_iters - 1):
+                shares = _shares(tokens, _means(tokens, shares), mask, temperature)
+        centres = _means(tokens, shares).to(x.dtype)
+    return centres.unflatten(1, clusters)
+
+
+def _shares(tokens: Tensor, centres: Tensor, mask: Tensor | None, temperature: float) -> Tensor:
+    """Softmax over the centres (B, M, C) for each token (B, N, C+1), the last feature of which is one: (B, N, M)."""
+    offset = centres.square().sum(-1, keepdim=True).mul(-temperature)
+    keys = torch.cat([centres * (2 * temperature), offset], dim=-1).transpose(1, 2)  # (B, C+1, M)
+    with without_autocast(tokens):
+        logits = tokens @ keys if mask is None else torch.baddbmm(mask, tokens, keys)
+    return logits.softmax(dim=-1)
+
+
+def _means(tokens: Tensor, shares: Tensor) -> Tensor:
+    """Means of the tokens (B, N, C+1), the last feature of which is one, by their shares (B, N, M): (B, M, C)."""
+    with without_autocast(tokens):
+        sums = shares.transpose(1, 2) @ tokens  # (B, M, C+1)
+    return sums[..., :-1] / sums[..., -1:].clamp(min=1e-16)
+
+
+@torch.no_grad()
+def nearest_centre(x: Tensor, centres: Tensor) -> Tensor:
+    """Hard labels: which of all centres (B, M, C), near or far on the grid, is closest to each token (B, N, C).
+
+    Returns:
+        (B, N) int64, exact for any number of centres (officially in the dtype of the features).
+    """
+    return closeness(x, centres, 1.0).argmax(-1)
+
+
+def cell_middles(grid: tuple[int, int], clusters: tuple[int, int], like: Tensor) -> Tensor:
+    """(h*w,) the patch in the middle of every cell of the cluster grid, all different; ``like`` gives the device."""
+    sides = []
+    for patches, cells in zip(grid, clusters, strict=True):
+        first = [-(-cell * patches // cells) for cell in range(cells + 1)]
+        sides.append([(first[cell] + first[cell + 1] - 1) // 2 for cell in range(cells)])
+    return torch.tensor([row * grid[1] + column for row in sides[0] for column in sides[1]], device=like.device)
+
+
+def check_clusters(clusters: tuple[int, int], grid: tuple[int, int]) -> None:
+    """Raise a ValueError unless there is at least one cluster and at most one for each row and column."""
+    if any(not 1 <= cells <= patches for cells, patches in zip(clusters, grid, strict=True)):
+        raise ValueError(
+            f"clusters must be at least 1 x 1 and at most one for each token, got {clusters[0]} x {clusters[1]} for a "
+            f"grid of {grid[0]} x {grid[1]}; use fewer clusters, a keep_rate, or larger images"
+        )
+
+
+def check_window(window_size: int) -> None:
+    """Raise an error unless the window is a whole odd number."""
+    if check_count("window_size", window_size, 1) % 2 == 0:
+        raise ValueError(f"window_size must be odd, so that a cluster is in its middle, got {window_size}")
+
+
+class Expedite(Reducer):
+    """Replace the patches by the centres of soft clusters before one block (Expedite, 2210.01035).
+
+    The blocks behind work on the centres, as on patches of a coarser grid; sizes do not enter attention. What
+    needs all patches gets them reconstructed: dense maps, and heads that pool anything but the class token. No
+    parameters, no training. Clusters take the position of the middle of their cell (RoPE, pictures), and hard
+    labels say which patch is whose, except that this middle always belongs to its own cluster, so that none is empty.
+
+    The official code does this inside the windows of SAM (hourglass_image_encoder.py@75a1c30); here, in a plain
+    vision transformer, the window is the whole image. For windows use ``cluster_tokens`` and
+    ``effvit.recover.reconstruct_tokens`` with windows as the batch.
+    """
+
+    name = "expedite"
+    summary = "soft clusters in the middle blocks, all patches reconstructed afterwards (2210.01035)"
+    recover = "reconstruct"
+
+    def __init__(
+        self,
+        keep_rate: float | None,
+        num_clusters: tuple[int, int] | None,
+        num_iters: int,
+        temperature: float,
+        window_size: int,
+        k: int | None,
+        norm: str,
+    ) -> None:
+        super().__init__()
+        self.keep_rate = keep_rate
+        self.base_keep_rate = keep_rate
+        self.num_clusters = num_clusters
+        self.num_iters = num_iters
+        self.temperature = temperature
+        self.window_size = window_size
+        self.k = k
+        self.norm = norm
+
+    @classmethod
+    def plan(
+        cls,
+        depth: int,
+        *,
+        keep_rate: float | None = None,
+        num_clusters: int | Sequence[int] | None = None,
+        cluster_at: int | None = None,
+        restore_at: int | None = None,
+        num_iters: int = 5,
+        temperature: float = 5e-3,
+        window_size: int = 5,
+        k: int | None = None,
+        norm: str = "l2",
+    ) -> dict[int, Reducer]:
+        """Settings of the method; defaults are those of scripts/amg.py@75a1c30.
+
+        Args:
+            depth: Blocks of the host.
+            keep_rate: Clusters as a fraction of the patches, in (0, 1]; each side of the grid is scaled by its
+                square root and rounded. 1 clusters nothing. None means 0.51, the published 10 x 10 clusters of
+                14 x 14 patches.
+            num_clusters: The grid (h, w) of clusters in place of a rate, or a square number of them.
+            cluster_at: 0-based block before which the patches are clustered (the paper's alpha); None means 6 of
+                32, in proportion for another depth.
+            restore_at: 0-based block before which all patches are restored, so that the blocks from there on see
+                the full sequence again (the paper's alpha + beta); None means behind the last block.
+            num_iters: Iterations of the clustering.
+            temperature: Factor on the squared distance, for clusters and reconstruction. It depends on the scale
+                of the host's features; the default is for SAM.
+            window_size: Odd side of the window of clusters a patch may belong to.
+            k: Centres a patch is reconstructed from; None means 20, or all where there are fewer.
+            norm: "l2", "l1" or "official", see ``effvit.recover.reconstruct_tokens``.
+        """
+        first = 6 * depth // 32 if cluster_at is None else cluster_at
+        check_blocks("cluster_at", (first,), depth)
+        if restore_at is not None and check_blocks("restore_at", (restore_at,), depth)[0] <= first:
+            raise ValueError(f"restore_at must be a block behind cluster_at, got {restore_at} and {first}")
+        if keep_rate is not None and num_clusters is not None:
+            raise ValueError(
+                f"keep_rate and num_clusters both set the clusters, got {keep_rate} and {num_clusters}; give one"
+            )
+        if norm not in NORMS:
+            raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
+        check_number("temperature", temperature, "positive")
+        check_window(window_size)
+        check_count("num_iters", num_iters)
+        if k is not None:
+            check_count("k", k, 1)
+        rate = (
+            None if num_clusters is not None else check_fraction("keep_rate", 0.51 if keep_rate is None else keep_rate)
+        )
+        if rate == 1:
+            return {}
+        grid = None if num_clusters is None else cluster_grid(num_clusters)
+        plan: dict[int, Reducer] = {first: cls(rate, grid, num_iters, temperature, window_size, k, norm)}
+        if restore_at is not None:
+            plan[restore_at] = Restore()
+        return plan
+
+    def clusters(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """(h, w) clusters for an image of that patch grid."""
+        if self.num_clusters is not None:
+            return self.num_clusters
+        assert self.keep_rate is not None
+        side = math.sqrt(self.keep_rate)
+        return max(1, math.floor(grid[0] * side + 0.5)), max(1, math.floor(grid[1] * side + 0.5))
+
+    def count_on(self, num_tokens: int, grid: tuple[int, int]) -> int:
+        clusters = self.clusters(grid)
+        check_clusters(clusters, grid)
+        number = clusters[0] * clusters[1]
+        if self.k is not None and self.k > number:
+            raise ValueError(
+                f"k must be at most the number of clusters, got {self.k} for {clusters[0]} x {clusters[1]} clusters of "
+                f"a {grid[0]} x {grid[1]} grid; use a smaller k, None for 20 at most, or more clusters"
+            )
+        return number
+
+    def forward(self, x: Tensor, tokens: TokenMap, block: _TokenBlock, rope: Tensor | None) -> tuple[Tensor, TokenMap]:
+        clusters = self.clusters(tokens.grid)
+        if clusters != tokens.grid:
+            x, tokens = self.cluster(x, tokens, clusters)
+        x = block.attend(x, tokens, rope)[0]
+        return block.feedforward(x), tokens
+
+    def cluster(self, x: Tensor, tokens: TokenMap, clusters: tuple[int, int]) -> tuple[Tensor, TokenMap]:
+        """Patches of the full grid in x (B, P + H*W, C) -> (B, P + h*w, C) centres and their map."""
+        if tokens.moved:
+            raise ValueError(
+                "expedite clusters the full grid, but patches were dropped before; "
+                "create the host with patch_drop_rate=0, or use it in eval mode only"
+            )
+        prefix, patches = tokens.split(x)
+        options = (self.num_iters, self.temperature, self.window_size)
+        centres = cluster_tokens(patches.unflatten(1, tokens.grid), clusters, *options).flatten(1, 2)  # (B, h*w, C)
+        check_finite(centres.detach().sum(-1), self.origin("cluster centres"), x)
+        source, anchor = assign_patches(patches, centres, tokens.grid, clusters)
+        reference = Reference(patches, centres, self.temperature, self.k, self.norm)
+        left = tokens.relabel(source, anchor, clusters[0] * clusters[1])
+        return torch.cat([prefix, centres], dim=1), replace(left, reference=reference)
+
+
+def cluster_grid(num_clusters: int | Sequence[int]) -> tuple[int, int]:
+    """(h, w) of the setting: a pair as it is, a square number as its root twice."""
+    if isinstance(num_clusters, (list, tuple)):
+        if len(num_clusters) != 2:
+            raise ValueError(f"num_clusters must be (rows, columns) or a square number, got {num_clusters!r}")
+        return check_count("num_clusters", num_clusters[0], 1), check_count("num_clusters", num_clusters[1], 1)
+    number = check_count("num_clusters", num_clusters, 1)  # type: ignore[arg-type]
+    side = math.isqrt(number)
+    if side * side != number:
+        raise ValueError(f"num_clusters must be a square number or (rows, columns), got {number}")
+    return side, side
+
+
+@fx_leaf
+def assign_patches(
+    patches: Tensor, centres: Tensor, grid: tuple[int, int], clusters: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """(B, H*W) cluster of each patch and (B, h*w) the patch whose position each cluster keeps."""
+    anchor = cell_middles(grid, clusters, patches).expand(patches.shape[0], -1)
+    own = torch.arange(anchor.shape[1], device=anchor.device).expand_as(anchor)
+    return nearest_centre(patches, centres).scatter(1, anchor, own), anchor
+
+
+class Restore(Reducer):
+    """Restore all patches before a block, which then sees the full sequence again."""
+
+    name = "expedite"
+
+    def count_on(self, num_tokens: int, grid: tuple[int, int]) -> int:
+        return grid[0] * grid[1]
+
+    def forward(self, x: Tensor, tokens: TokenMap, block: _TokenBlock, rope: Tensor | None) -> tuple[Tensor, TokenMap]:
+        x, tokens = restore(x, tokens)
+        x = block.attend(x, tokens, rope)[0]
+        return block.feedforward(x), tokens

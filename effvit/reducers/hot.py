@@ -1,0 +1,155 @@
+"""HoT: keep the tokens that are peaks of density, the rest is dropped (arXiv 2311.12028)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from effvit.recover import closeness
+from effvit.reducers.base import Reducer, check_finite
+from effvit.schedule import check_blocks, check_count, check_fraction, per_block
+from effvit.tokens import TokenMap, flat_rows, fx_leaf, take_rows, wide_dtype, without_autocast
+
+if TYPE_CHECKING:
+    from effvit.block import _TokenBlock
+
+__all__ = ["HoT", "assign_to_peaks", "density_peaks", "peak_scores", "squared_distances"]
+
+
+def squared_distances(x: Tensor) -> Tensor:
+    """(B, N, N) squared distances of x (B, N, C), divided by C: symmetric to the last bit, exact zeros to itself."""
+    with without_autocast(x):
+        product = x @ x.transpose(1, 2)
+    twice = product + product.transpose(1, 2)
+    norm = twice.diagonal(dim1=1, dim2=2) / 2
+    return (norm.unsqueeze(1) + norm.unsqueeze(2) - twice).clamp(min=0) / x.shape[2]
+
+
+@fx_leaf
+@torch.no_grad()
+def peak_scores(x: Tensor, k: int = 2, compat: bool = False) -> Tensor:
+    """How much each token is a peak of density (DPC-kNN; HoT, 2311.12028, token pruning cluster).
+
+    The density of a token is exp(-mean of its k smallest squared distances), its own, 0, among them; the score
+    is that density times the distance to the nearest denser token, for the densest one the largest distance there
+    is. Distances are divided by sqrt(C).
+
+    Two tokens that are nearest to each other have the same density for k = 2, so who counts as denser decides
+    which of them is a peak. hot_mixste.py@873b5bd parts them by uniform noise of 1e-6, in evaluation too. Here it
+    is the first of them in the sequence, so that the result is repeatable and no matter of rounding.
+
+    Args:
+        x: (B, N, C) tokens.
+        k: Neighbours in the density, the token itself included; at least 2 and at most N.
+        compat: The official code with its noise set to zero: tokens of equal density are not denser than each
+            other, and equal is what ``torch.cdist`` rounds to, in the distance of a token to itself too.
+
+    Returns:
+        (B, N), in float32 (float64 for float64).
+
+    Raises:
+        ValueError: k out of range.
+    """
+    length = x.shape[1]
+    if not 2 <= k <= length:
+        raise ValueError(f"k must be at least 2 and at most the number of tokens, got {k} for {length} tokens")
+    x = x.to(wide_dtype(x.dtype))
+    squared = (torch.cdist(x, x) / x.shape[2] ** 0.5).square() if compat else squared_distances(x)
+    density = squared.topk(k, dim=-1, largest=False).values.mean(-1).neg().exp()  # (B, N)
+    other, own = density.unsqueeze(1), density.unsqueeze(2)
+    denser = other > own  # (B, N, N): column against row
+    if not compat:
+        place = torch.arange(length, device=x.device)
+        earlier = place.unsqueeze(1) > place
+        denser = denser | ((other == own) & earlier)
+    farthest = squared.flatten(1).amax(1)[:, None, None]
+    return torch.where(denser, squared, farthest).amin(-1).sqrt() * density
+
+
+@torch.no_grad()
+def density_peaks(x: Tensor, num_clusters: int, k: int = 2, compat: bool = False) -> Tensor:
+    """The ``num_clusters`` tokens of x (B, N, C) that are most a peak of density: (B, num_clusters), ascending.
+
+    Their cluster members are dropped, not averaged: the peaks stay as they are. Arguments as in ``peak_scores``.
+    """
+    return peak_scores(x, k, compat).topk(num_clusters, dim=1).indices.sort(dim=1).values
+
+
+@torch.no_grad()
+def assign_to_peaks(x: Tensor, index: Tensor) -> Tensor:
+    """Which peak (place in index (B, K)) each token of x (B, N, C) is nearest to, every peak to itself: (B, N)."""
+    nearest = closeness(x, take_rows(x, flat_rows(index, x.shape[1])), 1.0).argmax(-1)
+    return nearest.scatter(1, index, torch.arange(index.shape[1], device=index.device).expand_as(index))
+
+
+class HoT(Reducer):
+    """Keep the K patches that are peaks of density before a block, in image order (HoT, 2311.12028).
+
+    The token pruning cluster of the Hourglass Tokenizer, made for frames of a pose sequence and applied to
+    patches here. It needs no class token and no attention, only the (N, N) distances of the patches. The second
+    half, attention that recovers the full sequence, has weights to train: ``effvit.recover.TokenRecoveringAttention``.
+    """
+
+    name = "hot"
+    summary = "keep the peaks of density among the patches, drop the rest (2311.12028)"
+
+    def __init__(self, keep_rate: float, k: int, num_tokens: int | None) -> None:
+        super().__init__()
+        self.keep_rate = keep_rate
+        self.base_keep_rate = keep_rate
+        self.k = k
+        self.num_tokens = num_tokens
+
+    @classmethod
+    def plan(
+        cls,
+        depth: int,
+        *,
+        keep_rate: float | Sequence[float] = 1 / 3,
+        reduce_at: Sequence[int] | None = None,
+        num_tokens: int | Sequence[int] | None = None,
+        k: int = 2,
+    ) -> dict[int, Reducer]:
+        """Settings of the method.
+
+        Args:
+            depth: Blocks of the host.
+            keep_rate: Fraction of the patch tokens that stay, in (0, 1]; one value, or one for each block. The
+                published one is 81 of 243 frames.
+            reduce_at: 0-based blocks before which tokens are dropped; None means the published 3 of 8, in
+                proportion for another depth.
+            num_tokens: Absolute numbers of tokens to keep in place of a rate; one value or one for each block.
+            k: Neighbours in the density, the token itself included, at least 2.
+        """
+        check_count("k", k, 2)
+        blocks = check_blocks("reduce_at", (3 * depth // 8,) if reduce_at is None else reduce_at, depth)
+        rates = {b: check_fraction("keep_rate", r) for b, r in per_block("keep_rate", keep_rate, blocks).items()}
+        counts: dict[int, int | None] = dict.fromkeys(blocks)
+        if num_tokens is not None:
+            counts = {
+                b: check_count("num_tokens", n, 1) for b, n in per_block("num_tokens", num_tokens, blocks).items()
+            }
+        return {b: cls(rates[b], k, counts[b]) for b in blocks if rates[b] < 1 or counts[b] is not None}
+
+    def count(self, num_tokens: int, num_patches: int) -> int:
+        if self.num_tokens is not None:
+            return min(self.num_tokens, num_tokens)
+        return math.ceil(self.keep_rate * num_tokens)
+
+    def forward(self, x: Tensor, tokens: TokenMap, block: _TokenBlock, rope: Tensor | None) -> tuple[Tensor, TokenMap]:
+        kept = self.count(tokens.num_tokens, tokens.num_patches)
+        if kept < tokens.num_tokens:
+            x, tokens = self.prune(x, tokens, kept)
+        x = block.attend(x, tokens, rope)[0]
+        return block.feedforward(x), tokens
+
+    def prune(self, x: Tensor, tokens: TokenMap, kept: int) -> tuple[Tensor, TokenMap]:
+        """x (B, P+N, C) -> (B, P+kept, C) and the map of the kept tokens."""
+        scores = check_finite(peak_scores(tokens.split(x)[1], self.k), self.origin("peak scores"), x)
+        index = scores.topk(kept, dim=1).indices.sort(dim=1).values
+        rows = flat_rows(index, tokens.num_prefix + tokens.num_tokens, tokens.num_prefix)
+        return take_rows(x, rows), tokens.keep(index, kept)

@@ -1,0 +1,244 @@
+"""Expedite: clusters against the formulas, reconstruction in the model, restored sequences, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hosts import make_host, make_images, make_model
+from test_contract import assert_law
+from torch import Tensor
+
+import effvit
+from effvit.recover import reconstruct_tokens
+from effvit.reducers.expedite import cell_middles, cluster_tokens, local_mask, nearest_centre
+
+NO_CLASS_POOL = ("average_pool", "attention_pool", "register_no_class", "gated_grouped")
+
+
+def slow_clusters(x: Tensor, clusters: tuple[int, int], num_iters: int, temperature: float, window: int) -> Tensor:
+    """Section 3 of the paper with the whole distance and its official mask of 1e16: x (B, H, W, C) -> (B, h, w, C)."""
+    cells = torch.arange(clusters[0] * clusters[1], dtype=x.dtype).view(1, 1, *clusters)
+    cell = F.interpolate(cells, size=x.shape[1:3]).flatten().long()
+    own = torch.arange(clusters[0] * clusters[1])
+    rows = (cell[:, None] // clusters[1] - own // clusters[1]).abs()
+    columns = (cell[:, None] % clusters[1] - own % clusters[1]).abs()
+    far = (torch.maximum(rows, columns) > window // 2) * 1e16
+    tokens = x.flatten(1, 2)
+    centres = F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), clusters).flatten(2).transpose(1, 2)
+    for _ in range(num_iters):
+        distance = (tokens[:, :, None] - centres[:, None]).square().sum(-1) + far
+        shares = (-temperature * distance).softmax(-1).transpose(1, 2)
+        centres = shares @ tokens / shares.sum(-1, keepdim=True).clamp(min=1e-16)
+    return centres.unflatten(1, clusters)
+
+
+class TestClusters:
+    @pytest.mark.parametrize("grid", [(6, 9), (7, 5), (4, 4)])
+    @pytest.mark.parametrize("clusters", [(3, 4), (1, 1), (4, 4)])
+    @pytest.mark.parametrize(("num_iters", "window"), [(0, 3), (1, 1), (4, 3), (3, 9)])
+    def test_centres_are_those_of_the_whole_formula(
+        self, grid: tuple[int, int], clusters: tuple[int, int], num_iters: int, window: int
+    ) -> None:
+        x = torch.randn(2, *grid, 8, dtype=torch.float64)
+        expected = slow_clusters(x, clusters, num_iters, 0.3, window)
+        assert torch.allclose(cluster_tokens(x, clusters, num_iters, 0.3, window), expected, atol=1e-10)
+
+    def test_labels_are_of_the_nearest_centre_wherever_it_is(self) -> None:
+        x, centres = torch.randn(2, 30, 8), torch.randn(2, 7, 8)
+        assert torch.equal(nearest_centre(x, centres), torch.cdist(x, centres).argmin(-1))
+
+    def test_window_over_all_clusters_needs_no_mask(self) -> None:
+        assert local_mask((6, 6), (3, 3), 5, torch.zeros(1)) is None
+        mask = local_mask((6, 6), (3, 3), 3, torch.zeros(1))
+        assert mask is not None
+        assert mask[0].view(3, 3).isfinite().sum() == 4  # the corner and its three neighbours
+
+    def test_gradient_is_that_of_means_with_fixed_shares(self) -> None:
+        x = torch.randn(1, 4, 4, 8, dtype=torch.float64, requires_grad=True)
+        cluster_tokens(x, (2, 2), 3).sum().backward()
+        assert x.grad is not None
+        assert torch.allclose(x.grad.sum(), torch.tensor(4 * 8.0, dtype=torch.float64))  # every mean has weight one
+
+    @pytest.mark.parametrize(
+        ("grid", "clusters"), [((14, 14), (10, 10)), ((5, 7), (5, 3)), ((3, 3), (1, 1)), ((9, 4), (8, 3))]
+    )
+    def test_middles_lie_in_their_own_cells(self, grid: tuple[int, int], clusters: tuple[int, int]) -> None:
+        middles = cell_middles(grid, clusters, torch.zeros(1))
+        row, column = middles // grid[1] * clusters[0] // grid[0], middles % grid[1] * clusters[1] // grid[1]
+        assert torch.equal(row * clusters[1] + column, torch.arange(clusters[0] * clusters[1]))
+
+    @pytest.mark.parametrize("clusters", [(5, 2), (2, 0)])
+    def test_more_clusters_than_tokens_or_none(self, clusters: tuple[int, int]) -> None:
+        message = rf"clusters must be at least 1 x 1 .* got {clusters[0]} x {clusters[1]} for a grid of 4 x 4; use"
+        with pytest.raises(ValueError, match=message):
+            cluster_tokens(torch.zeros(1, 4, 4, 2), clusters)
+
+    def test_even_window(self) -> None:
+        with pytest.raises(ValueError, match=r"window_size must be odd, .* got 4"):
+            cluster_tokens(torch.zeros(1, 4, 4, 2), (2, 2), window_size=4)
+
+
+class TestModel:
+    def test_default_is_the_published_grid_before_three_sixteenths_of_the_blocks(self) -> None:
+        with torch.device("meta"):
+            model = effvit.sparsify("deit_tiny_patch16_224", "expedite")
+        assert model.token_counts() == [196] * 2 + [100] * 10
+        assert model.recover == "reconstruct"
+
+    @pytest.mark.parametrize("host", ["class_token", "average_pool", "dinov3"])
+    def test_maps_are_reconstructed_from_the_features_before_the_clusters(self, host: str) -> None:
+        model = make_model("expedite", host)
+        x = make_images(model)
+        before, final = model.trace_tokens(x)[0], model.trace_tokens(x)[-1]
+        prefix, patches = before.tokens.split(before.x)
+        centres = cluster_tokens(patches.unflatten(1, before.tokens.grid), (4, 6), 3, 0.05, 3).flatten(1, 2)
+        z = final.x[:, prefix.shape[1] :]
+        expected = reconstruct_tokens(z, patches, centres, 0.05, 4)
+        dense = model.forward_intermediates(x, indices=1, intermediates_only=True, output_fmt="NLC")[0]
+        assert torch.allclose(dense, expected, atol=1e-5)
+
+    @pytest.mark.parametrize("host", NO_CLASS_POOL)
+    def test_head_that_pools_patches_sees_all_of_them_reconstructed_before_the_norm(self, host: str) -> None:
+        model = make_model("expedite", host)
+        x = make_images(model)
+        features = model.forward_features(x)
+        assert features.shape[1] == model.num_prefix_tokens + model.patch_embed.num_patches
+        dense = model.forward_intermediates(x, indices=1, intermediates_only=True, output_fmt="NLC")[0]
+        assert torch.allclose(features[:, model.num_prefix_tokens :], model.norm(dense), atol=1e-5)
+        assert torch.allclose(model(x), model.forward_head(features), atol=1e-5)
+
+    def test_class_token_head_needs_no_reconstruction(self) -> None:
+        model = make_model("expedite", "class_token")
+        assert model.forward_features(make_images(model)).shape[1] == 1 + 4 * 6
+
+    @pytest.mark.parametrize("host", ["class_token", "average_pool", "eva02", "rope_mixed", "lvvit"])
+    def test_restored_blocks_see_the_full_grid_again(self, host: str) -> None:
+        model = make_model("expedite", host, restore_at=3, num_clusters=(2, 3), keep_rate=None)
+        x = make_images(model)
+        number = model.patch_embed.num_patches
+        assert model.token_counts() == [number, 6, 6, number]
+        trace = model.trace_tokens(x)
+        assert [features.tokens.num_tokens for features in trace] == model.token_counts()
+        assert not trace[-1].tokens.moved
+        for features in trace:
+            assert_law(features.tokens)
+        restored = effvit.recover.restore(*trace[2])[0]
+        rope = model._embed(x)[1]
+        full = type(trace[0].tokens).full(restored, trace[0].tokens.grid, *(trace[0].tokens.num_prefix,) * 2)
+        reducer, model.blocks[3].reducer = model.blocks[3].reducer, None
+        expected = model.blocks[3](restored, full, model._block_rope(rope, 3))[0]
+        model.blocks[3].reducer = reducer
+        assert torch.allclose(trace[-1].x, expected, atol=1e-5)
+        assert model.forward_features(x).shape[1] == model.num_prefix_tokens + number
+
+    def test_restored_model_compiles_and_gives_gradients(self) -> None:
+        model = make_model("expedite", "average_pool", restore_at=2).train()
+        x = make_images(model)
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        assert torch.allclose(compiled(x), model(x), rtol=1e-5, atol=1e-5)
+        model(x).square().sum().backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+
+    def test_clusters_of_the_whole_grid_change_nothing(self) -> None:
+        host = make_host("class_token")
+        model = effvit.sparsify(host, "expedite", num_clusters=(6, 8))
+        x = make_images(host)
+        assert torch.equal(model(x), host(x))
+
+    def test_square_number_of_clusters_is_a_square_grid(self) -> None:
+        model = effvit.sparsify(make_host("class_token"), "expedite", num_clusters=9)
+        assert model.token_counts()[-1] == 9
+
+    def test_soft_clusters_cannot_be_reduced_again(self) -> None:
+        model = make_model("expedite", "class_token")
+        tokens = model.forward_tokens(make_images(model)).tokens
+        with pytest.raises(ValueError, match=r"stand for soft clusters cannot be reduced again.*effvit\.recover\.rest"):
+            tokens.keep(tokens.anchor[:, :2] * 0, 2)
+
+    def test_hard_labels_fill_the_maps_if_asked_for(self) -> None:
+        model = make_model("expedite", "class_token", recover="zero")
+        features = model.trace_tokens(make_images(model))[-1]
+        assert (features.tokens.source >= 0).all()
+        dense = model.forward_intermediates(make_images(model), 1, intermediates_only=True, output_fmt="NLC")[0]
+        for image in range(2):
+            assert torch.equal(dense[image], features.x[image, 1:][features.tokens.source[image]])
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("settings", "error", "message"),
+        [
+            ({"window_size": 4}, ValueError, "window_size must be odd, so that a cluster is in its middle, got 4"),
+            ({"window_size": 3.0}, TypeError, "window_size must be a whole number, got 3.0"),
+            (
+                {"k": 25, "num_clusters": (4, 6)},
+                ValueError,
+                "k must be at most the number of clusters, got 25 for 4 x 6",
+            ),
+            ({"k": 0}, ValueError, "k must be at least 1, got 0"),
+            (
+                {"num_clusters": (7, 3)},
+                ValueError,
+                r"at most one for each token, got 7 x 3 for a grid of 6 x 8; use few",
+            ),
+            ({"num_clusters": 7}, ValueError, r"num_clusters must be a square number or \(rows, columns\), got 7"),
+            (
+                {"num_clusters": (2, 3, 4)},
+                ValueError,
+                r"num_clusters must be \(rows, columns\) or a square number, got",
+            ),
+            ({"num_clusters": 2.5}, TypeError, "num_clusters must be a whole number, got 2.5"),
+            ({"num_clusters": 4, "keep_rate": 0.5}, ValueError, "keep_rate and num_clusters both set the clusters"),
+            ({"keep_rate": 1.5}, ValueError, r"keep_rate must be in \(0, 1\], got 1.5"),
+            ({"temperature": 0}, ValueError, "temperature must be a positive number, got 0"),
+            ({"temperature": float("nan")}, ValueError, "temperature must be a positive number, got nan"),
+            ({"num_iters": -1}, ValueError, "num_iters must be at least 0, got -1"),
+            ({"norm": "max"}, ValueError, "norm must be one of l2, l1, official, got 'max'"),
+            ({"cluster_at": 4}, ValueError, "cluster_at names block 4, but the model has blocks 0 to 3"),
+            (
+                {"cluster_at": 2, "restore_at": 2},
+                ValueError,
+                "restore_at must be a block behind cluster_at, got 2 and 2",
+            ),
+            ({"restore_at": 4}, ValueError, "restore_at names block 4, but the model has blocks 0 to 3"),
+        ],
+    )
+    def test_settings_out_of_range(self, settings: dict[str, Any], error: type[Exception], message: str) -> None:
+        with pytest.raises(error, match=message):
+            effvit.sparsify(make_host("class_token"), "expedite", **settings)
+
+    def test_clusters_that_no_longer_fit_a_smaller_input(self) -> None:
+        model = effvit.sparsify(make_host("class_token"), "expedite", num_clusters=(5, 5))
+        with pytest.raises(ValueError, match="at most one for each token, got 5 x 5 for a grid of 4 x 8"):
+            model.set_input_size((32, 64))
+
+    def test_keep_rate_set_later(self) -> None:
+        model = make_model("expedite", "class_token", restore_at=3)
+        with pytest.raises(
+            ValueError, match=r"expedite: a keep rate would have no effect.* \(its num_clusters are absolute\)"
+        ):
+            make_model("expedite", "class_token", keep_rate=None, num_clusters=(3, 3)).set_keep_rate(0.5)
+        model.set_keep_rate(0.25)
+        assert model.token_counts() == [48, 12, 12, 48]
+        model.set_keep_rate(None)
+        assert model.token_counts() == [48, 24, 24, 48]
+
+    def test_patches_dropped_before_the_clustering(self) -> None:
+        model = effvit.sparsify(make_host("class_token", patch_drop_rate=0.5), "expedite")
+        assert model.eval()(make_images(model)).isfinite().all()
+        with pytest.raises(
+            ValueError, match=r"expedite clusters the full grid, .* patch_drop_rate=0, or use it in eval"
+        ):
+            model.train()(make_images(model))
+
+    def test_nan_in_an_image_is_named(self) -> None:
+        model = make_model("expedite", "class_token")
+        x = make_images(model)
+        x[1, 0, 3, 3] = float("nan")
+        with pytest.raises(
+            ValueError, match=r"expedite in block 1: cluster centres are NaN for image 1 .* hold NaN or"
+        ):
+            model(x)
