@@ -37,7 +37,7 @@ SIZES |= {
     "lookupvit": ((40, 56), (72, 24)),
     "lookupvit_softmax": ((48, 48), (56, 40)),
     "lookupvit_normalized": ((64, 48), (48, 48)),
-    "lookupvit_dynamic": ((40, 72), (64, 64)),
+    "lookupvit_dynamic": ((48, 32), (40, 72)),
 }
 
 

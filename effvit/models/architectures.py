@@ -69,15 +69,15 @@ SUPERTOKEN: dict[str, Variant] = {}
 LOOKUPVIT_CFG = COLUMN | {"classifier": ("head", "head_lookup"), "paper_ids": "arXiv:2407.12753"}
 LOOKUPVIT: dict[str, Variant] = {
     "lookupvit_small_patch16_224": Variant(
-        LookupViT, {"embed_dim": 384, "depth": 12, "num_heads": 6}, "the shape of ViT-S/16, ours", LOOKUPVIT_CFG
+        LookupViT, {"embed_dim": 384, "depth": 12, "num_heads": 6}, "shape of ViT-S/16, ours", LOOKUPVIT_CFG
     ),
     "lookupvit_base_patch16_224": Variant(
-        LookupViT, {"embed_dim": 768, "depth": 12, "num_heads": 12}, "the shape of ViT-B/16 (2407.12753)", LOOKUPVIT_CFG
+        LookupViT, {"embed_dim": 768, "depth": 12, "num_heads": 12}, "shape of ViT-B/16 (2407.12753)", LOOKUPVIT_CFG
     ),
     "lookupvit_large_patch16_224": Variant(
         LookupViT,
         {"embed_dim": 1024, "depth": 24, "num_heads": 16},
-        "the shape of ViT-L/16 (2407.12753)",
+        "shape of ViT-L/16 (2407.12753)",
         LOOKUPVIT_CFG,
     ),
 }

@@ -10,11 +10,11 @@ Where the paper's text leaves a point open, one option settles it, and checkpoin
 interchangeable:
 
 ==================== ========================================================================================
-``antialias``        whether shrinking to the compressed grid widens the bilinear kernel; on, as the image resize
-                     of JAX, the authors' framework, does by default
+``antialias``        whether shrinking to the compressed grid widens the bilinear kernel; on, as JAX resizes
+                     images by default, which we take the authors to have used
 ``infusion``         what takes the place of the transposed attention weights on the way back to the patches
-``infuse_proj``      output projection of the infusion; on: with it the operation count is
-                     3NMC + 2M^2 C + (4N + 15M) C^2 a block
+``infuse_proj``      output projection of the infusion; on: a block then takes 3NMC + 2M^2 C + (4N + 15M) C^2
+                     MACs, which is the paper's expression as far as we recall
 ``lookup_mlp_ratio`` width of the patches' MLP, 1/2, own weights in every block
 ``lookup_head``      second classifier, on the mean of the lookup tokens; trained beside the first, unused in eval
 ``compressed_grid``  m, any at any time (``set_compressed_grid``): the position table is resized to it
@@ -34,20 +34,20 @@ from math import isqrt
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm, Mlp, get_device_dtype, resample_abs_pos_embed, to_2tuple, trunc_normal_
 from timm.models import checkpoint
 from timm.models._input import update_model_args
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from effvit.bidirectional_attention import GatherAttention, InfuseAttention
 from effvit.models._checkpoint import official_state_dict
 from effvit.models._surface import SoftTokenViT, check_images, refuse_mask
-from effvit.tokens import fx_leaf, wide_dtype
+from effvit.resize import resize_map
+from effvit.tokens import fx_leaf
 
-__all__ = ["INFUSIONS", "LookupBlock", "LookupLoss", "LookupViT", "exchange_weights", "resize_map", "resize_weights"]
+__all__ = ["LookupBlock", "LookupLoss", "LookupViT"]
 
-INFUSIONS = ("transpose", "transpose_normalized", "softmax")
 # What a plain ViT has too: the tokenisation of the patches, and the refinement of the compressed tokens.
 SHARED = re.compile(r"patch_embed\.|pos_embed$|blocks\.\d+\.(norm1|attn|norm2|mlp)\.")
 POOLS = ("avg", "max", "avgmax", "")
@@ -59,122 +59,10 @@ TIMM_ARGS = {
 }
 
 
-def resize_weights(old: int, new: int, antialias: bool, like: Tensor) -> Tensor:
-    """Matrix (new, old) of the bilinear resize of ``old`` samples to ``new``, in ``wide_dtype`` of ``like``.
-
-    Half-pixel centres, as in ``F.interpolate(mode="bilinear")``; with ``antialias`` the triangle widens by old / new
-    when it shrinks. Distances are taken in units of 1 / (2 * old * new), which makes them whole numbers: only the
-    division that normalises a row rounds.
-    """
-    options: Any = {"dtype": wide_dtype(like.dtype), "device": like.device}
-    targets = torch.arange(old, old * (2 * new), 2 * old, **options)  # (new,) (2i + 1) * old
-    sources = torch.arange(new, new * (2 * old), 2 * new, **options)  # (old,) (2j + 1) * new
-    support = max(old, new) if antialias else new
-    weights = (2 * support - (sources - targets[:, None]).abs()).clamp(min=0)
-    return weights / weights.sum(1, keepdim=True)
-
-
 @fx_leaf
-def resize_map(x: Tensor, size: tuple[int, int], antialias: bool) -> Tensor:
-    """Bilinear resize of a map x (B, H, W, C) to tokens (B, h * w, C) of a grid ``size`` = (h, w).
-
-    Two products with small matrices: a resize is separable and linear. Unlike the antialiased ``F.interpolate`` it
-    needs no channels-first copy and no operator of its own in an exported graph.
-    """
-    rows, columns = (
-        resize_weights(old, new, antialias, x).to(x.dtype) for old, new in zip(x.shape[1:3], size, strict=True)
-    )
-    x = (rows @ x.flatten(2)).unflatten(2, x.shape[2:])  # (B, h, W, C)
-    return (columns @ x).flatten(1, 2)
-
-
-def exchange_weights(logits: Tensor, infusion: str) -> tuple[Tensor, Tensor]:
-    """Weights of the gather and of the infusion, both (B, heads, M, N), from the logits of the gather.
-
-    The gather's weights A sum to 1 over the N patches. Back to a patch go, for each of the M compressed tokens:
-
-    - "transpose": A as it is; the M weights of a patch sum to M / N on average, which an output projection can undo.
-    - "transpose_normalized": A over its sum for each patch, without a division that could underflow.
-    - "softmax": a softmax of the logits over the compressed tokens.
-    """
-    if infusion == "transpose":
-        weights = logits.softmax(-1)
-        return weights, weights
-    if infusion == "transpose_normalized":
-        log_weights = logits.log_softmax(-1)
-        return log_weights.exp(), log_weights.softmax(-2)
-    return logits.softmax(-1), logits.softmax(-2)
-
-
-class Gather(nn.Module):
-    """Cross-attention of compressed tokens to the patches, which also hands out the weights for the way back.
-
-    The weights are computed once and used in both directions. That is cheaper than the fused kernel plus a second
-    q k^T: 0.33 against 0.46 ms for both directions at N=196, M=25, 12 heads of 64 (float32, one thread of a CPU).
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        infusion: str,
-        qkv_bias: bool = True,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.num_heads, self.infusion = num_heads, infusion
-        self.scale = (dim // num_heads) ** -0.5
-        self.q = nn.Linear(dim, dim, bias=qkv_bias, **dd)
-        self.k = nn.Linear(dim, dim, bias=qkv_bias, **dd)
-        self.v = nn.Linear(dim, dim, bias=qkv_bias, **dd)
-        self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = nn.Linear(dim, dim, **dd)
-        self.proj_drop = nn.Dropout(proj_drop)
-
-    def forward(self, compressed: Tensor, lookup: Tensor, infuse: bool = True) -> tuple[Tensor, Tensor | None]:
-        """What (B, M, C) gathers from (B, N, C), and the weights (B, heads, M, N) for the infusion if it follows."""
-        q, k, v = (
-            layer(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, M or N, D)
-            for layer, x in ((self.q, compressed), (self.k, lookup), (self.v, lookup))
-        )
-        back = None
-        if infuse:
-            logits = (q * self.scale) @ k.transpose(-2, -1)  # (B, heads, M, N)
-            weights, back = exchange_weights(logits.to(wide_dtype(logits.dtype)), self.infusion)
-            x = self.attn_drop(weights).to(v.dtype) @ v
-        else:
-            x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0)
-        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2))), back
-
-
-class Infuse(nn.Module):
-    """The way back: every patch receives the values of the compressed tokens, by the weights of the gather."""
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        proj: bool = True,
-        qkv_bias: bool = True,
-        proj_drop: float = 0.0,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.v = nn.Linear(dim, dim, bias=qkv_bias, device=device, dtype=dtype)
-        self.proj = nn.Linear(dim, dim, device=device, dtype=dtype) if proj else nn.Identity()
-        self.proj_drop = nn.Dropout(proj_drop)
-
-    def forward(self, compressed: Tensor, weights: Tensor) -> Tensor:
-        """Compressed tokens (B, M, C) and weights (B, heads, M, N) -> (B, N, C)."""
-        v = self.v(compressed).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, M, D)
-        x = weights.to(v.dtype).transpose(-2, -1) @ v  # (B, heads, N, D)
-        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
+def positions_for(patches: Tensor, table: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Position table (1, N', C) of ``grid`` for patches (B, H, W, C), (1, H * W, C), resampled as timm does it."""
+    return resample_abs_pos_embed(table, patches.shape[1:3], grid, num_prefix_tokens=0)
 
 
 class LookupBlock(Block):
@@ -213,16 +101,14 @@ class LookupBlock(Block):
         shared = {"qkv_bias": qkv_bias, "proj_drop": proj_drop, **dd}
         layers = {"act_layer": act_layer, "norm_layer": norm_layer}
         super().__init__(dim, num_heads, attn_drop=attn_drop, drop_path=drop_path, **layers, **shared, **kwargs)
-        if infusion not in INFUSIONS:
-            raise ValueError(f"infusion must be one of {', '.join(map(repr, INFUSIONS))}, got {infusion!r}")
         if int(dim * lookup_mlp_ratio) < 1:
             raise ValueError(
                 f"lookup_mlp_ratio must leave the patches' MLP at least one of {dim} channels, got {lookup_mlp_ratio}"
             )
         self.norm_p, self.norm_l = norm_layer(dim, **dd), norm_layer(dim, **dd)
-        self.cross = Gather(dim, num_heads, infusion, attn_drop=attn_drop, **shared)
+        self.cross = GatherAttention(dim, num_heads, infusion, attn_drop=attn_drop, **shared)
         self.norm_c = norm_layer(dim, **dd)
-        self.infuse = Infuse(dim, num_heads, infuse_proj, **shared)
+        self.infuse = InfuseAttention(dim, num_heads, infuse_proj, **shared)
         self.norm3 = norm_layer(dim, **dd)
         self.mlp_lookup = Mlp(dim, int(dim * lookup_mlp_ratio), act_layer=act_layer, drop=proj_drop, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
@@ -290,7 +176,7 @@ class LookupViT(SoftTokenViT):
         antialias: Antialiased bilinear resize to the compressed grid.
         lookup_head: Build the second classifier. Without it, for deployment, ``forward`` returns one tensor in either
             mode, and classification alone trains no parameter of the last block's patch half.
-        global_pool: "avg" of the paper, "max", "avgmax", or "" for none.
+        global_pool: "avg", "max", "avgmax", or "" for none.
         kwargs: These arguments of timm's ``VisionTransformer``: patch_size, in_chans, num_classes, embed_dim, depth,
             num_heads, mlp_ratio, qkv_bias, dynamic_img_size, dynamic_img_pad, drop_rate, pos_drop_rate,
             proj_drop_rate, attn_drop_rate, drop_path_rate.
@@ -390,12 +276,15 @@ class LookupViT(SoftTokenViT):
 
     def _tokenise(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Images -> compressed tokens (B, M, C) and lookup tokens (B, N, C), each with its positions."""
-        x = self.patch_embed(x)  # (B, N, C), or (B, H, W, C) with dynamic_img_size
-        grid = x if self.dynamic_img_size else x.unflatten(1, self.patch_embed.grid_size)
+        patches, positions = self.patch_embed(x), self.pos_embed
+        if self.dynamic_img_size:
+            positions = positions_for(patches, positions, self.patch_embed.grid_size)
+        else:
+            patches = patches.unflatten(1, self.patch_embed.grid_size)  # (B, H, W, C)
         table = self.pos_embed_compressed.unflatten(1, self.compressed_pos_grid)
-        compressed = resize_map(grid, self.compressed_grid, self.antialias)
+        compressed = resize_map(patches, self.compressed_grid, self.antialias)
         compressed = compressed + resize_map(table, self.compressed_grid, self.antialias)
-        return self.pos_drop(compressed), self._pos_embed(x)
+        return self.pos_drop(compressed), self.pos_drop(patches.flatten(1, 2) + positions)
 
     def _run(
         self, x: Tensor, take: Sequence[int] = (), num_blocks: int | None = None
@@ -457,14 +346,14 @@ class LookupViT(SoftTokenViT):
             own["pos_embed_compressed"] = resize_map(grid_map, self.compressed_pos_grid, self.antialias)
         return own, dropped
 
-    def start_from_vit(self, checkpoint: Mapping[str, Any]) -> list[str]:
+    def start_from_vit(self, weights: Mapping[str, Any]) -> list[str]:
         """Take what a plain ViT or DeiT shares with this model: patch embedding, positions, refinement, norm, head.
 
         The exchange, the patches' MLP and the compressed positions are new, so the model must be trained before it
         is of use. Class, distillation and register tokens go, and their positions. A head of other classes is new.
 
         Args:
-            checkpoint: Its weights under timm's names, as a state_dict or a loaded file that contains one.
+            weights: Those of the ViT under timm's names, as a state_dict or a loaded file that contains one.
 
         Returns:
             Names of the parameters that keep their initialisation.
@@ -472,11 +361,13 @@ class LookupViT(SoftTokenViT):
         Raises:
             ValueError: The checkpoint lacks a shared parameter, has it in another shape, or has more in its blocks.
         """
-        state, _ = official_state_dict(checkpoint)
+        state, _ = official_state_dict(weights)
         prefix = sum(state.pop(name).shape[1] for name in ("cls_token", "dist_token", "reg_token") if name in state)
         table = state.get("pos_embed")
-        if table is not None and isqrt(table.shape[1]) ** 2 != table.shape[1]:  # the table has the prefix tokens too
-            state["pos_embed"] = table[:, prefix:]
+        if table is not None and table.shape[1] != self.patch_embed.num_patches:
+            num_positions = table.shape[1]
+            if num_positions - prefix == self.patch_embed.num_patches or isqrt(num_positions) ** 2 != num_positions:
+                state["pos_embed"] = table[:, prefix:]  # the table has the prefix tokens too
         state, _ = self.adapt_state_dict(state)
         own = self.state_dict()
         taken = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
@@ -493,7 +384,7 @@ class LookupViT(SoftTokenViT):
 
 def _check_grid(name: str, grid: int | Sequence[int]) -> tuple[int, int]:
     sides = to_2tuple(grid)
-    if len(sides) != 2 or not all(isinstance(side, int) and side >= 1 for side in sides):
+    if len(sides) != 2 or not all(type(side) is int and side >= 1 for side in sides):
         raise ValueError(f"{name} must be a number of tokens a side, or (rows, columns), of at least 1; got {grid}")
     return sides[0], sides[1]
 
