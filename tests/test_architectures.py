@@ -165,7 +165,8 @@ class TestEveryArchitecture:
             "leaf_modules": list(get_notrace_modules()),
             "autowrap_functions": list(get_notrace_functions()),
         }
-        nodes, _ = get_graph_node_names(model, tracer_kwargs=tracer)
+        # In train mode a model may return more than one tensor, so only the graph of eval mode counts.
+        _, nodes = get_graph_node_names(model, tracer_kwargs=tracer, suppress_diff_warning=True)
         traced = create_feature_extractor(
             model, return_nodes={nodes[-1]: "out"}, tracer_kwargs=tracer, suppress_diff_warning=True
         )

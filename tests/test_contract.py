@@ -15,6 +15,7 @@ import pytest
 import torch
 from hosts import HOSTS, OFF, PAIRS, SETTINGS, Logits, make_host, make_images, make_model
 from timm.models.eva import Eva
+from torch import Tensor
 
 import effvit
 from effvit.models.host import ReducedHost

@@ -15,6 +15,7 @@ from typing import Any
 
 import golden_expedite
 import golden_hot
+import golden_lookupvit
 import pytest
 import torch
 import torch.nn.functional as F
@@ -49,7 +50,7 @@ from effvit.schedule import cosine_keep_rate, tome_r
 from effvit.tokens import TokenMap
 
 # Folder of an architecture -> module with compare(case) and, for lists of official names, compare_keys(content).
-ARCHITECTURES: dict[str, ModuleType] = {}
+ARCHITECTURES: dict[str, ModuleType] = {"lookupvit": golden_lookupvit}
 # Any other folder is skipped by name.
 IMPLEMENTED = (*METHODS, *ARCHITECTURES)
 

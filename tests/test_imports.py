@@ -16,9 +16,9 @@ PACKAGE = Path(effvit.__file__).parent
 # Lower layers know nothing of higher ones; modules of one layer may know each other.
 LAYERS = (
     ("tokens",),
-    ("attention", "cross_attention"),
+    ("attention", "bidirectional_attention", "cross_attention"),
     ("block",),
-    ("schedule", "recover", "matching", "unmerge"),
+    ("schedule", "recover", "matching", "resize", "unmerge"),
     ("reducers",),
     ("models",),
     ("",),  # effvit itself, the public surface

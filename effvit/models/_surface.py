@@ -137,6 +137,10 @@ class SoftTokenViT(VisionTransformer):
         """Normalised final tokens (B, P+M, C), what ``forward_head`` takes."""
         return self.norm(state)
 
+    def _norm_patches(self, x: Tensor) -> Tensor:
+        """The norm of intermediate patch features (B, H*W, C), where it is asked for."""
+        return self.norm(x)
+
     def _grid(self, x: Tensor) -> tuple[int, int]:
         """(H, W) patch grid of images x."""
         if self.dynamic_img_size:
@@ -183,7 +187,7 @@ class SoftTokenViT(VisionTransformer):
         state, taken = self._run(x, take, last + 1 if stop_early else None)
         maps, prefixes = [], []
         for y, prefix in taken:
-            y, prefix = (self.norm(y), self.norm(prefix)) if norm else (y, prefix)
+            y, prefix = (self._norm_patches(y), self.norm(prefix)) if norm else (y, prefix)
             maps.append(y if output_fmt == "NLC" else y.transpose(1, 2).unflatten(2, self._grid(x)).contiguous())
             prefixes.append(prefix)
         return hand_out(

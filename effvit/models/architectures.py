@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from effvit.models._checkpoint import official_state_dict
 from effvit.models.feature_pyramid import feature_settings
+from effvit.models.lookupvit import LookupViT
 
 __all__ = ["VARIANTS", "Variant"]
 
@@ -65,7 +66,22 @@ STVIT_SWIN: dict[str, Variant] = {}
 SUPERTOKEN: dict[str, Variant] = {}
 
 # -- LookupViT (2407.12753) -------------------------------------------------------------------------------------
-LOOKUPVIT: dict[str, Variant] = {}
+# The shapes of ViT-B/16 and ViT-L/16; no official code or file is public. S/16 is ours, for small experiments.
+LOOKUPVIT_CFG = COLUMN | {"classifier": ("head", "head_lookup"), "paper_ids": "arXiv:2407.12753"}
+LOOKUPVIT: dict[str, Variant] = {
+    "lookupvit_small_patch16_224": Variant(
+        LookupViT, {"embed_dim": 384, "depth": 12, "num_heads": 6}, "shape of ViT-S/16, ours", LOOKUPVIT_CFG
+    ),
+    "lookupvit_base_patch16_224": Variant(
+        LookupViT, {"embed_dim": 768, "depth": 12, "num_heads": 12}, "shape of ViT-B/16 (2407.12753)", LOOKUPVIT_CFG
+    ),
+    "lookupvit_large_patch16_224": Variant(
+        LookupViT,
+        {"embed_dim": 1024, "depth": 24, "num_heads": 16},
+        "shape of ViT-L/16 (2407.12753)",
+        LOOKUPVIT_CFG,
+    ),
+}
 
 # -- SiT (2111.12624) -------------------------------------------------------------------------------------------
 SIT: dict[str, Variant] = {}
