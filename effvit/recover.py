@@ -1,6 +1,6 @@
-"""From the tokens that are left back to full (B, C, H, W) maps: the fills that need no weights.
+"""From the tokens that are left back to full (B, C, H, W) maps: fills that need no weights, and a trained recovery.
 
-A recovery is exact where nothing was reduced. Merged patches take the feature of their token ("unmerge by
+A fill is exact where nothing was reduced. Merged patches take the feature of their token ("unmerge by
 source"); the fills differ in what a patch gets that no token stands for any more.
 """
 
@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from effvit.cross_attention import CrossBlock
 from effvit.tokens import TokenMap, flat_rows, take_rows
 
-__all__ = ["FILLS", "check_fill", "to_grid", "to_map"]
+__all__ = ["FILLS", "TokenRecovery", "check_fill", "to_grid", "to_map"]
 
 FILLS = ("last", "nearest", "zero")
 
@@ -73,3 +74,12 @@ def to_grid(x: Tensor, tokens: TokenMap, fill: str = "last") -> Tensor:
 def to_map(x: Tensor, tokens: TokenMap, fill: str = "last") -> Tensor:
     """Full feature map (B, C, H, W) of x; arguments and errors as in to_grid."""
     return to_grid(x, tokens, fill).transpose(1, 2).unflatten(2, tokens.grid).contiguous()
+
+
+class TokenRecovery(CrossBlock):
+    """Trained recovery of image tokens X from a few tokens S, ``X' = MHA(X, S) + X`` and an MLP (STViT-R, 2303.08685).
+
+    ``forward(x, s)``: image tokens x (B, N, C), as they were before S was made of them, ask the tokens s (B, Ns, C)
+    and keep their place: (B, N, C). This is the last layer of the released dumbbell unit on global attention
+    (changsn/STViT-R@b4a27a0 models/swin_transformer.py, blocks 5, 11 and 17 of stage 2). Arguments as ``CrossBlock``.
+    """

@@ -14,6 +14,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from effvit.models._checkpoint import official_state_dict
+from effvit.models.stvit import STViT
 
 __all__ = ["VARIANTS", "Variant"]
 
@@ -55,7 +56,16 @@ COLUMN = {"fixed_input_size": True, "first_conv": "patch_embed.proj"}
 EVERY_STAGE = (0, 1, 2, 3)
 
 # -- STViT on DeiT (2303.08685) ---------------------------------------------------------------------------------
-STVIT: dict[str, Variant] = {}
+# The size of a DeiT; 4 base, 2 STGM and 6 semantic layers on 4 x 4 tokens, STViT's defaults. No weights are public.
+STVIT: dict[str, Variant] = {
+    f"stvit_deit_{size}_patch16_224": Variant(
+        model=STViT,
+        args={"patch_size": 16, "embed_dim": embed_dim, "depth": 12, "num_heads": num_heads},
+        source=f"STViT on DeiT-{size[0].upper()} with 16 semantic tokens (2303.08685, table 1 and supplement A.1)",
+        cfg=COLUMN | {"paper_ids": "arXiv:2303.08685"},
+    )
+    for size, embed_dim, num_heads in (("tiny", 192, 3), ("small", 384, 6), ("base", 768, 12))
+}
 
 # -- STViT and STViT-R on Swin (2303.08685) ---------------------------------------------------------------------
 STVIT_SWIN: dict[str, Variant] = {}
