@@ -90,7 +90,7 @@ class CrossBlock(nn.Module):
         num_heads: Heads.
         mlp_ratio: Hidden channels of the MLP over ``dim``.
         qkv_bias: Biases of the projections.
-        init_values: Initial LayerScale; None for none.
+        init_values: Initial LayerScale; None or 0 for none, as in timm's ``Block``.
         drop_path: Rate of stochastic depth on both branches.
         norm_layer: Norm, called with the channels.
     """
@@ -113,7 +113,7 @@ class CrossBlock(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
 
         def layer_scale() -> nn.Module:
-            return nn.Identity() if init_values is None else LayerScale(dim, init_values=init_values, **dd)
+            return LayerScale(dim, init_values=init_values, **dd) if init_values else nn.Identity()
 
         def stochastic_depth() -> nn.Module:
             return DropPath(drop_path) if drop_path > 0 else nn.Identity()

@@ -18,7 +18,7 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "stvit recovery": (
         "stvit_deit_small_patch16_224",
-        STVIT | {"img_size": 64, "num_stgm": 1, "use_global": False, "recovery": True, "init_values": None},
+        STVIT | {"img_size": 64, "num_stgm": 1, "use_global": False, "recovery": True, "init_values": 0},
     ),
     "stvit dynamic": ("stvit_deit_base_patch16_224", STVIT | {"img_size": 64, "dynamic_img_size": True}),
 }

@@ -158,7 +158,8 @@ def soft_assignment(attn: CrossAttention, q: Tensor, kv: Tensor, num_patches: in
         (B, Np, Ns) in the wide dtype; rows sum to one.
     """
     q, k = attn.split_heads(q), attn.split_heads(kv.chunk(2, dim=-1)[0])
-    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, heads, Ns, Nk)
+    scale = (attn.q.out_features // attn.num_heads) ** -0.5
+    logits = (q * scale) @ k.transpose(-2, -1)  # (B, heads, Ns, Nk)
     weights = logits.to(wide_dtype(logits.dtype)).log_softmax(-1)[..., -num_patches:]  # (B, heads, Ns, Np)
     return weights.logsumexp(1).transpose(1, 2).softmax(-1)
 

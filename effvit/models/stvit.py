@@ -63,7 +63,7 @@ class STViT(SoftTokenViT):
 
     To start from a DeiT, leave LayerScale out, which DeiT does not have, and load what there is::
 
-        model = timm.create_model("stvit_deit_small_patch16_224", init_values=None)
+        model = timm.create_model("stvit_deit_small_patch16_224", init_values=0)
         model.load_state_dict(model.adapt_state_dict(deit.state_dict())[0], strict=False)  # all but the centres G
 
     Args:
@@ -77,7 +77,7 @@ class STViT(SoftTokenViT):
         num_heads: Heads.
         mlp_ratio: Hidden channels of the MLPs over ``embed_dim``.
         qkv_bias: Biases of the projections.
-        init_values: Initial LayerScale, 1e-5 as released; None for none.
+        init_values: Initial LayerScale, 1e-5 as released; 0 or None for none (``timm.create_model`` drops a None).
         num_base: Layers on all patches.
         num_stgm: Layers of the STGM behind them, at least 1; from the second on S and X are the keys.
         semantic_grid: (h, w) semantic tokens, or an int for both; at most the patch grid.
@@ -202,8 +202,8 @@ class STViT(SoftTokenViT):
         x = self._pos_embed(self.patch_embed(x))  # (B, H*W, C)
         s = assignment = None
         first, last = self.num_base, self.num_base + self.num_stgm - 1
-        taken = []
-        for i, block in enumerate(self.blocks[:num_blocks]):
+        blocks, taken = self.blocks[:num_blocks], []
+        for i, block in enumerate(blocks):
             # Only the assignments that a map needs: a layer's own, and the last layer's for all behind it.
             assign = self.recovery is None and (i in take or (i == last and any(t > last for t in take)))
             if i < first:
@@ -216,7 +216,8 @@ class STViT(SoftTokenViT):
                 s = self._call(block, s)
             if i in take:
                 taken.append((self._to_patches(x, s, assignment), x[:, :0]))
-        return (x, s), taken
+        recovered = taken[-1][0] if self.recovery is not None and len(blocks) - 1 in take else None
+        return (x, s, recovered), taken
 
     def _call(self, block: nn.Module, *args: Any) -> Any:
         return checkpoint(block, *args) if self.grad_checkpointing else block(*args)
@@ -231,10 +232,10 @@ class STViT(SoftTokenViT):
         return assignment.to(s.dtype) @ s
 
     def _finish(self, state: Any) -> Tensor:
-        x, s = state
-        if s is None:
-            return self.norm(x)
-        return self.norm(s if self.recovery is None else self._call(self.recovery, x, s))
+        x, s, recovered = state
+        if s is None or self.recovery is None:
+            return self.norm(x if s is None else s)
+        return self.norm(self._call(self.recovery, x, s) if recovered is None else recovered)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
