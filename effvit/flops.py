@@ -34,13 +34,13 @@ Handle = Callable[[list[Any], list[Any]], int]
 # fmt: off
 IGNORED_OPERATORS = frozenset(f"aten::{name}" for name in (
     # element-wise arithmetic and activations, softmax, pooling
-    "abs", "add", "ceil", "clamp_min", "cos", "div", "exp", "gelu", "linalg_vector_norm", "log",
-    "log_softmax", "logsumexp", "max_pool2d", "mul", "neg", "rsqrt", "rsub", "sigmoid", "silu", "sin", "softmax",
+    "abs", "add", "ceil", "clamp_min", "cos", "div", "exp", "gelu", "hardswish", "hardswish_", "linalg_vector_norm",
+    "log", "log_softmax", "logsumexp", "max_pool2d", "mul", "neg", "rsqrt", "rsub", "sigmoid", "silu", "sin", "softmax",
     "sqrt", "square", "sub", "tanh",
     # sums, extremes and order
     "amax", "amin", "argsort", "cumsum", "kthvalue", "maximum", "mean", "sort", "sum", "topk",
     # comparisons
-    "__or__", "isnan", "le", "lt",
+    "__or__", "isnan", "le", "lt", "ne",
     # making and moving tokens, adding one to another
     "diagonal", "expand_as", "eye", "index_add", "index_copy", "index_select", "meshgrid", "new_ones",
     "numel", "ones_like", "pad", "rand_like", "repeat_interleave", "reshape_as", "scatter", "scatter_add",

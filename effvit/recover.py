@@ -6,13 +6,15 @@ source"); the fills differ in what a patch gets that no token stands for any mor
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from effvit.cross_attention import CrossBlock
+from effvit.cross_attention import CrossBlock, WindowCrossBlock
 from effvit.tokens import TokenMap, flat_rows, take_rows
 
-__all__ = ["FILLS", "TokenRecovery", "check_fill", "to_grid", "to_map"]
+__all__ = ["FILLS", "RestoreBlock", "TokenRecovery", "check_fill", "to_grid", "to_map"]
 
 FILLS = ("last", "nearest", "zero")
 
@@ -83,3 +85,41 @@ class TokenRecovery(CrossBlock):
     and keep their place: (B, N, C). This is the last layer of the released dumbbell unit on global attention
     (changsn/STViT-R@b4a27a0 models/swin_transformer.py, blocks 5, 11 and 17 of stage 2). Arguments as ``CrossBlock``.
     """
+
+
+class RestoreBlock(WindowCrossBlock):
+    """``TokenRecovery`` by windows, for dense tasks on maps of any size (STViT-R on Swin, 2303.08685).
+
+    The image tokens of a window ask the semantic tokens in a larger window around theirs: with the released sizes,
+    49 image tokens ask 27 x 27 semantic tokens, of which the 3 x 3 in the middle came from their own window
+    (``RestoreBlock`` of mmdet/models/backbones/layers.py@8b8eb1e of changsn/STViT-R-Object-Detection).
+
+    Args:
+        dim: Channels.
+        num_heads: Heads.
+        window: Side of a window of image tokens.
+        samples: Side of its semantic tokens.
+        kernel: Side of the key windows on the semantic grid; 9 times ``samples`` if None.
+        mask_mode: As for ``WindowCrossBlock``.
+        kwargs: Those of ``CrossBlock``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window: int = 7,
+        samples: int = 3,
+        kernel: int | None = None,
+        mask_mode: str = "correct",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(dim, num_heads, window, samples, 9 * samples if kernel is None else kernel, mask_mode, **kwargs)
+
+    def forward(self, x: Tensor, s: Tensor) -> Tensor:  # type: ignore[override]  # maps, and one map of keys
+        """Image tokens x (B, H, W, C), as they were before s was made of them, and s (B, h, w, C) -> (B, H, W, C).
+
+        s has ``samples`` rows for each window of x; rows and columns of which no part is on the map may be missing.
+        """
+        x = x + self.drop_path1(self.cross(x, *self.key_windows(s, x.shape[1:3], self.window)))
+        return self.feedforward(x)

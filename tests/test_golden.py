@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import golden_stvit_deit
+import golden_stvit_swin
 import pytest
 import torch
 import torch.nn.functional as F
@@ -46,7 +47,10 @@ from effvit.schedule import cosine_keep_rate, tome_r
 from effvit.tokens import TokenMap
 
 # Folder of an architecture -> module with compare(case) and, for lists of official names, compare_keys(content).
-ARCHITECTURES: dict[str, ModuleType] = {"stvit_deit_reconstruction": golden_stvit_deit}
+ARCHITECTURES: dict[str, ModuleType] = {
+    "stvit_deit_reconstruction": golden_stvit_deit,
+    **dict.fromkeys(("stvit", "stvit_swin", "stvit_r_dense"), golden_stvit_swin),
+}
 # Any other folder is skipped by name.
 IMPLEMENTED = (*METHODS, *ARCHITECTURES)
 

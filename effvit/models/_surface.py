@@ -261,6 +261,10 @@ class PyramidBackbone(nn.Module):
         """Output of the last stage -> final features, both (B, C, H, W)."""
         return x
 
+    def _stage_map(self, i: int, x: Tensor, images: Tensor) -> Tensor:
+        """Output x of stage i as the map (B, C_i, H/4/2^i, W/4/2^i), rounded up, of images (B, in_chans, H, W)."""
+        return self._to_maps(x)
+
     def _to_maps(self, x: Tensor) -> Tensor:
         return x.permute(0, 3, 1, 2) if self.stage_fmt == "NHWC" else x
 
@@ -313,14 +317,14 @@ class PyramidBackbone(nn.Module):
             )
         check_batch(x, self, self.in_chans)
         take, last = feature_take_indices(len(self.stages), indices)
-        x = self.stem(x)
+        images, x = x, self.stem(x)
         maps = []
         for i, stage in enumerate(self.stages):
             if i > last and (stop_early or intermediates_only):
                 break
             x = stage(x)
             if i in take:
-                y = self._to_maps(x)
+                y = self._stage_map(i, x, images)
                 maps.append(y.contiguous() if self.out_norms is None else self.out_norms[i](y).contiguous())
         if intermediates_only:
             return maps

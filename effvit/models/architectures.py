@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from effvit.models._checkpoint import official_state_dict
 from effvit.models.stvit import STViT
+from effvit.models.stvit_swin import STViTSwin
 
 __all__ = ["VARIANTS", "Variant"]
 
@@ -68,7 +69,58 @@ STVIT: dict[str, Variant] = {
 }
 
 # -- STViT and STViT-R on Swin (2303.08685) ---------------------------------------------------------------------
-STVIT_SWIN: dict[str, Variant] = {}
+# Swin's three sizes. Official weights of S and B are on Hugging Face (csncsn/STViT-R); T is used in the paper alone.
+SWIN: dict[str, dict[str, Any]] = {
+    "tiny": {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)},
+    "small": {"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24)},
+    "base": {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)},
+}
+SWIN_CFG = PYRAMID | {
+    "first_conv": "stem.conv1.conv",
+    "paper_ids": "arXiv:2303.08685",
+    "origin_url": "https://github.com/changsn/STViT-R",
+    "license": "mit",
+}
+DENSE: dict[str, Any] = {"key_windows": "dense", "shortcut": True, "shift_small": True, "out_norm": True}
+STVIT_SWIN: dict[str, Variant] = {
+    **{
+        f"stvit_r_swin_{size}_patch4_window7_224": Variant(
+            model=STViTSwin,
+            args=args,
+            source=f"STViT-R on Swin-{size[0].upper()}, changsn/STViT-R@b4a27a0 (2303.08685, table 3)",
+            cfg=SWIN_CFG,
+            out_indices=EVERY_STAGE,
+        )
+        for size, args in SWIN.items()
+    },
+    **{
+        f"stvit_r_swin_{size}_patch4_window7_dense": Variant(
+            model=STViTSwin,
+            args=args | DENSE | {"num_classes": 0},
+            source=f"STViT-R on Swin-{size[0].upper()} as a dense backbone, "
+            "changsn/STViT-R-Object-Detection@8b8eb1e (2303.08685, table 5)",
+            cfg=SWIN_CFG
+            | {
+                "input_size": (3, 800, 1280),
+                "pool_size": None,
+                "num_classes": 0,
+                "origin_url": "https://github.com/changsn/STViT-R-Object-Detection",
+            },
+            out_indices=EVERY_STAGE,
+        )
+        for size, args in SWIN.items()
+    },
+    **{
+        f"stvit_swin_{size}_patch4_window7_224": Variant(
+            model=STViTSwin,
+            args=args | {"recovery": False, "stem": "patch", "shortcut": True, "use_global": True},
+            source=f"STViT on Swin-{size[0].upper()} with 9 tokens a window, wiring ours (2303.08685, table 2)",
+            cfg=SWIN_CFG | {"first_conv": "stem.proj", "pool_size": (3, 3), "fixed_input_size": True},
+            out_indices=EVERY_STAGE,
+        )
+        for size, args in SWIN.items()
+    },
+}
 
 # -- super-token SViT (2211.11167) ------------------------------------------------------------------------------
 SUPERTOKEN: dict[str, Variant] = {}
