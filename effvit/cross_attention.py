@@ -7,6 +7,7 @@ methods share these two modules; the parameters are those of the released STViT-
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -181,7 +182,7 @@ class WindowCrossBlock(CrossBlock):
             raise ValueError(f"key windows must be at least as large as what they surround, got {kernel} for {stride}")
         self.window, self.stride, self.kernel, self.mask_mode = window, stride, kernel, mask_mode
 
-    def key_windows(self, y: Tensor, image: tuple[int, int], window: int) -> tuple[Tensor, Tensor | None]:
+    def key_windows(self, y: Tensor, image: Sequence[int], window: int) -> tuple[Tensor, Tensor | None]:
         """Keys and values (B * nW, Nk, 2C) of the map y (B, H, W, C), and the mask for ``CrossAttention.mix``.
 
         Args:
@@ -192,7 +193,11 @@ class WindowCrossBlock(CrossBlock):
         kv = self.attn.kv(self.norm1(y))
         border = None
         if self.mask_mode != "correct":
-            border = self.attn.kv(self.norm1(y.new_zeros(self.attn.q.in_features)))  # (2C,)
+            border = self.attn.kv(self.norm1(y.new_zeros(1, self.attn.q.in_features)))[0]  # (2C,)
+            # Softmax does not see one vector added to all keys. Without this one the many border keys are zero, and
+            # the gradient of the queries is no difference of large sums.
+            key = F.pad(border.chunk(2)[0], (0, self.attn.q.in_features))
+            kv, border = kv - key, border - key
         mask = key_mask(y, self.kernel, self.stride, self.mask_mode, image, window)
         return overlapping_windows(kv, self.kernel, self.stride, border), mask
 

@@ -114,7 +114,9 @@ class RestoreBlock(WindowCrossBlock):
         mask_mode: str = "correct",
         **kwargs: Any,
     ) -> None:
-        super().__init__(dim, num_heads, window, samples, 9 * samples if kernel is None else kernel, mask_mode, **kwargs)
+        super().__init__(
+            dim, num_heads, window, samples, 9 * samples if kernel is None else kernel, mask_mode, **kwargs
+        )
 
     def forward(self, x: Tensor, s: Tensor) -> Tensor:  # type: ignore[override]  # maps, and one map of keys
         """Image tokens x (B, H, W, C), as they were before s was made of them, and s (B, h, w, C) -> (B, H, W, C).

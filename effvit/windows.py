@@ -9,6 +9,8 @@ Windows here are counted in raster order and are a batch: (B * nH * nW, tokens, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from timm.models.swin_transformer import window_partition, window_reverse
@@ -25,13 +27,14 @@ __all__ = [
     "live_cells",
     "num_windows",
     "overlapping_windows",
+    "resize_bias_table",
     "shift_mask",
     "spread_cells",
     "to_windows",
 ]
 
 MASK_MODES = ("correct", "official", "none")
-Size = tuple[int, int]
+Size = Sequence[int]  # (H, W): also a torch.Size
 
 
 def num_windows(side: int, window: int) -> int:
@@ -259,3 +262,13 @@ def spread_cells(s: Tensor, size: Size, window: int, samples: int, merged: int =
         cell = cell_of_position(side * merged, window, samples, s.device)[::merged]
         s = s.index_select(dim, torch.div(cell, merged, rounding_mode="floor"))
     return s
+
+
+def resize_bias_table(table: Tensor, old: Size, new: Size) -> Tensor:
+    """A relative position bias table ((2h-1)(2w-1), heads) for another window (h, w), bicubic as in Swin's code.
+
+    timm's own resampling needs an indexing that torch has deprecated.
+    """
+    sides, target = [2 * side - 1 for side in old], [2 * side - 1 for side in new]
+    grid = table.transpose(0, 1).unflatten(1, sides).unsqueeze(0)  # (1, heads, 2h-1, 2w-1)
+    return F.interpolate(grid, target, mode="bicubic")[0].flatten(1).transpose(0, 1)

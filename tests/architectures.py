@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 # Registered name and the arguments that make it small; the key names the case in the tests.
 STVIT = {"embed_dim": 48, "num_heads": 3, "depth": 6, "num_base": 2, "semantic_grid": 3}
+SWIN = {"drop_path_rate": 0.0, "embed_dim": 16, "depths": (1, 2, 6, 2), "num_heads": (1, 2, 2, 4)}
 SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "stvit": ("stvit_deit_tiny_patch16_224", STVIT | {"img_size": (112, 80)}),
     "stvit learned": (
@@ -21,6 +22,25 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
         STVIT | {"img_size": 64, "num_stgm": 1, "use_global": False, "recovery": True, "init_values": 0},
     ),
     "stvit dynamic": ("stvit_deit_base_patch16_224", STVIT | {"img_size": 64, "dynamic_img_size": True}),
+    "stvit_r_swin": ("stvit_r_swin_tiny_patch4_window7_224", SWIN),
+    "stvit_r_swin tables": (
+        "stvit_r_swin_small_patch4_window7_224",
+        SWIN | {"window_size": 4, "use_global": True, "relative_pos": True, "shortcut": True, "img_size": (128, 96)},
+    ),
+    # out_norm has a norm for each map, of which the class scores use the last alone.
+    "stvit_r_swin dense": (
+        "stvit_r_swin_tiny_patch4_window7_dense",
+        SWIN | {"depths": (1, 1, 12, 1), "use_conv_pos": True, "out_norm": False},
+    ),
+    "stvit_r_swin dense as released": (
+        "stvit_r_swin_base_patch4_window7_dense",
+        SWIN | {"mask_mode": "official", "window_size": 5, "seed_pool": "learned", "out_norm": False},
+    ),
+    "stvit_swin": ("stvit_swin_tiny_patch4_window7_224", SWIN | {"use_global": False}),
+    "stvit_swin 16": (
+        "stvit_swin_base_patch4_window7_224",
+        SWIN | {"window_samples": 4, "img_size": (224, 96), "relative_pos": True},
+    ),
 }
 # Side lengths, (H, W), the small model is built for, and another that set_input_size changes it to.
 SIZES: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {
@@ -28,6 +48,12 @@ SIZES: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {
     "stvit learned": ((64, 112), (80, 48)),
     "stvit recovery": ((64, 64), (48, 112)),
     "stvit dynamic": ((64, 64), (80, 112)),
+    "stvit_r_swin": ((130, 97), (31, 45)),
+    "stvit_r_swin tables": ((128, 96), (100, 160)),
+    "stvit_r_swin dense": ((96, 131), (31, 45)),
+    "stvit_r_swin dense as released": ((128, 80), (112, 61)),
+    "stvit_swin": ((131, 96), (31, 45)),
+    "stvit_swin 16": ((224, 96), (160, 256)),
 }
 
 

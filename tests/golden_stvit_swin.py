@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from golden_cases import DOUBLE, SINGLE, Case, check_official_keys
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
+from effvit.models._stvit_r_names import UNIT
 from effvit.models.dumbbell import DumbbellUnit
 from effvit.models.semantic_tokens import max_seeds
-from effvit.models.stvit_swin import UNIT, STViTSwin
+from effvit.models.stvit_swin import STViTSwin
 from effvit.windows import to_windows
 
 # Arguments of the official constructors that have the same name here, and those that have another.
@@ -58,10 +60,10 @@ def build(case: Case) -> STViTSwin:
         }
     else:
         size = case.config["config"]["img_size"]
-        sides = [min(size if isinstance(size, int) else tuple(size)[0], 10**6) // 4 // 2**i for i in range(4)]
+        side = min(to_2tuple(size))
         args |= {
             "use_global": kwargs.get("use_global", True),
-            "window_size": [min(side, window) for side in sides],
+            "window_size": [min(side // 4 // 2**i, window) for i in range(4)],
             "key_windows": "cls",
             "mask_mode": "none",
             "img_size": size,

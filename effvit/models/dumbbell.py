@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from timm.layers import RelPosBias, resample_abs_pos_embed
-from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
 from effvit.cross_attention import CrossBlock, WindowCrossBlock
@@ -31,7 +30,8 @@ from effvit.windows import (
     inside_windows,
     key_mask,
     live_cells,
-    shift_mask,
+    num_windows,
+    resize_bias_table,
     to_windows,
 )
 
@@ -40,7 +40,6 @@ __all__ = [
     "DumbbellUnit",
     "GroupBlock",
     "SemanticLayers",
-    "WindowBlock",
     "WindowSeedBlock",
     "check_key_windows",
 ]
@@ -72,10 +71,11 @@ def check_grid(s: Tensor, grid: tuple[int, int] | None) -> Tensor:
 
 
 @fx_leaf
-def crop_cells(seeds: Tensor, image: tuple[int, int], window: int, samples: int) -> Tensor:
-    """The semantic tokens (B, h, w, C) without the rows and columns that hold no real image token."""
-    rows, columns = (live_cells(side, window, samples) for side in image)
-    return seeds[:, :rows, :columns]
+def seed_map(seeds: Tensor, image: Sequence[int], window: int, samples: int, live: bool) -> Tensor:
+    """Seeds of windows (B * nW, samples², C) as a map (B, h, w, C); ``live`` leaves out those of padding alone."""
+    full = [num_windows(side, window) * samples for side in image]
+    rows, columns = [live_cells(side, window, samples) for side in image] if live else full
+    return from_windows(seeds, samples, full)[:, :rows, :columns]
 
 
 @fx_leaf
@@ -84,43 +84,6 @@ def masked_bias(bias: Tensor | None, mask: Tensor | None) -> Tensor | None:
     if bias is None or mask is None:
         return mask if bias is None else bias
     return bias.masked_fill(~mask, float("-inf"))
-
-
-class WindowBlock(SwinTransformerBlock):
-    """timm's Swin block for maps of any size, with the order of the released detection code: pad, then shift.
-
-    timm shifts first, so that its windows differ wherever a map is padded. Padded positions are zeros behind the
-    norm and visible, as in Swin.
-
-    Args:
-        dim: Channels.
-        num_heads: Heads.
-        window_size: Side of a window.
-        shifted: Shift the windows by half of one.
-        shift_small: Shift sides that one window covers, too, as detection code does and classification does not.
-        kwargs: Those of timm's block.
-    """
-
-    def __init__(
-        self, dim: int, num_heads: int, window_size: int, shifted: bool, shift_small: bool = False, **kwargs: Any
-    ) -> None:
-        super().__init__(
-            dim,
-            input_resolution=(window_size, window_size),
-            num_heads=num_heads,
-            window_size=window_size,
-            shift_size=window_size // 2 if shifted else 0,
-            always_partition=True,
-            dynamic_mask=True,
-            **kwargs,
-        )
-        self.shift_small = shift_small
-
-    def _attn(self, x: Tensor) -> Tensor:
-        window, shift = self.window_size[0], self.shift_size[0]
-        mask = shift_mask(x, window, shift, self.shift_small) if shift else None
-        y = self.attn(to_windows(x, window, shift, self.shift_small), mask=mask)
-        return from_windows(y, window, x.shape[1:3], shift, self.shift_small)
 
 
 class WindowSeedBlock(WindowCrossBlock):
@@ -170,7 +133,7 @@ class WindowSeedBlock(WindowCrossBlock):
             raise ValueError(f"seed_pool must be {' or '.join(map(repr, SEED_POOLS))}, got {seed_pool!r}")
         if not 0 < samples <= window:
             raise ValueError(f"window_samples must be in [1, {window}], the side of a window, got {samples}")
-        dd = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
+        dd: dict[str, Any] = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
         self.key_form, self.residual = key_windows, residual
         self.pool = LearnedSeeds(dim, **dd) if pools and seed_pool == "learned" else None
         self.conv_pos = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd) if pools and use_conv_pos else None
@@ -184,9 +147,7 @@ class WindowSeedBlock(WindowCrossBlock):
         if self.conv_pos is not None:
             grid = seeds.transpose(1, 2).unflatten(2, (samples, samples))  # (B * nW, C, s, s)
             seeds = (grid + self.conv_pos(grid)).flatten(2).transpose(1, 2)
-        rows, columns = (-(-side // window) * samples for side in x.shape[1:3])
-        seeds = from_windows(seeds, samples, (rows, columns))
-        return crop_cells(seeds, x.shape[1:3], window, samples) if correct else seeds
+        return seed_map(seeds, x.shape[1:3], window, samples, live=correct)
 
     def forward(self, x: Tensor, s: Tensor | None = None) -> Tensor:  # type: ignore[override]  # maps
         """Image tokens x (B, H, W, C), and semantic tokens s (B, h, w, C) of an earlier layer -> (B, h, w, C)."""
@@ -197,7 +158,7 @@ class WindowSeedBlock(WindowCrossBlock):
             literal = self.key_form == "cls"
             kv = self.attn.kv(self.norm1(x))
             kernel, stride = (self.CLS_KERNEL, self.CLS_STRIDE) if literal else (self.kernel, None)
-            own, own_mask = to_windows(self.attn.kv(self.norm1(s)), self.window), None
+            own = to_windows(self.attn.kv(self.norm1(s)), self.window)
             kv = torch.cat([own, inside_windows(kv, self.stride, kernel, stride)], dim=1)
             mask = own_keys_mask(s, self.window, kv)
         y = self.cross(s, kv, mask)
@@ -235,17 +196,25 @@ class GroupBlock(CrossBlock):
     ) -> None:
         super().__init__(dim, num_heads, **kwargs)
         self.samples = samples
-        self.rel_pos: RelPosBias | None = None
-        if bias_grid is not None:
-            self.rel_pos = RelPosBias(
-                bias_grid, num_heads, device=kwargs.get("device"), dtype=kwargs.get("dtype")
-            )
+        dd: dict[str, Any] = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
+        self.rel_pos = None if bias_grid is None else RelPosBias(bias_grid, num_heads, **dd)
+
+    def set_bias_grid(self, grid: tuple[int, int]) -> None:
+        """Resample the relative position bias to another grid (h, w)."""
+        old: Any = self.rel_pos
+        table = old.relative_position_bias_table
+        new = RelPosBias(grid, self.attn.num_heads, device=table.device, dtype=table.dtype)
+        resized = resize_bias_table(table.detach(), old.window_size, grid)
+        new.relative_position_bias_table = nn.Parameter(resized, requires_grad=table.requires_grad)
+        self.rel_pos = new
 
     def forward(self, s: Tensor) -> Tensor:  # type: ignore[override]  # one map, queries and keys
         """Semantic tokens (B, h, w, C) -> (B, h, w, C)."""
         y = self.norm1(s)
         q, kv = self.attn.q(y), self.attn.kv(y)
         bias = None if self.rel_pos is None else self.rel_pos.get_bias()
+        if bias is not None and torch.compiler.is_exporting():
+            bias = bias.detach()  # for a mask with gradient, torch 2.11 traces one kernel and exports another's layout
         if self.samples is None:
             y = self.attn.mix(q.flatten(1, 2), kv.flatten(1, 2), bias).view_as(q)
         else:
@@ -301,13 +270,8 @@ class SemanticLayers(nn.Module):
         super().__init__()
         check_key_windows(key_windows, use_global, relative_pos)
         self.grid = grid if use_global or relative_pos else None
-        form: dict[str, Any] = {
-            "window": window,
-            "samples": samples,
-            "key_windows": key_windows,
-            "mask_mode": mask_mode,
-            **kwargs,
-        }
+        form: dict[str, Any] = {"window": window, "samples": samples, "key_windows": key_windows, **kwargs}
+        form["mask_mode"] = mask_mode
         self.stgm1 = WindowSeedBlock(
             dim,
             num_heads,
@@ -320,9 +284,7 @@ class SemanticLayers(nn.Module):
         )
         self.stgm2: WindowSeedBlock | SemanticBlock
         if key_windows == "dense":
-            self.stgm2 = WindowSeedBlock(
-                dim, num_heads, kernel=kernels[1], pools=False, drop_path=drop_path[1], **form
-            )
+            self.stgm2 = WindowSeedBlock(dim, num_heads, kernel=kernels[1], pools=False, drop_path=drop_path[1], **form)
         else:
             centres = grid[0] * grid[1] if use_global else 0
             self.stgm2 = SemanticBlock(dim, num_heads, centres, drop_path=drop_path[1], **kwargs)
@@ -355,7 +317,7 @@ class SemanticLayers(nn.Module):
             return
         for block in self.blocks:
             if block.rel_pos is not None and block.samples is None:
-                block.rel_pos.set_window_size(grid)
+                block.set_bias_grid(grid)
         centres = getattr(self.stgm2, "global_centres", None)
         if centres is not None:
             self.stgm2.global_centres = nn.Parameter(

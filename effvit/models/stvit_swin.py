@@ -10,19 +10,16 @@ Efficient from A Token Sparsification View", CVPR 2023).
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
-import torch.nn.functional as F
 from timm.layers import (
-    ConvNormAct,
     LayerNorm2d,
     PatchEmbed,
     calculate_drop_path_rates,
     resample_abs_pos_embed,
-    resize_rel_pos_bias_table,
     to_2tuple,
     trunc_normal_,
 )
@@ -30,37 +27,22 @@ from timm.models._input import update_model_input_size
 from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
+from effvit.models._stvit_r_names import official_name
 from effvit.models._surface import PyramidBackbone, PyramidStage
-from effvit.models.dumbbell import DumbbellUnit, GroupBlock, SemanticLayers, WindowBlock, check_key_windows
+from effvit.models.dumbbell import (
+    DumbbellUnit,
+    GroupBlock,
+    SemanticLayers,
+    check_key_windows,
+)
+from effvit.models.swin_parts import ConvStem, WindowBlock
 from effvit.recover import RestoreBlock, TokenRecovery
 from effvit.schedule import check_count, check_switch
-from effvit.tokens import fx_leaf
-from effvit.windows import live_cells, num_windows, spread_cells
+from effvit.windows import live_cells, num_windows, resize_bias_table, spread_cells
 
 __all__ = ["STViTSwin"]
 
-# What the six blocks of a unit are called here, in the order of the released code.
-UNIT = ("block", "semantic.stgm1", "semantic.stgm2", "semantic.blocks.0", "semantic.blocks.1", "recover")
 STEMS = ("conv", "patch")
-
-
-@fx_leaf
-def pad_images(x: Tensor, multiple: int = 4) -> Tensor:
-    """Images (B, 3, H, W) with zeros at the bottom and right up to a multiple of the stride."""
-    bottom, right = (-side % multiple for side in x.shape[2:])
-    return F.pad(x, (0, right, 0, bottom)) if bottom or right else x
-
-
-class ConvStem(nn.Module):
-    """Two 3 x 3 convolutions of stride 2 with batch norm and Hardswish: images of any size -> (B, H/4, W/4, C)."""
-
-    def __init__(self, in_chans: int, dim: int, device: Any = None, dtype: Any = None) -> None:
-        super().__init__()
-        layer = partial(ConvNormAct, kernel_size=3, stride=2, act_layer=nn.Hardswish, device=device, dtype=dtype)
-        self.conv1, self.conv2 = layer(in_chans, dim // 2), layer(dim // 2, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv2(self.conv1(pad_images(x))).permute(0, 2, 3, 1)
 
 
 class STViTSwin(PyramidBackbone):
@@ -76,9 +58,10 @@ class STViTSwin(PyramidBackbone):
     window from some layer of the third stage on, with -24, -25 and -25 % of FLOPs on Swin-T, -S and -B with 9. Ours:
     where, and what follows. Two thirds of the third stage are Swin blocks (4 of 6, 12 of 18), two STGM layers follow,
     then blocks on semantic tokens as in a dumbbell unit; Swin's own patch merging joins 2 x 2 semantic tokens, and
-    the fourth stage attends among all of them. With Swin's own patch embedding this costs what the paper says; no
-    other depth does, nor does any with a fourth stage on image tokens or on tokens that are not merged. Its maps of
-    the last two stages give each position the semantic token of the cell it lies in, without parameters.
+    the fourth stage attends among all of them. With Swin's own patch embedding this comes within one point of the
+    paper's ratios for all three sizes; of the wirings counted (either stem, any depth, a fourth stage on image tokens
+    or on tokens that are not merged) no other does at one fraction of the third stage. Maps of the last two stages
+    give each position the semantic token of the cell it lies in, without parameters.
 
     Args:
         in_chans: Channels of the images.
@@ -97,8 +80,8 @@ class STViTSwin(PyramidBackbone):
             (window_size + 3)² image tokens moved inside the map, then all tokens. It is the released classification
             network at 224 pixels and works on maps of any size. "cls": 10 x 10 windows at a stride of 4, literals of
             the released classification code, which fit few maps. "dense": the released dense network.
-        kernels: Sides of the key windows of the two STGM layers and of the recovery for "dense"; 2 and 3 windows
-            and 9 times ``window_samples`` if None.
+        kernels: Only for "dense": sides of the key windows of the two STGM layers and of the recovery; 2 and 3
+            windows and 9 times ``window_samples`` if None.
         mask_mode: What is seen of positions that only pad a window: "correct", nothing; "none" and "official" as
             released with and without ``pad_mask`` (see ``effvit.windows.key_mask``).
         shift_small: Shift windows in maps that one window covers, as the released dense code does.
@@ -156,7 +139,9 @@ class STViTSwin(PyramidBackbone):
         dtype: Any = None,
     ) -> None:
         check_depths(depths, check_switch("recovery", recovery))
-        check_key_windows(key_windows, check_switch("use_global", use_global), check_switch("relative_pos", relative_pos))
+        check_key_windows(
+            key_windows, check_switch("use_global", use_global), check_switch("relative_pos", relative_pos)
+        )
         if stem not in STEMS:
             raise ValueError(f"stem must be {' or '.join(map(repr, STEMS))}, got {stem!r}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -172,22 +157,20 @@ class STViTSwin(PyramidBackbone):
             output_fmt="NHWC",
             **dd,
         )
-        windows = (window_size,) * 4 if isinstance(window_size, int) else tuple(window_size)
-        self.window, self.samples = check_count("window_size", windows[2], 1), check_count("window_samples", window_samples, 1)
+        windows = check_windows(window_size)
+        self.window, self.samples = windows[2], check_count("window_samples", window_samples, 1)
         self.recovery, self.crops = recovery, mask_mode == "correct"
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         block: dict[str, Any] = {"mlp_ratio": mlp_ratio, "qkv_bias": qkv_bias, "proj_drop": proj_drop_rate}
         block |= {"attn_drop": attn_drop_rate, **dd}
-        if kernels is None:
-            dense = key_windows == "dense"
-            kernels = (2 * self.window, 3 * self.window, 9 * window_samples) if dense else (self.window + 3,) * 3
-        semantic = partial(
+        sides = check_kernels(kernels, key_windows, self.window, window_samples)
+        semantic: Callable[..., SemanticLayers] = partial(
             SemanticLayers,
             dims[2],
             num_heads[2],
             window=self.window,
             samples=window_samples,
-            kernels=kernels,
+            kernels=sides[:2],
             key_windows=key_windows,
             grid=self._semantic_grid(img_size),
             shortcut=shortcut,
@@ -197,11 +180,13 @@ class STViTSwin(PyramidBackbone):
             mask_mode=mask_mode,
             **block,
         )
-        if key_windows == "dense":
-            recover = partial(RestoreBlock, window=self.window, samples=window_samples, kernel=kernels[2])
-            recover = partial(recover, mask_mode=mask_mode)
-        else:
-            recover = partial(TokenRecovery)
+        near: dict[str, Any] = {
+            "window": self.window,
+            "samples": window_samples,
+            "kernel": sides[2],
+            "mask_mode": mask_mode,
+        }
+        recover: Any = partial(RestoreBlock, **near) if key_windows == "dense" else TokenRecovery
 
         def swin_blocks(i: int, stage_rates: Sequence[float]) -> list[nn.Module]:
             return [
@@ -223,19 +208,15 @@ class STViTSwin(PyramidBackbone):
             base = depths[2] * 2 // 3
             third = [*swin_blocks(2, rates[2][:base]), semantic(rates[2][base:], use_global=use_global)]
             fourth = [GroupBlock(dims[3], num_heads[3], drop_path=rate, **block) for rate in rates[3]]
-        stages = (swin_blocks(0, rates[0]), swin_blocks(1, rates[1]), third, fourth)
         if stem == "conv":
             self.stem = ConvStem(in_chans, embed_dim, **dd)
         else:
-            self.stem = PatchEmbed(
-                None, 4, in_chans, embed_dim, nn.LayerNorm, output_fmt="NHWC", dynamic_img_pad=True, **dd
-            )
-        self.stages = nn.Sequential(
-            *(
-                PyramidStage(PatchMerging(dims[i - 1], **dd) if i else None, blocks)
-                for i, blocks in enumerate(stages)
-            )
-        )
+            nhwc: dict[str, Any] = {"output_fmt": "NHWC", "dynamic_img_pad": True, **dd}
+            self.stem = PatchEmbed(None, 4, in_chans, embed_dim, nn.LayerNorm, **nhwc)
+        stages = []
+        for i, blocks in enumerate((swin_blocks(0, rates[0]), swin_blocks(1, rates[1]), third, fourth)):
+            stages.append(PyramidStage(PatchMerging(dims[i - 1], **dd) if i else None, blocks))
+        self.stages = nn.Sequential(*stages)
         self.norm = nn.Identity() if out_norm else norm(dims[3])
         self.init_weights()
 
@@ -250,9 +231,7 @@ class STViTSwin(PyramidBackbone):
     def _semantic_grid(self, img_size: int | tuple[int, int]) -> tuple[int, int]:
         """(h, w) of the semantic tokens of an image of that size."""
         height, width = (
-            live_cells(side, self.window, self.samples)
-            if self.crops
-            else num_windows(side, self.window) * self.samples
+            live_cells(side, self.window, self.samples) if self.crops else num_windows(side, self.window) * self.samples
             for side in (-(-pixels // 16) for pixels in to_2tuple(img_size))
         )
         return height, width
@@ -270,7 +249,7 @@ class STViTSwin(PyramidBackbone):
         return self._to_maps(x)
 
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
-        """Resample ``use_global`` and ``relative_pos`` to the semantic grid of an image size; nothing else needs one."""
+        """Resample the tables of ``use_global`` and ``relative_pos`` to an image size; nothing else depends on one."""
         super().set_input_size(img_size, patch_size)
         if img_size is None:
             return
@@ -299,15 +278,32 @@ class STViTSwin(PyramidBackbone):
         kept = {new: state[name] for name, new in renamed.items() if new is not None}
         dropped = [name for name, new in renamed.items() if new is None]
         own = self.state_dict()
-        unused = tuple(
-            part for part in ("head.", "norm.") if not any(name.startswith(part) for name in own)
-        )
+        unused = tuple(part for part in ("head.", "norm.") if not any(name.startswith(part) for name in own))
         if unused:
             dropped += [name for name, new in renamed.items() if new is not None and new.startswith(unused)]
             kept = {name: value for name, value in kept.items() if not name.startswith(unused)}
         if self.out_norms is not None and not any(name.startswith("out_norms.") for name in kept):
             kept |= {name: value for name, value in own.items() if name.startswith("out_norms.")}
         return {name: resized(value, name, self) for name, value in kept.items()}, dropped
+
+
+def check_windows(window_size: int | Sequence[int]) -> tuple[int, ...]:
+    """One window side a stage of one for all, or of four; a TypeError or ValueError names any other value."""
+    windows = (window_size,) * 4 if isinstance(window_size, int) else tuple(window_size)
+    if len(windows) != 4:
+        raise ValueError(f"window_size must be one side for all stages or one for each of the four, got {window_size}")
+    return tuple(check_count("window_size", side, 1) for side in windows)
+
+
+def check_kernels(kernels: Sequence[int] | None, key_windows: str, window: int, samples: int) -> tuple[int, ...]:
+    """Sides of the key windows of STGM 1, STGM 2 and the recovery; a ValueError unless there is a use for them."""
+    if kernels is None:
+        return (2 * window, 3 * window, 9 * samples) if key_windows == "dense" else (window + 3,) * 3
+    if key_windows != "dense":
+        raise ValueError(f"kernels are the key windows of key_windows='dense', got {list(kernels)} for {key_windows!r}")
+    if len(kernels) != 3:
+        raise ValueError(f"kernels must be three sides (STGM 1, STGM 2, recovery), got {list(kernels)}")
+    return tuple(check_count("kernels", side, 1) for side in kernels)
 
 
 def check_depths(depths: Sequence[int], recovery: bool) -> None:
@@ -324,40 +320,14 @@ def check_depths(depths: Sequence[int], recovery: bool) -> None:
         raise ValueError(f"recovery=False needs at least 4 blocks in the third stage, got {depths[2]}")
 
 
-RENAMED = (
-    (r"^patch_embed\.proj\.0\.c\.", "stem.conv1.conv."),
-    (r"^patch_embed\.proj\.0\.bn\.", "stem.conv1.bn."),
-    (r"^patch_embed\.proj\.2\.c\.", "stem.conv2.conv."),
-    (r"^patch_embed\.proj\.2\.bn\.", "stem.conv2.bn."),
-    (r"^norm(\d)\.", r"out_norms.\1."),
-    (r"^head\.(weight|bias)$", r"head.fc.\1"),
-    (r"^layers\.2\.semantic_token2$", "stages.2.blocks.0.semantic.stgm2.global_centres"),
-    (r"^layers\.(\d)\.downsample\.", lambda m: f"stages.{int(m[1]) + 1}.downsample."),
-    (r"^layers\.2\.blocks\.(\d+)\.", lambda m: f"stages.2.blocks.{int(m[1]) // 6}.{UNIT[int(m[1]) % 6]}."),
-    (r"^layers\.", "stages."),
-    (r"\.layer_scale_(\d)$", r".ls\1.gamma"),
-    (r"\.conv_pos\.proj\.0\.", ".conv_pos."),
-    (r"(semantic\.blocks\.\d+)\.attn\.(relative_position_bias_table)$", r"\1.rel_pos.\2"),
-)
-
-
-def official_name(name: str) -> str | None:
-    """Our name of an entry of an official file, or of our own; None for tables that are computed."""
-    if name.endswith(("attn_mask", "relative_position_index")):
-        return None
-    for pattern, replacement in RENAMED:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
 def resized(value: Tensor, name: str, model: STViTSwin) -> Tensor:
     """A position table of a file in the size the model has; any other weight as it is."""
     own = dict(model.named_parameters()).get(name)
     if own is None or value.shape == own.shape:
         return value
     if name.endswith(".relative_position_bias_table"):
-        window = model.get_submodule(name.rpartition(".")[0]).window_size
-        return resize_rel_pos_bias_table(value, new_window_size=window, new_bias_shape=own.shape)
+        side, module = (math.isqrt(value.shape[0]) + 1) // 2, model.get_submodule(name.rpartition(".")[0])
+        return resize_bias_table(value, (side, side), cast(Any, module).window_size)
     if name.endswith(".global_centres"):
         layers = model.get_submodule(name.removesuffix(".stgm2.global_centres"))
         return resample_abs_pos_embed(value, layers.grid, num_prefix_tokens=0)
