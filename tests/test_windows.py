@@ -180,5 +180,5 @@ class TestWindowCrossBlock:
     def test_settings_that_make_no_sense_are_named(self) -> None:
         with pytest.raises(ValueError, match="mask_mode must be one of correct, official, none, got 'strict'"):
             WindowCrossBlock(4, 2, 7, 3, 9, mask_mode="strict")
-        with pytest.raises(ValueError, match="key windows must be at least as large .* got 2 for 3"):
+        with pytest.raises(ValueError, match=r"key windows must be at least as large .* got 2 for 3"):
             WindowCrossBlock(4, 2, 7, 3, 2)

@@ -336,6 +336,7 @@ class PyramidBackbone(nn.Module):
     ) -> list[int]:
         """Cut what the maps of these stages do not need; returns their numbers (timm's method)."""
         take, last = feature_take_indices(len(self.stages), indices)
+        prune_norm = prune_norm or last < len(self.stages) - 1  # the final norm has the channels of the last stage
         self.stages = self.stages[: last + 1]
         if self.out_norms is not None:
             self.out_norms = nn.ModuleList(
