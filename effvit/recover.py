@@ -123,5 +123,5 @@ class RestoreBlock(WindowCrossBlock):
 
         s has ``samples`` rows for each window of x; rows and columns of which no part is on the map may be missing.
         """
-        x = x + self.drop_path1(self.cross(x, *self.key_windows(s, x.shape[1:3], self.window)))
+        x = x + self.drop_path1(self.cross(x, s, x.shape[1:3], self.window))
         return self.feedforward(x)

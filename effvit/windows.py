@@ -25,6 +25,7 @@ __all__ = [
     "inside_windows",
     "key_mask",
     "live_cells",
+    "near_mask",
     "num_windows",
     "overlapping_windows",
     "resize_bias_table",
@@ -228,6 +229,32 @@ def key_mask(
         mask = x.new_zeros(masked.shape).masked_fill(masked, -1000.0)
     mask = mask.flatten(2).flatten(0, 1)  # (nW, kernel²)
     return mask.expand(x.shape[0], -1, -1).reshape(-1, 1, 1, mask.shape[1])
+
+
+def near_mask(x: Tensor, y: Tensor, window: int, stride: int, kernel: int) -> Tensor | None:
+    """(H * W, h * w): True for keys of y in the key window of a query of x; None if that is all of them.
+
+    The mask that makes attention to a whole map that to its ``overlapping_windows``, of real keys alone.
+
+    Args:
+        x: The map of queries (B, H, W, C).
+        y: The map of keys (B, h, w, C).
+        window: Side of the windows of queries.
+        stride: Side of the same windows on the map of keys.
+        kernel: Side of the key windows.
+    """
+    near, all_near = [], True
+    for queries, keys in zip(x.shape[1:3], y.shape[1:3], strict=True):
+        before = (kernel - stride) // 2
+        last = (num_windows(queries, window) - 1) * stride - before
+        all_near = all_near and last <= 0 and kernel - before >= keys
+        start = torch.div(torch.arange(queries, device=x.device), window, rounding_mode="floor") * stride - before
+        key = torch.arange(keys, device=x.device)
+        near.append((key >= start[:, None]) & (key < start[:, None] + kernel))
+    if all_near:
+        return None
+    rows, columns = near
+    return (rows[:, None, :, None] & columns[None, :, None, :]).flatten(2).flatten(0, 1)
 
 
 def live_cells(side: int, window: int, samples: int) -> int:

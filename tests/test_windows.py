@@ -18,6 +18,7 @@ from effvit.windows import (
     inside_windows,
     key_mask,
     live_cells,
+    near_mask,
     overlapping_windows,
     resize_bias_table,
     shift_mask,
@@ -162,20 +163,30 @@ class TestWindowCrossBlock:
         windows = overlapping_windows(s, 9, 3, torch.zeros(4).double())
         queries = to_windows(x, 7)
         expected = from_windows(block.ls1(block.attn(block.norm1(queries), block.norm1(windows))), 7, (14, 21))
-        actual = block.cross(x, *block.key_windows(s, (14, 21), 7))
+        actual = block.cross(x, s, (14, 21), 7)
         assert torch.allclose(actual, expected, rtol=0, atol=1e-12)
 
-    def test_correct_mask_is_attention_to_the_real_keys_alone(self) -> None:
-        block = randomised(WindowCrossBlock(4, 2, window=3, stride=4, kernel=7))
-        x, y = a_map(5, 6), a_map(6, 7)
-        actual = block.cross(x, *block.key_windows(y, (6, 7), 4))
-        for row in range(5):
-            for column in range(6):
+    # The small map is masked as a whole, the large one cut into windows.
+    @pytest.mark.parametrize(("queries", "keys", "kernel"), [((5, 6), (6, 7), 7), ((11, 12), (15, 16), 6)])
+    def test_correct_mask_is_attention_to_the_real_keys_alone(
+        self, queries: tuple[int, int], keys: tuple[int, int], kernel: int
+    ) -> None:
+        block = randomised(WindowCrossBlock(4, 2, window=3, stride=4, kernel=kernel))
+        x, y = a_map(*queries), a_map(*keys)
+        actual = block.cross(x, y, keys, 4)
+        for row in range(queries[0]):
+            for column in range(queries[1]):
                 top, left = row // 3 * 4 - 1, column // 3 * 4 - 1
-                keys = y[:, max(top, 0) : top + 7, max(left, 0) : left + 7].flatten(1, 2)
+                real = y[:, max(top, 0) : top + kernel, max(left, 0) : left + kernel].flatten(1, 2)
                 query = block.norm1(x[:, row, column].unsqueeze(1))
-                expected = block.ls1(block.attn(query, block.norm1(keys)))[:, 0]
+                expected = block.ls1(block.attn(query, block.norm1(real)))[:, 0]
                 assert torch.allclose(actual[:, row, column], expected, rtol=0, atol=1e-12)
+
+    def test_no_mask_is_made_where_every_key_is_near(self) -> None:
+        x, y = a_map(14, 14), a_map(6, 6)
+        assert near_mask(x, y, 7, 3, 27) is None
+        assert near_mask(x, y, 7, 3, 9) is None
+        assert near_mask(x, y, 7, 3, 7) is not None
 
     def test_settings_that_make_no_sense_are_named(self) -> None:
         with pytest.raises(ValueError, match="mask_mode must be one of correct, official, none, got 'strict'"):

@@ -152,17 +152,19 @@ class WindowSeedBlock(WindowCrossBlock):
     def forward(self, x: Tensor, s: Tensor | None = None) -> Tensor:  # type: ignore[override]  # maps
         """Image tokens x (B, H, W, C), and semantic tokens s (B, h, w, C) of an earlier layer -> (B, h, w, C)."""
         s = self.seeds(x) if s is None else s
-        if self.key_form == "dense":
-            kv, mask = self.key_windows(x, x.shape[1:3], self.stride)
-        else:
-            literal = self.key_form == "cls"
-            kv = self.attn.kv(self.norm1(x))
-            kernel, stride = (self.CLS_KERNEL, self.CLS_STRIDE) if literal else (self.kernel, None)
-            own = to_windows(self.attn.kv(self.norm1(s)), self.window)
-            kv = torch.cat([own, inside_windows(kv, self.stride, kernel, stride)], dim=1)
-            mask = own_keys_mask(s, self.window, kv)
-        y = self.cross(s, kv, mask)
+        y = self.cross(s, x, x.shape[1:3], self.stride) if self.key_form == "dense" else self._cross_inside(s, x)
         return self.feedforward(s + self.drop_path1(y) if self.residual else y)
+
+    def _cross_inside(self, s: Tensor, x: Tensor) -> Tensor:
+        """The attention branch with key windows on the map, and a window's own seeds as keys: (B, h, w, C)."""
+        literal = self.key_form == "cls"
+        kernel, stride = (self.CLS_KERNEL, self.CLS_STRIDE) if literal else (self.kernel, None)
+        y = self.norm1(s)
+        q, own = to_windows(self.attn.q(y), self.window), to_windows(self.attn.kv(y), self.window)
+        near = inside_windows(self.attn.kv(self.norm1(x)), self.stride, kernel, stride)
+        kv = torch.cat([own, near], dim=1)
+        y = from_windows(self.attn.mix(q, kv, own_keys_mask(s, self.window, kv)), self.window, s.shape[1:3])
+        return self.ls1(self.attn.project(y))
 
 
 @fx_leaf
