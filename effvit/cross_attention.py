@@ -36,7 +36,8 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
 
 def mix_heads(q: Tensor, kv: Tensor, num_heads: int, attn_mask: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:
     """Values weighted by attention, head by head: q (..., Nq, C) and kv (..., Nk, 2C) -> (..., Nq, C)."""
-    q, k, v = (split_heads(x, num_heads) for x in (q, *kv.chunk(2, dim=-1)))
+    k, v = kv.chunk(2, dim=-1)
+    q, k, v = (split_heads(x, num_heads) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p)
     return out.transpose(-3, -2).flatten(-2)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 # Registered name and the arguments that make it small; the key names the case in the tests.
 STVIT = {"embed_dim": 48, "num_heads": 3, "depth": 6, "num_base": 2, "semantic_grid": 3}
+# Without stochastic depth, whose nodes a trace of the training mode has and one of eval mode has not.
 SWIN = {"drop_path_rate": 0.0, "embed_dim": 16, "depths": (1, 2, 6, 2), "num_heads": (1, 2, 2, 4)}
 SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "stvit": ("stvit_deit_tiny_patch16_224", STVIT | {"img_size": (112, 80)}),

@@ -256,6 +256,16 @@ class TestFiles:
         assert torch.equal(dense.stages[3].blocks[1].mlp.fc2.weight, model.stages[3].blocks[1].mlp.fc2.weight)
         assert (dense.out_norms[0].weight == 1).all()
 
+    def test_the_backbone_is_taken_out_of_a_detector(self, tmp_path: Path) -> None:
+        model = timm.create_model(DENSE.format("tiny"), **SWIN)
+        detector = {f"backbone.{name}": value for name, value in model.state_dict().items()}
+        detector |= {"neck.fpn_convs.0.conv.weight": torch.ones(1), "roi_head.bbox_head.0.fc_cls.bias": torch.ones(1)}
+        torch.save({"meta": {"epoch": 36}, "state_dict": detector}, tmp_path / "detector.pth")
+        dense = timm.create_model(DENSE.format("tiny"), **SWIN)
+        dropped = effvit.load_checkpoint(dense, tmp_path / "detector.pth")
+        assert dropped == ["neck.fpn_convs.0.conv.weight", "roi_head.bbox_head.0.fc_cls.bias"]
+        assert torch.equal(dense.stem.conv1.conv.weight, model.stem.conv1.conv.weight)
+
     def test_position_tables_of_another_size_are_resampled(self) -> None:
         source = small(use_global=True, relative_pos=True)
         target = small(use_global=True, relative_pos=True, window_size=4, img_size=128)

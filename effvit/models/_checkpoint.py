@@ -19,8 +19,11 @@ __all__ = ["load_checkpoint", "official_state_dict"]
 # "teacher" (the network it publishes) beside "student".
 CONTAINERS = ("state_dict", "model", "teacher", "student")
 WRAPPERS = re.compile(r"^(module\.|backbone\.|encoder\.)+")
-# Parameters of training only: the projection head of DINO, and the all-zero row of ATS (no parameter at all).
-DROPPED = re.compile(r"(^head\.(mlp|last_layer)\.|\.attn\.out_zero_mask$)")
+# Parameters of training only: the projection head of DINO, and the all-zero row of ATS (no parameter at all). And what
+# stands around a backbone in the files of mmdet and mmseg.
+DROPPED = re.compile(
+    r"(^head\.(mlp|last_layer)\.|\.attn\.out_zero_mask$|^(neck|rpn_head|roi_head|bbox_head|decode_head|auxiliary_head)\.)"
+)
 
 
 def official_state_dict(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
