@@ -97,13 +97,13 @@ def sample_windows(maps: Tensor, points: Tensor, out: tuple[int, int]) -> Tensor
 class LearnedSeeds(nn.Module):
     """Seeds by learned pooling inside and between windows (STViT, 2303.08685, the paper's own pooling).
 
-    Certain, from the paper: a depth-wise convolution, LayerNorm, GELU and a convolution predict a mask, which
-    weights the tokens inside a window, and an offset, which lets a window reach into its neighbours. The released
-    code pools by maximum instead (``max_seeds``) and no weights of this pooling are public, so the rest is our
-    choice: a window is one cell of the semantic grid, sampled bilinearly at ceil(H/h) x ceil(W/w) points; the
-    depth-wise kernel is 3 x 3, the last one 1 x 1 with three channels, the mask's logit and the offset; the mask
-    is a softmax over a window's points; the offset is the mean over the window, bounded by tanh to one window.
-    The last convolution starts at zero, so that a new model pools windows by their mean.
+    Known, though from notes on the paper only: a depth-wise convolution, LayerNorm, GELU and a convolution predict a
+    mask, which weights the tokens inside a window, and an offset, which lets a window reach into its neighbours. The
+    released code pools by maximum instead (``max_seeds``) and no weights of this pooling are public, so the rest is
+    our choice: a window is one cell of the semantic grid, sampled bilinearly at ceil(H/h) x ceil(W/w) points; the
+    depth-wise kernel is 3 x 3, the last one 1 x 1 with three channels, the mask's logit and the offset; the mask is a
+    softmax over a window's points; the offset is the mean over the window, bounded by tanh to one window. The last
+    convolution starts at zero, so that a new model pools windows by their mean.
 
     Args:
         dim: Channels.
@@ -178,7 +178,7 @@ def generate(block: CrossBlock, s: Tensor, keys: Tensor, num_patches: int = 0) -
 
 
 class SeedBlock(CrossBlock):
-    """The first layer of the STGM, ``S1' = MHA(P, X) + P`` and the MLP, with seeds P pooled from X (eq. 1-3).
+    """The first layer of the STGM, ``S1' = MHA(P, X) + P`` and the MLP, with seeds P pooled from X (eq. 1-6).
 
     Args:
         dim: Channels.
@@ -213,7 +213,7 @@ class SeedBlock(CrossBlock):
 
 
 class SemanticBlock(CrossBlock):
-    """A later layer of the STGM, ``S2' = MHA(S1 + G, [S1; X]) + S1 + G`` and the MLP (eq. 4-6).
+    """A later layer of the STGM, ``S2' = MHA(S1 + G, [S1; X]) + S1 + G`` and the MLP (eq. 1-6).
 
     The residual is the block's own query as in the released code; second-hand notes of the paper print P. The keys
     hold S1 without G, as released.

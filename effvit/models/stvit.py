@@ -85,8 +85,8 @@ class STViT(SoftTokenViT):
         use_global: Add learned global cluster centres G to the queries of the second STGM layer (and no other, as
             in the released code).
         recovery: Give the image tokens back by attention to the semantic tokens, as STViT-R does at the end of a
-            dumbbell unit: ``X' = MHA(X, S) + X`` and an MLP, with weights of its own. Final features are then the
-            recovered tokens (B, H*W, C), which the classifier averages, and so are the maps.
+            dumbbell unit: ``X' = MHA(X, S) + X`` and an MLP, with weights of its own. The final features, which the
+            classifier averages, and the maps are then recovered tokens (B, H*W, C).
         drop_rate: Dropout in front of the classifier.
         pos_drop_rate: Dropout of the embedded tokens.
         proj_drop_rate: Dropout in the projections and MLPs.
