@@ -1,23 +1,27 @@
 """From the tokens that are left back to full (B, C, H, W) maps: fills without weights, and attention with them.
 
-A recovery is exact where nothing was reduced. Merged patches take the feature of their token ("unmerge by
+A fill is exact where nothing was reduced. Merged patches take the feature of their token ("unmerge by
 source"); the fills differ in what a patch gets that no token stands for any more.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from effvit.cross_attention import CrossBlock, WindowCrossBlock
 from effvit.tokens import TokenMap, flat_rows, fx_leaf, take_rows, wide_dtype, without_autocast
 
 __all__ = [
     "FILLS",
     "NORMS",
+    "RestoreBlock",
     "TokenRecoveringAttention",
+    "TokenRecovery",
     "check_fill",
     "closeness",
     "reconstruct_tokens",
@@ -288,3 +292,52 @@ class TokenRecoveringAttention(nn.Module):
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, N, D)
+
+
+class TokenRecovery(CrossBlock):
+    """Trained recovery of image tokens X from a few tokens S, ``X' = MHA(X, S) + X`` and an MLP (STViT-R, 2303.08685).
+
+    ``forward(x, s)``: image tokens x (B, N, C), as they were before S was made of them, ask the tokens s (B, Ns, C)
+    and keep their place: (B, N, C). This is the last layer of the released dumbbell unit on global attention
+    (changsn/STViT-R@b4a27a0 models/swin_transformer.py, blocks 5, 11 and 17 of stage 2). Arguments as ``CrossBlock``.
+    """
+
+
+class RestoreBlock(WindowCrossBlock):
+    """``TokenRecovery`` by windows, for dense tasks on maps of any size (STViT-R on Swin, 2303.08685).
+
+    The image tokens of a window ask the semantic tokens in a larger window around theirs: with the released sizes,
+    49 image tokens ask 27 x 27 semantic tokens, of which the 3 x 3 in the middle came from their own window
+    (``RestoreBlock`` of mmdet/models/backbones/layers.py@8b8eb1e of changsn/STViT-R-Object-Detection).
+
+    Args:
+        dim: Channels.
+        num_heads: Heads.
+        window: Side of a window of image tokens.
+        samples: Side of its semantic tokens.
+        kernel: Side of the key windows on the semantic grid; 9 times ``samples`` if None.
+        mask_mode: As for ``WindowCrossBlock``.
+        kwargs: Those of ``CrossBlock``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window: int = 7,
+        samples: int = 3,
+        kernel: int | None = None,
+        mask_mode: str = "correct",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            dim, num_heads, window, samples, 9 * samples if kernel is None else kernel, mask_mode, **kwargs
+        )
+
+    def forward(self, x: Tensor, s: Tensor) -> Tensor:  # type: ignore[override]  # maps, and one map of keys
+        """Image tokens x (B, H, W, C), as they were before s was made of them, and s (B, h, w, C) -> (B, H, W, C).
+
+        s has ``samples`` rows for each window of x; rows and columns of which no part is on the map may be missing.
+        """
+        x = x + self.drop_path1(self.cross(x, s, x.shape[1:3], self.window))
+        return self.feedforward(x)

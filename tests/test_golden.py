@@ -16,6 +16,8 @@ from typing import Any
 import golden_expedite
 import golden_hot
 import golden_lookupvit
+import golden_stvit_deit
+import golden_stvit_swin
 import pytest
 import torch
 import torch.nn.functional as F
@@ -50,7 +52,11 @@ from effvit.schedule import cosine_keep_rate, tome_r
 from effvit.tokens import TokenMap
 
 # Folder of an architecture -> module with compare(case) and, for lists of official names, compare_keys(content).
-ARCHITECTURES: dict[str, ModuleType] = {"lookupvit": golden_lookupvit}
+ARCHITECTURES: dict[str, ModuleType] = {
+    "lookupvit": golden_lookupvit,
+    "stvit_deit_reconstruction": golden_stvit_deit,
+    **dict.fromkeys(("stvit", "stvit_swin", "stvit_r_dense"), golden_stvit_swin),
+}
 # Any other folder is skipped by name.
 IMPLEMENTED = (*METHODS, *ARCHITECTURES)
 

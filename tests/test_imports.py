@@ -16,6 +16,7 @@ PACKAGE = Path(effvit.__file__).parent
 # Lower layers know nothing of higher ones; modules of one layer may know each other.
 LAYERS = (
     ("tokens",),
+    ("windows",),
     ("attention", "bidirectional_attention", "cross_attention"),
     ("block",),
     ("schedule", "recover", "matching", "resize", "unmerge"),

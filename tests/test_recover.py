@@ -11,6 +11,7 @@ from torch import Tensor
 from effvit.recover import (
     FILLS,
     TokenRecoveringAttention,
+    TokenRecovery,
     nearest_token,
     reconstruct_tokens,
     restore,
@@ -291,3 +292,20 @@ class TestTokenRecoveringAttention:
             TokenRecoveringAttention(16, num_heads=3)
         with pytest.raises(ValueError, match="zero_init is for learned queries, but num_queries is None"):
             TokenRecoveringAttention(16, zero_init=True)
+
+
+class TestTokenRecovery:
+    def test_patches_keep_their_places_and_ask_the_tokens(self) -> None:
+        recovery = TokenRecovery(4, 2, init_values=None).double()
+        x, s = torch.randn(2, NUM_PATCHES, 4).double(), torch.randn(2, 3, 4).double()
+        order = torch.randperm(NUM_PATCHES)
+        assert torch.allclose(recovery(x[:, order], s), recovery(x, s)[:, order], rtol=0, atol=1e-12)
+        assert torch.allclose(recovery(x, s[:, [2, 0, 1]]), recovery(x, s), rtol=0, atol=1e-12)  # tokens have no place
+        assert not torch.allclose(recovery(x, 2 * s - x[:, :3]), recovery(x, s))
+
+    def test_is_the_attention_to_the_tokens_and_the_mlp_each_with_a_residual(self) -> None:
+        recovery = TokenRecovery(4, 2, init_values=None).double()
+        x, s = torch.randn(2, NUM_PATCHES, 4).double(), torch.randn(2, 3, 4).double()
+        attended = x + recovery.attn(recovery.norm1(x), recovery.norm1(s))  # STViT-R's recovery, pre-norm
+        expected = attended + recovery.mlp(recovery.norm2(attended))
+        assert torch.allclose(recovery(x, s), expected, rtol=0, atol=1e-12)

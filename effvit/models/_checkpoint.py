@@ -32,10 +32,13 @@ __all__ = [
 # "teacher" (the network it publishes) beside "student".
 CONTAINERS = ("state_dict", "model", "teacher", "student")
 WRAPPERS = re.compile(r"^(module\.|backbone\.|encoder\.)+")
-# Parameters of training only: the projection head of DINO, and the all-zero row of ATS (no parameter at all).
 # Thresholds of DyMU, which timm's filters leave at the block they belong to.
 THRESHOLD = re.compile(r"^(blocks\.\d+\.)threshold$")
-DROPPED = re.compile(r"(^head\.(mlp|last_layer)\.|\.attn\.out_zero_mask$)")
+# Parameters of training only: the projection head of DINO, and the all-zero row of ATS (no parameter at all). And what
+# stands around a backbone in the files of mmdet and mmseg.
+DROPPED = re.compile(
+    r"(^head\.(mlp|last_layer)\.|\.attn\.out_zero_mask$|^(neck|rpn_head|roi_head|bbox_head|decode_head|auxiliary_head)\.)"
+)
 
 
 def official_state_dict(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:

@@ -265,6 +265,10 @@ class PyramidBackbone(nn.Module):
         """Output of the last stage -> final features, both (B, C, H, W)."""
         return x
 
+    def _stage_map(self, i: int, x: Tensor, images: Tensor) -> Tensor:
+        """Output x of stage i as the map (B, C_i, H/4/2^i, W/4/2^i), rounded up, of images (B, in_chans, H, W)."""
+        return self._to_maps(x)
+
     def _to_maps(self, x: Tensor) -> Tensor:
         return x.permute(0, 3, 1, 2) if self.stage_fmt == "NHWC" else x
 
@@ -317,14 +321,14 @@ class PyramidBackbone(nn.Module):
             )
         check_batch(x, self, self.in_chans)
         take, last = feature_take_indices(len(self.stages), indices)
-        x = self.stem(x)
+        images, x = x, self.stem(x)
         maps = []
         for i, stage in enumerate(self.stages):
             if i > last and (stop_early or intermediates_only):
                 break
             x = stage(x)
             if i in take:
-                y = self._to_maps(x)
+                y = self._stage_map(i, x, images)
                 maps.append(y.contiguous() if self.out_norms is None else self.out_norms[i](y).contiguous())
         if intermediates_only:
             return maps
@@ -336,6 +340,7 @@ class PyramidBackbone(nn.Module):
     ) -> list[int]:
         """Cut what the maps of these stages do not need; returns their numbers (timm's method)."""
         take, last = feature_take_indices(len(self.stages), indices)
+        prune_norm = prune_norm or last < len(self.stages) - 1  # the final norm has the channels of the last stage
         self.stages = self.stages[: last + 1]
         if self.out_norms is not None:
             self.out_norms = nn.ModuleList(

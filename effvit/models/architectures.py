@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from effvit.models._checkpoint import official_state_dict
 from effvit.models.feature_pyramid import feature_settings
 from effvit.models.lookupvit import LookupViT
+from effvit.models.stvit import STViT
+from effvit.models.stvit_swin import STViTSwin
 
 __all__ = ["VARIANTS", "Variant"]
 
@@ -57,10 +59,70 @@ COLUMN = {"fixed_input_size": True, "first_conv": "patch_embed.proj"}
 EVERY_STAGE = (0, 1, 2, 3)
 
 # -- STViT on DeiT (2303.08685) ---------------------------------------------------------------------------------
-STVIT: dict[str, Variant] = {}
+# The size of a DeiT; 4 base, 2 STGM and 6 semantic layers on 4 x 4 tokens, STViT's defaults. No weights are public.
+STVIT: dict[str, Variant] = {
+    f"stvit_deit_{size}_patch16_224": Variant(
+        model=STViT,
+        args={"patch_size": 16, "embed_dim": embed_dim, "depth": 12, "num_heads": num_heads},
+        source=f"STViT on DeiT-{size[0].upper()} with 16 semantic tokens (2303.08685, table 1 and supplement A.1)",
+        cfg=COLUMN | {"paper_ids": "arXiv:2303.08685"},
+    )
+    for size, embed_dim, num_heads in (("tiny", 192, 3), ("small", 384, 6), ("base", 768, 12))
+}
 
 # -- STViT and STViT-R on Swin (2303.08685) ---------------------------------------------------------------------
-STVIT_SWIN: dict[str, Variant] = {}
+# Swin's three sizes. Official weights of S and B are on Hugging Face (csncsn/STViT-R); T is used in the paper alone.
+SWIN: dict[str, dict[str, Any]] = {
+    "tiny": {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)},
+    "small": {"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24)},
+    "base": {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)},
+}
+SWIN_CFG = PYRAMID | {
+    "first_conv": "stem.conv1.conv",
+    "paper_ids": "arXiv:2303.08685",
+    "origin_url": "https://github.com/changsn/STViT-R",
+    "license": "mit",
+}
+DENSE: dict[str, Any] = {"key_windows": "dense", "shortcut": True, "shift_small": True, "out_norm": True}
+STVIT_SWIN: dict[str, Variant] = {
+    **{
+        f"stvit_r_swin_{size}_patch4_window7_224": Variant(
+            model=STViTSwin,
+            args=args,
+            source=f"STViT-R on Swin-{size[0].upper()}, changsn/STViT-R@b4a27a0 (2303.08685, table 3)",
+            cfg=SWIN_CFG,
+            out_indices=EVERY_STAGE,
+        )
+        for size, args in SWIN.items()
+    },
+    **{
+        f"stvit_r_swin_{size}_patch4_window7_dense": Variant(
+            model=STViTSwin,
+            args=args | DENSE | {"num_classes": 0},
+            source=f"STViT-R on Swin-{size[0].upper()} as a dense backbone, "
+            "changsn/STViT-R-Object-Detection@8b8eb1e (2303.08685, table 5)",
+            cfg=SWIN_CFG
+            | {
+                "input_size": (3, 800, 1280),
+                "pool_size": None,
+                "num_classes": 0,
+                "origin_url": "https://github.com/changsn/STViT-R-Object-Detection",
+            },
+            out_indices=EVERY_STAGE,
+        )
+        for size, args in SWIN.items()
+    },
+    **{
+        f"stvit_swin_{size}_patch4_window7_224": Variant(
+            model=STViTSwin,
+            args=args | {"recovery": False, "stem": "patch", "shortcut": True, "use_global": True},
+            source=f"STViT on Swin-{size[0].upper()} with 9 tokens a window, wiring ours (2303.08685, table 2)",
+            cfg=SWIN_CFG | {"first_conv": "stem.proj", "pool_size": (3, 3), "fixed_input_size": True},
+            out_indices=EVERY_STAGE,
+        )
+        for size, args in SWIN.items()
+    },
+}
 
 # -- super-token SViT (2211.11167) ------------------------------------------------------------------------------
 SUPERTOKEN: dict[str, Variant] = {}

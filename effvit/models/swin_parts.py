@@ -1,0 +1,72 @@
+"""Parts of a Swin for images of any size: a convolutional stem, and timm's block with padding before the shift."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch.nn.functional as F
+from timm.layers import ConvNormAct
+from timm.models.swin_transformer import SwinTransformerBlock
+from torch import Tensor, nn
+
+from effvit.tokens import fx_leaf
+from effvit.windows import from_windows, shift_mask, to_windows
+
+__all__ = ["ConvStem", "WindowBlock"]
+
+
+@fx_leaf
+def pad_images(x: Tensor, multiple: int = 4) -> Tensor:
+    """Images (B, 3, H, W) with zeros at the bottom and right up to a multiple of the stride."""
+    bottom, right = (-side % multiple for side in x.shape[2:])
+    return F.pad(x, (0, right, 0, bottom)) if bottom or right else x
+
+
+class ConvStem(nn.Module):
+    """Two 3 x 3 convolutions of stride 2 with batch norm and Hardswish: images of any size -> (B, H/4, W/4, C)."""
+
+    def __init__(self, in_chans: int, dim: int, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        layer = partial(ConvNormAct, kernel_size=3, stride=2, act_layer=nn.Hardswish, device=device, dtype=dtype)
+        self.conv1, self.conv2 = layer(in_chans, dim // 2), layer(dim // 2, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv2(self.conv1(pad_images(x))).permute(0, 2, 3, 1)
+
+
+class WindowBlock(SwinTransformerBlock):
+    """timm's Swin block for maps of any size, with the order of the released detection code: pad, then shift.
+
+    timm shifts first, so that its windows differ wherever a map is padded. Padded positions are zeros behind the
+    norm and visible, as in Swin.
+
+    Args:
+        dim: Channels.
+        num_heads: Heads.
+        window_size: Side of a window.
+        shifted: Shift the windows by half of one.
+        shift_small: Shift sides that one window covers, too, as detection code does and classification does not.
+        kwargs: Those of timm's block.
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, window_size: int, shifted: bool, shift_small: bool = False, **kwargs: Any
+    ) -> None:
+        super().__init__(
+            dim,
+            input_resolution=(window_size, window_size),
+            num_heads=num_heads,
+            window_size=window_size,
+            shift_size=window_size // 2 if shifted else 0,
+            always_partition=True,
+            dynamic_mask=True,
+            **kwargs,
+        )
+        self.shift_small = shift_small
+
+    def _attn(self, x: Tensor) -> Tensor:
+        window, shift = self.window_size[0], self.shift_size[0]
+        mask = shift_mask(x, window, shift, self.shift_small) if shift else None
+        y = self.attn(to_windows(x, window, shift, self.shift_small), mask=mask)
+        return from_windows(y, window, x.shape[1:3], shift, self.shift_small)
