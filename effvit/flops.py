@@ -35,7 +35,7 @@ Handle = Callable[[list[Any], list[Any]], int]
 IGNORED_OPERATORS = frozenset(f"aten::{name}" for name in (
     # element-wise arithmetic and activations, softmax, pooling
     "abs", "add", "ceil", "clamp_min", "cos", "div", "exp", "gelu", "linalg_vector_norm", "log",
-    "max_pool2d", "mul", "neg", "rsqrt", "rsub", "sigmoid", "silu", "sin", "softmax", "sqrt", "square", "sub",
+    "max_pool2d", "mul", "neg", "pow", "rsqrt", "rsub", "sigmoid", "silu", "sin", "softmax", "sqrt", "square", "sub",
     # sums, extremes and order
     "amax", "amin", "argsort", "cumsum", "kthvalue", "maximum", "mean", "sort", "sum", "topk",
     # comparisons

@@ -8,10 +8,29 @@ import timm
 import torch
 from torch import Tensor, nn
 
+SUPERTOKEN = {"dims": (16, 24, 32, 40), "depths": (2, 1, 2, 1), "num_heads": (1, 2, 4, 4), "projection": 48}
+
 # Registered name and the arguments that make it small; the key names the case in the tests.
-SMALL: dict[str, tuple[str, dict[str, Any]]] = {}
+SMALL: dict[str, tuple[str, dict[str, Any]]] = {
+    "supertoken": ("supertoken_small_224", SUPERTOKEN),
+    "supertoken_options": (
+        "supertoken_base_384",
+        SUPERTOKEN
+        | {
+            "stoken_size": (4, (2, 3), 2, 1),
+            "n_iter": (2, 1, 2, 1),
+            "layerscale": (True, False, True, True),
+            "init_values": 0.1,
+            "qk_scale": 0.2,
+            "qkv_bias": False,
+        },
+    ),
+}
 # Side lengths, (H, W), the small model is built for, and another that set_input_size changes it to.
-SIZES: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {}
+SIZES: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {
+    "supertoken": ((96, 64), (75, 101)),
+    "supertoken_options": ((72, 104), (64, 129)),
+}
 
 
 def make_architecture(case: str, **kwargs: Any) -> nn.Module:

@@ -14,6 +14,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from effvit.models._checkpoint import official_state_dict
+from effvit.models.supertoken import SuperTokenViT
 
 __all__ = ["VARIANTS", "Variant"]
 
@@ -61,7 +62,43 @@ STVIT: dict[str, Variant] = {}
 STVIT_SWIN: dict[str, Variant] = {}
 
 # -- super-token SViT (2211.11167) ------------------------------------------------------------------------------
-SUPERTOKEN: dict[str, Variant] = {}
+# hhb072/STViT@c9ed9a4, models/stvit.py (MIT by its header) and README; drop_path_rate is left at 0, the trainings
+# used 0.1 (S), 0.4 (B) and 0.6 (L). Evaluation resizes to 256 for 224 and does not crop at 384.
+_SUPERTOKEN_SIZES: dict[str, dict[str, Any]] = {
+    "small": {"dims": (64, 128, 320, 512), "depths": (3, 5, 9, 3), "num_heads": (1, 2, 5, 8)},
+    "base": {
+        "dims": (96, 192, 384, 512),
+        "depths": (4, 6, 14, 6),
+        "num_heads": (2, 3, 6, 8),
+        "layerscale": (False, False, True, True),
+    },
+    "large": {
+        "dims": (96, 192, 448, 640),
+        "depths": (4, 7, 19, 8),
+        "num_heads": (2, 3, 7, 10),
+        "layerscale": (False, False, True, True),
+    },
+}
+SUPERTOKEN: dict[str, Variant] = {
+    f"supertoken_{size}_{pixels}": Variant(
+        SuperTokenViT,
+        args,
+        f"SViT-{size[0].upper()} of 2211.11167, hhb072/STViT@c9ed9a4 models/stvit.py, for {pixels} pixels",
+        PYRAMID
+        | {
+            "input_size": (3, pixels, pixels),
+            "pool_size": (pixels // 32, pixels // 32),
+            "crop_pct": 0.875 if pixels == 224 else 1.0,
+            "first_conv": "stem.0",
+            "paper_ids": "arXiv:2211.11167",
+            "origin_url": "https://github.com/hhb072/STViT",
+            "license": "mit",
+        },
+        EVERY_STAGE,
+    )
+    for size, args in _SUPERTOKEN_SIZES.items()
+    for pixels in (224, 384)
+}
 
 # -- LookupViT (2407.12753) -------------------------------------------------------------------------------------
 LOOKUPVIT: dict[str, Variant] = {}
