@@ -47,7 +47,7 @@ def trace(model: SuperTokenViT, x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
             if attn.cell != (1, 1):
                 pixels = to_cells(inputs[0], attn.cell)
                 for i in range(attn.n_iter):
-                    seen[f"{name}.affinity.iter{i}"] = associate(pixels, i + 1).flatten(1, 2)
+                    seen[f"{name}.affinity.iter{i}"] = associate(pixels, i + 1).flatten(1, 2).transpose(2, 3)
                 tokens = [seen.pop("refined_in"), seen.pop("refined_out")]
                 for when, y in zip(("before", "after"), tokens, strict=True):
                     grid = y.transpose(1, 2).unflatten(2, pixels.shape[1:3])
