@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 SUPERTOKEN = {"dims": (16, 24, 32, 40), "depths": (2, 1, 2, 1), "num_heads": (1, 2, 4, 4), "projection": 48}
+CASVIT = {"dims": (16, 24, 32, 40), "depths": (1, 2, 1, 1)}
 
 # Registered name and the arguments that make it small; the key names the case in the tests.
 SMALL: dict[str, tuple[str, dict[str, Any]]] = {
@@ -25,11 +26,15 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
             "qkv_bias": False,
         },
     ),
+    "casvit": ("casvit_xs_224", CASVIT),
+    "casvit_one_head": ("casvit_t_384", CASVIT | {"distilled": False, "qkv_bias": True}),
 }
 # Side lengths, (H, W), the small model is built for, and another that set_input_size changes it to.
 SIZES: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {
     "supertoken": ((96, 64), (75, 101)),
     "supertoken_options": ((72, 104), (64, 129)),
+    "casvit": ((96, 64), (75, 101)),
+    "casvit_one_head": ((72, 104), (64, 129)),
 }
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import golden_casvit
 import golden_supertoken
 import pytest
 import torch
@@ -46,7 +47,7 @@ from effvit.schedule import cosine_keep_rate, tome_r
 from effvit.tokens import TokenMap
 
 # Folder of an architecture -> module with compare(case) and, for lists of official names, compare_keys(content).
-ARCHITECTURES: dict[str, ModuleType] = {"svit": golden_supertoken}
+ARCHITECTURES: dict[str, ModuleType] = {"svit": golden_supertoken, "casvit": golden_casvit}
 # Any other folder is skipped by name.
 IMPLEMENTED = (*METHODS, *ARCHITECTURES)
 
