@@ -27,14 +27,14 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "casvit": ("casvit_xs_224", CASVIT),
-    "casvit_one_head": ("casvit_t_384", CASVIT | {"distilled": False, "qkv_bias": True}),
+    "casvit_options": ("casvit_t_384", CASVIT | {"qkv_bias": True, "mlp_ratio": 2.5}),
 }
 # Side lengths, (H, W), the small model is built for, and another that set_input_size changes it to.
 SIZES: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {
     "supertoken": ((96, 64), (75, 101)),
     "supertoken_options": ((72, 104), (64, 129)),
     "casvit": ((96, 64), (75, 101)),
-    "casvit_one_head": ((72, 104), (64, 129)),
+    "casvit_options": ((72, 104), (64, 129)),
 }
 
 

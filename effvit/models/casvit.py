@@ -3,9 +3,6 @@
 Queries and keys each pass a spatial and a channel gate, are added, convolved depthwise and multiplied with the
 values: no softmax and no product of all pairs of pixels. Facts from Tianfang-Zhang/CAS-ViT@041d2d6
 (classification/model/rcvit.py), whose class is called RCViT.
-
-Deviation: the official projection to q, k and v is split in two, [q; k] and v, and the gates of q and k run as one
-module on both, so that no convolution works on a copied slice of channels. The result is the same.
 """
 
 from __future__ import annotations
@@ -14,7 +11,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from timm.layers import ClassifierHead, ConvNormAct, DropPath, Mlp, calculate_drop_path_rates, trunc_normal_
 from torch import Tensor, nn
 
@@ -23,11 +19,36 @@ from effvit.models._surface import ChannelsLastStem, PyramidBackbone, PyramidSta
 __all__ = ["AdditiveAttention", "CASViT", "DistilledHead"]
 
 
-class AdditiveAttention(nn.Module):
-    """proj(dwconv(gate(q) + gate(k)) * v) (2408.03703); maps (B, C, H, W).
+class Gates(nn.Module):
+    """A spatial and then a channel gate on a map (B, C, H, W).
 
-    A gate multiplies every pixel by the sigmoid of one number that its 3 x 3 surroundings give, and then every
+    The first multiplies every pixel by the sigmoid of one number that its 3 x 3 surroundings give, the second every
     channel by the sigmoid of one number that the means of all channels give.
+    """
+
+    def __init__(self, dim: int, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.spatial = nn.Sequential(
+            nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd),
+            nn.BatchNorm2d(dim, **dd),
+            nn.ReLU(),
+            nn.Conv2d(dim, 1, 1, bias=False, **dd),
+            nn.Sigmoid(),
+        )
+        self.channel = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1),
+            nn.Conv2d(dim, dim, 1, bias=False, **dd),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * self.spatial(x)
+        return x * self.channel(x)
+
+
+class AdditiveAttention(nn.Module):
+    """proj(dwconv(gates(q) + gates(k)) * v) (2408.03703); maps (B, C, H, W).
 
     Args:
         dim: Channels.
@@ -40,29 +61,15 @@ class AdditiveAttention(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.qk = nn.Conv2d(dim, 2 * dim, 1, bias=qkv_bias, **dd)
-        self.v = nn.Conv2d(dim, dim, 1, bias=qkv_bias, **dd)
-        self.spatial_gate = nn.Sequential(
-            nn.Conv2d(2 * dim, 2 * dim, 3, padding=1, groups=2 * dim, **dd),
-            nn.BatchNorm2d(2 * dim, **dd),
-            nn.ReLU(),
-            nn.Conv2d(2 * dim, 2, 1, groups=2, bias=False, **dd),
-            nn.Sigmoid(),
-        )
-        self.channel_gate = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1),
-            nn.Conv2d(2 * dim, 2 * dim, 1, groups=2, bias=False, **dd),
-            nn.Sigmoid(),
-        )
+        self.qkv = nn.Conv2d(dim, 3 * dim, 1, bias=qkv_bias, **dd)
+        self.gates_q, self.gates_k = Gates(dim, **dd), Gates(dim, **dd)
         self.dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
         self.proj = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        qk = self.qk(x)
-        q, k = (gate * half for gate, half in zip(self.spatial_gate(qk).chunk(2, 1), qk.chunk(2, 1), strict=True))
-        gate_q, gate_k = self.channel_gate(torch.cat([q, k], 1)).chunk(2, 1)
-        return self.proj_drop(self.proj(self.dwconv(q * gate_q + k * gate_k) * self.v(x)))
+        q, k, v = self.qkv(x).chunk(3, dim=1)
+        return self.proj_drop(self.proj(self.dwconv(self.gates_q(q) + self.gates_k(k)) * v))
 
 
 class CASBlock(nn.Module):
@@ -136,9 +143,8 @@ class DistilledHead(ClassifierHead):
         if pre_logits or not isinstance(self.fc, nn.Linear):
             return x
         scores, distilled = self.fc(x), self.fc_dist(x)
-        if self.training and self.distilled_training:
-            return scores, distilled
-        return (scores + distilled) / 2
+        mean = (scores + distilled) / 2  # in training too: torch.fx then records the same nodes for both modes
+        return (scores, distilled) if self.training and self.distilled_training else mean
 
 
 # Official names, in order of application. The numbers of ``network`` alternate between stages and downsampling.
@@ -152,8 +158,8 @@ RENAMED = (
     (r"^network\.([0246])\.(\d+)\.", r"network.\1.blocks.\2."),
     (r"^network\.(\d)\.", lambda match: f"stages.{(int(match[1]) + 1) // 2}."),
     (r"\.local_perception\.network\.", ".local."),
-    (r"\.attn\.oper_([qk])\.0\.block\.", r".attn.spatial_gate.\1."),
-    (r"\.attn\.oper_([qk])\.1\.block\.", r".attn.channel_gate.\1."),
+    (r"\.attn\.oper_([qk])\.0\.block\.", r".attn.gates_\1.spatial."),
+    (r"\.attn\.oper_([qk])\.1\.block\.", r".attn.gates_\1.channel."),
     (r"\.attn\.dwc\.", ".attn.dwconv."),
     (r"^norm([0246])\.", lambda match: f"out_norms.{int(match[1]) // 2}."),
     (r"^head\.(weight|bias)$", r"head.fc.\1"),
@@ -255,21 +261,12 @@ class CASViT(PyramidBackbone):
     def adapt_state_dict(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         """Official weights, of classifiers and of detectors' backbones, under our names, and the names dropped.
 
-        The rows of qkv are split into [q; k] and v, the gates of q and of k are joined. Nothing is dropped but what
-        lies behind the stages of a model without it.
+        Nothing is dropped but what lies behind the stages of a model without it.
         """
-        adapted: dict[str, Tensor] = {}
+        adapted = {}
         for name, value in state.items():
             for pattern, replacement in RENAMED:
                 name = re.sub(pattern, replacement, name)
             adapted[name] = value
-        for name in [name for name in adapted if ".attn.qkv." in name]:
-            value = adapted.pop(name)
-            qk, v = value.split([2 * len(value) // 3, len(value) // 3])
-            adapted |= {name.replace(".qkv.", ".qk."): qk, name.replace(".qkv.", ".v."): v}
-        for name in [name for name in adapted if "_gate.q." in name]:
-            pair = adapted.pop(name), adapted.pop(name.replace("_gate.q.", "_gate.k."))
-            # A count of batches is one number for both.
-            adapted[name.replace("_gate.q.", "_gate.")] = torch.cat(pair) if pair[0].ndim else pair[0]
         unused = self.pruned_names(adapted)
         return {name: value for name, value in adapted.items() if name not in unused}, unused
