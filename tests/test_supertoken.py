@@ -62,6 +62,7 @@ def test_larger_cells_save_what_the_official_code_saves_at_512() -> None:
     model = timm.create_model("supertoken_small_224")
     assert count_flops(model, (3, 512, 512)).total / 1e9 == pytest.approx(27.9434, rel=0.01)
     model.set_stoken_size((16, 8, 2, 1))
+    # The official count holds 1 % of identity kernels here, on the larger grid of stage 3.
     assert count_flops(model, (3, 512, 512)).total / 1e9 == pytest.approx(19.4983, rel=0.015)
 
 
