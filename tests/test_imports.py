@@ -16,7 +16,7 @@ PACKAGE = Path(effvit.__file__).parent
 # Lower layers know nothing of higher ones; modules of one layer may know each other.
 LAYERS = (
     ("tokens",),
-    ("attention", "cross_attention"),
+    ("attention", "cross_attention", "super_tokens"),
     ("block",),
     ("schedule", "recover"),
     ("reducers",),

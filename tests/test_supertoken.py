@@ -13,9 +13,9 @@ import torch
 from architectures import SUPERTOKEN, make_architecture, make_images
 
 from effvit.flops import count_flops
-from effvit.models.supertoken import (
+from effvit.models.supertoken import SuperTokenViT
+from effvit.super_tokens import (
     SuperTokenAttention,
-    SuperTokenViT,
     associate,
     from_cells,
     nearest_super_token,

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from effvit.models.supertoken import SuperTokenAttention
+from effvit.super_tokens import SuperTokenAttention
 
 
 def unfold_super_tokens(attn: SuperTokenAttention, x: Tensor) -> Tensor:
