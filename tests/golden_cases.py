@@ -125,17 +125,26 @@ class Case:
             self.close(x.grad, "grad_input", tolerance)
 
 
-def check_official_keys(content: dict[str, Any], name: str, dropped: tuple[str, ...] = (), **kwargs: Any) -> None:
+def check_official_keys(
+    content: dict[str, Any],
+    name: str,
+    dropped: tuple[str, ...] = (),
+    take: tuple[int, ...] | None = None,
+    **kwargs: Any,
+) -> None:
     """Assert that a list of official parameter names and shapes becomes exactly ours.
 
     Args:
         content: A ``keys_*.json`` of an architecture.
         name: Our registered name.
         dropped: Parts of the names that have no place in our model; anything else must be used.
+        take: Stages of a dense model, which ends with them; None for a classifier.
         kwargs: Arguments of ``timm.create_model``.
     """
     with torch.device("meta"):
         model = timm.create_model(name, **kwargs)
+        if take is not None:
+            model.prune_intermediate_layers(take, prune_norm=True)
         official = {
             key: torch.empty(shape, dtype=getattr(torch, dtype)) for key, (dtype, shape) in content["keys"].items()
         }

@@ -13,11 +13,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import golden_casvit
 import golden_expedite
 import golden_hot
 import golden_lookupvit
 import golden_stvit_deit
 import golden_stvit_swin
+import golden_supertoken
 import pytest
 import torch
 import torch.nn.functional as F
@@ -53,7 +55,9 @@ from effvit.tokens import TokenMap
 
 # Folder of an architecture -> module with compare(case) and, for lists of official names, compare_keys(content).
 ARCHITECTURES: dict[str, ModuleType] = {
+    "casvit": golden_casvit,
     "lookupvit": golden_lookupvit,
+    "svit": golden_supertoken,
     "stvit_deit_reconstruction": golden_stvit_deit,
     **dict.fromkeys(("stvit", "stvit_swin", "stvit_r_dense"), golden_stvit_swin),
 }

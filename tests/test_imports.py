@@ -17,7 +17,7 @@ PACKAGE = Path(effvit.__file__).parent
 LAYERS = (
     ("tokens",),
     ("windows",),
-    ("attention", "bidirectional_attention", "cross_attention"),
+    ("attention", "bidirectional_attention", "cross_attention", "super_tokens"),
     ("block",),
     ("schedule", "recover", "matching", "resize", "unmerge"),
     ("reducers",),

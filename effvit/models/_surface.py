@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 __all__ = [
+    "ChannelsLastStem",
     "PyramidBackbone",
     "PyramidStage",
     "SoftTokenViT",
@@ -199,6 +200,17 @@ class SoftTokenViT(VisionTransformer):
         )
 
 
+class ChannelsLastStem(nn.Sequential):
+    """The layers of a convolutional stem, run on images that lie channels last in memory.
+
+    Convolutions keep that order, so every map behind the stem has it too: depthwise convolutions and those of
+    size 1 then need no rearranged copy, and a norm over channels is a plain LayerNorm of a view.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.contiguous(memory_format=torch.channels_last))
+
+
 class PyramidStage(nn.Module):
     """One stage of a pyramid: an optional downsampling, then blocks."""
 
@@ -354,6 +366,11 @@ class PyramidBackbone(nn.Module):
 
     def _prune_final(self) -> None:
         """Remove the modules that only ``_finish`` uses."""
+
+    def pruned_names(self, names: Iterable[str]) -> list[str]:
+        """Those names of weights behind the stages that this model has been built or cut without."""
+        own = {name.partition(".")[0] for name, _ in self.named_parameters()}
+        return [name for name in names if name.partition(".")[0] in {"head", "norm", "proj"} - own]
 
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
         """Accepts any image size, since nothing here depends on one; the stride is fixed."""

@@ -14,10 +14,12 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from effvit.models._checkpoint import official_state_dict
+from effvit.models.casvit import CASViT
 from effvit.models.feature_pyramid import feature_settings
 from effvit.models.lookupvit import LookupViT
 from effvit.models.stvit import STViT
 from effvit.models.stvit_swin import STViTSwin
+from effvit.models.supertoken import SuperTokenViT
 
 __all__ = ["VARIANTS", "Variant"]
 
@@ -125,7 +127,43 @@ STVIT_SWIN: dict[str, Variant] = {
 }
 
 # -- super-token SViT (2211.11167) ------------------------------------------------------------------------------
-SUPERTOKEN: dict[str, Variant] = {}
+# hhb072/STViT@c9ed9a4, models/stvit.py (MIT by its header) and README; drop_path_rate is left at 0, the trainings
+# used 0.1 (S), 0.4 (B) and 0.6 (L). Evaluation resizes to 256 for 224 and does not crop at 384.
+_SUPERTOKEN_SIZES: dict[str, dict[str, Any]] = {
+    "small": {"dims": (64, 128, 320, 512), "depths": (3, 5, 9, 3), "num_heads": (1, 2, 5, 8)},
+    "base": {
+        "dims": (96, 192, 384, 512),
+        "depths": (4, 6, 14, 6),
+        "num_heads": (2, 3, 6, 8),
+        "layerscale": (False, False, True, True),
+    },
+    "large": {
+        "dims": (96, 192, 448, 640),
+        "depths": (4, 7, 19, 8),
+        "num_heads": (2, 3, 7, 10),
+        "layerscale": (False, False, True, True),
+    },
+}
+SUPERTOKEN: dict[str, Variant] = {
+    f"supertoken_{size}_{pixels}": Variant(
+        SuperTokenViT,
+        args,
+        f"SViT-{size[0].upper()} of 2211.11167, hhb072/STViT@c9ed9a4 models/stvit.py, for {pixels} pixels",
+        PYRAMID
+        | {
+            "input_size": (3, pixels, pixels),
+            "pool_size": (pixels // 32, pixels // 32),
+            "crop_pct": 0.875 if pixels == 224 else 1.0,
+            "first_conv": "stem.0",
+            "paper_ids": "arXiv:2211.11167",
+            "origin_url": "https://github.com/hhb072/STViT",
+            "license": "mit",
+        },
+        EVERY_STAGE,
+    )
+    for size, args in _SUPERTOKEN_SIZES.items()
+    for pixels in (224, 384)
+}
 
 # -- LookupViT (2407.12753) -------------------------------------------------------------------------------------
 # The shapes of ViT-B/16 and ViT-L/16; no official code or file is public. S/16 is ours, for small experiments.
@@ -149,7 +187,37 @@ LOOKUPVIT: dict[str, Variant] = {
 SIT: dict[str, Variant] = {}
 
 # -- CAS-ViT (2408.03703) ---------------------------------------------------------------------------------------
-CASVIT: dict[str, Variant] = {}
+# Tianfang-Zhang/CAS-ViT@041d2d6 (MIT), classification/model/rcvit.py; drop_path_rate is left at 0, the training used
+# 0.1. Evaluation (classification/data/datasets.py) resizes to 256 for 224 and warps the whole image to 384.
+_CASVIT_SIZES: dict[str, dict[str, Any]] = {
+    "xs": {"dims": (48, 56, 112, 220), "depths": (2, 2, 4, 2)},
+    "s": {"dims": (48, 64, 128, 256), "depths": (3, 3, 6, 3)},
+    "m": {"dims": (64, 96, 192, 384), "depths": (3, 3, 6, 3)},
+    "t": {"dims": (96, 128, 256, 512), "depths": (3, 3, 6, 3)},
+}
+CASVIT: dict[str, Variant] = {
+    f"casvit_{size}_{pixels}": Variant(
+        CASViT,
+        args,
+        f"CAS-ViT-{size.upper()} of 2408.03703, Tianfang-Zhang/CAS-ViT@041d2d6 classification/model/rcvit.py, for "
+        f"{pixels} pixels",
+        PYRAMID
+        | {
+            "input_size": (3, pixels, pixels),
+            "pool_size": (pixels // 32, pixels // 32),
+            "crop_pct": 0.875 if pixels == 224 else 1.0,
+            "crop_mode": "center" if pixels == 224 else "squash",
+            "first_conv": "stem.0.conv",
+            "classifier": ("head.fc", "head.fc_dist"),
+            "paper_ids": "arXiv:2408.03703",
+            "origin_url": "https://github.com/Tianfang-Zhang/CAS-ViT",
+            "license": "mit",
+        },
+        EVERY_STAGE,
+    )
+    for size, args in _CASVIT_SIZES.items()
+    for pixels in (224, 384)
+}
 
 VARIANTS: dict[str, Variant] = STVIT | STVIT_SWIN | SUPERTOKEN | LOOKUPVIT | SIT | CASVIT
 
