@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import golden_sit
 import pytest
 import torch
 import torch.nn.functional as F
@@ -45,7 +46,9 @@ from effvit.schedule import cosine_keep_rate, tome_r
 from effvit.tokens import TokenMap
 
 # Folder of an architecture -> module with compare(case) and, for lists of official names, compare_keys(content).
-ARCHITECTURES: dict[str, ModuleType] = {}
+ARCHITECTURES: dict[str, ModuleType] = {
+    "sit": golden_sit,
+}
 # Any other folder is skipped by name.
 IMPLEMENTED = (*METHODS, *ARCHITECTURES)
 
