@@ -181,6 +181,7 @@ class SiT(SoftTokenViT):
         dd = get_device_dtype(self)
         self.slimming = nn.ModuleList(TokenSlimming(self.embed_dim, k, **dd) for k in self.num_tokens)
         self.reverse = nn.ModuleList(self._reverse_modules(**dd)) if reverse else None
+        self.distilled_training = False
         init = get_init_weights_vit(self.weight_init_mode, needs_reset=False)
         for added in (self.slimming, self.reverse):
             if added is not None:
@@ -263,6 +264,16 @@ class SiT(SoftTokenViT):
         """``forward_layers`` with all N patch tokens after every block: what student and teacher are compared by."""
         out = self.forward_layers(x)
         return out._replace(tokens=self.rebuild(out.tokens))
+
+    def set_distilled_training(self, enable: bool = True) -> None:
+        """Let ``forward`` return ``forward_distill`` in train mode (timm's name for it)."""
+        self.distilled_training = enable
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor | LayerTokens:
+        """Class scores (B, num_classes) of images (B, 3, H, W); see ``set_distilled_training``."""
+        if self.distilled_training and self.training:
+            return self.forward_distill(x)
+        return super().forward(x, attn_mask, is_causal)
 
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
         """Change the input size; the slimmed stages keep their numbers of tokens.
