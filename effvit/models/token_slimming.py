@@ -43,7 +43,7 @@ class TokenSlimming(nn.Module):
         """Tokens x (B, N, C) -> new tokens (B, K, C) and the scores (B, N, K) whose softmax over N mixed them."""
         scores = (self.mlp(self.norm(x)) * self.scale).to(wide_dtype(x.dtype))  # (B, N, K)
         mixed = scores.softmax(1).to(x.dtype).transpose(1, 2) @ x  # (B, K, C)
-        return mixed.to(x.dtype), scores  # the residual stream keeps its precision under autocast
+        return mixed.to(x.dtype), scores  # autocast multiplies in half precision; the residual stream keeps its dtype
 
 
 class ReverseTokenSlimming(nn.Module):
