@@ -263,7 +263,7 @@ class SiT(SoftTokenViT):
     def forward_distill(self, x: Tensor) -> LayerTokens:
         """``forward_layers`` with all N patch tokens after every block: what student and teacher are compared by."""
         out = self.forward_layers(x)
-        return out._replace(tokens=self.rebuild(out.tokens))
+        return LayerTokens(out.logits, self.rebuild(out.tokens))  # dynamo knows no _replace
 
     def set_distilled_training(self, enable: bool = True) -> None:
         """Let ``forward`` return ``forward_distill`` in train mode (timm's name for it)."""
