@@ -6,7 +6,7 @@ zoo's names with ``timm.create_model``.
 
 from effvit.models._checkpoint import load_checkpoint
 from effvit.models.host import TokenFeatures, list_methods, method_settings, sparsify
-from effvit.models.zoo import list_models
+from effvit.models.zoo import list_models, register_pyramid
 from effvit.recover import to_map
 from effvit.schedule import cosine_keep_rate
 from effvit.tokens import TokenMap
@@ -20,6 +20,7 @@ __all__ = [
     "list_models",
     "load_checkpoint",
     "method_settings",
+    "register_pyramid",
     "sparsify",
     "to_map",
 ]

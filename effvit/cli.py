@@ -1,4 +1,4 @@
-"""The ``effvit`` command: list, profile, visualize and demo."""
+"""The ``effvit`` command: list, profile, visualize, convert and demo."""
 
 from __future__ import annotations
 
@@ -22,10 +22,12 @@ from rich.columns import Columns
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import effvit
 from effvit.demo import VARIANTS, photographs, plot_costs
+from effvit.models._checkpoint import convert_checkpoint
 from effvit.models.host import ReducedHost
 from effvit.profiler import Cost, cost_of, profile_models
 from effvit.reducers import METHODS
@@ -97,6 +99,17 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--method", nargs="+", required=True, metavar="NAME")
     command.add_argument("--out", required=True, type=Path, metavar="DIR")
     command.set_defaults(run=run_visualize)
+
+    command = commands.add_parser(
+        "convert",
+        parents=[settings],
+        help="an official checkpoint under our names, and what was left out of it",
+        description="Read FILE (.pth without code, or .safetensors) into MODEL strictly and write it as .safetensors.",
+    )
+    command.add_argument("file", type=Path, metavar="FILE")
+    command.add_argument("--model", required=True, metavar="NAME", help="the model it was saved from")
+    command.add_argument("--out", required=True, type=Path, metavar="FILE")
+    command.set_defaults(run=run_convert)
 
     command = commands.add_parser(
         "demo", parents=[weights], help="all methods on photographs that are installed already, offline"
@@ -171,6 +184,26 @@ def run_visualize(arguments: argparse.Namespace) -> None:
         console.print(RANDOM_WEIGHTS, style="yellow")
     for path in draw_figures(models, images, arguments):
         console.print(str(path))
+
+
+def run_convert(arguments: argparse.Namespace) -> None:
+    """Write a checkpoint under our names and print which of its entries were used and dropped."""
+    if arguments.out.suffix != ".safetensors":
+        raise ValueError(f"--out must end in .safetensors, got {arguments.out}")
+    options = dict(parse_setting(text) for text in arguments.settings)
+    model = build(arguments.model, options)
+    conversion = convert_checkpoint(model, arguments.file)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"format": "pt", "architecture": arguments.model}
+    save_file({name: value.contiguous() for name, value in conversion.state.items()}, arguments.out, metadata)
+    console = output()
+    console.print(str(arguments.out))
+    console.print(
+        f"{len(conversion.state)} entries for {arguments.model}: {len(conversion.same)} under the file's names, "
+        f"{len(conversion.renamed)} renamed, joined or split; {len(conversion.dropped)} dropped"
+    )
+    for name in conversion.dropped:
+        console.print(f"dropped: {name}")
 
 
 def run_demo(arguments: argparse.Namespace) -> None:
@@ -259,13 +292,23 @@ def reduced(host: nn.Module, variants: Sequence[tuple[str, dict[str, Any]]]) -> 
     return models
 
 
-def create(name: str, arguments: argparse.Namespace) -> nn.Module:
-    """The named model in eval mode, with the weights and image size asked for, else seeded random weights."""
+def build(name: str, options: Mapping[str, Any], pretrained: bool = False) -> nn.Module:
+    """The named model; a ValueError for an unknown name, which names the nearest."""
     architecture = name.split(".")[0]
     if not timm.is_model(architecture):
         nearest = difflib.get_close_matches(architecture, timm.list_models(), n=3)
         hint = f"did you mean {' or '.join(nearest)}?" if nearest else "see effvit list and timm.list_models()"
         raise ValueError(f"unknown model {name!r}; {hint}")
+    try:
+        return timm.create_model(name, pretrained=pretrained, **options)
+    except Exception as error:  # downloads fail with the exceptions of several libraries
+        if not pretrained and not isinstance(error, RuntimeError):
+            raise
+        raise ValueError(f"cannot create {name}: {error}") from error
+
+
+def create(name: str, arguments: argparse.Namespace) -> nn.Module:
+    """The named model in eval mode, with the weights and image size asked for, else seeded random weights."""
     options: dict[str, Any] = {}
     img_size = getattr(arguments, "img_size", None)
     if img_size is not None:
@@ -273,12 +316,7 @@ def create(name: str, arguments: argparse.Namespace) -> nn.Module:
             raise ValueError(f"--img-size takes one side, or height and width, got {img_size}")
         options["img_size"] = img_size[0] if len(img_size) == 1 else tuple(img_size)
     torch.manual_seed(0)
-    try:
-        model = timm.create_model(name, pretrained=arguments.pretrained, **options)
-    except Exception as error:  # downloads fail with the exceptions of several libraries
-        if not arguments.pretrained and not isinstance(error, RuntimeError):
-            raise
-        raise ValueError(f"cannot create {name}: {error}") from error
+    model = build(name, options, arguments.pretrained)
     if arguments.checkpoint is not None:
         effvit.load_checkpoint(model, arguments.checkpoint)
     return model.eval()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from timm.models.eva import Eva
 from timm.models.vision_transformer import (
     DiffAttention,
@@ -592,3 +593,32 @@ class TestCheckpoints:
         torch.save([torch.ones(1)], path)
         with pytest.raises(ValueError, match="holds a list, not a dict of weights"):
             effvit.load_checkpoint(reduced("evit"), path)
+
+    @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+    def test_truncated_file(self, suffix: str, tmp_path: Path) -> None:
+        path = tmp_path / f"half{suffix}"
+        if suffix == ".pth":
+            torch.save(vit().state_dict(), path)
+        else:
+            save_file(vit().state_dict(), path)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        with pytest.raises(ValueError, match=r"cannot be read as a checkpoint .*; it is truncated"):
+            effvit.load_checkpoint(reduced("evit"), path)
+
+    def test_code_in_a_file_is_not_run(self, tmp_path: Path) -> None:
+        ran = tmp_path / "ran"
+        path = tmp_path / "hostile.pth"
+        torch.save({"model": vit().state_dict(), "extra": Touch(ran)}, path)
+        with pytest.raises(ValueError, match=r"cannot be read as a checkpoint .* holds code besides weights"):
+            effvit.load_checkpoint(reduced("evit"), path)
+        assert not ran.exists()
+
+
+class Touch:
+    """Unpickling this creates a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[[Path], None], tuple[Path]]:
+        return (Path.touch, (self.path,))

@@ -127,6 +127,32 @@ class TestProfile:
         assert "no checkpoint at absent.pth" in failure(capsys, "profile", TINY, "--checkpoint", "absent.pth")
 
 
+class TestConvert:
+    def test_official_layout_becomes_ours_and_the_rest_is_named(self, capsys, tmp_path):
+        model = timm.create_model(TINY)
+        official = {f"module.{name}": value for name, value in model.state_dict().items()}
+        official["module.blocks.3.attn.out_zero_mask"] = torch.zeros(1)
+        torch.save({"model": official, "epoch": 300}, tmp_path / "official.pth")
+        out = tmp_path / "folder" / "ours.safetensors"
+        assert main(["convert", str(tmp_path / "official.pth"), "--model", f"ats_{TINY}", "--out", str(out)]) == 0
+        printed = capsys.readouterr().out
+        counts = "152 under the file's names, 0 renamed, joined or split; 1 dropped"
+        assert f"152 entries for ats_deit_tiny_patch16_224: {counts}" in printed
+        assert "dropped: blocks.3.attn.out_zero_mask" in printed
+        own = timm.create_model(f"ats_{TINY}")
+        assert effvit.load_checkpoint(own, out) == []
+        assert all(torch.equal(a, b) for a, b in zip(own.parameters(), model.parameters(), strict=True))
+
+    def test_output_of_another_format_is_refused(self, capsys, tmp_path):
+        message = failure(capsys, "convert", "any.pth", "--model", TINY, "--out", tmp_path / "ours.pth")
+        assert "--out must end in .safetensors" in message
+
+    def test_checkpoint_of_another_model_is_refused(self, capsys, tmp_path):
+        torch.save(timm.create_model(TINY).state_dict(), tmp_path / "tiny.pth")
+        command = ["convert", tmp_path / "tiny.pth", "--model", "deit_small_patch16_224", "--out"]
+        assert "checkpoint of another model" in failure(capsys, *command, tmp_path / "ours.safetensors")
+
+
 class TestVisualize:
     def test_every_image_and_variant_has_a_picture(self, capsys, tmp_path, image):
         command = ["visualize", str(image), "--model", TINY, "--method", "evit", "gtp"]

@@ -14,6 +14,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from effvit.models._checkpoint import official_state_dict
+from effvit.models.feature_pyramid import feature_settings
 from effvit.models.sit import SiT
 
 __all__ = ["VARIANTS", "Variant"]
@@ -123,7 +124,7 @@ def _own_names(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
 
 def _create(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     variant = VARIANTS[name]
-    feature_cfg = {"out_indices": kwargs.pop("out_indices", variant.out_indices), "feature_cls": "getter"}
+    feature_cfg = feature_settings(kwargs, variant.out_indices)
     return build_model_with_cfg(
         variant.model,
         name,

@@ -18,6 +18,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from effvit.block import BLOCK_CLASSES, TokenBlock
+from effvit.models.feature_pyramid import feature_settings
 from effvit.models.host import HOST_CLASSES, ReducedViT
 
 __all__ = ["LVViT"]
@@ -145,14 +146,8 @@ default_cfgs = generate_default_cfgs({"lvvit_small_patch16_224": _cfg(), "lvvit_
 
 
 def _create_lvvit(variant: str, pretrained: bool, **kwargs: Any) -> LVViT:
-    out_indices = kwargs.pop("out_indices", 3)
-    return build_model_with_cfg(
-        LVViT,
-        variant,
-        pretrained,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
-        **kwargs,
-    )
+    feature_cfg = feature_settings(kwargs, out_indices=3)
+    return build_model_with_cfg(LVViT, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
 
 
 @register_model

@@ -15,10 +15,11 @@ from timm.models._pretrained import DefaultCfg
 from torch import nn
 
 from effvit.models import architectures, lvvit
+from effvit.models.feature_pyramid import feature_settings
 from effvit.models.host import check_settings, sparsify
 from effvit.reducers import METHODS
 
-__all__ = ["list_models"]
+__all__ = ["list_models", "register_pyramid"]
 
 CLASS_TOKEN_HOSTS = (
     *(f"deit_{size}_patch16_224" for size in ("tiny", "small", "base")),
@@ -46,6 +47,7 @@ NO_CLASS_TOKEN_HOSTS = (
     "vit_medium_patch16_gap_256",
 )
 default_cfgs: dict[str, DefaultCfg] = {}
+_PYRAMIDS: dict[str, dict[str, Any]] = {}  # names that register_pyramid made, and their settings
 
 
 def _host_cfgs(host: str, variant: str) -> DefaultCfg:
@@ -76,7 +78,7 @@ def _entry_point(method: str, host: str) -> Callable[..., nn.Module]:
             dense = model_entrypoint(host)(pretrained=pretrained, pretrained_cfg=cfg, **loading, **host_kwargs)
             return sparsify(dense, method, **settings)
 
-        feature_cfg = {"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"}
+        feature_cfg = feature_settings(kwargs, out_indices=3)
         return build_model_with_cfg(
             reduced_host, variant, pretrained=False, pretrained_cfg=cfg, feature_cfg=feature_cfg, **kwargs
         )
@@ -96,6 +98,42 @@ def _register() -> None:
 
 
 _register()
+
+
+def register_pyramid(name: str, **settings: Any) -> str:
+    """Register ``<name>_pyramid`` with timm: the model whose ``features_only`` is a pyramid at strides 4 to 32.
+
+    For libraries that create an encoder from its name alone, such as segmentation_models.pytorch:
+    ``smp.Unet("tu-" + effvit.register_pyramid("evit_deit_small_patch16_224", keep_rate=0.5))``.
+
+    Args:
+        name: A model of this package at patch size 16.
+        settings: Keywords the model is always created with.
+
+    Returns:
+        The new name. Registering the same again changes nothing.
+
+    Raises:
+        ValueError: A name this package does not have, or one registered with other settings.
+    """
+    if name not in list_models():
+        raise ValueError(f"{name!r} is not a model of effvit, see effvit.list_models()")
+    variant = f"{name}_pyramid"
+    if variant in _PYRAMIDS:
+        if _PYRAMIDS[variant] != settings:
+            raise ValueError(f"{variant} is registered already, with the settings {_PYRAMIDS[variant]}")
+        return variant
+
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        if kwargs.get("features_only", False):
+            kwargs.setdefault("pyramid", True)
+        return model_entrypoint(name)(pretrained=pretrained, **(settings | kwargs))
+
+    create.__name__ = create.__qualname__ = variant
+    default_cfgs[variant] = _host_cfgs(name, variant)
+    globals()[variant] = register_model(create)
+    _PYRAMIDS[variant] = settings
+    return variant
 
 
 def list_models(pattern: str = "*") -> list[str]:
