@@ -35,8 +35,8 @@ Handle = Callable[[list[Any], list[Any]], int]
 IGNORED_OPERATORS = frozenset(f"aten::{name}" for name in (
     # element-wise arithmetic and activations, softmax, pooling
     "abs", "add", "ceil", "clamp_min", "cos", "div", "exp", "gelu", "hardswish", "hardswish_", "linalg_vector_norm",
-    "log", "log_softmax", "logsumexp", "max_pool2d", "mul", "neg", "pow", "rsqrt", "rsub", "sigmoid", "silu", "sin", "softmax",
-    "sqrt", "square", "sub", "tanh",
+    "log", "log_softmax", "logsumexp", "max_pool2d", "mul", "neg", "pow", "rsqrt", "rsub", "sigmoid", "silu", "sin",
+    "softmax", "sqrt", "square", "sub", "tanh",
     # sums, extremes and order
     "amax", "amin", "any", "argsort", "cumsum", "kthvalue", "maximum", "mean", "sort", "sum", "topk",
     # comparisons

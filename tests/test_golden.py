@@ -17,6 +17,7 @@ import golden_casvit
 import golden_expedite
 import golden_hot
 import golden_lookupvit
+import golden_sit
 import golden_stvit_deit
 import golden_stvit_swin
 import golden_supertoken
@@ -60,6 +61,7 @@ ARCHITECTURES: dict[str, ModuleType] = {
     "svit": golden_supertoken,
     "stvit_deit_reconstruction": golden_stvit_deit,
     **dict.fromkeys(("stvit", "stvit_swin", "stvit_r_dense"), golden_stvit_swin),
+    "sit": golden_sit,
 }
 # Any other folder is skipped by name.
 IMPLEMENTED = (*METHODS, *ARCHITECTURES)

@@ -17,6 +17,7 @@ from effvit.models._checkpoint import official_state_dict
 from effvit.models.casvit import CASViT
 from effvit.models.feature_pyramid import feature_settings
 from effvit.models.lookupvit import LookupViT
+from effvit.models.sit import SiT
 from effvit.models.stvit import STViT
 from effvit.models.stvit_swin import STViTSwin
 from effvit.models.supertoken import SuperTokenViT
@@ -183,8 +184,46 @@ LOOKUPVIT: dict[str, Variant] = {
     ),
 }
 
+
 # -- SiT (2111.12624) -------------------------------------------------------------------------------------------
-SIT: dict[str, Variant] = {}
+def _lvvit(
+    embed_dim: int, depth: int, stage_blocks: list[int] | None = None, img_size: int = 224, **kwargs: Any
+) -> dict[str, Any]:
+    heads = {"num_heads": embed_dim // 64, "mlp_ratio": 3.0, "qkv_bias": False}
+    sizes = {"img_size": img_size, "embed_dim": embed_dim, "depth": depth, "stage_blocks": stage_blocks}
+    return sizes | heads | kwargs
+
+
+SIT_CFG = COLUMN | {
+    "first_conv": "patch_embed.proj.0.conv",
+    "crop_pct": 0.875,  # datasets.py@f577808 resizes to 256/224 of the input size
+    "paper_ids": "arXiv:2111.12624",
+    "origin_url": "https://github.com/Sense-X/SiT",
+    "license": "apache-2.0",  # the text of its LICENSE file; its README says MIT
+}
+SIT_CFG_288 = SIT_CFG | {"input_size": (3, 288, 288)}
+LVVIT_LARGE: dict[str, Any] = {"stem": "6c", "skip_lam": 3.0, "img_size": 288}
+SIT: dict[str, Variant] = {
+    "sit_lvvit_tiny_224": Variant(
+        SiT, _lvvit(320, 14, [1, 1, 1, 11]), "SiT-T of README@f577808, 15.6 M parameters", SIT_CFG
+    ),
+    "sit_lvvit_xsmall_224": Variant(
+        SiT, _lvvit(384, 16, [1, 1, 1, 13]), "SiT-XS of README@f577808, 25.2 M parameters", SIT_CFG
+    ),
+    "sit_lvvit_small_224": Variant(
+        SiT, _lvvit(384, 16, [9, 3, 2, 2]), "SiT-S of README@f577808, 25.2 M parameters", SIT_CFG
+    ),
+    "sit_lvvit_medium_224": Variant(
+        SiT, _lvvit(512, 20, [10, 4, 3, 3]), "SiT-M of README@f577808, 55.1 M parameters", SIT_CFG
+    ),
+    "sit_lvvit_large_288": Variant(
+        SiT, _lvvit(768, 24, [10, 4, 3, 7], **LVVIT_LARGE), "SiT-L of README@f577808, 147.4 M parameters", SIT_CFG_288
+    ),
+    "lvvit_tiny_4c_224": Variant(SiT, _lvvit(320, 14), "LV-ViT-T, dense teacher of SiT-T", SIT_CFG),
+    "lvvit_small_4c_224": Variant(SiT, _lvvit(384, 16), "LV-ViT-S, dense teacher of SiT-XS and SiT-S", SIT_CFG),
+    "lvvit_medium_4c_224": Variant(SiT, _lvvit(512, 20), "LV-ViT-M, dense teacher of SiT-M", SIT_CFG),
+    "lvvit_large_6c_288": Variant(SiT, _lvvit(768, 24, **LVVIT_LARGE), "LV-ViT-L, dense teacher of SiT-L", SIT_CFG_288),
+}
 
 # -- CAS-ViT (2408.03703) ---------------------------------------------------------------------------------------
 # Tianfang-Zhang/CAS-ViT@041d2d6 (MIT), classification/model/rcvit.py; drop_path_rate is left at 0, the training used

@@ -1,7 +1,8 @@
 """LV-ViT (arXiv 2104.10858): a plain ViT with a convolutional stem, damped residuals and a head on every token.
 
-GTP, ATS, Zero-TPrune and SiT all report on it, and timm does not have it. Parameter names are the official ones
-(models/lvvit.py of Ackesnal/GTP-ViT@97a1178 and Sense-X/SiT@f577808), so their checkpoints load unchanged.
+GTP, ATS and Zero-TPrune all report on it, and timm does not have it. Parameter names are the official ones
+(models/lvvit.py of Ackesnal/GTP-ViT@97a1178), so its checkpoints load unchanged. SiT's variant, with another stem
+and without the head on every token, is in ``sit.py``.
 """
 
 from __future__ import annotations
@@ -23,7 +24,16 @@ from effvit.models.host import HOST_CLASSES, ReducedViT
 __all__ = ["LVViT"]
 
 
-class ConvStemEmbed(PatchEmbed):
+class FixedPatchEmbed(PatchEmbed):
+    """timm's ``PatchEmbed`` for a stem of several convolutions, whose patch size cannot change."""
+
+    def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
+        if patch_size is not None and patch_size not in (self.patch_size, self.patch_size[0]):
+            raise ValueError(f"the convolutional stem has a fixed patch size of {self.patch_size[0]}, got {patch_size}")
+        super().set_input_size(img_size=img_size)
+
+
+class ConvStemEmbed(FixedPatchEmbed):
     """Patch embedding behind three convolutions of which the first halves the resolution."""
 
     def __init__(self, *args: Any, patch_size: int = 16, in_chans: int = 3, embed_dim: int = 384, **kwargs: Any):
@@ -38,11 +48,6 @@ class ConvStemEmbed(PatchEmbed):
         self.bn3 = nn.BatchNorm2d(width, **dd)
         self.relu = nn.ReLU(inplace=True)
         self.proj = nn.Conv2d(width, embed_dim, patch_size // 2, stride=patch_size // 2, **dd)
-
-    def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
-        if patch_size is not None and patch_size not in (self.patch_size, self.patch_size[0]):
-            raise ValueError(f"the convolutional stem has a fixed patch size of {self.patch_size[0]}, got {patch_size}")
-        super().set_input_size(img_size=img_size)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(x)))
