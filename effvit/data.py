@@ -1,8 +1,8 @@
 """Data sets as torchvision opens them: the fetched ones (`effvit.sources`), and folders that people have.
 
 Nothing is downloaded here. Whatever is wrong with a folder is said when it is opened, not in the middle of an epoch.
-Other libraries read the same folders without this module: timm.data.create_dataset("", root / "cifar10", split="train"),
-mmpretrain's CustomDataset and FashionMNIST, mmdet's CocoDataset, mmseg's ADE20KDataset.
+Other libraries read the same folders without this module: timm.data.create_dataset("", root / "cifar10"), mmdet's
+CocoDataset, mmseg's BaseSegDataset and ADE20KDataset.
 """
 
 from __future__ import annotations
