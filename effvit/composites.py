@@ -21,16 +21,18 @@ the files). They show unnatural scenes: figures on them compare models, they are
 
 from __future__ import annotations
 
+import colorsys
 import json
 import math
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import PIL
@@ -52,6 +54,8 @@ __all__ = [
     "read_sprites",
     "split_families",
 ]
+
+ValueT = TypeVar("ValueT")
 
 # Class -> shell-style patterns in the folder of Tux Paint's stamps (`effvit.sources`).
 CLASSES: dict[str, tuple[str, ...]] = {
@@ -255,7 +259,7 @@ def split_families(names: Sequence[str], val_share: float, rng: np.random.Genera
         if len(families[key]) <= room:
             held.update(families[key])
             room -= len(families[key])
-    held = held or set(min((families[key] for key in order), key=len))
+    held = held or set(families[min(order, key=lambda key: len(families[key]))])
     return [name for name in names if name not in held], [name for name in names if name in held]
 
 
@@ -276,23 +280,24 @@ def compose(
         backgrounds: Photographs of at least settings.size a side.
         settings: See `Settings`.
     """
-    canvas = crop_background(rng, backgrounds[rng.integers(len(backgrounds))], settings.size)
+    canvas = crop_background(rng, backgrounds[int(rng.integers(len(backgrounds)))], settings.size)
     owner = np.zeros((settings.size, settings.size), np.uint8)
-    whole = [0.0]  # pixels of each object if nothing hid it
+    least = [0.0]  # pixels of each object that must stay visible; background may vanish
+    seen = np.array([float(owner.size)])  # and those that are
     labels: list[int] = []
     for _ in range(rng.integers(settings.objects[0], settings.objects[1] + 1)):
         label = int(rng.integers(len(sprites)))
-        pixels = vary(rng, sprites[label][rng.integers(len(sprites[label]))].image, settings)  # (h, w, 4)
+        sprite = sprites[label][int(rng.integers(len(sprites[label])))]
+        pixels = vary(rng, sprite.image, settings)  # (h, w, 4)
         mask = pixels[..., 3] >= OPAQUE
         for _ in range(ATTEMPTS):
             place, part = random_place(rng, mask.shape, settings.size)
-            visible = np.bincount(owner[place][mask[part]], minlength=len(whole))  # what it would hide of the others
-            left = np.bincount(owner.ravel(), minlength=len(whole)) - visible
-            if mask[part].sum() >= settings.min_visible * mask.sum() and all(
-                left[1:] >= settings.min_visible * np.array(whole[1:])
-            ):
+            inside = int(mask[part].sum())
+            left = seen - np.bincount(owner[place][mask[part]], minlength=len(seen))
+            if inside >= max(1, settings.min_visible * mask.sum()) and (left >= least).all():
                 labels.append(label + 1)
-                whole.append(float(mask.sum()))
+                least.append(settings.min_visible * float(mask.sum()))
+                seen = np.append(left, inside)
                 owner[place][mask[part]] = len(labels)
                 opacity = pixels[part][..., 3:] / 255
                 canvas[place] = np.rint(opacity * pixels[part][..., :3] + (1 - opacity) * canvas[place])
@@ -387,7 +392,7 @@ def draw_objects(image: Image.Image, objects: Sequence[Mapping[str, Any]], class
     pixels = np.array(image.convert("RGB"))
     for entry in objects:
         mask = decode_rle(entry["segmentation"])
-        pixels[mask] = (0.65 * pixels[mask] + 0.35 * np.array(colour(entry["category_id"]))).astype(np.uint8)
+        pixels[mask] = (0.8 * pixels[mask] + 0.2 * np.array(colour(entry["category_id"]))).astype(np.uint8)
     drawn = Image.fromarray(pixels)
     pen = ImageDraw.Draw(drawn)
     for entry in objects:
@@ -401,8 +406,8 @@ def draw_objects(image: Image.Image, objects: Sequence[Mapping[str, Any]], class
 
 def colour(category: int) -> tuple[int, int, int]:
     """A colour for each category, far from those of its neighbours."""
-    hue = (category * 0.381966) % 1.0
-    return tuple(round(255 * min(1.0, max(0.0, abs((6 * hue + shift) % 6 - 3) - 1))) for shift in (0, 4, 2))
+    red, green, blue = colorsys.hsv_to_rgb(category * 0.381966 % 1, 1, 1)  # steps of the golden angle
+    return round(255 * red), round(255 * green), round(255 * blue)
 
 
 # -- the set ---------------------------------------------------------------------------------------------
@@ -423,8 +428,8 @@ def make_composites(
     """Write a set in the two forms described above, and its composites.json; returns what that holds.
 
     Each picture is drawn from (seed, split, number) alone, so the same sources, settings and Pillow version give the
-    same bytes, whatever the number of workers; more pictures are the same ones and others. The set is built in
-    ``out``.partial and moved when complete.
+    same bytes, whatever the number of workers, and a larger set begins with the pictures of a smaller one. The set is
+    built in ``out``.partial and moved when complete.
 
     Args:
         sprites: See `read_sprites`.
@@ -444,35 +449,27 @@ def make_composites(
     out = Path(out)
     for name, number in (("train", train), ("val", val)):
         check_count(name, number, 1)
-    if not classes or len(classes) > 255:
-        raise ValueError(f"there must be 1 to 255 classes, label maps are 8 bits deep, got {len(classes)}")
+    if not 1 <= len(classes) <= 255:
+        raise ValueError(f"there must be 1 to 255 classes, since label maps have 8 bits, got {len(classes)}")
     if out.exists():
         raise ValueError(f"{out} exists; name another folder or remove it")
-    cut_outs = read_sprites(sprites, classes)
+    found = read_sprites(sprites, classes)
     photographs = read_backgrounds(backgrounds, settings.size)
     rng = np.random.default_rng([settings.seed, len(SPLITS)])
-    parts = {
-        label: split_families([s.name for s in found], settings.val_share, rng) for label, found in cut_outs.items()
-    }
-    scenes = split_families(list(photographs), settings.val_share, rng)
+    parts = {label: divide({s.name: s for s in own}, settings.val_share, rng) for label, own in found.items()}
+    scenes = divide(photographs, settings.val_share, rng)
 
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     record: dict[str, Any] = {"settings": asdict(settings), "pillow": PIL.__version__, "splits": {}}
     for index, (split, number) in enumerate(zip(SPLITS, (train, val), strict=True)):
-        own = [[sprite for sprite in found if sprite.name in parts[label][index]] for label, found in cut_outs.items()]
-        scenery = [photographs[name] for name in scenes[index]]
-
-        def draw(i: int, index: int = index, own: Any = own, scenery: Any = scenery) -> Composite:
-            return compose(np.random.default_rng([settings.seed, index, i]), own, scenery, settings)
-
-        annotations = write_split(partial, split, number, draw, list(classes), workers, progress)
-        objects = np.bincount([entry["category_id"] for entry in annotations], minlength=len(classes) + 1)[1:]
+        own = {label: part[index] for label, part in parts.items()}
+        objects = write_split(partial, split, number, own, scenes[index], settings, workers, progress)
         record["splits"][split] = {
             "pictures": number,
-            "objects": dict(zip(classes, objects.tolist(), strict=True)),
-            "sprites": {label: parts[label][index] for label in classes},
-            "backgrounds": scenes[index],
+            "objects": objects,
+            "sprites": {label: list(part) for label, part in own.items()},
+            "backgrounds": list(scenes[index]),
         }
     (partial / "classes.txt").write_text("".join(f"{label}\n" for label in classes))
     (partial / "composites.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -480,38 +477,47 @@ def make_composites(
     return record
 
 
+def divide(
+    named: Mapping[str, ValueT], val_share: float, rng: np.random.Generator
+) -> tuple[dict[str, ValueT], dict[str, ValueT]]:
+    """The entries for training and for validation (`split_families`)."""
+    train, val = split_families(list(named), val_share, rng)
+    return {name: named[name] for name in train}, {name: named[name] for name in val}
+
+
 def write_split(
     root: Path,
     split: str,
     number: int,
-    draw: Callable[[int], Composite],
-    classes: Sequence[str],
+    sprites: Mapping[str, Mapping[str, Sprite]],
+    backgrounds: Mapping[str, Image.Image],
+    settings: Settings,
     workers: int | None,
     progress: Callable[[int], object],
-) -> list[dict[str, Any]]:
-    """Write the pictures, label maps and annotation file of a split; returns the annotations."""
+) -> dict[str, int]:
+    """Write the pictures, label maps and annotation file of a split; returns the number of objects of each class."""
     images, maps = root / "images" / split, root / "annotations" / split
-    images.mkdir(parents=True)
-    maps.mkdir(parents=True)
+    for folder in (images, maps):
+        folder.mkdir(parents=True)
+    own, scenery = [list(part.values()) for part in sprites.values()], list(backgrounds.values())
 
     def make(i: int) -> list[dict[str, Any]]:
-        composite = draw(i)
+        rng = np.random.default_rng([settings.seed, SPLITS.index(split), i])
+        composite = compose(rng, own, scenery, settings)
         composite.image.save(images / f"{i:06d}.jpg", quality=JPEG_QUALITY)
         categories = np.array([0, *composite.labels], np.uint8)
         Image.fromarray(categories[composite.owner]).save(maps / f"{i:06d}.png")
         progress(1)
         return describe_objects(composite, i + 1)
 
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:  # Pillow works without the interpreter's lock
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:  # Pillow computes without the interpreter's lock
         objects = [entry for found in pool.map(make, range(number)) for entry in found]
-    size = Image.open(images / "000000.jpg").size
-    annotations = [{"id": i, **entry} for i, entry in enumerate(objects, 1)]
+    side = {"width": settings.size, "height": settings.size}
     content = {
-        "images": [
-            {"id": i + 1, "file_name": f"{i:06d}.jpg", "width": size[0], "height": size[1]} for i in range(number)
-        ],
-        "categories": [{"id": i, "name": label} for i, label in enumerate(classes, 1)],
-        "annotations": annotations,
+        "images": [{"id": i + 1, "file_name": f"{i:06d}.jpg", **side} for i in range(number)],
+        "categories": [{"id": i, "name": label} for i, label in enumerate(sprites, 1)],
+        "annotations": [{"id": i, **entry} for i, entry in enumerate(objects, 1)],
     }
     (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content, separators=(",", ":")))
-    return annotations
+    counts = Counter(entry["category_id"] for entry in objects)
+    return {label: counts[i] for i, label in enumerate(sprites, 1)}

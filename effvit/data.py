@@ -2,7 +2,7 @@
 
 Nothing is downloaded here. Whatever is wrong with a folder is said when it is opened, not in the middle of an epoch.
 Other libraries read the same folders without this module: timm.data.create_dataset("", root / "cifar10"), mmdet's
-CocoDataset, mmseg's BaseSegDataset and ADE20KDataset.
+CocoDataset, mmseg's BaseSegDataset.
 """
 
 from __future__ import annotations

