@@ -70,11 +70,14 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "sign": ("town/roadsigns/*.png",),
     "planet": ("space/planets/*.png", "space/moon/*.png"),
 }
-# Stems of stamps in these folders that show something else (slugs, wheels, glow) or have no alpha (stop lights), and
-# of those that repeat another one mirrored.
+# Stamps in these folders that show something else (slugs, wheels, glow), have no alpha (stop lights), or are another one
+# mirrored; without their suffix.
 EXCLUDED = re.compile(
-    r"Brown_slug|Woodlouse|snail2?|spider_.*|wings|cave_entrance|7spoke256|wheel_tractor|trainSign|sedan_police|0_sun|"
-    r"stoplight_.*|.*_(mirror|flip)"
+    r"animals/insects/(Brown_slug|Woodlouse|cartoon/(snail2?|spider_.*|wings))"
+    r"|town/(houses/cartoon/cave_entrance|roadsigns/stoplight_.*)"
+    r"|vehicles/.*(7spoke256|wheel_tractor|trainSign|sedan_police)"
+    r"|space/planets/0_sun"
+    r"|(animals|food|plants|space|symbols|town|vehicles)/.*_(mirror|flip)"
 )
 SPLITS = ("training", "validation")
 MIN_SIDE = 40  # pixels of a cut-out's shorter side; below, nothing can be recognised
@@ -177,11 +180,12 @@ def read_sprites(
         paths = sorted({path for pattern in patterns for path in folder.glob(pattern)})
         sprites: dict[bytes, Sprite] = {}
         for path in paths:
-            if EXCLUDED.fullmatch(path.stem):
+            name = path.relative_to(folder)
+            if EXCLUDED.fullmatch(name.with_suffix("").as_posix()):
                 continue
             image = cut_out(path)
             if min(image.size) >= MIN_SIDE:
-                sprites.setdefault(image.tobytes(), Sprite(path.relative_to(folder).as_posix(), image))
+                sprites.setdefault(image.tobytes(), Sprite(name.as_posix(), image))
         if len(sprites) < 2:
             raise ValueError(
                 f"class {label!r} must have two cut-outs of at least {MIN_SIDE} pixels, one to train and one to "

@@ -1,7 +1,7 @@
 """Make a labelled detection and segmentation set by pasting cut-outs on photographs (`effvit.composites`).
 
 python tools/get_data.py stamps photographs
-python tools/make_composites.py --out composites --train 2000 --val 500 --size 512 --sheet sheet.png
+python tools/make_composites.py --out runs/composites --train 2000 --val 500 --sheet runs/sheet.png
 """
 
 from __future__ import annotations
