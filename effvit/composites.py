@@ -21,7 +21,6 @@ the files). They show unnatural scenes: figures on them compare models, they are
 
 from __future__ import annotations
 
-import colorsys
 import json
 import math
 import os
@@ -36,8 +35,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import PIL
-from PIL import Image, ImageDraw
+from PIL import Image
 
+from effvit.coco import encode_rle
 from effvit.schedule import check_count, check_fraction
 
 __all__ = [
@@ -46,9 +46,6 @@ __all__ = [
     "Settings",
     "Sprite",
     "compose",
-    "decode_rle",
-    "draw_objects",
-    "encode_rle",
     "make_composites",
     "read_backgrounds",
     "read_sprites",
@@ -70,8 +67,8 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "sign": ("town/roadsigns/*.png",),
     "planet": ("space/planets/*.png", "space/moon/*.png"),
 }
-# Stamps in these folders that show something else (slugs, wheels, glow), have no alpha (stop lights), or are another one
-# mirrored; without their suffix.
+# Stamps in these folders, without their suffix, that show something else (slugs, wheels, glow), have no alpha (stop
+# lights) or are another one mirrored.
 EXCLUDED = re.compile(
     r"animals/insects/(Brown_slug|Woodlouse|cartoon/(snail2?|spider_.*|wings))"
     r"|town/(houses/cartoon/cave_entrance|roadsigns/stoplight_.*)"
@@ -346,31 +343,6 @@ def random_place(
     return (place[0], place[1]), (part[0], part[1])
 
 
-# -- annotations -----------------------------------------------------------------------------------------
-
-
-def encode_rle(mask: np.ndarray) -> dict[str, list[int]]:
-    """COCO's uncompressed run lengths of a mask (H, W): column by column, zeros first."""
-    flat = mask.ravel(order="F").astype(np.int8)
-    changes = np.flatnonzero(np.diff(flat, prepend=np.int8(0))) if flat.size else np.empty(0, np.int64)
-    counts = np.diff(np.concatenate([[0], changes, [flat.size]]))
-    return {"size": list(mask.shape), "counts": counts.tolist()}
-
-
-def decode_rle(rle: Mapping[str, Sequence[int]]) -> np.ndarray:
-    """The mask (H, W), bool, of run lengths: the inverse of `encode_rle`.
-
-    Raises:
-        ValueError: The runs do not add up to the size.
-    """
-    height, width = rle["size"]
-    counts = np.asarray(rle["counts"], np.int64)
-    if counts.sum() != height * width or (counts < 0).any():
-        raise ValueError(f"run lengths of a {height} x {width} mask must sum to {height * width}, got {counts.sum()}")
-    values = np.arange(len(counts)) % 2 == 1
-    return np.repeat(values, counts).reshape(width, height).T
-
-
 def describe_objects(composite: Composite, image_id: int) -> list[dict[str, Any]]:
     """COCO's annotations of a picture, without their own ids."""
     objects = []
@@ -389,29 +361,6 @@ def describe_objects(composite: Composite, image_id: int) -> list[dict[str, Any]
             }
         )
     return objects
-
-
-def draw_objects(image: Image.Image, objects: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> Image.Image:
-    """The picture with the masks tinted and the boxes and classes of COCO annotations drawn."""
-    pixels = np.array(image.convert("RGB"))
-    for entry in objects:
-        mask = decode_rle(entry["segmentation"])
-        pixels[mask] = (0.8 * pixels[mask] + 0.2 * np.array(colour(entry["category_id"]))).astype(np.uint8)
-    drawn = Image.fromarray(pixels)
-    pen = ImageDraw.Draw(drawn)
-    for entry in objects:
-        x, y, width, height = entry["bbox"]
-        pen.rectangle((x, y, x + width - 1, y + height - 1), outline=colour(entry["category_id"]))
-        pen.text(
-            (x + 2, y), classes[entry["category_id"] - 1], fill=(255, 255, 255), stroke_width=1, stroke_fill=(0, 0, 0)
-        )
-    return drawn
-
-
-def colour(category: int) -> tuple[int, int, int]:
-    """A colour for each category, far from those of its neighbours."""
-    red, green, blue = colorsys.hsv_to_rgb(category * 0.381966 % 1, 1, 1)  # steps of the golden angle
-    return round(255 * red), round(255 * green), round(255 * blue)
 
 
 # -- the set ---------------------------------------------------------------------------------------------

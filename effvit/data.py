@@ -7,18 +7,18 @@ CocoDataset, mmseg's BaseSegDataset.
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from torchvision.datasets import CocoDetection, FashionMNIST, ImageFolder, VisionDataset
 
+from effvit.coco import check_coco, describe_error
 from effvit.sources import default_root
 
-__all__ = ["SegmentationFolder", "check_coco", "load_pictures", "open_dataset", "read_coco"]
+__all__ = ["SegmentationFolder", "load_pictures", "open_dataset"]
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 # Name -> the names of its splits. The first three are labelled pictures.
@@ -160,9 +160,6 @@ def open_classes(folder: Path) -> ImageFolder:
     return ImageFolder(folder)
 
 
-# -- COCO ------------------------------------------------------------------------------------------------
-
-
 def open_coco(images: Path, annotations: Path) -> CocoDetection:
     """torchvision's CocoDetection of checked annotations."""
     try:
@@ -176,54 +173,10 @@ def open_coco(images: Path, annotations: Path) -> CocoDetection:
         dataset = CocoDetection(images, str(annotations))
         check_coco(dataset.coco.dataset)
     except (ValueError, KeyError, TypeError, AssertionError) as error:  # pycocotools has no errors of its own
-        raise ValueError(f"{annotations} is no intact COCO annotation file: {describe(error)}") from error
+        raise ValueError(f"{annotations} is no intact COCO annotation file: {describe_error(error)}") from error
     missing = [
         file for image in dataset.coco.dataset["images"] if not (images / (file := image["file_name"])).is_file()
     ]
     if missing:
         raise FileNotFoundError(f"{len(missing)} annotated pictures are not in {images}, the first is {missing[0]}")
     return dataset
-
-
-def read_coco(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The checked contents of a COCO annotation file; pycocotools is not needed.
-
-    Raises:
-        ValueError: What `check_coco` refuses, or no JSON; the message names the file.
-    """
-    try:
-        content = json.loads(Path(path).read_text())
-        check_coco(content)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no intact COCO annotation file: {describe(error)}") from error
-    return content
-
-
-def describe(error: Exception) -> str:
-    """What is wrong, in words."""
-    return f"an entry lacks {error}" if isinstance(error, KeyError) else str(error)
-
-
-def check_coco(content: Mapping[str, Any]) -> None:
-    """Check that ids are unique, that annotations refer to pictures and categories, and that boxes have an area.
-
-    Raises:
-        ValueError: The first thing that is wrong.
-        KeyError: A field that an entry lacks.
-    """
-    if not isinstance(content, Mapping):
-        raise ValueError(f"it must hold an object, got a {type(content).__name__}")
-    ids: dict[str, set[int]] = {}
-    for part in ("images", "categories", "annotations"):
-        if not isinstance(content.get(part), list):
-            raise ValueError(f"it has no list of {part}")
-        ids[part] = {entry["id"] for entry in content[part]}
-        if len(ids[part]) < len(content[part]):
-            raise ValueError(f"ids of {part} must be unique, but {len(content[part]) - len(ids[part])} stand twice")
-    for entry in content["annotations"]:
-        for field, part in (("image_id", "images"), ("category_id", "categories")):
-            if entry[field] not in ids[part]:
-                raise ValueError(f"annotation {entry['id']} has {field} {entry[field]}, which is not among the {part}")
-        box = entry["bbox"]
-        if len(box) != 4 or box[2] <= 0 or box[3] <= 0:
-            raise ValueError(f"annotation {entry['id']} must have a box [x, y, width > 0, height > 0], got {box}")

@@ -12,23 +12,21 @@ import pytest
 from PIL import Image, ImageDraw
 
 from effvit import composites
+from effvit.coco import decode_rle, read_coco
 from effvit.composites import (
     CLASSES,
     EXCLUDED,
     Settings,
     Sprite,
     compose,
-    decode_rle,
     describe_objects,
-    draw_objects,
-    encode_rle,
     family,
     make_composites,
     read_backgrounds,
     read_sprites,
     split_families,
 )
-from effvit.data import open_dataset, read_coco
+from effvit.data import open_dataset
 
 SIZE = 64
 PATTERNS = {"disc": ("disc/*.png",), "cross": ("cross/*.png",), "bar": ("bar/*.png",)}
@@ -261,39 +259,6 @@ def test_object_without_a_place_is_left_out() -> None:
     settings = Settings(size=64, objects=(8, 8), scale=(1.0, 1.0), rotation=0.0, min_visible=1.0)
     composite = compose(np.random.default_rng(0), [[plain_sprite()]], [Image.new("RGB", (64, 64))], settings)
     assert len(composite.labels) == len(describe_objects(composite, 1)) <= 1
-
-
-# -- run lengths -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("mask", "counts"),
-    [
-        ([[0, 0], [0, 0]], [4]),
-        ([[1, 1], [1, 1]], [0, 4]),
-        ([[0, 1], [0, 0]], [2, 1, 1]),  # column by column
-        ([[1, 0], [0, 1]], [0, 1, 2, 1]),
-    ],
-)
-def test_run_lengths_start_with_zeros_and_go_down_the_columns(mask: list[list[int]], counts: list[int]) -> None:
-    array = np.array(mask, bool)
-    assert encode_rle(array) == {"size": [2, 2], "counts": counts}
-    assert np.array_equal(decode_rle(encode_rle(array)), array)
-
-
-def test_run_lengths_are_those_of_pycocotools() -> None:
-    coder = pytest.importorskip("pycocotools.mask")
-    rng = np.random.default_rng(0)
-    for shape in ((1, 1), (7, 3), (20, 31)):
-        mask = rng.random(shape) < 0.4
-        rle = encode_rle(mask)
-        assert np.array_equal(coder.decode(coder.frPyObjects(rle, *shape)), mask)
-        assert np.array_equal(decode_rle(rle), mask)
-
-
-def test_run_lengths_of_another_size_are_refused() -> None:
-    with pytest.raises(ValueError, match="run lengths of a 2 x 3 mask must sum to 6, got 5"):
-        decode_rle({"size": [2, 3], "counts": [1, 4]})
 
 
 # -- sources ---------------------------------------------------------------------------------------------
@@ -531,12 +496,3 @@ def test_tool_ends_with_status_2_and_one_line(
     assert capsys.readouterr().err.startswith("make_composites: error: there is no folder")
     assert tool.main(["--out", str(tmp_path / "set"), "--classes", "tree"]) == 2
     assert "unknown classes tree; there are bird, insect" in capsys.readouterr().err
-
-
-def test_drawn_box_lies_on_the_edge_of_the_object() -> None:
-    mask = np.zeros((40, 60), bool)
-    mask[20:30, 10:30] = True
-    entry = {"bbox": [10, 20, 20, 10], "category_id": 1, "segmentation": encode_rle(mask)}
-    drawn = np.asarray(draw_objects(Image.new("RGB", (60, 40)), [entry], [""]))
-    assert np.array_equal(drawn.any(-1), mask)
-    assert (drawn[20, 10:30] == composites.colour(1)).all()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from effvit.data import SegmentationFolder, check_coco, load_pictures, open_dataset, read_coco
+from effvit.data import SegmentationFolder, load_pictures, open_dataset
 
 
 def picture(path: Path, colour: int = 0) -> None:
@@ -112,15 +112,6 @@ def annotations(**changes: Any) -> dict[str, Any]:
 
 
 BOX = annotations()["annotations"][0]
-BROKEN = [
-    ([], "it must hold an object, got a list"),
-    ({"images": []}, "it has no list of categories"),
-    (annotations(annotations=None), "it has no list of annotations"),
-    (annotations(annotations=[BOX, BOX]), "ids of annotations must be unique, but 1 stand twice"),
-    (annotations(annotations=[BOX | {"image_id": 8}]), "annotation 1 has image_id 8, which is not among the images"),
-    (annotations(annotations=[BOX | {"category_id": 1}]), "annotation 1 has category_id 1, .* among the categories"),
-    (annotations(annotations=[BOX | {"bbox": [1, 2, 0, 4]}]), r"annotation 1 must have a box .* got \[1, 2, 0, 4\]"),
-]
 
 
 class TestCoco:
@@ -142,33 +133,23 @@ class TestCoco:
         assert image.size == (8, 6)
         assert objects == [BOX]
 
-    @pytest.mark.parametrize(("content", "message"), BROKEN)
-    def test_broken_contents_are_named(self, root: Path, content: Any, message: str) -> None:
-        path = self.write(root, json.dumps(content))
-        with pytest.raises(ValueError, match=f"instances_train2017.json is no intact COCO annotation file: {message}"):
-            read_coco(path)
-
-    @pytest.mark.parametrize(("content", "message"), BROKEN)
-    def test_opening_refuses_broken_contents_too(self, root: Path, content: Any, message: str) -> None:
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            (json.dumps(annotations())[:-5], "Expecting"),
+            (json.dumps(annotations(annotations=[BOX | {"category_id": 1}])), "annotation 1 has category_id 1"),
+            (json.dumps(annotations(annotations=[{"id": 1}])), "an entry lacks 'image_id'"),
+            (json.dumps(annotations(categories=None)), ""),  # pycocotools fails at such a file before it is checked
+            ("[]", ""),
+        ],
+    )
+    def test_broken_annotations_are_refused_when_opened(self, root: Path, text: str, message: str) -> None:
         pytest.importorskip("pycocotools")
-        self.write(root, json.dumps(content))
-        with pytest.raises(ValueError, match=r"instances_train2017\.json is no intact COCO annotation file"):
+        self.write(root, text)
+        with pytest.raises(
+            ValueError, match=rf"instances_train2017\.json is no intact COCO annotation file: {message}"
+        ):
             open_dataset("coco", root)
-
-    def test_broken_json_is_named(self, root: Path) -> None:
-        path = self.write(root, json.dumps(annotations())[:-5])
-        with pytest.raises(ValueError, match=r"instances_train2017\.json is no intact COCO annotation file: Expecting"):
-            read_coco(path)
-
-    def test_missing_field_is_named(self, root: Path) -> None:
-        path = self.write(root, json.dumps(annotations(annotations=[{"id": 1}])))
-        with pytest.raises(ValueError, match="an entry lacks 'image_id'"):
-            read_coco(path)
-        with pytest.raises(KeyError, match="image_id"):
-            check_coco(json.loads(path.read_text()))
-
-    def test_intact_file_is_read(self, root: Path) -> None:
-        assert read_coco(root / "annotations" / "instances_train2017.json") == annotations()
 
     def test_missing_pictures_and_annotations_are_named(self, root: Path) -> None:
         pytest.importorskip("pycocotools")

