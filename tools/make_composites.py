@@ -1,0 +1,113 @@
+"""Make a labelled detection and segmentation set by pasting cut-outs on photographs (`effvit.composites`).
+
+Without --sprites and --backgrounds it takes what tools/get_data.py fetches:
+
+    python tools/get_data.py stamps photographs
+    python tools/make_composites.py --out runs/composites --train 2000 --val 500 --sheet runs/sheet.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+from rich.progress import Progress
+
+from effvit.coco import draw_objects, read_coco
+from effvit.composites import CLASSES, Settings, make_composites
+from effvit.sources import default_root
+
+__all__ = ["contact_sheet", "main"]
+
+
+def contact_sheet(root: Path, split: str = "validation", rows: int = 3, columns: int = 4) -> Image.Image:
+    """The first pictures of a split with their annotations drawn."""
+    content = read_coco(root / "annotations" / f"instances_{split}.json")
+    classes = [category["name"] for category in content["categories"]]
+    images = content["images"][: rows * columns]
+    width, height = images[0]["width"], images[0]["height"]
+    sheet = Image.new("RGB", (columns * width, rows * height))
+    for place, image in enumerate(images):
+        objects = [entry for entry in content["annotations"] if entry["image_id"] == image["id"]]
+        with Image.open(root / "images" / split / image["file_name"]) as picture:
+            drawn = draw_objects(picture, objects, classes)
+        sheet.paste(drawn, (place % columns * width, place // columns * height))
+    return sheet
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Make the set and say what is in it; returns 2 after an error the caller can mend."""
+    defaults = Settings()
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--train", type=int, default=2000)
+    parser.add_argument("--val", type=int, default=500)
+    parser.add_argument("--size", type=int, default=defaults.size, help="side of the pictures, pixels")
+    parser.add_argument("--objects", type=int, nargs=2, default=defaults.objects, metavar=("FEWEST", "MOST"))
+    parser.add_argument("--seed", type=int, default=defaults.seed)
+    parser.add_argument(
+        "--classes",
+        nargs="+",
+        metavar="CLASS",
+        help=f"a choice of {', '.join(CLASSES)}, or of the sub-folders of --sprites (default: all)",
+    )
+    parser.add_argument("--sprites", type=Path, metavar="DIR", help="your own cut-outs, one sub-folder a class")
+    parser.add_argument("--backgrounds", type=Path, metavar="DIR", help="your own photographs")
+    parser.add_argument(
+        "--root", type=Path, help=f"where tools/get_data.py put its pictures (default: {default_root()})"
+    )
+    parser.add_argument("--workers", type=int, help="threads (default: one a core)")
+    parser.add_argument("--sheet", type=Path, metavar="PNG", help="write validation pictures with their annotations")
+    arguments = parser.parse_args(argv)
+    try:
+        run(arguments)
+    except (ValueError, OSError) as error:
+        print(f"make_composites: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Make the set the parsed arguments describe."""
+    root = arguments.root or default_root()
+    sprites = arguments.sprites or root / "stamps"
+    known = CLASSES
+    if arguments.sprites is not None:
+        known = {path.name: (f"{path.name}/*.png",) for path in sorted(sprites.iterdir()) if path.is_dir()}
+    chosen = arguments.classes or list(known)
+    if unknown := [name for name in chosen if name not in known]:
+        raise ValueError(f"unknown classes {', '.join(unknown)}; there are {', '.join(known)}")
+    settings = Settings(size=arguments.size, objects=tuple(arguments.objects), seed=arguments.seed)
+    started = time.perf_counter()
+    with Progress(disable=not sys.stderr.isatty()) as bars:
+        task = bars.add_task("pictures", total=arguments.train + arguments.val)
+        record = make_composites(
+            sprites,
+            arguments.backgrounds or root / "photographs",
+            arguments.out,
+            train=arguments.train,
+            val=arguments.val,
+            settings=settings,
+            classes={name: known[name] for name in chosen},
+            workers=arguments.workers,
+            progress=lambda number: bars.advance(task, number),
+        )
+    seconds = time.perf_counter() - started
+    print(
+        f"{arguments.out}: {arguments.train + arguments.val} pictures in {seconds:.1f} s, reading the sources included"
+    )
+    for split, part in record["splits"].items():
+        print(f"{split}: {part['pictures']} pictures on {len(part['backgrounds'])} backgrounds")
+        for name in chosen:
+            print(f"  {name}: {part['objects'][name]} objects from {len(part['sprites'][name])} cut-outs")
+    if arguments.sheet is not None:
+        contact_sheet(arguments.out).save(arguments.sheet)
+        print(arguments.sheet)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
