@@ -8,19 +8,23 @@ rounds.
 from __future__ import annotations
 
 import copy
+import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 from torch import Tensor, nn
 
+import effvit
 from effvit.flops import count_flops, eval_twin
 from effvit.models.host import HOST_CLASSES, ReducedHost
 
-__all__ = ["Cost", "Measurement", "cost_of", "profile_models"]
+__all__ = ["Cost", "Measurement", "cost_of", "machine", "profile_models"]
 
 SEED = 0
 RESAMPLES = 2000
@@ -201,3 +205,25 @@ def tokens_left(model: nn.Module, images: Tensor) -> float | None:
         return None
     patch_embed: Any = model.patch_embed
     return float(patch_embed.num_patches)
+
+
+def machine(device: str) -> dict[str, str]:
+    """What a measurement on the device was made with: processor, device and versions."""
+    return {
+        "processor": _processor_name(),
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "effvit": effvit.__version__,
+    }
+
+
+def _processor_name() -> str:
+    """The processor's name as the system gives it."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

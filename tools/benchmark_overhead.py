@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 
 import effvit
 from effvit.models.host import ReducedHost
-from effvit.profiler import Measurement, median_interval, noise, profile_models
+from effvit.profiler import Measurement, machine, median_interval, noise, profile_models
 
 CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "EViT 0.7": ("evit", {"keep_rate": 0.7}),
@@ -158,28 +157,11 @@ def main() -> None:
     if args.json:
         record = {
             "arguments": {key: str(value) for key, value in vars(args).items() if key != "json"},
-            "machine": {
-                "processor": processor_name(),
-                "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu",
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "timm": timm.__version__,
-                "effvit": effvit.__version__,
-            },
+            "machine": machine(args.device),
             "results": rows,
             "seconds": {m.name: m.seconds for m in measured},
         }
         args.json.write_text(json.dumps(record, indent=1) + "\n")
-
-
-def processor_name() -> str:
-    """The processor's name as the system gives it."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":
