@@ -30,9 +30,11 @@ VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("ats", {}),
     ("zero_tprune", {}),
     ("dymu", {"r_total": 96}),  # calibrated on the photographs
+    ("expedite", {}),
+    ("hot", {}),
 )
 DENSE_COLOUR = "#343a40"
-COLOURS = ("#1c7ed6", "#e8590c", "#2f9e44", "#9c36b5", "#e03131", "#0c8599", "#f08c00")
+COLOURS = ("#1c7ed6", "#e8590c", "#2f9e44", "#9c36b5", "#e03131", "#0c8599", "#f08c00", "#862e9c", "#5c940d")
 MARKERS = "osD^v"
 
 
