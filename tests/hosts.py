@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnxruntime
 import torch
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
@@ -101,3 +105,30 @@ class Logits(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x)
+
+
+def assert_exports(model: nn.Module, x: Tensor, other: Tensor) -> None:
+    """``torch.export`` with a dynamic batch: traced on x, it agrees with the model on another batch."""
+    logits = Logits(model)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(logits, (x,), dynamic_shapes={"x": {0: batch}}, strict=False)
+    assert torch.allclose(program.module()(other), logits(other), rtol=1e-4, atol=1e-5)
+
+
+def assert_onnx_agrees(model: nn.Module, x: Tensor, other: Tensor, path: Path) -> None:
+    """ONNX with a dynamic batch: exported on x, onnxruntime agrees with the model on another batch."""
+    logits = Logits(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            logits,
+            (x,),
+            path,
+            input_names=["x"],
+            dynamic_shapes={"x": {0: torch.export.Dim("batch", min=2, max=64)}},
+            dynamo=True,
+            verbose=False,
+        )
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (out,) = session.run(None, {"x": other.numpy()})
+    assert np.allclose(out, logits(other).detach().numpy(), rtol=1e-3, atol=1e-4)

@@ -10,16 +10,13 @@ import copy
 import io
 import math
 import pickle
-import warnings
 from pathlib import Path
 
-import numpy as np
-import onnxruntime
 import pytest
 import timm
 import torch
 from architectures import SIZES, SMALL, make_architecture, make_images
-from hosts import Logits
+from hosts import assert_exports, assert_onnx_agrees
 from safetensors.torch import save_file
 from timm.layers import get_notrace_functions, get_notrace_modules
 from timm.models import save_for_hf
@@ -134,30 +131,10 @@ class TestEveryArchitecture:
         assert torch.allclose(compiled(x), model(x), rtol=1e-5, atol=1e-5)
 
     def test_exports_with_a_dynamic_batch(self, case: str) -> None:
-        model, x = Logits(make_architecture(case)), make_images(case)
-        batch = torch.export.Dim("batch", min=2, max=64)
-        program = torch.export.export(model, (x,), dynamic_shapes={"x": {0: batch}}, strict=False)
-        other = make_images(case, batch=5)
-        assert torch.allclose(program.module()(other), model(other), rtol=1e-4, atol=1e-5)
+        assert_exports(make_architecture(case), make_images(case), make_images(case, batch=5))
 
     def test_onnx_runs_in_onnxruntime_and_agrees(self, case: str, tmp_path: Path) -> None:
-        model, x = Logits(make_architecture(case)), make_images(case)
-        path = tmp_path / "model.onnx"
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.onnx.export(
-                model,
-                (x,),
-                path,
-                input_names=["x"],
-                dynamic_shapes={"x": {0: torch.export.Dim("batch", min=2, max=64)}},
-                dynamo=True,
-                verbose=False,
-            )
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        other = make_images(case, batch=3)
-        (out,) = session.run(None, {"x": other.numpy()})
-        assert np.allclose(out, model(other).detach().numpy(), rtol=1e-3, atol=1e-4)
+        assert_onnx_agrees(make_architecture(case), make_images(case), make_images(case, batch=3), tmp_path / "m.onnx")
 
     def test_fx_traces_it_exactly(self, case: str) -> None:
         model, x = make_architecture(case), make_images(case)

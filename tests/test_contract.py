@@ -5,15 +5,12 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import onnxruntime
 import pytest
 import torch
-from hosts import HOSTS, OFF, PAIRS, SETTINGS, Logits, make_host, make_images, make_model
+from hosts import HOSTS, OFF, PAIRS, SETTINGS, assert_exports, assert_onnx_agrees, make_host, make_images, make_model
 from timm.models.eva import Eva
 from torch import Tensor
 
@@ -237,33 +234,13 @@ class TestExport:
 
     @pytest.mark.parametrize(("method", "host"), [pair for pair in PAIRS if pair[1] in EXPORT_HOSTS])
     def test_exports_with_a_dynamic_batch(self, method: str, host: str) -> None:
-        model = Logits(make_model(method, host))
-        x = make_images(model.model)
-        batch = torch.export.Dim("batch", min=2, max=64)
-        program = torch.export.export(model, (x,), dynamic_shapes={"x": {0: batch}}, strict=False)
-        other = make_images(model.model, batch=5)
-        assert torch.allclose(program.module()(other), model(other), rtol=1e-4, atol=1e-5)
+        model = make_model(method, host)
+        assert_exports(model, make_images(model), make_images(model, batch=5))
 
     @pytest.mark.parametrize(("method", "host"), ONNX_PAIRS)
     def test_onnx_runs_in_onnxruntime_and_agrees(self, method: str, host: str, tmp_path: Path) -> None:
-        model = Logits(make_model(method, host))
-        x = make_images(model.model)
-        path = tmp_path / "model.onnx"
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.onnx.export(
-                model,
-                (x,),
-                path,
-                input_names=["x"],
-                dynamic_shapes={"x": {0: torch.export.Dim("batch", min=2, max=64)}},
-                dynamo=True,
-                verbose=False,
-            )
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        other = make_images(model.model, batch=3)
-        (out,) = session.run(None, {"x": other.numpy()})
-        assert np.allclose(out, model(other).detach().numpy(), rtol=1e-3, atol=1e-4)
+        model = make_model(method, host)
+        assert_onnx_agrees(model, make_images(model), make_images(model, batch=3), tmp_path / "model.onnx")
 
 
 @pytest.mark.parametrize("host", ["average_pool", "attention_pool", "register_no_class", "class_token"])

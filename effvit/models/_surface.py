@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, get_device_dtype
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
@@ -21,6 +22,7 @@ __all__ = [
     "check_images",
     "check_output_fmt",
     "hand_out",
+    "model_cfg",
     "refuse_mask",
 ]
 
@@ -66,6 +68,21 @@ def check_images(x: Tensor, model: Any) -> None:
         )
 
 
+def model_cfg(**kwargs: Any) -> dict[str, Any]:
+    """timm's pretrained configuration of a model for ImageNet at 224 pixels, with the entries given."""
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": None,
+        "crop_pct": 0.9,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "classifier": "head",
+        **kwargs,
+    }
+
+
 def check_output_fmt(output_fmt: str, known: Sequence[str] = ("NCHW", "NLC")) -> None:
     """Raise a ValueError unless intermediates can be given in that form."""
     if output_fmt not in known:
@@ -85,21 +102,26 @@ def refuse_mask(model: Any, attn_mask: Tensor | None, is_causal: bool) -> None:
 
 
 def hand_out(
-    maps: list[Tensor],
+    patches: list[Tensor],
     prefixes: list[Tensor] | None,
+    grid: tuple[int, int],
     final: Callable[[], Tensor],
+    output_fmt: str,
     intermediates_only: bool,
     output_dict: bool,
 ) -> Any:
     """What timm's ``forward_intermediates`` of a plain ViT returns.
 
     Args:
-        maps: One feature map or sequence for each block asked for.
+        patches: Features (B, H*W, C) of all patches, for each block asked for.
         prefixes: Their prefix tokens (B, P, C), None where they were not asked for.
+        grid: (H, W) of the patches.
         final: Computes the final features, called only if they are returned.
+        output_fmt: "NCHW" for maps (B, C, H, W), "NLC" for the sequences as they are.
         intermediates_only: Return the intermediates alone.
         output_dict: Return a dict.
     """
+    maps = patches if output_fmt == "NLC" else [y.transpose(1, 2).unflatten(2, grid).contiguous() for y in patches]
     if output_dict:
         result: dict[str, Any] = {"image_intermediates": maps}
         if prefixes is not None:
@@ -185,16 +207,14 @@ class SoftTokenViT(VisionTransformer):
         refuse_mask(self, attn_mask, is_causal)
         check_images(x, self)
         take, last = feature_take_indices(len(self.blocks), indices)
-        state, taken = self._run(x, take, last + 1 if stop_early else None)
-        maps, prefixes = [], []
-        for y, prefix in taken:
-            y, prefix = (self._norm_patches(y), self.norm(prefix)) if norm else (y, prefix)
-            maps.append(y if output_fmt == "NLC" else y.transpose(1, 2).unflatten(2, self._grid(x)).contiguous())
-            prefixes.append(prefix)
+        state, taken = self._run(x, take, last + 1 if stop_early or intermediates_only else None)
+        with_prefix = return_prefix_tokens and self.num_prefix_tokens > 0
         return hand_out(
-            maps,
-            prefixes if return_prefix_tokens and self.num_prefix_tokens > 0 else None,
+            [self._norm_patches(y) if norm else y for y, _ in taken],
+            [self.norm(prefix) if norm else prefix for _, prefix in taken] if with_prefix else None,
+            self._grid(x),
             lambda: self._finish(state),
+            output_fmt,
             intermediates_only,
             output_dict,
         )

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from effvit.models._checkpoint import official_state_dict
+from effvit.models._surface import model_cfg
 from effvit.models.casvit import CASViT
 from effvit.models.feature_pyramid import feature_settings
 from effvit.models.lookupvit import LookupViT
@@ -32,7 +32,7 @@ class Variant(NamedTuple):
         model: The class.
         args: Its constructor arguments.
         source: Where the size is from.
-        cfg: Entries of timm's pretrained configuration that differ from ``_cfg``.
+        cfg: Entries of timm's pretrained configuration that differ from ``model_cfg``.
         out_indices: Default of ``features_only``.
     """
 
@@ -41,20 +41,6 @@ class Variant(NamedTuple):
     source: str
     cfg: dict[str, Any]
     out_indices: int | tuple[int, ...] = 3
-
-
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": None,
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "classifier": "head",
-        **kwargs,
-    }
 
 
 PYRAMID = {"pool_size": (7, 7), "classifier": "head.fc"}
@@ -260,7 +246,7 @@ CASVIT: dict[str, Variant] = {
 
 VARIANTS: dict[str, Variant] = STVIT | STVIT_SWIN | SUPERTOKEN | LOOKUPVIT | SIT | CASVIT
 
-default_cfgs = generate_default_cfgs({name: _cfg(**variant.cfg) for name, variant in VARIANTS.items()})
+default_cfgs = generate_default_cfgs({name: model_cfg(**variant.cfg) for name, variant in VARIANTS.items()})
 
 
 def _own_names(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:

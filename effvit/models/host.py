@@ -271,25 +271,25 @@ class ReducedHost(nn.Module):
         check_output_fmt(output_fmt)
         refuse_mask(self, attn_mask, is_causal)
         take, last = feature_take_indices(len(self.blocks), indices)
-        num_blocks = last + 1 if stop_early else None
+        num_blocks = last + 1 if stop_early or intermediates_only else None
         memory, reference = self.recover == "last", self.recover == "reconstruct"
         final, taken = self._forward_blocks(x, take, num_blocks, memory, reference)
 
-        maps: list[Tensor] = []
+        patches: list[Tensor] = []
         prefixes: list[Tensor] = []
         for features in taken:
             tokens = features.tokens
             y = to_grid(features.x, tokens, self.recover)  # (B, H*W, C)
             prefix, _ = tokens.split(tokens.unpack(features.x) if tokens.packed else features.x)
             y, prefix = (self.norm(y), self.norm(prefix)) if norm else (y, prefix)
-            if output_fmt == "NCHW":
-                y = y.transpose(1, 2).unflatten(2, tokens.grid).contiguous()
-            maps.append(y)
+            patches.append(y)
             prefixes.append(prefix)
         return hand_out(
-            maps,
+            patches,
             prefixes if return_prefix_tokens and self.num_prefix_tokens > 0 else None,
+            final.tokens.grid,
             lambda: self._poolable(*self._normalised(*final)),
+            output_fmt,
             intermediates_only,
             output_dict,
         )

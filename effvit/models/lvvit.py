@@ -11,13 +11,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import PatchEmbed, get_device_dtype
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from effvit.block import BLOCK_CLASSES, TokenBlock
+from effvit.models._surface import model_cfg
 from effvit.models.feature_pyramid import feature_settings
 from effvit.models.host import HOST_CLASSES, ReducedViT
 
@@ -125,24 +125,13 @@ BLOCK_CLASSES[DampedBlock] = DampedTokenBlock
 HOST_CLASSES[LVViT] = ReducedLVViT
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": None,
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "fixed_input_size": True,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.conv1",
-        "classifier": ("head", "aux_head"),
-        "paper_ids": "arXiv:2104.10858",
-        **kwargs,
-    }
-
-
-default_cfgs = generate_default_cfgs({"lvvit_small_patch16_224": _cfg(), "lvvit_medium_patch16_224": _cfg()})
+_CFG = model_cfg(
+    fixed_input_size=True,
+    first_conv="patch_embed.conv1",
+    classifier=("head", "aux_head"),
+    paper_ids="arXiv:2104.10858",
+)
+default_cfgs = generate_default_cfgs({"lvvit_small_patch16_224": _CFG, "lvvit_medium_patch16_224": _CFG})
 
 
 def _create_lvvit(variant: str, pretrained: bool, **kwargs: Any) -> LVViT:
