@@ -1,0 +1,73 @@
+# A small UPerNet and 800 iterations on the generated set (see configs/mmdet/composites), for two cores and some
+# minutes. Class 0 is the background. Widths, learning rate and schedule are our choice.
+_base_ = ["mmseg::_base_/models/upernet_swin.py", "mmseg::_base_/default_runtime.py"]
+
+custom_imports = dict(imports=["effvit.openmmlab"], allow_failed_imports=False)
+classes = (
+    "background", "bird", "insect", "ungulate", "fruit", "flower", "building", "vehicle", "coin", "sign", "planet"
+)  # fmt: skip
+norm_cfg = dict(type="BN", requires_grad=True)
+
+model = dict(
+    data_preprocessor=dict(size=(192, 192)),
+    pretrained=None,
+    decode_head=dict(channels=64, num_classes=len(classes), norm_cfg=norm_cfg),
+    auxiliary_head=dict(channels=32, num_classes=len(classes), norm_cfg=norm_cfg),
+)
+
+data = dict(
+    type="BaseSegDataset",
+    data_root="data/composites/",
+    metainfo=dict(classes=classes),
+)
+train_dataloader = dict(
+    batch_size=16,
+    num_workers=0,
+    sampler=dict(type="InfiniteSampler", shuffle=True),
+    dataset=dict(
+        **data,
+        data_prefix=dict(img_path="images/training", seg_map_path="annotations/training"),
+        pipeline=[
+            dict(type="LoadImageFromFile"),
+            dict(type="LoadAnnotations"),
+            dict(type="RandomFlip", prob=0.5),
+            dict(type="PackSegInputs"),
+        ],
+    ),
+)
+val_dataloader = dict(
+    batch_size=1,
+    num_workers=0,
+    sampler=dict(type="DefaultSampler", shuffle=False),
+    dataset=dict(
+        **data,
+        data_prefix=dict(img_path="images/validation", seg_map_path="annotations/validation"),
+        pipeline=[dict(type="LoadImageFromFile"), dict(type="LoadAnnotations"), dict(type="PackSegInputs")],
+    ),
+)
+test_dataloader = val_dataloader
+val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])
+test_evaluator = val_evaluator
+
+train_cfg = dict(type="IterBasedTrainLoop", max_iters=800, val_interval=400)
+val_cfg = dict(type="ValLoop")
+test_cfg = dict(type="TestLoop")
+optim_wrapper = dict(
+    type="OptimWrapper",
+    optimizer=dict(type="AdamW", lr=1e-3, weight_decay=0.05),
+    paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0),
+    clip_grad=dict(max_norm=1.0),
+)
+param_scheduler = [
+    dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=50),
+    dict(type="CosineAnnealingLR", by_epoch=False, begin=50, end=800, eta_min=1e-5),
+]
+default_hooks = dict(
+    timer=dict(type="IterTimerHook"),
+    logger=dict(type="LoggerHook", interval=50, log_metric_by_epoch=False),
+    param_scheduler=dict(type="ParamSchedulerHook"),
+    checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=400),
+    sampler_seed=dict(type="DistSamplerSeedHook"),
+    visualization=dict(type="SegVisualizationHook"),
+)
+randomness = dict(seed=0)

@@ -1,0 +1,200 @@
+"""Training and testing mmdet and mmseg configs with mmengine's Runner: ``tools/train.py`` and ``tools/test.py``.
+
+What mmengine's own scripts do, and besides: processes on machines without an accelerator, checkpoints that must fit the
+model, annotations that are checked before training, and bases of mmseg under the maintained fork's name.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.registry import DATASETS, RUNNERS
+from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner.checkpoint import get_torch_safe_globals
+
+from effvit.coco import read_coco
+from effvit.models._checkpoint import check_state, read_file
+from effvit.openmmlab import load_config
+
+__all__ = ["LAUNCHERS", "build_runner", "check_annotations", "check_checkpoint", "prepare_config", "read_launcher"]
+
+LAUNCHERS = ("none", "pytorch", "slurm", "mpi")
+SPLITS = ("train_dataloader", "val_dataloader", "test_dataloader")
+
+
+def read_launcher(launcher: str | None) -> str:
+    """The launcher asked for; without one, "pytorch" in processes that torchrun has started and "none" elsewhere.
+
+    Raises:
+        ValueError: "none" in one of several processes, which would each train a model of their own.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if launcher is None:
+        return "pytorch" if "RANK" in os.environ and "WORLD_SIZE" in os.environ else "none"
+    if launcher == "none" and processes > 1:
+        raise ValueError(
+            f"launcher 'none' in one of {processes} processes would train {processes} models apart; leave --launcher "
+            "out, or use 'pytorch'"
+        )
+    return launcher
+
+
+def prepare_config(
+    path: str | Path,
+    *,
+    work_dir: str | Path | None = None,
+    options: Mapping[str, Any] | None = None,
+    launcher: str | None = None,
+    amp: bool = False,
+    auto_scale_lr: bool = False,
+    resume: str | None = None,
+) -> Config:
+    """A config as the command line changes it, fit for this machine.
+
+    Args:
+        path: Config of mmdet or mmseg.
+        work_dir: Where logs and checkpoints go; None means that of the config, else work_dirs/<name of the config>.
+        options: Keys in dotted form -> values that replace those of the config.
+        launcher: One of ``LAUNCHERS``, or None (see ``read_launcher``).
+        amp: Train with mmengine's ``AmpOptimWrapper`` and a dynamic loss scale.
+        auto_scale_lr: Scale the learning rate to the batch size by the config's ``auto_scale_lr``.
+        resume: A checkpoint to go on from, "auto" for the latest in the work directory, or None.
+
+    Raises:
+        ValueError: Mixed precision without an accelerator, or ``auto_scale_lr`` for a config that names no base batch
+            size; errors of ``read_launcher``.
+    """
+    config = load_config(path)
+    if options:
+        config.merge_from_dict(dict(options))
+    config.launcher = read_launcher(launcher)
+    if work_dir is not None or config.get("work_dir") is None:
+        config.work_dir = str(work_dir or Path("work_dirs") / Path(path).stem)
+    if amp:
+        _use_mixed_precision(config)
+    if auto_scale_lr:
+        if "base_batch_size" not in config.get("auto_scale_lr", {}):
+            raise ValueError(f"auto_scale_lr needs auto_scale_lr=dict(base_batch_size=...), which {path} does not have")
+        config.auto_scale_lr.enable = True
+    if resume is not None:
+        config.resume, config.load_from = True, None if resume == "auto" else resume
+    if config.launcher != "none" and get_device() == "cpu":
+        _distribute_on_cpu(config)
+    return config
+
+
+def _use_mixed_precision(config: Config) -> None:
+    if get_device() == "cpu":
+        raise ValueError(
+            "mixed precision needs an accelerator, and this machine has none; leave amp out to train in float32"
+        )
+    config.optim_wrapper.type = "AmpOptimWrapper"
+    config.optim_wrapper.loss_scale = "dynamic"
+
+
+def _distribute_on_cpu(config: Config) -> None:
+    """Let several processes without an accelerator train together, where mmengine asks for CUDA.
+
+    Batch norm that is synchronised over GPUs becomes ordinary, with the statistics of each process.
+    """
+    config.merge_from_dict({"env_cfg.dist_cfg.backend": "gloo"})
+    wrapper = {"type": "MMDistributedDataParallel", "device_ids": None, "broadcast_buffers": False}
+    wrapper["find_unused_parameters"] = config.get("find_unused_parameters", False)
+    config.model_wrapper_cfg = wrapper | config.get("model_wrapper_cfg", {})
+    for part in _dicts(config.model):
+        if part.get("type") == "SyncBN":
+            part["type"] = "BN"
+
+
+def _dicts(value: Any) -> Iterator[dict[str, Any]]:
+    """All dicts inside nested dicts and sequences."""
+    if isinstance(value, dict):
+        yield value
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _dicts(part)
+
+
+def build_runner(config: Config) -> Runner:
+    """The Runner of a prepared config, after a check of its annotations and of the checkpoint it starts from.
+
+    Raises:
+        ValueError, FileNotFoundError: As ``check_annotations`` and ``check_checkpoint``.
+    """
+    check_annotations(config)
+    if config.launcher == "pytorch" and get_device() == "cpu" and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
+    runner = RUNNERS.build(config) if "runner_type" in config else Runner.from_cfg(config)
+    checkpoint = config.get("load_from")
+    if checkpoint is None and config.get("resume"):
+        checkpoint = find_latest_checkpoint(config.work_dir)
+    if checkpoint is not None:
+        check_checkpoint(runner, checkpoint)
+    return runner
+
+
+def check_checkpoint(runner: Runner, path: str | Path) -> None:
+    """Raise a ValueError unless a checkpoint of mmengine holds every weight of the runner's model in its shape.
+
+    mmengine itself loads what fits and leaves the rest as it is, with a warning in the log.
+
+    Args:
+        runner: Runner with the model.
+        path: The file; addresses of other kinds (https:// and so on) are left to mmengine.
+    """
+    if "://" in str(path):
+        return
+    model: Any = getattr(runner.model, "module", runner.model)
+    content = read_file(path, get_torch_safe_globals())
+    check_state(content.get("state_dict", content), model, path)
+
+
+def check_annotations(config: Config) -> None:
+    """Check the annotations that a config names, so that a broken file stops a run before it begins.
+
+    COCO files must be intact (``effvit.coco.check_coco``), and every picture of a segmentation set must have its label
+    map.
+
+    Raises:
+        FileNotFoundError: A file or folder that is not there.
+        ValueError: A broken annotation file, or a picture without a label map.
+    """
+    seen: set[Path] = set()
+    for split in SPLITS:
+        for dataset in _dicts(config.get(split) or {}):
+            if dataset.get("type") == "CocoDataset":
+                path = Path(dataset.get("data_root") or "", dataset["ann_file"])
+                if not path.is_file():
+                    raise FileNotFoundError(
+                        f"{split} asks for {path}, which is not there; set data_root in the config or by --cfg-options"
+                    )
+                if path not in seen:
+                    seen.add(path)
+                    read_coco(path)
+            elif "seg_map_path" in dataset.get("data_prefix", {}):
+                _check_label_maps({**dataset, "_scope_": config.default_scope, "lazy_init": True}, split)
+
+
+def _check_label_maps(dataset: dict[str, Any], split: str) -> None:
+    """Raise an error of ``check_annotations`` unless each picture of a segmentation set has a label map."""
+    root = dataset.get("data_root") or "the working directory"
+    try:
+        entries: list[dict[str, Any]] = DATASETS.build(dataset).load_data_list()
+    except (OSError, AssertionError) as error:
+        raise FileNotFoundError(
+            f"{split} cannot list its pictures in {root}: {error}; set data_root in the config or by --cfg-options"
+        ) from error
+    if not entries:
+        raise FileNotFoundError(f"{split} finds no pictures in {root}; its data_prefix is {dataset['data_prefix']}")
+    missing = [entry["seg_map_path"] for entry in entries if not Path(entry["seg_map_path"]).is_file()]
+    if missing:
+        raise ValueError(
+            f"{split}: {len(missing)} of {len(entries)} pictures in {root} have no label map, the first is {missing[0]}"
+        )

@@ -1,0 +1,55 @@
+"""Evaluate a checkpoint of a detector or segmenter on the test set of its config.
+
+    python tools/test.py configs/mmdet/composites/mask-rcnn_evit.py work_dirs/mask-rcnn_evit/epoch_12.pth
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmengine.config import DictAction
+from mmengine.dist import is_main_process
+
+from effvit.runner import LAUNCHERS, build_runner, prepare_config
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Evaluate; returns 2 after an error the caller can mend."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("config", help="config file")
+    parser.add_argument("checkpoint", help="checkpoint that the Runner saved; loaded strictly")
+    parser.add_argument("--work-dir", metavar="DIR", help="for logs (default: work_dirs/CONFIG)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the metrics there as JSON")
+    parser.add_argument("--show-dir", metavar="DIR", help="draw the predictions there")
+    parser.add_argument(
+        "--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="values in place of the config's"
+    )
+    parser.add_argument("--launcher", choices=LAUNCHERS, help="default: pytorch under torchrun, else none")
+    arguments = parser.parse_args(argv)
+    options = {"load_from": arguments.checkpoint, **(arguments.cfg_options or {})}
+    if arguments.show_dir:
+        options |= {"default_hooks.visualization.draw": True, "default_hooks.visualization.interval": 1}
+        options |= {"visualizer.save_dir": arguments.show_dir}
+    try:
+        config = prepare_config(
+            arguments.config, work_dir=arguments.work_dir, options=options, launcher=arguments.launcher
+        )
+        runner = build_runner(config)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"test: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    metrics = runner.test()
+    if arguments.out is not None and is_main_process():
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(metrics, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
