@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import drawn_set as drawn
 import pytest
 import torch
 
@@ -32,6 +33,22 @@ def _fresh_state():
 @pytest.fixture(scope="session", autouse=True)
 def _threads():
     torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(scope="session")
+def drawn_sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of drawn cut-outs and backgrounds, see drawn_set.py."""
+    root = tmp_path_factory.mktemp("sources")
+    drawn.write_sources(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def drawn_set(drawn_sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A detection and segmentation set made of them; read only."""
+    out = tmp_path_factory.mktemp("drawn_set") / "set"
+    drawn.make(drawn_sources, out)
+    return out
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -9,7 +9,8 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from drawn_set import NAMES, PATTERNS, SIZE, draw_sprite, make
+from PIL import Image
 
 from effvit import composites
 from effvit.coco import decode_rle, read_coco
@@ -21,60 +22,11 @@ from effvit.composites import (
     compose,
     describe_objects,
     family,
-    make_composites,
     read_backgrounds,
     read_sprites,
     split_families,
 )
 from effvit.data import open_dataset
-
-SIZE = 64
-PATTERNS = {"disc": ("disc/*.png",), "cross": ("cross/*.png",), "bar": ("bar/*.png",)}
-NAMES = ("ash", "birch", "cedar", "elm", "fir")
-SETTINGS = Settings(size=SIZE, objects=(1, 4), scale=(0.2, 0.6), seed=3)
-
-
-def draw_sprite(label: str, number: int) -> Image.Image:
-    """A shape of its own colour and size on transparent ground."""
-    side = 48 + 4 * number
-    image = Image.new("RGBA", (side + 10, side + 6))
-    pen = ImageDraw.Draw(image)
-    ink = (40 * number, 200 - 30 * number, 90 + 25 * number, 255)
-    if label == "disc":
-        pen.ellipse((4, 3, 4 + side, 3 + side), ink)
-    elif label == "bar":
-        pen.rectangle((4, 3, 4 + side, 44), ink)
-    else:
-        pen.rectangle((4, side // 2 - 5, 4 + side, side // 2 + 5), ink)
-        pen.rectangle((side // 2, 3, side // 2 + 10, 3 + side), ink)
-    return image
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """sprites/<class>/*.png and backgrounds/*.png."""
-    root = tmp_path_factory.mktemp("sources")
-    for label in PATTERNS:
-        (root / "sprites" / label).mkdir(parents=True)
-        for number, name in enumerate(NAMES):
-            draw_sprite(label, number).save(root / "sprites" / label / f"{name}-{number}.png")
-    (root / "backgrounds").mkdir()
-    for number, name in enumerate(("sea", "sky", "wall", "wood")):
-        ramp = np.linspace(0, 60 * (number + 1), 150)[None, :, None] + np.linspace(0, 15, 100)[:, None, None]
-        Image.fromarray((ramp * (1, 0.5, 0.2)).astype(np.uint8)).save(root / "backgrounds" / f"{name}.png")
-    return root
-
-
-def make(sources: Path, out: Path, **changes) -> dict:
-    arguments = {"train": 12, "val": 5, "settings": SETTINGS, "classes": PATTERNS, "workers": 2} | changes
-    return make_composites(sources / "sprites", sources / "backgrounds", out, **arguments)
-
-
-@pytest.fixture(scope="module")
-def made(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("made") / "set"
-    make(sources, out)
-    return out
 
 
 def files(root: Path) -> dict[str, bytes]:
@@ -88,27 +40,31 @@ def coco(root: Path, split: str) -> dict:
 # -- the set ---------------------------------------------------------------------------------------------
 
 
-def test_same_seed_gives_the_same_bytes_with_any_number_of_workers(sources: Path, made: Path, tmp_path: Path) -> None:
-    make(sources, tmp_path / "again", workers=1)
-    assert files(tmp_path / "again") == files(made)
+def test_same_seed_gives_the_same_bytes_with_any_number_of_workers(
+    drawn_sources: Path, drawn_set: Path, tmp_path: Path
+) -> None:
+    make(drawn_sources, tmp_path / "again", workers=1)
+    assert files(tmp_path / "again") == files(drawn_set)
 
 
-def test_another_seed_gives_other_pictures(sources: Path, made: Path, tmp_path: Path) -> None:
-    make(sources, tmp_path / "other", settings=Settings(size=SIZE, seed=4))
+def test_another_seed_gives_other_pictures(drawn_sources: Path, drawn_set: Path, tmp_path: Path) -> None:
+    make(drawn_sources, tmp_path / "other", settings=Settings(size=SIZE, seed=4))
     first = "images/training/000000.jpg"
-    assert (tmp_path / "other" / first).read_bytes() != (made / first).read_bytes()
+    assert (tmp_path / "other" / first).read_bytes() != (drawn_set / first).read_bytes()
 
 
-def test_larger_set_begins_with_the_pictures_of_a_smaller_one(sources: Path, made: Path, tmp_path: Path) -> None:
-    make(sources, tmp_path / "small", train=3, val=1)
-    whole = files(made)
+def test_larger_set_begins_with_the_pictures_of_a_smaller_one(
+    drawn_sources: Path, drawn_set: Path, tmp_path: Path
+) -> None:
+    make(drawn_sources, tmp_path / "small", train=3, val=1)
+    whole = files(drawn_set)
     for name, content in files(tmp_path / "small").items():
         if "/training/" in name or "/validation/" in name:
             assert whole[name] == content
 
 
-def test_no_cut_out_and_no_background_is_in_both_splits(made: Path) -> None:
-    record = json.loads((made / "composites.json").read_text())
+def test_no_cut_out_and_no_background_is_in_both_splits(drawn_set: Path) -> None:
+    record = json.loads((drawn_set / "composites.json").read_text())
     train, val = record["splits"]["training"], record["splits"]["validation"]
     assert set(train["backgrounds"]) | set(val["backgrounds"]) == {"sea.png", "sky.png", "wall.png", "wood.png"}
     assert not set(train["backgrounds"]) & set(val["backgrounds"])
@@ -122,7 +78,7 @@ def test_no_cut_out_and_no_background_is_in_both_splits(made: Path) -> None:
 
 
 def test_pictures_hold_only_the_cut_outs_of_their_split(
-    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    drawn_sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: dict[str, set[str]] = {}
 
@@ -132,7 +88,7 @@ def test_pictures_hold_only_the_cut_outs_of_their_split(
         return compose(rng, sprites, backgrounds, settings)
 
     monkeypatch.setattr(composites, "compose", spy)
-    record = make(sources, tmp_path / "set")
+    record = make(drawn_sources, tmp_path / "set")
     expected = [
         str(sorted(name for part in record["splits"][split]["sprites"].values() for name in part))
         for split in ("training", "validation")
@@ -141,11 +97,11 @@ def test_pictures_hold_only_the_cut_outs_of_their_split(
     assert not set.intersection(*used.values())
 
 
-def test_boxes_areas_masks_and_label_maps_agree(made: Path) -> None:
+def test_boxes_areas_masks_and_label_maps_agree(drawn_set: Path) -> None:
     for split in ("training", "validation"):
-        content = coco(made, split)
+        content = coco(drawn_set, split)
         for image in content["images"]:
-            with Image.open(made / "annotations" / split / image["file_name"].replace(".jpg", ".png")) as labels:
+            with Image.open(drawn_set / "annotations" / split / image["file_name"].replace(".jpg", ".png")) as labels:
                 assert labels.mode == "L"
                 expected = np.asarray(labels)
             painted = np.zeros_like(expected)
@@ -162,41 +118,41 @@ def test_boxes_areas_masks_and_label_maps_agree(made: Path) -> None:
             assert np.array_equal(painted, expected)
 
 
-def test_record_and_class_list_say_what_is_there(made: Path) -> None:
-    assert (made / "classes.txt").read_text().splitlines() == list(PATTERNS)
-    record = json.loads((made / "composites.json").read_text())
+def test_record_and_class_list_say_what_is_there(drawn_set: Path) -> None:
+    assert (drawn_set / "classes.txt").read_text().splitlines() == list(PATTERNS)
+    record = json.loads((drawn_set / "composites.json").read_text())
     assert record["settings"]["size"] == SIZE
     for split, number in (("training", 12), ("validation", 5)):
-        content = coco(made, split)
+        content = coco(drawn_set, split)
         assert [category["name"] for category in content["categories"]] == list(PATTERNS)
-        assert len(content["images"]) == len(list((made / "images" / split).iterdir())) == number
+        assert len(content["images"]) == len(list((drawn_set / "images" / split).iterdir())) == number
         counts = dict.fromkeys(PATTERNS, 0)
         for entry in content["annotations"]:
             counts[list(PATTERNS)[entry["category_id"] - 1]] += 1
         assert record["splits"][split]["objects"] == counts
 
 
-def test_existing_folder_is_not_overwritten(sources: Path, made: Path) -> None:
-    before = files(made)
+def test_existing_folder_is_not_overwritten(drawn_sources: Path, drawn_set: Path) -> None:
+    before = files(drawn_set)
     with pytest.raises(ValueError, match="set exists; name another folder or remove it"):
-        make(sources, made)
-    assert files(made) == before
+        make(drawn_sources, drawn_set)
+    assert files(drawn_set) == before
 
 
-def test_interrupted_run_leaves_no_folder(sources: Path, tmp_path: Path) -> None:
+def test_interrupted_run_leaves_no_folder(drawn_sources: Path, tmp_path: Path) -> None:
     def stop(number: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        make(sources, tmp_path / "set", progress=stop)
+        make(drawn_sources, tmp_path / "set", progress=stop)
     assert not (tmp_path / "set").exists()
-    make(sources, tmp_path / "set")  # what was begun does not stand in the way
+    make(drawn_sources, tmp_path / "set")  # what was begun does not stand in the way
     assert not (tmp_path / "set.partial").exists()
 
 
-def test_progress_is_called_for_each_picture(sources: Path, tmp_path: Path) -> None:
+def test_progress_is_called_for_each_picture(drawn_sources: Path, tmp_path: Path) -> None:
     calls: list[int] = []
-    make(sources, tmp_path / "set", progress=calls.append)
+    make(drawn_sources, tmp_path / "set", progress=calls.append)
     assert calls == [1] * 17
 
 
@@ -318,11 +274,11 @@ def test_cut_out_without_alpha_is_refused(tmp_path: Path) -> None:
         read_sprites(tmp_path, {"any": ("*.png",)})
 
 
-def test_empty_class_is_refused(sources: Path) -> None:
+def test_empty_class_is_refused(drawn_sources: Path) -> None:
     with pytest.raises(
         ValueError, match=r"class 'tree' must have two cut-outs of at least 40 .* got 0 .* tree/\*\.png"
     ):
-        read_sprites(sources / "sprites", {"tree": ("tree/*.png",)})
+        read_sprites(drawn_sources / "sprites", {"tree": ("tree/*.png",)})
 
 
 def test_missing_folders_are_named_with_the_remedy(tmp_path: Path) -> None:
@@ -332,11 +288,11 @@ def test_missing_folders_are_named_with_the_remedy(tmp_path: Path) -> None:
         read_backgrounds(tmp_path / "none", 64)
 
 
-def test_backgrounds_are_reduced_to_two_pictures(sources: Path, tmp_path: Path) -> None:
-    assert {image.size for image in read_backgrounds(sources / "backgrounds", 64).values()} == {(150, 100)}
-    assert {image.size for image in read_backgrounds(sources / "backgrounds", 40).values()} == {(120, 80)}
+def test_backgrounds_are_reduced_to_two_pictures(drawn_sources: Path, tmp_path: Path) -> None:
+    assert {image.size for image in read_backgrounds(drawn_sources / "backgrounds", 64).values()} == {(150, 100)}
+    assert {image.size for image in read_backgrounds(drawn_sources / "backgrounds", 40).values()} == {(120, 80)}
     with pytest.raises(ValueError, match=r"at least 128 x 128, .*sea\.png is 150 x 100"):
-        read_backgrounds(sources / "backgrounds", 128)
+        read_backgrounds(drawn_sources / "backgrounds", 128)
     with pytest.raises(ValueError, match="must be two backgrounds, one to train and one to validate, got 0"):
         read_backgrounds(tmp_path, 64)
 
@@ -362,11 +318,11 @@ def test_settings_out_of_range_are_refused(changes: dict, message: str) -> None:
         Settings(**changes)
 
 
-def test_numbers_of_pictures_and_classes_are_checked(sources: Path, tmp_path: Path) -> None:
+def test_numbers_of_pictures_and_classes_are_checked(drawn_sources: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="val must be at least 1, got 0"):
-        make(sources, tmp_path / "set", val=0)
+        make(drawn_sources, tmp_path / "set", val=0)
     with pytest.raises(ValueError, match="there must be 1 to 255 classes, since label maps have 8 bits, got 0"):
-        make(sources, tmp_path / "set", classes={})
+        make(drawn_sources, tmp_path / "set", classes={})
 
 
 def test_exclusions_are_of_the_stamps_alone() -> None:
@@ -380,10 +336,10 @@ def test_exclusions_are_of_the_stamps_alone() -> None:
 # -- readers of other libraries --------------------------------------------------------------------------
 
 
-def test_torchvision_reads_boxes_and_pycocotools_the_masks(made: Path) -> None:
+def test_torchvision_reads_boxes_and_pycocotools_the_masks(drawn_set: Path) -> None:
     pytest.importorskip("pycocotools")
-    dataset = open_dataset("composites", made, "val")
-    content = coco(made, "validation")
+    dataset = open_dataset("composites", drawn_set, "val")
+    content = coco(drawn_set, "validation")
     assert len(dataset) == 5
     for index, (image, objects) in enumerate(dataset):
         assert image.size == (SIZE, SIZE)
@@ -393,12 +349,14 @@ def test_torchvision_reads_boxes_and_pycocotools_the_masks(made: Path) -> None:
             assert np.array_equal(dataset.coco.annToMask(entry), decode_rle(entry["segmentation"]))
 
 
-def test_perfect_detections_have_an_average_precision_of_one(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_perfect_detections_have_an_average_precision_of_one(
+    drawn_set: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A law of the measure: the annotations, given back as detections with score 1, are all right."""
     pytest.importorskip("pycocotools")
     from pycocotools.cocoeval import COCOeval
 
-    truth = open_dataset("composites", made, "train").coco
+    truth = open_dataset("composites", drawn_set, "train").coco
     answers = [entry | {"score": 1.0} for entry in truth.dataset["annotations"]]
     for kind in ("bbox", "segm"):
         evaluation = COCOeval(truth, truth.loadRes([dict(answer) for answer in answers]), kind)
@@ -408,14 +366,14 @@ def test_perfect_detections_have_an_average_precision_of_one(made: Path, capsys:
         assert evaluation.stats[0] == pytest.approx(1.0)
 
 
-def test_mmdet_reads_boxes_and_masks_unchanged(made: Path) -> None:
+def test_mmdet_reads_boxes_and_masks_unchanged(drawn_set: Path) -> None:
     pytest.importorskip("mmdet")
     from mmdet.datasets import CocoDataset
     from mmdet.utils import register_all_modules
 
     register_all_modules(init_default_scope=True)
     dataset = CocoDataset(
-        data_root=str(made),
+        data_root=str(drawn_set),
         ann_file="annotations/instances_training.json",
         data_prefix={"img": "images/training/"},
         metainfo={"classes": tuple(PATTERNS)},
@@ -425,7 +383,7 @@ def test_mmdet_reads_boxes_and_masks_unchanged(made: Path) -> None:
             {"type": "PackDetInputs"},
         ],
     )
-    content = coco(made, "training")
+    content = coco(drawn_set, "training")
     assert len(dataset) == 12
     for i, image in enumerate(content["images"]):
         instances = dataset[i]["data_samples"].gt_instances
@@ -438,7 +396,7 @@ def test_mmdet_reads_boxes_and_masks_unchanged(made: Path) -> None:
 
 
 @pytest.mark.parametrize("reduce_zero_label", [True, False])
-def test_mmseg_reads_label_maps_unchanged(made: Path, reduce_zero_label: bool) -> None:
+def test_mmseg_reads_label_maps_unchanged(drawn_set: Path, reduce_zero_label: bool) -> None:
     pytest.importorskip("mmseg")
     from mmseg.datasets import BaseSegDataset
     from mmseg.utils import register_all_modules
@@ -446,14 +404,14 @@ def test_mmseg_reads_label_maps_unchanged(made: Path, reduce_zero_label: bool) -
     register_all_modules(init_default_scope=True)
     classes = tuple(PATTERNS) if reduce_zero_label else ("background", *PATTERNS)
     dataset = BaseSegDataset(
-        data_root=str(made),
+        data_root=str(drawn_set),
         data_prefix={"img_path": "images/validation", "seg_map_path": "annotations/validation"},
         metainfo={"classes": classes, "palette": [[i, i, i] for i in range(len(classes))]},
         reduce_zero_label=reduce_zero_label,
         pipeline=[{"type": "LoadImageFromFile"}, {"type": "LoadAnnotations"}, {"type": "PackSegInputs"}],
     )
     assert len(dataset) == 5
-    for i, (_, labels) in enumerate(open_dataset("ade20k", made, "val")):
+    for i, (_, labels) in enumerate(open_dataset("ade20k", drawn_set, "val")):
         expected = np.asarray(labels)
         if reduce_zero_label:
             expected = np.where(expected == 0, 255, expected - 1)
@@ -475,9 +433,9 @@ def tool() -> ModuleType:
 
 
 def test_tool_makes_a_set_of_own_cut_outs_and_a_sheet(
-    tool: ModuleType, sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tool: ModuleType, drawn_sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    own = ["--sprites", str(sources / "sprites"), "--backgrounds", str(sources / "backgrounds")]
+    own = ["--sprites", str(drawn_sources / "sprites"), "--backgrounds", str(drawn_sources / "backgrounds")]
     numbers = ["--train", "2", "--val", "3", "--size", "64", "--classes", "disc", "bar"]
     files = ["--out", str(tmp_path / "set"), "--sheet", str(tmp_path / "sheet.png")]
     assert tool.main([*own, *numbers, *files]) == 0

@@ -1,6 +1,6 @@
 """Evaluate a checkpoint of a detector or segmenter on the test set of its config.
 
-    python tools/test.py configs/mmdet/composites/mask-rcnn_evit.py work_dirs/mask-rcnn_evit/epoch_12.pth
+python tools/test.py configs/mmdet/composites/mask-rcnn_evit.py work_dirs/mask-rcnn_evit/epoch_12.pth
 """
 
 from __future__ import annotations

@@ -1,17 +1,20 @@
-# Dense: a small ViT with the convolutional stem of LV-ViT (2104.10858), which learns from few pictures.
+# Dense: a small plain ViT with patches of 8 pixels.
 _base_ = "_base_/mask-rcnn_composites.py"
 
 model = dict(
     backbone=dict(
         _delete_=True,
         type="EffViT",
-        model_name="lvvit_small_patch16_224",
-        embed_dim=192,
-        depth=12,
-        num_heads=3,
-        img_size=192,
-        out_indices=(11,),
+        model_name="deit_tiny_patch16_224",
+        patch_size=8,
+        embed_dim=128,
+        depth=8,
+        num_heads=4,
+        img_size=128,
+        out_indices=(7,),
         out_norm=True,
     ),
-    neck=dict(_delete_=True, type="SimpleFeaturePyramid", in_channels=192, out_channels=64, num_outs=5),
+    neck=dict(
+        _delete_=True, type="SimpleFeaturePyramid", in_channels=128, out_channels=64, scales=(2.0, 1.0, 0.5), num_outs=5
+    ),
 )

@@ -3,13 +3,11 @@
 _base_ = ["mmseg::_base_/models/upernet_swin.py", "mmseg::_base_/default_runtime.py"]
 
 custom_imports = dict(imports=["effvit.openmmlab"], allow_failed_imports=False)
-classes = (
-    "background", "bird", "insect", "ungulate", "fruit", "flower", "building", "vehicle", "coin", "sign", "planet"
-)  # fmt: skip
+classes = ("background", "fruit", "flower", "coin", "sign", "vehicle")
 norm_cfg = dict(type="BN", requires_grad=True)
 
 model = dict(
-    data_preprocessor=dict(size=(192, 192)),
+    data_preprocessor=dict(size=(128, 128)),
     pretrained=None,
     decode_head=dict(channels=64, num_classes=len(classes), norm_cfg=norm_cfg),
     auxiliary_head=dict(channels=32, num_classes=len(classes), norm_cfg=norm_cfg),

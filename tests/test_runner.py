@@ -1,0 +1,270 @@
+"""Training and testing configs of mmdet and mmseg: learning, resuming, several processes, and what is refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from drawn_set import PATTERNS
+
+pytest.importorskip("mmdet", reason="the mm extra is not installed")
+pytest.importorskip("mmseg")
+
+from mmengine.config import Config
+
+from effvit.runner import build_runner, check_annotations, prepare_config, read_launcher
+
+# Every Runner of a process after the first, and one that draws nothing, make mmengine say so.
+pytestmark = pytest.mark.filterwarnings("ignore:.*(instance named of|The draw is False).*:UserWarning")
+
+ROOT = Path(__file__).resolve().parents[1]
+BACKBONE = {
+    "_delete_": True,
+    "type": "EffViT",
+    "model_name": "evit_deit_tiny_patch16_224",
+    "patch_size": 8,
+    "embed_dim": 32,
+    "depth": 4,
+    "num_heads": 2,
+    "img_size": 64,
+    "reduce_at": (1, 2),
+    "out_indices": (3,),
+}
+
+
+def write_config(folder: Path, base: str, **changes: Any) -> Path:
+    """A config that changes one of those for the generated set to the drawn one and to a minute model."""
+    config = Config({"_base_": str(ROOT / "configs" / base), **changes})
+    path = folder / f"{Path(base).stem}.py"
+    config.dump(path)
+    return path
+
+
+@pytest.fixture
+def detector(drawn_set: Path, tmp_path: Path) -> Path:
+    """Config of a minute Mask R-CNN on the drawn set."""
+    classes = tuple(PATTERNS)
+    data = {"data_root": f"{drawn_set}/", "metainfo": {"classes": classes}}
+    return write_config(
+        tmp_path,
+        "mmdet/composites/mask-rcnn_evit.py",
+        model={
+            "backbone": BACKBONE,
+            "neck": {"in_channels": 32, "out_channels": 64},
+            "roi_head": {"bbox_head": {"num_classes": 3}, "mask_head": {"num_classes": 3}},
+        },
+        train_dataloader={"batch_size": 2, "dataset": data},
+        val_dataloader={"batch_size": 1, "dataset": data},
+        test_dataloader={"batch_size": 1, "dataset": data},
+        val_evaluator={"ann_file": f"{drawn_set}/annotations/instances_validation.json"},
+        test_evaluator={"ann_file": f"{drawn_set}/annotations/instances_validation.json"},
+        train_cfg={"max_epochs": 2, "val_interval": 2},
+    )
+
+
+@pytest.fixture
+def segmenter(drawn_set: Path, tmp_path: Path) -> Path:
+    """Config of a minute UPerNet on the drawn set, without anything random but the order of pictures."""
+    classes = ("background", *PATTERNS)
+    data = {"data_root": str(drawn_set), "metainfo": {"classes": classes}}
+    pipeline = [{"type": name} for name in ("LoadImageFromFile", "LoadAnnotations", "PackSegInputs")]
+    norm = {"type": "GN", "num_groups": 4}  # batch norm would see another batch in each process
+    return write_config(
+        tmp_path,
+        "mmseg/composites/upernet_evit.py",
+        model={
+            "data_preprocessor": {"size": (64, 64)},
+            "backbone": {**BACKBONE, "out_indices": (1, 3)},
+            "decode_head": {
+                "in_channels": [32, 32],
+                "in_index": [0, 1],
+                "channels": 16,
+                "num_classes": 4,
+                "dropout_ratio": 0.0,
+                "norm_cfg": norm,
+            },
+            "auxiliary_head": None,
+        },
+        train_dataloader={"batch_size": 4, "dataset": {**data, "pipeline": pipeline}},
+        val_dataloader={"dataset": data},
+        test_dataloader={"dataset": data},
+        train_cfg={"max_iters": 4, "val_interval": 4},
+        default_hooks={"checkpoint": {"interval": 2}, "logger": {"interval": 1}},
+    )
+
+
+def scalars(work_dir: Path, key: str) -> list[float]:
+    """Values of a key in the order they were logged."""
+    lines = [
+        line for path in sorted(work_dir.glob("*/vis_data/scalars.json")) for line in path.read_text().splitlines()
+    ]
+    return [entry[key] for entry in map(json.loads, lines) if key in entry]
+
+
+def load_tool(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class TestTraining:
+    def test_detector_trains_and_its_checkpoint_is_tested(self, detector: Path, tmp_path: Path) -> None:
+        work = tmp_path / "work"
+        assert (
+            load_tool("train").main([str(detector), "--work-dir", str(work), "--cfg-options", "log_level=ERROR"]) == 0
+        )
+        losses = scalars(work, "loss")
+        assert losses
+        assert torch.tensor(losses).isfinite().all()
+        out = tmp_path / "metrics.json"
+        arguments = [str(detector), str(work / "epoch_2.pth"), "--work-dir", str(work), "--out", str(out)]
+        assert load_tool("test").main(arguments) == 0
+        metrics = json.loads(out.read_text())
+        assert all(0 <= value <= 1 or value == -1 for value in metrics.values())
+
+    def test_interrupted_training_goes_on_where_it_stopped(self, segmenter: Path, tmp_path: Path) -> None:
+        whole, parts = tmp_path / "whole", tmp_path / "parts"
+        build_runner(prepare_config(segmenter, work_dir=whole)).train()
+        parts.mkdir()
+        shutil.copy(whole / "iter_2.pth", parts)
+        (parts / "last_checkpoint").write_text(str(parts / "iter_2.pth"))
+        resumed = build_runner(prepare_config(segmenter, work_dir=parts, resume="auto"))
+        resumed.train()
+        assert resumed.iter == 4
+        a, b = (
+            torch.load(folder / "iter_4.pth", weights_only=False)["optimizer"]["state"] for folder in (whole, parts)
+        )
+        assert a[0]["step"] == b[0]["step"] == 4
+
+    def test_two_processes_make_the_step_of_one(self, segmenter: Path, tmp_path: Path) -> None:
+        """The mean of the gradients of two halves of a batch is the gradient of the batch."""
+        one = {"train_cfg.max_iters": 1, "val_cfg": None, "val_dataloader": None, "val_evaluator": None}
+        build_runner(prepare_config(segmenter, work_dir=tmp_path / "alone", options=one)).train()
+        options = [f"{key}={value}" for key, value in {**one, "train_dataloader.batch_size": 2}.items()]
+        tool = [ROOT / "tools" / "train.py", segmenter, "--work-dir", tmp_path / "together", "--cfg-options", *options]
+        run = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *map(str, tool)],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        )
+        assert run.returncode == 0, run.stderr[-2000:]
+        alone, together = (
+            torch.load(tmp_path / name / "iter_1.pth", weights_only=False)["optimizer"]["state"]
+            for name in ("alone", "together")
+        )
+        largest = max(float(state["exp_avg"].abs().max()) for state in alone.values())
+        assert largest > 0
+        for parameter, state in alone.items():
+            assert torch.allclose(state["exp_avg"], together[parameter]["exp_avg"], rtol=1e-4, atol=1e-6 * largest)
+
+
+class TestSettings:
+    def test_command_line_changes_the_config(self, segmenter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        config = prepare_config(segmenter, options={"train_cfg.max_iters": 7}, resume="some.pth")
+        assert config.work_dir == "work_dirs/upernet_evit"
+        assert config.train_cfg.max_iters == 7
+        assert (config.resume, config.load_from) == (True, "some.pth")
+        monkeypatch.setattr("effvit.runner.get_device", lambda: "cuda")
+        amp = prepare_config(segmenter, amp=True)
+        assert (amp.optim_wrapper.type, amp.optim_wrapper.loss_scale) == ("AmpOptimWrapper", "dynamic")
+
+    def test_processes_without_accelerator_use_gloo_and_plain_batch_norm(self, tmp_path: Path) -> None:
+        path = tmp_path / "config.py"
+        path.write_text("model = dict(head=[dict(norm_cfg=dict(type='SyncBN'))])")
+        config = prepare_config(path, launcher="pytorch")
+        assert config.env_cfg.dist_cfg.backend == "gloo"
+        assert config.model_wrapper_cfg.device_ids is None
+        assert config.model.head[0].norm_cfg.type == "BN"
+        assert prepare_config(path).model.head[0].norm_cfg.type == "SyncBN"  # mmengine reverts it itself
+
+    def test_torchrun_is_noticed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert read_launcher(None) == "none"
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        assert read_launcher(None) == "pytorch"
+        with pytest.raises(ValueError, match="launcher 'none' in one of 2 processes would train 2 models apart"):
+            read_launcher("none")
+
+    def test_mixed_precision_without_accelerator_is_refused(self, segmenter: Path) -> None:
+        with pytest.raises(ValueError, match="mixed precision needs an accelerator"):
+            prepare_config(segmenter, amp=True)
+
+    def test_scaling_of_the_learning_rate_needs_a_base(self, segmenter: Path) -> None:
+        with pytest.raises(ValueError, match=r"auto_scale_lr needs auto_scale_lr=dict\(base_batch_size"):
+            prepare_config(segmenter, auto_scale_lr=True)
+
+
+class TestCheckpoints:
+    def test_checkpoint_of_another_model_is_refused(
+        self, segmenter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = tmp_path / "other.pth"
+        torch.save({"state_dict": {"backbone.features.model.pos_embed": torch.ones(1, 5, 7)}, "meta": {}}, path)
+        assert load_tool("test").main([str(segmenter), str(path), "--work-dir", str(tmp_path)]) == 2
+        message = capsys.readouterr().err
+        assert message.startswith(f"test: error: {path} is a checkpoint of another model than this EncoderDecoder")
+
+    def test_truncated_checkpoint_is_refused(self, segmenter: Path, tmp_path: Path) -> None:
+        path = tmp_path / "broken.pth"
+        path.write_bytes(b"PK\x03\x04")
+        config = prepare_config(segmenter, work_dir=tmp_path, resume=str(path))
+        with pytest.raises(ValueError, match=r"broken.pth cannot be read as a checkpoint"):
+            build_runner(config)
+
+
+class TestAnnotations:
+    def test_broken_annotation_file_is_named(self, detector: Path, drawn_set: Path, tmp_path: Path) -> None:
+        content = (drawn_set / "annotations" / "instances_training.json").read_text()
+        config = prepare_config(detector)
+        path = tmp_path / "annotations.json"
+        config.train_dataloader.dataset.ann_file = str(path)
+        with pytest.raises(
+            FileNotFoundError, match=r"train_dataloader asks for .*annotations.json, which is not there"
+        ):
+            check_annotations(config)
+        path.write_text(content[: len(content) // 2])
+        with pytest.raises(ValueError, match=r"annotations.json is no intact COCO annotation file"):
+            check_annotations(config)
+        entries = json.loads(content)
+        entries["annotations"][0]["category_id"] = 9
+        path.write_text(json.dumps(entries))
+        with pytest.raises(ValueError, match=r"has category_id 9, which is not among the categories"):
+            check_annotations(config)
+
+    def test_missing_label_map_is_named(self, segmenter: Path, drawn_set: Path, tmp_path: Path) -> None:
+        shutil.copytree(drawn_set, tmp_path / "set")
+        (tmp_path / "set" / "annotations" / "training" / "000003.png").unlink()
+        config = prepare_config(segmenter)
+        config.train_dataloader.dataset.data_root = str(tmp_path / "set")
+        with pytest.raises(ValueError, match=r"1 of 12 pictures in .*set have no label map, .*000003.png"):
+            check_annotations(config)
+        config.train_dataloader.dataset.data_root = str(tmp_path / "nothing")
+        with pytest.raises(FileNotFoundError, match=r"train_dataloader cannot list its pictures in .*nothing"):
+            check_annotations(config)
+        config.train_dataloader.dataset.img_suffix = ".webp"
+        config.train_dataloader.dataset.data_root = str(drawn_set)
+        with pytest.raises(FileNotFoundError, match="train_dataloader finds no pictures"):
+            check_annotations(config)
+
+    def test_tool_ends_with_status_2_and_one_line(
+        self, detector: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        options = ["--cfg-options", "train_dataloader.dataset.data_root=nowhere/"]
+        assert load_tool("train").main([str(detector), "--work-dir", str(tmp_path), *options]) == 2
+        message = capsys.readouterr().err
+        assert message.startswith("train: error: train_dataloader asks for nowhere/annotations")
+        assert message.count("\n") == 1
