@@ -1,0 +1,134 @@
+"""Train several configs and compare what they have learned with what their backbones cost.
+
+Each is evaluated as initialised and as trained. A config whose last checkpoint lies in the work directories already is
+not trained again, an interrupted one goes on from its latest checkpoint.
+
+    python tools/compare_training.py configs/mmdet/composites/*.py configs/mmseg/composites/*.py --json FILE
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.runner import find_latest_checkpoint
+
+from effvit.flops import count_flops
+from effvit.profiler import machine
+from effvit.runner import build_runner, prepare_config
+
+__all__ = ["main", "table"]
+
+METRICS = {"coco/bbox_mAP": 100.0, "coco/segm_mAP": 100.0, "mIoU": 1.0}  # name -> factor that makes it percent
+SHARE = 0.1  # of the logged losses, whose mean stands for the beginning and for the end
+
+
+def run(path: Path, work_dirs: Path) -> dict[str, Any]:
+    """Train a config unless it is trained already, and say what it costs and what it has learned."""
+    work_dir = work_dirs / path.stem
+    config = prepare_config(path, work_dir=work_dir, resume="auto")
+    if not is_trained(config):
+        build_runner(config).train()
+    before = build_runner(prepare_config(path, work_dir=work_dir / "test")).test()
+    checkpoint = find_latest_checkpoint(str(work_dir))
+    runner = build_runner(prepare_config(path, work_dir=work_dir / "test", options={"load_from": checkpoint}))
+    after = runner.test()
+    model = runner.model.eval()
+    size = tuple(next(iter(runner.test_dataloader))["inputs"][0].shape)
+    return {
+        "config": path.as_posix(),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "backbone_parameters": sum(parameter.numel() for parameter in model.backbone.parameters()),
+        "backbone_macs": count_flops(model.backbone, size).total,
+        "input_size": size,
+        "untrained": percentages(before),
+        "trained": percentages(after),
+        **summary(read_logs(work_dir)),
+    }
+
+
+def is_trained(config: Config) -> bool:
+    """True if the latest checkpoint in the work directory is that of the last epoch or iteration."""
+    latest = find_latest_checkpoint(config.work_dir)
+    last = config.train_cfg.get("max_epochs") or config.train_cfg.max_iters
+    return latest is not None and Path(latest).stem.split("_")[-1] == str(last)
+
+
+def percentages(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The main metrics in percent; without any, mmdet has found no object at all."""
+    found = {name: round(metrics[name] * factor, 2) for name, factor in METRICS.items() if name in metrics}
+    return found or {"coco/bbox_mAP": 0.0, "coco/segm_mAP": 0.0}
+
+
+def read_logs(work_dir: Path) -> list[dict[str, float]]:
+    """What mmengine logged of the training, in order of iterations; a later run replaces what it repeated."""
+    lines = [
+        line for path in sorted(work_dir.glob("*/vis_data/scalars.json")) for line in path.read_text().splitlines()
+    ]
+    logs = {entry["step"]: entry for entry in map(json.loads, lines) if "loss" in entry}
+    return [logs[step] for step in sorted(logs)]
+
+
+def summary(logs: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Iterations, their time, and the mean loss of the first and last tenth of the log."""
+    part = max(1, round(SHARE * len(logs)))
+    iterations = int(logs[-1]["step"])
+    return {
+        "iterations": iterations,
+        "minutes": round(float(np.mean([log["time"] for log in logs])) * iterations / 60, 1),
+        "losses": [round(float(np.mean([log["loss"] for log in half])), 3) for half in (logs[:part], logs[-part:])],
+    }
+
+
+def table(record: Mapping[str, Any]) -> list[str]:
+    """Lines of a Markdown table of what ``main`` wrote."""
+    lines = [
+        "| config | backbone MMACs | backbone parameters | minutes | loss, first to last | untrained | trained |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in record["results"]:
+        name = Path(row["config"])
+        cells = [
+            f"[{name.stem}](../{row['config']})",
+            f"{row['backbone_macs'] / 1e6:.0f}",
+            f"{row['backbone_parameters'] / 1e6:.2f} M",
+            f"{row['minutes']:.0f}",
+            f"{row['losses'][0]:.2f} to {row['losses'][1]:.2f}",
+            *(" / ".join(f"{value:.1f}" for value in row[when].values()) for when in ("untrained", "trained")),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train and compare; returns 2 after an error the caller can mend."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("configs", nargs="+", type=Path, metavar="CONFIG")
+    parser.add_argument("--work-dirs", type=Path, default=Path("work_dirs"), metavar="DIR", help="one a config inside")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures, machine and versions there")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(arguments.threads)
+    try:
+        results = [run(path, arguments.work_dirs) for path in arguments.configs]
+    except (ValueError, TypeError, OSError) as error:
+        print(f"compare_training: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    record = {"machine": machine(device), "threads": arguments.threads, "results": results}
+    print("\n".join(table(record)))
+    if arguments.json is not None:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
