@@ -22,7 +22,7 @@ from effvit.coco import read_coco
 from effvit.models._checkpoint import check_state, read_file
 from effvit.openmmlab import load_config
 
-__all__ = ["LAUNCHERS", "build_runner", "check_annotations", "check_checkpoint", "prepare_config", "read_launcher"]
+__all__ = ["LAUNCHERS", "build_runner", "check_annotations", "check_checkpoint", "nested_dicts", "prepare_config", "read_launcher"]
 
 LAUNCHERS = ("none", "pytorch", "slurm", "mpi")
 SPLITS = ("train_dataloader", "val_dataloader", "test_dataloader")
@@ -107,19 +107,19 @@ def _distribute_on_cpu(config: Config) -> None:
     wrapper = {"type": "MMDistributedDataParallel", "device_ids": None, "broadcast_buffers": False}
     wrapper["find_unused_parameters"] = config.get("find_unused_parameters", False)
     config.model_wrapper_cfg = wrapper | config.get("model_wrapper_cfg", {})
-    for part in _dicts(config.model):
+    for part in nested_dicts(config.model):
         if part.get("type") == "SyncBN":
             part["type"] = "BN"
 
 
-def _dicts(value: Any) -> Iterator[dict[str, Any]]:
+def nested_dicts(value: Any) -> Iterator[dict[str, Any]]:
     """All dicts inside nested dicts and sequences."""
     if isinstance(value, dict):
         yield value
         value = list(value.values())
     if isinstance(value, (list, tuple)):
         for part in value:
-            yield from _dicts(part)
+            yield from nested_dicts(part)
 
 
 def build_runner(config: Config) -> Runner:
@@ -168,7 +168,7 @@ def check_annotations(config: Config) -> None:
     """
     seen: set[Path] = set()
     for split in SPLITS:
-        for dataset in _dicts(config.get(split) or {}):
+        for dataset in nested_dicts(config.get(split) or {}):
             if dataset.get("type") == "CocoDataset":
                 path = Path(dataset.get("data_root") or "", dataset["ann_file"])
                 if not path.is_file():

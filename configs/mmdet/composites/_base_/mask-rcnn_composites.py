@@ -1,4 +1,4 @@
-# A small Mask R-CNN and six epochs on the generated set, for two cores and some minutes. The set:
+# A small Mask R-CNN and five epochs on the generated set, for two cores and some minutes. The set:
 #   python tools/get_data.py stamps photographs
 #   python tools/make_composites.py --out data/composites --train 3000 --val 300 --size 128 --objects 1 4 \
 #     --classes fruit flower coin sign vehicle
@@ -68,7 +68,7 @@ val_evaluator = dict(
 )
 test_evaluator = val_evaluator
 
-train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=6, val_interval=2)
+train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=5, val_interval=5)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
 optim_wrapper = dict(
@@ -79,6 +79,6 @@ optim_wrapper = dict(
 )
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=100),
-    dict(type="CosineAnnealingLR", by_epoch=True, begin=0, end=6, eta_min=1e-5, convert_to_iter_based=True),
+    dict(type="CosineAnnealingLR", by_epoch=True, begin=0, end=5, eta_min=1e-5, convert_to_iter_based=True),
 ]
 randomness = dict(seed=0)

@@ -1,0 +1,4 @@
+# ATS (2111.15667): at most as many samples as patches from block 4 on, its setting for ImageNet.
+_base_ = "mask-rcnn_vit-b_fpn_1x_coco.py"
+
+model = dict(backbone=dict(model_name="ats_vit_base_patch16_224", reduce_at=tuple(range(3, 12))))

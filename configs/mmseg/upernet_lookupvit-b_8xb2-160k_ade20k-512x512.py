@@ -1,0 +1,7 @@
+# LookupViT-B (2407.12753) with 10 x 10 compressed tokens. The paper has no dense tasks and no weights: the recipe is
+# mmseg's for ViT-B.
+_base_ = "upernet_vit-b_8xb2-160k_ade20k-512x512.py"
+
+model = dict(
+    backbone=dict(model_name="lookupvit_base_patch16_224", compressed_grid=10, pretrained=False),
+)

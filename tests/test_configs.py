@@ -1,0 +1,94 @@
+"""Every config builds its model at its true size and makes a step of its own optimizer, on small pictures."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("mmdet", reason="the mm extra is not installed")
+pytest.importorskip("mmseg")
+
+from mmdet.testing import demo_mm_inputs
+from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.structures import PixelData
+from mmseg.structures import SegDataSample
+
+from effvit.openmmlab import load_config
+from effvit.runner import nested_dicts
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.py") if "_base_" not in path.parts)
+SIDE = 96
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*(instance named of|__floordiv__|torch.meshgrid).*:UserWarning")
+
+
+def read(path: Path) -> Config:
+    """A config that asks for no weights, with few regions, and tokens to remove as a small picture allows."""
+    config = load_config(path)
+    init_default_scope(config.default_scope)
+    for part in nested_dicts(config.model):
+        if part.get("pretrained"):
+            part["pretrained"] = False
+        if part.get("type") == "RandomSampler":
+            part["num"] = 32
+        if "num_prop" in part:
+            part["num_prop"] = 1
+    return config
+
+
+def inputs(config: Config) -> dict[str, Any]:
+    """Two random pictures with annotations, as the data preprocessor takes them."""
+    if config.default_scope == "mmdet":
+        with_masks = "mask_head" in config.model.get("roi_head", {})
+        classes = 5 if "composites" in str(config.filename) else 80
+        return demo_mm_inputs(2, [(3, SIDE, SIDE)] * 2, num_items=[2, 2], num_classes=classes, with_mask=with_masks)
+    generator = torch.Generator().manual_seed(0)
+    samples = []
+    for _ in range(2):
+        sample = SegDataSample(metainfo={"img_shape": (SIDE, SIDE), "ori_shape": (SIDE, SIDE)})
+        labels = torch.randint(0, config.model.decode_head.num_classes, (1, SIDE, SIDE), generator=generator)
+        sample.gt_sem_seg = PixelData(data=labels)
+        samples.append(sample)
+    pictures = [torch.randint(0, 256, (3, SIDE, SIDE), dtype=torch.uint8, generator=generator) for _ in range(2)]
+    return {"inputs": pictures, "data_samples": samples}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config_trains_and_predicts(path: Path) -> None:
+    config = read(path)
+    if config.default_scope == "mmseg":
+        config.model.data_preprocessor.size = (SIDE, SIDE)
+    torch.manual_seed(0)
+    model = revert_sync_batchnorm(MODELS.build(config.model))
+    wrapper = build_optim_wrapper(model, config.optim_wrapper)
+    before = next(p for p in model.backbone.parameters() if p.ndim > 1).detach().clone()
+    model.train()
+    losses = model.train_step(inputs(config), wrapper)
+    assert losses
+    assert all(bool(torch.as_tensor(value).isfinite().all()) for value in losses.values())
+    trained: Tensor = next(p for p in model.backbone.parameters() if p.ndim > 1)
+    assert not torch.equal(before, trained)
+    model.eval()
+    with torch.no_grad():
+        predictions = model.test_step(inputs(config))
+    assert len(predictions) == 2
+
+
+def test_every_config_says_where_its_settings_are_from() -> None:
+    for path in CONFIGS:
+        assert path.read_text().startswith("# "), path
+
+
+def test_page_lists_every_config() -> None:
+    page = (ROOT / "configs" / "README.md").read_text()
+    listed = re.findall(r"\]\(([^)]+\.py)\)", page)
+    assert sorted(listed) == sorted(path.relative_to(ROOT / "configs").as_posix() for path in CONFIGS)
