@@ -34,16 +34,16 @@ Handle = Callable[[list[Any], list[Any]], int]
 # fmt: off
 IGNORED_OPERATORS = frozenset(f"aten::{name}" for name in (
     # element-wise arithmetic and activations, softmax, pooling
-    "abs", "add", "ceil", "clamp_min", "cos", "div", "exp", "gelu", "hardswish", "hardswish_", "linalg_vector_norm",
-    "log", "log_softmax", "logsumexp", "max_pool2d", "mul", "neg", "pow", "rsqrt", "rsub", "sigmoid", "silu", "sin",
-    "softmax", "sqrt", "square", "sub", "tanh",
+    "abs", "add", "add_", "ceil", "clamp_min", "cos", "div", "exp", "feature_dropout", "gelu", "hardswish",
+    "hardswish_", "linalg_vector_norm", "log", "log2", "log_softmax", "logsumexp", "max_pool2d", "mul", "neg", "pow",
+    "rsqrt", "rsub", "sigmoid", "silu", "sin", "softmax", "sqrt", "square", "sub", "tanh",
     # sums, extremes and order
-    "amax", "amin", "any", "argsort", "cumsum", "kthvalue", "maximum", "mean", "sort", "sum", "topk",
+    "amax", "amin", "any", "argmax", "argsort", "cumsum", "kthvalue", "maximum", "mean", "sort", "sum", "topk",
     # comparisons
     "__or__", "isfinite", "isnan", "le", "lt", "ne",
     # making and moving tokens, adding one to another
     "clone", "diagonal", "expand_as", "eye", "fill_", "index_add", "index_copy", "index_select", "meshgrid", "new_ones",
-    "numel", "ones_like", "pad", "rand_like", "repeat_interleave", "reshape_as", "scatter", "scatter_add",
+    "numel", "ones_like", "pad", "rand_like", "repeat", "repeat_interleave", "reshape_as", "scatter", "scatter_add",
     "unflatten", "view_as", "where",
 ))
 # fmt: on
@@ -65,10 +65,27 @@ def attention_flops(inputs: list[Any], outputs: list[Any]) -> int:
     return queries * key[-2] * (key[-1] + value[-1])
 
 
+def resampling_flops(taps: int, antialias: bool = False) -> Handle:
+    """Handle for resizing a map: a product for each element of the result and each of taps * taps neighbours.
+
+    With antialiasing the neighbourhood grows with the factor a side is reduced by.
+    """
+
+    def count(inputs: list[Any], outputs: list[Any]) -> int:
+        before, after = get_shape(inputs[0])[-2:], get_shape(outputs[0])
+        factors = [max(1.0, a / b) if antialias else 1.0 for a, b in zip(before, after[-2:], strict=True)]
+        return round(prod(after) * prod(taps * factor for factor in factors))
+
+    return count
+
+
 HANDLES: dict[str, Handle] = {
     "aten::matmul": product_flops(),
     "aten::baddbmm": product_flops(1),
     "aten::cdist": product_flops(),  # one difference is squared and accumulated where a product has one MAC
+    "aten::upsample_bicubic2d": resampling_flops(4),
+    "aten::_upsample_bicubic2d_aa": resampling_flops(4, antialias=True),
+    "aten::_upsample_bilinear2d_aa": resampling_flops(2, antialias=True),
     "aten::scaled_dot_product_attention": attention_flops,
     "aten::_scaled_dot_product_attention_math": attention_flops,
     "aten::_scaled_dot_product_flash_attention": attention_flops,

@@ -22,7 +22,15 @@ from effvit.coco import read_coco
 from effvit.models._checkpoint import check_state, read_file
 from effvit.openmmlab import load_config
 
-__all__ = ["LAUNCHERS", "build_runner", "check_annotations", "check_checkpoint", "nested_dicts", "prepare_config", "read_launcher"]
+__all__ = [
+    "LAUNCHERS",
+    "build_runner",
+    "check_annotations",
+    "check_checkpoint",
+    "nested_dicts",
+    "prepare_config",
+    "read_launcher",
+]
 
 LAUNCHERS = ("none", "pytorch", "slurm", "mpi")
 SPLITS = ("train_dataloader", "val_dataloader", "test_dataloader")

@@ -31,6 +31,7 @@ train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
     dict(type="RandomFlip", prob=0.5),
+    dict(type="PhotoMetricDistortion"),  # the set has few backgrounds
     dict(type="PackDetInputs"),
 ]
 test_pipeline = [

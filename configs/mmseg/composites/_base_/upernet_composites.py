@@ -5,7 +5,7 @@ _base_ = ["mmseg::_base_/models/upernet_swin.py", "mmseg::_base_/default_runtime
 custom_imports = dict(imports=["effvit.openmmlab"], allow_failed_imports=False)
 classes = ("background", "fruit", "flower", "coin", "sign", "vehicle")
 # Nine tenths of the pixels are background.
-loss = dict(type="CrossEntropyLoss", class_weight=[0.2, 1.0, 1.0, 1.0, 1.0, 1.0])
+loss = dict(type="CrossEntropyLoss", class_weight=[0.5, 1.0, 1.0, 1.0, 1.0, 1.0])
 norm_cfg = dict(type="BN", requires_grad=True)
 
 model = dict(
@@ -32,7 +32,10 @@ train_dataloader = dict(
         pipeline=[
             dict(type="LoadImageFromFile"),
             dict(type="LoadAnnotations"),
+            dict(type="RandomResize", scale=(128, 128), ratio_range=(0.75, 1.5), keep_ratio=True),
+            dict(type="RandomCrop", crop_size=(128, 128)),
             dict(type="RandomFlip", prob=0.5),
+            dict(type="PhotoMetricDistortion"),  # the set has few backgrounds
             dict(type="PackSegInputs"),
         ],
     ),

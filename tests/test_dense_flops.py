@@ -1,0 +1,152 @@
+"""Multiply-adds of whole detectors and segmenters against counts of their parts and closed forms of their heads."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("mmdet", reason="the mm extra is not installed")
+pytest.importorskip("mmseg")
+
+from mmengine.registry import MODELS, init_default_scope
+
+from effvit.dense_flops import count_dense_flops, count_parts
+from effvit.flops import count_flops
+from effvit.openmmlab import load_config
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZE = (96, 128)
+
+
+def build(config: str, **changes: Any) -> nn.Module:
+    content = load_config(ROOT / "configs" / config)
+    content.merge_from_dict(changes)
+    init_default_scope(content.default_scope)
+    return MODELS.build(content.model)
+
+
+def convolution(module: nn.Module) -> int:
+    """MACs of a convolution for each place of its output."""
+    return sum(p.numel() for p in module.parameters() if p.ndim == 4)
+
+
+@pytest.fixture(scope="module")
+def detector() -> nn.Module:
+    return build("mmdet/composites/mask-rcnn_evit.py")
+
+
+@pytest.fixture(scope="module")
+def tool() -> Any:
+    spec = importlib.util.spec_from_file_location("get_flops", ROOT / "tools" / "get_flops.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class TestDetector:
+    def test_parts_add_up_and_the_backbone_counts_as_alone(self, detector: nn.Module) -> None:
+        report = count_dense_flops(detector, SIZE)
+        parts = count_parts(detector, report)
+        assert list(parts) == ["backbone", "neck", "rpn_head", "roi_head"]
+        assert sum(macs for _, macs in parts.values()) == report.total
+        assert parts["backbone"][1] == count_flops(detector.backbone, (3, *SIZE)).total
+        assert parts["backbone"][0] == sum(p.numel() for p in detector.backbone.parameters())
+
+    def test_heads_get_as_many_regions_as_the_settings_let_through(self, detector: nn.Module) -> None:
+        report = count_dense_flops(detector, SIZE)
+        proposals, detections = 200, 100  # test_cfg of the config
+        linear = sum(p.numel() for p in detector.roi_head.bbox_head.parameters() if p.ndim == 2)
+        assert report.by_module["roi_head.bbox_head"] == proposals * linear
+        head = detector.roi_head.mask_head
+        upsampling, logits = convolution(head.upsample), convolution(head.conv_logits)
+        places = 14**2 * (convolution(head.convs) + upsampling) + 28**2 * logits
+        assert report.by_module["roi_head.mask_head"] == detections * places
+
+    def test_sampling_of_regions_is_listed(self, detector: nn.Module) -> None:
+        assert list(count_dense_flops(detector, SIZE).uncounted) == ["prim::PythonOp.RoIAlignFunction"]
+
+    def test_cascade_runs_its_box_heads_one_after_another(self) -> None:
+        model = build("mmdet/cascade-mask-rcnn_stvit-r-swin-s_fpn_3x_coco.py", **{"model.test_cfg.rpn.max_per_img": 10})
+        report = count_dense_flops(model, (64, 64))
+        for stage in range(3):
+            head = model.roi_head.bbox_head[stage]
+            linear = sum(p.numel() for p in head.parameters() if p.ndim == 2)
+            own = report.by_module[f"roi_head.bbox_head.{stage}"]
+            norms = own - 10 * (linear + 49 * convolution(head))
+            assert 0 <= norms < 0.01 * own
+
+    def test_one_stage_detector(self) -> None:
+        model = build("mmdet/retinanet_casvit-m_fpn_1x_coco.py")
+        report = count_dense_flops(model, (64, 64))
+        places = sum((64 // stride) ** 2 for stride in (4, 8, 16, 32, 64))
+        assert report.by_module["bbox_head"] == places * convolution(model.bbox_head)
+
+
+class TestSegmenter:
+    def test_auxiliary_head_does_not_run(self) -> None:
+        model = build("mmseg/composites/upernet_stvit-r.py")
+        report = count_dense_flops(model, SIZE)
+        parts = count_parts(model, report)
+        assert parts["auxiliary_head"][1] == 0
+        assert parts["backbone"][1] + parts["decode_head"][1] == report.total
+        assert not report.uncounted
+
+    def test_count_leaves_the_model_as_it_is(self) -> None:
+        model = build("mmseg/composites/upernet_vit.py").train()
+        count_dense_flops(model, SIZE)
+        assert model.training
+        assert not [m for m in model.modules() if m._forward_hooks]
+
+    def test_size_is_checked(self) -> None:
+        with pytest.raises(ValueError, match=r"size of an image is \(H, W\), both at least 1, got \(0, 64\)"):
+            count_dense_flops(nn.Identity(), (0, 64))
+
+
+class TestTool:
+    def test_options_change_the_count(self, tool: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        config = str(ROOT / "configs/mmdet/composites/mask-rcnn_evit.py")
+        macs = []
+        for keep_rate in (1.0, 0.5):
+            out = tmp_path / f"{keep_rate}.json"
+            options = ["--cfg-options", f"model.backbone.keep_rate={keep_rate}"]
+            assert tool.main([config, "--shape", "128", "--json", str(out), *options]) == 0
+            macs.append(json.loads(out.read_text())["parts"]["backbone"]["macs"])
+        assert macs[1] < 0.6 * macs[0]
+        assert "GMACs" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["nowhere.py"], "nowhere.py"),
+            (["configs/mmseg/composites/upernet_vit.py", "--shape", "0"], "--shape takes one side"),
+            (
+                ["configs/mmseg/composites/upernet_vit.py", "--cfg-options", "model.backbone.model_name=vitt"],
+                "unknown model 'vitt'",
+            ),
+        ],
+    )
+    def test_errors_are_one_line(
+        self, tool: Any, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        config, *rest = arguments
+        path = config if config == "nowhere.py" else str(ROOT / config)
+        assert tool.main([path, *rest]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("get_flops: error: ")
+        assert message in error
+        assert error.count("\n") == 1
+
+
+def test_trace_does_not_depend_on_the_thread_count() -> None:
+    """Regions are drawn once and by seed: two counts agree."""
+    model = build("mmdet/composites/mask-rcnn_vit.py")
+    assert count_dense_flops(model, (64, 64)) == count_dense_flops(model, (64, 64))
+    assert torch.is_grad_enabled()
