@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effvit.cross_attention import CrossBlock, WindowCrossBlock
+from effvit.cross_attention import CrossAttention, CrossBlock, WindowCrossBlock
 from effvit.tokens import TokenMap, flat_rows, fx_leaf, take_rows, wide_dtype, without_autocast
 
 __all__ = [
     "FILLS",
     "NORMS",
+    "AttentionRecovery",
     "RestoreBlock",
     "TokenRecoveringAttention",
     "TokenRecovery",
@@ -30,7 +31,7 @@ __all__ = [
     "to_map",
 ]
 
-FILLS = ("last", "nearest", "zero", "reconstruct")
+FILLS = ("last", "nearest", "zero", "reconstruct", "attention")
 NORMS = ("l2", "l1", "official")
 
 
@@ -167,7 +168,7 @@ def restore(x: Tensor, tokens: TokenMap) -> tuple[Tensor, TokenMap]:
     return x, TokenMap.full(x, tokens.grid, tokens.num_prefix, tokens.num_class)
 
 
-def to_grid(x: Tensor, tokens: TokenMap, fill: str = "last") -> Tensor:
+def to_grid(x: Tensor, tokens: TokenMap, fill: str = "last", recovery: AttentionRecovery | None = None) -> Tensor:
     """Patch tokens of x (B, P+N, C) put back on the full grid: (B, H*W, C) in image order.
 
     Args:
@@ -176,12 +177,15 @@ def to_grid(x: Tensor, tokens: TokenMap, fill: str = "last") -> Tensor:
         fill: What a dropped patch gets. "last": the feature it had when it entered the block that dropped it
             (needs ``tokens.memory``); "nearest": the feature of the nearest token that is left; "zero": zeros;
             "reconstruct": a mixture of the tokens it was most alike before the first reduction, see
-            ``reconstruct_tokens`` (needs ``tokens.reference``). Patches summed up in a fused token count as
-            dropped for "last" and "reconstruct", as carried for the others. In soft clusters no token stands for
-            a patch: "reconstruct" mixes all of them, the others take the feature of the nearest cluster.
+            ``reconstruct_tokens`` (needs ``tokens.reference``); "attention": what ``recovery`` makes of the feature
+            "last" gives it (needs ``tokens.memory``). Patches summed up in a fused token count as dropped for "last",
+            "reconstruct" and "attention", as carried for the others. In soft clusters no token stands for a patch:
+            "reconstruct" mixes all of them, the others take the feature of the nearest cluster.
+        recovery: The trained module of the fill "attention".
 
     Raises:
-        ValueError: An unknown fill, "last" for a map made without memory, "reconstruct" without reference.
+        ValueError: An unknown fill, "last" or "attention" for a map made without memory, "reconstruct" without
+            reference, "attention" without ``recovery``.
     """
     check_fill(fill)
     _, patches = tokens.split(tokens.unpack(x) if tokens.packed else x)
@@ -195,19 +199,63 @@ def to_grid(x: Tensor, tokens: TokenMap, fill: str = "last") -> Tensor:
     grid = take_rows(patches, flat_rows(source.clamp(min=0), patches.shape[1]))  # (B, H*W, C)
     if fill == "zero":
         return grid.masked_fill((source < 0).unsqueeze(-1), 0)
-    if fill == "last":
-        if tokens.memory is None:
+    if fill in ("last", "attention"):
+        former = tokens.memory
+        if former is None:
             raise ValueError(
-                "recover 'last' needs the features the dropped patches had, but this TokenMap holds no memory; "
+                f"recover {fill!r} needs the features the dropped patches had, but this TokenMap holds no memory; "
                 "get it from forward_tokens(x, memory=True) or use recover 'nearest' or 'zero'"
             )
-        grid = torch.where(tokens.on_its_own().unsqueeze(-1), grid, tokens.memory)
+        if fill == "attention":
+            if recovery is None:
+                raise ValueError(
+                    "recover 'attention' is trained: give its module, model.recovery, to to_grid or to_map"
+                )
+            former = recovery(former, patches, tokens.valid)
+        grid = torch.where(tokens.on_its_own().unsqueeze(-1), grid, former)
     return grid
 
 
-def to_map(x: Tensor, tokens: TokenMap, fill: str = "last") -> Tensor:
+def to_map(x: Tensor, tokens: TokenMap, fill: str = "last", recovery: AttentionRecovery | None = None) -> Tensor:
     """Full feature map (B, C, H, W) of x; arguments and errors as in to_grid."""
-    return to_grid(x, tokens, fill).transpose(1, 2).unflatten(2, tokens.grid).contiguous()
+    return to_grid(x, tokens, fill, recovery).transpose(1, 2).unflatten(2, tokens.grid).contiguous()
+
+
+class AttentionRecovery(nn.Module):
+    """Trained recovery of dropped patches by attention to the tokens left: ``X' = X + MHA(LN(X), LN(S))``.
+
+    The recovery of STViT-R (2303.08685) without its MLP, for any method and host: X are the patches as they were last
+    carried and S the patch tokens of the map's own depth. One module serves all depths. The projection starts at zero,
+    so that an untrained module gives the fill "last", and a checkpoint of the host, which has nothing about the module,
+    leaves it as it is.
+
+    Args:
+        dim: Channels.
+        num_heads: Attention heads.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+
+    Raises:
+        ValueError: dim not a multiple of num_heads.
+    """
+
+    def __init__(self, dim: int, num_heads: int, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=1e-6, device=device, dtype=dtype)
+        self.attn = CrossAttention(dim, num_heads, device=device, dtype=dtype)
+        nn.init.zeros_(self.attn.proj.weight)
+        nn.init.zeros_(self.attn.proj.bias)
+
+    def forward(self, x: Tensor, s: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Patches x (B, N, C) and tokens left s (B, M, C), False in ``valid`` (B, M) for padding -> (B, N, C)."""
+        mask = None if valid is None else valid[:, None, None]  # (B, heads, N, M)
+        return x + self.attn.attend(self.attn.q(self.norm(x)), self.attn.kv(self.norm(s)), mask)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Load as any module, but keep the weights if a checkpoint has nothing about them."""
+        if not any(name.startswith(prefix) for name in state_dict):
+            state_dict.update({prefix + name: value for name, value in self.state_dict().items()})
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 class TokenRecoveringAttention(nn.Module):

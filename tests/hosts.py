@@ -53,6 +53,7 @@ HOSTS: dict[str, Callable[..., nn.Module]] = {
     ),
     "lvvit": partial(LVViT, **(SIZE | {"patch_size": 16, "img_size": (64, 80)})),
 }
+MERGE = {"tome", "dymu", "expedite"}  # methods under which no patch is without a token
 SETTINGS: dict[str, dict[str, Any]] = {
     "evit": {"keep_rate": 0.6, "reduce_at": (1, 2)},
     "tome": {"r": 3},

@@ -212,7 +212,7 @@ class TestSettingsOutOfRange:
             reduced(method, ragged="packed", compat=True)
 
     def test_unknown_fill(self) -> None:
-        message = "recover must be one of last, nearest, zero, reconstruct, got 'x'"
+        message = "recover must be one of last, nearest, zero, reconstruct, attention, got 'x'"
         with pytest.raises(ValueError, match=message):
             reduced("evit", recover="x")
         with pytest.raises(ValueError, match=message):

@@ -26,7 +26,7 @@ REFUSALS = re.compile(
     r"would leave -?\d+ of \d+ patch tokens|scores patches by the class token|which attention pooling"
     r"|num_neighbours must be at least 1 and at most|keeps every entry of|token_scale needs propagation"
     r"|compat=True reproduces the official padded batch|k must be at (least 2 and at )?most the number of"
-    r"|restore_at must be a block behind|clusters must be at least 1 x 1 and at most one for each token"
+    r"|drops no patch|restore_at must be a block behind|clusters must be at least 1 x 1 and at most one for each token"
 )
 rates = st.sampled_from([0.2, 0.5, 0.7, 0.95, 1.0])
 

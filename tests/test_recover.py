@@ -5,11 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import timm
 import torch
-from torch import Tensor
+from hosts import MERGE, SETTINGS, make_host, make_images
+from torch import Tensor, nn
 
+import effvit
 from effvit.recover import (
     FILLS,
+    AttentionRecovery,
     TokenRecoveringAttention,
     TokenRecovery,
     nearest_token,
@@ -23,6 +27,18 @@ from effvit.tokens import TokenMap
 GRID = (3, 5)
 NUM_PATCHES = 15
 PREFIX = 2
+
+
+def trained_recovery() -> AttentionRecovery:
+    """A module of the fill "attention" whose projection is not zero."""
+    generator = torch.Generator().manual_seed(0)
+    recovery = AttentionRecovery(4, 2)
+    for parameter in recovery.parameters():
+        parameter.data.normal_(generator=generator)
+    return recovery
+
+
+RECOVERY = trained_recovery()
 
 
 def full_map(batch: int = 2) -> TokenMap:
@@ -85,19 +101,19 @@ class TestNearest:
 class TestEveryFill:
     def test_unreduced_sequence_is_given_back(self, fill: str) -> None:
         x = features(NUM_PATCHES)
-        assert torch.equal(to_grid(x, full_map(), fill), x[:, PREFIX:])
-        assert torch.equal(to_map(x, full_map(), fill).flatten(2).transpose(1, 2), x[:, PREFIX:])
+        assert torch.equal(to_grid(x, full_map(), fill, RECOVERY), x[:, PREFIX:])
+        assert torch.equal(to_map(x, full_map(), fill, RECOVERY).flatten(2).transpose(1, 2), x[:, PREFIX:])
 
     def test_shuffled_sequence_is_put_back_in_order(self, fill: str) -> None:
         x, order = features(NUM_PATCHES), random_order(2, NUM_PATCHES)
         tokens = known().keep(order, NUM_PATCHES)
-        grid = to_grid(x, tokens, fill)
+        grid = to_grid(x, tokens, fill, RECOVERY)
         assert torch.equal(grid.gather(1, order.unsqueeze(-1).expand(-1, -1, 4)), x[:, PREFIX:])
 
     def test_kept_patches_have_the_feature_of_their_token(self, fill: str) -> None:
         x, index = features(6), random_order(2, 6)
         tokens = known().keep(index, 6)
-        grid = to_grid(x, tokens, fill)
+        grid = to_grid(x, tokens, fill, RECOVERY)
         assert torch.equal(grid.gather(1, index.unsqueeze(-1).expand(-1, -1, 4)), x[:, PREFIX:])
 
     def test_merged_patches_have_the_feature_of_their_token(self, fill: str) -> None:
@@ -105,23 +121,89 @@ class TestEveryFill:
         tokens = known()
         tokens = tokens.relabel(target, torch.arange(0, NUM_PATCHES, 3).expand(2, -1), 5)
         x = features(5)
-        assert torch.equal(to_grid(x, tokens, fill), x[:, PREFIX:].repeat_interleave(3, dim=1))
+        assert torch.equal(to_grid(x, tokens, fill, RECOVERY), x[:, PREFIX:].repeat_interleave(3, dim=1))
 
     def test_packed_sequence_is_recovered_like_the_padded_one(self, fill: str) -> None:
         arguments: dict[str, Any] = {"valid": torch.tensor([[True, True, True], [True, False, False]])}
         start, index = known(), random_order(2, 3)
         padded, packed = start.keep(index, 3, **arguments), start.keep(index, 3, packed=True, **arguments)
         x = features(3)
-        assert torch.equal(to_grid(packed.pack(x), packed, fill), to_grid(x, padded, fill))
+        assert torch.equal(to_grid(packed.pack(x), packed, fill, RECOVERY), to_grid(x, padded, fill, RECOVERY))
 
     def test_map_is_the_grid_with_channels_first(self, fill: str) -> None:
         x, index = features(6), random_order(2, 6)
         tokens = known().keep(index, 6)
-        dense = to_map(x, tokens, fill)
+        dense = to_map(x, tokens, fill, RECOVERY)
         assert dense.shape == (2, 4, *GRID)
         assert dense.is_contiguous()
-        for patch, feature in enumerate(to_grid(x, tokens, fill)[0]):
+        for patch, feature in enumerate(to_grid(x, tokens, fill, RECOVERY)[0]):
             assert torch.equal(dense[0, :, patch // GRID[1], patch % GRID[1]], feature)
+
+
+class TestAttention:
+    def test_untrained_module_gives_the_last_features(self) -> None:
+        x, tokens = features(6), known().keep(random_order(2, 6), 6)
+        fresh = AttentionRecovery(4, 2)
+        assert torch.equal(to_grid(x, tokens, "attention", fresh), to_grid(x, tokens, "last"))
+
+    def test_dropped_patches_add_what_they_read_from_the_tokens(self) -> None:
+        before, x = features(NUM_PATCHES), features(6)
+        tokens = full_map().remember(before).keep(random_order(2, 6), 6)
+        grid = to_grid(x, tokens, "attention", RECOVERY)
+        heads = nn.MultiheadAttention(4, 2, batch_first=True)
+        attn = RECOVERY.attn
+        heads.in_proj_weight.data = torch.cat([attn.q.weight, attn.kv.weight])
+        heads.in_proj_bias.data = torch.cat([attn.q.bias, attn.kv.bias])
+        heads.out_proj.weight.data, heads.out_proj.bias.data = attn.proj.weight.data, attn.proj.bias.data
+        patches, left = before[:, PREFIX:], RECOVERY.norm(x[:, PREFIX:])
+        expected = patches + heads(RECOVERY.norm(patches), left, left)[0]
+        dropped = tokens.source == -1
+        assert torch.allclose(grid[dropped], expected[dropped], atol=1e-5)
+
+    def test_padding_is_not_read(self) -> None:
+        valid = torch.tensor([[True, True, False], [True, False, False]])
+        x, tokens = features(3), known().keep(random_order(2, 3), 3, valid=valid)
+        changed = torch.cat([x[:, :PREFIX], x[:, PREFIX:] + ~valid.unsqueeze(-1)], dim=1)
+        grids = [to_grid(y, tokens, "attention", RECOVERY) for y in (x, changed)]
+        assert torch.equal(*grids)
+
+    def test_module_and_memory_are_asked_for(self) -> None:
+        x, tokens = features(6), known().keep(random_order(2, 6), 6)
+        with pytest.raises(ValueError, match=r"recover 'attention' is trained: give its module, model\.recovery"):
+            to_grid(x, tokens, "attention")
+        with pytest.raises(ValueError, match="recover 'attention' needs the features the dropped patches had"):
+            to_grid(x, full_map().keep(random_order(2, 6), 6), "attention", RECOVERY)
+
+    @pytest.mark.parametrize("method", sorted(set(effvit.list_methods()) - MERGE))
+    def test_every_method_trains_it_and_loads_the_host_without_it(self, method: str) -> None:
+        host = make_host("class_token")
+        model = effvit.sparsify(host, method, recover="attention", **SETTINGS[method])
+        x = make_images(model)
+        plain = effvit.sparsify(host, method, recover="last", **SETTINGS[method])
+        maps, expected = (net.eval().forward_intermediates(x, indices=1)[1][0] for net in (model, plain))
+        assert torch.allclose(maps, expected, atol=1e-6)
+        model.train().forward_intermediates(x, indices=1)[1][0].square().sum().backward()
+        assert model.recovery.attn.proj.weight.grad.abs().max() > 0
+        model.recovery.attn.proj.weight.data.normal_()
+        weights = model.recovery.attn.proj.weight.clone()
+        model.load_state_dict(host.state_dict())
+        assert torch.equal(model.recovery.attn.proj.weight, weights)
+
+    @pytest.mark.parametrize("method", sorted(MERGE))
+    def test_methods_that_drop_nothing_refuse_it(self, method: str) -> None:
+        with pytest.raises(ValueError, match=f"{method} with these settings drops no patch"):
+            effvit.sparsify(make_host("class_token"), method, recover="attention", **SETTINGS[method])
+
+    def test_module_is_kept_by_another_method_and_left_out_by_another_fill(self) -> None:
+        model = effvit.sparsify(make_host("class_token"), "evit", recover="attention", reduce_at=(1,))
+        other = effvit.sparsify(model, "hot", recover="attention", reduce_at=(1,))
+        assert other.recovery.attn.q.weight is model.recovery.attn.q.weight
+        assert effvit.sparsify(model, "tome", r=2).recovery is None
+        assert "recovery.attn.q.weight" in model.state_dict()
+
+    def test_architectures_with_full_maps_refuse_a_fill(self) -> None:
+        with pytest.raises(ValueError, match="has no setting 'recover': no patch is dropped"):
+            timm.create_model("supertoken_small_224", recover="last")
 
 
 class TestDroppedPatches:

@@ -34,6 +34,8 @@ CONTAINERS = ("state_dict", "model", "teacher", "student")
 WRAPPERS = re.compile(r"^(module\.|backbone\.|encoder\.)+")
 # Thresholds of DyMU, which timm's filters leave at the block they belong to.
 THRESHOLD = re.compile(r"^(blocks\.\d+\.)threshold$")
+# What a reduced host has besides the plain one: learnt thresholds, and the module of the fill "attention".
+OWN = re.compile(r"(\.reducer\.|^recovery\.)")
 # Parameters of training only: the projection head of DINO, and the all-zero row of ATS (no parameter at all). And what
 # stands around a backbone in the files of mmdet and mmseg.
 DROPPED = re.compile(
@@ -77,11 +79,13 @@ class Conversion(NamedTuple):
 def place_thresholds(state: dict[str, Tensor], model: nn.Module) -> list[str]:
     """Rename official thresholds in ``state`` and fill in what it does not hold; returns names without a place.
 
-    A plain host's checkpoint has no thresholds, and an official one has them for blocks that do not reduce too.
+    A plain host's checkpoint has no thresholds and no recovery, and an official one has thresholds for blocks that do
+    not reduce too.
     """
-    own = {name: value for name, value in model.state_dict().items() if ".reducer." in name}
+    own = {name: value for name, value in model.state_dict().items() if OWN.search(name)}
     unused = []
-    for name in [name for name in state if THRESHOLD.match(name) and own]:
+    learns = any(".reducer." in name for name in own)
+    for name in [name for name in state if THRESHOLD.match(name) and learns]:
         value = state.pop(name)
         prefix = THRESHOLD.sub(r"\1reducer.", name)
         if f"{prefix}threshold" not in own:

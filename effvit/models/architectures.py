@@ -256,6 +256,10 @@ def _own_names(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
 
 def _create(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     variant = VARIANTS[name]
+    if "recover" in kwargs:
+        raise ValueError(
+            f"{name} has no setting 'recover': no patch is dropped, so its maps are full as they are; leave it out"
+        )
     feature_cfg = feature_settings(kwargs, variant.out_indices)
     return build_model_with_cfg(
         variant.model,

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from effvit.block import rehouse, token_block
 from effvit.models._surface import check_images, check_output_fmt, hand_out, refuse_mask
-from effvit.recover import check_fill, restore, to_grid
+from effvit.recover import AttentionRecovery, check_fill, restore, to_grid
 from effvit.reducers import METHODS, Reducer
 from effvit.schedule import check_fraction, per_block
 from effvit.tokens import TokenMap, flat_rows, take_rows
@@ -63,12 +63,14 @@ class ReducedHost(nn.Module):
         method: Name of the reduction method.
         settings: Its settings, JSON-plain, defaults included.
         recover: How dense maps are filled, one of ``effvit.recover.FILLS``.
+        recovery: The trained module of the fill "attention", else None.
         head_reads_patches: The head reads patch tokens although it pools the class token.
     """
 
     method: str
     settings: dict[str, Any]
     recover: str
+    recovery: AttentionRecovery | None
     head_reads_patches = False
     token_drop: PatchDropoutWithIndices | None
 
@@ -145,7 +147,7 @@ class ReducedHost(nn.Module):
             x: Images (B, 3, H, W).
             take: Blocks whose output is returned too.
             num_blocks: Blocks to run, None for all.
-            memory: Let the maps remember dropped patches, for dense recovery by "last".
+            memory: Let the maps remember dropped patches, for dense recovery by "last" or "attention".
             reference: Let the maps keep the full grid from before the first reduction, for "reconstruct".
 
         Returns:
@@ -171,8 +173,8 @@ class ReducedHost(nn.Module):
 
         Args:
             x: Images (B, 3, H, W).
-            memory: Let the map remember the features of dropped patches, which the fill "last" needs, and those
-                of all patches before the first reduction, which "reconstruct" needs.
+            memory: Let the map remember the features of dropped patches, which the fills "last" and "attention" need,
+                and those of all patches before the first reduction, which "reconstruct" needs.
 
         Returns:
             Normalised tokens (B, P+N, C) as the last block left them, and where they are.
@@ -272,14 +274,14 @@ class ReducedHost(nn.Module):
         refuse_mask(self, attn_mask, is_causal)
         take, last = feature_take_indices(len(self.blocks), indices)
         num_blocks = last + 1 if stop_early or intermediates_only else None
-        memory, reference = self.recover == "last", self.recover == "reconstruct"
+        memory, reference = self.recover in ("last", "attention"), self.recover == "reconstruct"
         final, taken = self._forward_blocks(x, take, num_blocks, memory, reference)
 
         patches: list[Tensor] = []
         prefixes: list[Tensor] = []
         for features in taken:
             tokens = features.tokens
-            y = to_grid(features.x, tokens, self.recover)  # (B, H*W, C)
+            y = to_grid(features.x, tokens, self.recover, self.recovery)  # (B, H*W, C)
             prefix, _ = tokens.split(tokens.unpack(features.x) if tokens.packed else features.x)
             y, prefix = (self.norm(y), self.norm(prefix)) if norm else (y, prefix)
             patches.append(y)
@@ -450,8 +452,8 @@ def sparsify(model: nn.Module | str, method: str, *, recover: str | None = None,
             ``timm.create_model`` and give the model). It may be reduced already: its method is replaced.
         method: One of ``effvit.list_methods()``.
         recover: How dense maps (``forward_intermediates``, ``features_only``) fill dropped patches, one of
-            ``effvit.recover.FILLS``: "last", "nearest", "zero" or "reconstruct". None means "reconstruct" for
-            Expedite, "last" for the other methods.
+            ``effvit.recover.FILLS``: "last", "nearest", "zero", "reconstruct" or "attention", which is trained and
+            adds a module ``recovery``. None means "reconstruct" for Expedite, "last" for the other methods.
         settings: Settings of the method in its paper's words, e.g. ``keep_rate`` and ``reduce_at`` for EViT, ATS
             and Zero-TPrune, ``r`` for ToMe, ``num_prop`` for GTP. See ``effvit.method_settings(method)``.
 
@@ -480,6 +482,7 @@ def sparsify(model: nn.Module | str, method: str, *, recover: str | None = None,
     host.method = method
     host.settings = {name: _plain(value) for name, value in (METHODS[method].defaults() | settings).items()}
     host.recover = recover
+    host.recovery = _recovery(host) if recover == "attention" else None
     if not isinstance(dense, ReducedHost):
         _keep_drop_indices(host)
         for i, block in enumerate(host.blocks):
@@ -505,6 +508,15 @@ def _create_host(name: str) -> nn.Module:
     return timm.create_model(name)
 
 
+def _recovery(host: ReducedHost) -> AttentionRecovery:
+    """The module of the fill "attention": the one the model has, or a new one like its last attention."""
+    weight = next(host.parameters())
+    heads = host.blocks[-1].attn.num_heads
+    return getattr(host, "recovery", None) or AttentionRecovery(
+        host.embed_dim, heads, device=weight.device, dtype=weight.dtype
+    )
+
+
 def _keep_drop_indices(host: ReducedHost) -> None:
     """Move timm's patch dropout behind the embedding, where its choice can enter the TokenMap."""
     drop: Any = host.patch_drop
@@ -517,6 +529,12 @@ def _keep_drop_indices(host: ReducedHost) -> None:
 
 def _check_host(host: ReducedHost) -> None:
     """Raise a ValueError if the host lacks what the method's scores or its kind of sequence need."""
+    soft = METHODS[host.method].recover == "reconstruct"  # every patch is in some cluster
+    if host.recover == "attention" and (soft or all(r.keeps_every_patch for r in host.reducers.values())):
+        raise ValueError(
+            f"{host.method} with these settings drops no patch, so recover 'attention' would have nothing to learn; "
+            f"use recover {METHODS[host.method].recover!r}"
+        )
     for reducer in host.reducers.values():
         if reducer.needs_class_token and host.num_class_tokens == 0:
             raise ValueError(
