@@ -62,6 +62,12 @@ def inputs(config: Config) -> dict[str, Any]:
     return {"inputs": pictures, "data_samples": samples}
 
 
+def anchor_strides(model: Any) -> list[tuple[int, int]]:
+    """Strides (W, H) a detector lays its anchors at, level by level; none for a segmenter."""
+    head = getattr(model, "rpn_head", None) or getattr(model, "bbox_head", None)
+    return head.prior_generator.strides if head is not None else []
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_config_trains_and_predicts(path: Path) -> None:
     config = read(path)
@@ -69,10 +75,15 @@ def test_config_trains_and_predicts(path: Path) -> None:
         config.model.data_preprocessor.size = (SIDE, SIDE)
     torch.manual_seed(0)
     model = revert_sync_batchnorm(MODELS.build(config.model))
+    assert config.optim_wrapper.type == "OptimWrapper"  # mixed precision is asked for on the command line
     wrapper = build_optim_wrapper(model, config.optim_wrapper)
+    sizes: list[tuple[int, ...]] = []
+    if anchor_strides(model):
+        model.neck.register_forward_hook(lambda module, args, maps: sizes.extend(tuple(x.shape[-2:]) for x in maps))
     before = next(p for p in model.backbone.parameters() if p.ndim > 1).detach().clone()
     model.train()
     losses = model.train_step(inputs(config), wrapper)
+    assert sizes == [(-(-SIDE // height), -(-SIDE // width)) for width, height in anchor_strides(model)]
     assert losses
     assert all(bool(torch.as_tensor(value).isfinite().all()) for value in losses.values())
     trained: Tensor = next(p for p in model.backbone.parameters() if p.ndim > 1)

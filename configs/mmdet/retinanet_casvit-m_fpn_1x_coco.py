@@ -19,7 +19,7 @@ model = dict(
         drop_path_rate=0.1,
         norm_eval=True,
     ),
-    neck=dict(in_channels=[64, 96, 192, 384], start_level=0),
+    neck=dict(in_channels=[64, 96, 192, 384]),
 )
 optim_wrapper = dict(optimizer=dict(_delete_=True, type="AdamW", lr=2e-4, weight_decay=1e-4))
 train_dataloader = dict(batch_size=4)

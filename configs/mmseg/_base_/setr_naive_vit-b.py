@@ -13,7 +13,6 @@ model = dict(
         model_name="vit_base_patch16_224",
         img_size=512,
         out_indices=(2, 5, 8, 11),
-        out_norm=True,
         pretrained=True,
     ),
     decode_head=dict(in_channels=768),
