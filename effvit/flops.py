@@ -32,21 +32,22 @@ __all__ = ["HANDLES", "IGNORED_OPERATORS", "FlopReport", "Spread", "count_flops"
 ModelT = TypeVar("ModelT", bound=nn.Module)
 Handle = Callable[[list[Any], list[Any]], int]
 
-# Not counted by fvcore's convention; fvcore itself ignores a few dozen more (views, copies, integers).
+# Not counted by fvcore's convention, in place or not; fvcore itself ignores a few dozen more (views, copies, integers).
 # fmt: off
-IGNORED_OPERATORS = frozenset(f"aten::{name}" for name in (
-    # element-wise arithmetic and activations, softmax, pooling
-    "abs", "add", "ceil", "clamp_min", "cos", "div", "exp", "gelu", "hardswish", "hardswish_", "linalg_vector_norm",
-    "log", "log_softmax", "logsumexp", "max_pool2d", "mul", "neg", "pow", "rsqrt", "rsub", "sigmoid", "silu", "sin",
-    "softmax", "sqrt", "square", "sub", "tanh",
+IGNORED_OPERATORS = frozenset(f"aten::{name}{in_place}" for in_place in ("", "_") for name in (
+    # element-wise arithmetic and activations, softmax
+    "abs", "add", "addcmul", "ceil", "clamp_min", "cos", "div", "exp", "gelu", "hardsigmoid", "hardswish", "hardtanh",
+    "leaky_relu", "linalg_vector_norm", "log", "log_softmax", "logsumexp", "mul", "neg", "pow", "rsqrt", "rsub",
+    "sigmoid", "silu", "sin", "softmax", "sqrt", "square", "sub", "tanh",
     # sums, extremes and order
-    "amax", "amin", "any", "argsort", "cumsum", "kthvalue", "maximum", "mean", "sort", "sum", "topk",
+    "adaptive_max_pool2d", "amax", "amin", "any", "argsort", "cumsum", "kthvalue", "max_pool2d", "maximum", "mean",
+    "min", "minimum", "sort", "sum", "topk",
     # comparisons
     "__or__", "isfinite", "isnan", "le", "lt", "ne",
     # making and moving tokens, adding one to another
-    "clone", "diagonal", "expand_as", "eye", "fill_", "index_add", "index_copy", "index_select", "meshgrid", "new_ones",
-    "numel", "ones_like", "pad", "rand_like", "repeat_interleave", "reshape_as", "scatter", "scatter_add",
-    "unflatten", "view_as", "where",
+    "clone", "col2im", "diagonal", "dropout", "expand_as", "eye", "feature_dropout", "fill", "im2col", "index_add",
+    "index_copy", "index_select", "meshgrid", "new_ones", "numel", "ones_like", "pad", "rand_like", "repeat",
+    "repeat_interleave", "reshape_as", "scatter", "scatter_add", "tile", "unflatten", "unfold", "view_as", "where",
 ))
 # fmt: on
 
@@ -98,12 +99,46 @@ def rms_norm_flops(inputs: list[Any], outputs: list[Any]) -> int:
     return prod(get_shape(outputs[0])) * (2 if get_shape(inputs[2]) is None else 3)
 
 
+def recurrent_flops(inputs: list[Any], outputs: list[Any]) -> int:
+    """MACs of an LSTM or GRU: each of its weight matrices is applied at every step."""
+    steps = prod(get_shape(inputs[0])[:-1])
+    shapes = [get_shape(value) for value in inputs[2].node().inputs()]
+    return steps * sum(prod(shape) for shape in shapes if len(shape) == 2)
+
+
+def pool_flops(inputs: list[Any], outputs: list[Any]) -> int:
+    """Elements that average pooling adds up, as fvcore counts adaptive pooling."""
+    shape, kernel = get_shape(outputs[0]), [value.toIValue() for value in inputs[1].node().inputs()]
+    return prod(shape) * prod(kernel * (len(shape) - 2) if len(kernel) == 1 else kernel)
+
+
+def resize_flops(taps: int, antialiased: bool = False) -> Handle:
+    """Handle for a resize of maps whose kernel spans ``taps`` elements along a side, as fvcore counts bilinear ones.
+
+    An antialiased kernel is wider by as much as a side shrinks.
+    """
+
+    def flops(inputs: list[Any], outputs: list[Any]) -> int:
+        old, new = get_shape(inputs[0]), get_shape(outputs[0])
+        sides = [max(1.0, a / b) if antialiased else 1.0 for a, b in zip(old[2:], new[2:], strict=True)]
+        return round(prod(new) * prod(taps * side for side in sides))
+
+    return flops
+
+
 HANDLES: dict[str, Handle] = {
     **{f"aten::{name}": product_flops() for name in ("matmul", "mm", "bmm", "mv", "dot")},
     **{f"aten::{name}": product_flops(1) for name in ("addmm", "addmv", "baddbmm")},
     "aten::cdist": product_flops(),  # one difference is squared and accumulated where a product has one MAC
     "aten::einsum": einsum_flops,
     "aten::rms_norm": rms_norm_flops,
+    "aten::lstm": recurrent_flops,
+    "aten::gru": recurrent_flops,
+    "aten::avg_pool1d": pool_flops,
+    "aten::avg_pool2d": pool_flops,
+    "aten::upsample_bicubic2d": resize_flops(4),
+    "aten::_upsample_bilinear2d_aa": resize_flops(2, antialiased=True),
+    "aten::_upsample_bicubic2d_aa": resize_flops(4, antialiased=True),
     "aten::scaled_dot_product_attention": attention_flops,
     "aten::_scaled_dot_product_attention_math": attention_flops,
     "aten::_scaled_dot_product_flash_attention": attention_flops,
@@ -145,7 +180,7 @@ class FlopReport:
 
     @property
     def flops(self) -> int:
-        """Floating-point operations: two to the MAC. What most papers on vision transformers call FLOPs is ``total``."""
+        """Floating-point operations, two to the MAC; what papers on vision transformers call so is ``total``."""
         return 2 * self.total
 
     @property
@@ -208,8 +243,8 @@ def count_flops(
         uncounted |= analysis.unsupported_ops()
     if strict and uncounted:
         raise ValueError(
-            f"no rule counts the operators {', '.join(sorted(uncounted))}, so the count would be too low; give them one "
-            "in effvit.flops.HANDLES or IGNORED_OPERATORS, or count with strict=False and report them"
+            f"no rule counts the operators {', '.join(sorted(uncounted))}, so the count may be too low; give them one "
+            "in effvit.flops.HANDLES, or count with strict=False, which lists them as the report's uncounted"
         )
     by_module = _mean([analysis.by_module() for analysis in analyses])
     by_operator = _mean([analysis.by_operator() for analysis in analyses])
