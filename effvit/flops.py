@@ -46,7 +46,7 @@ IGNORED_OPERATORS = frozenset(f"aten::{name}{in_place}" for in_place in ("", "_"
     "__or__", "isfinite", "isnan", "le", "lt", "ne",
     # making and moving tokens, adding one to another
     "clone", "col2im", "diagonal", "dropout", "expand_as", "eye", "feature_dropout", "fill", "im2col", "index_add",
-    "index_copy", "index_select", "meshgrid", "new_ones", "numel", "ones_like", "pad", "rand_like", "repeat",
+    "index_copy", "index_select", "meshgrid", "new_ones", "numel", "numpy_T", "ones_like", "pad", "rand_like", "repeat",
     "repeat_interleave", "reshape_as", "scatter", "scatter_add", "tile", "unflatten", "unfold", "view_as", "where",
 ))
 # fmt: on
@@ -132,6 +132,7 @@ HANDLES: dict[str, Handle] = {
     "aten::cdist": product_flops(),  # one difference is squared and accumulated where a product has one MAC
     "aten::einsum": einsum_flops,
     "aten::rms_norm": rms_norm_flops,
+    "prim::PythonOp._NoopSaveInputs": lambda inputs, outputs: 0,  # of torch.utils.checkpoint, which only keeps them
     "aten::lstm": recurrent_flops,
     "aten::gru": recurrent_flops,
     "aten::avg_pool1d": pool_flops,

@@ -247,7 +247,7 @@ def test_operators_without_a_rule_are_reported_and_not_logged(caplog):
 
 
 def test_strict_count_is_refused_if_it_is_not_complete():
-    with pytest.raises(ValueError, match=r"no rule counts the operators aten::cumprod, aten::erfinv, .* HANDLES"):
+    with pytest.raises(ValueError, match=r"no rule counts the operators aten::cumprod, aten::erfinv, so .*HANDLES"):
         count_flops(Unknown(), (1, 4, 4), strict=True)
 
 
@@ -306,7 +306,7 @@ def test_report_reads_as_tables_of_macs():
     lines = str(report).splitlines()
     assert lines[0] == "1.258 GMACs (2.517 GFLOPs of two to the MAC)"
     assert lines[3].split() == ["linear", "1.0459", "83.1%"]
-    assert "blocks           1.2285   97.6%" in lines
+    assert ["blocks", "1.2291", "97.7%"] in [line.split() for line in lines]
     assert lines[-1] == "operators without a rule, and their calls: none"
     assert str(count_flops(Unknown(), (1, 4, 4))).endswith("their calls: aten::cumprod (2), aten::erfinv (1)")
 

@@ -77,6 +77,6 @@ def closed_form_macs(
     if form is None:
         known = ", ".join(cls.__name__ for cls in (*PLAIN, *FORMS))
         raise TypeError(
-            f"no closed form is known for a {type(model).__name__}; there is one for {known}: use count_flops"
+            f"a {type(model).__name__} has no closed form, only {known} have; use effvit.count_flops instead"
         )
     return dict(+form(model, size))
