@@ -40,8 +40,8 @@ IGNORED_OPERATORS = frozenset(f"aten::{name}{in_place}" for in_place in ("", "_"
     "leaky_relu", "linalg_vector_norm", "log", "log2", "log_softmax", "logsumexp", "mul", "neg", "pow", "rsqrt", "rsub",
     "sigmoid", "silu", "sin", "softmax", "sqrt", "square", "sub", "tanh",
     # sums, extremes and order
-    "adaptive_max_pool2d", "amax", "amin", "any", "argmax", "argsort", "cumsum", "kthvalue", "max_pool2d", "maximum", "mean",
-    "min", "minimum", "sort", "sum", "topk",
+    "adaptive_max_pool2d", "amax", "amin", "any", "argmax", "argsort", "cumsum", "kthvalue", "max_pool2d", "maximum",
+    "mean", "min", "minimum", "sort", "sum", "topk",
     # comparisons
     "__or__", "isfinite", "isnan", "le", "lt", "ne",
     # making and moving tokens, adding one to another
@@ -83,7 +83,7 @@ def einsum_flops(inputs: list[Any], outputs: list[Any]) -> int:
         labels = [*before, *(f"...{i}" for i in range(broadcast, 0, -1) if dots), *after]
         factors.append(set(labels))
         sizes |= Counter(dict(zip(labels, shape, strict=True)))
-    kept = {*right.replace("...", "")} if right else {x for x in sizes if sum(x in f for f in factors) == 1}
+    kept = {*right.replace("...", "")} if right else {label for label in sizes if left.count(label) == 1}
     kept |= {label for label in sizes if label.startswith("...")}
     total, done = 0, factors[0]
     for i, factor in enumerate(factors[1:], start=2):
