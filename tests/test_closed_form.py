@@ -66,12 +66,12 @@ def check_agreement(model: nn.Module, size: tuple[int, int, int]) -> None:
     x = noise(size)
     report = count_flops(model, size, strict=True)
     assert sum(closed_form_macs(model, size, **token_counts(model, x)).values()) == report.total
-    for module in model.modules():
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = False
-    apart = count_flops(model, size, strict=True)
-    assert apart.total == report.total
-    assert macs_by_torch(model, x) == products(apart) + unseen(model)
+    switches = [module for module in model.modules() if hasattr(module, "fused_attn")]
+    for module in switches:
+        module.fused_attn = False
+    if switches:
+        assert count_flops(model, size, strict=True).total == report.total
+    assert macs_by_torch(model, x) == products(report) + unseen(model)
 
 
 @pytest.mark.parametrize("name", HOSTS)
@@ -173,11 +173,9 @@ def test_token_counts_are_asked_for_where_they_depend_on_the_image() -> None:
         closed_form_macs(make_model("ats", "class_token"), (3, 48, 64), token_counts=[48] * 3)
 
 
-def test_packed_batches_cost_what_padded_ones_do_for_one_image() -> None:
-    for method in ("ats", "dymu"):
-        for host in ("class_token", "dinov3"):
-            padded, packed = (make_model(method, host, ragged=ragged) for ragged in ("padded", "packed"))
-            totals = {count_flops(model, (3, 48, 64), strict=True).total for model in (padded, packed)}
-            assert totals == {
-                sum(closed_form_macs(padded, (3, 48, 64), **token_counts(padded, noise((3, 48, 64)))).values())
-            }
+@pytest.mark.parametrize("method", ["ats", "dymu"])
+def test_packed_batches_cost_what_padded_ones_do_for_one_image(method: str) -> None:
+    padded, packed = (make_model(method, "dinov3", ragged=ragged) for ragged in ("padded", "packed"))
+    size = (3, 48, 64)
+    expected = sum(closed_form_macs(padded, size, **token_counts(padded, noise(size))).values())
+    assert [count_flops(model, size, strict=True).total for model in (padded, packed)] == [expected, expected]

@@ -28,16 +28,7 @@ def deit_small() -> nn.Module:
 
 
 # Settings for the 16 patches and 2 blocks of tiny_vit.
-SMALL = {
-    "evit": {"reduce_at": [1]},
-    "tome": {"r": 3},
-    "gtp": {"num_prop": 3},
-    "ats": {},
-    "zero_tprune": {"keep_rate": 0.7, "r": 2, "reduce_at": [0]},
-    "dymu": {"thresholds": [0.1, 0.1]},
-    "expedite": {"keep_rate": 0.6},
-    "hot": {"reduce_at": [1]},
-}
+SMALL = {"evit": {"reduce_at": [1]}, "tome": {"r": 3}, "gtp": {"num_prop": 3}}
 
 
 def tiny_vit() -> VisionTransformer:
@@ -75,7 +66,7 @@ class TestAgainstOfficialModules:
         )
 
 
-@pytest.mark.parametrize("method", [None, *SMALL])
+@pytest.mark.parametrize("method", [None, "tome", "gtp"])
 def test_count_is_complete_and_the_same_with_and_without_fused_attention(method):
     fused_was = use_fused_attn() > 0
     totals = []

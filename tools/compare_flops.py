@@ -3,7 +3,7 @@
 docs/benchmarks/published_flops.json says what to count and where the other figures are from; the counts go to
 counted_flops.json beside it. Every count on a trace is checked against the closed form.
 
-    python tools/compare_flops.py              # count everything, half an hour on one core
+    python tools/compare_flops.py              # count everything, 12 minutes on one core
     python tools/compare_flops.py --only sit   # count these groups alone, keep the other counts
     python tools/compare_flops.py --table      # only write the table anew
 """
