@@ -86,45 +86,54 @@ def deviation(macs: int, figure: float | str | None) -> float | None:
     return macs / 1e9 / float(figure) - 1
 
 
-def _cell(macs: int, figure: float | str | None) -> str:
-    share = deviation(macs, figure)
-    return "" if share is None else f"{figure} ({share:+.1%})".replace("(+0.0%)", "(=)").replace("(-0.0%)", "(=)")
+class Notes:
+    """Numbered notes below a table."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def mark(self, text: str | None) -> str:
+        """The mark of a note in a cell; nothing for none."""
+        if not text:
+            return ""
+        if text not in self.texts:
+            self.texts.append(text)
+        return f"<sup>{self.texts.index(text) + 1}</sup>"
+
+    def lines(self) -> list[str]:
+        """The notes in Markdown."""
+        return ["", *(f"{i}. {text}" for i, text in enumerate(self.texts, start=1)), ""]
+
+
+def _figure(figure: float | str | None, macs: int | None = None) -> str:
+    share = None if macs is None else deviation(macs, figure)
+    return (
+        f"{figure or ''}" if share is None else f"{figure} ({share:+.1%})".replace("+0.0%", "=").replace("-0.0%", "=")
+    )
 
 
 def table(published: dict[str, Any], counted: dict[str, int]) -> str:
     """The tables of all groups in Markdown."""
-    lines = []
+    sources, remarks, lines = published["sources"], published["remarks"], []
     for group, title in GROUPS.items():
-        settings = [setting for setting in published["settings"] if setting["group"] == group]
-        notes: list[str] = []
-        rows = []
-        for setting in settings:
-            macs, marks = counted[key(setting)], []
-            for note in (
-                published["sources"].get(setting["reference_from"], ""),
-                setting.get("published_in", ""),
-                published["remarks"].get(setting.get("remark"), ""),
-            ):
-                if note and note not in notes:
-                    notes.append(note)
-                marks.append(f"<sup>{notes.index(note) + 1}</sup>" if note else "")
-            other = _cell(macs, setting["reference"]) + marks[0]
-            paper = _cell(macs, setting.get("published")) + marks[1]
-            rows.append(
-                f"| {setting['model']} | {setting['setting']} | {macs / 1e9:.4f}{marks[2]} | {other} | {paper} |"
-            )
         lines += [f"### {title}", "", "| model | setting | counted | other count | published |"]
-        lines += ["| --- | --- | ---: | ---: | ---: |", *rows, ""]
-        lines += [f"{i}. {note}" for i, note in enumerate(notes, start=1)]
-        lines.append("")
+        lines.append("| --- | --- | ---: | ---: | ---: |")
+        notes = Notes()
+        for setting in (setting for setting in published["settings"] if setting["group"] == group):
+            macs = counted[key(setting)]
+            other = _figure(setting["reference"], macs) + notes.mark(sources.get(setting["reference_from"]))
+            paper = _figure(setting.get("published"), macs) + notes.mark(setting.get("published_in"))
+            count = f"{macs / 1e9:.4f}" + notes.mark(remarks.get(setting.get("remark")))
+            lines.append(f"| {setting['model']} | {setting['setting']} | {count} | {other} | {paper} |")
+        lines += notes.lines()
     lines += ["### Not counted here", "", "| model | setting | other count | published | why |"]
     lines.append("| --- | --- | ---: | ---: | --- |")
+    notes = Notes()
     for entry in published["elsewhere"]:
-        origin = published["sources"].get(entry.get("reference_from"), "")
-        other = "" if entry["reference"] is None else f"{entry['reference']} ({origin})"
-        paper = f"{entry['published']} ({entry['published_in']})" if "published" in entry else ""
+        other = _figure(entry["reference"]) + notes.mark(sources.get(entry.get("reference_from")))
+        paper = _figure(entry.get("published")) + notes.mark(entry.get("published_in"))
         lines.append(f"| {entry['model']} | {entry['setting']} | {other} | {paper} | {entry['reason']} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *notes.lines()])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
