@@ -4,6 +4,11 @@
 zoo's names with ``timm.create_model``.
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from effvit.models._checkpoint import load_checkpoint
 from effvit.models.calibration import calibrate
 from effvit.models.host import TokenFeatures, list_methods, method_settings, sparsify
@@ -12,12 +17,16 @@ from effvit.recover import to_map
 from effvit.schedule import cosine_keep_rate
 from effvit.tokens import TokenMap
 
+if TYPE_CHECKING:
+    from effvit.flops import count_flops
+
 __version__ = "0.1.0"
 __all__ = [
     "TokenFeatures",
     "TokenMap",
     "calibrate",
     "cosine_keep_rate",
+    "count_flops",
     "list_methods",
     "list_models",
     "load_checkpoint",
@@ -26,3 +35,9 @@ __all__ = [
     "sparsify",
     "to_map",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "count_flops":  # on demand, since nothing else here needs fvcore
+        return importlib.import_module("effvit.flops").count_flops
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -71,10 +71,7 @@ class AttnState(NamedTuple):
             q, k = class_queries(self.q, self.keys), unpack_heads(self.k, self.keys)
         else:
             q, k = self.q[:, :, :num_class], self.k
-        logits = (q * self.scale) @ k.transpose(-2, -1)
-        bias = self.keys.key_bias(logits.dtype)
-        if bias is not None:
-            logits = logits + bias
+        logits = biased_logits(q, k, self.scale, self.keys)
         return logits.softmax(dim=-1, dtype=wide_dtype(logits.dtype))
 
     def softmax_map(self) -> Tensor:
@@ -87,6 +84,13 @@ class AttnState(NamedTuple):
             q = F.pad(q, (0, 1), value=1)
             k = torch.cat([k, bias.transpose(-2, -1).expand(-1, k.shape[1], -1, -1)], dim=-1)
         return (q @ k.transpose(-2, -1)).softmax(dim=-1)
+
+
+def biased_logits(q: Tensor, k: Tensor, scale: float, keys: TokenMap) -> Tensor:
+    """Attention logits (B, heads, Nq, P+N) of queries (B, heads, Nq, D) and the keys, with the bias of their map."""
+    logits = (q * scale) @ k.transpose(-2, -1)
+    bias = keys.key_bias(logits.dtype)
+    return logits if bias is None else logits + bias
 
 
 Pick = Callable[[AttnState], Selection]
@@ -123,8 +127,8 @@ def variable_length_attention(
 ) -> Tensor:
     """Attention inside each image of a packed batch: q (1, heads, Tq, D), k and v (1, heads, Tk, D).
 
-    On a CPU one fused call an image; elsewhere one call on jagged nested tensors, which dispatch to the
-    variable-length flash or memory-efficient kernels.
+    On a CPU, and in a trace, which knows no nested tensors, one fused call an image; elsewhere one call on jagged
+    nested tensors, which dispatch to the variable-length flash or memory-efficient kernels.
 
     Args:
         q: Queries of all images, one image after another.
@@ -139,7 +143,7 @@ def variable_length_attention(
         (1, heads, Tq, D).
     """
     query_lengths, key_lengths = query_mask.sum(1), key_mask.sum(1)
-    if q.device.type == "cpu":
+    if q.device.type == "cpu" or torch.jit.is_tracing():
         q_rows, k_rows = query_lengths.tolist(), key_lengths.tolist()
         masks = [None] * len(k_rows) if key_bias is None else key_bias[:, None, None].to(q.dtype).split(k_rows, dim=3)
         images = zip(q.split(q_rows, dim=2), k.split(k_rows, dim=2), v.split(k_rows, dim=2), masks, strict=True)
@@ -273,7 +277,7 @@ class _TokenAttention(nn.Module):
             bias = tokens.key_bias(q.dtype)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p)
         else:
-            out = self.attn_drop(state._replace(q=q).softmax_map()) @ v
+            out = self.attn_drop(biased_logits(q, k, self.scale, tokens).softmax(dim=-1)) @ v
 
         out = self.norm(out.transpose(1, 2).flatten(2))  # (B, P+K, heads * D)
         if gate is not None:
