@@ -85,8 +85,8 @@ class TestDetector:
 
     def test_one_stage_detector(self) -> None:
         model = build("mmdet/retinanet_casvit-m_fpn_1x_coco.py")
-        report = count_dense_flops(model, (64, 64))
-        places = sum((64 // stride) ** 2 for stride in (4, 8, 16, 32, 64))
+        report = count_dense_flops(model, (128, 128))
+        places = sum((128 // stride) ** 2 for stride in (8, 16, 32, 64, 128))
         assert report.by_module["bbox_head"] == places * convolution(model.bbox_head)
 
 
