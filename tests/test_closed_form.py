@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import prod
 from typing import Any
 
@@ -11,7 +11,9 @@ import timm
 import torch
 from architectures import SIZES, SMALL, make_architecture
 from hosts import HOSTS, PAIRS, make_host, make_model
+from timm.layers import RmsNorm
 from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,6 +24,15 @@ from effvit.models.host import ReducedHost
 
 # What torch does not count, and we do as fvcore does.
 NOT_PRODUCTS = {"layer_norm", "batch_norm", "adaptive_avg_pool2d", "grid_sampler"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Models this small only lose by sharing their work out."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def products(report: FlopReport) -> int:
@@ -162,6 +173,14 @@ def test_other_image_sizes_are_padded_to_whole_patches() -> None:
 def test_model_without_closed_form_is_refused() -> None:
     with pytest.raises(TypeError, match=r"a Linear has no closed form, only VisionTransformer, .* have; use effvit"):
         closed_form_macs(nn.Linear(3, 4), (3, 224, 224))
+
+
+def test_blocks_and_norms_without_closed_form_are_refused() -> None:
+    sizes = {"img_size": 32, "embed_dim": 48, "depth": 1, "num_heads": 3}
+    with pytest.raises(TypeError, match="blocks of the class ParallelScalingBlock have no closed form"):
+        closed_form_macs(VisionTransformer(block_fn=ParallelScalingBlock, **sizes), (3, 32, 32))
+    with pytest.raises(TypeError, match="closed forms know LayerNorm and BatchNorm2d, not RmsNorm; use count_flops"):
+        closed_form_macs(VisionTransformer(norm_layer=RmsNorm, **sizes), (3, 32, 32))
 
 
 def test_token_counts_are_asked_for_where_they_depend_on_the_image() -> None:

@@ -16,6 +16,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from effvit.block import BLOCK_CLASSES
 from effvit.closed_form import architectures, hosts
 from effvit.closed_form.terms import Size, Terms
 from effvit.models.casvit import CASViT
@@ -56,7 +57,7 @@ def closed_form_macs(
         MACs of "embedding", "norm", "projection", "attention", "mlp", "reduction", "head" and what else there is.
 
     Raises:
-        TypeError: A class without a closed form.
+        TypeError: A class of model, block or norm without a closed form.
         ValueError: ``token_counts`` missing, not needed or not one for each block.
     """
     size = (input_size[1], input_size[2])
@@ -70,6 +71,9 @@ def closed_form_macs(
         )
     if isinstance(model, ReducedHost) or type(model) in PLAIN:
         blocks: Any = model.blocks
+        foreign = {type(block).__name__ for block in blocks if not isinstance(block, tuple(BLOCK_CLASSES))}
+        if foreign:
+            raise TypeError(f"blocks of the class {', '.join(foreign)} have no closed form; use effvit.count_flops")
         if token_counts is not None and len(token_counts) != len(blocks):
             raise ValueError(f"token_counts needs one value for each of {len(blocks)} blocks, got {len(token_counts)}")
         return dict(+hosts.host(model, size, token_counts))
