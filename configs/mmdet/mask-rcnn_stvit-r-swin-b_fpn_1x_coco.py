@@ -1,16 +1,7 @@
-# STViT-R on Swin-B (2303.08685). Published on Cascade Mask R-CNN alone; this is mmdet's recipe for Swin with
-# the drop path of that detector.
-_base_ = "mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py"
-
-custom_imports = dict(imports=["effvit.openmmlab"], allow_failed_imports=False)
+# STViT-R on Swin-B (2303.08685); see Swin-S. Drop path of its Cascade Mask R-CNN.
+_base_ = "mask-rcnn_stvit-r-swin-s_fpn_1x_coco.py"
 
 model = dict(
-    backbone=dict(
-        _delete_=True,
-        type="EffViT",
-        model_name="stvit_r_swin_base_patch4_window7_dense",
-        out_indices=(0, 1, 2, 3),
-        drop_path_rate=0.3,
-    ),
+    backbone=dict(model_name="stvit_r_swin_base_patch4_window7_dense", drop_path_rate=0.3),
     neck=dict(in_channels=[128, 256, 512, 1024]),
 )

@@ -1,17 +1,7 @@
-# Super-token ViT L (2211.11167). No dense code is public: mmdet's recipe for Swin, with a norm for each map and
-# the drop path of the classifier (README of hhb072/STViT@c9ed9a4).
-_base_ = "mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py"
-
-custom_imports = dict(imports=["effvit.openmmlab"], allow_failed_imports=False)
+# Super-token ViT L (2211.11167); see S. Drop path of the classifier (README of hhb072/STViT@c9ed9a4).
+_base_ = "mask-rcnn_supertoken-s_fpn_1x_coco.py"
 
 model = dict(
-    backbone=dict(
-        _delete_=True,
-        type="EffViT",
-        model_name="supertoken_large_224",
-        out_indices=(0, 1, 2, 3),
-        out_norm=True,
-        drop_path_rate=0.6,
-    ),
+    backbone=dict(model_name="supertoken_large_224", drop_path_rate=0.6),
     neck=dict(in_channels=[96, 192, 448, 640]),
 )

@@ -1,28 +1,7 @@
-# Super-token ViT S (2211.11167) with the recipe of PVT for Semantic FPN (2102.12122): 80k iterations of 16 pictures,
-# AdamW with a rate of 1e-4. No dense code of it is public.
-_base_ = [
-    "mmseg::_base_/models/fpn_r50.py",
-    "mmseg::_base_/datasets/ade20k.py",
-    "mmseg::_base_/default_runtime.py",
-    "mmseg::_base_/schedules/schedule_80k.py",
-]
-
-custom_imports = dict(imports=["effvit.openmmlab"], allow_failed_imports=False)
+# Super-token ViT S (2211.11167) with the recipe of PVT for Semantic FPN. No dense code of it is public.
+_base_ = "_base_/fpn_pvt.py"
 
 model = dict(
-    data_preprocessor=dict(size=(512, 512)),
-    pretrained=None,
-    backbone=dict(
-        _delete_=True,
-        type="EffViT",
-        model_name="supertoken_small_224",
-        out_indices=(0, 1, 2, 3),
-        out_norm=True,
-        drop_path_rate=0.1,
-    ),
+    backbone=dict(model_name="supertoken_small_224", out_indices=(0, 1, 2, 3), out_norm=True),
     neck=dict(in_channels=[64, 128, 320, 512]),
-    decode_head=dict(num_classes=150),
 )
-optim_wrapper = dict(_delete_=True, type="OptimWrapper", optimizer=dict(type="AdamW", lr=1e-4, weight_decay=1e-4))
-param_scheduler = [dict(type="PolyLR", eta_min=0.0, power=0.9, begin=0, end=80000, by_epoch=False)]
-train_dataloader = dict(batch_size=4)

@@ -1,18 +1,8 @@
-# Super-token ViT L (2211.11167). No dense code is public: mmseg's recipe for Swin, with a norm for each map and the
-# drop path of the classifier (README of hhb072/STViT@c9ed9a4).
-_base_ = "mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py"
-
-custom_imports = dict(imports=["effvit.openmmlab"], allow_failed_imports=False)
+# Super-token ViT L (2211.11167); see S. Drop path of the classifier (README of hhb072/STViT@c9ed9a4).
+_base_ = "upernet_supertoken-s_8xb2-160k_ade20k-512x512.py"
 
 model = dict(
-    backbone=dict(
-        _delete_=True,
-        type="EffViT",
-        model_name="supertoken_large_224",
-        out_indices=(0, 1, 2, 3),
-        out_norm=True,
-        drop_path_rate=0.6,
-    ),
+    backbone=dict(model_name="supertoken_large_224", drop_path_rate=0.6),
     decode_head=dict(in_channels=[96, 192, 448, 640]),
     auxiliary_head=dict(in_channels=448),
 )

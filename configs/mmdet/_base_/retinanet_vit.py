@@ -9,15 +9,7 @@ _base_ = [
 custom_imports = dict(imports=["effvit.openmmlab"], allow_failed_imports=False)
 
 model = dict(
-    backbone=dict(
-        _delete_=True,
-        type="EffViT",
-        model_name="deit_small_patch16_224",
-        out_indices=(11,),
-        out_norm=True,
-        drop_path_rate=0.1,
-        pretrained=True,
-    ),
+    backbone={{_base_.vit_backbone}},
     neck=dict(
         _delete_=True,
         type="SimpleFeaturePyramid",

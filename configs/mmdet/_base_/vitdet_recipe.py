@@ -1,4 +1,4 @@
-# Optimizer of ViTDet (2203.16527; detectron2 projects/ViTDet/configs/COCO/mask_rcnn_vitdet_b_100ep.py and
+# Backbone and optimizer of ViTDet (2203.16527; detectron2 projects/ViTDet/configs/COCO/mask_rcnn_vitdet_b_100ep.py and
 # configs/common/optim.py): AdamW, rate 1e-4, weight decay 0.1, rates that fall by 0.7 a layer, 250 warm-up iterations.
 # There the batch is 64 and training takes 100 epochs; schedule and batch of 16 here are mmdet's.
 _base_ = "mmdet::_base_/schedules/schedule_1x.py"
@@ -14,3 +14,12 @@ param_scheduler = [
     dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=250),
     dict(type="MultiStepLR", begin=0, end=12, by_epoch=True, milestones=[8, 11], gamma=0.1),
 ]
+vit_backbone = dict(
+    _delete_=True,
+    type="EffViT",
+    model_name="deit_small_patch16_224",
+    out_indices=(11,),
+    out_norm=True,
+    drop_path_rate=0.1,
+    pretrained=True,
+)
