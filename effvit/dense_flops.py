@@ -32,19 +32,19 @@ class Inference(nn.Module):
         self.detections = random_regions(limits.rcnn.max_per_img if limits else 0, size)
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        return tuple(leaf for leaf in tree_leaves(self._outputs(image)) if isinstance(leaf, Tensor))
+
+    def _outputs(self, image: Tensor) -> Any:
         model = self.model
         meta: dict[str, Any] = {"img_shape": self.size, "ori_shape": self.size, "batch_input_shape": self.size}
         meta |= {"pad_shape": self.size, "scale_factor": (1.0, 1.0)}
-        if not hasattr(model, "roi_head"):
-            if isinstance(getattr(model, "decode_head", None), BaseModule):  # so that its work counts as its own
-                outputs = model.decode_head(model.extract_feat(image))
-            else:
-                outputs = model._forward(image, [BaseDataElement(metainfo=meta)])
-            return tuple(leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor))
-        features = model.extract_feat(image)
-        outputs = [model.rpn_head(features)] if model.with_rpn else []
-        outputs.append(self._second_stage(features, meta))
-        return tuple(leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor))
+        if hasattr(model, "roi_head"):
+            features = model.extract_feat(image)
+            proposals = [model.rpn_head(features)] if model.with_rpn else []
+            return [*proposals, *self._second_stage(features, meta)]
+        if isinstance(getattr(model, "decode_head", None), BaseModule):  # so that its work counts as its own
+            return model.decode_head(model.extract_feat(image))
+        return model._forward(image, [BaseDataElement(metainfo=meta)])
 
     def _second_stage(self, features: tuple[Tensor, ...], meta: dict[str, Any]) -> list[Any]:
         head: Any = self.model.roi_head

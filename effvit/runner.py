@@ -30,6 +30,7 @@ __all__ = [
     "nested_dicts",
     "prepare_config",
     "read_launcher",
+    "without_pretrained",
 ]
 
 LAUNCHERS = ("none", "pytorch", "slurm", "mpi")
@@ -128,6 +129,14 @@ def nested_dicts(value: Any) -> Iterator[dict[str, Any]]:
     if isinstance(value, (list, tuple)):
         for part in value:
             yield from nested_dicts(part)
+
+
+def without_pretrained(config: Config) -> Config:
+    """The config, changed so that its model asks for no weights."""
+    for part in nested_dicts(config.model):
+        if part.get("pretrained"):
+            part["pretrained"] = False
+    return config
 
 
 def build_runner(config: Config) -> Runner:

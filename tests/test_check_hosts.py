@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +9,7 @@ from types import ModuleType
 import pytest
 import timm
 import torch
+from scripts import load_tool
 from timm.models.vision_transformer import VisionTransformer
 
 from effvit.reducers import METHODS
@@ -17,13 +17,7 @@ from effvit.reducers import METHODS
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    path = Path(__file__).resolve().parents[1] / "tools" / "check_hosts.py"
-    spec = importlib.util.spec_from_file_location("check_hosts", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("check_hosts")
 
 
 def test_every_method_is_checked(tool: ModuleType) -> None:

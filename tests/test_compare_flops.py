@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from scripts import load_tool
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = json.loads((ROOT / "docs/benchmarks/published_flops.json").read_text())
@@ -18,12 +18,7 @@ SETTINGS: list[dict[str, Any]] = PUBLISHED["settings"]
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("compare_flops", ROOT / "tools" / "compare_flops.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("compare_flops")
 
 
 def test_page_shows_the_committed_counts(tool: ModuleType) -> None:

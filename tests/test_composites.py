@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 from drawn_set import NAMES, PATTERNS, SIZE, draw_sprite, make
 from PIL import Image
+from scripts import load_tool
 
 from effvit import composites
 from effvit.coco import decode_rle, read_coco
@@ -423,13 +423,7 @@ def test_mmseg_reads_label_maps_unchanged(drawn_set: Path, reduce_zero_label: bo
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    path = Path(__file__).resolve().parents[1] / "tools" / "make_composites.py"
-    spec = importlib.util.spec_from_file_location("make_composites", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("make_composites")
 
 
 def test_tool_makes_a_set_of_own_cut_outs_and_a_sheet(

@@ -22,7 +22,7 @@ from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
 
 from effvit.openmmlab import load_config
-from effvit.runner import nested_dicts
+from effvit.runner import nested_dicts, without_pretrained
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.py") if "_base_" not in path.parts)
@@ -33,11 +33,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*(instance named of|__floordiv_
 
 def read(path: Path) -> Config:
     """A config that asks for no weights, with few regions, and tokens to remove as a small picture allows."""
-    config = load_config(path)
+    config = without_pretrained(load_config(path))
     init_default_scope(config.default_scope)
     for part in nested_dicts(config.model):
-        if part.get("pretrained"):
-            part["pretrained"] = False
         if part.get("type") == "RandomSampler":
             part["num"] = 32
         if "num_prop" in part:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from scripts import load_tool
 from torch import nn
 
 pytest.importorskip("mmdet", reason="the mm extra is not installed")
@@ -43,12 +43,7 @@ def detector() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def tool() -> Any:
-    spec = importlib.util.spec_from_file_location("get_flops", ROOT / "tools" / "get_flops.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("get_flops")
 
 
 class TestDetector:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from drawn_set import PATTERNS
+from scripts import load_tool
 
 pytest.importorskip("mmdet", reason="the mm extra is not installed")
 pytest.importorskip("mmseg")
@@ -91,6 +90,7 @@ def segmenter(drawn_set: Path, tmp_path: Path) -> Path:
                 "num_classes": 4,
                 "dropout_ratio": 0.0,
                 "norm_cfg": norm,
+                "loss_decode": {"class_weight": None},  # that of the config is for its own classes
             },
             "auxiliary_head": None,
         },
@@ -108,15 +108,6 @@ def scalars(work_dir: Path, key: str) -> list[float]:
         line for path in sorted(work_dir.glob("*/vis_data/scalars.json")) for line in path.read_text().splitlines()
     ]
     return [entry[key] for entry in map(json.loads, lines) if key in entry]
-
-
-def load_tool(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class TestTraining:

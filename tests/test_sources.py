@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import hashlib
-import importlib.util
 import io
 import json
 import lzma
@@ -17,6 +16,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 from PIL import Image
+from scripts import load_tool
 
 from effvit import sources
 from effvit.sources import SOURCES, default_root, fetch
@@ -294,13 +294,7 @@ def test_root_is_that_of_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    path = Path(__file__).resolve().parents[1] / "tools" / "get_data.py"
-    spec = importlib.util.spec_from_file_location("get_data", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("get_data")
 
 
 class TestTool:

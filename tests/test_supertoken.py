@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -11,6 +9,7 @@ import pytest
 import timm
 import torch
 from architectures import SUPERTOKEN, make_architecture, make_images
+from scripts import load_tool
 
 from effvit.flops import count_flops
 from effvit.models.supertoken import SuperTokenViT
@@ -29,13 +28,7 @@ from effvit.super_tokens import (
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    path = Path(__file__).resolve().parents[1] / "tools" / "benchmark_architectures.py"
-    spec = importlib.util.spec_from_file_location("benchmark_architectures", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("benchmark_architectures")
 
 
 # hhb072/STViT@c9ed9a4 with fvcore, which also counts its identity kernels as convolutions; parameters without the

@@ -22,7 +22,7 @@ from mmengine.runner import find_latest_checkpoint
 
 from effvit.flops import count_flops
 from effvit.profiler import machine
-from effvit.runner import build_runner, prepare_config
+from effvit.runner import build_runner, check_checkpoint, prepare_config
 
 __all__ = ["main", "table"]
 
@@ -36,9 +36,12 @@ def run(path: Path, work_dirs: Path) -> dict[str, Any]:
     config = prepare_config(path, work_dir=work_dir, resume="auto")
     if not is_trained(config):
         build_runner(config).train()
-    before = build_runner(prepare_config(path, work_dir=work_dir / "test")).test()
+    runner = build_runner(prepare_config(path, work_dir=work_dir / "test"))
+    runner.model.init_weights()  # as training does
+    before = runner.test()
     checkpoint = find_latest_checkpoint(str(work_dir))
-    runner = build_runner(prepare_config(path, work_dir=work_dir / "test", options={"load_from": checkpoint}))
+    check_checkpoint(runner, checkpoint)
+    runner.load_checkpoint(checkpoint)
     after = runner.test()
     model = runner.model.eval()
     size = tuple(next(iter(runner.test_dataloader))["inputs"][0].shape)
@@ -94,9 +97,8 @@ def table(record: Mapping[str, Any]) -> list[str]:
         "|---|---|---|---|---|---|---|",
     ]
     for row in record["results"]:
-        name = Path(row["config"])
         cells = [
-            f"[{name.stem}](../{row['config']})",
+            f"[{Path(row['config']).stem}](../{row['config']})",
             f"{row['backbone_macs'] / 1e6:.0f}",
             f"{row['backbone_parameters'] / 1e6:.2f} M",
             f"{row['minutes']:.0f}",

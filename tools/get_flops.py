@@ -20,7 +20,7 @@ from rich.table import Table
 
 from effvit.dense_flops import count_dense_flops, count_parts
 from effvit.openmmlab import load_config
-from effvit.runner import nested_dicts
+from effvit.runner import without_pretrained
 
 __all__ = ["main"]
 
@@ -38,11 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = load_config(arguments.config)
         config.merge_from_dict(arguments.cfg_options or {})
+        without_pretrained(config)  # weights do not change the count
         size = image_size(arguments.shape, config.default_scope)
         init_default_scope(config.default_scope)
-        for part in nested_dicts(config.model):
-            if part.get("pretrained"):  # weights do not change the count
-                part["pretrained"] = False
         model = revert_sync_batchnorm(MODELS.build(config.model)).eval()
         report = count_dense_flops(model, size)
     except (ValueError, TypeError, KeyError, OSError) as error:

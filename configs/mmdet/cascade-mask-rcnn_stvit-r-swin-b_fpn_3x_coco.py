@@ -1,5 +1,5 @@
-# STViT-R on Swin-B as published (2303.08685; configs/swin of changsn/STViT-R-Object-Detection@8b8eb1e): as Swin-S but for
-# the drop path.
+# STViT-R on Swin-B as published (2303.08685; configs/swin of changsn/STViT-R-Object-Detection@8b8eb1e): as Swin-S but
+# for the drop path.
 _base_ = "cascade-mask-rcnn_stvit-r-swin-s_fpn_3x_coco.py"
 
 model = dict(

@@ -529,8 +529,7 @@ def _keep_drop_indices(host: ReducedHost) -> None:
 
 def _check_host(host: ReducedHost) -> None:
     """Raise a ValueError if the host lacks what the method's scores or its kind of sequence need."""
-    soft = METHODS[host.method].recover == "reconstruct"  # every patch is in some cluster
-    if host.recover == "attention" and (soft or all(r.keeps_every_patch for r in host.reducers.values())):
+    if host.recover == "attention" and all(reducer.keeps_every_patch for reducer in host.reducers.values()):
         raise ValueError(
             f"{host.method} with these settings drops no patch, so recover 'attention' would have nothing to learn; "
             f"use recover {METHODS[host.method].recover!r}"

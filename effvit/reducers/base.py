@@ -51,7 +51,7 @@ class Reducer(nn.Module):
         summary: One line on the method with its source.
         needs_class_token: The method scores patches by the class token.
         variable_length: The method keeps a different number of tokens for each image.
-        keeps_every_patch: No patch is dropped: a token stands for each, so pooling over un-merged tokens is exact.
+        keeps_every_patch: No patch is dropped: each is part of a merged token or of a cluster.
         learns: The method learns something beside the weights, which state_dict holds.
         recover: The fill of dense maps unless another is asked for, one of ``effvit.recover.FILLS``.
         block: The block this reducer sits in, for messages.

@@ -153,6 +153,7 @@ class Expedite(Reducer):
     """
 
     name = "expedite"
+    keeps_every_patch = True
     summary = "soft clusters in the middle blocks, all patches reconstructed afterwards (2210.01035)"
     recover = "reconstruct"
 
@@ -306,6 +307,7 @@ class Restore(Reducer):
     """Restore all patches before a block, which then sees the full sequence again."""
 
     name = "expedite"
+    keeps_every_patch = True
 
     def count_on(self, num_tokens: int, grid: tuple[int, int]) -> int:
         return grid[0] * grid[1]
