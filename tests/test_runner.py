@@ -125,6 +125,22 @@ class TestTraining:
         metrics = json.loads(out.read_text())
         assert all(0 <= value <= 1 or value == -1 for value in metrics.values())
 
+    def test_trainings_are_compared_and_not_repeated(
+        self, segmenter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        out, work = tmp_path / "compared.json", tmp_path / "works"
+        arguments = [str(segmenter), "--work-dirs", str(work), "--json", str(out)]
+        records = []
+        for _ in range(2):
+            assert load_tool("compare_training").main(arguments) == 0
+            records.append(json.loads(out.read_text()))
+        (row,) = records[0]["results"]
+        assert row["iterations"] == 4
+        assert row["untrained"].keys() == row["trained"].keys() == {"mIoU"}
+        assert row["backbone_macs"] > 0
+        assert records[0] == records[1]
+        assert "| [upernet_evit](" in capsys.readouterr().out
+
     def test_interrupted_training_goes_on_where_it_stopped(self, segmenter: Path, tmp_path: Path) -> None:
         whole, parts = tmp_path / "whole", tmp_path / "parts"
         build_runner(prepare_config(segmenter, work_dir=whole)).train()

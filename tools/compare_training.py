@@ -66,7 +66,7 @@ def is_trained(config: Config) -> bool:
 
 def percentages(metrics: Mapping[str, float]) -> dict[str, float]:
     """The main metrics in percent; without any, mmdet has found no object at all."""
-    found = {name: round(metrics[name] * factor, 2) for name, factor in METRICS.items() if name in metrics}
+    found = {name: round(float(metrics[name]) * factor, 2) for name, factor in METRICS.items() if name in metrics}
     return found or {"coco/bbox_mAP": 0.0, "coco/segm_mAP": 0.0}
 
 

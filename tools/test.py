@@ -47,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     metrics = runner.test()
     if arguments.out is not None and is_main_process():
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(metrics, indent=1) + "\n")
+        numbers = {name: float(value) for name, value in metrics.items()}  # mmseg's are numpy's
+        arguments.out.write_text(json.dumps(numbers, indent=1) + "\n")
     return 0
 
 
