@@ -180,7 +180,8 @@ def to_grid(x: Tensor, tokens: TokenMap, fill: str = "last", recovery: Attention
             ``reconstruct_tokens`` (needs ``tokens.reference``); "attention": what ``recovery`` makes of the feature
             "last" gives it (needs ``tokens.memory``). Patches summed up in a fused token count as dropped for "last",
             "reconstruct" and "attention", as carried for the others. In soft clusters no token stands for a patch:
-            "reconstruct" mixes all of them, the others take the feature of the nearest cluster.
+            "reconstruct" mixes all of them, the others take the feature of the nearest cluster. Where
+            ``tokens.complete``, there is nothing to fill and all but "reconstruct" are the same.
         recovery: The trained module of the fill "attention".
 
     Raises:
@@ -194,9 +195,11 @@ def to_grid(x: Tensor, tokens: TokenMap, fill: str = "last", recovery: Attention
     if fill == "reconstruct":
         return _reconstruct(patches, tokens)
     source = tokens.source
-    if fill == "nearest":
+    if fill == "nearest" and not tokens.complete:
         source = torch.where(source < 0, nearest_token(tokens), source)
     grid = take_rows(patches, flat_rows(source.clamp(min=0), patches.shape[1]))  # (B, H*W, C)
+    if tokens.complete:
+        return grid
     if fill == "zero":
         return grid.masked_fill((source < 0).unsqueeze(-1), 0)
     if fill in ("last", "attention"):

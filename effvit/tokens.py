@@ -187,6 +187,7 @@ class TokenMap:
         num_class: Of these, the class-like tokens: 1 class, 2 with a distillation token, 0 without either.
         num_tokens: N; the largest possible N for a method whose count depends on the image.
         moved: False while the tokens still are the full grid in image order.
+        complete: Every patch is carried by a token that stands for it: none was dropped or fused.
         size: (B, N) patches a merged token stands for: its weight in a mean. None means one each.
         key_weight: (B, N) factor on the attention a token receives as a key. None means one each.
         valid: (B, N) False for the padding of an image with fewer tokens than its neighbours. None: all valid.
@@ -204,6 +205,7 @@ class TokenMap:
     num_class: int
     num_tokens: int
     moved: bool = False
+    complete: bool = True
     size: Tensor | None = None
     key_weight: Tensor | None = None
     valid: Tensor | None = None
@@ -229,6 +231,7 @@ class TokenMap:
         valid: Tensor | None = None,
         fused: Tensor | None = None,
         packed: bool = False,
+        keeps_every_patch: bool = False,
     ) -> TokenMap:
         """The map after token i of this one went into token ``target[:, i]`` of a new sequence.
 
@@ -241,6 +244,7 @@ class TokenMap:
             valid: New padding mask.
             fused: New marks of fused tokens.
             packed: Whether the new sequence is packed.
+            keeps_every_patch: Whether every token went into one that stands for all its patches.
 
         Raises:
             ValueError: The tokens stand for soft clusters, which cannot be followed through another reduction.
@@ -258,6 +262,7 @@ class TokenMap:
             anchor=anchor,
             num_tokens=num_tokens,
             moved=True,
+            complete=self.complete and keeps_every_patch,
             size=size,
             key_weight=key_weight,
             valid=valid,
@@ -363,6 +368,8 @@ class TokenMap:
     def remember(self, x: Tensor) -> TokenMap:
         """The map with every patch that is still carried on its own remembering its token's feature in x."""
         _, patches = self.split(self.unpack(x) if self.packed else x)
+        if not self.moved:
+            return replace(self, memory=patches)
         feature = take_rows(patches, flat_rows(self.source.clamp(min=0), patches.shape[1]))  # (B, H*W, C)
         if self.memory is None:
             return replace(self, memory=feature)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 import effvit
 from effvit.models.host import ReducedHost
-from effvit.recover import FILLS
+from effvit.recover import FILLS, to_grid
 from effvit.reducers import METHODS
 from effvit.tokens import TokenMap
 
@@ -325,6 +325,15 @@ def test_patch_dropout_enters_the_token_map() -> None:
     tokens = model.forward_tokens(make_images(model)).tokens
     assert (tokens.source == -1).sum(1).tolist() == [24, 24]
     assert_law(tokens)
+
+
+def test_patches_that_patch_dropout_drops_have_their_embedding_in_the_maps() -> None:
+    model = effvit.sparsify(make_host("class_token", patch_drop_rate=0.5), "tome", r=2).train()
+    x = make_images(model)
+    embedded = model._embed(x)[0][:, model.num_prefix_tokens :]
+    features, tokens = model.forward_tokens(x, memory=True)
+    dropped = tokens.source == -1
+    assert torch.equal(to_grid(features, tokens, "last")[dropped], embedded[dropped])
 
 
 def test_token_counts_fall_as_published_for_deit_small() -> None:

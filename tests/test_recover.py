@@ -123,6 +123,19 @@ class TestEveryFill:
         x = features(5)
         assert torch.equal(to_grid(x, tokens, fill, RECOVERY), x[:, PREFIX:].repeat_interleave(3, dim=1))
 
+    def test_only_a_map_that_keeps_every_patch_needs_no_memory(self, fill: str) -> None:
+        target, anchor = (torch.arange(NUM_PATCHES) // 3).expand(2, -1), torch.arange(0, NUM_PATCHES, 3).expand(2, -1)
+        merged = full_map().relabel(target, anchor, 5, keeps_every_patch=True)
+        kept = merged.keep(torch.tensor([[0, 2, 3], [1, 3, 4]]), 3)
+        later = kept.relabel(torch.zeros_like(kept.anchor), kept.anchor[:, :1], 1, keeps_every_patch=True)
+        assert [tokens.complete for tokens in (merged, kept, later)] == [True, False, False]
+        x = features(5)
+        if fill != "reconstruct":
+            assert torch.equal(to_grid(x, merged, fill), x[:, PREFIX:].repeat_interleave(3, dim=1))
+        if fill in ("last", "attention"):
+            with pytest.raises(ValueError, match="holds no memory"):
+                to_grid(features(1), later, fill, RECOVERY)
+
     def test_packed_sequence_is_recovered_like_the_padded_one(self, fill: str) -> None:
         arguments: dict[str, Any] = {"valid": torch.tensor([[True, True, True], [True, False, False]])}
         start, index = known(), random_order(2, 3)

@@ -124,6 +124,7 @@ class ReducedHost(nn.Module):
             check_counts(self, grid)
         x, rope = self._embed(x)
         tokens = TokenMap.full(x, grid, self.num_prefix_tokens, self.num_class_tokens)
+        tokens = tokens.remember(x) if memory else tokens
         for reducer in list(self.reducers.values())[:1]:
             tokens = reducer.start(x, tokens)
         if self.token_drop is not None:
@@ -131,7 +132,7 @@ class ReducedHost(nn.Module):
             if index is not None:
                 tokens = tokens.refer(full) if reference else tokens
                 tokens = tokens.keep(index, index.shape[1])
-        return x, rope, tokens.remember(x) if memory else tokens
+        return x, rope, tokens
 
     def _forward_blocks(
         self,
@@ -156,7 +157,7 @@ class ReducedHost(nn.Module):
         x, rope, tokens = self._start(x, memory, reference)
         taken = []
         for i, block in enumerate(self.blocks[:num_blocks]):
-            if memory and block.reducer is not None:
+            if memory and block.reducer is not None and not block.reducer.keeps_every_patch:
                 tokens = tokens.remember(x)
             if reference and block.reducer is not None and tokens.reference is None:
                 tokens = tokens.refer(x)

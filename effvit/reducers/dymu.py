@@ -200,6 +200,7 @@ def apply_merge(x: Tensor, tokens: TokenMap, merge: Merge, packed: bool, sparse:
         key_weight=size,
         valid=merge.valid,
         packed=packed,
+        keeps_every_patch=True,
     )
     rows = packed_rows(tokens, merge.order, left) if packed else sequence_rows(tokens, merge.order)
     return official_division(take_rows(x, rows), size, num_prefix, merge.official), left

@@ -276,7 +276,7 @@ class Expedite(Reducer):
         check_finite(centres.detach().sum(-1), self.origin("cluster centres"), x)
         source, anchor = assign_patches(patches, centres, tokens.grid, clusters)
         reference = Reference(patches, centres, self.temperature, self.k, self.norm)
-        left = tokens.relabel(source, anchor, clusters[0] * clusters[1])
+        left = tokens.relabel(source, anchor, clusters[0] * clusters[1], keeps_every_patch=True)
         return torch.cat([prefix, centres], dim=1), replace(left, reference=reference)
 
 

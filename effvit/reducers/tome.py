@@ -185,4 +185,5 @@ class ToMe(Reducer):
             self.count(tokens.num_tokens, tokens.num_patches),
             size=size,
             key_weight=size if self.prop_attn else None,
+            keeps_every_patch=True,
         )
