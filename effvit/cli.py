@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import re
 import sys
 import time
@@ -28,13 +27,14 @@ import effvit
 from effvit.demo import VARIANTS, photographs, plot_costs
 from effvit.models._checkpoint import convert_checkpoint
 from effvit.models.host import ReducedHost, check_model_name
-from effvit.profiler import Cost, cost_of, profile_models
+from effvit.profiler import Cost, cost_of, machine, profile_models
 from effvit.reducers import METHODS
 from effvit.visualize import data_config, load_images, token_figure
 
 __all__ = ["main"]
 
 RANDOM_WEIGHTS = "random weights: token choices are not meaningful"
+DTYPES = ("float32", "bfloat16", "float16")
 PIPE_WIDTH = 140  # columns where the output is not a terminal
 
 
@@ -87,6 +87,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--rounds", type=int, default=10)
     command.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     command.add_argument("--device", default="cpu")
+    command.add_argument("--dtype", default="float32", choices=DTYPES, help="of weights and images")
     command.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there too")
     command.set_defaults(run=run_profile)
 
@@ -161,6 +162,7 @@ def run_profile(arguments: argparse.Namespace) -> None:
             "warmup": 2,
             "threads": arguments.threads or torch.get_num_threads(),
             "device": arguments.device,
+            "dtype": arguments.dtype,
         }
         costs = measure(models, shared_input_size(models), conditions)
         print_costs(output(), costs, f"{describe(conditions)}, noise of {size_text(models)}")
@@ -229,6 +231,7 @@ def run_demo(arguments: argparse.Namespace) -> None:
         "warmup": 1,
         "threads": torch.get_num_threads(),
         "device": "cpu",
+        "dtype": "float32",
     }
     costs = measure(models, shared_input_size(models), conditions, images)
     print_costs(console, costs, f"{describe(conditions)}, the photographs {', '.join(photos)}")
@@ -381,7 +384,7 @@ def measure(
         measurements = profile_models(
             models,
             input_size,
-            **conditions,
+            **{**conditions, "dtype": getattr(torch, conditions["dtype"])},
             images=images,
             on_run=lambda name: bars.advance(speed),
         )
@@ -394,7 +397,7 @@ def measure(
 def describe(conditions: Mapping[str, Any]) -> str:
     """What a measurement holds for, in words."""
     return (
-        f"batch {conditions['batch_size']}, float32, {conditions['device']}, "
+        f"batch {conditions['batch_size']}, {conditions['dtype']}, {conditions['device']}, "
         f"{conditions['threads']} threads, {conditions['rounds']} interleaved rounds"
     )
 
@@ -410,7 +413,7 @@ def print_costs(console: Console, costs: Mapping[str, Cost], caption: str) -> No
     dense = next(iter(costs))
     table = Table(caption=caption, caption_justify="left")
     table.add_column("model", no_wrap=True)
-    for heading in ("params (M)", "GMACs", "images/s", "speed-up", "95 % interval", "tokens left"):
+    for heading in ("params (M)", "GMACs", "images/s", "p50 / p99 (ms)", "speed-up", "95 % interval", "tokens left"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, cost in costs.items():
         speed = cost.measurement
@@ -419,6 +422,7 @@ def print_costs(console: Console, costs: Mapping[str, Cost], caption: str) -> No
             f"{cost.parameters / 1e6:.2f}",
             f"{cost.macs / 1e9:.3f}",
             f"{speed.images_per_second:.1f}",
+            f"{1e3 * speed.latency['p50']:.1f} / {1e3 * speed.latency['p99']:.1f}",
             f"{speed.speedup:.2f}",
             "-" if name == dense else f"{speed.interval[0]:.2f} to {speed.interval[1]:.2f}",
             "-" if cost.tokens is None else f"{cost.tokens:.4g}",
@@ -434,10 +438,8 @@ def print_costs(console: Console, costs: Mapping[str, Cost], caption: str) -> No
 def record(costs: Mapping[str, Cost], conditions: Mapping[str, Any]) -> dict[str, Any]:
     """The costs and what they hold for, JSON-plain."""
     return {
-        "versions": {"effvit": effvit.__version__, "torch": torch.__version__, "timm": timm.__version__},
-        "machine": platform.platform(),
-        "dtype": "float32",
-        **conditions,
+        "machine": machine(conditions["device"]),
+        "conditions": dict(conditions),
         "models": {name: asdict(cost) for name, cost in costs.items()},
     }
 

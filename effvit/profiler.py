@@ -28,6 +28,7 @@ __all__ = ["Cost", "Measurement", "cost_of", "machine", "profile_models"]
 
 SEED = 0
 RESAMPLES = 2000
+PERCENTILES = (10, 50, 90, 99)
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Measurement:
         images_per_second: Of the round of median duration.
         speedup: Over the first model, median of the ratios within the rounds.
         interval: Bootstrap 95 % interval of ``speedup``.
+        latency: Percentile ("p10", "p50", "p90", "p99") -> seconds of one batch.
         seconds: Duration of one batch in every round.
     """
 
@@ -46,6 +48,7 @@ class Measurement:
     images_per_second: float
     speedup: float
     interval: tuple[float, float]
+    latency: dict[str, float]
     seconds: tuple[float, ...]
 
 
@@ -171,6 +174,7 @@ def measurement(name: str, seconds: np.ndarray, baseline: np.ndarray, batch_size
         images_per_second=batch_size / float(np.median(seconds)),
         speedup=float(np.median(ratios)),
         interval=median_interval(ratios),
+        latency={f"p{p}": float(np.percentile(seconds, p)) for p in PERCENTILES},
         seconds=tuple(seconds.tolist()),
     )
 
@@ -208,8 +212,9 @@ def tokens_left(model: nn.Module, images: Tensor) -> float | None:
 
 
 def machine(device: str) -> dict[str, str]:
-    """What a measurement on the device was made with: processor, device and versions."""
+    """What a measurement on the device was made with: system, processor, device and versions."""
     return {
+        "system": platform.platform(),
         "processor": _processor_name(),
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
         "python": platform.python_version(),

@@ -86,7 +86,12 @@ class TestProfile:
         assert (dense["tokens"], evit["tokens"]) == (16, 4)  # 16 -> 8 + 1 -> 5 + 1 -> 3 + 1
         assert max(evit["macs"], tome["macs"]) < dense["macs"]
         assert len(dense["measurement"]["seconds"]) == 2
-        assert group["input_size"] == [3, 64, 64]
+        assert group["conditions"]["input_size"] == [3, 64, 64]
+        assert group["machine"]["torch"] == torch.__version__
+
+    def test_dtype_is_that_of_the_runs_and_named(self, capsys):
+        assert main(["profile", TINY, *SMALL, "--rounds", "1", "--batch-size", "1", "--dtype", "bfloat16"]) == 0
+        assert "batch 1, bfloat16, cpu" in capsys.readouterr().out
 
     def test_models_without_method_are_compared_with_the_first(self, capsys, tmp_path):
         path = tmp_path / "costs.json"
@@ -218,8 +223,8 @@ class TestDemo:
         assert f"{TINY} has {cli.RANDOM_WEIGHTS}" in printed
         (group,) = json.loads((tmp_path / "demo" / "costs.json").read_text())
         assert list(group["models"]) == [TINY, "evit keep_rate=0.5", "ats", "dymu"]
-        assert group["images"] == ["coffee"]
-        assert group["has_random_weights"]
+        assert group["conditions"]["images"] == ["coffee"]
+        assert group["conditions"]["has_random_weights"]
 
 
 class TestSettings:

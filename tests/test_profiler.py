@@ -87,8 +87,13 @@ def test_speedup_is_the_median_of_the_ratios_within_rounds():
     # A drift that both models share cancels; the medians of the durations alone would give 1.5.
     seconds, baseline = np.array([1.0, 4.0, 2.0]), np.array([2.0, 8.0, 3.0])
     result = measurement("x", seconds, baseline, batch_size=8)
-    assert result == Measurement("x", 8 / 2.0, 2.0, result.interval, (1.0, 4.0, 2.0))
+    assert result == Measurement("x", 8 / 2.0, 2.0, result.interval, result.latency, (1.0, 4.0, 2.0))
     assert 1.5 <= result.interval[0] <= 2 <= result.interval[1] <= 2
+
+
+def test_latency_is_given_in_percentiles_of_a_batch():
+    seconds = np.random.default_rng(0).permutation(np.arange(1.0, 102.0))
+    assert measurement("x", seconds, seconds, 1).latency == pytest.approx({"p10": 11, "p50": 51, "p90": 91, "p99": 100})
 
 
 def test_interval_narrows_like_the_error_of_a_median():
@@ -124,7 +129,7 @@ def test_missing_cuda_is_named():
 
 
 class TestCost:
-    measured = Measurement("x", 1.0, 1.0, (1.0, 1.0), (1.0,))
+    measured = measurement("x", np.ones(1), np.ones(1), batch_size=1)
 
     def test_dense_host_keeps_all_its_tokens(self):
         model = tiny_vit()
