@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pytest
+from scripts import load_tool
 
 import effvit
 
@@ -24,11 +26,28 @@ def overhead_rows() -> list[str]:
     return rows
 
 
-def test_readme_shows_the_measured_overhead() -> None:
-    readme = (ROOT / "README.md").read_text()
-    table = re.search(r"<!-- overhead table.*?-->\n(.*?)<!-- end of overhead table -->", readme, re.DOTALL)
+def shown_table(document: str, name: str) -> list[str]:
+    """Lines of the table between the marks of that name."""
+    text = (ROOT / document).read_text()
+    table = re.search(rf"<!-- {name} table.*?-->\n(.*?)<!-- end of {name} table -->", text, re.DOTALL)
     assert table is not None
-    assert table.group(1).strip().splitlines()[2:] == overhead_rows()
+    return table.group(1).strip().splitlines()
+
+
+def test_readme_shows_the_measured_overhead() -> None:
+    assert shown_table("README.md", "overhead")[2:] == overhead_rows()
+
+
+@pytest.mark.parametrize(
+    ("name", "tool", "record"),
+    [
+        ("recovery", "benchmark_recovery", "recovery_cpu.json"),
+        ("training", "compare_training", "composites_cpu.json"),
+    ],
+)
+def test_page_on_dense_prediction_shows_the_measured_tables(name: str, tool: str, record: str) -> None:
+    measured = json.loads((ROOT / "docs/benchmarks" / record).read_text())
+    assert shown_table("docs/dense.md", name) == load_tool(tool).table(measured)
 
 
 def test_readme_and_model_cards_name_every_method() -> None:
