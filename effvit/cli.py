@@ -8,7 +8,6 @@ import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,18 +23,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import effvit
+from effvit.costs import profile
 from effvit.demo import VARIANTS, photographs, plot_costs
 from effvit.models._checkpoint import convert_checkpoint
 from effvit.models.host import ReducedHost, check_model_name
-from effvit.profiler import Cost, cost_of, machine, profile_models
 from effvit.reducers import METHODS
+from effvit.tables import describe, print_record, write_csv
 from effvit.visualize import data_config, load_images, token_figure
 
 __all__ = ["main"]
 
 RANDOM_WEIGHTS = "random weights: token choices are not meaningful"
 DTYPES = ("float32", "bfloat16", "float16")
-PIPE_WIDTH = 140  # columns where the output is not a terminal
+PIPE_WIDTH = 200  # columns where the output is not a terminal
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,13 +82,22 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("models", nargs="+", metavar="MODEL", help="any name of timm or of the zoo")
     command.add_argument("--method", nargs="+", default=[], metavar="NAME", help="methods to reduce each MODEL with")
     command.add_argument("--keep-rate", nargs="+", type=float, default=[], metavar="RATE", help="one variant for each")
-    command.add_argument("--img-size", nargs="+", type=int, metavar="SIZE", help="side, or height and width")
-    command.add_argument("--batch-size", type=int, default=8)
+    command.add_argument("--img-size", nargs="+", type=parse_size, metavar="SIZE", help="side or HxW; each is measured")
+    command.add_argument("--batch-size", nargs="+", type=int, default=[8], metavar="N", help="each is measured")
+    command.add_argument("--images", nargs="+", type=Path, metavar="IMAGE", help="photographs in place of noise")
     command.add_argument("--rounds", type=int, default=10)
+    command.add_argument(
+        "--precision", type=float, metavar="SHARE", help="more rounds until every interval is narrower, e.g. 0.02"
+    )
+    command.add_argument("--max-rounds", type=int, default=200, help="limit for --precision")
     command.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     command.add_argument("--device", default="cpu")
     command.add_argument("--dtype", default="float32", choices=DTYPES, help="of weights and images")
+    command.add_argument("--compile", action="store_true", help="run through torch.compile")
+    command.add_argument("--cuda-graphs", action="store_true", help="replay CUDA graphs")
+    command.add_argument("--breakdown", action="store_true", help="time attention, MLP and reduction of every block")
     command.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there too")
+    command.add_argument("--csv", type=Path, metavar="FILE", help="write the table there too")
     command.set_defaults(run=run_profile)
 
     command = commands.add_parser(
@@ -150,25 +159,29 @@ def run_profile(arguments: argparse.Namespace) -> None:
         raise ValueError("settings belong to a method: name one with --method")
     variants = list_variants(arguments.method, assignments)
     check_device(arguments.device)
-    hosts = {name: create(name, arguments) for name in arguments.models}
-    groups = [hosts]
-    if variants:
-        groups = [{name: host, **reduced(host, variants)} for name, host in hosts.items()]
+    photos = {path.stem: open_image(path) for path in arguments.images or []}
     records = []
-    for models in groups:
-        conditions = {
-            "batch_size": arguments.batch_size,
-            "rounds": arguments.rounds,
-            "warmup": 2,
-            "threads": arguments.threads or torch.get_num_threads(),
-            "device": arguments.device,
-            "dtype": arguments.dtype,
-        }
-        costs = measure(models, shared_input_size(models), conditions)
-        print_costs(output(), costs, f"{describe(conditions)}, noise of {size_text(models)}")
-        records.append(record(costs, conditions | {"input_size": shared_input_size(models), "images": "noise"}))
+    for size in arguments.img_size or [None]:
+        hosts = {name: create(name, arguments, size) for name in arguments.models}
+        groups = [hosts]
+        if variants:
+            groups = [{name: host, **reduced(host, variants)} for name, host in hosts.items()]
+        for models in groups:
+            dense = next(iter(models.values()))
+            images = load_images(dense, list(photos.values())) if photos else None
+            for batch_size in arguments.batch_size:
+                records.append(measure(models, batch_size, images, list(photos), **profile_options(arguments)))
+                print_record(output(), records[-1])
     if arguments.json is not None:
         write_json(arguments.json, records)
+    if arguments.csv is not None:
+        write_csv(arguments.csv, records)
+
+
+def profile_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Keywords of ``effvit.costs.profile`` from the command line."""
+    names = ("rounds", "precision", "max_rounds", "threads", "device", "compile", "cuda_graphs", "breakdown")
+    return {name: getattr(arguments, name) for name in names} | {"dtype": getattr(torch, arguments.dtype)}
 
 
 def run_visualize(arguments: argparse.Namespace) -> None:
@@ -225,24 +238,17 @@ def run_demo(arguments: argparse.Namespace) -> None:
             f"{arguments.model} has {RANDOM_WEIGHTS}; --checkpoint or --pretrained loads some", style="yellow"
         )
 
-    conditions = {
-        "batch_size": len(photos),
-        "rounds": 5,  # with these the demo takes about a minute on two cores
-        "warmup": 1,
-        "threads": torch.get_num_threads(),
-        "device": "cpu",
-        "dtype": "float32",
-    }
-    costs = measure(models, shared_input_size(models), conditions, images)
-    print_costs(console, costs, f"{describe(conditions)}, the photographs {', '.join(photos)}")
+    # With five rounds the demo takes about a minute on two cores.
+    record = measure(models, len(photos), images, list(photos), rounds=5, warmup=1, ideal=False)
+    record["conditions"]["has_random_weights"] = is_random
+    print_record(console, record)
 
     arguments.out.mkdir(parents=True, exist_ok=True)
-    title = f"{arguments.model}: {describe(conditions)}"
+    title = f"{arguments.model}: {describe(record['conditions'])}"
     plot = arguments.out / "pareto.png"
-    plot_costs(costs, f"{title}\n{RANDOM_WEIGHTS}" if is_random else title, plot)
+    plot_costs(record["models"], f"{title}\n{RANDOM_WEIGHTS}" if is_random else title, plot)
     numbers = arguments.out / "costs.json"
-    facts = {"input_size": shared_input_size(models), "images": list(photos), "has_random_weights": is_random}
-    write_json(numbers, [record(costs, conditions | facts)])
+    write_json(numbers, [record])
     strongest = {model.method: (name, model) for name, model in variants.items()}  # a method's last variant
     pictures = draw_figures(dict(strongest.values()), photos, arguments)
     console.print(f"\nWritten in {time.perf_counter() - start:.0f} s:")
@@ -251,6 +257,14 @@ def run_demo(arguments: argparse.Namespace) -> None:
 
 
 # -- models and settings ---------------------------------------------------------------------------------
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """(height, width) of "SIDE" or "HEIGHTxWIDTH"."""
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a side such as 224 nor HxW such as 224x320")
+    return int(match[1]), int(match[2] or match[1])
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
@@ -308,14 +322,9 @@ def build(name: str, options: Mapping[str, Any], pretrained: bool = False) -> nn
         raise ValueError(f"cannot create {name}: {error}") from error
 
 
-def create(name: str, arguments: argparse.Namespace) -> nn.Module:
+def create(name: str, arguments: argparse.Namespace, img_size: tuple[int, int] | None = None) -> nn.Module:
     """The named model in eval mode, with the weights and image size asked for, else seeded random weights."""
-    options: dict[str, Any] = {}
-    img_size = getattr(arguments, "img_size", None)
-    if img_size is not None:
-        if len(img_size) > 2:
-            raise ValueError(f"--img-size takes one side, or height and width, got {img_size}")
-        options["img_size"] = img_size[0] if len(img_size) == 1 else tuple(img_size)
+    options: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
     torch.manual_seed(0)
     model = build(name, options, arguments.pretrained)
     if arguments.checkpoint is not None:
@@ -372,76 +381,26 @@ def progress() -> Progress:
 
 def measure(
     models: Mapping[str, nn.Module],
-    input_size: tuple[int, int, int],
-    conditions: Mapping[str, Any],
-    images: Tensor | None = None,
-) -> dict[str, Cost]:
-    """Name -> Cost of the models, with progress bars; conditions as ``profile_models`` takes them."""
-    costs = {}
+    batch_size: int,
+    images: Tensor | None,
+    image_names: list[str],
+    **options: Any,
+) -> dict[str, Any]:
+    """The record of ``effvit.costs.profile``, with progress bars."""
+    input_size = shared_input_size(models)
     with progress() as bars:
-        speed = bars.add_task("measuring speed", total=len(models) * (conditions["warmup"] + conditions["rounds"]))
+        speed = bars.add_task("measuring speed", total=None)
         count = bars.add_task("counting multiply-adds", total=len(models))
-        measurements = profile_models(
+        return profile(
             models,
             input_size,
-            **{**conditions, "dtype": getattr(torch, conditions["dtype"])},
+            batch_size,
             images=images,
-            on_run=lambda name: bars.advance(speed),
+            image_names=image_names or None,
+            on_run=lambda _: bars.advance(speed),
+            on_count=lambda _: bars.advance(count),
+            **options,
         )
-        for (name, model), measurement in zip(models.items(), measurements, strict=True):
-            costs[name] = cost_of(model, input_size, measurement, images)
-            bars.advance(count)
-    return costs
-
-
-def describe(conditions: Mapping[str, Any]) -> str:
-    """What a measurement holds for, in words."""
-    return (
-        f"batch {conditions['batch_size']}, {conditions['dtype']}, {conditions['device']}, "
-        f"{conditions['threads']} threads, {conditions['rounds']} interleaved rounds"
-    )
-
-
-def size_text(models: Mapping[str, nn.Module]) -> str:
-    """The models' input size as height x width."""
-    _, height, width = shared_input_size(models)
-    return f"{height} x {width}"
-
-
-def print_costs(console: Console, costs: Mapping[str, Cost], caption: str) -> None:
-    """Print the costs as a table; the first row is what the speed-ups refer to."""
-    dense = next(iter(costs))
-    table = Table(caption=caption, caption_justify="left")
-    table.add_column("model", no_wrap=True)
-    for heading in ("params (M)", "GMACs", "images/s", "p50 / p99 (ms)", "speed-up", "95 % interval", "tokens left"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for name, cost in costs.items():
-        speed = cost.measurement
-        table.add_row(
-            name,
-            f"{cost.parameters / 1e6:.2f}",
-            f"{cost.macs / 1e9:.3f}",
-            f"{speed.images_per_second:.1f}",
-            f"{1e3 * speed.latency['p50']:.1f} / {1e3 * speed.latency['p99']:.1f}",
-            f"{speed.speedup:.2f}",
-            "-" if name == dense else f"{speed.interval[0]:.2f} to {speed.interval[1]:.2f}",
-            "-" if cost.tokens is None else f"{cost.tokens:.4g}",
-            end_section=name == dense,
-        )
-    console.print(table)
-    for name, cost in costs.items():
-        if cost.uncounted:
-            calls = ", ".join(f"{number} calls of {operator}" for operator, number in cost.uncounted.items())
-            console.print(f"{name}: not in its GMACs are {calls}", style="yellow")
-
-
-def record(costs: Mapping[str, Cost], conditions: Mapping[str, Any]) -> dict[str, Any]:
-    """The costs and what they hold for, JSON-plain."""
-    return {
-        "machine": machine(conditions["device"]),
-        "conditions": dict(conditions),
-        "models": {name: asdict(cost) for name, cost in costs.items()},
-    }
 
 
 def write_json(path: Path, value: Any) -> None:

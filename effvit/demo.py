@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,6 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
-
-from effvit.profiler import Cost
 
 __all__ = ["VARIANTS", "photographs", "plot_costs"]
 
@@ -57,42 +55,42 @@ def photographs() -> dict[str, Image.Image]:
     return found
 
 
-def plot_costs(costs: Mapping[str, Cost], title: str, path: Path) -> None:
+def plot_costs(costs: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
     """Draw GMACs against images/s: up and left is better; the dashed line is what fewer MACs alone promise.
 
     Args:
-        costs: Name -> Cost; the dense host first. The first word of a name is its method.
+        costs: The models of a record of ``effvit.costs.profile``, the dense host first.
         title: Text above the plot.
         path: PNG to write.
     """
     figure = Figure(figsize=(9, 5.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    dense = next(iter(costs.values()))
-    baseline = dense.measurement.images_per_second
-    methods = list(dict.fromkeys(name.split()[0] for name in costs))
-    for name, cost in costs.items():
-        own = [other for other in costs if other.split()[0] == name.split()[0]]
-        number = methods.index(name.split()[0])
-        speed = cost.measurement.speedup * baseline
-        low, high = (bound * baseline for bound in cost.measurement.interval)
+    dense = costs[0]
+    baseline = dense["images_per_second"]
+    methods = list(dict.fromkeys(cost["method"] for cost in costs))
+    for cost in costs:
+        own = [other["name"] for other in costs if other["method"] == cost["method"]]
+        number = methods.index(cost["method"])
+        speed = cost["speedup"] * baseline
+        low, high = (bound * baseline for bound in cost["interval"])
         axes.errorbar(
-            cost.macs / 1e9,
+            cost["macs"] / 1e9,
             speed,
             yerr=[[max(0.0, speed - low)], [max(0.0, high - speed)]],
-            fmt=MARKERS[own.index(name) % len(MARKERS)],
+            fmt=MARKERS[own.index(cost["name"]) % len(MARKERS)],
             color=COLOURS[(number - 1) % len(COLOURS)] if number else DENSE_COLOUR,
             markersize=8,
             capsize=3,
-            label=name,
+            label=cost["name"],
             zorder=3,
         )
-    gmacs = [cost.macs / 1e9 for cost in costs.values()]
+    gmacs = [cost["macs"] / 1e9 for cost in costs]
     fewest, most = min(gmacs), max(gmacs)
     promised = [fewest + (most - fewest) * i / 50 for i in range(51)]
     axes.plot(
         promised,
-        [baseline * dense.macs / 1e9 / x for x in promised],
+        [baseline * dense["macs"] / 1e9 / x for x in promised],
         "--",
         color="#ced4da",
         label="speed if only MACs counted",

@@ -1,16 +1,17 @@
-"""What models cost beside each other: parameters, multiply-adds, tokens left and measured throughput.
+"""Speed of models beside each other.
 
-Throughput on a shared machine drifts by more than the methods differ, so models are measured interleaved:
-each round runs every model once, in a new random order, and a speed-up is the median of the ratios within the
-rounds.
+Speed on a shared machine drifts by more than the methods differ, so models are measured interleaved: each round runs
+every model once, in a new random order, and a speed-up is the median of the ratios within the rounds.
 """
 
 from __future__ import annotations
 
 import copy
+import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,16 @@ import numpy as np
 import timm
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import effvit
-from effvit.flops import count_flops, eval_twin
-from effvit.models.host import HOST_CLASSES, ReducedHost
 
-__all__ = ["Cost", "Measurement", "cost_of", "machine", "profile_models"]
+__all__ = ["Measurement", "machine", "median_interval", "noise", "profile_models"]
 
 SEED = 0
 RESAMPLES = 2000
+MAX_WARMUP = 10
 PERCENTILES = (10, 50, 90, 99)
 
 
@@ -41,6 +43,8 @@ class Measurement:
         speedup: Over the first model, median of the ratios within the rounds.
         interval: Bootstrap 95 % interval of ``speedup``.
         latency: Percentile ("p10", "p50", "p90", "p99") -> seconds of one batch.
+        peak_memory: Bytes of all tensors alive at once in a forward pass besides weights and images, at most; on CUDA
+            what its allocator gave out, workspaces included.
         seconds: Duration of one batch in every round.
     """
 
@@ -49,26 +53,8 @@ class Measurement:
     speedup: float
     interval: tuple[float, float]
     latency: dict[str, float]
+    peak_memory: int
     seconds: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What one model costs.
-
-    Attributes:
-        parameters: Number of parameters.
-        macs: Multiply-accumulates of one image (a mean for a method whose tokens depend on the image).
-        uncounted: Operators that ``macs`` leaves out without a reason, see ``effvit.flops``.
-        tokens: Mean number of patch tokens that leave the last block; None for a model without a TokenMap.
-        measurement: Its speed.
-    """
-
-    parameters: int
-    macs: int
-    uncounted: dict[str, int]
-    tokens: float | None
-    measurement: Measurement
 
 
 def noise(input_size: tuple[int, int, int], batch_size: int) -> Tensor:
@@ -91,82 +77,214 @@ def profile_models(
     *,
     rounds: int = 10,
     warmup: int = 2,
+    precision: float | None = None,
+    max_rounds: int = 200,
     threads: int | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    compile: bool = False,
+    cuda_graphs: bool = False,
     images: Tensor | None = None,
     on_run: Callable[[str], None] | None = None,
 ) -> list[Measurement]:
-    """Interleaved inference throughput of several models on one batch; the first is the baseline.
+    """Interleaved inference speed of several models on one batch; the first is the baseline.
 
-    The models are copied, once and with what they share, so the given ones keep their device, dtype and mode.
+    The models are copied, once and with what they share, so the given ones keep their device, dtype and mode. Time is
+    that of the wall clock from an idle device to the result, on CUDA that between two events.
 
     Args:
         models: Name -> model.
         input_size: (channels, H, W) of an image.
         batch_size: Images in the batch.
         rounds: Measured rounds; each runs every model once, in shuffled order.
-        warmup: Rounds before them that are not measured.
+        warmup: Rounds before them that are not measured, at least; there are more, up to ``MAX_WARMUP``, as long as a
+            model still gets faster.
+        precision: Go on after ``rounds`` until the 95 % interval of every speed-up is narrower than this, as a share
+            of the speed-up.
+        max_rounds: Limit for that.
         threads: CPU threads during the measurement; None leaves the setting of torch.
         device: Where to run.
         dtype: Of parameters and images.
+        compile: Run every model through ``torch.compile``.
+        cuda_graphs: Replay every model as a CUDA graph, which leaves out the time the CPU takes to launch kernels.
         images: (B, channels, H, W) to measure on, repeated to fill the batch; None means seeded noise.
-        on_run: Called with the model's name after each of the (warmup + rounds) * len(models) runs.
+        on_run: Called with the model's name after each run.
 
     Returns:
         A Measurement of each model, in the order of ``models``.
 
     Raises:
-        ValueError: No model, or a count below 1; a CUDA device on a machine without.
+        ValueError: No model, or a count below 1; a CUDA device on a machine without; CUDA graphs on another device, or
+            of a model that waits for the device to know its token counts.
     """
     if not models:
         raise ValueError("there is no model to profile")
     for name, value in (("batch_size", batch_size), ("rounds", rounds), ("threads", threads)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if precision is not None and not precision > 0:
+        raise ValueError(f"precision must be above 0, a share of the speed-up such as 0.02, got {precision}")
     device = torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {str(device)!r} asks for CUDA, but torch finds none here; use 'cpu'")
+    if cuda_graphs and device.type != "cuda":
+        raise ValueError(f"cuda_graphs needs a CUDA device, got {str(device)!r}")
     if images is None:
         images = noise(input_size, batch_size)
     batch = images[torch.arange(batch_size) % len(images)].to(device, dtype)
     twins = {name: twin.to(device, dtype).eval() for name, twin in copy.deepcopy(dict(models)).items()}
 
-    rng = np.random.default_rng(SEED)
-    seconds: dict[str, list[float]] = {name: [] for name in twins}
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads or threads_before)
     try:
-        for turn in range(warmup + rounds):
-            for name in rng.permutation(list(twins)):
-                duration = timed_run(twins[name], batch)
-                if turn >= warmup:
-                    seconds[name].append(duration)
-                if on_run is not None:
-                    on_run(str(name))
+        memory = {name: peak_memory(twin, batch) for name, twin in twins.items()}
+        runs: dict[str, Callable[[Tensor], Any]] = dict(twins)
+        if compile:
+            runs = {name: torch.compile(twin, dynamic=False) for name, twin in twins.items()}
+        if cuda_graphs:
+            runs = {name: graphed(name, run, batch) for name, run in runs.items()}
+        seconds = interleaved(runs, batch, rounds, warmup, precision, max_rounds, on_run)
     finally:
         torch.set_num_threads(threads_before)
     baseline = np.array(next(iter(seconds.values())))
-    return [measurement(name, np.array(own), baseline, batch_size) for name, own in seconds.items()]
+    return [measurement(name, np.array(own), baseline, batch_size, memory[name]) for name, own in seconds.items()]
 
 
-def timed_run(model: nn.Module, batch: Tensor) -> float:
+def interleaved(
+    runs: Mapping[str, Callable[[Tensor], Any]],
+    batch: Tensor,
+    rounds: int,
+    warmup: int,
+    precision: float | None,
+    max_rounds: int,
+    on_run: Callable[[str], None] | None,
+) -> dict[str, list[float]]:
+    """Name -> seconds in every measured round; arguments as in ``profile_models``."""
+    rng = np.random.default_rng(SEED)
+
+    def run_round(durations: dict[str, list[float]]) -> None:
+        for name in rng.permutation(list(runs)):
+            durations[name].append(timed_run(runs[name], batch))
+            if on_run is not None:
+                on_run(str(name))
+
+    warm: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(MAX_WARMUP):
+        if turn >= warmup and not any(still_faster(durations) for durations in warm.values()):
+            break
+        run_round(warm)
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(max(rounds, max_rounds)):
+        if turn >= rounds and (precision is None or resolved(seconds, precision)):
+            break
+        run_round(seconds)
+    return seconds
+
+
+def still_faster(durations: Sequence[float]) -> bool:
+    """True if the last run was clearly the fastest so far, or the only one."""
+    return len(durations) == 1 or (len(durations) > 1 and durations[-1] < 0.95 * min(durations[:-1]))
+
+
+def resolved(seconds: Mapping[str, Sequence[float]], precision: float) -> bool:
+    """True if the interval of every speed-up over the first model is narrower than ``precision`` times it."""
+    baseline, *others = (np.array(durations) for durations in seconds.values())
+    for own in others:
+        low, high = median_interval(baseline / own)
+        if high - low > precision * np.median(baseline / own):
+            return False
+    return True
+
+
+def timed_run(run: Callable[[Tensor], Any], batch: Tensor) -> float:
     """Seconds of one forward pass, from an idle device to the result."""
-    synchronise(batch.device)
-    start = time.perf_counter()
     with torch.inference_mode():
+        if batch.is_cuda:
+            torch.cuda.synchronize(batch.device)
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run(batch)
+            end.record()
+            torch.cuda.synchronize(batch.device)
+            return start.elapsed_time(end) / 1e3
+        begin = time.perf_counter()
+        run(batch)
+        return time.perf_counter() - begin
+
+
+def graphed(name: str, run: Callable[[Tensor], Any], batch: Tensor) -> Callable[[Tensor], Any]:
+    """The model on this batch as a CUDA graph.
+
+    Raises:
+        ValueError: It cannot be captured, because it waits for the device.
+    """
+    stream = torch.cuda.Stream(batch.device)
+    stream.wait_stream(torch.cuda.current_stream(batch.device))
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.inference_mode():
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    run(batch)
+            torch.cuda.current_stream(batch.device).wait_stream(stream)
+            with torch.cuda.graph(graph):
+                run(batch)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{name} cannot be captured as a CUDA graph ({str(error).splitlines()[0]}): its token counts depend on the "
+            "image; measure it without cuda_graphs, or with settings of fixed counts (ragged='padded')"
+        ) from error
+    return lambda _: graph.replay()
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Adds up the storages that operators make, as long as they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: set[int] = set()
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._note(tensor.untyped_storage())
+        return out
+
+    def _note(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.alive:
+            return
+        self.alive.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self.alive.discard(key)
+        self.now -= size
+
+
+def peak_memory(model: nn.Module, batch: Tensor) -> int:
+    """Bytes of one forward pass, as ``Measurement.peak_memory`` tells."""
+    with torch.no_grad():
+        if not batch.is_cuda:
+            live = _LiveBytes()
+            known = [*model.parameters(), *model.buffers(), batch]
+            live.alive |= {tensor.untyped_storage()._cdata for tensor in known}
+            with live:
+                model(batch)
+            return live.peak
+        model(batch)  # libraries allocate their workspaces at the first call
+        torch.cuda.synchronize(batch.device)
+        before = torch.cuda.memory_allocated(batch.device)
+        torch.cuda.reset_peak_memory_stats(batch.device)
         model(batch)
-    synchronise(batch.device)
-    return time.perf_counter() - start
+        return torch.cuda.max_memory_allocated(batch.device) - before
 
 
-def synchronise(device: torch.device) -> None:
-    """Wait for all work on a CUDA device; other devices run synchronously."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def measurement(name: str, seconds: np.ndarray, baseline: np.ndarray, batch_size: int) -> Measurement:
+def measurement(name: str, seconds: np.ndarray, baseline: np.ndarray, batch_size: int, memory: int = 0) -> Measurement:
     """The Measurement of a model from its and the baseline's durations in the same rounds."""
     ratios = baseline / seconds
     return Measurement(
@@ -175,47 +293,17 @@ def measurement(name: str, seconds: np.ndarray, baseline: np.ndarray, batch_size
         speedup=float(np.median(ratios)),
         interval=median_interval(ratios),
         latency={f"p{p}": float(np.percentile(seconds, p)) for p in PERCENTILES},
+        peak_memory=memory,
         seconds=tuple(seconds.tolist()),
     )
 
 
-def cost_of(
-    model: nn.Module,
-    input_size: tuple[int, int, int],
-    measurement: Measurement,
-    images: Tensor | None = None,
-) -> Cost:
-    """Count what a model costs beside its measured speed.
-
-    Args:
-        model: The model.
-        input_size: (channels, H, W) of an image.
-        measurement: Its speed.
-        images: (B, channels, H, W) for a method whose tokens depend on the image; None means one of noise.
-    """
-    images = noise(input_size, 1) if images is None else images
-    varies = isinstance(model, ReducedHost) and any(r.variable_length for r in model.reducers.values())
-    report = count_flops(model, input_size, images=images if varies else None)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Cost(parameters, report.total, report.uncounted, tokens_left(model, images), measurement)
-
-
-@torch.no_grad()
-def tokens_left(model: nn.Module, images: Tensor) -> float | None:
-    """Mean number of patch tokens that leave the last block; None for a model without them."""
-    if isinstance(model, ReducedHost):
-        return float(eval_twin(model).forward_tokens(images).tokens.counts().double().mean())
-    if type(model) not in HOST_CLASSES:
-        return None
-    patch_embed: Any = model.patch_embed
-    return float(patch_embed.num_patches)
-
-
-def machine(device: str) -> dict[str, str]:
+def machine(device: str) -> dict[str, Any]:
     """What a measurement on the device was made with: system, processor, device and versions."""
     return {
         "system": platform.platform(),
         "processor": _processor_name(),
+        "cores": os.cpu_count(),
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
         "python": platform.python_version(),
         "torch": torch.__version__,

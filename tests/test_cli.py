@@ -77,15 +77,15 @@ class TestProfile:
         command += ["--rounds", "2", "--batch-size", "2", "--threads", "1", "--json", str(path)]
         assert main(command) == 0
         printed = capsys.readouterr().out
-        assert "batch 2, float32, cpu, 1 threads, 2 interleaved rounds, noise of 64 x 64" in printed
+        assert "batch 2, float32, cpu, 1 threads, noise at 64 x 64; 2 interleaved rounds" in printed
         (group,) = json.loads(path.read_text())
-        assert list(group["models"]) == [TINY, "evit keep_rate=0.5", "tome r=2"]
-        dense, evit, tome = group["models"].values()
-        assert all(name in printed for name in group["models"])
+        dense, evit, tome = group["models"]
+        assert [dense["name"], evit["name"], tome["name"]] == [TINY, "evit keep_rate=0.5", "tome r=2"]
+        assert all(model["name"] in printed for model in group["models"])
         assert f"{dense['macs'] / 1e9:.3f}" in printed
-        assert (dense["tokens"], evit["tokens"]) == (16, 4)  # 16 -> 8 + 1 -> 5 + 1 -> 3 + 1
+        assert (dense["tokens"][-1], evit["tokens"][-1]) == (16, 4)  # 16 -> 8 + 1 -> 5 + 1 -> 3 + 1
         assert max(evit["macs"], tome["macs"]) < dense["macs"]
-        assert len(dense["measurement"]["seconds"]) == 2
+        assert len(dense["seconds"]) == 2
         assert group["conditions"]["input_size"] == [3, 64, 64]
         assert group["machine"]["torch"] == torch.__version__
 
@@ -98,8 +98,28 @@ class TestProfile:
         names = [TINY, f"evit_{TINY}"]
         assert main(["profile", *names, *SMALL, "--rounds", "1", "--batch-size", "1", "--json", str(path)]) == 0
         (group,) = json.loads(path.read_text())
-        assert list(group["models"]) == names
-        assert group["models"][TINY]["measurement"]["speedup"] == 1
+        assert [model["name"] for model in group["models"]] == names
+        assert group["models"][0]["speedup"] == 1
+
+    def test_every_image_size_and_batch_size_is_measured_on_the_images(self, capsys, image, tmp_path):
+        command = ["profile", TINY, "--method", "tome", "--img-size", "64", "64x96", "--batch-size", "1", "2"]
+        command += ["--rounds", "1", "--threads", "1", "--images", str(image), "--breakdown"]
+        paths = tmp_path / "costs.json", tmp_path / "costs.csv"
+        assert main([*command, "--json", str(paths[0]), "--csv", str(paths[1])]) == 0
+        printed = capsys.readouterr().out
+        assert "tome: milliseconds by block" in printed
+        assert "divergence" in printed
+        records = json.loads(paths[0].read_text())
+        found = [(r["conditions"]["input_size"], r["conditions"]["batch_size"]) for r in records]
+        assert found == [([3, 64, 64], 1), ([3, 64, 64], 2), ([3, 64, 96], 1), ([3, 64, 96], 2)]
+        assert records[0]["conditions"]["images"] == ["gradient"]
+        assert records[0]["models"][1]["breakdown"][0]["block"] == "blocks.0"
+        assert len(paths[1].read_text().splitlines()) == 1 + 8
+
+    def test_image_size_of_another_form_is_refused(self, capsys):
+        with pytest.raises(SystemExit, match="2"):
+            main(["profile", TINY, "--img-size", "64,96"])
+        assert "'64,96' is neither a side such as 224 nor HxW such as 224x320" in capsys.readouterr().err
 
     def test_unknown_model_names_the_nearest(self, capsys):
         message = failure(capsys, "profile", "deit_tiny_patch16_225")
@@ -222,7 +242,7 @@ class TestDemo:
         assert all(str(tmp_path / "demo" / name) in printed.replace("\n", "") for name in written)
         assert f"{TINY} has {cli.RANDOM_WEIGHTS}" in printed
         (group,) = json.loads((tmp_path / "demo" / "costs.json").read_text())
-        assert list(group["models"]) == [TINY, "evit keep_rate=0.5", "ats", "dymu"]
+        assert [model["name"] for model in group["models"]] == [TINY, "evit keep_rate=0.5", "ats", "dymu"]
         assert group["conditions"]["images"] == ["coffee"]
         assert group["conditions"]["has_random_weights"]
 

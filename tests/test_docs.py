@@ -39,15 +39,16 @@ def test_readme_shows_the_measured_overhead() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "tool", "record"),
+    ("document", "name", "tool", "record"),
     [
-        ("recovery", "benchmark_recovery", "recovery_cpu.json"),
-        ("training", "compare_training", "composites_cpu.json"),
+        ("docs/dense.md", "recovery", "benchmark_recovery", "recovery_cpu.json"),
+        ("docs/dense.md", "training", "compare_training", "composites_cpu.json"),
+        ("docs/profile.md", "check", "check_profiler", "profiler_check_cpu.json"),
     ],
 )
-def test_page_on_dense_prediction_shows_the_measured_tables(name: str, tool: str, record: str) -> None:
+def test_pages_show_the_measured_tables(document: str, name: str, tool: str, record: str) -> None:
     measured = json.loads((ROOT / "docs/benchmarks" / record).read_text())
-    assert shown_table("docs/dense.md", name) == load_tool(tool).table(measured)
+    assert shown_table(document, name) == load_tool(tool).table(measured)
 
 
 def test_readme_and_model_cards_name_every_method() -> None:

@@ -9,8 +9,15 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import effvit
-from effvit.flops import count_flops
-from effvit.profiler import Measurement, cost_of, measurement, median_interval, profile_models
+from effvit.profiler import (
+    Measurement,
+    measurement,
+    median_interval,
+    peak_memory,
+    profile_models,
+    resolved,
+    still_faster,
+)
 
 SIZE = (3, 64, 64)
 
@@ -35,13 +42,20 @@ def tiny_vit() -> VisionTransformer:
     return VisionTransformer(img_size=64, patch_size=16, embed_dim=48, depth=2, num_heads=3, num_classes=10)
 
 
+@pytest.fixture(autouse=True)
+def _fixed_warm_up(request, monkeypatch):
+    """Models that take microseconds would be warmed up for a number of rounds that no test can know."""
+    if "warm_up" not in request.node.name:
+        monkeypatch.setattr("effvit.profiler.still_faster", lambda _: False)
+
+
 def test_every_model_runs_once_in_every_round():
     runs: list[str] = []
     models = {name: Recorder([]) for name in "abc"}
     results = profile_models(models, SIZE, 2, rounds=5, warmup=2, on_run=runs.append)
     assert [result.name for result in results] == ["a", "b", "c"]
     assert all(len(result.seconds) == 5 for result in results)
-    assert all(len(model.calls) == 7 for model in models.values())
+    assert all(len(model.calls) == 1 + 7 for model in models.values())
     turns = [runs[i : i + 3] for i in range(0, 21, 3)]
     assert all(sorted(turn) == ["a", "b", "c"] for turn in turns)
     assert len({tuple(turn) for turn in turns}) > 1  # shuffled
@@ -87,7 +101,7 @@ def test_speedup_is_the_median_of_the_ratios_within_rounds():
     # A drift that both models share cancels; the medians of the durations alone would give 1.5.
     seconds, baseline = np.array([1.0, 4.0, 2.0]), np.array([2.0, 8.0, 3.0])
     result = measurement("x", seconds, baseline, batch_size=8)
-    assert result == Measurement("x", 8 / 2.0, 2.0, result.interval, result.latency, (1.0, 4.0, 2.0))
+    assert result == Measurement("x", 8 / 2.0, 2.0, result.interval, result.latency, 0, (1.0, 4.0, 2.0))
     assert 1.5 <= result.interval[0] <= 2 <= result.interval[1] <= 2
 
 
@@ -128,32 +142,60 @@ def test_missing_cuda_is_named():
         profile_models({"a": Recorder([])}, SIZE, 1, device="cuda")
 
 
-class TestCost:
-    measured = measurement("x", np.ones(1), np.ones(1), batch_size=1)
+def test_rounds_go_on_until_intervals_are_narrow_enough():
+    steady = {"a": [1.0] * 9, "b": [2.0] * 9}
+    assert resolved(steady, 0.02)
+    assert not resolved({"a": [1.0, 2.0] * 5, "b": [2.0, 1.0] * 5}, 0.02)
+    results = profile_models({n: Recorder([]) for n in "ab"}, SIZE, 1, rounds=2, precision=1e-9, max_rounds=6)
+    assert [len(result.seconds) for result in results] == [6, 6]
+    results = profile_models({n: Recorder([]) for n in "ab"}, SIZE, 1, rounds=2, precision=1e9)
+    assert [len(result.seconds) for result in results] == [2, 2]
 
-    def test_dense_host_keeps_all_its_tokens(self):
-        model = tiny_vit()
-        cost = cost_of(model, SIZE, self.measured)
-        assert cost.tokens == 16
-        assert cost.parameters == sum(p.numel() for p in model.parameters())
-        assert cost.macs == count_flops(model, SIZE).total
-        assert cost.uncounted == {}
 
-    def test_reduced_host_reports_what_leaves_its_last_block(self):
-        assert cost_of(effvit.sparsify(tiny_vit(), "tome", r=3), SIZE, self.measured).tokens == 10
+def test_warm_up_goes_on_while_a_model_gets_faster():
+    assert still_faster([1.0])
+    assert still_faster([2.0, 1.0])
+    assert not still_faster([1.0, 2.0])
+    assert not still_faster([1.0, 0.99])
 
-    def test_tokens_that_depend_on_the_image_are_a_mean_over_the_images(self):
-        model = effvit.sparsify(tiny_vit(), "ats", reduce_at=[0, 1])
-        with torch.no_grad():
-            for block in model.blocks:
-                block.attn.qkv.weight.mul_(20)  # sharp attention, so that counts differ
-        images = torch.randn(3, *SIZE)
-        with torch.no_grad():
-            counts = [int(model.eval().forward_tokens(image[None]).tokens.counts()) for image in images]
-        cost = cost_of(model, SIZE, self.measured, images)
-        assert cost.tokens == pytest.approx(sum(counts) / 3)
-        assert cost.macs == count_flops(model, SIZE, images=images).total
 
-    def test_models_without_patch_tokens_have_no_token_count(self):
-        model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten())
-        assert cost_of(model, SIZE, self.measured).tokens is None
+class TwoAlive(nn.Module):
+    """At most x + 1 and its double are alive at once, then only the sum."""
+
+    def forward(self, x):
+        y = x + 1
+        z = y * 2
+        del y
+        return z.sum()
+
+
+def test_peak_memory_is_that_of_the_tensors_alive_at_once():
+    x = torch.zeros(2, 3, 8, 8)
+    assert peak_memory(TwoAlive(), x) == 2 * x.nbytes
+    assert peak_memory(nn.Identity(), x) == 0
+    assert peak_memory(nn.Flatten(), x) == 0  # a view
+
+
+def test_peak_memory_falls_with_the_tokens():
+    model = tiny_vit()
+    dense, half = profile_models({"a": model, "b": effvit.sparsify(model, "tome", r=4)}, SIZE, 2, rounds=1)
+    assert dense.peak_memory > half.peak_memory > 0
+
+
+def test_compiled_models_are_measured(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: compiled.append(model) or model)
+    profile_models({"a": Recorder([])}, SIZE, 1, rounds=1, compile=True)
+    assert len(compiled) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"precision": 0.0}, "precision must be above 0, a share of the speed-up such as 0.02, got 0.0"),
+        ({"cuda_graphs": True}, "cuda_graphs needs a CUDA device, got 'cpu'"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        profile_models({"a": Recorder([])}, SIZE, 1, **settings)

@@ -1,7 +1,6 @@
 """How near each method comes to its own ideal: the dense blocks on exactly the reduced token counts.
 
-The ideal runs timm's own blocks and shortens the sequence by a leading slice between attention and MLP, with no
-scores, no matching and no index: what a method loses against it is its overhead.
+What a method loses against the ideal (``effvit.ideal``) is its overhead.
 All models run interleaved, each once a round in random order; a figure is the median over the rounds of the ratio
 within a round, with its bootstrap 95 % interval.
 
@@ -22,10 +21,10 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 import effvit
-from effvit.models.host import ReducedHost
+from effvit.ideal import IdealViT, mean_counts
 from effvit.profiler import Measurement, machine, median_interval, noise, profile_models
 
 CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -40,43 +39,12 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-class IdealViT(nn.Module):
-    """A timm ViT whose token count follows a list, at no cost.
-
-    The blocks are given explicitly, so a compiler cannot drop what a swapped buffer would cut off: every token
-    that is left depends on the image.
-
-    Args:
-        dense: The ViT.
-        counts: Patch tokens that leave each block.
-    """
-
-    def __init__(self, dense: nn.Module, counts: list[int]) -> None:
-        super().__init__()
-        self.dense = dense
-        self.lengths = [dense.num_prefix_tokens + count for count in counts]
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.dense.norm_pre(self.dense._pos_embed(self.dense.patch_embed(x)))
-        for block, length in zip(self.dense.blocks, self.lengths, strict=True):
-            x = x + block.ls1(block.attn(block.norm1(x)))
-            x = x[:, :length]
-            x = x + block.ls2(block.mlp(block.norm2(x)))
-        return self.dense.forward_head(self.dense.norm(x))
-
-
 def sharpen(dense: nn.Module, factor: float) -> None:
     """Multiply the query weights, so that random attention is uneven enough for ATS to adapt to the image."""
     with torch.no_grad():
         for block in dense.blocks:
             width = block.attn.qkv.weight.shape[1]
             block.attn.qkv.weight[:width] *= factor
-
-
-@torch.no_grad()
-def mean_counts(model: ReducedHost, images: Tensor) -> list[int]:
-    """Patch tokens leaving each block, the mean over the batch for a method that adapts to the image."""
-    return [round(float(f.tokens.counts().double().mean())) for f in model.trace_tokens(images)]
 
 
 def efficiency(ideal: Measurement, own: Measurement) -> tuple[float, tuple[float, float]]:
@@ -109,7 +77,7 @@ def main() -> None:
     for name, (method, settings) in CONFIGURATIONS.items():
         if args.only.lower() in name.lower():
             model = effvit.sparsify(dense, method, **settings)
-            counts[name] = mean_counts(model, images)
+            counts[name] = [round(count) for count in mean_counts(model, images)]
             models[name] = model
             models[f"ideal {name}"] = IdealViT(dense, counts[name])
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from effvit.profiler import Measurement, machine, median_interval, profile_models
 
-__all__ = ["findings", "main"]
+__all__ = ["findings", "main", "table"]
 
 
 class Delayed(nn.Module):
@@ -58,6 +58,20 @@ def findings(model: Measurement, twin: Measurement, delayed: Measurement, nothin
     }
 
 
+def table(record: Mapping[str, Any]) -> list[str]:
+    """Lines of a Markdown table of what was put in and what was found."""
+    found, seconds = record["findings"], record["conditions"]["inserted_delay"]
+    (low, high), (shortest, longest) = found["twin_interval"], found["delay_interval"]
+    found_delay = f"{1e3 * found['delay']:.1f} ms ({1e3 * shortest:.1f} to {1e3 * longest:.1f})"
+    return [
+        "| truth | measured, 95 % interval |",
+        "|---|---|",
+        f"| a second model with the same weights: speed-up 1 | {found['twin_speedup']:.3f} ({low:.3f} to {high:.3f}) |",
+        f"| a delay of {1e3 * seconds:.1f} ms | {found_delay} |",
+        f"| a model that does nothing: the profiler's own time | {found['overhead']:.3%} of the model's |",
+    ]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print the findings."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -85,18 +99,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             models, size, rounds=args.rounds, on_run=lambda _: progress.advance(task), **conditions
         )
     found = findings(*measured)
-    low, high = found["twin_interval"]
-    print(f"twin: speed-up {found['twin_speedup']:.4f}, 95 % interval {low:.4f} to {high:.4f}, {high - low:.2%} wide")
-    low, high = found["delay_interval"]
-    print(f"delay of {1e3 * seconds:.2f} ms: {1e3 * found['delay']:.2f} ms, {1e3 * low:.2f} to {1e3 * high:.2f}")
-    print(f"nothing takes {found['overhead']:.4%} of the model's time")
+    record = {
+        "machine": machine(args.device),
+        "conditions": {"model": args.model, "rounds": args.rounds, **conditions, "inserted_delay": seconds},
+        "findings": found,
+        "seconds": {m.name: m.seconds for m in measured},
+    }
+    print("\n".join(table(record)))
     if args.json:
-        record = {
-            "machine": machine(args.device),
-            "conditions": {"model": args.model, "rounds": args.rounds, **conditions, "inserted_delay": seconds},
-            "findings": found,
-            "seconds": {m.name: m.seconds for m in measured},
-        }
         args.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
