@@ -7,7 +7,8 @@ Everything is registered in the root registries of mmengine, so mmdet, mmseg and
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.hooks import Hook
 from mmengine.model import BaseModule
-from mmengine.optim import DefaultOptimWrapperConstructor
-from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS
+from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
+from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
 from mmengine.runner.checkpoint import get_torch_safe_globals
 from timm.layers import LayerNorm2d
 from timm.models import group_parameters
@@ -27,10 +28,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from effvit.models._checkpoint import adapt_state, check_state, read_checkpoint, read_file
 from effvit.models.feature_pyramid import SimpleFeaturePyramid
-from effvit.models.host import check_model_name
+from effvit.models.host import ReducedHost, check_model_name
 from effvit.schedule import check_fraction, cosine_keep_rate
 
-__all__ = ["EffViT", "KeepRateHook", "LayerDecayOptimWrapperConstructor", "load_config"]
+__all__ = ["BFloat16OptimWrapper", "EffViT", "KeepRateHook", "LayerDecayOptimWrapperConstructor", "load_config"]
 
 MODELS.register_module(name="SimpleFeaturePyramid", module=SimpleFeaturePyramid)
 
@@ -258,9 +259,24 @@ def _backbone_options(module: nn.Module, rate: float) -> tuple[dict[str, float],
     return scales, undecayed
 
 
+@OPTIM_WRAPPERS.register_module()
+class BFloat16OptimWrapper(OptimWrapper):
+    """Forward passes in bfloat16 where that is exact enough, on any device; mmengine's ``AmpOptimWrapper`` has no CPU.
+
+    The range of bfloat16 is that of float32, so the loss needs no scale. Arguments are those of ``OptimWrapper``.
+    """
+
+    @contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        """The context of a step's forward pass."""
+        device = next(model.parameters()).device.type
+        with super().optim_context(model), torch.autocast(device, torch.bfloat16):
+            yield
+
+
 @HOOKS.register_module()
 class KeepRateHook(Hook):
-    """Lowers the keep rate of EffViT backbones over training (EViT, 2202.07800; see ``cosine_keep_rate``).
+    """Lowers the keep rate of reduced models over training (EViT, 2202.07800; see ``cosine_keep_rate``).
 
     Args:
         keep_rate: Rate to end at, in (0, 1].
@@ -277,5 +293,5 @@ class KeepRateHook(Hook):
         steps = len(runner.train_dataloader)
         rate = cosine_keep_rate(runner.iter, steps, self.keep_rate, self.start_epoch, self.epochs)
         for module in runner.model.modules():
-            if isinstance(module, EffViT):
-                module.model.set_keep_rate(rate)
+            if isinstance(module, ReducedHost):
+                module.set_keep_rate(rate)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 pytest.importorskip("mmengine", reason="the mm extra is not installed")
 
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS
+from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
 from safetensors.torch import save_file
 
 import effvit
@@ -254,6 +254,13 @@ class TestKeepRateHook:
         assert rates[2] > rates[3] > rates[4] == 0.5
         assert rates[3] == effvit.cosine_keep_rate(20, 10, 0.5, 1, 2)
 
+    def test_classifiers_follow_the_schedule_too(self) -> None:
+        dense = timm.create_model("deit_tiny_patch16_224", **SMALL)
+        model = nn.Sequential(effvit.sparsify(dense, "evit", keep_rate=0.7))
+        hook = HOOKS.build({"type": "KeepRateHook", "keep_rate": 0.5})
+        hook.before_train_iter(SimpleNamespace(iter=0, train_dataloader=range(10), model=model), 0)
+        assert {reducer.keep_rate for reducer in model[0].reducers.values()} == {0.5}
+
     def test_bad_rate_is_refused_when_the_hook_is_built(self) -> None:
         with pytest.raises(ValueError, match=r"keep_rate must be in \(0, 1\], got 0"):
             HOOKS.build({"type": "KeepRateHook", "keep_rate": 0})
@@ -270,3 +277,18 @@ def test_configs_may_inherit_from_mmseg_and_mmdet(tmp_path: Path) -> None:
     config = load_config(path)
     assert config.train_cfg.max_iters == 20000
     assert config.model.type == "RetinaNet"
+
+
+class TestBFloat16:
+    def test_forward_runs_in_bfloat16_and_weights_stay_float32(self) -> None:
+        model = nn.Linear(4, 4)
+        wrapper = OPTIM_WRAPPERS.build(
+            {"type": "BFloat16OptimWrapper", "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
+        )
+        before = model.weight.detach().clone()
+        with wrapper.optim_context(model):
+            y = model(torch.ones(2, 4))
+        wrapper.update_params(y.float().sum())
+        assert y.dtype == torch.bfloat16
+        assert model.weight.dtype == torch.float32
+        assert not torch.equal(model.weight, before)

@@ -14,7 +14,7 @@ from timm.models._builder import resolve_pretrained_cfg
 from timm.models._pretrained import DefaultCfg
 from torch import nn
 
-from effvit.models import architectures, lvvit
+from effvit.models import architectures, lvvit, vit_nano
 from effvit.models._checkpoint import host_state_dict
 from effvit.models.feature_pyramid import feature_settings
 from effvit.models.host import check_settings, sparsify
@@ -150,5 +150,5 @@ def register_pyramid(name: str, **settings: Any) -> str:
 
 def list_models(pattern: str = "*") -> list[str]:
     """Names of the zoo's models that match a shell-style pattern."""
-    own = {*default_cfgs, *lvvit.default_cfgs, *architectures.default_cfgs}
+    own = {*default_cfgs, *lvvit.default_cfgs, *vit_nano.default_cfgs, *architectures.default_cfgs}
     return [name for name in timm.list_models() if name in own and fnmatch.fnmatch(name, pattern)]
