@@ -102,7 +102,7 @@ def _use_mixed_precision(config: Config) -> None:
     if get_device() == "cpu":
         raise ValueError(
             "mixed precision needs an accelerator, and this machine has none; leave amp out to train in float32, or "
-            "set optim_wrapper.type=BFloat16OptimWrapper if all operators of the model know bfloat16 (RoIAlign does not)"
+            "set optim_wrapper.type=BFloat16OptimWrapper if all the model's operators know bfloat16 (RoIAlign does not)"
         )
     config.optim_wrapper.type = "AmpOptimWrapper"
     config.optim_wrapper.loss_scale = "dynamic"

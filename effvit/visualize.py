@@ -48,17 +48,19 @@ def data_config(model: nn.Module) -> dict[str, Any]:
 
 
 def load_images(model: nn.Module, images: Sequence[Image.Image]) -> Tensor:
-    """Images as the model takes them: resized, cropped and normalised, (B, 3, H, W)."""
-    transform = create_transform(**data_config(model), is_training=False)
-    return torch.stack([transform(image.convert("RGB")) for image in images])
+    """Images as the model takes them: resized, cropped and normalised, (B, 3, H, W); (B, 1, H, W) grey."""
+    config = data_config(model)
+    transform = create_transform(**config, is_training=False)
+    mode = "L" if config["input_size"][0] == 1 else "RGB"
+    return torch.stack([transform(image.convert(mode)) for image in images])
 
 
 def seen_by(model: nn.Module, x: Tensor) -> Image.Image:
-    """The picture the model sees: a normalised image x (3, H, W) back in colours."""
+    """The picture the model sees: a normalised image x (3, H, W), or (1, H, W) grey, back in RGB."""
     config = data_config(model)
     mean, std = (torch.tensor(config[name])[:, None, None] for name in ("mean", "std"))
     pixels = ((x.float() * std + mean).clamp(0, 1) * 255).round().byte()
-    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    return Image.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
 
 
 def patch_states(labels: np.ndarray, fused: np.ndarray | None) -> np.ndarray:

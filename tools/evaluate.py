@@ -1,0 +1,157 @@
+"""Top-1 accuracy on labelled pictures beside multiply-adds and speed, of a model and its reduced variants.
+
+    python tools/get_data.py fashion_mnist
+    python tools/evaluate.py vit_nano_patch4_28 --pretrained --data fashion_mnist --method evit --set keep_rate=0.7
+    python tools/evaluate.py deit_small_patch16_224 --checkpoint deit.pth --data imagenet --root imagenet --split val
+
+DyMU is calibrated on training pictures of the same set. Without --pretrained and --checkpoint weights are random.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+import effvit
+from effvit.cli import build, list_variants, parse_setting, reduced
+from effvit.costs import profile
+from effvit.data import PICTURES, load_pictures
+from effvit.reducers import METHODS
+from effvit.visualize import data_config, load_images
+
+__all__ = ["main", "table", "top1"]
+
+CALIBRATION_IMAGES = 512
+
+
+class Prepared(Dataset[tuple[Tensor, int]]):
+    """(picture, label) pairs as a model takes them."""
+
+    def __init__(self, pictures: Any, model: nn.Module) -> None:
+        self.pictures = pictures
+        self.model = model
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        picture, label = self.pictures[index]
+        return load_images(self.model, [picture])[0], label
+
+
+@torch.inference_mode()
+def top1(models: Mapping[str, nn.Module], batches: Any, device: str = "cpu") -> dict[str, float]:
+    """Top-1 accuracy in percent of each model, all on the same batches of (images, labels)."""
+    right, seen = dict.fromkeys(models, 0), 0
+    for images, labels in batches:
+        seen += len(labels)
+        for name, model in models.items():
+            right[name] += int((model(images.to(device)).argmax(-1).cpu() == labels).sum())
+    return {name: 100 * number / seen for name, number in right.items()}
+
+
+def table(record: Mapping[str, Any]) -> list[str]:
+    """Lines of a Markdown table of one record."""
+    lines = ["| model | top-1 (%) | MMACs | MAC ratio | speed-up | tokens left |", "|---|---|---|---|---|---|"]
+    for model in record["models"]:
+        low, high = model["interval"]
+        speed = f"{model['speedup']:.2f} ({low:.2f} to {high:.2f})"
+        lines.append(
+            f"| {model['name']} | {model['accuracy']['value']:.2f} | {model['macs'] / 1e6:.1f} "
+            f"| {model['mac_ratio']:.2f} | {speed} | {model['tokens'][-1] if model['tokens'] else 0:.1f} |"
+        )
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Evaluate; returns 2 after an error the caller can mend."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="any name of timm or of the zoo")
+    parser.add_argument("--data", required=True, choices=PICTURES)
+    parser.add_argument("--root", help="folder of the set (default for fetched sets: where get_data.py puts them)")
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--limit", type=int, help="only so many pictures, evenly spread")
+    parser.add_argument("--pretrained", action="store_true")
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE")
+    parser.add_argument("--method", nargs="+", default=[], metavar="NAME")
+    parser.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=10, help="of the measurement of speed")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the record there")
+    arguments = parser.parse_args(argv)
+    try:
+        record = evaluate(arguments)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"evaluate: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print("\n".join(table(record)))
+    if arguments.json is not None:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps([record], indent=1) + "\n")
+    return 0
+
+
+def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The record of all variants, with their accuracies."""
+    torch.manual_seed(0)
+    dense = build(arguments.model, {}, arguments.pretrained).eval()
+    if arguments.checkpoint is not None:
+        effvit.load_checkpoint(dense, arguments.checkpoint)
+    variants = list_variants(arguments.method, [parse_setting(text) for text in arguments.settings])
+    models = {arguments.model: dense, **reduced(dense, variants)}
+    pictures: Any = load_pictures(arguments.data, arguments.split, arguments.root)
+    if arguments.limit is not None:
+        pictures = spread(pictures, arguments.limit)
+    train: Any = None
+    for model in models.values():
+        method = getattr(model, "method", None)
+        if method is not None and METHODS[method].learns:
+            train = train or spread(load_pictures(arguments.data, "train", arguments.root), CALIBRATION_IMAGES)
+            effvit.calibrate(model, [images for images, _ in DataLoader(Prepared(train, dense), 128)])
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    for model in models.values():
+        model.to(arguments.device).eval()
+    loader = DataLoader(Prepared(pictures, dense), arguments.batch_size)
+    accuracies = top1(models, track(loader, console=Console(stderr=True), transient=True), arguments.device)
+    for model in models.values():
+        model.cpu()
+    images = next(iter(loader))[0]
+    record = profile(
+        models,
+        data_config(dense)["input_size"],
+        arguments.batch_size,
+        images=images,
+        image_names=[f"{len(images)} pictures of {arguments.data}"],
+        rounds=arguments.rounds,
+        threads=arguments.threads,
+        device=arguments.device,
+    )
+    data = f"{arguments.data} {arguments.split}, {len(pictures)} pictures"
+    for model in record["models"]:
+        value = accuracies[model["name"]]
+        model["accuracy"] = {"value": value, "metric": "top-1", "data": data, "origin": "measured here"}
+    return record
+
+
+def spread(pictures: Any, number: int) -> Any:
+    """``number`` of the pictures, evenly spread over the set."""
+    if not 0 < number <= len(pictures):
+        raise ValueError(f"the set has {len(pictures)} pictures, cannot take {number} of them")
+    return Subset(pictures, [index * len(pictures) // number for index in range(number)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""Weights of a checkpoint that mmengine's Runner saved, as float16 .safetensors for ``timm.create_model``.
+
+    python tools/export_weights.py work_dirs/vit-nano_second-stage/epoch_8.pth --model vit_nano_patch4_28 \
+      --out effvit/weights/vit_nano_patch4_28.fashion_mnist.safetensors
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmengine.runner.checkpoint import get_torch_safe_globals
+from safetensors.torch import save_file
+
+from effvit.cli import build
+from effvit.models._checkpoint import check_state, official_state_dict, read_file
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Export; returns 2 after an error the caller can mend."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--model", required=True, help="name the checkpoint is of")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE")
+    arguments = parser.parse_args(argv)
+    try:
+        state, _ = official_state_dict(read_file(arguments.checkpoint, get_torch_safe_globals()))
+        check_state(state, build(arguments.model, {}), arguments.checkpoint)
+    except (ValueError, OSError) as error:
+        print(f"export_weights: error: {error}", file=sys.stderr)
+        return 2
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    halves = {name: value.half().contiguous() for name, value in state.items()}
+    save_file(halves, arguments.out, {"format": "pt", "architecture": arguments.model})
+    print(f"{arguments.out}: {sum(value.numel() for value in halves.values()) / 1e6:.2f} M parameters")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
