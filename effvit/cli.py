@@ -28,7 +28,8 @@ from effvit.demo import VARIANTS, photographs, plot_costs
 from effvit.models._checkpoint import convert_checkpoint
 from effvit.models.host import ReducedHost, check_model_name
 from effvit.reducers import METHODS
-from effvit.tables import describe, print_record, write_csv
+from effvit.tables import describe, print_record, print_tuning, write_csv
+from effvit.tune import TUNED, tune
 from effvit.visualize import data_config, load_images, token_figure
 
 __all__ = ["main"]
@@ -110,6 +111,27 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(run=run_visualize)
 
     command = commands.add_parser(
+        "tune",
+        parents=[weights],
+        help="the setting that reaches a speed-up here with the least change of the outputs",
+        description="Measure settings of several methods on this machine, and compare their outputs on the IMAGEs.",
+    )
+    command.add_argument("model", metavar="MODEL", help="a plain ViT of timm")
+    command.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    aim = command.add_mutually_exclusive_group(required=True)
+    aim.add_argument("--speedup", type=float, metavar="FACTOR", help="wished speed-up over MODEL, e.g. 1.5")
+    aim.add_argument("--gmacs", type=float, help="billions of multiply-adds of one image not to exceed")
+    command.add_argument("--method", nargs="+", default=TUNED, metavar="NAME", help="methods to choose from")
+    command.add_argument("--batch-size", type=int, default=8)
+    command.add_argument("--rounds", type=int, default=8, help="of each step of the search")
+    command.add_argument("--final-rounds", type=int, default=40, help="of the measurement that decides")
+    command.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    command.add_argument("--device", default="cpu")
+    command.add_argument("--dtype", default="float32", choices=DTYPES, help="of weights and images")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write model_name and settings for timm there")
+    command.set_defaults(run=run_tune)
+
+    command = commands.add_parser(
         "convert",
         parents=[settings],
         help="an official checkpoint under our names, and what was left out of it",
@@ -182,6 +204,38 @@ def profile_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Keywords of ``effvit.costs.profile`` from the command line."""
     names = ("rounds", "precision", "max_rounds", "threads", "device", "compile", "cuda_graphs", "breakdown")
     return {name: getattr(arguments, name) for name in names} | {"dtype": getattr(torch, arguments.dtype)}
+
+
+def run_tune(arguments: argparse.Namespace) -> None:
+    """Print the front of settings and the best one for the aim."""
+    check_device(arguments.device)
+    dense = create(arguments.model, arguments)
+    images = load_images(dense, [open_image(path) for path in arguments.images])
+    console = output()
+    if has_random_weights(arguments):
+        console.print(f"{arguments.model} has {RANDOM_WEIGHTS}", style="yellow")
+    with progress() as bars:
+        task = bars.add_task("measuring", total=None)
+        result = tune(
+            dense,
+            images,
+            speedup=arguments.speedup,
+            macs=None if arguments.gmacs is None else round(1e9 * arguments.gmacs),
+            methods=arguments.method,
+            batch_size=arguments.batch_size,
+            rounds=arguments.rounds,
+            final_rounds=arguments.final_rounds,
+            on_run=lambda _: bars.advance(task),
+            threads=arguments.threads,
+            device=arguments.device,
+            dtype=getattr(torch, arguments.dtype),
+        )
+    print_tuning(console, result)
+    if arguments.json is not None:
+        name = f"{result['best']['method']}_{arguments.model}"
+        known = name.partition(".")[0] in effvit.list_models()
+        ready = {"model_name": name if known else None, "settings": result["best"]["settings"]}
+        write_json(arguments.json, ready | {"method": result["best"]["method"], "host": arguments.model} | result)
 
 
 def run_visualize(arguments: argparse.Namespace) -> None:

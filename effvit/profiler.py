@@ -169,7 +169,7 @@ def interleaved(
                 on_run(str(name))
 
     warm: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(MAX_WARMUP):
+    for turn in range(max(warmup, MAX_WARMUP)):
         if turn >= warmup and not any(still_faster(durations) for durations in warm.values()):
             break
         run_round(warm)

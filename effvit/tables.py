@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["describe", "print_record", "write_csv"]
+__all__ = ["describe", "print_record", "print_tuning", "write_csv"]
 
 CONDITIONS = ("batch_size", "input_size", "dtype", "device", "threads", "compile", "cuda_graphs")
 NUMBERS = (
@@ -101,6 +101,38 @@ def _breakdown(model: Mapping[str, Any]) -> Table:
         cells = [f"{1e3 * row['seconds'][part]:.2f}" if part in row["seconds"] else "" for part in parts]
         table.add_row(row["block"], *cells)
     return table
+
+
+def print_tuning(console: Console, result: Mapping[str, Any]) -> None:
+    """Print the front that ``effvit.tune`` found and its best setting."""
+    table = Table(
+        title=f"No other of the {len(result['tried'])} settings tried is faster and nearer", title_justify="left"
+    )
+    table.add_column("method")
+    table.add_column("settings", max_width=60)
+    for heading in ("GMACs", "speed-up", "divergence", "same class (%)"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for candidate in result["front"]:
+        table.add_row(
+            candidate["method"],
+            settings_of(candidate),
+            f"{candidate['macs'] / 1e9:.3f}",
+            f"{candidate['speedup']:.2f}{_interval(candidate['interval'])}",
+            f"{candidate['fidelity']['divergence']:.4g}",
+            f"{100 * candidate['fidelity']['agreement']:.0f}",
+            style="bold" if candidate["settings"] == result["best"]["settings"] else None,
+        )
+    console.print(table)
+    best = result["best"]
+    console.print(
+        f"best: {best['method']} {settings_of(best)}, speed-up {best['speedup']:.2f}{_interval(best['interval'])}, "
+        f"{best['macs'] / 1e9:.3f} GMACs, divergence {best['fidelity']['divergence']:.4g}"
+    )
+
+
+def settings_of(candidate: Mapping[str, Any]) -> str:
+    """The settings of a candidate as they are written in Python."""
+    return ", ".join(f"{name}={value}" for name, value in candidate["settings"].items())
 
 
 def write_csv(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
