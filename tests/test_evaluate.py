@@ -80,11 +80,19 @@ class TestEvaluate:
         pictures.CALIBRATION_IMAGES = 16
         assert pictures.main([*command, "--limit", "8"]) == 0
         (record,) = json.loads(path.read_text())
-        assert capsys.readouterr().out.splitlines() == pictures.table(record)
+        assert capsys.readouterr().out.splitlines() == pictures.table([record])
         assert [m["name"] for m in record["models"]] == [NANO, "evit keep_rate=0.5", "dymu r_total=12"]
         for model in record["models"]:
             assert model["accuracy"]["data"] == "fashion_mnist test, 8 pictures"
             assert 0 <= model["accuracy"]["value"] <= 100
+
+    def test_records_of_one_baseline_share_a_table(self, pictures: Any, tmp_path: Path) -> None:
+        path = tmp_path / "accuracy.json"
+        for method in ("evit", "tome"):
+            command = [NANO, "--data", "fashion_mnist", "--method", method, "--rounds", "1", "--batch-size", "4"]
+            assert pictures.main([*command, "--json", str(path)]) == 0
+        rows = pictures.table(json.loads(path.read_text()))[2:]
+        assert [row.split(" | ")[0] for row in rows] == [f"| {name}" for name in (NANO, "evit", "tome")]
 
     def test_missing_pictures_are_named(self, tmp_path: Path, capsys: Any) -> None:
         assert load_tool("evaluate").main([NANO, "--data", "fashion_mnist", "--root", str(tmp_path)]) == 2

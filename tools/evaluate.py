@@ -32,6 +32,7 @@ from effvit.visualize import data_config, load_images
 __all__ = ["main", "table", "top1"]
 
 CALIBRATION_IMAGES = 512
+COST_IMAGES = 16  # multiply-adds of methods that adapt to the image are a mean over these
 
 
 class Prepared(Dataset[tuple[Tensor, int]]):
@@ -60,16 +61,21 @@ def top1(models: Mapping[str, nn.Module], batches: Any, device: str = "cpu") -> 
     return {name: 100 * number / seen for name, number in right.items()}
 
 
-def table(record: Mapping[str, Any]) -> list[str]:
-    """Lines of a Markdown table of one record."""
+def table(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines of a Markdown table of records, whose baselines are the same model and shown once."""
     lines = ["| model | top-1 (%) | MMACs | MAC ratio | speed-up | tokens left |", "|---|---|---|---|---|---|"]
-    for model in record["models"]:
+    models = records[0]["models"] + [model for record in records[1:] for model in record["models"][1:]]
+    for model in models:
         low, high = model["interval"]
-        speed = f"{model['speedup']:.2f} ({low:.2f} to {high:.2f})"
-        lines.append(
-            f"| {model['name']} | {model['accuracy']['value']:.2f} | {model['macs'] / 1e6:.1f} "
-            f"| {model['mac_ratio']:.2f} | {speed} | {model['tokens'][-1] if model['tokens'] else 0:.1f} |"
-        )
+        cells = [
+            model["name"],
+            f"{model['accuracy']['value']:.1f}",
+            f"{model['macs'] / 1e6:.1f}",
+            f"{model['mac_ratio']:.2f}",
+            f"{model['speedup']:.2f} ({low:.2f} to {high:.2f})",
+            f"{model['tokens'][-1]:.1f}" if model["tokens"] else "-",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
@@ -89,17 +95,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=10, help="of the measurement of speed")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the record there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="add the record to the list there")
     arguments = parser.parse_args(argv)
     try:
         record = evaluate(arguments)
     except (ValueError, TypeError, OSError) as error:
         print(f"evaluate: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    print("\n".join(table(record)))
+    print("\n".join(table([record])))
     if arguments.json is not None:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps([record], indent=1) + "\n")
+        records = json.loads(arguments.json.read_text()) if arguments.json.exists() else []
+        arguments.json.write_text(json.dumps([*records, record], indent=1) + "\n")
     return 0
 
 
@@ -128,7 +135,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     accuracies = top1(models, track(loader, console=Console(stderr=True), transient=True), arguments.device)
     for model in models.values():
         model.cpu()
-    images = next(iter(loader))[0]
+    images = next(iter(loader))[0][:COST_IMAGES]
     record = profile(
         models,
         data_config(dense)["input_size"],
