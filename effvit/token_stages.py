@@ -94,9 +94,10 @@ def trace_stages(model: nn.Module, x: Tensor) -> list[Stage]:
         if isinstance(model, kind):
             like = next(model.parameters())
             return trace(eval_twin(model), x.to(like.device, like.dtype))
+    soft = ", ".join(kind.__name__ for kind in TRACES if kind is not ReducedHost)
     raise TypeError(
-        f"tokens can be traced in a model made by effvit.sparsify and in {', '.join(k.__name__ for k in TRACES)}, got "
-        f"a {type(model).__name__}; reduce it by a method first"
+        f"tokens can be traced in a model made by effvit.sparsify and in {soft}, got a {type(model).__name__}; "
+        "reduce it by a method first"
     )
 
 

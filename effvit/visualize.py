@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
+from effvit.costs import SCHEMA
 from effvit.models.host import ReducedHost, method_settings
 from effvit.token_stages import ALONE, DROPPED, FUSED, MERGED, SOFT, Stage, map_stage, trace_stages
 from effvit.tokens import TokenMap
@@ -32,7 +33,6 @@ __all__ = [
     "token_stages",
 ]
 
-SCHEMA = 1  # of the records
 Item = TypeVar("Item")
 
 STATE_NAMES = {

@@ -20,11 +20,13 @@ from effvit.visualize import (
     data_config,
     draw_tokens,
     load_images,
-    patch_states,
+    model_text,
     seen_by,
     settings_text,
     spread,
     token_figure,
+    token_record,
+    token_stages,
 )
 
 SETTINGS = {
@@ -129,14 +131,6 @@ class TestDrawTokens:
             draw_tokens(photograph(), torch.zeros(8, dtype=torch.int64))
 
 
-def test_states_of_patches():
-    labels = np.array([[0, 1, 1], [-1, 2, 2]])
-    assert patch_states(labels, None).tolist() == [[ALONE, MERGED, MERGED], [DROPPED, MERGED, MERGED]]
-    fused = np.array([False, False, True])
-    assert patch_states(labels, fused).tolist() == [[ALONE, MERGED, MERGED], [DROPPED, FUSED, FUSED]]
-    assert patch_states(np.full((1, 2), -1), fused).tolist() == [[DROPPED, DROPPED]]
-
-
 @pytest.mark.parametrize(
     ("blocks", "shown"),
     [
@@ -184,7 +178,7 @@ class TestTokenFigure:
         assert token_figure(model, photograph(), title="x") != token_figure(model, photograph())
 
     def test_dense_model_is_refused(self):
-        with pytest.raises(TypeError, match=r"made by effvit\.sparsify, got a VisionTransformer"):
+        with pytest.raises(TypeError, match=r"made by effvit\.sparsify and in .*, got a VisionTransformer"):
             token_figure(tiny_vit(), photograph())
 
 
