@@ -47,7 +47,6 @@ def test_soft_tokens_share_every_patch(case):
         total = stage.assignment.sum(-1)
         if "supertoken" in case:  # of pixels at the border something goes to super tokens that do not exist
             assert (total <= 1 + 1e-5).all()
-            assert np.abs(total.max() - 1) < 1e-5 or min(stage.labels.shape) < 12
         else:
             assert np.abs(total - 1).max() < 1e-5
 
@@ -109,7 +108,7 @@ def test_model_that_reduces_nowhere_has_no_stages(case):
 
 
 def test_model_without_tokens_to_trace_is_refused():
-    with pytest.raises(TypeError, match=r"in STViT, .*SiT, got a CasViT; reduce it by a method first"):
+    with pytest.raises(TypeError, match=r"in STViT, .*SiT, got a CASViT; reduce it by a method first"):
         trace_stages(make_architecture("casvit"), make_images("casvit")[:1])
 
 
