@@ -178,23 +178,23 @@ const text = (value, digits) => (value == null ? "–" : number(value, digits));
 // name, value to sort by, text; columns that no model has anything in are left out.
 const COLUMNS = [
   ["model", (m) => m.title],
-  ["measured with", (m) => (CHOICES.condition.length > 1 ? m.condition : null)],
-  ["params (M)", (m) => m.parameters / 1e6],
-  ["GMACs", (m) => m.macs / 1e9],
-  ["MAC ratio", (m) => m.mac_ratio],
-  ["tokens left", (m) => m.tokens?.at(-1)],
   ["images/s", (m) => m.images_per_second],
   ["speed-up", (m) => m.speedup, (m) => (m.speedup === 1 && m.interval[0] === m.interval[1] ? "1" :
     `${m.speedup.toFixed(2)} (${range(m.interval)})`)],
   ["ideal", (m) => m.ideal_speedup],
   ["of the ideal", (m) => m.efficiency, (m) => (m.efficiency == null ? "–" :
     `${m.efficiency.toFixed(2)}${m.efficiency_interval ? ` (${range(m.efficiency_interval)})` : ""}`)],
+  ["GMACs", (m) => m.macs / 1e9],
+  ["MAC ratio", (m) => m.mac_ratio],
+  ["tokens left", (m) => m.tokens?.at(-1)],
+  ["params (M)", (m) => m.parameters / 1e6],
   ["p50 (ms)", (m) => m.latency.p50 * 1e3],
   ["p99 (ms)", (m) => m.latency.p99 * 1e3],
   ["memory (MB)", (m) => m.peak_memory && m.peak_memory / 1e6],
   ["accuracy (%)", (m) => m.accuracy?.value, (m) => (m.accuracy ?
     `${m.accuracy.value} (${m.accuracy.metric}, ${m.accuracy.data}, ${m.accuracy.origin})` : "–")],
   ["divergence", (m) => m.fidelity?.divergence],
+  ["measured with", (m) => (CHOICES.condition.length > 1 ? m.condition : null)],
 ];
 
 function renderTable(shown) {
@@ -225,13 +225,15 @@ function renderTable(shown) {
       return make("td", { class: typeof raw === "string" ? "text" : unresolved ? "unresolved" : "" }, content);
     });
     const attributes = { "data-method": row.methodName, "data-host": row.hostName };
-    return make("tr", attributes, make("th", { scope: "row", class: "text" }, swatch(row), row.title), ...cells);
+    const place = row.host === null ? [] : [make("span", { class: "faint" }, ` in ${row.host}`)];
+    return make("tr", attributes, make("th", { scope: "row", class: "text" }, swatch(row), row.name, ...place), ...cells);
   });
   byId("table").replaceChildren(make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...body));
 }
 
 function renderTokens(shown) {
-  const counted = shown.filter((row) => row.tokens?.length);
+  const counted = [...new Map(shown.filter((row) => row.tokens?.length) // once, in however many conditions measured
+    .map((row) => [`${row.title} ${row.tokens}`, row])).values()];
   byId("tokens").hidden = !counted.length;
   if (counted.length) linePlot(byId("lines"), byId("lines-legend"), counted);
 }
@@ -240,8 +242,10 @@ function renderBreakdown(shown) {
   const timed = shown.filter((row) => row.breakdown);
   byId("breakdown").hidden = !timed.length;
   if (!timed.length) return;
-  const options = [["", "all blocks together, model by model"], ...timed.map((row) => [row.title, row.title])];
-  const value = select("bars-of", options, state.bars, "bars");
+  const conditions = unique(timed.map((row) => row.condition));
+  const full = (row) => (conditions.length > 1 ? `${row.title}, ${row.condition}` : row.title);
+  const options = [...conditions.map((text) => `all models, ${text}`), ...timed.map(full)].map((text) => [text, text]);
+  const chosen = select("bars-of", options, state.bars, "bars");
   const sum = (row) => {
     const parts = {};
     for (const { seconds } of row.breakdown) {
@@ -249,11 +253,12 @@ function renderBreakdown(shown) {
     }
     return parts;
   };
-  const one = timed.find((row) => row.title === value);
+  const one = timed.find((row) => full(row) === chosen);
   const named = (block) => (typeof block === "number" ? `block ${block}` : block);
   stackedBars(byId("bars"), byId("bars-legend"), one
     ? one.breakdown.map(({ block, seconds }) => ({ name: named(block), parts: seconds }))
-    : timed.map((row) => ({ name: row.title, parts: sum(row) })));
+    : timed.filter((row) => chosen === `all models, ${row.condition}`)
+      .map((row) => ({ name: row.title, parts: sum(row) })));
 }
 
 const cards = pictures.map((record) => [record, tokenCard(record)]);

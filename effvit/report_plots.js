@@ -137,11 +137,13 @@ function scatter(svg, points, xMetric, yMetric) {
     { title: axisTitle(yMetric), span: spanOf(points.map((p) => p.y)) },
     Math.max(300, Math.min(430, svg.parentElement.clientWidth * 0.62)),
   );
+  const named = new Set(points.length <= 8 ? points : []); // of many points only the fronts' are named
   for (const condition of new Set(points.map((p) => p.row.condition))) {
     const own = points.filter((p) => p.row.condition === condition);
     const front = paretoFront(own, xMetric.better, yMetric.better);
     const path = front.map((p, i) => `${i ? "L" : "M"}${plane.across(p.x)},${plane.up(p.y)}`).join("");
     svg.append(draw("path", { class: "front", d: path }));
+    front.forEach((p) => named.add(p));
   }
   const taken = [];
   const labels = [];
@@ -159,7 +161,7 @@ function scatter(svg, points, xMetric, yMetric) {
     });
     svg.append(explain(mark, p.text));
     taken.push([x - 8, y - 8, x + 8, y + 8]);
-    labels.push([x, y, p.row.name]);
+    if (named.has(p)) labels.push([x, y, p.row.name]);
   }
   for (const [x, y, text] of labels) placeLabel(svg, x, y, text, taken, plane.width);
 }
