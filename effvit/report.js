@@ -30,6 +30,7 @@ const rows = profiles.flatMap((record) =>
     condition: conditionText(record),
     title: model.host === null ? model.name : `${model.name} in ${model.host}`,
     baseline: record.models[0],
+    isBaseline: i === 0,
     // The baseline's outputs are its own: where the others' were compared with them, their distance is 0.
     fidelity: model.fidelity ?? (i === 0 && record.models.some((m) => m.fidelity)
       ? { divergence: 0, feature_distance: 0 } : null),
@@ -57,17 +58,18 @@ function styleOf(row) { // colour by method, shape by host
   return { colour, shape: shapes[CHOICES.host.indexOf(row.hostName) % shapes.length] };
 }
 
-// better: 1 where more is better, -1 where less is; digits: significant figures.
+// better: 1 where more is better, -1 where less is; relative: to the first model, so that hosts do not compare.
 const METRICS = {
   images_per_second: { name: "images/s", better: 1, of: (m) => m.images_per_second,
     interval: (m) => m.interval.map((bound) => bound * m.baseline.images_per_second) },
-  speedup: { name: "speed-up over the first model", better: 1, of: (m) => m.speedup, interval: (m) => m.interval },
+  speedup: { name: "speed-up over the first model", better: 1, relative: true, of: (m) => m.speedup, interval: (m) => m.interval },
   macs: { name: "GMACs of an image", better: -1, of: (m) => m.macs / 1e9 },
   peak_memory: { name: "peak memory (MB)", better: -1, of: (m) => m.peak_memory && m.peak_memory / 1e6 },
   latency: { name: "latency of a batch, median (ms)", better: -1, of: (m) => m.latency.p50 * 1e3 },
   accuracy: { name: "accuracy (%)", better: 1, of: (m) => m.accuracy?.value },
-  divergence: { name: "divergence from the dense outputs", better: -1, of: (m) => m.fidelity?.divergence },
-  feature_distance: { name: "distance of features from the dense ones", better: -1,
+  divergence: { name: "divergence from the dense outputs", better: -1, relative: true,
+    of: (m) => m.fidelity?.divergence },
+  feature_distance: { name: "distance of features from the dense ones", better: -1, relative: true,
     of: (m) => m.fidelity?.feature_distance },
 };
 const known = (key) => rows.some((row) => METRICS[key].of(row) != null);
@@ -154,7 +156,7 @@ function pointText(row) {
     const value = metric.of(row);
     if (value != null) lines.push(`${metric.name}: ${number(value, 4)}`);
   }
-  if (row !== row.baseline && !row.resolved && row.host) lines.push("the speed-up is not resolved");
+  if (!row.isBaseline && !row.resolved) lines.push("the speed-up is not resolved");
   return lines.join("\n");
 }
 
@@ -168,8 +170,9 @@ function renderTradeOff(shown) {
   byId("pareto").parentElement.hidden = !points.length;
   if (points.length) scatter(byId("pareto"), points, x, y);
   const missing = shown.length - points.length;
-  const notes = [points.length ? "Dashed: the models no other beats in both, for each set of conditions. Hover, tap or "
-    + "focus a point for its numbers." : "No model shown here has both numbers."];
+  const each = x.relative || y.relative ? "host and set of conditions" : "set of conditions";
+  const notes = [points.length ? `Dashed: the models no other beats in both, for each ${each}. Hover, tap or focus a `
+    + "point for its numbers." : "No model shown here has both numbers."];
   if (points.length && missing) notes.push(`${missing} of ${shown.length} models lack one of the two numbers.`);
   byId("pareto-note").textContent = notes.join(" ");
 }
@@ -179,7 +182,7 @@ const text = (value, digits) => (value == null ? "–" : number(value, digits));
 const COLUMNS = [
   ["model", (m) => m.title],
   ["images/s", (m) => m.images_per_second],
-  ["speed-up", (m) => m.speedup, (m) => (m.speedup === 1 && m.interval[0] === m.interval[1] ? "1" :
+  ["speed-up", (m) => m.speedup, (m) => (m.isBaseline ? "1" :
     `${m.speedup.toFixed(2)} (${range(m.interval)})`)],
   ["ideal", (m) => m.ideal_speedup],
   ["of the ideal", (m) => m.efficiency, (m) => (m.efficiency == null ? "–" :
@@ -221,7 +224,7 @@ function renderTable(shown) {
   const body = ordered.map((row) => {
     const cells = columns.slice(1).map(([name, value, write]) => {
       const raw = value(row), content = write ? write(row) : typeof raw === "string" ? raw : text(raw, 4);
-      const unresolved = name === "speed-up" && !row.resolved;
+      const unresolved = name === "speed-up" && !row.resolved && !row.isBaseline;
       return make("td", { class: typeof raw === "string" ? "text" : unresolved ? "unresolved" : "" }, content);
     });
     const attributes = { "data-method": row.methodName, "data-host": row.hostName };

@@ -99,7 +99,7 @@ function frame(svg, x, y, height) {
       draw("text", { class: "faint", x: left - 6, y: up(value) + 4, "text-anchor": "end" }, text),
     );
   }
-  for (const value of ticks(...x.span, Math.max(2, Math.floor(width / 90)))) {
+  for (const value of ticks(...x.span, Math.max(2, Math.floor(width / 70)))) {
     const text = tickText(value, x.span);
     svg.append(
       draw("line", { class: "grid", x1: across(value), x2: across(value), y1: top, y2: bottom }),
@@ -107,7 +107,7 @@ function frame(svg, x, y, height) {
     );
   }
   svg.append(
-    draw("text", { x: left, y: 14 }, y.title),
+    draw("text", { x: 0, y: 14 }, y.title),
     draw("text", { x: (left + right) / 2, y: height - 6, "text-anchor": "middle" }, x.title),
   );
   return { across, up, width };
@@ -138,8 +138,9 @@ function scatter(svg, points, xMetric, yMetric) {
     Math.max(300, Math.min(430, svg.parentElement.clientWidth * 0.62)),
   );
   const named = new Set(points.length <= 8 ? points : []); // of many points only the fronts' are named
-  for (const condition of new Set(points.map((p) => p.row.condition))) {
-    const own = points.filter((p) => p.row.condition === condition);
+  const group = ({ row }) => (xMetric.relative || yMetric.relative ? `${row.hostName}, ${row.condition}` : row.condition);
+  for (const key of new Set(points.map(group))) {
+    const own = points.filter((p) => group(p) === key);
     const front = paretoFront(own, xMetric.better, yMetric.better);
     const path = front.map((p, i) => `${i ? "L" : "M"}${plane.across(p.x)},${plane.up(p.y)}`).join("");
     svg.append(draw("path", { class: "front", d: path }));
@@ -169,7 +170,8 @@ function scatter(svg, points, xMetric, yMetric) {
 // The label beside its point where it covers no other, else nowhere: the tooltip and the table name every point.
 function placeLabel(svg, x, y, text, taken, width) {
   const long = 6.6 * text.length;
-  for (const [left, base] of [[x + 11, y + 4], [x - 11 - long, y + 4], [x - long / 2, y - 12], [x - long / 2, y + 20]]) {
+  const middle = x - long / 2;
+  for (const [left, base] of [[middle, y - 12], [middle, y + 20], [x + 11, y + 4], [x - 11 - long, y + 4]]) {
     const box = [left, base - 11, left + long, base + 3];
     const overlaps = taken.some((t) => box[0] < t[2] && t[0] < box[2] && box[1] < t[3] && t[1] < box[3]);
     if (overlaps || box[0] < 40 || box[2] > width - 4 || box[1] < 20) continue;
@@ -240,7 +242,7 @@ function stackedBars(svg, legend, bars) {
   });
   const keys = parts.map((part, k) => {
     const box = draw("rect", { width: 14, height: 14, rx: 2, style: `fill: var(${colours[k]})` });
-    return make("li", {}, draw("svg", { class: "swatch", viewBox: "0 0 26 14" }, box), part);
+    return make("li", {}, draw("svg", { class: "swatch", viewBox: "-6 0 26 14" }, box), part);
   });
   legend.replaceChildren(...keys);
 }

@@ -192,9 +192,7 @@ def token_stages(model: nn.Module, image: Image.Image) -> list[Stage]:
     return trace_stages(model, load_images(model, [image]))
 
 
-def token_figure(
-    model: nn.Module, image: Image.Image, *, title: str | None = None, num_stages: int = 5
-) -> Image.Image:
+def token_figure(model: nn.Module, image: Image.Image, *, title: str | None = None, num_stages: int = 5) -> Image.Image:
     """The image as the model sees it and, for its reducing blocks, what became of the patches.
 
     Args:
@@ -226,7 +224,9 @@ def token_figure(
     return compose(panels, model_text(model) if title is None else title, shown)
 
 
-def token_record(model: nn.Module, image: Image.Image, *, name: str, model_name: str, host: str | None) -> dict[str, Any]:
+def token_record(
+    model: nn.Module, image: Image.Image, *, name: str, model_name: str, host: str | None
+) -> dict[str, Any]:
     """The picture and its stages as one JSON-plain record for ``effvit report``.
 
     Args:
