@@ -225,82 +225,87 @@ class TestPage:
         assert (record["model"], record["host"], record["name"]) == ("tome", "deit_tiny_patch16_224", "photo")
 
 
-class Browser:
-    """The report of made-up records in a headless browser."""
+def browse(page: Path, *options: str, state: str = "") -> subprocess.CompletedProcess[str]:
+    """Open the page in a headless browser."""
+    command = [
+        str(CHROMIUM),
+        *("--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--virtual-time-budget=3000"),
+        f"--user-data-dir={page.parent / 'profile'}",
+        *options,
+        f"{page.as_uri()}{state}",
+    ]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
 
-    def __init__(self, folder: Path, *records: Any) -> None:
-        self.folder, self.page = folder, folder / "report.html"
-        write_report([results(folder, *records)], self.page)
 
-    def run(self, *options: str, state: str = "") -> subprocess.CompletedProcess[str]:
-        command = [
-            str(CHROMIUM),
-            *("--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--virtual-time-budget=3000"),
-            f"--user-data-dir={self.folder / 'profile'}",
-            *options,
-            f"{self.page.as_uri()}{state}",
-        ]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+def dom_of(page: Path, state: str = "", *options: str) -> str:
+    """The page after its script ran; nothing may have been complained about on the console."""
+    done = browse(page, "--dump-dom", *options, state=state)
+    assert "CONSOLE" not in done.stderr
+    return done.stdout
 
-    def dom(self, state: str = "", *options: str) -> str:
-        """The page after its script ran; nothing may have been complained about on the console."""
-        done = self.run("--dump-dom", *options, state=state)
-        assert "CONSOLE" not in done.stderr
-        return done.stdout
+
+def with_script(page: Path, script: str) -> Path:
+    """A copy of the page that runs the script at its end."""
+    copy = page.with_name("scripted.html")
+    text = page.read_text(encoding="utf-8")
+    copy.write_text(text.replace("</script>\n</body>", f"{script}</script>\n</body>"), encoding="utf-8")
+    return copy
+
+
+def shown_rows(dom: str) -> list[str]:
+    """Methods of the rows of the table, from top to bottom."""
+    return re.findall(r'<tr data-method="(\w+)"', dom)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page of two hosts, two conditions, three methods and two pictures."""
+    soft = made_up_tokens(method=None, host=None, model="soft_model", name="soft")
+    soft["stages"] = [{"block": 0, "tokens": 2, "labels": [[0, 1]], "fused": [], "soft": True}]
+    other = made_up_profile(models=[made_up_model("host_b", None, 1.0)])
+    other["conditions"] = other["conditions"] | {"batch_size": 8}
+    page = tmp_path_factory.mktemp("browser") / "report.html"
+    write_report([results(page.parent, made_up_profile(), other, made_up_tokens(), soft)], page)
+    return page
 
 
 @needs_browser
 class TestBrowser:
-    @pytest.fixture(scope="class")
-    def browser(self, tmp_path_factory) -> Browser:
-        soft = made_up_tokens(method=None, host=None, model="soft_model", name="soft")
-        soft["stages"] = [{"block": 0, "tokens": 2, "labels": [[0, 1]], "fused": [], "soft": True}]
-        other = made_up_profile(models=[made_up_model("host_b", None, 1.0)])
-        other["conditions"] = other["conditions"] | {"batch_size": 8}
-        folder = tmp_path_factory.mktemp("browser")
-        return Browser(folder, made_up_profile(), other, made_up_tokens(), soft)
-
-    @staticmethod
-    def shown_rows(dom: str) -> list[str]:
-        return re.findall(r'<tr data-method="(\w+)"', dom)
-
-    def test_everything_is_shown_without_complaint(self, browser):
-        dom = browser.dom()
-        assert self.shown_rows(dom) == ["none", "evit", "tome", "none"]
+    def test_everything_is_shown_without_complaint(self, report):
+        dom = dom_of(report)
+        assert shown_rows(dom) == ["none", "evit", "tome", "none"]
         assert "1.80 (1.70–1.90)" in dom
         assert dom.count('class="card"') == 2
         assert 'class="front"' in dom
         assert "a &lt;/script&gt; processor" in dom
 
-    def test_address_filters_by_method(self, browser):
-        dom = browser.dom("#method=evit")
-        assert self.shown_rows(dom) == ["evit"]
+    def test_address_filters_by_method(self, report):
+        dom = dom_of(report, "#method=evit")
+        assert shown_rows(dom) == ["evit"]
         checked = re.findall(r'<input type="checkbox" name="method" value="(\w+)" checked', dom)
         assert checked == ["evit"]
         assert dom.count('<figure class="card" hidden') == 2
 
-    def test_address_filters_by_host_and_condition(self, browser):
-        assert re.findall(r'data-host="(\w+)"', browser.dom("#host=host_b")) == ["host_b"]
+    def test_address_filters_by_host_and_condition(self, report):
+        assert re.findall(r'data-host="(\w+)"', dom_of(report, "#host=host_b")) == ["host_b"]
         condition = "batch+4,+float32,+1+thread,+64+×+64,+2+pictures"
-        assert self.shown_rows(browser.dom(f"#condition={condition}")) == ["none", "evit", "tome"]
+        assert shown_rows(dom_of(report, f"#condition={condition}")) == ["none", "evit", "tome"]
 
-    def test_address_sorts_the_table(self, browser):
-        assert self.shown_rows(browser.dom("#sort=speed-up+down&host=host_a")) == ["evit", "tome", "none"]
+    def test_address_sorts_the_table(self, report):
+        assert shown_rows(dom_of(report, "#sort=speed-up+down&host=host_a")) == ["evit", "tome", "none"]
 
-    def test_unresolved_speedup_is_marked(self, browser):
-        (cell,) = re.findall(r'<td class="unresolved">([^<]*)', browser.dom())
+    def test_unresolved_speedup_is_marked(self, report):
+        (cell,) = re.findall(r'<td class="unresolved">([^<]*)', dom_of(report))
         assert cell == "1.05 (0.95–1.15)"
 
-    def test_address_names_the_axes(self, browser):
-        dom = browser.dom("#x=macs&y=feature_distance")
+    def test_address_names_the_axes(self, report):
+        dom = dom_of(report, "#x=macs&y=feature_distance")
         assert "GMACs of an image, less is better" in dom
         assert "distance of features from the dense ones, less is better" in dom
 
-    def test_clicks_filter_sort_and_move_the_slider(self, browser):
-        clicked = browser.page.with_name("clicked.html")
-        page = browser.page.read_text(encoding="utf-8")
+    def test_clicks_filter_sort_and_move_the_slider(self, report):
         clicks = """
-        document.querySelector('input[value="tome"]').click();
+        document.querySelector('input[value="evit"]').click();
         [...document.querySelectorAll("th button")].find((b) => b.textContent === "GMACs").click();
         byId("theme").click();
         setTimeout(() => {
@@ -315,36 +320,35 @@ class TestBrowser:
             pixels.slice(0, 3), pixels.slice(4 * 31, 4 * 31 + 3)].join(" | ");
         }, 500);
         """
-        clicked.write_text(page.replace("</script>\n</body>", f"{clicks}</script>\n</body>"), encoding="utf-8")
-        opened = Browser.__new__(Browser)
-        opened.folder, opened.page = browser.folder, clicked
-        dom = opened.dom()
-        assert self.shown_rows(dom) == ["evit", "none", "none"]
+        dom = dom_of(with_script(report, clicks))
+        assert shown_rows(dom) == ["tome", "none", "none"]
         state, output, fused, dropped = re.search(r'data-seen="([^"]*)"', dom).group(1).split(" | ")
-        assert state == "#method=none&amp;method=evit&amp;sort=GMACs+up&amp;theme=dark"
+        assert state == "#method=none&amp;method=tome&amp;sort=GMACs+up&amp;theme=dark"
         assert output == "block 1: 2 tokens — patch (0, 3) dropped"
         # Grey 100 mixed with the tint as effvit.visualize mixes it; the fused patch is dimmed beside the chosen ones.
         assert dropped == ",".join(str(round(0.28 * 100 + 0.72 * tint)) for tint in (34, 36, 42))
         assert fused == ",".join(str(round(0.35 * (0.38 * 100 + 0.62 * tint))) for tint in (96, 84, 152))
 
-    def test_phone_does_not_scroll_sideways(self, browser):
-        measured = browser.page.with_name("measured.html")
-        page = browser.page.read_text(encoding="utf-8")
-        measure = "document.body.dataset.widths = [innerWidth, document.documentElement.scrollWidth];"
-        measured.write_text(page.replace("</script>\n</body>", f"{measure}</script>\n</body>"), encoding="utf-8")
-        opened = Browser.__new__(Browser)
-        opened.folder, opened.page = browser.folder, measured
-        inner, scroll = re.search(r'data-widths="(\d+),(\d+)"', opened.dom("", "--window-size=360,800")).groups()
+    def test_phone_does_not_scroll_sideways(self, report):
+        inside = with_script(report, "parent.postMessage([innerWidth, document.documentElement.scrollWidth], '*');")
+        phone = report.with_name("phone.html")  # a frame, since windows are at least 500 pixels wide
+        phone.write_text(
+            "<!doctype html><body><script>onmessage = (e) => { document.body.dataset.widths = e.data; }</script>"
+            f'<iframe src="{inside.name}" style="border: 0; width: 360px; height: 800px"></iframe></body>'
+        )
+        inner, scroll = re.search(r'data-widths="(\d+),(\d+)"', dom_of(phone)).groups()
         assert (inner, scroll) == ("360", "360")
 
-    def test_dark_page_is_dark(self, browser):
+    def test_dark_page_is_dark(self, report):
         for theme, is_dark in (("dark", True), ("light", False)):
-            shot = browser.folder / f"{theme}.png"
-            browser.run(f"--screenshot={shot}", "--window-size=800,600", state=f"#theme={theme}")
+            shot = report.with_name(f"{theme}.png")
+            browse(report, f"--screenshot={shot}", "--window-size=800,600", state=f"#theme={theme}")
             with Image.open(shot) as image:
                 assert (sum(image.convert("RGB").getpixel((2, 2))) < 200) is is_dark
 
     def test_pictures_alone_make_a_report(self, tmp_path):
-        dom = Browser(tmp_path, made_up_tokens()).dom()
+        page = tmp_path / "report.html"
+        write_report([results(tmp_path, made_up_tokens())], page)
+        dom = dom_of(page)
         assert dom.count('class="card"') == 1
         assert '<section id="trade-off" hidden' in dom

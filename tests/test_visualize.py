@@ -11,22 +11,17 @@ from timm.models.vision_transformer import VisionTransformer
 import effvit
 from effvit.tokens import TokenMap
 from effvit.visualize import (
-    ALONE,
     BORDER,
     DROPPED,
     FUSED,
-    MERGED,
     TINTS,
     data_config,
     draw_tokens,
     load_images,
-    model_text,
     seen_by,
     settings_text,
     spread,
     token_figure,
-    token_record,
-    token_stages,
 )
 
 SETTINGS = {
