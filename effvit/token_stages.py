@@ -149,8 +149,8 @@ def _stvit_swin(model: STViTSwin, x: Tensor) -> list[Stage]:
     model.forward_features(x)
     stages = []
     for layer, number in layers.items():
-        grid = calls[layer][0][0].shape[1:3]  # of the image tokens (1, H, W, C)
-        stages.append(_soft(number, _assignment(layer.stgm2, calls[layer.stgm2][0]), tuple(grid)))
+        _, height, width, _ = calls[layer][0][0].shape  # of the image tokens
+        stages.append(_soft(number, _assignment(layer.stgm2, calls[layer.stgm2][0]), (height, width)))
     return stages
 
 
@@ -160,7 +160,8 @@ def _supertoken(model: SuperTokenViT, x: Tensor) -> list[Stage]:
         last += len(stage.blocks)
         if stage.blocks[-1].attn.cell != (1, 1):
             tokens = model.super_tokens(x, stage=i)
-            stages.append(_soft(last, _all_shares(tokens).flatten(0, 1), tuple(tokens.labels.shape[1:])))
+            shares = _all_shares(tokens)
+            stages.append(_soft(last, shares.flatten(0, 1), (shares.shape[0], shares.shape[1])))
     return stages
 
 

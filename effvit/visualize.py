@@ -208,17 +208,13 @@ def token_figure(model: nn.Module, image: Image.Image, *, title: str | None = No
     x = load_images(model, [image])
     stages = trace_stages(model, x)
     view = seen_by(model, x[0])
-    scale = PANEL / max(view.size)
-    if stages:
-        grid = stages[0].labels.shape[::-1]
-        cell = max(1, round(PANEL / max(grid)))  # pixels of a patch
-        view = view.resize((grid[0] * cell, grid[1] * cell), Image.Resampling.BICUBIC)
-    else:
-        view = view.resize((round(view.width * scale), round(view.height * scale)), Image.Resampling.BICUBIC)
+    grid = stages[0].labels.shape if stages else (view.height, view.width)
+    cell = max(1, round(PANEL / max(grid)))  # pixels of a patch
+    view = view.resize((grid[1] * cell, grid[0] * cell), Image.Resampling.BICUBIC)
     count = f"{stages[0].labels.size} patches" if stages else "no block reduces"
     panels = [("input", count, view)]
     shown: set[int] = set()
-    for stage in spread(stages, num_stages) if stages else []:
+    for stage in spread(stages, num_stages):
         panels.append((f"block {stage.block}", f"{stage.tokens} tokens", paint(view, stage)))
         shown |= set(stage.states.flatten().tolist())
     return compose(panels, model_text(model) if title is None else title, shown)
@@ -239,14 +235,14 @@ def token_record(
     x = load_images(model, [image])
     file = BytesIO()
     seen_by(model, x[0]).save(file, "PNG")
-    reduced = isinstance(model, ReducedHost)
+    method, settings = (model.method, dict(model.settings)) if isinstance(model, ReducedHost) else (None, {})
     return {
         "schema": SCHEMA,
         "kind": "tokens",
         "model": model_name,
         "host": host,
-        "method": model.method if reduced else None,
-        "settings": dict(model.settings) if reduced else {},
+        "method": method,
+        "settings": settings,
         "name": name,
         "picture": "data:image/png;base64," + b64encode(file.getvalue()).decode(),
         "stages": [

@@ -330,14 +330,16 @@ class TestBrowser:
         assert fused == ",".join(str(round(0.35 * (0.38 * 100 + 0.62 * tint))) for tint in (96, 84, 152))
 
     def test_phone_does_not_scroll_sideways(self, report):
-        inside = with_script(report, "parent.postMessage([innerWidth, document.documentElement.scrollWidth], '*');")
+        script = "const { scrollWidth, clientWidth } = document.documentElement;"
+        script += "parent.postMessage([innerWidth, scrollWidth - clientWidth], '*');"
+        inside = with_script(report, script)
         phone = report.with_name("phone.html")  # a frame, since windows are at least 500 pixels wide
         phone.write_text(
             "<!doctype html><body><script>onmessage = (e) => { document.body.dataset.widths = e.data; }</script>"
             f'<iframe src="{inside.name}" style="border: 0; width: 360px; height: 800px"></iframe></body>'
         )
-        inner, scroll = re.search(r'data-widths="(\d+),(\d+)"', dom_of(phone)).groups()
-        assert (inner, scroll) == ("360", "360")
+        width, hidden = re.search(r'data-widths="(\d+),(-?\d+)"', dom_of(phone)).groups()
+        assert (width, hidden) == ("360", "0")
 
     def test_dark_page_is_dark(self, report):
         for theme, is_dark in (("dark", True), ("light", False)):
