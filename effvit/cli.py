@@ -264,8 +264,9 @@ def run_visualize(arguments: argparse.Namespace) -> None:
         console.print(str(path))
     if arguments.json is not None:
         host = arguments.model if variants else None
+        note = RANDOM_WEIGHTS if has_random_weights(arguments) else None
         records = [
-            token_record(model, image, name=stem, model_name=name, host=host)
+            token_record(model, image, name=stem, model_name=name, host=host, note=note)
             for name, model in models.items()
             for stem, image in images.items()
         ]
@@ -454,6 +455,7 @@ def progress() -> Progress:
         TimeElapsedColumn(),
         console=Console(stderr=True),
         transient=True,
+        disable=not sys.stderr.isatty(),  # in a file even a cleared bar leaves an empty line
     )
 
 

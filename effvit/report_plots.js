@@ -110,7 +110,7 @@ function frame(svg, x, y, height) {
     draw("text", { x: 0, y: 14 }, y.title),
     draw("text", { x: (left + right) / 2, y: height - 6, "text-anchor": "middle" }, x.title),
   );
-  return { across, up, width };
+  return { across, up, left, right, top, bottom };
 }
 
 const tickText = (value, span) => {
@@ -164,17 +164,17 @@ function scatter(svg, points, xMetric, yMetric) {
     taken.push([x - 8, y - 8, x + 8, y + 8]);
     if (named.has(p)) labels.push([x, y, p.row.name]);
   }
-  for (const [x, y, text] of labels) placeLabel(svg, x, y, text, taken, plane.width);
+  for (const [x, y, text] of labels) placeLabel(svg, x, y, text, taken, plane);
 }
 
 // The label beside its point where it covers no other, else nowhere: the tooltip and the table name every point.
-function placeLabel(svg, x, y, text, taken, width) {
+function placeLabel(svg, x, y, text, taken, plane) {
   const long = 6.6 * text.length;
   const middle = x - long / 2;
   for (const [left, base] of [[middle, y - 12], [middle, y + 20], [x + 11, y + 4], [x - 11 - long, y + 4]]) {
     const box = [left, base - 11, left + long, base + 3];
     const overlaps = taken.some((t) => box[0] < t[2] && t[0] < box[2] && box[1] < t[3] && t[1] < box[3]);
-    if (overlaps || box[0] < 40 || box[2] > width - 4 || box[1] < 20) continue;
+    if (overlaps || box[0] < plane.left || box[2] > plane.right || box[1] < plane.top || box[3] > plane.bottom) continue;
     taken.push(box);
     svg.append(draw("text", { class: "halo", x: left, y: base, "aria-hidden": "true" }, text));
     return;

@@ -118,5 +118,6 @@ function tokenCard(record) {
   canvas.addEventListener("pointerleave", () => show());
   show();
   const heading = make("h3", {}, `${record.name}: ${record.title}`);
-  return make("figure", { class: "card" }, heading, canvas, make("label", {}, "Block", slider), output);
+  const note = record.note ? [make("p", { class: "note" }, record.note)] : [];
+  return make("figure", { class: "card" }, heading, canvas, make("label", {}, "Block", slider), output, ...note);
 }

@@ -221,7 +221,7 @@ def token_figure(model: nn.Module, image: Image.Image, *, title: str | None = No
 
 
 def token_record(
-    model: nn.Module, image: Image.Image, *, name: str, model_name: str, host: str | None
+    model: nn.Module, image: Image.Image, *, name: str, model_name: str, host: str | None, note: str | None = None
 ) -> dict[str, Any]:
     """The picture and its stages as one JSON-plain record for ``effvit report``.
 
@@ -231,6 +231,7 @@ def token_record(
         name: Name of the photograph.
         model_name: Name of the model.
         host: Name of the dense host, None for a model that was asked for by its own name.
+        note: What to know when looking at it.
     """
     x = load_images(model, [image])
     file = BytesIO()
@@ -244,6 +245,7 @@ def token_record(
         "method": method,
         "settings": settings,
         "name": name,
+        "note": note,
         "picture": "data:image/png;base64," + b64encode(file.getvalue()).decode(),
         "stages": [
             {

@@ -201,6 +201,7 @@ class TestVisualize:
         assert (tmp_path / f"gradient-{name}.png").is_file()
         (record,) = json.loads(tokens.read_text())
         assert (record["model"], record["host"], record["method"]) == (name, None, None)
+        assert record["note"] == cli.RANDOM_WEIGHTS
 
     def test_model_without_tokens_to_show_is_refused(self, capsys, tmp_path, image):
         message = failure(capsys, "visualize", image, "--model", TINY, "--out", tmp_path)

@@ -100,6 +100,7 @@ def made_up_tokens(**changes: Any) -> dict[str, Any]:
         "method": "tome",
         "settings": {"r": 8},
         "name": "orange",
+        "note": "made up",
         "picture": "data:image/png;base64," + b64encode(file.getvalue()).decode(),
         "stages": [
             {"block": 0, "tokens": 7, "labels": [[0, 1, 2, 3], [4, 5, 6, 6]], "fused": [], "soft": False},
@@ -275,7 +276,7 @@ class TestBrowser:
         dom = dom_of(report)
         assert shown_rows(dom) == ["none", "evit", "tome", "none"]
         assert "1.80 (1.70–1.90)" in dom
-        assert dom.count('class="card"') == 2
+        assert dom.count('class="card"') == dom.count('<p class="note">made up</p>') == 2
         assert 'class="front"' in dom
         assert "a &lt;/script&gt; processor" in dom
 
