@@ -304,6 +304,22 @@ class TestBrowser:
         assert "GMACs of an image, less is better" in dom
         assert "distance of features from the dense ones, less is better" in dom
 
+    def test_measured_accuracy_is_the_vertical_axis(self, tmp_path):
+        record = made_up_profile()
+        record["models"][1]["accuracy"] = {"value": 71.5, "metric": "top-1", "data": "a set", "origin": "made up"}
+        page = tmp_path / "report.html"
+        write_report([results(tmp_path, record)], page)
+        dom = dom_of(page)
+        assert "accuracy (%), more is better" in dom
+        assert "71.5 (top-1, a set, made up)" in dom
+        assert "2 of 3 models lack one of the two numbers" in dom
+
+    def test_focused_point_shows_its_numbers(self, report):
+        dom = dom_of(with_script(report, "document.querySelectorAll('#pareto .point')[1].focus();"))
+        tip = re.search(r'<div id="tip" role="status" style[^>]*>([^<]*)', dom).group(1)
+        assert tip.startswith("evit keep_rate=0.5 in host_a\nbatch 4, float32")
+        assert "images/s: 180.0" in tip
+
     def test_clicks_filter_sort_and_move_the_slider(self, report):
         clicks = """
         document.querySelector('input[value="evit"]').click();
