@@ -1,4 +1,4 @@
-"""The ``effvit`` command: list, profile, visualize, convert and demo."""
+"""The ``effvit`` command: list, profile, visualize, report, convert and demo."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ from effvit.demo import VARIANTS, photographs, plot_costs
 from effvit.models._checkpoint import convert_checkpoint
 from effvit.models.host import ReducedHost, check_model_name
 from effvit.reducers import METHODS
+from effvit.report import write_report
 from effvit.tables import describe, print_record, print_tuning, write_csv
 from effvit.tune import TUNED, tune
-from effvit.visualize import data_config, load_images, token_figure
+from effvit.visualize import data_config, load_images, token_figure, token_record
 
 __all__ = ["main"]
 
@@ -105,10 +106,16 @@ def parser() -> argparse.ArgumentParser:
         "visualize", parents=[weights, settings], help="pictures of the tokens that photographs leave"
     )
     command.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
-    command.add_argument("--model", required=True, metavar="NAME", help="the dense host")
-    command.add_argument("--method", nargs="+", required=True, metavar="NAME")
+    command.add_argument("--model", required=True, metavar="NAME", help="the dense host, or a model to show as it is")
+    command.add_argument("--method", nargs="+", default=[], metavar="NAME", help="methods to reduce the host with")
     command.add_argument("--out", required=True, type=Path, metavar="DIR")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the tokens there too, for effvit report")
     command.set_defaults(run=run_visualize)
+
+    command = commands.add_parser("report", help="one HTML file of the results of profile and visualize")
+    command.add_argument("results", nargs="+", type=Path, metavar="RESULTS.json", help="files written with --json")
+    command.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE")
+    command.set_defaults(run=run_report)
 
     command = commands.add_parser(
         "tune",
@@ -241,17 +248,35 @@ def run_tune(arguments: argparse.Namespace) -> None:
 def run_visualize(arguments: argparse.Namespace) -> None:
     """Write a picture for every image, method and setting."""
     assignments = [parse_setting(text) for text in arguments.settings]
+    if assignments and not arguments.method:
+        raise ValueError("settings belong to a method: name one with --method")
     variants = list_variants(arguments.method, assignments)
     stems = [path.stem for path in arguments.images]
     if len(set(stems)) < len(stems):
         raise ValueError(f"pictures are named after the images, which must differ in name: {', '.join(stems)}")
     images = {path.stem: open_image(path) for path in arguments.images}
-    models = reduced(create(arguments.model, arguments), variants)
+    model = create(arguments.model, arguments)
+    models = reduced(model, variants) if variants else {arguments.model: model}
     console = output()
     if has_random_weights(arguments):
         console.print(RANDOM_WEIGHTS, style="yellow")
     for path in draw_figures(models, images, arguments):
         console.print(str(path))
+    if arguments.json is not None:
+        host = arguments.model if variants else None
+        note = RANDOM_WEIGHTS if has_random_weights(arguments) else None
+        records = [
+            token_record(model, image, name=stem, model_name=name, host=host, note=note)
+            for name, model in models.items()
+            for stem, image in images.items()
+        ]
+        write_json(arguments.json, records)
+
+
+def run_report(arguments: argparse.Namespace) -> None:
+    """Write the report and print where it is."""
+    write_report(arguments.results, arguments.out)
+    output().print(str(arguments.out))
 
 
 def run_convert(arguments: argparse.Namespace) -> None:
@@ -430,6 +455,7 @@ def progress() -> Progress:
         TimeElapsedColumn(),
         console=Console(stderr=True),
         transient=True,
+        disable=not sys.stderr.isatty(),  # in a file even a cleared bar leaves an empty line
     )
 
 
@@ -470,7 +496,7 @@ def open_image(path: Path) -> Image.Image:
 
 
 def draw_figures(
-    models: Mapping[str, ReducedHost], images: Mapping[str, Image.Image], arguments: argparse.Namespace
+    models: Mapping[str, nn.Module], images: Mapping[str, Image.Image], arguments: argparse.Namespace
 ) -> list[Path]:
     """Write a token figure for every image and model, named after both; returns the paths."""
     note = f" ({RANDOM_WEIGHTS})" if has_random_weights(arguments) else ""
@@ -481,7 +507,8 @@ def draw_figures(
         for name, model in models.items():
             for stem, image in images.items():
                 path = arguments.out / f"{stem}-{re.sub(r'[^A-Za-z0-9._]+', '-', name)}.png"
-                token_figure(model, image, title=f"{name} in {arguments.model}{note}").save(path)
+                place = "" if name == arguments.model else f" in {arguments.model}"
+                token_figure(model, image, title=f"{name}{place}{note}").save(path)
                 paths.append(path)
                 bars.advance(task)
     return paths

@@ -2,34 +2,51 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Sequence
 from functools import cache
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib
 import numpy as np
 import torch
+from matplotlib.colors import hsv_to_rgb
 from PIL import Image, ImageDraw, ImageFont
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
-from effvit.flops import eval_twin
+from effvit.costs import SCHEMA
 from effvit.models.host import ReducedHost, method_settings
+from effvit.token_stages import ALONE, DROPPED, FUSED, MERGED, SOFT, Stage, map_stage, trace_stages
 from effvit.tokens import TokenMap
 
-__all__ = ["data_config", "draw_tokens", "load_images", "settings_text", "token_figure"]
+__all__ = [
+    "data_config",
+    "draw_tokens",
+    "load_images",
+    "model_text",
+    "settings_text",
+    "token_figure",
+    "token_record",
+    "token_stages",
+]
 
-DROPPED, ALONE, MERGED, FUSED = range(4)
+Item = TypeVar("Item")
+
 STATE_NAMES = {
     ALONE: "kept",
     MERGED: "merged: mean colour of the group",
     FUSED: "fused into one token",
     DROPPED: "dropped",
+    SOFT: "a mixture of tokens: coloured by the one with the largest share",
 }
 # Colour, and its share in a mixture with the grey image.
 TINTS = {DROPPED: ((34, 36, 42), 0.72), FUSED: ((96, 84, 152), 0.62)}
 BORDER = (255, 255, 255)
+SOFT_SHARE = 0.5  # of the group's colour in the mixture with the grey image
+HUE_STEP = 0.618034  # golden ratio: neighbouring numbers get hues far apart
 
 PANEL = 300  # longest side of a panel, pixels
 GAP = 14
@@ -63,22 +80,6 @@ def seen_by(model: nn.Module, x: Tensor) -> Image.Image:
     return Image.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
 
 
-def patch_states(labels: np.ndarray, fused: np.ndarray | None) -> np.ndarray:
-    """What became of each patch: DROPPED, ALONE, MERGED or FUSED.
-
-    Args:
-        labels: (H, W) token of each patch, -1 where dropped.
-        fused: (N,) True for tokens that sum up patches without standing for them; None: there are none.
-    """
-    carried = labels >= 0
-    members = np.bincount(labels[carried], minlength=1)
-    states = np.full(labels.shape, DROPPED)
-    states[carried] = np.where(members[labels[carried]] > 1, MERGED, ALONE)
-    if fused is not None:
-        states[carried & fused[labels]] = FUSED
-    return states
-
-
 def patch_numbers(length: int, patches: int) -> np.ndarray:
     """(length,) the patch each pixel of a side lies in."""
     return np.arange(length) * patches // length
@@ -103,31 +104,29 @@ def draw_tokens(image: Image.Image, tokens: TokenMap | Tensor) -> Image.Image:
                 f"draw_tokens draws one image, but the TokenMap is of {len(tokens.source)}; "
                 "run the model on one image, or give tokens.labels()[i]"
             )
-        return paint(image, *token_arrays(tokens))
+        return paint(image, map_stage(tokens))
     if tokens.ndim != 2:
         raise ValueError(f"labels must be (H, W), got a tensor of shape {tuple(tokens.shape)}")
-    return paint(image, tokens.cpu().numpy())
+    labels = tokens.cpu().numpy()
+    return paint(image, Stage(0, int(labels.max()) + 1, labels))
 
 
-def token_arrays(tokens: TokenMap) -> tuple[np.ndarray, np.ndarray | None]:
-    """Labels (H, W) of the first image, and which of its tokens are fused (N,), None if none can be."""
-    fused = None if tokens.fused is None else tokens.fused[0].cpu().numpy()
-    return tokens.labels()[0].cpu().numpy(), fused
-
-
-def paint(image: Image.Image, labels: np.ndarray, fused: np.ndarray | None = None) -> Image.Image:
-    """``draw_tokens`` for labels (H, W) and marks (N,) of fused tokens."""
+def paint(image: Image.Image, stage: Stage) -> Image.Image:
+    """``draw_tokens`` for a stage."""
     pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
-    rows, columns = (patch_numbers(n, k) for n, k in zip(pixels.shape[:2], labels.shape, strict=True))
-    group = labels[rows[:, None], columns]  # (height, width)
-    state = patch_states(labels, fused)[rows[:, None], columns]
+    rows, columns = (patch_numbers(n, k) for n, k in zip(pixels.shape[:2], stage.labels.shape, strict=True))
+    group = stage.labels[rows[:, None], columns]  # (height, width)
+    state = stage.states[rows[:, None], columns]
     grey = pixels.mean(-1, keepdims=True)
     drawn = pixels.copy()
     for kind, (tint, share) in TINTS.items():
         drawn = np.where((state == kind)[..., None], (1 - share) * grey + share * np.array(tint), drawn)
     merged = state == MERGED
     drawn[merged] = mean_colours(pixels[merged], group[merged])
-    drawn[borders(group, merged)] = BORDER
+    soft = state == SOFT
+    hues = np.stack([group[soft] * HUE_STEP % 1, np.full(soft.sum(), 0.75), np.full(soft.sum(), 1.0)], axis=-1)
+    drawn[soft] = (1 - SOFT_SHARE) * grey[soft] + SOFT_SHARE * 255 * hsv_to_rgb(hues)
+    drawn[borders(group, merged | soft)] = BORDER
     return Image.fromarray(drawn.round().astype(np.uint8))
 
 
@@ -138,15 +137,15 @@ def mean_colours(pixels: np.ndarray, group: np.ndarray) -> np.ndarray:
     return (sums / np.maximum(count, 1)[:, None])[group]
 
 
-def borders(group: np.ndarray, merged: np.ndarray) -> np.ndarray:
-    """(height, width) True for pixels of a merged group whose neighbour belongs to another token."""
-    edge = np.zeros_like(merged)
+def borders(group: np.ndarray, grouped: np.ndarray) -> np.ndarray:
+    """(height, width) True for pixels of a group that has borders whose neighbour belongs to another token."""
+    edge = np.zeros_like(grouped)
     for along in (lambda a: a, np.transpose):
         g, parted = along(group), along(edge)  # views, so that edge itself is written
         differs = g[1:] != g[:-1]
         parted[1:] |= differs
         parted[:-1] |= differs
-    return edge & merged
+    return edge & grouped
 
 
 @cache
@@ -155,10 +154,10 @@ def font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
 
 
-def spread(blocks: Sequence[int], number: int) -> list[int]:
-    """At most ``number`` of the blocks, evenly spread, the last always among them."""
-    number = min(number, len(blocks))
-    return [blocks[(i + 1) * len(blocks) // number - 1] for i in range(number)]
+def spread(stages: Sequence[Item], number: int) -> list[Item]:
+    """At most ``number`` of the stages, evenly spread, the last always among them."""
+    number = min(number, len(stages))
+    return [stages[(i + 1) * len(stages) // number - 1] for i in range(number)]
 
 
 def settings_text(model: ReducedHost) -> str:
@@ -173,39 +172,92 @@ def listed(value: Any) -> Any:
     return [listed(v) for v in value] if isinstance(value, (tuple, list)) else value
 
 
-@torch.no_grad()
-def token_figure(
-    model: ReducedHost, image: Image.Image, *, title: str | None = None, num_stages: int = 5
-) -> Image.Image:
+def model_text(model: nn.Module) -> str:
+    """The method and settings of a reduced model, else the name of its architecture."""
+    if isinstance(model, ReducedHost):
+        return settings_text(model)
+    return getattr(model, "pretrained_cfg", {}).get("architecture", type(model).__name__)
+
+
+def token_stages(model: nn.Module, image: Image.Image) -> list[Stage]:
+    """What each reducing block makes of the patches of a photograph, as arrays.
+
+    Args:
+        model: As for ``effvit.token_stages.trace_stages``, which also names the errors.
+        image: A photograph of any size.
+
+    Returns:
+        The stages in the order of the blocks; none where no block reduces.
+    """
+    return trace_stages(model, load_images(model, [image]))
+
+
+def token_figure(model: nn.Module, image: Image.Image, *, title: str | None = None, num_stages: int = 5) -> Image.Image:
     """The image as the model sees it and, for its reducing blocks, what became of the patches.
 
     Args:
-        model: A model made by ``effvit.sparsify``; it is run in eval mode and left as it is.
+        model: A model made by ``effvit.sparsify`` or an architecture with soft tokens; it is run in eval mode and
+            left as it is.
         image: A photograph of any size.
-        title: Text at the top; None means the method and its settings.
+        title: Text at the top; None means ``model_text``.
         num_stages: Most stages shown; of more, evenly spread ones and the last.
 
     Raises:
         TypeError: A model whose tokens cannot be traced.
     """
-    if not isinstance(model, ReducedHost):
-        raise TypeError(f"token_figure needs a model made by effvit.sparsify, got a {type(model).__name__}")
     x = load_images(model, [image])
-    like = next(model.parameters())
-    trace = eval_twin(model).trace_tokens(x.to(like.device, like.dtype))
+    stages = trace_stages(model, x)
     view = seen_by(model, x[0])
-    grid = trace[0].tokens.grid
+    grid = stages[0].labels.shape if stages else (view.height, view.width)
     cell = max(1, round(PANEL / max(grid)))  # pixels of a patch
     view = view.resize((grid[1] * cell, grid[0] * cell), Image.Resampling.BICUBIC)
-
-    blocks = list(model.reducers)
-    panels = [("input", f"{trace[0].tokens.num_patches} patches", view)]
+    count = f"{stages[0].labels.size} patches" if stages else "no block reduces"
+    panels = [("input", count, view)]
     shown: set[int] = set()
-    for block in spread(blocks, num_stages) if blocks else []:
-        tokens = trace[block].tokens
-        panels.append((f"block {block}", f"{int(tokens.counts())} tokens", draw_tokens(view, tokens)))
-        shown |= set(patch_states(*token_arrays(tokens)).flatten().tolist())
-    return compose(panels, settings_text(model) if title is None else title, shown)
+    for stage in spread(stages, num_stages):
+        panels.append((f"block {stage.block}", f"{stage.tokens} tokens", paint(view, stage)))
+        shown |= set(stage.states.flatten().tolist())
+    return compose(panels, model_text(model) if title is None else title, shown)
+
+
+def token_record(
+    model: nn.Module, image: Image.Image, *, name: str, model_name: str, host: str | None, note: str | None = None
+) -> dict[str, Any]:
+    """The picture and its stages as one JSON-plain record for ``effvit report``.
+
+    Args:
+        model: As for ``token_figure``.
+        image: A photograph of any size.
+        name: Name of the photograph.
+        model_name: Name of the model.
+        host: Name of the dense host, None for a model that was asked for by its own name.
+        note: What to know when looking at it.
+    """
+    x = load_images(model, [image])
+    file = BytesIO()
+    seen_by(model, x[0]).save(file, "PNG")
+    method, settings = (model.method, dict(model.settings)) if isinstance(model, ReducedHost) else (None, {})
+    return {
+        "schema": SCHEMA,
+        "kind": "tokens",
+        "model": model_name,
+        "host": host,
+        "method": method,
+        "settings": settings,
+        "name": name,
+        "note": note,
+        "picture": "data:image/png;base64," + b64encode(file.getvalue()).decode(),
+        "stages": [
+            {
+                "block": stage.block,
+                "tokens": stage.tokens,
+                "labels": stage.labels.tolist(),
+                "fused": [] if stage.fused is None else stage.fused.nonzero()[0].tolist(),
+                "soft": stage.soft,
+            }
+            for stage in trace_stages(model, x)
+        ],
+    }
 
 
 def compose(panels: Sequence[tuple[str, str, Image.Image]], title: str, states: set[int]) -> Image.Image:
@@ -239,5 +291,6 @@ def swatch(state: int) -> Image.Image:
     side = CAPTION_SIZE + 2
     shade = np.linspace(0.55, 1, side)[:, None, None] * np.linspace(0.8, 1, side)[:, None]
     sample = Image.fromarray((shade * (120, 190, 150)).round().astype(np.uint8))
-    labels = {DROPPED: [[-1]], ALONE: [[0]], MERGED: [[0, 1], [0, 1]], FUSED: [[0]]}[state]
-    return paint(sample, np.array(labels), np.array([True]) if state == FUSED else None)
+    labels = np.array([[-1]] if state == DROPPED else [[0]] if state in (ALONE, FUSED) else [[0, 1], [0, 1]])
+    shares = np.eye(2)[labels] if state == SOFT else None
+    return paint(sample, Stage(0, 2, labels, np.array([state == FUSED] * 2), shares))

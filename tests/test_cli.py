@@ -195,6 +195,22 @@ class TestVisualize:
         assert main([*command, "--checkpoint", str(path)]) == 0
         assert cli.RANDOM_WEIGHTS not in capsys.readouterr().out
 
+    def test_architecture_is_shown_as_it_is(self, capsys, tmp_path, image):
+        name, tokens = "lookupvit_small_patch16_224", tmp_path / "tokens.json"
+        assert main(["visualize", str(image), "--model", name, "--out", str(tmp_path), "--json", str(tokens)]) == 0
+        assert (tmp_path / f"gradient-{name}.png").is_file()
+        (record,) = json.loads(tokens.read_text())
+        assert (record["model"], record["host"], record["method"]) == (name, None, None)
+        assert record["note"] == cli.RANDOM_WEIGHTS
+
+    def test_model_without_tokens_to_show_is_refused(self, capsys, tmp_path, image):
+        message = failure(capsys, "visualize", image, "--model", TINY, "--out", tmp_path)
+        assert "reduce it by a method first" in message
+
+    def test_settings_without_method_are_refused(self, capsys, tmp_path, image):
+        message = failure(capsys, "visualize", image, "--model", TINY, "--set", "r=8", "--out", tmp_path)
+        assert "name one with --method" in message
+
     def test_missing_image_is_named(self, capsys, tmp_path):
         command = ["visualize", "absent.png", "--model", TINY, "--method", "tome", "--out", tmp_path]
         assert "absent.png" in failure(capsys, *command)

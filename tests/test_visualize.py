@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import json
+from base64 import b64decode
+from io import BytesIO
+
 import numpy as np
 import pytest
 import torch
+from architectures import make_architecture
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
 import effvit
+from effvit.token_stages import Stage
 from effvit.tokens import TokenMap
 from effvit.visualize import (
-    ALONE,
     BORDER,
     DROPPED,
     FUSED,
-    MERGED,
     TINTS,
     data_config,
     draw_tokens,
     load_images,
-    patch_states,
+    model_text,
+    paint,
     seen_by,
     settings_text,
     spread,
     token_figure,
+    token_record,
+    token_stages,
 )
 
 SETTINGS = {
@@ -129,14 +136,6 @@ class TestDrawTokens:
             draw_tokens(photograph(), torch.zeros(8, dtype=torch.int64))
 
 
-def test_states_of_patches():
-    labels = np.array([[0, 1, 1], [-1, 2, 2]])
-    assert patch_states(labels, None).tolist() == [[ALONE, MERGED, MERGED], [DROPPED, MERGED, MERGED]]
-    fused = np.array([False, False, True])
-    assert patch_states(labels, fused).tolist() == [[ALONE, MERGED, MERGED], [DROPPED, FUSED, FUSED]]
-    assert patch_states(np.full((1, 2), -1), fused).tolist() == [[DROPPED, DROPPED]]
-
-
 @pytest.mark.parametrize(
     ("blocks", "shown"),
     [
@@ -184,8 +183,60 @@ class TestTokenFigure:
         assert token_figure(model, photograph(), title="x") != token_figure(model, photograph())
 
     def test_dense_model_is_refused(self):
-        with pytest.raises(TypeError, match=r"made by effvit\.sparsify, got a VisionTransformer"):
+        with pytest.raises(TypeError, match=r"made by effvit\.sparsify and in .*, got a VisionTransformer"):
             token_figure(tiny_vit(), photograph())
+
+    @pytest.mark.parametrize("case", ["stvit", "stvit_swin", "supertoken", "lookupvit", "sit"])
+    def test_architecture_with_soft_tokens_has_a_picture(self, case):
+        model = make_architecture(case, **({"img_size": 64} if case in ("stvit", "lookupvit", "sit") else {}))
+        stages = token_stages(model, photograph())
+        figure = token_figure(model, photograph())
+        assert figure.width > 250 * (1 + min(5, len(stages)))
+
+    def test_stages_are_of_the_picture_the_model_sees(self):
+        model = effvit.sparsify(tiny_vit(), "tome", r=2)
+        maps = [features.tokens for features in model.eval().trace_tokens(load_images(model, [photograph()]))]
+        for stage in token_stages(model, photograph()):
+            assert np.array_equal(stage.labels, maps[stage.block].labels()[0])
+
+
+def test_soft_groups_have_a_colour_each_and_borders():
+    labels = np.array([[0, 0, 1, 1]])
+    drawn = np.asarray(
+        paint(Image.new("RGB", (64, 16), (90, 90, 90)), Stage(0, 2, labels, assignment=np.eye(2)[labels]))
+    )
+    assert (drawn[8, 31] == BORDER).all()
+    assert (drawn[8, 32] == BORDER).all()
+    # Grey 90 and hsv(0, 3/4, 1) = (255, 63.75, 63.75) in equal shares; the other group has another hue.
+    assert drawn[8, 8].tolist() == [172, 77, 77]
+    assert len({tuple(pixel) for pixel in drawn[8]}) == 3
+
+
+class TestTokenRecord:
+    def test_record_holds_picture_and_stages(self):
+        model = effvit.sparsify(tiny_vit(), "evit", reduce_at=[1, 2], keep_rate=0.5)
+        record = token_record(model, photograph(), name="ramp", model_name="evit keep_rate=0.5", host="tiny")
+        assert json.loads(json.dumps(record)) == record
+        assert (record["method"], record["host"], record["settings"]["keep_rate"]) == ("evit", "tiny", 0.5)
+        head, _, data = record["picture"].partition(",")
+        assert head == "data:image/png;base64"
+        with Image.open(BytesIO(b64decode(data))) as picture:
+            assert picture.tobytes() == seen_by(model, load_images(model, [photograph()])[0]).tobytes()
+        for entry, stage in zip(record["stages"], token_stages(model, photograph()), strict=True):
+            assert entry["labels"] == stage.labels.tolist()
+            assert entry["fused"] == [stage.tokens - 1]  # the last token sums up the others
+            assert not entry["soft"]
+
+    def test_record_of_an_architecture_has_no_method(self):
+        model = make_architecture("stvit", img_size=64)
+        record = token_record(model, photograph(), name="ramp", model_name="stvit", host=None)
+        assert (record["method"], record["settings"]) == (None, {})
+        assert all(entry["soft"] for entry in record["stages"])
+
+
+def test_models_are_named_by_method_or_architecture():
+    assert model_text(effvit.sparsify(tiny_vit(), "tome", r=2)) == "tome r=2"
+    assert model_text(make_architecture("sit")) == "sit_lvvit_tiny_224"
 
 
 def test_text_names_only_settings_that_are_not_defaults():

@@ -1,0 +1,373 @@
+"""The report: what it refuses, what it holds, and what a browser makes of it. All numbers here are made up."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from base64 import b64encode
+from html.parser import HTMLParser
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from effvit.cli import main
+from effvit.report import read_records, write_report
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+needs_browser = pytest.mark.skipif(
+    CHROMIUM is None, reason="no browser to open the report in: apt-get install chromium (Debian) or chromium-browser"
+)
+
+
+def made_up_model(name: str, method: str | None, speedup: float, **changes: Any) -> dict[str, Any]:
+    return {
+        "name": name,
+        "host": None if method is None else "host_a",
+        "method": method,
+        "settings": {},
+        "parameters": 5_000_000,
+        "macs": int(2e9 / speedup),
+        "uncounted": {},
+        "tokens": [16.0, 16.0 / speedup],
+        "images_per_second": 100 * speedup,
+        "latency": {"p10": 0.01, "p50": 0.04 / speedup, "p90": 0.05, "p99": 0.06},
+        "peak_memory": 50_000_000,
+        "speedup": speedup,
+        "interval": [speedup - 0.1, speedup + 0.1] if method else [1.0, 1.0],
+        "resolved": speedup > 1.1,
+        "mac_ratio": speedup,
+        "ideal_speedup": 1.1 * speedup if method else None,
+        "efficiency": 0.91 if method else None,
+        "efficiency_interval": [0.85, 0.97] if method else None,
+        "breakdown": [
+            {"block": 0, "seconds": {"attention": 0.01, "mlp": 0.02}},
+            {"block": "rest", "seconds": {"x": 0.01}},
+        ],
+        "seconds": [0.04] * 3,
+        "accuracy": None,
+        "fidelity": {"divergence": speedup / 10, "feature_distance": 0.1, "images": 2} if method else None,
+        **changes,
+    }
+
+
+def made_up_profile(**changes: Any) -> dict[str, Any]:
+    return {
+        "schema": 1,
+        "kind": "profile",
+        "machine": {
+            "processor": "a </script> processor",
+            "cores": 2,
+            "device": "cpu",
+            "system": "Linux",
+            "python": "3",
+            "torch": "2",
+            "timm": "1",
+            "effvit": "0",
+        },
+        "conditions": {
+            "batch_size": 4,
+            "input_size": [3, 64, 64],
+            "dtype": "float32",
+            "device": "cpu",
+            "threads": 1,
+            "compile": False,
+            "cuda_graphs": False,
+            "clock": "wall",
+            "images": ["one", "two"],
+        },
+        "models": [
+            made_up_model("host_a", None, 1.0),
+            made_up_model("evit keep_rate=0.5", "evit", 1.8),
+            made_up_model("tome r=8", "tome", 1.05),
+        ],
+        **changes,
+    }
+
+
+def made_up_tokens(**changes: Any) -> dict[str, Any]:
+    file = BytesIO()
+    Image.new("RGB", (32, 16), (200, 100, 0)).save(file, "PNG")
+    return {
+        "schema": 1,
+        "kind": "tokens",
+        "model": "tome r=8",
+        "host": "host_a",
+        "method": "tome",
+        "settings": {"r": 8},
+        "name": "orange",
+        "note": "made up",
+        "picture": "data:image/png;base64," + b64encode(file.getvalue()).decode(),
+        "stages": [
+            {"block": 0, "tokens": 7, "labels": [[0, 1, 2, 3], [4, 5, 6, 6]], "fused": [], "soft": False},
+            {"block": 1, "tokens": 2, "labels": [[0, 1, 1, -1], [0, 1, 1, -1]], "fused": [0], "soft": False},
+        ],
+        **changes,
+    }
+
+
+def results(tmp_path: Path, *records: Any) -> Path:
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(list(records)))
+    return path
+
+
+class TestRecords:
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("{", "is not a JSON file of results"),
+            ("[NaN]", "NaN is not a number a page can read"),
+            ("[]", "must hold a list of records, at least one, got list"),
+            ('{"models": []}', "must hold a list of records, at least one, got dict"),
+            ("[3]", r'record 0 must have "schema": 1 and "kind": \'profile\' or \'tokens\', got 3'),
+            ('[{"schema": 2, "kind": "profile"}]', r"got \{'schema': 2, 'kind': 'profile'\}; measure again"),
+            ('[{"schema": 1, "kind": "sound"}]', r"got \{'schema': 1, 'kind': 'sound'\}"),
+            ('[{"schema": 1, "kind": "profile", "models": []}]', "record 0 lacks conditions, machine; measure again"),
+        ],
+    )
+    def test_file_of_another_form_is_refused(self, tmp_path, text, message):
+        path = tmp_path / "results.json"
+        path.write_text(text)
+        with pytest.raises(ValueError, match=f"results.json.*{message}"):
+            read_records(path)
+
+    def test_model_without_a_number_is_named(self, tmp_path):
+        record = made_up_profile()
+        del record["models"][1]["macs"], record["models"][1]["speedup"]
+        with pytest.raises(ValueError, match=r"record 1, models 1 lacks macs, speedup"):
+            read_records(results(tmp_path, made_up_profile(), record))
+
+    def test_list_that_is_none_is_refused(self, tmp_path):
+        with pytest.raises(ValueError, match=r'"models" must be a list, got a dict'):
+            read_records(results(tmp_path, made_up_profile(models={})))
+
+    def test_picture_elsewhere_is_refused(self, tmp_path):
+        with pytest.raises(ValueError, match=r'"picture" must be a data URI, got .*photo.png'):
+            read_records(results(tmp_path, made_up_tokens(picture="photo.png")))
+
+    def test_report_of_nothing_is_refused(self, tmp_path):
+        with pytest.raises(ValueError, match="at least one file of results"):
+            write_report([], tmp_path / "report.html")
+
+    def test_error_is_one_line_of_the_command(self, tmp_path, capsys):
+        assert main(["report", str(results(tmp_path, 3)), "--out", str(tmp_path / "report.html")]) == 2
+        assert capsys.readouterr().err.startswith("effvit: error: ")
+        assert not (tmp_path / "report.html").exists()
+
+
+class Elements(HTMLParser):
+    """The elements of a page with their attributes, and the text of each script."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.scripts: dict[str | None, str] = {}
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in ("meta", "input", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] == "script":
+            self.scripts[self.elements[-1][1].get("id")] = data
+
+
+class TestPage:
+    @pytest.fixture
+    def page(self, tmp_path) -> str:
+        out = tmp_path / "made" / "report.html"
+        paths = [results(tmp_path, made_up_profile(), made_up_tokens())]
+        write_report(paths, out)
+        return out.read_text(encoding="utf-8")
+
+    def test_elements_are_closed_and_data_comes_back(self, page):
+        parsed = Elements(page)
+        assert parsed.open == []
+        assert json.loads(parsed.scripts["data"]) == [made_up_profile(), made_up_tokens()]
+
+    def test_data_cannot_end_its_element(self, page):
+        assert "a </script> processor" not in page
+        assert page.count("</script>") == 2
+
+    def test_page_needs_nothing_from_elsewhere(self, page):
+        assert not re.search(r"https?:|@import|url\(", page)
+        for tag, attributes in Elements(page).elements:
+            assert tag not in ("link", "iframe", "img")
+            assert "src" not in attributes
+
+    def test_script_uses_only_elements_of_the_page(self, page):
+        parsed = Elements(page)
+        ids = {attributes["id"] for _, attributes in parsed.elements if "id" in attributes}
+        named = re.findall(r"(?:byId|getElementById|select)\(\"([\w-]+)\"", parsed.scripts[None])
+        assert named
+        assert set(named) <= ids
+
+    def test_command_writes_what_visualize_wrote(self, tmp_path, capsys):
+        photo = tmp_path / "photo.png"
+        Image.new("RGB", (64, 64), (90, 120, 30)).save(photo)
+        tokens, page = tmp_path / "tokens.json", tmp_path / "report.html"
+        command = ["visualize", str(photo), "--model", "deit_tiny_patch16_224", "--method", "tome"]
+        assert main([*command, "--out", str(tmp_path), "--json", str(tokens)]) == 0
+        assert main(["report", str(tokens), "--out", str(page)]) == 0
+        assert str(page) in capsys.readouterr().out.replace("\n", "")
+        (record,) = json.loads(Elements(page.read_text(encoding="utf-8")).scripts["data"])
+        assert (record["model"], record["host"], record["name"]) == ("tome", "deit_tiny_patch16_224", "photo")
+
+
+def browse(page: Path, *options: str, state: str = "") -> subprocess.CompletedProcess[str]:
+    """Open the page in a headless browser."""
+    command = [
+        str(CHROMIUM),
+        *("--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--virtual-time-budget=3000"),
+        f"--user-data-dir={page.parent / 'profile'}",
+        *options,
+        f"{page.as_uri()}{state}",
+    ]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+
+
+def dom_of(page: Path, state: str = "", *options: str) -> str:
+    """The page after its script ran; nothing may have been complained about on the console."""
+    done = browse(page, "--dump-dom", *options, state=state)
+    assert "CONSOLE" not in done.stderr
+    return done.stdout
+
+
+def with_script(page: Path, script: str) -> Path:
+    """A copy of the page that runs the script at its end."""
+    copy = page.with_name("scripted.html")
+    text = page.read_text(encoding="utf-8")
+    copy.write_text(text.replace("</script>\n</body>", f"{script}</script>\n</body>"), encoding="utf-8")
+    return copy
+
+
+def shown_rows(dom: str) -> list[str]:
+    """Methods of the rows of the table, from top to bottom."""
+    return re.findall(r'<tr data-method="(\w+)"', dom)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page of two hosts, two conditions, three methods and two pictures."""
+    soft = made_up_tokens(method=None, host=None, model="soft_model", name="soft")
+    soft["stages"] = [{"block": 0, "tokens": 2, "labels": [[0, 1]], "fused": [], "soft": True}]
+    other = made_up_profile(models=[made_up_model("host_b", None, 1.0)])
+    other["conditions"] = other["conditions"] | {"batch_size": 8}
+    page = tmp_path_factory.mktemp("browser") / "report.html"
+    write_report([results(page.parent, made_up_profile(), other, made_up_tokens(), soft)], page)
+    return page
+
+
+@needs_browser
+class TestBrowser:
+    def test_everything_is_shown_without_complaint(self, report):
+        dom = dom_of(report)
+        assert shown_rows(dom) == ["none", "evit", "tome", "none"]
+        assert "1.80 (1.70–1.90)" in dom
+        assert dom.count('class="card"') == dom.count('<p class="note">made up</p>') == 2
+        assert 'class="front"' in dom
+        assert "a &lt;/script&gt; processor" in dom
+
+    def test_address_filters_by_method(self, report):
+        dom = dom_of(report, "#method=evit")
+        assert shown_rows(dom) == ["evit"]
+        checked = re.findall(r'<input type="checkbox" name="method" value="(\w+)" checked', dom)
+        assert checked == ["evit"]
+        assert dom.count('<figure class="card" hidden') == 2
+
+    def test_address_filters_by_host_and_condition(self, report):
+        assert re.findall(r'data-host="(\w+)"', dom_of(report, "#host=host_b")) == ["host_b"]
+        condition = "batch+4,+float32,+1+thread,+64+×+64,+2+pictures"
+        assert shown_rows(dom_of(report, f"#condition={condition}")) == ["none", "evit", "tome"]
+
+    def test_address_sorts_the_table(self, report):
+        assert shown_rows(dom_of(report, "#sort=speed-up+down&host=host_a")) == ["evit", "tome", "none"]
+
+    def test_unresolved_speedup_is_marked(self, report):
+        (cell,) = re.findall(r'<td class="unresolved">([^<]*)', dom_of(report))
+        assert cell == "1.05 (0.95–1.15)"
+
+    def test_address_names_the_axes(self, report):
+        dom = dom_of(report, "#x=macs&y=feature_distance")
+        assert "GMACs of an image, less is better" in dom
+        assert "distance of features from the dense ones, less is better" in dom
+
+    def test_measured_accuracy_is_the_vertical_axis(self, tmp_path):
+        record = made_up_profile()
+        record["models"][1]["accuracy"] = {"value": 71.5, "metric": "top-1", "data": "a set", "origin": "made up"}
+        page = tmp_path / "report.html"
+        write_report([results(tmp_path, record)], page)
+        dom = dom_of(page)
+        assert "accuracy (%), more is better" in dom
+        assert "71.5 (top-1, a set, made up)" in dom
+        assert "2 of 3 models lack one of the two numbers" in dom
+
+    def test_focused_point_shows_its_numbers(self, report):
+        dom = dom_of(with_script(report, "document.querySelectorAll('#pareto .point')[1].focus();"))
+        tip = re.search(r'<div id="tip" role="status" style[^>]*>([^<]*)', dom).group(1)
+        assert tip.startswith("evit keep_rate=0.5 in host_a\nbatch 4, float32")
+        assert "images/s: 180.0" in tip
+
+    def test_clicks_filter_sort_and_move_the_slider(self, report):
+        clicks = """
+        document.querySelector('input[value="evit"]').click();
+        [...document.querySelectorAll("th button")].find((b) => b.textContent === "GMACs").click();
+        byId("theme").click();
+        setTimeout(() => {
+          const slider = document.querySelector("input[type=range]");
+          slider.value = 2;
+          slider.dispatchEvent(new Event("input"));
+          const canvas = slider.closest("figure").querySelector("canvas");
+          const box = canvas.getBoundingClientRect();
+          canvas.dispatchEvent(new PointerEvent("pointermove", { clientX: box.right - 2, clientY: box.top + 2 }));
+          const pixels = canvas.getContext("2d").getImageData(0, 0, 32, 1).data;
+          document.body.dataset.seen = [location.hash, slider.closest("figure").querySelector("output").value,
+            pixels.slice(0, 3), pixels.slice(4 * 31, 4 * 31 + 3)].join(" | ");
+        }, 500);
+        """
+        dom = dom_of(with_script(report, clicks))
+        assert shown_rows(dom) == ["tome", "none", "none"]
+        state, output, fused, dropped = re.search(r'data-seen="([^"]*)"', dom).group(1).split(" | ")
+        assert state == "#method=none&amp;method=tome&amp;sort=GMACs+up&amp;theme=dark"
+        assert output == "block 1: 2 tokens — patch (0, 3) dropped"
+        # Grey 100 mixed with the tint as effvit.visualize mixes it; the fused patch is dimmed beside the chosen ones.
+        assert dropped == ",".join(str(round(0.28 * 100 + 0.72 * tint)) for tint in (34, 36, 42))
+        assert fused == ",".join(str(round(0.35 * (0.38 * 100 + 0.62 * tint))) for tint in (96, 84, 152))
+
+    def test_phone_does_not_scroll_sideways(self, report):
+        script = "const { scrollWidth, clientWidth } = document.documentElement;"
+        script += "parent.postMessage([innerWidth, scrollWidth - clientWidth], '*');"
+        inside = with_script(report, script)
+        phone = report.with_name("phone.html")  # a frame, since windows are at least 500 pixels wide
+        phone.write_text(
+            "<!doctype html><body><script>onmessage = (e) => { document.body.dataset.widths = e.data; }</script>"
+            f'<iframe src="{inside.name}" style="border: 0; width: 360px; height: 800px"></iframe></body>'
+        )
+        width, hidden = re.search(r'data-widths="(\d+),(-?\d+)"', dom_of(phone)).groups()
+        assert (width, hidden) == ("360", "0")
+
+    def test_dark_page_is_dark(self, report):
+        for theme, is_dark in (("dark", True), ("light", False)):
+            shot = report.with_name(f"{theme}.png")
+            browse(report, f"--screenshot={shot}", "--window-size=800,600", state=f"#theme={theme}")
+            with Image.open(shot) as image:
+                assert (sum(image.convert("RGB").getpixel((2, 2))) < 200) is is_dark
+
+    def test_pictures_alone_make_a_report(self, tmp_path):
+        page = tmp_path / "report.html"
+        write_report([results(tmp_path, made_up_tokens())], page)
+        dom = dom_of(page)
+        assert dom.count('class="card"') == 1
+        assert '<section id="trade-off" hidden' in dom
