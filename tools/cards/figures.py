@@ -152,16 +152,18 @@ def count(setting: dict[str, Any]) -> dict[str, int]:
     return record if key(setting) in read(COUNTED)["macs"] else record | {"macs": closed_form(setting)}
 
 
-def _macs(setting: dict[str, Any]) -> int:
-    counted = read(COUNTED)["macs"]
-    name = key(setting)
-    return int(counted[name] if name in counted else read(MODELS)["models"][name]["macs"])
+def _recorded(setting: dict[str, Any]) -> dict[str, int]:
+    """Parameters and MACs of a setting; raises ValueError if it was not counted."""
+    name, models, macs = key(setting), read(MODELS)["models"], read(COUNTED)["macs"]
+    if name not in models:
+        raise ValueError(f"{name!r} is not in {MODELS.name}; run python tools/make_model_cards.py --measure")
+    return models[name] | ({"macs": macs[name]} if name in macs else {})
 
 
 def _row(setting: dict[str, Any], facts: dict[str, Any]) -> Row:
-    parameters, dense = read(MODELS)["models"][key(setting)]["parameters"], dense_of(setting, facts)
+    own, dense = _recorded(setting), dense_of(setting, facts)
     results = [r for r in results_of(facts) if r.classifies and _is(setting, r.model, r.settings)]
-    return Row(setting, parameters, _macs(setting), None if dense is None else _macs(dense), results)
+    return Row(setting, own["parameters"], own["macs"], None if dense is None else _recorded(dense)["macs"], results)
 
 
 def families() -> list[Family]:

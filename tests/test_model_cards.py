@@ -1,0 +1,183 @@
+"""Model cards, metafiles, model-index.yml and the tables of README.md are what their data and records say."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import timm
+import yaml
+from scripts import TOOLS, load_tool
+
+import effvit
+from effvit.flops import count_flops
+from effvit.models import architectures, lvvit
+
+ROOT = Path(__file__).resolve().parents[1]
+CARDS = sorted((ROOT / "model_cards").glob("[!R]*.md"))
+METAFILES = sorted((ROOT / "model_cards").glob("*.metafile.yml"))
+FACTS = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "model_cards/data").glob("*.yml")}
+PUBLISHED = json.loads((ROOT / "docs/benchmarks/published_flops.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def tool() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(TOOLS)
+        yield load_tool("make_model_cards")
+
+
+def test_everything_generated_is_up_to_date(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tool.main(["--check"]) == 0, capsys.readouterr().err
+
+
+def test_check_names_what_is_stale_and_writes_nothing(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tool, "ROOT", tmp_path)
+    monkeypatch.setattr(tool, "pages", lambda: {"old.md": "new", "fresh.md": "same", "absent.md": "new"})
+    (tmp_path / "old.md").write_text("old")
+    (tmp_path / "fresh.md").write_text("same")
+    assert tool.main(["--check"]) == 1
+    assert re.findall(r"^(\S+) is stale", capsys.readouterr().err, re.MULTILINE) == ["old.md", "absent.md"]
+    assert (tmp_path / "old.md").read_text() == "old"
+    assert tool.main([]) == 0
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == tool.pages() | {"old.md": "new"}
+    assert tool.main(["--check"]) == 0
+
+
+def test_recorded_counts_are_what_the_models_cost(tool: ModuleType) -> None:
+    settings, recorded = tool.settings_to_count(), json.loads(tool.MODELS.read_text())["models"]
+    assert settings.keys() == recorded.keys(), "run python tools/make_model_cards.py --measure"
+    first_of_each_model = {setting["model"]: name for name, setting in reversed(settings.items())}.values()
+    names = {name for name, counts in recorded.items() if "macs" in counts}
+    names |= {name for name in first_of_each_model if settings[name]["model"] in architectures.VARIANTS}
+    stale = [name for name in sorted(names) if tool.count(settings[name]) != recorded[name]]
+    assert not stale, "run python tools/make_model_cards.py --measure"
+
+
+@pytest.mark.parametrize(
+    "name", ["hot_deit_tiny_patch16_224, defaults, 224", "stvit_swin_tiny_patch4_window7_224, 224"]
+)
+def test_recorded_counts_are_those_of_a_trace(tool: ModuleType, name: str) -> None:
+    model = timm.create_model(name.partition(",")[0]).eval()
+    assert count_flops(model, (3, 224, 224), strict=True).total == tool.read(tool.MODELS)["models"][name]["macs"]
+
+
+def test_every_architecture_has_its_figures_in_exactly_one_card() -> None:
+    rows = [line for card in CARDS for line in set(re.findall(r"^\| `(\w+)` \|", card.read_text(), re.MULTILINE))]
+    for name in (*architectures.VARIANTS, *lvvit.default_cfgs):
+        assert rows.count(name) == 1, name
+
+
+def test_every_method_has_a_card_with_its_default_hosts() -> None:
+    for method in effvit.list_methods():
+        card = (ROOT / "model_cards" / f"{method}.md").read_text()
+        assert f"`{method}_deit_small_patch16_224`" in card
+
+
+def test_cards_metafiles_and_facts_belong_together() -> None:
+    assert {card.stem for card in CARDS} == FACTS.keys() == {path.name.split(".")[0] for path in METAFILES}
+    index = yaml.safe_load((ROOT / "model-index.yml").read_text())
+    assert index == {"Import": [path.relative_to(ROOT).as_posix() for path in METAFILES]}
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda path: path.stem)
+def test_names_in_snippets_are_registered(card: Path) -> None:
+    text = card.read_text()
+    in_timm = re.findall(r'create_model\("(\w+)"', text)
+    in_openmmlab = re.findall(r'model_name="(\w+)"', text)
+    assert len(in_timm) == len(in_openmmlab) == 1
+    assert set(in_timm + in_openmmlab) <= set(effvit.list_models())
+
+
+@pytest.mark.parametrize("family", FACTS)
+def test_settings_in_snippets_are_those_of_the_model(family: str) -> None:
+    example = FACTS[family]["example"]
+    model = timm.create_model(example["model"], **example.get("settings", {}))
+    assert model.pretrained_cfg["architecture"] == example["model"]
+
+
+@pytest.mark.parametrize("path", METAFILES, ids=lambda path: path.name.split(".")[0])
+def test_metafile_has_the_keys_of_openmmlab(path: Path) -> None:
+    document: dict[str, Any] = yaml.safe_load(path.read_text())
+    assert document.keys() == {"Collections", "Models"}
+    (collection,) = document["Collections"]
+    assert collection["Paper"].keys() == {"Title", "URL"}
+    assert (ROOT / collection["README"]).is_file()
+    for model in document["Models"]:
+        assert model["In Collection"] == collection["Name"]
+        if "Config" in model:
+            assert (ROOT / model["Config"]).is_file()
+        else:
+            assert all(isinstance(model["Metadata"][name], int) for name in ("FLOPs", "Parameters"))
+        for result in model.get("Results", []):
+            assert {"Task", "Dataset", "Metrics", "Origin"} == result.keys()
+            assert all(0 < value <= 100 for value in result["Metrics"].values())
+
+
+def test_names_in_metafiles_are_unique() -> None:
+    names = [model["Name"] for path in METAFILES for model in yaml.safe_load(path.read_text())["Models"]]
+    assert len(names) == len(set(names))
+
+
+def test_every_config_of_the_zoo_is_in_a_metafile() -> None:
+    listed = [m["Config"] for path in METAFILES for m in yaml.safe_load(path.read_text())["Models"] if "Config" in m]
+    own = [
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "configs").rglob("*.py")
+        if "_base_" not in path.parts
+        and re.search("evit|tome|gtp|ats-|tprune|stvit|supertoken|lookup|casvit", path.stem)
+    ]
+    assert sorted(listed) == sorted(own)
+
+
+def test_every_published_figure_has_a_source() -> None:
+    for family, facts in FACTS.items():
+        assert all(group["source"] for group in facts.get("results", [])), family
+        assert facts.get("parameters", {"source": "none"})["source"], family
+        for setting in facts.get("models", []):
+            assert ("published" in setting) == ("published_in" in setting), family
+
+
+def test_readme_without_its_marks_is_refused(tool: ModuleType) -> None:
+    with pytest.raises(ValueError, match=r"README\.md must hold '<!-- methods table.*put them back"):
+        tool.readme("# effvit\n", [])
+
+
+def test_a_model_that_was_not_counted_is_refused(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = {
+        "example": {"model": "hot_deit_small_patch16_224"},
+        "models": [{"model": "hot_deit_small_patch16_224", "setting": "k 4", "args": {"k": 4}, "size": [224, 224]}],
+    }
+    figures = tool.families.__globals__
+    monkeypatch.setitem(figures, "facts_of_all", lambda: {"hot": facts})
+    with pytest.raises(ValueError, match=r"'hot_deit_small_patch16_224, k 4' is not in models.json; run .*--measure"):
+        tool.families()
+
+
+def test_card_shows_throughput_of_profile_records(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    conditions = {"batch_size": 32, "input_size": [3, 224, 224], "dtype": "bfloat16", "device": "cuda", "threads": 1}
+    conditions |= {"compile": True, "cuda_graphs": False, "clock": "cuda events", "images": "noise"}
+    accuracy = {"value": 79.5, "metric": "top-1", "data": "ImageNet-1k", "origin": "measured here"}
+    model = {"host": "deit_small_patch16_224", "method": "evit", "settings": {"keep_rate": 0.7}, "accuracy": accuracy}
+    model |= {"name": "evit", "images_per_second": 1234.5, "speedup": 1.6, "interval": [1.5, 1.7]}
+    machine = {"processor": "a processor", "torch": "2.11.0", "timm": "1.0.31"}
+    record = {"schema": 1, "kind": "profile", "machine": machine, "conditions": conditions, "models": [model]}
+    path = ROOT / "docs/benchmarks/profile_test.json"
+    speeds = tool.families.__globals__["speeds_of"].__globals__
+    monkeypatch.setitem(speeds, "read", lambda file: [record] if file == path else json.loads(file.read_text()))
+    monkeypatch.setattr(Path, "glob", lambda folder, pattern: iter([path] if pattern == "profile_*.json" else []))
+    (speed,) = [speed for speed in speeds["speeds_of"]("evit", {}) if "profile_test" in speed.conditions]
+    assert speed[:5] == ("evit_deit_small_patch16_224", "keep_rate 0.7", 1234.5, 1.6, (1.5, 1.7))
+    assert speed.conditions.startswith(
+        "batch 32, 224 x 224, bfloat16, cuda, 1 thread, compile; a processor, torch 2.11.0"
+    )
+    assert speed.accuracy == "79.5 % top-1, ImageNet-1k, measured here"
