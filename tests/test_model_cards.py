@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import timm
+import torch
 import yaml
 from scripts import TOOLS, load_tool
 
@@ -99,7 +101,8 @@ def test_names_in_snippets_are_registered(card: Path) -> None:
 @pytest.mark.parametrize("family", FACTS)
 def test_settings_in_snippets_are_those_of_the_model(family: str) -> None:
     example = FACTS[family]["example"]
-    model = timm.create_model(example["model"], **example.get("settings", {}))
+    with torch.device("meta"):
+        model = timm.create_model(example["model"], **example.get("settings", {}))
     assert model.pretrained_cfg["architecture"] == example["model"]
 
 
@@ -126,15 +129,18 @@ def test_names_in_metafiles_are_unique() -> None:
     assert len(names) == len(set(names))
 
 
-def test_every_config_of_the_zoo_is_in_a_metafile() -> None:
-    listed = [m["Config"] for path in METAFILES for m in yaml.safe_load(path.read_text())["Models"] if "Config" in m]
-    own = [
-        path.relative_to(ROOT).as_posix()
-        for path in (ROOT / "configs").rglob("*.py")
-        if "_base_" not in path.parts
-        and re.search("evit|tome|gtp|ats-|tprune|stvit|supertoken|lookup|casvit", path.stem)
-    ]
-    assert sorted(listed) == sorted(own)
+def test_every_config_on_a_model_of_the_zoo_is_in_one_metafile(tool: ModuleType) -> None:
+    models = [model for path in METAFILES for model in yaml.safe_load(path.read_text())["Models"]]
+    listed = {model["Config"]: model["Metadata"]["Backbone"] for model in models if "Config" in model}
+    backbones, own = import_module("cards.facts").configs(), set(effvit.list_models())
+    assert listed == {path: backbone for path, backbone in backbones.items() if backbone in own}
+    assert sum("Config" in model for model in models) == len(listed)
+
+
+def test_backbone_of_a_config_is_its_own_or_that_of_its_base(tool: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "base.py").write_text('model = dict(backbone=dict(model_name="tome_deit_small_patch16_224"))\n')
+    (tmp_path / "longer.py").write_text('_base_ = ["mmdet::schedules/3x.py", "base.py"]\n')
+    assert import_module("cards.facts").backbone(tmp_path / "longer.py") == "tome_deit_small_patch16_224"
 
 
 def test_every_published_figure_has_a_source() -> None:
@@ -151,33 +157,27 @@ def test_readme_without_its_marks_is_refused(tool: ModuleType) -> None:
 
 
 def test_a_model_that_was_not_counted_is_refused(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    facts = {
-        "example": {"model": "hot_deit_small_patch16_224"},
-        "models": [{"model": "hot_deit_small_patch16_224", "setting": "k 4", "args": {"k": 4}, "size": [224, 224]}],
-    }
-    figures = tool.families.__globals__
-    monkeypatch.setitem(figures, "facts_of_all", lambda: {"hot": facts})
+    setting = {"model": "hot_deit_small_patch16_224", "setting": "k 4", "args": {"k": 4}, "size": [224, 224]}
+    monkeypatch.setattr(import_module("cards.figures"), "facts_of_all", lambda: {"hot": {"models": [setting]}})
     with pytest.raises(ValueError, match=r"'hot_deit_small_patch16_224, k 4' is not in models.json; run .*--measure"):
         tool.families()
 
 
-def test_card_shows_throughput_of_profile_records(
-    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    conditions = {"batch_size": 32, "input_size": [3, 224, 224], "dtype": "bfloat16", "device": "cuda", "threads": 1}
+def test_throughput_is_that_of_profile_records(tool: ModuleType, tmp_path: Path) -> None:
+    conditions = {"batch_size": 32, "input_size": [3, 224, 224], "dtype": "bfloat16", "device": "cuda", "threads": 2}
     conditions |= {"compile": True, "cuda_graphs": False, "clock": "cuda events", "images": "noise"}
-    accuracy = {"value": 79.5, "metric": "top-1", "data": "ImageNet-1k", "origin": "measured here"}
-    model = {"host": "deit_small_patch16_224", "method": "evit", "settings": {"keep_rate": 0.7}, "accuracy": accuracy}
-    model |= {"name": "evit", "images_per_second": 1234.5, "speedup": 1.6, "interval": [1.5, 1.7]}
+    model = {"name": "evit", "host": "deit_small_patch16_224", "method": "evit", "settings": {"keep_rate": 0.7}}
+    model |= {"images_per_second": 1234.5, "speedup": 1.6, "interval": [1.5, 1.7]}
+    model["accuracy"] = {"value": 79.5, "metric": "top-1", "data": "ImageNet-1k", "origin": "measured here"}
+    dense = model | {"name": "deit_small_patch16_224", "method": None, "settings": {}, "accuracy": None}
     machine = {"processor": "a processor", "torch": "2.11.0", "timm": "1.0.31"}
-    record = {"schema": 1, "kind": "profile", "machine": machine, "conditions": conditions, "models": [model]}
-    path = ROOT / "docs/benchmarks/profile_test.json"
-    speeds = tool.families.__globals__["speeds_of"].__globals__
-    monkeypatch.setitem(speeds, "read", lambda file: [record] if file == path else json.loads(file.read_text()))
-    monkeypatch.setattr(Path, "glob", lambda folder, pattern: iter([path] if pattern == "profile_*.json" else []))
-    (speed,) = [speed for speed in speeds["speeds_of"]("evit", {}) if "profile_test" in speed.conditions]
+    record = {"schema": 1, "kind": "profile", "machine": machine, "conditions": conditions, "models": [dense, model]}
+    path = tmp_path / "profile_gpu.json"
+    path.write_text(json.dumps([record, record | {"kind": "another"}]))
+    (speed,) = import_module("cards.speeds").of_profiles("evit", {}, [path])
     assert speed[:5] == ("evit_deit_small_patch16_224", "keep_rate 0.7", 1234.5, 1.6, (1.5, 1.7))
-    assert speed.conditions.startswith(
-        "batch 32, 224 x 224, bfloat16, cuda, 1 thread, compile; a processor, torch 2.11.0"
+    assert speed.conditions == (
+        "batch 32, 224 x 224, bfloat16, cuda, 2 threads, compile; a processor, torch 2.11.0, timm 1.0.31; "
+        "[profile_gpu.json](../docs/benchmarks/profile_gpu.json)"
     )
     assert speed.accuracy == "79.5 % top-1, ImageNet-1k, measured here"

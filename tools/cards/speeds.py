@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from benchmark_overhead import CONFIGURATIONS
 
-from cards.facts import BENCHMARKS, ROOT, belongs, native_size, read, words
+from cards.facts import BENCHMARKS, belongs, native_size, read, words
 from effvit.profiler import median_interval
 
-__all__ = ["Speed", "speeds_of"]
+__all__ = ["Speed", "of_profiles", "speeds_of"]
 
 
 class Speed(NamedTuple):
@@ -43,7 +43,7 @@ def _conditions(size: Sequence[int], at: dict[str, Any], machine: dict[str, Any]
     how += [name for name in ("compile", "cuda_graphs") if at.get(name)]
     return (
         f"{', '.join(how)}; {machine['processor']}, torch {machine['torch']}, timm {machine['timm']}; "
-        f"[{path.name}](../{path.relative_to(ROOT).as_posix()})"
+        f"[{path.name}](../docs/benchmarks/{path.name})"
     )
 
 
@@ -76,10 +76,10 @@ def _of_pairs(facts: dict[str, Any]) -> list[Speed]:
     return speeds
 
 
-def _of_profiles(family: str, facts: dict[str, Any]) -> list[Speed]:
-    """Those that ``effvit profile --json docs/benchmarks/profile_<what>.json`` wrote."""
+def of_profiles(family: str, facts: dict[str, Any], paths: Iterable[Path]) -> list[Speed]:
+    """Those of a family in files that ``effvit profile --json`` wrote."""
     speeds = []
-    for path in sorted(BENCHMARKS.glob("profile_*.json")):
+    for path in paths:
         for record in (record for record in read(path) if record["kind"] == "profile"):
             at = record["conditions"]
             conditions = _conditions(at["input_size"][1:], at, record["machine"], path)
@@ -95,4 +95,5 @@ def _of_profiles(family: str, facts: dict[str, Any]) -> list[Speed]:
 
 def speeds_of(family: str, facts: dict[str, Any]) -> list[Speed]:
     """All measured throughputs of a family."""
-    return _of_overhead(family) + _of_pairs(facts) + _of_profiles(family, facts)
+    profiles = sorted(BENCHMARKS.glob("profile_*.json"))
+    return _of_overhead(family) + _of_pairs(facts) + of_profiles(family, facts, profiles)
