@@ -86,17 +86,28 @@ def belongs(model: str, family: str, facts: dict[str, Any]) -> bool:
     """Whether a name is of the family: of its method, or among its architectures."""
     if family in METHODS:
         return method_of(model) == family
-    return any(fnmatch.fnmatch(model, pattern) for pattern in facts["architectures"])
+    return _matches(model, facts["architectures"])
+
+
+def _matches(model: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatch(model, pattern) for pattern in patterns)
 
 
 def facts_of_all() -> dict[str, dict[str, Any]]:
-    """Family -> its file in model_cards/data; methods first, then architectures, in the order of their tables."""
+    """Family -> its file in model_cards/data; methods first, then architectures, in the order of their tables.
+
+    Raises:
+        ValueError: A file of neither.
+    """
     facts = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "model_cards/data").glob("*.yml")}
 
     def place(name: str) -> int:
         if name in METHODS:
             return list(METHODS).index(name)
-        return len(METHODS) + next(i for i, model in enumerate(ARCHITECTURES) if belongs(model, name, facts[name]))
+        for i, model in enumerate(ARCHITECTURES):
+            if _matches(model, facts[name].get("architectures", [])):
+                return len(METHODS) + i
+        raise ValueError(f"{name}.yml is named after no method, and its 'architectures' match no name; correct either")
 
     return {name: facts[name] for name in sorted(facts, key=place)}
 
@@ -121,13 +132,14 @@ def results_of(facts: dict[str, Any]) -> list[Result]:
 
 
 def backbone(config: Path) -> str:
-    """The model name of a config's backbone, its own or that of the config it changes."""
+    """The model name of a config's backbone, its own or that of the config it changes; ValueError without either."""
     text = config.read_text()
     name = re.search(r'model_name="([^"]+)"', text)
     if name is not None:
         return name.group(1)
     base = re.search(r'"([^":]+\.py)"', text)
-    assert base is not None, f"{config} names no backbone"
+    if base is None:
+        raise ValueError(f"{config.name} has neither a model_name nor a base that could; move it to a folder _base_")
     return backbone(config.parent / base.group(1))
 
 

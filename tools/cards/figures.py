@@ -6,7 +6,7 @@ import inspect
 import json
 from typing import Any, NamedTuple
 
-from compare_flops import COUNTED, PUBLISHED, build, closed_form, key
+from compare_flops import COUNTED, PUBLISHED, build, key
 
 from cards.facts import (
     ARCHITECTURES,
@@ -24,6 +24,7 @@ from cards.facts import (
     words,
 )
 from cards.speeds import Speed, speeds_of
+from effvit.closed_form import closed_form_macs
 from effvit.models.architectures import VARIANTS
 from effvit.reducers import METHODS
 
@@ -52,8 +53,8 @@ class Row(NamedTuple):
 
     @property
     def is_default(self) -> bool:
-        """Whether it is what the name alone gives."""
-        return not self.setting["args"] and self.setting["size"] == native_size(self.setting["model"])
+        """Whether it is what the name alone gives, at a cost that does not depend on the image."""
+        return "token_counts" not in self.setting and _is(self.setting, self.setting["model"], {})
 
 
 class Family(NamedTuple):
@@ -148,8 +149,12 @@ def settings_to_count() -> dict[str, dict[str, Any]]:
 
 def count(setting: dict[str, Any]) -> dict[str, int]:
     """Parameters, and MACs in closed form unless counted_flops.json has them."""
-    record = {"parameters": sum(p.numel() for p in build(setting, "meta").parameters())}
-    return record if key(setting) in read(COUNTED)["macs"] else record | {"macs": closed_form(setting)}
+    model = build(setting, "meta")
+    record = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
+    if key(setting) not in read(COUNTED)["macs"]:
+        terms = closed_form_macs(model, (3, *setting["size"]), token_counts=setting.get("token_counts"))
+        record["macs"] = sum(terms.values())
+    return record
 
 
 def _recorded(setting: dict[str, Any]) -> dict[str, int]:

@@ -37,12 +37,11 @@ class Speed(NamedTuple):
     accuracy: str = ""
 
 
-def _conditions(size: Sequence[int], at: dict[str, Any], machine: dict[str, Any], path: Path) -> str:
+def _conditions(size: Sequence[int], at: dict[str, Any], machine: dict[str, Any], path: Path, *more: str) -> str:
     threads = f"{at['threads']} thread" + ("" if int(at["threads"]) == 1 else "s")
     how = [f"batch {at['batch_size']}", f"{size[0]} x {size[1]}", at["dtype"], at["device"], threads]
-    how += [name for name in ("compile", "cuda_graphs") if at.get(name)]
     return (
-        f"{', '.join(how)}; {machine['processor']}, torch {machine['torch']}, timm {machine['timm']}; "
+        f"{', '.join([*how, *more])}; {machine['processor']}, torch {machine['torch']}, timm {machine['timm']}; "
         f"[{path.name}](../docs/benchmarks/{path.name})"
     )
 
@@ -51,7 +50,8 @@ def _of_overhead(family: str) -> list[Speed]:
     path = BENCHMARKS / "overhead_cpu.json"
     record = read(path)
     at, dense = record["arguments"], np.array(record["seconds"]["dense"])
-    conditions = _conditions(native_size(at["model"]), at, record["machine"], path)
+    weights = f"random weights with queries times {at['sharpen']}"
+    conditions = _conditions(native_size(at["model"]), at, record["machine"], path, weights)
     speeds = []
     for name in (result["name"] for result in record["results"]):
         method, settings = CONFIGURATIONS[name]
@@ -70,7 +70,7 @@ def _of_pairs(facts: dict[str, Any]) -> list[Speed]:
     for entry in facts.get("speeds", []):
         result = record["results"][entry["pair"]]
         at = record["arguments"] | {"batch_size": result["batch_size"]}
-        conditions = _conditions(result["input_size"][1:], at, record["machine"], path)
+        conditions = _conditions(result["input_size"][1:], at, record["machine"], path, "random weights")
         measured = result["images_per_second"][1], result["speedup"], tuple(result["interval"])
         speeds.append(Speed(entry["model"], words(entry.get("settings", {})), *measured, conditions))
     return speeds
@@ -82,7 +82,9 @@ def of_profiles(family: str, facts: dict[str, Any], paths: Iterable[Path]) -> li
     for path in paths:
         for record in (record for record in read(path) if record["kind"] == "profile"):
             at = record["conditions"]
-            conditions = _conditions(at["input_size"][1:], at, record["machine"], path)
+            images = "noise" if at["images"] == "noise" else f"{len(at['images'])} pictures"
+            how = [name for name in ("compile", "cuda_graphs") if at[name]]
+            conditions = _conditions(at["input_size"][1:], at, record["machine"], path, images, *how)
             for entry in record["models"]:
                 model = f"{entry['method']}_{entry['host']}" if entry["method"] else entry["host"] or entry["name"]
                 if belongs(model, family, facts):
