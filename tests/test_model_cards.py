@@ -17,8 +17,9 @@ import yaml
 from scripts import TOOLS, load_tool
 
 import effvit
+from effvit import method_settings
 from effvit.flops import count_flops
-from effvit.models import architectures, lvvit
+from effvit.models import architectures, lvvit, vit_nano
 
 ROOT = Path(__file__).resolve().parents[1]
 CARDS = sorted((ROOT / "model_cards").glob("[!R]*.md"))
@@ -72,7 +73,7 @@ def test_recorded_counts_are_those_of_a_trace(tool: ModuleType, name: str) -> No
 
 def test_every_architecture_has_its_figures_in_exactly_one_card() -> None:
     rows = [line for card in CARDS for line in set(re.findall(r"^\| `(\w+)` \|", card.read_text(), re.MULTILINE))]
-    for name in (*architectures.VARIANTS, *lvvit.default_cfgs):
+    for name in (*architectures.VARIANTS, *lvvit.default_cfgs, *vit_nano.default_cfgs):
         assert rows.count(name) == 1, name
 
 
@@ -101,7 +102,7 @@ def test_names_in_snippets_are_registered(card: Path) -> None:
 def test_settings_in_snippets_are_those_of_the_model(family: str) -> None:
     example = FACTS[family]["example"]
     with torch.device("meta"):
-        model = timm.create_model(example["model"], **example.get("settings", {}))
+        model = timm.create_model(example["model"], **(example.get("settings", {}) | {"pretrained": False}))
     assert model.pretrained_cfg["architecture"] == example["model"]
 
 
@@ -188,21 +189,33 @@ def test_a_model_that_was_not_counted_is_refused(tool: ModuleType, monkeypatch: 
         tool.families()
 
 
-def test_throughput_is_that_of_profile_records(tool: ModuleType, tmp_path: Path) -> None:
-    conditions = {"batch_size": 32, "input_size": [3, 224, 224], "dtype": "bfloat16", "device": "cuda", "threads": 2}
-    conditions |= {"compile": True, "cuda_graphs": False, "clock": "cuda events", "images": "noise"}
-    model = {"name": "evit", "host": "deit_small_patch16_224", "method": "evit", "settings": {"keep_rate": 0.7}}
-    model |= {"images_per_second": 1234.5, "speedup": 1.6, "interval": [1.5, 1.7]}
-    model["accuracy"] = {"value": 79.5, "metric": "top-1", "data": "ImageNet-1k", "origin": "measured here"}
-    dense = model | {"name": "deit_small_patch16_224", "method": None, "settings": {}, "accuracy": None}
+def test_throughput_and_accuracy_are_those_of_profile_records(tool: ModuleType, tmp_path: Path) -> None:
+    conditions = {"batch_size": 32, "input_size": [1, 28, 28], "dtype": "bfloat16", "device": "cuda", "threads": 2}
+    conditions |= {"compile": True, "cuda_graphs": False, "images": ["16 pictures of a set"]}
+    accuracy = {"value": 91.25, "metric": "top-1", "data": "a set", "origin": "measured here"}
+    dense = {"name": "vit_nano_patch4_28", "host": None, "method": None, "settings": {}, "accuracy": accuracy}
+    dense |= {"images_per_second": 1000.0, "speedup": 1.0, "interval": [1.0, 1.0]}
+    settings = method_settings("evit") | {"keep_rate": 0.5}
+    evit = dense | {"name": "evit", "host": "vit_nano_patch4_28", "method": "evit", "settings": settings}
+    evit |= {"images_per_second": 1600.0, "speedup": 1.6, "interval": [1.5, 1.7]}
+    named = evit | {"host": "deit_small_patch16_224", "settings": method_settings("evit"), "accuracy": None}
     machine = {"processor": "a processor", "torch": "2.11.0", "timm": "1.0.31"}
-    record = {"schema": 1, "kind": "profile", "machine": machine, "conditions": conditions, "models": [dense, model]}
-    path = tmp_path / "profile_gpu.json"
-    path.write_text(json.dumps([record, record | {"kind": "another"}]))
-    (speed,) = import_module("cards.speeds").of_profiles("evit", {}, [path])
-    assert speed[:5] == ("evit_deit_small_patch16_224", "keep_rate 0.7", 1234.5, 1.6, (1.5, 1.7))
-    assert speed.conditions == (
-        "batch 32, 224 x 224, bfloat16, cuda, 2 threads, noise, compile; a processor, torch 2.11.0, timm 1.0.31; "
-        "[profile_gpu.json](../docs/benchmarks/profile_gpu.json)"
+    record = {"schema": 1, "kind": "profile", "machine": machine, "conditions": conditions}
+    records = [record | {"models": [dense, evit]}, record | {"models": [dense, named]}, {"kind": "another"}]
+    path = tmp_path / "gpu.json"
+    path.write_text(json.dumps(records))
+    speeds = import_module("cards.speeds")
+    own, on_timm = speeds.of_profiles("evit", {}, [path])
+    assert own[:5] == ("evit on vit_nano_patch4_28", "keep_rate 0.5", 1600.0, 1.6, (1.5, 1.7))
+    assert on_timm[:2] == ("evit_deit_small_patch16_224", "")
+    assert (own.accuracy, on_timm.accuracy) == ("91.2 % top-1 (a set)", "")
+    assert own.conditions == (
+        "batch 32, 28 x 28, bfloat16, cuda, 2 threads, 16 pictures of a set, compile; a processor, torch 2.11.0, "
+        "timm 1.0.31; [gpu.json](../docs/benchmarks/gpu.json)"
     )
-    assert speed.accuracy == "79.5 % top-1, ImageNet-1k, measured here"
+    facts = {"architectures": ["vit_nano_*"]}
+    (baseline,) = speeds.of_profiles("vit_nano", facts, [path])
+    assert (baseline.model, baseline.speedup) == ("vit_nano_patch4_28", 1.0)
+    (reached,) = speeds.accuracies_of("vit_nano", facts, [path])
+    assert (reached.model, reached.metrics) == ("vit_nano_patch4_28", {"Top 1 Accuracy": 91.25})
+    assert reached.source == "a set, measured here, docs/benchmarks/gpu.json"

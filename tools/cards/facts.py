@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import timm
 import yaml
 
-from effvit.models import lvvit
+from effvit.models import lvvit, vit_nano
 from effvit.models.architectures import VARIANTS
 from effvit.reducers import METHODS
 
@@ -21,7 +21,7 @@ __all__ = ["ARCHITECTURES", "BENCHMARKS", "ROOT", "Result", "belongs", "configs"
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "docs/benchmarks"
-ARCHITECTURES = (*VARIANTS, *lvvit.default_cfgs)
+ARCHITECTURES = (*VARIANTS, *lvvit.default_cfgs, *vit_nano.default_cfgs)
 COMPOSITES = {"coco/bbox_mAP": "box AP", "coco/segm_mAP": "mask AP", "mIoU": "mIoU"}
 
 

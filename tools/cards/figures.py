@@ -6,6 +6,7 @@ import inspect
 import json
 from typing import Any, NamedTuple
 
+import timm
 from compare_flops import COUNTED, PUBLISHED, build, key
 
 from cards.facts import (
@@ -23,7 +24,7 @@ from cards.facts import (
     size_words,
     words,
 )
-from cards.speeds import Speed, speeds_of
+from cards.speeds import Speed, accuracies_of, profiles, speeds_of
 from effvit.closed_form import closed_form_macs
 from effvit.models.architectures import VARIANTS
 from effvit.reducers import METHODS
@@ -152,7 +153,8 @@ def count(setting: dict[str, Any]) -> dict[str, int]:
     model = build(setting, "meta")
     record = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
     if key(setting) not in read(COUNTED)["macs"]:
-        terms = closed_form_macs(model, (3, *setting["size"]), token_counts=setting.get("token_counts"))
+        channels = timm.get_pretrained_cfg(setting["model"]).input_size[0]
+        terms = closed_form_macs(model, (channels, *setting["size"]), token_counts=setting.get("token_counts"))
         record["macs"] = sum(terms.values())
     return record
 
@@ -165,18 +167,19 @@ def _recorded(setting: dict[str, Any]) -> dict[str, int]:
     return models[name] | ({"macs": macs[name]} if name in macs else {})
 
 
-def _row(setting: dict[str, Any], facts: dict[str, Any]) -> Row:
+def _row(setting: dict[str, Any], facts: dict[str, Any], results: list[Result]) -> Row:
     own, dense = _recorded(setting), dense_of(setting, facts)
-    results = [r for r in results_of(facts) if r.classifies and _is(setting, r.model, r.settings)]
-    return Row(setting, own["parameters"], own["macs"], None if dense is None else _recorded(dense)["macs"], results)
+    reached = [result for result in results if result.classifies and _is(setting, result.model, result.settings)]
+    return Row(setting, own["parameters"], own["macs"], None if dense is None else _recorded(dense)["macs"], reached)
 
 
 def families() -> list[Family]:
     """All cards, methods first."""
-    cards = []
+    cards, records = [], profiles()
     for name, facts in facts_of_all().items():
         own = {path: model for path, model in configs().items() if belongs(model, name, facts)}
-        rows = [_row(setting, facts) for setting in settings_of(name, facts)]
-        results = [result for result in results_of(facts) if not result.classifies] + results_here(own)
-        cards.append(Family(name, facts, rows, results, speeds_of(name, facts), own))
+        results = results_of(facts) + results_here(own) + accuracies_of(name, facts, records)
+        rows = [_row(setting, facts, results) for setting in settings_of(name, facts)]
+        others = [result for result in results if not result.classifies]
+        cards.append(Family(name, facts, rows, others, speeds_of(name, facts, records), own))
     return cards

@@ -21,6 +21,7 @@ LEGEND = {
     "saved": "share of the GMACs of the dense model it is made of or compared with",
     "difference": "of our count from the published one; = is within 0.05 % or the digits printed",
     "other count": "of the official code, or of the equations where there is none",
+    "top-1, %": "on ImageNet-1k and published by the authors, unless the note names other pictures",
 }
 
 
@@ -59,7 +60,7 @@ def _head(family: Family) -> list[str]:
     facts, paper = family.facts, family.facts["paper"]
     weights = "the host's, with their licence." if family.name in METHODS else ""
     weights = " ".join(filter(None, [weights, *facts.get("weights", "").splitlines()]))
-    code, licence = "none is known.", "Apache-2.0."
+    code, licence = "none.", "Apache-2.0."
     if "code" in facts:
         code = f"[{facts['code']['repository']}@{facts['code']['commit']}]({code_url(facts)})."
         licence += f" Of the official code: {facts['code']['licence']}."
@@ -79,7 +80,7 @@ def _head(family: Family) -> list[str]:
 
 def _accuracy(results: list[Result], notes: Notes) -> str:
     return ", ".join(
-        f"{result.metrics['Top 1 Accuracy']}"
+        f"{result.metrics['Top 1 Accuracy']:.4g}"
         + ("" if result.dense is None else f" (dense {result.dense})")
         + notes.mark(result.source)
         for result in results
@@ -113,7 +114,7 @@ def _models(family: Family) -> list[str]:
 
     columns = {"model": "left", "settings, px": "left", "parameters, M": "right", "published, M": "right"}
     columns |= {"GMACs": "right", "saved": "right", "published GMACs": "right", "difference": "right"}
-    columns |= {"other count": "right", "top-1 on ImageNet-1k, published": "right"}
+    columns |= {"other count": "right", "top-1, %": "right"}
     lines = table(columns, [cells(row) for row in family.rows])
     legend = [f"- {heading}: {text}" for heading, text in LEGEND.items() if f" {heading} " in lines[0].split("|")]
     return ["## Models", "", *lines, "", *legend, *_below(notes)]
