@@ -1,0 +1,170 @@
+"""What no program can compute of a family (paper, licence, published results), and the names and configs it has."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import re
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import yaml
+
+from effvit.models import lvvit, vit_nano
+from effvit.models.architectures import VARIANTS
+from effvit.reducers import METHODS
+
+__all__ = ["ARCHITECTURES", "BENCHMARKS", "ROOT", "Result", "belongs", "configs", "facts_of_all", "read", "results_of"]
+
+ROOT = Path(__file__).resolve().parents[2]
+BENCHMARKS = ROOT / "docs/benchmarks"
+ARCHITECTURES = (*VARIANTS, *lvvit.default_cfgs, *vit_nano.default_cfgs)
+COMPOSITES = {"coco/bbox_mAP": "box AP", "coco/segm_mAP": "mask AP", "mIoU": "mIoU"}
+
+
+class Result(NamedTuple):
+    """What a model reaches on a data set.
+
+    Attributes:
+        model: Its name.
+        settings: Arguments that differ from the name's own.
+        task: As OpenMMLab's metafiles name it.
+        dataset: The data set.
+        metrics: Name -> value in percent.
+        source: Where the figures are from.
+        method: The detector or segmenter around the model.
+        dense: The first metric of the dense model, by the same source.
+        config: File of configs/ of that training.
+    """
+
+    model: str
+    settings: dict[str, Any]
+    task: str
+    dataset: str
+    metrics: dict[str, float]
+    source: str
+    method: str = ""
+    dense: float | None = None
+    config: str | None = None
+
+    @property
+    def classifies(self) -> bool:
+        """Whether it is an accuracy of the model itself."""
+        return self.task == "Image Classification"
+
+
+@cache
+def read(path: Path) -> Any:
+    """A JSON file."""
+    return json.loads(path.read_text())
+
+
+def words(settings: dict[str, Any]) -> str:
+    """Settings in words: "num_prop 8, alpha 0.1"."""
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
+
+
+def size_words(size: Sequence[int]) -> str:
+    """A size in pixels in words: "224", or "800 x 1280" for (H, W)."""
+    return str(size[0]) if size[0] == size[1] else f"{size[0]} x {size[1]}"
+
+
+def native_size(model: str) -> list[int]:
+    """[H, W] that a registered name is made for."""
+    return list(timm.get_pretrained_cfg(model).input_size[1:])
+
+
+def method_of(model: str) -> str | None:
+    """The method a name begins with; None for an architecture or a model of timm."""
+    return next((method for method in METHODS if model.startswith(f"{method}_")), None)
+
+
+def belongs(model: str, family: str, facts: dict[str, Any]) -> bool:
+    """Whether a name is of the family: of its method, or among its architectures."""
+    if family in METHODS:
+        return method_of(model) == family
+    return _matches(model, facts["architectures"])
+
+
+def _matches(model: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatch(model, pattern) for pattern in patterns)
+
+
+def facts_of_all() -> dict[str, dict[str, Any]]:
+    """Family -> its file in model_cards/data; methods first, then architectures, in the order of their tables.
+
+    Raises:
+        ValueError: A file of neither.
+    """
+    facts = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "model_cards/data").glob("*.yml")}
+
+    def place(name: str) -> int:
+        if name in METHODS:
+            return list(METHODS).index(name)
+        for i, model in enumerate(ARCHITECTURES):
+            if _matches(model, facts[name].get("architectures", [])):
+                return len(METHODS) + i
+        raise ValueError(f"{name}.yml is named after no method, and its 'architectures' match no name; correct either")
+
+    return {name: facts[name] for name in sorted(facts, key=place)}
+
+
+def results_of(facts: dict[str, Any]) -> list[Result]:
+    """The published results of a family."""
+    return [
+        Result(
+            entry["model"],
+            entry.get("settings", {}),
+            group["task"],
+            group["dataset"],
+            dict(zip(group["metrics"], entry["values"], strict=True)),
+            group["source"],
+            group.get("method", ""),
+            entry.get("dense"),
+            entry.get("config"),
+        )
+        for group in facts.get("results", [])
+        for entry in group["of"]
+    ]
+
+
+def backbone(config: Path) -> str:
+    """The model name of a config's backbone, its own or that of the config it changes; ValueError without either."""
+    text = config.read_text()
+    name = re.search(r'model_name="([^"]+)"', text)
+    if name is not None:
+        return name.group(1)
+    base = re.search(r'"([^":]+\.py)"', text)
+    if base is None:
+        raise ValueError(f"{config.name} has neither a model_name nor a base that could; move it to a folder _base_")
+    return backbone(config.parent / base.group(1))
+
+
+def configs() -> dict[str, str]:
+    """File of configs/, relative to the repository -> name of its backbone."""
+    paths = sorted(path for path in (ROOT / "configs").rglob("*.py") if "_base_" not in path.parts)
+    return {path.relative_to(ROOT).as_posix(): backbone(path) for path in paths}
+
+
+def results_here(own_configs: dict[str, str]) -> list[Result]:
+    """What trainings of these configs reached here, on the generated set."""
+    path = BENCHMARKS / "composites_cpu.json"
+    results = []
+    for record in read(path)["results"]:
+        if record["config"] in own_configs:
+            metrics = {COMPOSITES[name]: value for name, value in record["trained"].items()}
+            results.append(
+                Result(
+                    own_configs[record["config"]],
+                    {},
+                    "Semantic Segmentation" if "mIoU" in metrics else "Instance Segmentation",
+                    "composites (generated, docs/dense.md)",
+                    metrics,
+                    f"measured here, {record['iterations']} iterations from random weights, {path.relative_to(ROOT)}",
+                    config=record["config"],
+                )
+            )
+    return results
