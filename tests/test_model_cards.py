@@ -189,7 +189,9 @@ def test_a_model_that_was_not_counted_is_refused(tool: ModuleType, monkeypatch: 
         tool.families()
 
 
-def test_throughput_and_accuracy_are_those_of_profile_records(tool: ModuleType, tmp_path: Path) -> None:
+def test_throughput_and_accuracy_are_those_of_profile_records(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     conditions = {"batch_size": 32, "input_size": [1, 28, 28], "dtype": "bfloat16", "device": "cuda", "threads": 2}
     conditions |= {"compile": True, "cuda_graphs": False, "images": ["16 pictures of a set"]}
     accuracy = {"value": 91.25, "metric": "top-1", "data": "a set", "origin": "measured here"}
@@ -207,7 +209,7 @@ def test_throughput_and_accuracy_are_those_of_profile_records(tool: ModuleType, 
     speeds = import_module("cards.speeds")
     own, on_timm = speeds.of_profiles("evit", {}, [path])
     assert own[:5] == ("evit on vit_nano_patch4_28", "keep_rate 0.5", 1600.0, 1.6, (1.5, 1.7))
-    assert on_timm[:2] == ("evit_deit_small_patch16_224", "")
+    assert on_timm[:2] == ("evit_deit_small_patch16_224", "defaults")
     assert (own.accuracy, on_timm.accuracy) == ("91.2 % top-1 (a set)", "")
     assert own.conditions == (
         "batch 32, 28 x 28, bfloat16, cuda, 2 threads, 16 pictures of a set, compile; a processor, torch 2.11.0, "
@@ -217,5 +219,9 @@ def test_throughput_and_accuracy_are_those_of_profile_records(tool: ModuleType, 
     (baseline,) = speeds.of_profiles("vit_nano", facts, [path])
     assert (baseline.model, baseline.speedup) == ("vit_nano_patch4_28", 1.0)
     (reached,) = speeds.accuracies_of("vit_nano", facts, [path])
-    assert (reached.model, reached.metrics) == ("vit_nano_patch4_28", {"Top 1 Accuracy": 91.25})
-    assert reached.source == "a set, measured here, docs/benchmarks/gpu.json"
+    assert reached.model == "vit_nano_patch4_28"
+    assert reached[3:6] == ("a set", {"Top 1 Accuracy": 91.25}, "measured here, docs/benchmarks/gpu.json")
+    monkeypatch.setattr(import_module("cards.figures"), "profiles", lambda: [path])
+    families = {family.name: family for family in tool.families()}
+    assert families["vit_nano"].rows[0].results == [reached]
+    assert not any(reached.source == r.source for row in families["evit"].rows for r in row.results)

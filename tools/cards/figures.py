@@ -93,7 +93,7 @@ def _complete(model: str, args: dict[str, Any]) -> Any:
 
 def _is(setting: dict[str, Any], model: str, args: dict[str, Any]) -> bool:
     """Whether a setting is the model with these arguments at the size it is made for."""
-    if (setting["model"], setting["size"]) != (model, native_size(model)):
+    if setting["model"] != model or setting["size"] != native_size(model):
         return False
     return bool(_complete(model, setting["args"]) == _complete(model, args))
 

@@ -82,7 +82,7 @@ def _accuracy(results: list[Result], notes: Notes) -> str:
     return ", ".join(
         f"{result.metrics['Top 1 Accuracy']:.4g}"
         + ("" if result.dense is None else f" (dense {result.dense})")
-        + notes.mark(result.source)
+        + notes.mark(result.source if result.dataset == "ImageNet-1k" else f"{result.dataset}, {result.source}")
         for result in results
     )
 

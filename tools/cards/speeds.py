@@ -115,11 +115,12 @@ def of_profiles(family: str, facts: dict[str, Any], paths: Iterable[Path]) -> li
     for path, record, entry in _profiled(family, facts, paths):
         at, got = record["conditions"], entry["accuracy"]
         images = "noise" if at["images"] == "noise" else " and ".join(at["images"])
+        default = "" if entry["method"] is None else "defaults"
         how = [name for name in ("compile", "cuda_graphs") if at[name]]
         conditions = _conditions(at["input_size"][1:], at, record["machine"], path, images, *how)
         measured = entry["images_per_second"], entry["speedup"], tuple(entry["interval"])
         accuracy = f"{got['value']:.1f} % {got['metric']} ({got['data']})" if got else ""
-        speed = Speed(_name(entry), words(_set(entry)), *measured, conditions, accuracy)
+        speed = Speed(_name(entry), words(_set(entry)) or default, *measured, conditions, accuracy)
         speeds.setdefault((speed.model, speed.settings, conditions), speed)
     return list(speeds.values())
 
@@ -130,10 +131,10 @@ def accuracies_of(family: str, facts: dict[str, Any], paths: Iterable[Path]) -> 
     for path, _, entry in _profiled(family, facts, paths):
         got = entry["accuracy"]
         if got is not None:
-            source = f"{got['data']}, {got['origin']}, docs/benchmarks/{path.name}"
-            metrics = {"Top 1 Accuracy": got["value"]}
+            source = f"{got['origin']}, docs/benchmarks/{path.name}"
+            metrics = {"Top 1 Accuracy": round(got["value"], 2)}
             result = Result(_name(entry), _set(entry), "Image Classification", got["data"], metrics, source)
-            results.setdefault((result.model, words(result.settings), source), result)
+            results.setdefault((result.model, words(result.settings), result.dataset, source), result)
     return list(results.values())
 
 
