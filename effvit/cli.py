@@ -70,6 +70,10 @@ def parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="a setting for every method that has it, in JSON; given again: a variant for each value",
     )
+    machine = argparse.ArgumentParser(add_help=False)
+    machine.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    machine.add_argument("--device", default="cpu")
+    machine.add_argument("--dtype", default="float32", choices=DTYPES, help="of weights and images")
 
     command = commands.add_parser("list", help="methods with their settings, and the zoo's model names")
     command.add_argument("pattern", nargs="?", default="*", help="shell-style pattern, e.g. 'evit*'")
@@ -77,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "profile",
-        parents=[weights, settings],
+        parents=[weights, settings, machine],
         help="parameters, multiply-adds and speed",
         description="Compare each MODEL with its variants by --method; without one, all with the first.",
     )
@@ -92,9 +96,6 @@ def parser() -> argparse.ArgumentParser:
         "--precision", type=float, metavar="SHARE", help="more rounds until every interval is narrower, e.g. 0.02"
     )
     command.add_argument("--max-rounds", type=int, default=200, help="limit for --precision")
-    command.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    command.add_argument("--device", default="cpu")
-    command.add_argument("--dtype", default="float32", choices=DTYPES, help="of weights and images")
     command.add_argument("--compile", action="store_true", help="run through torch.compile")
     command.add_argument("--cuda-graphs", action="store_true", help="replay CUDA graphs")
     command.add_argument("--breakdown", action="store_true", help="time attention, MLP and reduction of every block")
@@ -119,7 +120,7 @@ def parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "tune",
-        parents=[weights],
+        parents=[weights, machine],
         help="the setting that reaches a speed-up here with the least change of the outputs",
         description="Measure settings of several methods on this machine, and compare their outputs on the IMAGEs.",
     )
@@ -132,9 +133,6 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--batch-size", type=int, default=8)
     command.add_argument("--rounds", type=int, default=8, help="of each step of the search")
     command.add_argument("--final-rounds", type=int, default=40, help="of the measurement that decides")
-    command.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    command.add_argument("--device", default="cpu")
-    command.add_argument("--dtype", default="float32", choices=DTYPES, help="of weights and images")
     command.add_argument("--json", type=Path, metavar="FILE", help="write model_name and settings for timm there")
     command.set_defaults(run=run_tune)
 

@@ -222,13 +222,14 @@ def _notes(family: Family) -> list[str]:
 def _citation(family: Family) -> list[str]:
     paper = family.facts["paper"]
     preprint = paper["venue"] == "arXiv preprint"
+    title = paper["title"].replace("&", r"\&")
     entry = f"{paper['authors'][0].split()[-1].lower()}{paper['year']}{family.name.replace('_', '')}"
     return [
         "## Citation",
         "",
         "```bibtex",
         f"@{'article' if preprint else 'inproceedings'}{{{entry},",
-        f"  title = {{{{{paper['title']}}}}},",
+        f"  title = {{{{{title}}}}},",
         f"  author = {{{' and '.join(paper['authors'])}}},",
         f"  {'journal' if preprint else 'booktitle'} = {{{paper['venue']}}},",
         f"  year = {{{paper['year']}}},",
