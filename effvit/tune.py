@@ -6,7 +6,7 @@ for. The change of the outputs needs pictures without labels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -160,7 +160,8 @@ def tune(
     """The setting with the least divergence from the dense model among those that reach the aim.
 
     The strength of each family is bisected, all families in the same interleaved rounds. The weakest settings that
-    reach the aim, and the next weaker ones, are measured once more with more rounds, which decide.
+    reach the aim and their neighbours are measured once more with more rounds, which decide; a family that misses the
+    aim then goes on to stronger settings.
 
     Args:
         dense: A timm ViT that methods here can reduce.
@@ -215,25 +216,33 @@ def tune(
     def rung_name(ladder: int, rung: int) -> str:
         return f"{ladder}.{rung}"
 
-    def named(rungs: Mapping[int, int]) -> dict[str, tuple[str, dict[str, Any]]]:
-        return {rung_name(i, rung): (found[i].method, found[i].ladder[rung]) for i, rung in rungs.items()}
+    def named(places: Iterable[tuple[int, int]]) -> dict[str, tuple[str, dict[str, Any]]]:
+        return {rung_name(i, rung): (found[i].method, found[i].ladder[rung]) for i, rung in places}
 
     def reaches(rungs: dict[int, int]) -> dict[int, bool]:
         if macs is not None:
-            chosen = named(rungs).values()
+            chosen = named(rungs.items()).values()
             counts = [multiply_adds(effvit.sparsify(dense, m, **s), size, images) for m, s in chosen]
             return dict(zip(rungs, (count <= macs for count in counts), strict=True))
-        measure(named(rungs), rounds)
+        measure(named(rungs.items()), rounds)
         return {i: tried[rung_name(i, rung)].speedup >= (speedup or 0) for i, rung in rungs.items()}
 
     rungs = {i: rung for i, rung in weakest(reaches, [len(f.ladder) for f in found]).items() if rung is not None}
-    finalists = named(rungs)
-    if speedup is not None:  # bisection with few rounds may have stopped a rung early or late
-        finalists |= named({i: rung - 1 for i, rung in rungs.items() if rung > 0})
-        finalists |= named({i: rung + 1 for i, rung in rungs.items() if rung + 1 < len(found[i].ladder)})
-    if finalists:
-        measure(finalists, final_rounds)
-    reached = [tried[name] for name in finalists if speedup is None or tried[name].speedup >= speedup]
+    finals = set(rungs.items())
+    if speedup is not None:  # few rounds may have stopped the bisection a rung early or late
+        finals |= {
+            (i, rung + step) for i, rung in finals for step in (-1, 1) if 0 <= rung + step < len(found[i].ladder)
+        }
+    reached: list[tuple[int, int]] = []
+    fresh = sorted(finals)
+    while fresh:
+        measure(named(fresh), final_rounds)
+        finals |= set(fresh)
+        reached = [place for place in finals if speedup is None or tried[rung_name(*place)].speedup >= speedup]
+        # A family that misses the aim now goes on with stronger settings.
+        short = sorted(set(rungs) - {i for i, _ in reached})
+        stronger = [(i, 1 + max(rung for j, rung in finals if j == i)) for i in short]
+        fresh = [(i, rung) for i, rung in stronger if rung < len(found[i].ladder)]
     if not reached:
         fastest = max((candidate.speedup for candidate in tried.values()), default=1.0)
         aim = f"a speed-up of {speedup}" if macs is None else f"{macs} multiply-adds"
@@ -241,7 +250,7 @@ def tune(
             f"no setting of {', '.join(methods)} reaches {aim} here (fastest {fastest:.2f}x); ask for less, or measure "
             "with a larger batch_size, where reduction pays more"
         )
-    best = min(reached, key=lambda candidate: candidate.fidelity["divergence"])
+    best = min((tried[rung_name(*place)] for place in reached), key=lambda candidate: candidate.fidelity["divergence"])
     return {
         "schema": 1,
         "kind": "tune",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 
 import effvit
+import effvit.tune
 from effvit.cli import main
 from effvit.closed_form import closed_form_macs
 from effvit.profiler import measurement
@@ -100,6 +102,19 @@ class TestTune:
         assert {tried["method"] for tried in result["tried"]} == {"evit", "tome", "ats"}
         speeds = [candidate["speedup"] for candidate in result["front"]]
         assert speeds == sorted(speeds)
+
+    def test_a_search_misled_by_noise_goes_on_to_stronger_settings(
+        self, dense: Any, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        exact = effvit.tune.profile_models
+
+        def flattering(*args: Any, rounds: int, **kwargs: Any) -> list[Any]:
+            factor = 1.2 if rounds == 3 else 1.0
+            return [replace(m, speedup=factor * m.speedup) for m in exact(*args, rounds=rounds, **kwargs)]
+
+        monkeypatch.setattr("effvit.tune.profile_models", flattering)
+        result = tune(dense, images, speedup=1.5, methods=["tome"], rounds=3, final_rounds=4)
+        assert 1.5 <= result["best"]["speedup"] < 1.65
 
     def test_multiply_adds_are_not_exceeded(self, dense: Any, images: torch.Tensor) -> None:
         limit = round(0.7 * sum(closed_form_macs(dense, SIZE).values()))
