@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from effvit.breakdown import time_by_block
-from effvit.fidelity import Fidelity, fidelity
+from effvit.fidelity import Fidelity, compare_outputs, outputs
 from effvit.flops import count_flops
 from effvit.ideal import IDEAL_HOSTS, IdealViT, mean_counts
 from effvit.models.host import HOST_CLASSES, ReducedHost
-from effvit.profiler import Measurement, machine, median_interval, noise, profile_models
+from effvit.profiler import fill_batch, machine, median_ratio, noise, profile_models
 
 __all__ = ["SCHEMA", "Cost", "profile"]
 
@@ -119,21 +118,42 @@ def profile(
         m.name: m for m in profile_models(runs, input_size, batch_size, images=images, on_run=on_run, **conditions)
     }
     device, dtype = torch.device(conditions.get("device", "cpu")), conditions.get("dtype", torch.float32)
+    compared = images is not None and any(is_reduced(model, dense) for model in models.values())
+    reference = outputs(dense, sample) if compared else None
     costs: list[Cost] = []
     for name, model in models.items():
-        cost = _cost(name, model, measured[name], input_size, sample, tokens[name])
-        baseline = costs[0] if costs else cost
-        cost = replace(cost, mac_ratio=baseline.macs / cost.macs if cost.macs else None)
-        if isinstance(model, ReducedHost):
-            cost = replace(cost, method=model.method, settings=dict(model.settings))
-        if is_reduced(model, dense):
-            cost = replace(cost, host=dense_name, fidelity=None if images is None else fidelity(dense, model, images))
-        if IDEAL + name in measured:
-            cost = _beside_ideal(cost, measured[IDEAL + name])
-        if breakdown:
-            batch = sample[torch.arange(batch_size) % len(sample)].to(device, dtype)
-            cost = replace(cost, breakdown=time_by_block(model, batch))
-        costs.append(cost)
+        speed, host = measured[name], model if isinstance(model, ReducedHost) else None
+        of_dense = is_reduced(model, dense)
+        report = count_flops(model, input_size, images=sample if host is not None and host.variable_length else None)
+        most = costs[0].macs if costs else report.total
+        ideal_speed = measured.get(IDEAL + name)
+        efficiency, bounds = (None, None) if ideal_speed is None else median_ratio(ideal_speed.seconds, speed.seconds)
+        batch = fill_batch(sample, batch_size).to(device, dtype) if breakdown else None
+        costs.append(
+            Cost(
+                name=name,
+                host=dense_name if of_dense else None,
+                method=None if host is None else host.method,
+                settings={} if host is None else dict(host.settings),
+                parameters=sum(parameter.numel() for parameter in model.parameters()),
+                macs=report.total,
+                uncounted=report.uncounted,
+                tokens=tokens[name],
+                images_per_second=speed.images_per_second,
+                latency=speed.latency,
+                peak_memory=speed.peak_memory,
+                speedup=speed.speedup,
+                interval=speed.interval,
+                resolved=not speed.interval[0] <= 1 <= speed.interval[1],
+                mac_ratio=most / report.total if report.total else None,
+                ideal_speedup=None if ideal_speed is None else ideal_speed.speedup,
+                efficiency=efficiency,
+                efficiency_interval=bounds,
+                breakdown=None if batch is None else time_by_block(model, batch),
+                seconds=speed.seconds,
+                fidelity=compare_outputs(reference, outputs(model, sample)) if of_dense and reference else None,
+            )
+        )
         if on_count is not None:
             on_count(name)
     named = image_names or [f"{len(images)} images"] if images is not None else "noise"
@@ -163,50 +183,6 @@ def is_reduced(model: nn.Module, dense: nn.Module) -> bool:
         return False
     own, theirs = model.patch_embed.proj.weight, getattr(getattr(dense, "patch_embed", None), "proj", None)
     return isinstance(theirs, nn.Module) and own is theirs.weight
-
-
-def _cost(
-    name: str,
-    model: nn.Module,
-    speed: Measurement,
-    input_size: tuple[int, int, int],
-    images: Tensor,
-    tokens: list[float] | None,
-) -> Cost:
-    varies = isinstance(model, ReducedHost) and any(r.variable_length for r in model.reducers.values())
-    report = count_flops(model, input_size, images=images if varies else None)
-    return Cost(
-        name=name,
-        host=None,
-        method=None,
-        settings={},
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        macs=report.total,
-        uncounted=report.uncounted,
-        tokens=tokens,
-        images_per_second=speed.images_per_second,
-        latency=speed.latency,
-        peak_memory=speed.peak_memory,
-        speedup=speed.speedup,
-        interval=speed.interval,
-        resolved=not speed.interval[0] <= 1 <= speed.interval[1],
-        mac_ratio=None,
-        ideal_speedup=None,
-        efficiency=None,
-        efficiency_interval=None,
-        breakdown=None,
-        seconds=speed.seconds,
-    )
-
-
-def _beside_ideal(cost: Cost, ideal: Measurement) -> Cost:
-    ratios = np.array(ideal.seconds) / np.array(cost.seconds)
-    return replace(
-        cost,
-        ideal_speedup=ideal.speedup,
-        efficiency=float(np.median(ratios)),
-        efficiency_interval=median_interval(ratios),
-    )
 
 
 @torch.no_grad()

@@ -19,13 +19,14 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import effvit
 
-__all__ = ["Measurement", "machine", "median_interval", "noise", "profile_models"]
+__all__ = ["Measurement", "fill_batch", "machine", "median_interval", "median_ratio", "noise", "profile_models"]
 
 SEED = 0
 RESAMPLES = 2000
@@ -68,6 +69,17 @@ def median_interval(values: np.ndarray, resamples: int = RESAMPLES) -> tuple[flo
     medians = np.median(rng.choice(values, (resamples, len(values))), axis=1)
     low, high = np.percentile(medians, (2.5, 97.5))
     return float(low), float(high)
+
+
+def median_ratio(durations: ArrayLike, others: ArrayLike) -> tuple[float, tuple[float, float]]:
+    """Median of the ratios of two models' durations within the rounds, and its bootstrap 95 % interval."""
+    ratios = np.asarray(durations) / np.asarray(others)
+    return float(np.median(ratios)), median_interval(ratios)
+
+
+def fill_batch(images: Tensor, batch_size: int) -> Tensor:
+    """``batch_size`` images (batch_size, channels, H, W): those given in turn."""
+    return images[torch.arange(batch_size) % len(images)]
 
 
 def profile_models(
@@ -131,7 +143,7 @@ def profile_models(
         raise ValueError(f"cuda_graphs needs a CUDA device, got {str(device)!r}")
     if images is None:
         images = noise(input_size, batch_size)
-    batch = images[torch.arange(batch_size) % len(images)].to(device, dtype)
+    batch = fill_batch(images, batch_size).to(device, dtype)
     twins = {name: twin.to(device, dtype).eval() for name, twin in copy.deepcopy(dict(models)).items()}
 
     threads_before = torch.get_num_threads()
@@ -188,10 +200,10 @@ def still_faster(durations: Sequence[float]) -> bool:
 
 def resolved(seconds: Mapping[str, Sequence[float]], precision: float) -> bool:
     """True if the interval of every speed-up over the first model is narrower than ``precision`` times it."""
-    baseline, *others = (np.array(durations) for durations in seconds.values())
+    baseline, *others = seconds.values()
     for own in others:
-        low, high = median_interval(baseline / own)
-        if high - low > precision * np.median(baseline / own):
+        speedup, (low, high) = median_ratio(baseline, own)
+        if high - low > precision * speedup:
             return False
     return True
 
@@ -286,12 +298,12 @@ def peak_memory(model: nn.Module, batch: Tensor) -> int:
 
 def measurement(name: str, seconds: np.ndarray, baseline: np.ndarray, batch_size: int, memory: int = 0) -> Measurement:
     """The Measurement of a model from its and the baseline's durations in the same rounds."""
-    ratios = baseline / seconds
+    speedup, interval = median_ratio(baseline, seconds)
     return Measurement(
         name=name,
         images_per_second=batch_size / float(np.median(seconds)),
-        speedup=float(np.median(ratios)),
-        interval=median_interval(ratios),
+        speedup=speedup,
+        interval=interval,
         latency={f"p{p}": float(np.percentile(seconds, p)) for p in PERCENTILES},
         peak_memory=memory,
         seconds=tuple(seconds.tolist()),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import effvit
 from effvit.closed_form import closed_form_macs
+from effvit.costs import SCHEMA
 from effvit.fidelity import Fidelity, compare_outputs, outputs
 from effvit.ideal import mean_counts
 from effvit.models.host import ReducedHost
@@ -252,7 +253,7 @@ def tune(
         )
     best = min((tried[rung_name(*place)] for place in reached), key=lambda candidate: candidate.fidelity["divergence"])
     return {
-        "schema": 1,
+        "schema": SCHEMA,
         "kind": "tune",
         "machine": machine(str(conditions.get("device", "cpu"))),
         "conditions": {
@@ -273,6 +274,6 @@ def tune(
 def multiply_adds(model: nn.Module, size: tuple[int, int, int], images: Tensor) -> int:
     """Multiply-adds of one image, from sizes; of the mean token counts where the images decide them."""
     counts = None
-    if isinstance(model, ReducedHost) and any(reducer.variable_length for reducer in model.reducers.values()):
+    if isinstance(model, ReducedHost) and model.variable_length:
         counts = [round(count) for count in mean_counts(model, images)]
     return sum(closed_form_macs(model, size, token_counts=counts).values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from io import BytesIO
 from pathlib import Path
@@ -25,6 +25,7 @@ from effvit.tokens import TokenMap
 __all__ = [
     "data_config",
     "draw_tokens",
+    "image_transform",
     "load_images",
     "model_text",
     "settings_text",
@@ -66,10 +67,16 @@ def data_config(model: nn.Module) -> dict[str, Any]:
 
 def load_images(model: nn.Module, images: Sequence[Image.Image]) -> Tensor:
     """Images as the model takes them: resized, cropped and normalised, (B, 3, H, W); (B, 1, H, W) grey."""
+    transform = image_transform(model)
+    return torch.stack([transform(image) for image in images])
+
+
+def image_transform(model: nn.Module) -> Callable[[Image.Image], Tensor]:
+    """What makes of an image what the model takes, (3, H, W), or (1, H, W) grey."""
     config = data_config(model)
     transform = create_transform(**config, is_training=False)
     mode = "L" if config["input_size"][0] == 1 else "RGB"
-    return torch.stack([transform(image.convert(mode)) for image in images])
+    return lambda image: transform(image.convert(mode))
 
 
 def seen_by(model: nn.Module, x: Tensor) -> Image.Image:

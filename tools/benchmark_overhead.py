@@ -15,7 +15,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import timm
 import torch
 from rich.console import Console
@@ -25,7 +24,7 @@ from torch import nn
 
 import effvit
 from effvit.ideal import IdealViT, mean_counts
-from effvit.profiler import Measurement, machine, median_interval, noise, profile_models
+from effvit.profiler import machine, median_ratio, noise, profile_models
 
 CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "EViT 0.7": ("evit", {"keep_rate": 0.7}),
@@ -45,12 +44,6 @@ def sharpen(dense: nn.Module, factor: float) -> None:
         for block in dense.blocks:
             width = block.attn.qkv.weight.shape[1]
             block.attn.qkv.weight[:width] *= factor
-
-
-def efficiency(ideal: Measurement, own: Measurement) -> tuple[float, tuple[float, float]]:
-    """Speed over the ideal's and its interval, from runs in the same rounds."""
-    ratios = np.array(ideal.seconds) / np.array(own.seconds)
-    return float(np.median(ratios)), median_interval(ratios)
 
 
 def main() -> None:
@@ -110,7 +103,7 @@ def main() -> None:
     rows = []
     for name in counts:
         own, ideal = by_name[name], by_name[f"ideal {name}"]
-        share, interval = efficiency(ideal, own)
+        share, interval = median_ratio(ideal.seconds, own.seconds)
         rows.append({"name": name, "counts": counts[name], "efficiency": share, "interval": interval})
         table.add_row(
             name,

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import effvit
-from effvit.cli import build, list_variants, parse_setting, reduced
+from effvit.cli import build, list_variants, parse_setting, reduced, write_json
 from effvit.costs import profile
 from effvit.data import PICTURES, load_pictures
 from effvit.reducers import METHODS
-from effvit.visualize import data_config, load_images
+from effvit.visualize import data_config, image_transform
 
 __all__ = ["main", "table", "top1"]
 
@@ -40,14 +40,14 @@ class Prepared(Dataset[tuple[Tensor, int]]):
 
     def __init__(self, pictures: Any, model: nn.Module) -> None:
         self.pictures = pictures
-        self.model = model
+        self.transform = image_transform(model)
 
     def __len__(self) -> int:
         return len(self.pictures)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         picture, label = self.pictures[index]
-        return load_images(self.model, [picture])[0], label
+        return self.transform(picture), label
 
 
 @torch.inference_mode()
@@ -104,9 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     print("\n".join(table([record])))
     if arguments.json is not None:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         records = json.loads(arguments.json.read_text()) if arguments.json.exists() else []
-        arguments.json.write_text(json.dumps([*records, record], indent=1) + "\n")
+        write_json(arguments.json, [*records, record])
     return 0
 
 

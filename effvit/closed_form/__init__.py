@@ -61,7 +61,7 @@ def closed_form_macs(
         ValueError: ``token_counts`` missing, not needed or not one for each block.
     """
     size = (input_size[1], input_size[2])
-    adaptive = isinstance(model, ReducedHost) and any(r.variable_length for r in model.reducers.values())
+    adaptive = isinstance(model, ReducedHost) and model.variable_length
     if adaptive != (token_counts is not None):
         raise ValueError(
             f"{model.method} keeps as many tokens as the image needs; give token_counts, the patch tokens that leave "

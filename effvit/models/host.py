@@ -98,6 +98,11 @@ class ReducedHost(nn.Module):
         """{block: reducer} of the blocks that reduce."""
         return {i: block.reducer for i, block in enumerate(self.blocks) if block.reducer is not None}
 
+    @property
+    def variable_length(self) -> bool:
+        """Token counts depend on the image."""
+        return any(reducer.variable_length for reducer in self.reducers.values())
+
     # -- what one forward pass does ----------------------------------------------------------------------------
 
     def _embed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -12,7 +12,7 @@ import timm
 from benchmark_overhead import CONFIGURATIONS
 
 from cards.facts import BENCHMARKS, Result, belongs, native_size, read, words
-from effvit.profiler import median_interval
+from effvit.profiler import median_ratio
 from effvit.reducers import METHODS
 
 __all__ = ["Speed", "accuracies_of", "of_profiles", "profiles", "speeds_of"]
@@ -52,16 +52,15 @@ def _conditions(size: Sequence[int], at: dict[str, Any], machine: dict[str, Any]
 def _of_overhead(family: str) -> list[Speed]:
     path = BENCHMARKS / "overhead_cpu.json"
     record = read(path)
-    at, dense = record["arguments"], np.array(record["seconds"]["dense"])
+    at, dense = record["arguments"], record["seconds"]["dense"]
     weights = f"random weights with queries times {at['sharpen']}"
     conditions = _conditions(native_size(at["model"]), at, record["machine"], path, weights)
     speeds = []
     for name in (result["name"] for result in record["results"]):
         method, settings = CONFIGURATIONS[name]
         if method == family:
-            seconds = np.array(record["seconds"][name])
-            rate, speedup = int(at["batch_size"]) / np.median(seconds), np.median(dense / seconds)
-            measured = float(rate), float(speedup), median_interval(dense / seconds)
+            seconds = record["seconds"][name]
+            measured = int(at["batch_size"]) / float(np.median(seconds)), *median_ratio(dense, seconds)
             speeds.append(Speed(f"{method}_{at['model']}", words(settings), *measured, conditions))
     return speeds
 
