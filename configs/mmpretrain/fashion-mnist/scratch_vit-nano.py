@@ -1,0 +1,2 @@
+# Dense: the plain ViT that the others are compared with.
+_base_ = "_base_/four-epochs.py"
