@@ -344,16 +344,16 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2] or match[1])
 
 
-def parse_setting(text: str) -> tuple[str, Any]:
-    """("key", value) of "key=value" with the value in JSON."""
+def parse_setting(text: str, option: str = "--set") -> tuple[str, Any]:
+    """("key", value) of "key=value" with the value in JSON; errors name the option it was given to."""
     key, equals, value = text.partition("=")
     if not key or not equals:
-        raise ValueError(f"--set takes KEY=VALUE, e.g. r=8, got {text!r}")
+        raise ValueError(f"{option} takes KEY=VALUE, e.g. r=8, got {text!r}")
     try:
         return key, json.loads(value)
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"--set {text}: {value!r} is not JSON ({error.msg}); write numbers as r=8, lists as "
+            f"{option} {text}: {value!r} is not JSON ({error.msg}); write numbers as r=8, lists as "
             f"reduce_at=[3,6,9], true, false, null, and text in double quotes: '{key}=\"...\"'"
         ) from error
 

@@ -94,6 +94,24 @@ class TestEvaluate:
         rows = pictures.table(json.loads(path.read_text()))[2:]
         assert [row.split(" | ")[0] for row in rows] == [f"| {name}" for name in (NANO, "evit", "tome")]
 
+    def test_trained_model_of_other_keywords_stands_beside_a_baseline(self, pictures: Any, tmp_path: Path) -> None:
+        options = {"img_size": 28, "patch_size": 4, "in_chans": 1, "num_classes": 10, "embed_dim": 24}
+        stvit = timm.create_model("stvit_deit_tiny_patch16_224", **options)
+        torch.save({"state_dict": stvit.state_dict()}, tmp_path / "epoch_4.pth")
+        command = ["stvit_deit_tiny_patch16_224", "--checkpoint", str(tmp_path / "epoch_4.pth"), "--name", "STViT"]
+        command += ["--model-kwargs", *(f"{key}={value}" for key, value in options.items()), "--baseline", NANO]
+        command += ["--data", "fashion_mnist", "--rounds", "1", "--batch-size", "4", "--json", str(tmp_path / "a.json")]
+        assert pictures.main(command) == 0
+        baseline, trained = json.loads((tmp_path / "a.json").read_text())[0]["models"]
+        assert (baseline["name"], trained["name"]) == (NANO, "STViT")
+        assert trained["macs"] == effvit.count_flops(stvit.eval(), (1, 28, 28)).total
+        assert trained["mac_ratio"] == baseline["macs"] / trained["macs"]
+
+    def test_keyword_that_is_not_json_is_refused(self, pictures: Any, capsys: Any) -> None:
+        command = [NANO, "--data", "fashion_mnist", "--model-kwargs", "img_size=big"]
+        assert pictures.main(command) == 2
+        assert "--model-kwargs img_size=big: 'big' is not JSON" in capsys.readouterr().err
+
     def test_missing_pictures_are_named(self, tmp_path: Path, capsys: Any) -> None:
         assert load_tool("evaluate").main([NANO, "--data", "fashion_mnist", "--root", str(tmp_path)]) == 2
         assert "fetch it: python tools/get_data.py fashion_mnist" in capsys.readouterr().err

@@ -4,6 +4,11 @@
     python tools/evaluate.py vit_nano_patch4_28 --pretrained --data fashion_mnist --method evit --set keep_rate=0.7
     python tools/evaluate.py deit_small_patch16_224 --checkpoint deit.pth --data imagenet --root imagenet --split val
 
+Of a model trained from a config: its name and keywords, its checkpoint, and what its costs are compared with.
+
+    python tools/evaluate.py stvit_deit_tiny_patch16_224 --model-kwargs img_size=28 patch_size=4 in_chans=1 num_classes=10 \
+      --checkpoint work_dirs/stvit/epoch_4.pth --baseline vit_nano_patch4_28 --name "STViT, 4 epochs" --data fashion_mnist
+
 DyMU is calibrated on training pictures of the same set. Without --pretrained and --checkpoint weights are random.
 """
 
@@ -89,6 +94,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, help="only so many pictures, evenly spread")
     parser.add_argument("--pretrained", action="store_true")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE")
+    parser.add_argument("--model-kwargs", nargs="+", default=[], metavar="KEY=VALUE", help="of timm.create_model")
+    parser.add_argument("--baseline", metavar="NAME", help="pretrained model that costs are compared with, if not MODEL")
+    parser.add_argument("--name", help="what the table calls MODEL, if not by its name")
     parser.add_argument("--method", nargs="+", default=[], metavar="NAME")
     parser.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE")
     parser.add_argument("--batch-size", type=int, default=128)
@@ -112,11 +120,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     """The record of all variants, with their accuracies."""
     torch.manual_seed(0)
-    dense = build(arguments.model, {}, arguments.pretrained).eval()
+    options = dict(parse_setting(text, "--model-kwargs") for text in arguments.model_kwargs)
+    dense = build(arguments.model, options, arguments.pretrained).eval()
     if arguments.checkpoint is not None:
         effvit.load_checkpoint(dense, arguments.checkpoint)
     variants = list_variants(arguments.method, [parse_setting(text) for text in arguments.settings])
-    models = {arguments.model: dense, **reduced(dense, variants)}
+    models = {arguments.name or arguments.model: dense, **reduced(dense, variants)}
+    if arguments.baseline is not None:
+        models = {arguments.baseline: build(arguments.baseline, {}, pretrained=True).eval(), **models}
     pictures: Any = load_pictures(arguments.data, arguments.split, arguments.root)
     if arguments.limit is not None:
         pictures = spread(pictures, arguments.limit)

@@ -1,4 +1,4 @@
-# Dense: a small plain ViT with patches of 8 pixels.
+# Dense: a small plain ViT with patches of 8 pixels, with the weights of configs/mmseg/composites/fcn_vit.py.
 _base_ = "_base_/mask-rcnn_composites.py"
 
 model = dict(
@@ -13,6 +13,7 @@ model = dict(
         img_size=128,
         out_indices=(7,),
         out_norm=True,
+        init_cfg=dict(type="Pretrained", checkpoint="work_dirs/fcn_vit/iter_2500.pth", prefix="backbone."),
     ),
     neck=dict(
         _delete_=True, type="SimpleFeaturePyramid", in_channels=128, out_channels=64, scales=(2.0, 1.0, 0.5), num_outs=5

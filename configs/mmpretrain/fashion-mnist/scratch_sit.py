@@ -1,6 +1,6 @@
 # SiT (2111.12624) on the shape of vit-nano: 24 of 49 patch tokens after half of the blocks, then 12 and 6; without
 # distillation.
-_base_ = "_base_/four-epochs.py"
+_base_ = "_base_/three-epochs.py"
 
 model = dict(
     model_name="sit_lvvit_tiny_224",

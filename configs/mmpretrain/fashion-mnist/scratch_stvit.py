@@ -1,5 +1,5 @@
 # STViT (2303.08685) on the shape of vit-nano: 9 semantic tokens after a third of the blocks.
-_base_ = "_base_/four-epochs.py"
+_base_ = "_base_/three-epochs.py"
 
 model = dict(
     model_name="stvit_deit_tiny_patch16_224",

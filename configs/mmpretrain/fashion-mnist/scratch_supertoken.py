@@ -1,5 +1,5 @@
 # Super-token SViT (2211.11167), three narrow stages on maps of 7, 4 and 2 pixels a side; super tokens in the first two.
-_base_ = "_base_/four-epochs.py"
+_base_ = "_base_/three-epochs.py"
 
 model = dict(
     model_name="supertoken_small_224",

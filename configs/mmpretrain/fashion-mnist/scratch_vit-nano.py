@@ -1,2 +1,2 @@
 # Dense: the plain ViT that the others are compared with.
-_base_ = "_base_/four-epochs.py"
+_base_ = "_base_/three-epochs.py"

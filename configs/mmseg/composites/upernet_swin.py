@@ -1,4 +1,4 @@
-# Dense: the narrow Swin (2103.14030) of configs/mmdet/composites/mask-rcnn_swin.py.
+# Dense: a narrow Swin (2103.14030).
 _base_ = "_base_/upernet_composites.py"
 
 model = dict(
