@@ -26,7 +26,17 @@ from torch.nn.parallel import DistributedDataParallel
 from effvit.models.sit import LayerTokens, SiT
 from effvit.schedule import check_number
 
-__all__ = ["FeatureRecalibrationLoss", "SiTDistillation", "token_loss"]
+__all__ = ["FeatureRecalibrationLoss", "SiTDistillation", "check_pair", "score_loss", "token_loss"]
+
+
+def score_loss(student: Tensor, teacher: Tensor, tau: float = 1.0) -> Tensor:
+    """KL divergence of the student's class scores (B, classes) from the teacher's at a temperature, times its square.
+
+    KL(teacher || student), the mean over the batch (DeiT's soft distillation, 2012.12877). No gradient goes to the
+    teacher.
+    """
+    own, target = (F.log_softmax(scores / tau, dim=1) for scores in (student, teacher.detach()))
+    return F.kl_div(own, target, reduction="batchmean", log_target=True) * tau**2
 
 
 def token_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
@@ -85,8 +95,7 @@ class FeatureRecalibrationLoss(nn.Module):
         """
         task = self.criterion(student.logits, targets)
         tokens = token_loss(student.tokens, [x.detach() for x in teacher.tokens])
-        own, target = (F.log_softmax(scores / self.tau, dim=1) for scores in (student.logits, teacher.logits.detach()))
-        logits = F.kl_div(own, target, reduction="batchmean", log_target=True) * self.tau**2
+        logits = score_loss(student.logits, teacher.logits, self.tau)
         loss = task + self.token_weight * tokens + self.logit_weight * logits
         return {"loss": loss, "task_loss": task, "token_loss": tokens, "logit_loss": logits}
 

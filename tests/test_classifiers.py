@@ -1,0 +1,210 @@
+"""Classifiers for mmpretrain: what their loss is, who learns, and what checkpoints hold."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("mmpretrain", reason="the mm extra is not installed")
+
+from mmengine.hooks import EMAHook
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS
+from mmpretrain.structures import DataSample
+
+from effvit.classifiers import EffViTClassifier, SiTClassifier
+from effvit.models.sit_distillation import SiTDistillation
+from effvit.openmmlab import KeepRateHook
+
+SMALL: dict[str, Any] = {"depth": 4, "embed_dim": 48, "num_heads": 3, "img_size": 64, "num_classes": 7}
+HOST = "deit_tiny_patch16_224"
+TEACHER = {"model_name": HOST, "pretrained": False, **SMALL}
+LVVIT = {"embed_dim": 48, "num_heads": 3, "depth": 4, "img_size": 64, "num_classes": 7}
+
+
+def build(name: str = f"evit_{HOST}", **settings: Any) -> Any:
+    torch.manual_seed(0)
+    sizes = SMALL if HOST in name else {}
+    kind = {"type": "EffViTClassifier", "data_preprocessor": {"num_classes": 7}}
+    return MODELS.build({**kind, "model_name": name, **sizes, **settings})
+
+
+def batch() -> tuple[torch.Tensor, list[Any]]:
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    return images, [DataSample().set_gt_label(label) for label in (3, 5)]
+
+
+def step(model: Any) -> None:
+    """One step of training on random pictures."""
+    wrapper = build_optim_wrapper(model, {"optimizer": {"type": "SGD", "lr": 0.1}})
+    model.train().train_step({"inputs": list(batch()[0]), "data_samples": batch()[1]}, wrapper)
+
+
+def sit(**settings: Any) -> SiTClassifier:
+    torch.manual_seed(0)
+    teacher = {"model_name": "lvvit_tiny_4c_224", "pretrained": False, **LVVIT}
+    student = {"type": "SiTClassifier", "model_name": "sit_lvvit_tiny_224", "stage_blocks": [1, 3], **LVVIT}
+    return MODELS.build({**student, "teacher": teacher, "data_preprocessor": {"num_classes": 7}, **settings})
+
+
+class TestTeacher:
+    def test_loss_is_its_closed_form(self) -> None:
+        """task + weight * T^2 * KL(teacher || student) of softmax(scores / T), the mean over the batch."""
+        model = build(teacher=TEACHER, distill_weight=0.3, temperature=2.0)
+        images, samples = batch()
+        losses = model.train().loss(images, samples)
+        p, q = ((scores / 2).softmax(1) for scores in (model.model(images), model.teacher(images)))
+        assert losses["distill_loss"].item() == pytest.approx(
+            0.3 * 4 * (q * (q / p).log()).sum(1).mean().item(), rel=1e-4
+        )
+        labels = torch.tensor([3, 5])
+        assert losses["task_loss"].item() == pytest.approx(
+            F.cross_entropy(model.model(images), labels).item(), rel=1e-5
+        )
+        assert model.parse_losses(losses)[0].item() == pytest.approx(sum(losses.values()).item())
+
+    def test_a_student_like_its_teacher_has_only_the_task_loss(self) -> None:
+        model = build(HOST, teacher=TEACHER)
+        model.teacher.load_state_dict(model.model.state_dict())
+        assert model.loss(*batch())["distill_loss"].item() == pytest.approx(0, abs=1e-6)
+
+    def test_the_student_learns_and_the_teacher_does_not(self) -> None:
+        model = build(teacher=TEACHER)
+        own, teacher = copy.deepcopy(model.model.state_dict()), copy.deepcopy(model.teacher.state_dict())
+        step(model)
+        assert not any(torch.equal(own[name], p) for name, p in model.model.named_parameters())
+        assert all(torch.equal(teacher[name], p) for name, p in model.teacher.state_dict().items())
+        assert all(p.grad is None and not p.requires_grad for p in model.teacher.parameters())
+        assert not any(module.training for module in model.teacher.modules())
+
+    def test_neither_checkpoints_nor_optimizers_see_the_teacher(self) -> None:
+        plain, taught = build(), build(teacher=TEACHER)
+        assert taught.state_dict().keys() == plain.state_dict().keys() == plain.model.state_dict().keys()
+        assert len(list(taught.parameters())) == len(list(plain.parameters()))
+
+    def test_the_teacher_follows_a_change_of_dtype(self) -> None:
+        model = build(teacher=TEACHER).to(torch.float64)
+        assert model.teacher.head.weight.dtype == torch.float64
+
+    def test_keep_rate_hook_reaches_the_student_alone(self) -> None:
+        model = build(teacher={**TEACHER, "model_name": f"evit_{HOST}"})
+        hook = KeepRateHook(keep_rate=0.5)
+        hook.before_train_iter(SimpleNamespace(iter=0, train_dataloader=range(10), model=model), 0)
+        rates = [{reducer.keep_rate for reducer in m.reducers.values()} for m in (model.model, model.teacher)]
+        assert rates == [{0.5}, {0.7}]
+
+    def test_local_weights_are_loaded(self, tmp_path: Path) -> None:
+        dense = timm.create_model(HOST, **SMALL)
+        path = str(tmp_path / "dense.pth")
+        torch.save({"model": dense.state_dict()}, path)
+        model = build(pretrained=path, teacher={**TEACHER, "pretrained": path})
+        for loaded in (model.model, model.teacher):
+            assert torch.equal(loaded.head.weight, dense.head.weight)
+
+    @pytest.mark.parametrize("missing", ["model_name", "pretrained"])
+    def test_teacher_without_name_or_weights_is_refused(self, missing: str) -> None:
+        given = {key: value for key, value in TEACHER.items() if key != missing}
+        with pytest.raises(ValueError, match=rf"teacher needs '{missing}', got .*the path of a checkpoint"):
+            build(teacher=given)
+
+    def test_teacher_of_other_classes_is_refused(self) -> None:
+        message = "has 5 classes and the student 7; give both the same 'num_classes'"
+        with pytest.raises(ValueError, match=message):
+            build(teacher={**TEACHER, "num_classes": 5})
+
+    @pytest.mark.parametrize("part", ["student", "teacher"])
+    def test_unknown_name_is_answered_with_the_nearest(self, part: str) -> None:
+        misspelt = {**TEACHER, "model_name": "deit_tinny_patch16_224"}
+        with pytest.raises(ValueError, match=r"unknown model 'deit_tinny_patch16_224'; .*deit_tiny_patch16_224"):
+            build(teacher=misspelt) if part == "teacher" else build(misspelt["model_name"])
+
+    def test_temperature_must_be_positive(self) -> None:
+        with pytest.raises(ValueError, match="temperature must be a positive number, got 0"):
+            build(teacher=TEACHER, temperature=0)
+
+
+class TestHeads:
+    @pytest.mark.parametrize(
+        ("name", "settings"),
+        [
+            ("lookupvit_small_patch16_224", SMALL | {"compressed_grid": 2, "compressed_pos_grid": 2}),
+            ("casvit_xs_224", {"dims": (8, 8, 16, 16), "depths": (1, 1, 1, 1), "num_classes": 7}),
+        ],
+    )
+    def test_every_head_has_its_loss(self, name: str, settings: dict[str, Any]) -> None:
+        model = build(name, **settings).train()
+        images, samples = batch()
+        heads = model.model(images)
+        expected = sum(F.cross_entropy(scores, torch.tensor([3, 5])) for scores in heads)
+        assert len(heads) == 2
+        assert model.loss(images, samples)["task_loss"].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+class TestCheckpoints:
+    def test_names_are_those_of_the_model_and_load_again(self) -> None:
+        model, other = build(), build()
+        torch.nn.init.ones_(model.model.head.bias)
+        other.load_state_dict(model.state_dict())
+        assert torch.equal(other.model.head.bias, torch.ones(7))
+
+    def test_moving_averages_are_saved_and_resumed(self) -> None:
+        model = build()
+        hook = EMAHook(momentum=0.5)
+        runner: Any = SimpleNamespace(model=model, epoch=0, iter=0, _resume=True)
+        hook.before_run(runner)
+        step(model)
+        hook.after_train_iter(runner, 0)
+        step(model)
+        hook.after_train_iter(runner, 1)
+        trained = model.model.head.weight.detach().clone()
+        averaged = hook.ema_model.module.model.head.weight.detach().clone()
+        assert not torch.equal(trained, averaged)
+        checkpoint = {"state_dict": copy.deepcopy(model.state_dict())}
+        hook.before_save_checkpoint(runner, checkpoint)
+        assert torch.equal(checkpoint["state_dict"]["head.weight"], averaged)
+        resumed: Any = SimpleNamespace(model=build(), epoch=0, iter=0, _resume=True)
+        again = EMAHook(momentum=0.5)
+        again.before_run(resumed)
+        again.after_load_checkpoint(resumed, checkpoint)
+        assert torch.equal(again.ema_model.module.model.head.weight, averaged)
+        assert torch.equal(checkpoint["state_dict"]["head.weight"], trained)
+        assert again.ema_model.steps == 2
+
+
+class TestSiT:
+    def test_student_starts_from_its_teacher_and_learns(self) -> None:
+        model = sit()
+        assert torch.equal(model.model.head.weight, model.teacher.head.weight)
+        before = copy.deepcopy(model.model.state_dict())
+        losses = model.train().loss(*batch())
+        assert losses.keys() == {"task_loss", "token_loss", "distill_loss"}
+        step(model)
+        assert all(not torch.equal(before[name], p) for name, p in model.model.named_parameters())
+
+    def test_loss_is_that_of_the_task_for_timm(self) -> None:
+        """``SiTDistillation``, which is compared with the official losses.py."""
+        model = sit().train()
+        task = SiTDistillation(model.model, model.teacher).train()
+        images, samples = batch()
+        expected = task(images, torch.tensor([3, 5]))["loss"]
+        assert model.parse_losses(model.loss(images, samples))[0].item() == pytest.approx(expected.item(), rel=1e-5)
+
+    def test_without_teacher_it_predicts(self) -> None:
+        model = sit(teacher=None).eval()
+        assert model.predict(batch()[0])[0].pred_score.shape == (7,)
+
+    def test_teacher_that_is_no_sit_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="the teacher is a VisionTransformer and no SiT"):
+            sit(teacher=TEACHER)
+
+
+def test_effvit_classifier_is_mmpretrains() -> None:
+    assert isinstance(build(), EffViTClassifier)
+    assert build().eval().predict(batch()[0])[0].pred_label.shape == (1,)
