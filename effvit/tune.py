@@ -161,8 +161,9 @@ def tune(
     """The setting with the least divergence from the dense model among those that reach the aim.
 
     The strength of each family is bisected, all families in the same interleaved rounds. The weakest settings that
-    reach the aim and their neighbours are measured once more with more rounds, which decide; a family that misses the
-    aim then goes on to stronger settings.
+    reach the aim and their neighbours are measured once more with more rounds, and a family that misses the aim then goes
+    on to stronger settings. The one chosen is measured again alone with the dense model; that is the speed-up it is
+    returned with, and if its interval lies below the aim, the choice goes on without it.
 
     Args:
         dense: A timm ViT that methods here can reduce.
@@ -234,24 +235,33 @@ def tune(
         finals |= {
             (i, rung + step) for i, rung in finals for step in (-1, 1) if 0 <= rung + step < len(found[i].ladder)
         }
-    reached: list[tuple[int, int]] = []
     fresh = sorted(finals)
-    while fresh:
-        measure(named(fresh), final_rounds)
+    while True:
+        if fresh:
+            measure(named(fresh), final_rounds)
         finals |= set(fresh)
         reached = [place for place in finals if speedup is None or tried[rung_name(*place)].speedup >= speedup]
         # A family that misses the aim now goes on with stronger settings.
         short = sorted(set(rungs) - {i for i, _ in reached})
         stronger = [(i, 1 + max(rung for j, rung in finals if j == i)) for i in short]
         fresh = [(i, rung) for i, rung in stronger if rung < len(found[i].ladder)]
-    if not reached:
-        fastest = max((candidate.speedup for candidate in tried.values()), default=1.0)
-        aim = f"a speed-up of {speedup}" if macs is None else f"{macs} multiply-adds"
-        raise ValueError(
-            f"no setting of {', '.join(methods)} reaches {aim} here (fastest {fastest:.2f}x); ask for less, or measure "
-            "with a larger batch_size, where reduction pays more"
-        )
-    best = min((tried[rung_name(*place)] for place in reached), key=lambda candidate: candidate.fidelity["divergence"])
+        if fresh:
+            continue
+        if not reached:
+            fastest = max((candidate.speedup for candidate in tried.values()), default=1.0)
+            aim = f"a speed-up of {speedup}" if macs is None else f"{macs} multiply-adds"
+            raise ValueError(
+                f"no setting of {', '.join(methods)} reaches {aim} here (fastest {fastest:.2f}x); ask for less, or "
+                "measure with a larger batch_size, where reduction pays more"
+            )
+        winner = min(reached, key=lambda place: tried[rung_name(*place)].fidelity["divergence"])
+        if speedup is None:
+            break
+        # The best of many noisy figures is too good on average: the winner has to reach the aim once more, alone.
+        measure(named([winner]), final_rounds)
+        if tried[rung_name(*winner)].interval[1] >= speedup:
+            break
+    best = tried[rung_name(*winner)]
     return {
         "schema": SCHEMA,
         "kind": "tune",

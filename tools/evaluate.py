@@ -4,7 +4,8 @@
     python tools/evaluate.py vit_nano_patch4_28 --pretrained --data fashion_mnist --method evit --set keep_rate=0.7
     python tools/evaluate.py deit_small_patch16_224 --checkpoint deit.pth --data imagenet --root imagenet --split val
 
-Of a model trained from a config: its name and keywords, its checkpoint, and what its costs are compared with.
+Of a model trained from a config: its name and keywords, its checkpoint, and the pretrained model it is compared with and
+whose pictures it takes.
 
     python tools/evaluate.py stvit_deit_tiny_patch16_224 --model-kwargs img_size=28 patch_size=4 in_chans=1 num_classes=10 \
       --checkpoint work_dirs/stvit/epoch_4.pth --baseline vit_nano_patch4_28 --name "STViT, 4 epochs" --data fashion_mnist
@@ -95,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--pretrained", action="store_true")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE")
     parser.add_argument("--model-kwargs", nargs="+", default=[], metavar="KEY=VALUE", help="of timm.create_model")
-    parser.add_argument("--baseline", metavar="NAME", help="pretrained model that costs are compared with, if not MODEL")
+    parser.add_argument("--baseline", metavar="NAME", help="pretrained model to compare with in place of MODEL")
     parser.add_argument("--name", help="what the table calls MODEL, if not by its name")
     parser.add_argument("--method", nargs="+", default=[], metavar="NAME")
     parser.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE")
@@ -126,8 +127,10 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         effvit.load_checkpoint(dense, arguments.checkpoint)
     variants = list_variants(arguments.method, [parse_setting(text) for text in arguments.settings])
     models = {arguments.name or arguments.model: dense, **reduced(dense, variants)}
+    taker = dense  # its data configuration is that of the pictures
     if arguments.baseline is not None:
-        models = {arguments.baseline: build(arguments.baseline, {}, pretrained=True).eval(), **models}
+        taker = build(arguments.baseline, {}, pretrained=True).eval()
+        models = {arguments.baseline: taker, **models}
     pictures: Any = load_pictures(arguments.data, arguments.split, arguments.root)
     if arguments.limit is not None:
         pictures = spread(pictures, arguments.limit)
@@ -136,19 +139,19 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         method = getattr(model, "method", None)
         if method is not None and METHODS[method].learns:
             train = train or spread(load_pictures(arguments.data, "train", arguments.root), CALIBRATION_IMAGES)
-            effvit.calibrate(model, [images for images, _ in DataLoader(Prepared(train, dense), 128)])
+            effvit.calibrate(model, [images for images, _ in DataLoader(Prepared(train, taker), 128)])
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     for model in models.values():
         model.to(arguments.device).eval()
-    loader = DataLoader(Prepared(pictures, dense), arguments.batch_size)
+    loader = DataLoader(Prepared(pictures, taker), arguments.batch_size)
     accuracies = top1(models, track(loader, console=Console(stderr=True), transient=True), arguments.device)
     for model in models.values():
         model.cpu()
     images = next(iter(loader))[0][:COST_IMAGES]
     record = profile(
         models,
-        data_config(dense)["input_size"],
+        data_config(taker)["input_size"],
         arguments.batch_size,
         images=images,
         image_names=[f"{len(images)} pictures of {arguments.data}"],

@@ -8,6 +8,7 @@ custom_imports = dict(imports=["effvit.openmmlab"], allow_failed_imports=False)
 model = dict(
     type="TimmClassifier",
     model_name="vit_nano_patch4_28",
+    num_classes=10,
     loss=dict(type="LabelSmoothLoss", label_smooth_val=0.1, mode="original"),
     data_preprocessor=dict(num_classes=10, mean=[72.93], std=[90.015]),
     train_cfg=dict(augments=dict(type="CutMix", alpha=1.0), probs=0.3),
