@@ -23,19 +23,23 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import effvit
+from effvit.accuracy import add_accuracies, top1
 from effvit.costs import profile
-from effvit.demo import VARIANTS, photographs, plot_costs
+from effvit.demo import SEEING, SEEING_VARIANTS, SHOWN, VARIANTS
 from effvit.models._checkpoint import convert_checkpoint
 from effvit.models.host import ReducedHost, check_model_name
+from effvit.pictures import Labelled, fashion_classes, fashion_pictures, find_pictures, photographs
+from effvit.plots import plot_accuracy, plot_costs
 from effvit.reducers import METHODS
 from effvit.report import write_report
-from effvit.tables import describe, print_record, print_tuning, write_csv
+from effvit.tables import describe, print_accuracies, print_record, print_tuning, write_csv
 from effvit.tune import TUNED, tune
-from effvit.visualize import data_config, load_images, token_figure, token_record
+from effvit.visualize import data_config, load_images, stack, token_figure, token_record
 
 __all__ = ["main"]
 
 RANDOM_WEIGHTS = "random weights: token choices are not meaningful"
+IMAGES = "a file, or installed pictures by name: 'fashion_mnist:sneaker-*', photographs:coffee"
 DTYPES = ("float32", "bfloat16", "float16")
 PIPE_WIDTH = 200  # columns where the output is not a terminal
 
@@ -60,7 +64,9 @@ def parser() -> argparse.ArgumentParser:
     weights = argparse.ArgumentParser(add_help=False)
     source = weights.add_mutually_exclusive_group()
     source.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights of the dense host")
-    source.add_argument("--pretrained", action="store_true", help="timm's weights (asks the network)")
+    source.add_argument(
+        "--pretrained", action="store_true", help="timm's weights (asks the network unless the package has them)"
+    )
     settings = argparse.ArgumentParser(add_help=False)
     settings.add_argument(
         "--set",
@@ -90,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--keep-rate", nargs="+", type=float, default=[], metavar="RATE", help="one variant for each")
     command.add_argument("--img-size", nargs="+", type=parse_size, metavar="SIZE", help="side or HxW; each is measured")
     command.add_argument("--batch-size", nargs="+", type=int, default=[8], metavar="N", help="each is measured")
-    command.add_argument("--images", nargs="+", type=Path, metavar="IMAGE", help="photographs in place of noise")
+    command.add_argument("--images", nargs="+", metavar="IMAGE", help=f"pictures in place of noise: {IMAGES}")
     command.add_argument("--rounds", type=int, default=10)
     command.add_argument(
         "--precision", type=float, metavar="SHARE", help="more rounds until every interval is narrower, e.g. 0.02"
@@ -106,7 +112,7 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "visualize", parents=[weights, settings], help="pictures of the tokens that photographs leave"
     )
-    command.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    command.add_argument("images", nargs="+", metavar="IMAGE", help=IMAGES)
     command.add_argument("--model", required=True, metavar="NAME", help="the dense host, or a model to show as it is")
     command.add_argument("--method", nargs="+", default=[], metavar="NAME", help="methods to reduce the host with")
     command.add_argument("--out", required=True, type=Path, metavar="DIR")
@@ -125,7 +131,7 @@ def parser() -> argparse.ArgumentParser:
         description="Measure settings of several methods on this machine, and compare their outputs on the IMAGEs.",
     )
     command.add_argument("model", metavar="MODEL", help="a plain ViT of timm")
-    command.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    command.add_argument("images", nargs="+", metavar="IMAGE", help=IMAGES)
     aim = command.add_mutually_exclusive_group(required=True)
     aim.add_argument("--speedup", type=float, metavar="FACTOR", help="wished speed-up over MODEL, e.g. 1.5")
     aim.add_argument("--gmacs", type=float, help="billions of multiply-adds of one image not to exceed")
@@ -186,7 +192,7 @@ def run_profile(arguments: argparse.Namespace) -> None:
         raise ValueError("settings belong to a method: name one with --method")
     variants = list_variants(arguments.method, assignments)
     check_device(arguments.device)
-    photos = {path.stem: open_image(path) for path in arguments.images or []}
+    photos = open_images(arguments.images or [])
     records = []
     for size in arguments.img_size or [None]:
         hosts = {name: create(name, arguments, size) for name in arguments.models}
@@ -215,7 +221,7 @@ def run_tune(arguments: argparse.Namespace) -> None:
     """Print the front of settings and the best one for the aim."""
     check_device(arguments.device)
     dense = create(arguments.model, arguments)
-    images = load_images(dense, [open_image(path) for path in arguments.images])
+    images = load_images(dense, list(open_images(arguments.images).values()))
     console = output()
     if has_random_weights(arguments):
         console.print(f"{arguments.model} has {RANDOM_WEIGHTS}", style="yellow")
@@ -249,10 +255,7 @@ def run_visualize(arguments: argparse.Namespace) -> None:
     if assignments and not arguments.method:
         raise ValueError("settings belong to a method: name one with --method")
     variants = list_variants(arguments.method, assignments)
-    stems = [path.stem for path in arguments.images]
-    if len(set(stems)) < len(stems):
-        raise ValueError(f"pictures are named after the images, which must differ in name: {', '.join(stems)}")
-    images = {path.stem: open_image(path) for path in arguments.images}
+    images = open_images(arguments.images)
     model = create(arguments.model, arguments)
     models = reduced(model, variants) if variants else {arguments.model: model}
     console = output()
@@ -298,39 +301,79 @@ def run_convert(arguments: argparse.Namespace) -> None:
 
 
 def run_demo(arguments: argparse.Namespace) -> None:
-    """Compare all methods on the installed photographs: table, plot and pictures."""
+    """Show what a model with weights sees under each method, and what the methods cost at the usual size."""
     start = time.perf_counter()
-    console = output()
+    console, out = output(), arguments.out
     photos = photographs()
+    out.mkdir(parents=True, exist_ok=True)
+    seen, tokens, sheets = demo_accuracy(console, out)
+    costs = demo_costs(console, arguments, photos)
+    numbers = {"costs.json": [seen, costs], "tokens.json": tokens}
+    for name, records in numbers.items():
+        write_json(out / name, records)
+    write_report([out / name for name in numbers], out / "report.html")
+    console.print(f"\nWritten in {time.perf_counter() - start:.0f} s:")
+    for path in (out / "report.html", out / "accuracy.png", out / "costs.png", *sheets, *(out / n for n in numbers)):
+        console.print(f"  {path}")
+
+
+def demo_accuracy(console: Console, out: Path) -> tuple[dict[str, Any], list[dict[str, Any]], list[Path]]:
+    """Classify the pictures of the package by all methods; returns the record, the tokens and their sheets."""
+    pictures = fashion_pictures()
+    torch.manual_seed(0)
+    dense = build(SEEING, {}, pretrained=True).eval()
+    images = load_images(dense, [picture.image for picture in pictures.values()])
+    labels = torch.tensor([picture.label for picture in pictures.values()])
+    variants = reduced(dense, SEEING_VARIANTS)
+    calibrate_all(variants, images)
+    models = {SEEING: dense, **variants}
+    record = measure(models, len(images), images, list(pictures), rounds=5, warmup=1, ideal=False)
+    data = f"{len(pictures)} test pictures of Fashion-MNIST"
+    add_accuracies(record, top1(models, [(images, labels)]), data)
+    print_accuracies(console, record)
+    plot_accuracy([record], f"{SEEING} with its trained weights, on {data} only", out / "accuracy.png")
+    shown = {name: pictures[name] for name in SHOWN}
+    strongest = {model.method: (name, model) for name, model in variants.items()}  # a method's last variant
+    sheets, tokens = [], []
+    for name, model in strongest.values():
+        sheets.append(out / f"{file_stem(name)}.png")
+        stack([answer_figure(dense, model, name, picture) for picture in shown.values()]).save(sheets[-1])
+        tokens += [token_record(model, p.image, name=n, model_name=name, host=SEEING) for n, p in shown.items()]
+    return record, tokens, sheets
+
+
+def answer_figure(dense: nn.Module, model: ReducedHost, name: str, picture: Labelled) -> Image.Image:
+    """The picture's tokens under the answers of the dense model and of the reduced one."""
+    classes, x = fashion_classes(), load_images(dense, [picture.image])
+    with torch.inference_mode():
+        said, dense_said = (classes[int(m(x).argmax())] for m in (model, dense))
+    title = f"{name}: {said}; the dense model: {dense_said}; it is: {classes[picture.label]}"
+    return token_figure(model, picture.image, title=title)
+
+
+def demo_costs(console: Console, arguments: argparse.Namespace, photos: Mapping[str, Image.Image]) -> dict[str, Any]:
+    """The record of what all methods cost on the photographs, printed and drawn."""
     host = create(arguments.model, arguments)
     variants = reduced(host, VARIANTS)
-    models = {arguments.model: host, **variants}
     images = load_images(host, list(photos.values()))
-    for variant in variants.values():
-        if METHODS[variant.method].learns:
-            effvit.calibrate(variant, [images])
+    calibrate_all(variants, images)
     is_random = has_random_weights(arguments)
-    if is_random:
-        console.print(
-            f"{arguments.model} has {RANDOM_WEIGHTS}; --checkpoint or --pretrained loads some", style="yellow"
-        )
-
-    # With five rounds the demo takes about a minute on two cores.
-    record = measure(models, len(photos), images, list(photos), rounds=5, warmup=1, ideal=False)
+    weights = f"{arguments.model} with random weights: for its costs alone" if is_random else ""
+    console.print(f"\n{weights}; --checkpoint or --pretrained loads some" if is_random else "", style="yellow")
+    models = {arguments.model: host, **variants}
+    record = measure(models, len(photos), images, list(photos), rounds=3, warmup=1, ideal=False)
     record["conditions"]["has_random_weights"] = is_random
     print_record(console, record)
+    title = "\n".join([weights or arguments.model, describe(record["conditions"])])
+    plot_costs(record["models"], title, arguments.out / "costs.png")
+    return record
 
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    title = f"{arguments.model}: {describe(record['conditions'])}"
-    plot = arguments.out / "pareto.png"
-    plot_costs(record["models"], f"{title}\n{RANDOM_WEIGHTS}" if is_random else title, plot)
-    numbers = arguments.out / "costs.json"
-    write_json(numbers, [record])
-    strongest = {model.method: (name, model) for name, model in variants.items()}  # a method's last variant
-    pictures = draw_figures(dict(strongest.values()), photos, arguments)
-    console.print(f"\nWritten in {time.perf_counter() - start:.0f} s:")
-    for path in (plot, numbers, *pictures):
-        console.print(f"  {path}")
+
+def calibrate_all(models: Mapping[str, ReducedHost], images: Tensor) -> None:
+    """Let those of the models that learn from pictures without labels do so on these."""
+    for model in models.values():
+        if METHODS[model.method].learns:
+            effvit.calibrate(model, [images])
 
 
 # -- models and settings ---------------------------------------------------------------------------------
@@ -487,10 +530,21 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1) + "\n")
 
 
-def open_image(path: Path) -> Image.Image:
-    """The image file in RGB."""
-    with Image.open(path) as image:
-        return image.convert("RGB")
+def open_images(texts: Sequence[str]) -> dict[str, Image.Image]:
+    """The pictures that the texts name, in RGB, by name; a ValueError if two have the same."""
+    images: dict[str, Image.Image] = {}
+    for text in texts:
+        found = find_pictures(text)
+        again = [name for name in found if name in images]
+        if again:
+            raise ValueError(f"images must differ in name, which {text} does not: {', '.join(again)}")
+        images |= found
+    return images
+
+
+def file_stem(name: str) -> str:
+    """A model's name as part of the name of a file."""
+    return re.sub(r"[^A-Za-z0-9._]+", "-", name)
 
 
 def draw_figures(
@@ -504,7 +558,7 @@ def draw_figures(
         task = bars.add_task("drawing tokens", total=len(images) * len(models))
         for name, model in models.items():
             for stem, image in images.items():
-                path = arguments.out / f"{stem}-{re.sub(r'[^A-Za-z0-9._]+', '-', name)}.png"
+                path = arguments.out / f"{stem}-{file_stem(name)}.png"
                 place = "" if name == arguments.model else f" in {arguments.model}"
                 token_figure(model, image, title=f"{name}{place}{note}").save(path)
                 paths.append(path)

@@ -16,7 +16,7 @@ function machineText(machine) {
 
 function conditionText(record) {
   const c = record.conditions, images = Array.isArray(c.images) ? `${c.images.length} pictures` : c.images;
-  const extras = [c.compile && "compiled", c.cuda_graphs && "CUDA graphs", machines.length > 1 && record.machine.processor];
+  const extras = [c.weights, c.compile && "compiled", c.cuda_graphs && "CUDA graphs", machines.length > 1 && record.machine.processor];
   const place = c.device === "cpu" ? `${c.threads} thread${c.threads === 1 ? "" : "s"}` : c.device;
   const size = `${c.input_size[1]} × ${c.input_size[2]}`;
   return [`batch ${c.batch_size}`, c.dtype, place, size, images, ...extras.filter(Boolean)].join(", ");
@@ -49,13 +49,15 @@ const CHOICES = {
   host: unique([...rows, ...pictures].map((row) => row.hostName)),
   condition: unique(rows.map((row) => row.condition)),
 };
+const COLOURS = 10; // --c0 to --c9
 const FIELDS = { method: "methodName", host: "hostName", condition: "condition" };
 
-function styleOf(row) { // colour by method, shape by host
+function styleOf(row) { // colour by method, shape by host; after the last colour the first with shapes of their own
   const shapes = Object.keys(SHAPES);
-  const methods = CHOICES.method.filter((name) => name !== NO_METHOD);
-  const colour = row.methodName === NO_METHOD ? "var(--none)" : `var(--c${methods.indexOf(row.methodName) % 8})`;
-  return { colour, shape: shapes[CHOICES.host.indexOf(row.hostName) % shapes.length] };
+  const method = CHOICES.method.filter((name) => name !== NO_METHOD).indexOf(row.methodName);
+  const colour = method < 0 ? "var(--none)" : `var(--c${method % COLOURS})`;
+  const again = Math.max(0, Math.floor(method / COLOURS)) * CHOICES.host.length;
+  return { colour, shape: shapes[(CHOICES.host.indexOf(row.hostName) + again) % shapes.length] };
 }
 
 // better: 1 where more is better, -1 where less is; relative: to the first model, so that hosts do not compare.
@@ -195,7 +197,7 @@ const COLUMNS = [
   ["p99 (ms)", (m) => m.latency.p99 * 1e3],
   ["memory (MB)", (m) => m.peak_memory && m.peak_memory / 1e6],
   ["accuracy (%)", (m) => m.accuracy?.value, (m) => (m.accuracy ?
-    `${m.accuracy.value} (${m.accuracy.metric}, ${m.accuracy.data}, ${m.accuracy.origin})` : "–")],
+    `${Number(m.accuracy.value.toFixed(2))} (${m.accuracy.metric}, ${m.accuracy.data}, ${m.accuracy.origin})` : "–")],
   ["divergence", (m) => m.fidelity?.divergence],
   ["measured with", (m) => (CHOICES.condition.length > 1 ? m.condition : null)],
 ];
@@ -288,7 +290,7 @@ function renderFacts() {
     `${count(rows.length, "measured model")} on ${machines.join(" and ")}: how they were measured`;
   byId("measured").hidden = !profiles.length;
   byId("pictures-note").textContent = "Move a slider through the blocks. Merged patches have the mean colour of their "
-    + "group, dropped ones are dark, fused ones violet; where patches are mixtures of tokens, a colour is the token "
+    + "group, dropped ones dark red, fused ones violet; where patches are mixtures of tokens, a colour is the token "
     + "with the largest share. Point at a patch to see its group.";
 }
 

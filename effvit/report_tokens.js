@@ -3,7 +3,7 @@
 const STATE_TEXT = {
   dropped: "dropped", alone: "kept", merged: "merged", fused: "fused", soft: "largest share of",
 };
-const TINTS = { dropped: [[34, 36, 42], 0.72], fused: [[96, 84, 152], 0.62] };
+const TINTS = { dropped: [[120, 46, 40], 0.66], fused: [[96, 84, 152], 0.62] };
 const [SOFT_SHARE, HUE_STEP] = [0.5, 0.618034];
 
 function hueColour(label) { // hsv(hue, 0.75, 1)

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["describe", "print_record", "print_tuning", "write_csv"]
+__all__ = ["describe", "print_accuracies", "print_record", "print_tuning", "write_csv"]
 
 CONDITIONS = ("batch_size", "input_size", "dtype", "device", "threads", "compile", "cuda_graphs")
 NUMBERS = (
@@ -85,6 +85,33 @@ def print_record(console: Console, record: Mapping[str, Any]) -> None:
         if model["uncounted"]:
             calls = ", ".join(f"{number} calls of {operator}" for operator, number in model["uncounted"].items())
             console.print(f"{model['name']}: not in its GMACs are {calls}", style="yellow")
+
+
+def print_accuracies(console: Console, record: Mapping[str, Any]) -> None:
+    """Print how well the models of a record with accuracies and distances classify, beside what they save."""
+    accuracy = record["models"][0]["accuracy"]
+    table = Table(
+        title=f"{accuracy['metric']} on {accuracy['data']}, {accuracy['origin']}",
+        title_justify="left",
+        caption=f"same class: as the dense model; {len(record['models'][0]['seconds'])} interleaved rounds",
+        caption_justify="left",
+    )
+    table.add_column("model", no_wrap=True)
+    for heading in (f"{accuracy['metric']} (%)", "same class (%)", "MMACs", "MAC ratio", "tokens left", "speed-up"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for number, model in enumerate(record["models"]):
+        same = model["fidelity"]
+        table.add_row(
+            model["name"],
+            f"{model['accuracy']['value']:.1f}",
+            f"{100 * same['agreement']:.1f}" if same else "-",
+            f"{model['macs'] / 1e6:.1f}",
+            f"{model['mac_ratio']:.2f}",
+            f"{model['tokens'][-1]:.3g}",
+            f"{model['speedup']:.2f}{_interval(model['interval']) if number else ''}",
+            end_section=number == 0,
+        )
+    console.print(table)
 
 
 def _interval(bounds: Sequence[float]) -> str:

@@ -29,6 +29,7 @@ __all__ = [
     "load_images",
     "model_text",
     "settings_text",
+    "stack",
     "token_figure",
     "token_record",
     "token_stages",
@@ -43,12 +44,14 @@ STATE_NAMES = {
     DROPPED: "dropped",
     SOFT: "a mixture of tokens: coloured by the one with the largest share",
 }
-# Colour, and its share in a mixture with the grey image.
-TINTS = {DROPPED: ((34, 36, 42), 0.72), FUSED: ((96, 84, 152), 0.62)}
+# Colour, and its share in a mixture with the grey image; both are told from black and from white.
+TINTS = {DROPPED: ((120, 46, 40), 0.66), FUSED: ((96, 84, 152), 0.62)}
 BORDER = (255, 255, 255)
 SOFT_SHARE = 0.5  # of the group's colour in the mixture with the grey image
 HUE_STEP = 0.618034  # golden ratio: neighbouring numbers get hues far apart
 
+SMALL = 64  # longest side, pixels, of a picture that a record holds enlarged
+ENLARGED = 8
 PANEL = 300  # longest side of a panel, pixels
 GAP = 14
 TEXT = (33, 37, 41)
@@ -96,7 +99,7 @@ def draw_tokens(image: Image.Image, tokens: TokenMap | Tensor) -> Image.Image:
     """The image with its patches as the tokens have them; same size.
 
     Patches with a token of their own are left as they are; those that share one have its mean colour, with a
-    border around each group; members of a fused token get a violet tint, dropped patches are darkened.
+    border around each group; members of a fused token get a violet tint, dropped patches a dark red one.
 
     Args:
         image: The picture the model sees, of any size.
@@ -234,7 +237,7 @@ def token_record(
 
     Args:
         model: As for ``token_figure``.
-        image: A photograph of any size.
+        image: A photograph of any size; the picture is what the model sees of it, enlarged if that is small.
         name: Name of the photograph.
         model_name: Name of the model.
         host: Name of the dense host, None for a model that was asked for by its own name.
@@ -242,7 +245,10 @@ def token_record(
     """
     x = load_images(model, [image])
     file = BytesIO()
-    seen_by(model, x[0]).save(file, "PNG")
+    view = seen_by(model, x[0])
+    if max(view.size) < SMALL:  # a border is a pixel wide and would hide its patch
+        view = view.resize((view.width * ENLARGED, view.height * ENLARGED), Image.Resampling.NEAREST)
+    view.save(file, "PNG")
     method, settings = (model.method, dict(model.settings)) if isinstance(model, ReducedHost) else (None, {})
     return {
         "schema": SCHEMA,
@@ -291,6 +297,16 @@ def compose(panels: Sequence[tuple[str, str, Image.Image]], title: str, states: 
         draw.text((left + CAPTION_SIZE + 8, legend), STATE_NAMES[key], TEXT, caption)
         left += key_width
     return figure
+
+
+def stack(figures: Sequence[Image.Image]) -> Image.Image:
+    """Figures below each other on white."""
+    sheet = Image.new("RGB", (max(f.width for f in figures), sum(f.height for f in figures)), "white")
+    top = 0
+    for figure in figures:
+        sheet.paste(figure, (0, top))
+        top += figure.height
+    return sheet
 
 
 def swatch(state: int) -> Image.Image:

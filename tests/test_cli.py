@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import effvit
-from effvit import cli, demo
+from effvit import cli, demo, pictures
 from effvit.cli import list_variants, main, parse_setting
 
 TINY = "deit_tiny_patch16_224"
@@ -221,46 +221,45 @@ class TestVisualize:
         command = ["visualize", path, "--model", TINY, "--method", "tome", "--out", tmp_path]
         assert "cannot identify image file" in failure(capsys, *command)
 
+    def test_pictures_of_the_package_are_named_and_seen(self, capsys, tmp_path):
+        command = ["visualize", "fashion_mnist:bag-[01]", "--model", "vit_nano_patch4_28", "--pretrained"]
+        assert main([*command, "--method", "tome", "--set", "r=4", "--out", str(tmp_path)]) == 0
+        assert {path.name for path in tmp_path.iterdir()} == {"bag-0-tome-r-4.png", "bag-1-tome-r-4.png"}
+        assert cli.RANDOM_WEIGHTS not in capsys.readouterr().out
+
     def test_images_of_the_same_name_are_refused(self, capsys, tmp_path, image):
         command = ["visualize", image, image, "--model", TINY, "--method", "tome", "--out", tmp_path]
         assert "must differ in name" in failure(capsys, *command)
 
 
 class TestDemo:
-    def test_photographs_are_real_and_need_no_network(self, monkeypatch):
-        monkeypatch.setattr("socket.socket", None)
-        photos = demo.photographs()
-        assert set(photos) == {"astronaut", "chelsea", "coffee", "rocket", "china", "flower"}
-        assert all(photo.mode == "RGB" and min(photo.size) >= 300 for photo in photos.values())
-
-    def test_missing_package_is_named(self, monkeypatch):
-        monkeypatch.setattr(demo, "PHOTOGRAPHS", {"no_such_package": ("a.png",)})
-        with pytest.raises(FileNotFoundError, match=r"no_such_package, which is not installed; install effvit\[demo\]"):
-            demo.photographs()
-
     def test_every_method_is_among_the_variants(self):
-        assert {method for method, _ in demo.VARIANTS} == set(effvit.list_methods())
+        for variants in (demo.VARIANTS, demo.SEEING_VARIANTS):
+            assert {method for method, _ in variants} == set(effvit.list_methods())
 
-    def test_demo_writes_table_plot_and_pictures(self, capsys, monkeypatch, tmp_path):
-        photos = demo.photographs()
+    def test_demo_writes_accuracies_costs_pictures_and_the_report(self, capsys, monkeypatch, tmp_path):
+        photos, clothes = pictures.photographs(), pictures.fashion_pictures()
         monkeypatch.setattr(cli, "photographs", lambda: {"coffee": photos["coffee"]})
-        monkeypatch.setattr(cli, "VARIANTS", (("evit", {"keep_rate": 0.5}), ("ats", {}), ("dymu", {})))
-        assert main(["demo", "--model", TINY, "--out", str(tmp_path / "demo")]) == 0
+        monkeypatch.setattr(cli, "fashion_pictures", lambda: {name: clothes[name] for name in demo.SHOWN})
+        monkeypatch.setattr(cli, "SEEING_VARIANTS", (("tome", {"r": 2}), ("tome", {"r": 4}), ("dymu", {})))
+        monkeypatch.setattr(cli, "VARIANTS", (("evit", {"keep_rate": 0.5}), ("dymu", {})))
+        out = tmp_path / "demo"
+        assert main(["demo", "--model", TINY, "--out", str(out)]) == 0
         printed = capsys.readouterr().out
-        written = {path.name for path in (tmp_path / "demo").iterdir()}
-        assert written == {
-            "pareto.png",
-            "costs.json",
-            "coffee-evit-keep_rate-0.5.png",
-            "coffee-ats.png",
-            "coffee-dymu.png",
-        }
-        assert all(str(tmp_path / "demo" / name) in printed.replace("\n", "") for name in written)
-        assert f"{TINY} has {cli.RANDOM_WEIGHTS}" in printed
-        (group,) = json.loads((tmp_path / "demo" / "costs.json").read_text())
-        assert [model["name"] for model in group["models"]] == [TINY, "evit keep_rate=0.5", "ats", "dymu"]
-        assert group["conditions"]["images"] == ["coffee"]
-        assert group["conditions"]["has_random_weights"]
+        pages = {"report.html", "accuracy.png", "costs.png", "costs.json", "tokens.json"}
+        written = {path.name for path in out.iterdir()}
+        assert written == pages | {"tome-r-4.png", "dymu.png"}
+        assert all(str(out / name) in printed.replace("\n", "") for name in written)
+        assert "top-1 on 4 test pictures of Fashion-MNIST, measured here" in printed
+        assert f"{TINY} with random weights: for its costs alone; --checkpoint or --pretrained loads some" in printed
+        seen, costs = json.loads((out / "costs.json").read_text())
+        assert [model["name"] for model in seen["models"]] == [demo.SEEING, "tome r=2", "tome r=4", "dymu"]
+        assert all(model["accuracy"]["data"] == "4 test pictures of Fashion-MNIST" for model in seen["models"])
+        assert [model["name"] for model in costs["models"]] == [TINY, "evit keep_rate=0.5", "dymu"]
+        assert costs["conditions"]["images"] == ["coffee"]
+        assert costs["conditions"]["has_random_weights"]
+        shown = [(record["model"], record["name"]) for record in json.loads((out / "tokens.json").read_text())]
+        assert shown == [(model, name) for model in ("tome r=4", "dymu") for name in demo.SHOWN]
 
 
 class TestSettings:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
-from scripts import load_tool
+from scripts import TOOLS, load_tool
 
 import effvit
 
@@ -63,3 +64,33 @@ def test_documents_link_only_to_files_that_exist() -> None:
     for document in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "model_cards").glob("*.md")):
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", document.read_text()):
             assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+class TestAccuracyPage:
+    @pytest.fixture
+    def tool(self, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+        monkeypatch.syspath_prepend(TOOLS)
+        return load_tool("make_accuracy_page")
+
+    def test_table_and_plot_are_of_the_measured_records(
+        self, tool: ModuleType, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert tool.main(["--check"]) == 0, capsys.readouterr().err
+
+    def test_check_names_what_is_stale_and_the_command_mends_it(
+        self, tool: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        for name in (tool.RECORDS, tool.PAGE):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text((ROOT / name).read_text())
+        monkeypatch.setattr(tool, "ROOT", tmp_path)
+        records = json.loads((tmp_path / tool.RECORDS).read_text())
+        (tmp_path / tool.RECORDS).write_text(json.dumps(records[:1]))
+        assert tool.main(["--check"]) == 1
+        assert re.findall(r"^(\S+) is stale", capsys.readouterr().err, re.MULTILINE) == [tool.PAGE, tool.PLOT]
+        assert tool.main([]) == 0
+        assert tool.main(["--check"]) == 0
+
+    def test_page_without_marks_is_refused(self, tool: ModuleType) -> None:
+        with pytest.raises(ValueError, match=r"docs/accuracy\.md must hold '<!-- accuracy table.* put them back"):
+            tool.page("no table", [])

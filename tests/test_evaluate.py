@@ -62,15 +62,6 @@ class TestWeights:
 
 
 class TestEvaluate:
-    def test_accuracy_is_the_share_of_right_answers(self) -> None:
-        class Says(torch.nn.Module):
-            def forward(self, x: torch.Tensor) -> torch.Tensor:
-                return torch.nn.functional.one_hot(x[:, 0, 0, 0].long(), 4).float()
-
-        images = torch.tensor([0.0, 1, 2, 3, 1]).reshape(5, 1, 1, 1)
-        batches = [(images[:3], torch.tensor([0, 1, 1])), (images[3:], torch.tensor([3, 2]))]
-        assert load_tool("evaluate").top1({"a": Says()}, batches) == {"a": 60.0}
-
     def test_record_holds_accuracies_beside_costs(self, pictures: Any, tmp_path: Path, capsys: Any) -> None:
         path = tmp_path / "new" / "accuracy.json"
         command = [NANO, "--pretrained", "--data", "fashion_mnist", "--method", "evit", "dymu", "--rounds", "1"]
@@ -98,12 +89,23 @@ class TestEvaluate:
         options = {"img_size": 28, "patch_size": 4, "in_chans": 1, "num_classes": 10, "embed_dim": 24}
         stvit = timm.create_model("stvit_deit_tiny_patch16_224", **options)
         torch.save({"state_dict": stvit.state_dict()}, tmp_path / "epoch_4.pth")
-        command = ["stvit_deit_tiny_patch16_224", "--checkpoint", str(tmp_path / "epoch_4.pth"), "--name", "STViT"]
+        command = ["stvit_deit_tiny_patch16_224", "--checkpoint", str(tmp_path / "epoch_4.pth")]
         command += ["--model-kwargs", *(f"{key}={value}" for key, value in options.items()), "--baseline", NANO]
-        command += ["--data", "fashion_mnist", "--rounds", "1", "--batch-size", "4", "--json", str(tmp_path / "a.json")]
+        command += [
+            "--weights",
+            "4 epochs",
+            "--data",
+            "fashion_mnist",
+            "--rounds",
+            "1",
+            "--batch-size",
+            "4",
+            "--json",
+            str(tmp_path / "a.json"),
+        ]
         assert pictures.main(command) == 0
         baseline, trained = json.loads((tmp_path / "a.json").read_text())[0]["models"]
-        assert (baseline["name"], trained["name"]) == (NANO, "STViT")
+        assert (baseline["name"], trained["name"]) == (NANO, "stvit_deit_tiny_patch16_224, 4 epochs")
         assert trained["macs"] == effvit.count_flops(stvit.eval(), (1, 28, 28)).total
         assert trained["mac_ratio"] == baseline["macs"] / trained["macs"]
 
@@ -111,6 +113,16 @@ class TestEvaluate:
         command = [NANO, "--data", "fashion_mnist", "--model-kwargs", "img_size=big"]
         assert pictures.main(command) == 2
         assert "--model-kwargs img_size=big: 'big' is not JSON" in capsys.readouterr().err
+
+    def test_weights_trained_otherwise_follow_the_names(self, pictures: Any, tmp_path: Path) -> None:
+        path = tmp_path / "accuracy.json"
+        command = [NANO, "--data", "fashion_mnist", "--rounds", "1", "--batch-size", "4", "--json", str(path)]
+        assert pictures.main([*command, "--method", "evit"]) == 0
+        assert pictures.main([*command, "--method", "evit", "--weights", "fine-tuned"]) == 0
+        first, second = json.loads(path.read_text())
+        assert [record["conditions"]["weights"] for record in (first, second)] == [None, "fine-tuned"]
+        rows = pictures.table([first, second])[2:]
+        assert [row.split(" | ")[0] for row in rows] == [f"| {NANO}", "| evit", "| evit, fine-tuned"]
 
     def test_missing_pictures_are_named(self, tmp_path: Path, capsys: Any) -> None:
         assert load_tool("evaluate").main([NANO, "--data", "fashion_mnist", "--root", str(tmp_path)]) == 2

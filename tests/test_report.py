@@ -6,13 +6,12 @@ import json
 import re
 import shutil
 import subprocess
-from base64 import b64encode
 from html.parser import HTMLParser
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from made_up import made_up_model, made_up_profile, made_up_tokens
 from PIL import Image
 
 from effvit.cli import main
@@ -22,92 +21,6 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 needs_browser = pytest.mark.skipif(
     CHROMIUM is None, reason="no browser to open the report in: apt-get install chromium (Debian) or chromium-browser"
 )
-
-
-def made_up_model(name: str, method: str | None, speedup: float, **changes: Any) -> dict[str, Any]:
-    return {
-        "name": name,
-        "host": None if method is None else "host_a",
-        "method": method,
-        "settings": {},
-        "parameters": 5_000_000,
-        "macs": int(2e9 / speedup),
-        "uncounted": {},
-        "tokens": [16.0, 16.0 / speedup],
-        "images_per_second": 100 * speedup,
-        "latency": {"p10": 0.01, "p50": 0.04 / speedup, "p90": 0.05, "p99": 0.06},
-        "peak_memory": 50_000_000,
-        "speedup": speedup,
-        "interval": [speedup - 0.1, speedup + 0.1] if method else [1.0, 1.0],
-        "resolved": speedup > 1.1,
-        "mac_ratio": speedup,
-        "ideal_speedup": 1.1 * speedup if method else None,
-        "efficiency": 0.91 if method else None,
-        "efficiency_interval": [0.85, 0.97] if method else None,
-        "breakdown": [
-            {"block": 0, "seconds": {"attention": 0.01, "mlp": 0.02}},
-            {"block": "rest", "seconds": {"x": 0.01}},
-        ],
-        "seconds": [0.04] * 3,
-        "accuracy": None,
-        "fidelity": {"divergence": speedup / 10, "feature_distance": 0.1, "images": 2} if method else None,
-        **changes,
-    }
-
-
-def made_up_profile(**changes: Any) -> dict[str, Any]:
-    return {
-        "schema": 1,
-        "kind": "profile",
-        "machine": {
-            "processor": "a </script> processor",
-            "cores": 2,
-            "device": "cpu",
-            "system": "Linux",
-            "python": "3",
-            "torch": "2",
-            "timm": "1",
-            "effvit": "0",
-        },
-        "conditions": {
-            "batch_size": 4,
-            "input_size": [3, 64, 64],
-            "dtype": "float32",
-            "device": "cpu",
-            "threads": 1,
-            "compile": False,
-            "cuda_graphs": False,
-            "clock": "wall",
-            "images": ["one", "two"],
-        },
-        "models": [
-            made_up_model("host_a", None, 1.0),
-            made_up_model("evit keep_rate=0.5", "evit", 1.8),
-            made_up_model("tome r=8", "tome", 1.05),
-        ],
-        **changes,
-    }
-
-
-def made_up_tokens(**changes: Any) -> dict[str, Any]:
-    file = BytesIO()
-    Image.new("RGB", (32, 16), (200, 100, 0)).save(file, "PNG")
-    return {
-        "schema": 1,
-        "kind": "tokens",
-        "model": "tome r=8",
-        "host": "host_a",
-        "method": "tome",
-        "settings": {"r": 8},
-        "name": "orange",
-        "note": "made up",
-        "picture": "data:image/png;base64," + b64encode(file.getvalue()).decode(),
-        "stages": [
-            {"block": 0, "tokens": 7, "labels": [[0, 1, 2, 3], [4, 5, 6, 6]], "fused": [], "soft": False},
-            {"block": 1, "tokens": 2, "labels": [[0, 1, 1, -1], [0, 1, 1, -1]], "fused": [0], "soft": False},
-        ],
-        **changes,
-    }
 
 
 def results(tmp_path: Path, *records: Any) -> Path:
@@ -314,6 +227,21 @@ class TestBrowser:
         assert "71.5 (top-1, a set, made up)" in dom
         assert "2 of 3 models lack one of the two numbers" in dom
 
+    def test_each_of_many_methods_has_its_own_look(self, tmp_path):
+        others = [made_up_model(f"method_{i}", f"method_{i}", 1.1 + i / 10) for i in range(13)]
+        page = tmp_path / "report.html"
+        write_report([results(tmp_path, made_up_profile(models=[made_up_model("host_a", None, 1.0), *others]))], page)
+        marks = re.findall(r'<path class="point" d="(.*?)".*?style="fill: (.*?)"', dom_of(page).partition("lines")[0])
+        assert len(set(marks)) == len(marks) == 14
+
+    def test_weights_trained_otherwise_are_a_condition(self, tmp_path):
+        tuned = made_up_profile()
+        tuned["conditions"] = tuned["conditions"] | {"weights": "fine-tuned"}
+        page = tmp_path / "report.html"
+        write_report([results(tmp_path, made_up_profile(), tuned)], page)
+        choices = re.findall(r'name="condition" value="(.*?)"', dom_of(page))
+        assert [choice.endswith(", fine-tuned") for choice in choices] == [False, True]
+
     def test_focused_point_shows_its_numbers(self, report):
         dom = dom_of(with_script(report, "document.querySelectorAll('#pareto .point')[1].focus();"))
         tip = re.search(r'<div id="tip" role="status" style[^>]*>([^<]*)', dom).group(1)
@@ -343,7 +271,7 @@ class TestBrowser:
         assert state == "#method=none&amp;method=tome&amp;sort=GMACs+up&amp;theme=dark"
         assert output == "block 1: 2 tokens — patch (0, 3) dropped"
         # Grey 100 mixed with the tint as effvit.visualize mixes it; the fused patch is dimmed beside the chosen ones.
-        assert dropped == ",".join(str(round(0.28 * 100 + 0.72 * tint)) for tint in (34, 36, 42))
+        assert dropped == ",".join(str(round(0.34 * 100 + 0.66 * tint)) for tint in (120, 46, 40))
         assert fused == ",".join(str(round(0.35 * (0.38 * 100 + 0.62 * tint))) for tint in (96, 84, 152))
 
     def test_phone_does_not_scroll_sideways(self, report):

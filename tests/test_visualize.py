@@ -8,6 +8,7 @@ from io import BytesIO
 
 import numpy as np
 import pytest
+import timm
 import torch
 from architectures import make_architecture
 from PIL import Image
@@ -29,6 +30,7 @@ from effvit.visualize import (
     seen_by,
     settings_text,
     spread,
+    stack,
     token_figure,
     token_record,
     token_stages,
@@ -69,7 +71,7 @@ class TestDrawTokens:
         image = photograph()
         assert np.array_equal(draw_tokens(image, full_map((5, 6))), image)
 
-    def test_kept_patches_are_untouched_and_dropped_ones_darker(self):
+    def test_kept_patches_are_untouched_and_dropped_ones_tinted(self):
         image = photograph(64, 32)  # 2 x 4 patches of 16 pixels
         tokens = full_map((2, 4)).keep(torch.tensor([[0, 2, 3, 5, 7]]), 5)
         before, drawn = np.asarray(image), np.asarray(draw_tokens(image, tokens))
@@ -227,11 +229,23 @@ class TestTokenRecord:
             assert entry["fused"] == [stage.tokens - 1]  # the last token sums up the others
             assert not entry["soft"]
 
+    def test_picture_of_a_few_pixels_is_enlarged(self):
+        model = effvit.sparsify(timm.create_model("vit_nano_patch4_28").eval(), "tome", r=2)
+        data = token_record(model, Image.new("L", (28, 28), 90), name="a", model_name="tome", host="nano")["picture"]
+        with Image.open(BytesIO(b64decode(data.partition(",")[2]))) as picture:
+            assert picture.size == (8 * 28, 8 * 28)
+
     def test_record_of_an_architecture_has_no_method(self):
         model = make_architecture("stvit", img_size=64)
         record = token_record(model, photograph(), name="ramp", model_name="stvit", host=None)
         assert (record["method"], record["settings"]) == (None, {})
         assert all(entry["soft"] for entry in record["stages"])
+
+
+def test_stack_shows_figures_below_each_other():
+    sheet = stack([Image.new("RGB", (3, 2), "red"), Image.new("RGB", (5, 4), "blue")])
+    assert sheet.size == (5, 6)
+    assert [sheet.getpixel(place) for place in ((2, 1), (4, 1), (4, 2))] == [(255, 0, 0), (255,) * 3, (0, 0, 255)]
 
 
 def test_models_are_named_by_method_or_architecture():

@@ -8,9 +8,11 @@ Of a model trained from a config: its name and keywords, its checkpoint, and the
 whose pictures it takes.
 
     python tools/evaluate.py stvit_deit_tiny_patch16_224 --model-kwargs img_size=28 patch_size=4 in_chans=1 num_classes=10 \
-      --checkpoint work_dirs/stvit/epoch_4.pth --baseline vit_nano_patch4_28 --name "STViT, 4 epochs" --data fashion_mnist
+      --checkpoint work_dirs/stvit/epoch_3.pth --weights "3 epochs" --baseline vit_nano_patch4_28 --data fashion_mnist
 
-DyMU is calibrated on training pictures of the same set. Without --pretrained and --checkpoint weights are random.
+DyMU is calibrated on training pictures of the same set. Without --pretrained and --checkpoint weights are random. With
+--json further records are added to the same file; tools/make_accuracy_page.py makes the table and the plot of
+docs/accuracy.md of it.
 """
 
 from __future__ import annotations
@@ -29,13 +31,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import effvit
+from effvit.accuracy import add_accuracies, shown_models, top1
 from effvit.cli import build, list_variants, parse_setting, reduced, write_json
 from effvit.costs import profile
 from effvit.data import PICTURES, load_pictures
 from effvit.reducers import METHODS
 from effvit.visualize import data_config, image_transform
 
-__all__ = ["main", "table", "top1"]
+__all__ = ["main", "table"]
 
 CALIBRATION_IMAGES = 512
 COST_IMAGES = 16  # multiply-adds of methods that adapt to the image are a mean over these
@@ -56,22 +59,10 @@ class Prepared(Dataset[tuple[Tensor, int]]):
         return self.transform(picture), label
 
 
-@torch.inference_mode()
-def top1(models: Mapping[str, nn.Module], batches: Any, device: str = "cpu") -> dict[str, float]:
-    """Top-1 accuracy in percent of each model, all on the same batches of (images, labels)."""
-    right, seen = dict.fromkeys(models, 0), 0
-    for images, labels in batches:
-        seen += len(labels)
-        for name, model in models.items():
-            right[name] += int((model(images.to(device)).argmax(-1).cpu() == labels).sum())
-    return {name: 100 * number / seen for name, number in right.items()}
-
-
 def table(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Lines of a Markdown table of records, whose baselines are the same model and shown once."""
+    """Lines of a Markdown table of records; speed-ups refer to the first model of the same record."""
     lines = ["| model | top-1 (%) | MMACs | MAC ratio | speed-up | tokens left |", "|---|---|---|---|---|---|"]
-    models = records[0]["models"] + [model for record in records[1:] for model in record["models"][1:]]
-    for model in models:
+    for model, _ in shown_models(records):
         low, high = model["interval"]
         cells = [
             model["name"],
@@ -95,9 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, help="only so many pictures, evenly spread")
     parser.add_argument("--pretrained", action="store_true")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE")
+    parser.add_argument("--weights", metavar="TEXT", help="how the checkpoint was trained, to follow the models' names")
     parser.add_argument("--model-kwargs", nargs="+", default=[], metavar="KEY=VALUE", help="of timm.create_model")
     parser.add_argument("--baseline", metavar="NAME", help="pretrained model to compare with in place of MODEL")
-    parser.add_argument("--name", help="what the table calls MODEL, if not by its name")
     parser.add_argument("--method", nargs="+", default=[], metavar="NAME")
     parser.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE")
     parser.add_argument("--batch-size", type=int, default=128)
@@ -126,7 +117,8 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.checkpoint is not None:
         effvit.load_checkpoint(dense, arguments.checkpoint)
     variants = list_variants(arguments.method, [parse_setting(text) for text in arguments.settings])
-    models = {arguments.name or arguments.model: dense, **reduced(dense, variants)}
+    trained = "" if arguments.weights is None else f", {arguments.weights}"
+    models = {name + trained: m for name, m in {arguments.model: dense, **reduced(dense, variants)}.items()}
     taker = dense  # its data configuration is that of the pictures
     if arguments.baseline is not None:
         taker = build(arguments.baseline, {}, pretrained=True).eval()
@@ -159,10 +151,8 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         threads=arguments.threads,
         device=arguments.device,
     )
-    data = f"{arguments.data} {arguments.split}, {len(pictures)} pictures"
-    for model in record["models"]:
-        value = accuracies[model["name"]]
-        model["accuracy"] = {"value": value, "metric": "top-1", "data": data, "origin": "measured here"}
+    record["conditions"]["weights"] = arguments.weights
+    add_accuracies(record, accuracies, f"{arguments.data} {arguments.split}, {len(pictures)} pictures")
     return record
 
 

@@ -1,0 +1,93 @@
+"""Pictures that are on the machine already: Fashion-MNIST's in this package, photographs in packages of the demo.
+
+The sixty grey pictures are of the test set of Fashion-MNIST (1708.07747; MIT licence, beside them), six of each class,
+evenly spread over the class by ``tools/make_picture_sheet.py``. ``vit_nano_patch4_28`` was trained on other pictures.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+__all__ = ["SHEET", "Labelled", "fashion_classes", "fashion_pictures", "find_pictures", "photographs"]
+
+SHEET = Path(__file__).with_name("sheets") / "fashion_mnist.png"
+# Package -> files of its wheel; all are public domain, CC0 or CC BY photographs. Read from the folder: the
+# packages' own loaders may ask the network.
+PHOTOGRAPHS = {
+    "skimage": ("data/astronaut.png", "data/chelsea.png", "data/coffee.png", "data/rocket.jpg"),
+    "sklearn": ("datasets/images/china.jpg", "datasets/images/flower.jpg"),
+}
+
+
+class Labelled(NamedTuple):
+    """A picture and the number of its class."""
+
+    image: Image.Image
+    label: int
+
+
+def fashion_classes() -> list[str]:
+    """The ten classes of Fashion-MNIST in the order of their numbers: "T-shirt/top" to "Ankle boot"."""
+    classes: list[str] = json.loads(SHEET.with_suffix(".json").read_text())["classes"]
+    return classes
+
+
+def fashion_pictures() -> dict[str, Labelled]:
+    """Fashion-MNIST's pictures in the package, grey, 28 x 28, by name: "t-shirt-0", "trouser-0" to "ankle-boot-5"."""
+    classes = fashion_classes()
+    with Image.open(SHEET) as sheet:
+        side = sheet.width // len(classes)
+        return {
+            f"{name.partition('/')[0].lower().replace(' ', '-')}-{row}": Labelled(
+                sheet.crop((label * side, row * side, (label + 1) * side, (row + 1) * side)), label
+            )
+            for row in range(sheet.height // side)
+            for label, name in enumerate(classes)
+        }
+
+
+def photographs() -> dict[str, Image.Image]:
+    """Photographs inside other packages by name, in RGB; nothing is downloaded.
+
+    Raises:
+        FileNotFoundError: A package that carries some is not installed.
+    """
+    found = {}
+    for package, files in PHOTOGRAPHS.items():
+        spec = find_spec(package)
+        if spec is None or spec.origin is None:
+            raise FileNotFoundError(
+                f"the demo's photographs come with the package {package}, which is not installed; install effvit[demo]"
+            )
+        for file in files:
+            with Image.open(Path(spec.origin).parent / file) as image:
+                found[Path(file).stem] = image.convert("RGB")
+    return found
+
+
+def find_pictures(text: str) -> dict[str, Image.Image]:
+    """The pictures that a text of the command line names, in RGB.
+
+    Args:
+        text: "fashion_mnist:PATTERN" or "photographs:PATTERN" with a shell-style pattern of their names, else a file.
+
+    Raises:
+        ValueError: A pattern that matches none.
+        OSError: No such file, or one that is no image; for "photographs:" as ``photographs``.
+    """
+    kind, _, pattern = text.partition(":")
+    if kind not in ("fashion_mnist", "photographs"):
+        path = Path(text)
+        with Image.open(path) as image:
+            return {path.stem: image.convert("RGB")}
+    known = photographs() if kind == "photographs" else {n: p.image for n, p in fashion_pictures().items()}
+    found = {name: image.convert("RGB") for name, image in known.items() if fnmatch.fnmatch(name, pattern)}
+    if not found:
+        raise ValueError(f"{text} names no picture; {kind}: has {', '.join(known)}")
+    return found

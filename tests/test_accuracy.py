@@ -1,0 +1,49 @@
+"""Top-1 accuracy, and which models of records are worth showing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from made_up import made_up_model, made_up_profile
+
+from effvit.accuracy import add_accuracies, shown_models, top1
+
+
+def test_accuracy_is_the_share_of_right_answers() -> None:
+    class Says(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.one_hot(x[:, 0, 0, 0].long(), 4).float()
+
+    images = torch.tensor([0.0, 1, 2, 3, 1]).reshape(5, 1, 1, 1)
+    batches = [(images[:3], torch.tensor([0, 1, 1])), (images[3:], torch.tensor([3, 2]))]
+    assert top1({"a": Says()}, batches) == {"a": 60.0}
+
+
+def test_record_gets_the_accuracies_of_its_models_with_their_origin() -> None:
+    record = made_up_profile(models=[made_up_model("host_a", None, 1.0), made_up_model("tome r=8", "tome", 1.2)])
+    add_accuracies(record, {"tome r=8": 70.0, "host_a": 80.0}, "five pictures")
+    said = {"metric": "top-1", "data": "five pictures", "origin": "measured here"}
+    assert [model["accuracy"] for model in record["models"]] == [{"value": v, **said} for v in (80.0, 70.0)]
+
+
+def record_of(*names: str, weights: str | None = None) -> dict[str, Any]:
+    record = made_up_profile(models=[made_up_model(name, "tome" if i else None, 1.0) for i, name in enumerate(names)])
+    return record | {"conditions": record["conditions"] | {"weights": weights}}
+
+
+class TestShown:
+    def test_baseline_of_several_records_is_shown_once(self) -> None:
+        shown = shown_models([record_of("host", "a"), record_of("host", "b"), record_of("other", "c")])
+        assert [entry.model["name"] for entry in shown] == ["host", "a", "b", "other", "c"]
+
+    def test_baseline_with_the_weights_of_a_variant_is_left_out(self) -> None:
+        shown = shown_models([record_of("host", "a"), record_of("host, tuned", "a, tuned", weights="tuned")])
+        assert [(entry.model["name"], entry.weights) for entry in shown][2:] == [("a, tuned", "tuned")]
+
+    def test_model_that_is_alone_in_its_record_is_shown(self) -> None:
+        shown = shown_models([record_of("host", "a"), record_of("host, tuned", weights="tuned")])
+        assert shown[-1].model["name"] == "host, tuned"
+
+    def test_records_that_do_not_name_weights_have_those_of_the_first(self) -> None:
+        assert [entry.weights for entry in shown_models([made_up_profile()])] == [None] * 3

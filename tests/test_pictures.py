@@ -1,0 +1,109 @@
+"""Pictures that need no network: what the package has, what others bring, and how the command line names them."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from scripts import load_tool
+
+from effvit import pictures
+from effvit.accuracy import top1
+from effvit.demo import SEEING, SHOWN
+from effvit.visualize import load_images
+
+
+class TestFashion:
+    def test_six_pictures_of_each_class_come_with_the_package(self) -> None:
+        found = pictures.fashion_pictures()
+        assert len(pictures.fashion_classes()) == 10
+        assert Counter(picture.label for picture in found.values()) == dict.fromkeys(range(10), 6)
+        assert {(picture.image.mode, picture.image.size) for picture in found.values()} == {("L", (28, 28))}
+        assert len({picture.image.tobytes() for picture in found.values()}) == 60
+        assert {"t-shirt-0", "ankle-boot-5", *SHOWN} <= set(found)
+        assert pictures.fashion_classes()[found["ankle-boot-5"].label] == "Ankle boot"
+
+    def test_their_licence_lies_beside_them(self) -> None:
+        assert "Copyright (c) 2017 Zalando SE" in pictures.SHEET.with_suffix(".LICENSE").read_text()
+        assert pictures.SHEET.stat().st_size < 30_000
+
+    def test_the_weights_of_the_package_see_what_they_are(self) -> None:
+        """Of pictures that were not trained on; one of ten right would be chance."""
+        model = timm.create_model(SEEING, pretrained=True).eval()
+        found = pictures.fashion_pictures().values()
+        images, labels = load_images(model, [p.image for p in found]), torch.tensor([p.label for p in found])
+        assert top1({"dense": model}, [(images, labels)])["dense"] > 80
+
+
+class TestPhotographs:
+    def test_they_are_real_and_need_no_network(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("socket.socket", None)
+        photos = pictures.photographs()
+        assert set(photos) == {"astronaut", "chelsea", "coffee", "rocket", "china", "flower"}
+        assert all(photo.mode == "RGB" and min(photo.size) >= 300 for photo in photos.values())
+
+    def test_missing_package_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(pictures, "PHOTOGRAPHS", {"no_such_package": ("a.png",)})
+        with pytest.raises(FileNotFoundError, match=r"no_such_package, which is not installed; install effvit\[demo\]"):
+            pictures.photographs()
+
+
+class TestFind:
+    def test_pattern_selects_by_name(self) -> None:
+        found = pictures.find_pictures("fashion_mnist:sneaker-*")
+        assert list(found) == [f"sneaker-{row}" for row in range(6)]
+        assert {image.mode for image in found.values()} == {"RGB"}
+        assert len(pictures.find_pictures("fashion_mnist:*")) == 60
+        assert list(pictures.find_pictures("photographs:co*")) == ["coffee"]
+
+    def test_all_else_is_a_file(self, tmp_path: Path) -> None:
+        Image.new("L", (5, 4), 9).save(tmp_path / "grey:1.png")
+        (found,) = pictures.find_pictures(str(tmp_path / "grey:1.png")).items()
+        assert (found[0], found[1].mode, found[1].size) == ("grey:1", "RGB", (5, 4))
+
+    def test_name_of_none_is_refused_with_those_there_are(self) -> None:
+        with pytest.raises(ValueError, match=r"photographs:dog names no picture; photographs: has astronaut, chelsea"):
+            pictures.find_pictures("photographs:dog")
+
+
+class TestSheet:
+    @pytest.fixture
+    def made_up(self) -> Any:
+        """Twenty pictures of 4 x 3 whose grey is their number, of two classes in turn."""
+
+        class Pictures(list[tuple[Image.Image, int]]):
+            classes = ("Even", "Odd/one")
+            targets = torch.arange(20) % 2
+
+        return Pictures((Image.new("L", (4, 3), number), number % 2) for number in range(20))
+
+    def test_rows_are_evenly_spread_over_each_class(self, made_up: Any) -> None:
+        sheet = load_tool("make_picture_sheet").make_sheet(made_up, 3)
+        assert sheet.indices == [[0, 1], [6, 7], [12, 13]]  # of ten the numbers 0, 3 and 6
+        assert sheet.image.size == (8, 9)
+        assert [sheet.image.getpixel((x, y)) for y in (0, 4, 8) for x in (3, 4)] == [0, 1, 6, 7, 12, 13]
+
+    def test_class_with_too_few_is_named(self, made_up: Any) -> None:
+        with pytest.raises(ValueError, match="needs 11 pictures of each class, but the set has 10 of 'Even'"):
+            load_tool("make_picture_sheet").make_sheet(made_up, 11)
+
+    def test_command_writes_the_sheet_and_its_facts(
+        self, made_up: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        tool = load_tool("make_picture_sheet")
+        monkeypatch.setattr(tool, "load_pictures", lambda *_: made_up)
+        assert tool.main(["--out", str(tmp_path / "sheet.png")]) == 0
+        facts = json.loads((tmp_path / "sheet.json").read_text())
+        assert (facts["classes"], len(facts["indices"])) == (["Even", "Odd/one"], 6)
+        with Image.open(tmp_path / "sheet.png") as sheet:
+            assert sheet.getpixel((4, 3)) == facts["indices"][1][1]
+
+    def test_missing_pictures_are_named(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert load_tool("make_picture_sheet").main(["--root", str(tmp_path)]) == 2
+        assert "fetch it: python tools/get_data.py fashion_mnist" in capsys.readouterr().err
