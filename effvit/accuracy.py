@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,23 +32,45 @@ def add_accuracies(record: dict[str, Any], accuracies: Mapping[str, float], data
 
 
 class Shown(NamedTuple):
-    """A model of records, and how its weights were trained where they are not those of the first record's models."""
+    """A model of records.
+
+    Attributes:
+        model: Its entry; its accuracy is the mean over the trainings.
+        weights: How its weights were trained where they are not those of the first record's models.
+        accuracies: Accuracy after each training, in percent; empty if none was measured.
+    """
 
     model: Mapping[str, Any]
     weights: str | None
+    accuracies: list[float]
 
 
 def shown_models(records: Iterable[Mapping[str, Any]]) -> list[Shown]:
     """The models of records in their order, without baselines that add nothing.
 
     A baseline that several records share is given once, and one with the weights of a fine-tuned variant beside it, for
-    whose speed-up alone it was measured, is left out.
+    whose speed-up alone it was measured, is left out. Entries of one name whose records name the same training differ
+    in its seed: they are shown as one, with the costs of the first.
     """
-    shown, baselines = [], set()
+    shown: dict[tuple[str, str | None], Shown] = {}
+    baselines: set[str] = set()
     for record in records:
         weights, models = record["conditions"].get("weights"), record["models"]
         baseline = models[0]["name"]
         is_known = baseline in baselines or (weights is not None and len(models) > 1)
         baselines.add(baseline)
-        shown += [Shown(model, weights) for model in models[is_known:]]
-    return shown
+        for model in models[is_known:]:
+            accuracies = [] if model["accuracy"] is None else [model["accuracy"]["value"]]
+            key = model["name"], weights
+            if key in shown and weights is not None and accuracies:
+                shown[key] = with_mean(shown[key], accuracies)
+            else:
+                shown.setdefault(key, Shown(model, weights, accuracies))
+    return list(shown.values())
+
+
+def with_mean(entry: Shown, further: Sequence[float]) -> Shown:
+    """The entry with further accuracies and the mean of all of them."""
+    accuracies = [*entry.accuracies, *further]
+    accuracy = entry.model["accuracy"] | {"value": sum(accuracies) / len(accuracies)}
+    return Shown({**entry.model, "accuracy": accuracy}, entry.weights, accuracies)

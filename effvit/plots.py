@@ -61,7 +61,7 @@ def accuracy_lines(records: Iterable[Mapping[str, Any]]) -> list[Line]:
     """
     lines: dict[tuple[str, str | None], Line] = {}
     shown = shown_models(records)
-    for model, weights in shown:
+    for model, weights, _ in shown:
         if model["accuracy"] is not None:
             key = model["method"] or model["name"], weights
             lines.setdefault(key, Line(model["method"], weights)).models.append(model)

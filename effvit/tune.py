@@ -161,9 +161,9 @@ def tune(
     """The setting with the least divergence from the dense model among those that reach the aim.
 
     The strength of each family is bisected, all families in the same interleaved rounds. The weakest settings that
-    reach the aim and their neighbours are measured once more with more rounds, and a family that misses the aim then goes
-    on to stronger settings. The one chosen is measured again alone with the dense model; that is the speed-up it is
-    returned with, and if its interval lies below the aim, the choice goes on without it.
+    reach the aim and their neighbours are measured once more with more rounds, and a family that misses the aim then
+    goes on to stronger settings. The one chosen is measured again alone with the dense model; that is the speed-up it
+    is returned with, and if its interval lies below the aim, the choice goes on without it.
 
     Args:
         dense: A timm ViT that methods here can reduce.

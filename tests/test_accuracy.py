@@ -47,3 +47,12 @@ class TestShown:
 
     def test_records_that_do_not_name_weights_have_those_of_the_first(self) -> None:
         assert [entry.weights for entry in shown_models([made_up_profile()])] == [None] * 3
+
+    def test_trainings_that_differ_in_their_seed_are_shown_as_one(self) -> None:
+        records = [record_of("host", "a"), *(record_of("host", "a, tuned", weights="tuned") for _ in range(2))]
+        for record, value in zip(records, (80.0, 70.0, 74.0), strict=True):
+            add_accuracies(record, {model["name"]: value for model in record["models"]}, "five pictures")
+        tuned = shown_models(records)[-1]
+        assert tuned.accuracies == [70.0, 74.0]
+        assert tuned.model["accuracy"]["value"] == 72.0
+        assert records[1]["models"][1]["accuracy"]["value"] == 70.0

@@ -4,11 +4,12 @@
     python tools/evaluate.py vit_nano_patch4_28 --pretrained --data fashion_mnist --method evit --set keep_rate=0.7
     python tools/evaluate.py deit_small_patch16_224 --checkpoint deit.pth --data imagenet --root imagenet --split val
 
-Of a model trained from a config: its name and keywords, its checkpoint, and the pretrained model it is compared with and
-whose pictures it takes.
+Of a model trained from a config: its name and keywords, its checkpoint, and the pretrained model that it is compared
+with and whose pictures it takes.
 
-    python tools/evaluate.py stvit_deit_tiny_patch16_224 --model-kwargs img_size=28 patch_size=4 in_chans=1 num_classes=10 \
-      --checkpoint work_dirs/stvit/epoch_3.pth --weights "3 epochs" --baseline vit_nano_patch4_28 --data fashion_mnist
+    python tools/evaluate.py stvit_deit_tiny_patch16_224 --model-kwargs img_size=28 patch_size=4 in_chans=1 \
+      num_classes=10 --checkpoint work_dirs/stvit/epoch_3.pth --weights "3 epochs" --baseline vit_nano_patch4_28 \
+      --data fashion_mnist
 
 DyMU is calibrated on training pictures of the same set. Without --pretrained and --checkpoint weights are random. With
 --json further records are added to the same file; tools/make_accuracy_page.py makes the table and the plot of
@@ -62,11 +63,12 @@ class Prepared(Dataset[tuple[Tensor, int]]):
 def table(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """Lines of a Markdown table of records; speed-ups refer to the first model of the same record."""
     lines = ["| model | top-1 (%) | MMACs | MAC ratio | speed-up | tokens left |", "|---|---|---|---|---|---|"]
-    for model, _ in shown_models(records):
+    for model, _, accuracies in shown_models(records):
         low, high = model["interval"]
+        spread = f" ({min(accuracies):.1f} to {max(accuracies):.1f})" if len(accuracies) > 1 else ""
         cells = [
             model["name"],
-            f"{model['accuracy']['value']:.1f}",
+            f"{model['accuracy']['value']:.1f}{spread}",
             f"{model['macs'] / 1e6:.1f}",
             f"{model['mac_ratio']:.2f}",
             f"{model['speedup']:.2f} ({low:.2f} to {high:.2f})",

@@ -1,5 +1,5 @@
-# The ViT of the detectors (configs/mmdet/composites/mask-rcnn_vit.py) under the lightest head (FCN, 1411.4038). A plain ViT
-# learns too little from boxes alone in some thousand pictures: its weights from here are what the detectors start from.
+# The ViT of the detectors (configs/mmdet/composites/mask-rcnn_vit.py) under the lightest head (FCN, 1411.4038). From
+# random weights a plain ViT learns nothing from the boxes of some thousand pictures, so the detectors start from here.
 _base_ = "upernet_vit.py"
 
 model = dict(

@@ -15,9 +15,7 @@ model = dict(
     roi_head=dict(
         bbox_roi_extractor=dict(out_channels=channels),
         # A picture has one to four objects: boxes of all classes share their weights.
-        bbox_head=dict(
-            in_channels=channels, fc_out_channels=256, num_classes=len(classes), reg_class_agnostic=True
-        ),
+        bbox_head=dict(in_channels=channels, fc_out_channels=256, num_classes=len(classes), reg_class_agnostic=True),
         mask_roi_extractor=dict(out_channels=channels),
         mask_head=dict(num_convs=2, in_channels=channels, conv_out_channels=channels, num_classes=len(classes)),
     ),

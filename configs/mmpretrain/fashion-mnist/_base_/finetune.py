@@ -1,5 +1,5 @@
-# One more epoch from the weights of the package, for models whose weights have the names of vit-nano's; at a tenth of its
-# learning rate, as fine-tuning from dense weights is done by EViT (2202.07800, section 4). The leaf names the model:
+# One more epoch from the weights of the package, for models whose weights have the names of vit-nano's; at a tenth of
+# its learning rate (our choice). The leaf names the model:
 #   python tools/train.py CONFIG --cfg-options load_from=work_dirs/vit-nano_third-stage/epoch_12.pth
 _base_ = "fashion-mnist.py"
 
