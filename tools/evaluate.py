@@ -22,6 +22,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     options = dict(parse_setting(text, "--model-kwargs") for text in arguments.model_kwargs)
     dense = build(arguments.model, options, arguments.pretrained).eval()
     if arguments.checkpoint is not None:
-        effvit.load_checkpoint(dense, arguments.checkpoint)
+        effvit.load_checkpoint(dense, arguments.checkpoint, runner_types())
     variants = list_variants(arguments.method, [parse_setting(text) for text in arguments.settings])
     trained = "" if arguments.weights is None else f", {arguments.weights}"
     models = {name + trained: m for name, m in {arguments.model: dense, **reduced(dense, variants)}.items()}
@@ -156,6 +157,15 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     record["conditions"]["weights"] = arguments.weights
     add_accuracies(record, accuracies, f"{arguments.data} {arguments.split}, {len(pictures)} pictures")
     return record
+
+
+def runner_types() -> list[Any]:
+    """What the checkpoints of mmengine's Runner hold besides weights; nothing without mmengine."""
+    if find_spec("mmengine") is None:
+        return []
+    from mmengine.runner.checkpoint import get_torch_safe_globals
+
+    return list(get_torch_safe_globals())
 
 
 def spread(pictures: Any, number: int) -> Any:

@@ -138,9 +138,9 @@ def read_file(path: str | Path, allowed: Sequence[Any] = ()) -> Mapping[str, Any
     return content
 
 
-def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], list[str]]:
-    """The weights in a file under plain names, and the names of what was dropped from it; errors of ``read_file``."""
-    return official_state_dict(read_file(path))
+def read_checkpoint(path: str | Path, allowed: Sequence[Any] = ()) -> tuple[dict[str, Tensor], list[str]]:
+    """The weights in a file under plain names, and the names of what was dropped from it; as ``read_file`` reads it."""
+    return official_state_dict(read_file(path, allowed))
 
 
 def adapt_state(model: nn.Module, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
@@ -182,7 +182,7 @@ def check_state(
         )
 
 
-def convert_checkpoint(model: nn.Module, path: str | Path) -> Conversion:
+def convert_checkpoint(model: nn.Module, path: str | Path, allowed: Sequence[Any] = ()) -> Conversion:
     """The weights of a checkpoint of timm or of an official repository, under the names of a model.
 
     Position embeddings and patch embeddings of another size are resampled as timm does it.
@@ -190,20 +190,21 @@ def convert_checkpoint(model: nn.Module, path: str | Path) -> Conversion:
     Args:
         model: A timm or effvit model; it is left as it is.
         path: .safetensors, or a .pth that loads with ``weights_only=True``.
+        allowed: Further types a .pth may hold, as ``torch.serialization.safe_globals`` takes them.
 
     Raises:
         FileNotFoundError: No such file.
         ValueError: The file cannot be read, or belongs to another architecture: missing, unexpected or
             differently shaped parameters, of which the first are named.
     """
-    plain, dropped = read_checkpoint(path)
+    plain, dropped = read_checkpoint(path, allowed)
     state, unused = adapt_state(model, plain)
     check_state(state, model, path)
     same = [name for name in state if name in plain]
     return Conversion(state, same, [name for name in state if name not in plain], dropped + unused)
 
 
-def load_checkpoint(model: nn.Module, path: str | Path) -> list[str]:
+def load_checkpoint(model: nn.Module, path: str | Path, allowed: Sequence[Any] = ()) -> list[str]:
     """Load a checkpoint of timm or of an official repository into a model, strictly.
 
     Arguments and errors are those of ``convert_checkpoint``.
@@ -211,6 +212,6 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> list[str]:
     Returns:
         Names of entries that were dropped because they only serve training, or are constants.
     """
-    conversion = convert_checkpoint(model, path)
+    conversion = convert_checkpoint(model, path, allowed)
     model.load_state_dict(conversion.state)
     return conversion.dropped
