@@ -1,5 +1,9 @@
-# Dense: a small plain ViT with patches of 8 pixels, with the weights of configs/mmseg/composites/fcn_vit.py.
+# Dense: a small plain ViT with patches of 8 pixels, with the weights of configs/mmseg/composites/fcn_vit.py. All heads read
+# its one map. From the up-sampled levels of ViTDet's neck, which are random at first, they learned nothing in as many
+# iterations.
 _base_ = "_base_/mask-rcnn_composites.py"
+
+strides = [8]
 
 model = dict(
     backbone=dict(
@@ -16,6 +20,18 @@ model = dict(
         init_cfg=dict(type="Pretrained", checkpoint="work_dirs/fcn_vit/iter_2500.pth", prefix="backbone."),
     ),
     neck=dict(
-        _delete_=True, type="SimpleFeaturePyramid", in_channels=128, out_channels=64, scales=(2.0, 1.0, 0.5), num_outs=5
+        _delete_=True,
+        type="ChannelMapper",
+        in_channels=[128],
+        out_channels=64,
+        kernel_size=3,
+        norm_cfg=dict(type="BN"),
+        num_outs=1,
+    ),
+    rpn_head=dict(anchor_generator=dict(strides=strides, scales=[2, 4, 8])),
+    roi_head=dict(
+        bbox_roi_extractor=dict(featmap_strides=strides),
+        mask_roi_extractor=dict(featmap_strides=strides),
     ),
 )
+optim_wrapper = dict(paramwise_cfg=dict(custom_keys={"backbone": dict(lr_mult=0.1)}))
