@@ -307,13 +307,14 @@ def run_demo(arguments: argparse.Namespace) -> None:
     photos = photographs()
     out.mkdir(parents=True, exist_ok=True)
     seen, tokens, sheets = demo_accuracy(console, out)
-    costs = demo_costs(console, arguments, photos)
+    costs, figures = demo_costs(console, arguments, photos)
+    written = [out / name for name in ("report.html", "accuracy.png", "costs.png")]
     numbers = {"costs.json": [seen, costs], "tokens.json": tokens}
     for name, records in numbers.items():
         write_json(out / name, records)
     write_report([out / name for name in numbers], out / "report.html")
     console.print(f"\nWritten in {time.perf_counter() - start:.0f} s:")
-    for path in (out / "report.html", out / "accuracy.png", out / "costs.png", *sheets, *(out / n for n in numbers)):
+    for path in (*written, *sheets, *figures, *(out / name for name in numbers)):
         console.print(f"  {path}")
 
 
@@ -327,15 +328,14 @@ def demo_accuracy(console: Console, out: Path) -> tuple[dict[str, Any], list[dic
     variants = reduced(dense, SEEING_VARIANTS)
     calibrate_all(variants, images)
     models = {SEEING: dense, **variants}
-    record = measure(models, len(images), images, list(pictures), rounds=5, warmup=1, ideal=False)
     data = f"{len(pictures)} test pictures of Fashion-MNIST"
+    record = measure(models, len(images), images, [data], rounds=4, warmup=1, ideal=False)
     add_accuracies(record, top1(models, [(images, labels)]), data)
     print_accuracies(console, record)
     plot_accuracy([record], f"{SEEING} with its trained weights, on {data} only", out / "accuracy.png")
     shown = {name: pictures[name] for name in SHOWN}
-    strongest = {model.method: (name, model) for name, model in variants.items()}  # a method's last variant
     sheets, tokens = [], []
-    for name, model in strongest.values():
+    for name, model in strongest(variants).items():
         sheets.append(out / f"{file_stem(name)}.png")
         stack([answer_figure(dense, model, name, picture) for picture in shown.values()]).save(sheets[-1])
         tokens += [token_record(model, p.image, name=n, model_name=name, host=SEEING) for n, p in shown.items()]
@@ -351,22 +351,31 @@ def answer_figure(dense: nn.Module, model: ReducedHost, name: str, picture: Labe
     return token_figure(model, picture.image, title=title)
 
 
-def demo_costs(console: Console, arguments: argparse.Namespace, photos: Mapping[str, Image.Image]) -> dict[str, Any]:
-    """The record of what all methods cost on the photographs, printed and drawn."""
+def strongest(variants: Mapping[str, ReducedHost]) -> dict[str, ReducedHost]:
+    """The last variant of each method."""
+    last = {model.method: name for name, model in variants.items()}
+    return {name: variants[name] for name in last.values()}
+
+
+def demo_costs(
+    console: Console, arguments: argparse.Namespace, photos: Mapping[str, Image.Image]
+) -> tuple[dict[str, Any], list[Path]]:
+    """What all methods cost on the photographs; returns the record, and figures of the tokens if weights were given."""
     host = create(arguments.model, arguments)
     variants = reduced(host, VARIANTS)
     images = load_images(host, list(photos.values()))
     calibrate_all(variants, images)
     is_random = has_random_weights(arguments)
     weights = f"{arguments.model} with random weights: for its costs alone" if is_random else ""
-    console.print(f"\n{weights}; --checkpoint or --pretrained loads some" if is_random else "", style="yellow")
+    if is_random:
+        console.print(f"\n{weights}; --checkpoint or --pretrained loads some", style="yellow")
     models = {arguments.model: host, **variants}
     record = measure(models, len(photos), images, list(photos), rounds=3, warmup=1, ideal=False)
-    record["conditions"]["has_random_weights"] = is_random
+    record["conditions"]["weights"] = "random weights" if is_random else None
     print_record(console, record)
     title = "\n".join([weights or arguments.model, describe(record["conditions"])])
     plot_costs(record["models"], title, arguments.out / "costs.png")
-    return record
+    return record, [] if is_random else draw_figures(strongest(variants), photos, arguments)
 
 
 def calibrate_all(models: Mapping[str, ReducedHost], images: Tensor) -> None:

@@ -26,9 +26,7 @@ SHOWN = ("pullover-0", "sandal-1", "sneaker-0", "bag-1")  # clothes of four shap
 
 # For costs alone: a host of the usual size, on photographs.
 VARIANTS: Variants = (
-    ("evit", {"keep_rate": 0.7}),
     ("evit", {"keep_rate": 0.5}),
-    ("tome", {"r": 8}),
     ("tome", {"r": 13}),
     ("gtp", {"num_prop": 8}),
     ("ats", {}),

@@ -24,7 +24,7 @@ COLOURS = ("#1c7ed6", "#e8590c", "#2f9e44", "#ae3ec9", "#e03131", "#0c8599", "#b
 MARKERS = "osD^vPXph<>"
 DASHES = ("-", "--", ":", "-.")  # for each way the weights were trained
 FAINT, GRID = "#adb5bd", "#f1f3f5"
-ACCURACY_TICKS = (10, 20, 30, 40, 50, 60, 70, 80, 85, 90, 92, 94, 96, 97, 98, 99, 99.5)
+ACCURACY_TICKS = (10, 20, 30, 40, 50, 60, 70, 80, 85, 90, 92, 94, 96, 97, 98, 98.5, 99, 99.3, 99.5)
 LEAST_ERROR = 0.1  # percent; the axis ends there
 TEXT: dict[Any, Any] = {"font.family": "DejaVu Sans", "font.size": 10}  # comes with matplotlib
 # Text stays text: half the size, and where another font takes its place it is narrower.
@@ -135,7 +135,7 @@ def scale_by_errors(axes: Axes, values: Sequence[float]) -> None:
 
     axes.set_yscale("function", functions=(up, lambda height: 100 - np.exp(-np.asarray(height))))
     least, most = (100 - value for value in (min(values), max(values)))
-    low, high = max(0.0, 100 - least * 1.12), 100 - max(most * 0.85, LEAST_ERROR)
+    low, high = 100 - min(100, max(least * 1.2, 10 * LEAST_ERROR)), 100 - max(most * 0.78, LEAST_ERROR)  # holds a tick
     axes.set_ylim(low, high)
     axes.yaxis.set_major_locator(FixedLocator([tick for tick in ACCURACY_TICKS if low <= tick <= high]))
     axes.yaxis.set_minor_locator(NullLocator())

@@ -15,7 +15,8 @@ function machineText(machine) {
 }
 
 function conditionText(record) {
-  const c = record.conditions, images = Array.isArray(c.images) ? `${c.images.length} pictures` : c.images;
+  const c = record.conditions, many = Array.isArray(c.images) && c.images.length > 1;
+  const images = many ? `${c.images.length} pictures` : c.images; // a single text names or counts them
   const extras = [c.weights, c.compile && "compiled", c.cuda_graphs && "CUDA graphs", machines.length > 1 && record.machine.processor];
   const place = c.device === "cpu" ? `${c.threads} thread${c.threads === 1 ? "" : "s"}` : c.device;
   const size = `${c.input_size[1]} × ${c.input_size[2]}`;

@@ -257,9 +257,20 @@ class TestDemo:
         assert all(model["accuracy"]["data"] == "4 test pictures of Fashion-MNIST" for model in seen["models"])
         assert [model["name"] for model in costs["models"]] == [TINY, "evit keep_rate=0.5", "dymu"]
         assert costs["conditions"]["images"] == ["coffee"]
-        assert costs["conditions"]["has_random_weights"]
+        assert costs["conditions"]["weights"] == "random weights"
         shown = [(record["model"], record["name"]) for record in json.loads((out / "tokens.json").read_text())]
         assert shown == [(model, name) for model in ("tome r=4", "dymu") for name in demo.SHOWN]
+
+    def test_weights_that_were_given_have_token_figures(self, capsys, monkeypatch, tmp_path, image):
+        torch.save(timm.create_model(TINY).state_dict(), tmp_path / "weights.pth")
+        monkeypatch.setattr(cli, "VARIANTS", (("tome", {"r": 8}), ("tome", {"r": 13})))
+        command = ["demo", "--model", TINY, "--checkpoint", str(tmp_path / "weights.pth"), "--out", str(tmp_path)]
+        photos = pictures.find_pictures(str(image))
+        record, figures = cli.demo_costs(cli.output(), cli.parser().parse_args(command), photos)
+        assert figures == [tmp_path / "gradient-tome-r-13.png"]
+        assert figures[0].is_file()
+        assert record["conditions"]["weights"] is None
+        assert "random weights" not in capsys.readouterr().out
 
 
 class TestSettings:

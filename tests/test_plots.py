@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 from made_up import made_up_model, made_up_profile
+from matplotlib.figure import Figure
 from PIL import Image
 
-from effvit.plots import accuracy_lines, look, plot_accuracy, plot_costs
+from effvit.plots import accuracy_lines, look, plot_accuracy, plot_costs, scale_by_errors
 from effvit.reducers import METHODS
 
 
@@ -66,11 +67,21 @@ def test_vector_plot_holds_its_text(records: list[dict[str, Any]], tmp_path: Pat
     assert "dc:date" not in text
 
 
-def test_accuracies_of_all_or_nothing_are_drawn_too(tmp_path: Path) -> None:
-    models = [model("host_a", None, 1.0, 100.0), model("tome", "tome", 1.2, 0.0), model("evit", "evit", 1.4, 100.0)]
+@pytest.mark.parametrize("reduced", [0.0, 99.0, 100.0])
+def test_accuracies_of_all_or_nothing_are_drawn_too(tmp_path: Path, reduced: float) -> None:
+    models = [model("host_a", None, 1.0, 100.0), model("tome", "tome", 1.2, reduced)]
     plot_accuracy([made_up_profile(models=models)], "a title", tmp_path / "plot.png")
     with Image.open(tmp_path / "plot.png") as image:
         assert image.width > image.height > 400
+
+
+@pytest.mark.parametrize("accuracy", [0.0, 12.5, 35.0, 73.5, 87.5, 91.0, 95.1, 98.7, 99.7, 100.0])
+def test_axis_of_any_accuracy_has_a_tick(accuracy: float) -> None:
+    axes = Figure().add_subplot()
+    scale_by_errors(axes, [accuracy])
+    low, high = axes.get_ylim()
+    assert low < high
+    assert any(low <= tick <= high for tick in axes.get_yticks())
 
 
 def test_every_method_looks_different() -> None:
