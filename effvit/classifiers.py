@@ -31,8 +31,8 @@ class EffViTClassifier(TimmClassifier):
 
     The loss is ``task_loss + distill_weight * KL`` (``score_loss``), each the sum over the heads that the model returns
     in training: one, or two of LookupViT and CAS-ViT. The teacher stays in eval mode, and is no submodule: neither
-    optimizer nor checkpoints nor hooks such as ``KeepRateHook`` see it. ``EMAHook`` works, which it does not with
-    ``TimmClassifier``.
+    optimizer nor checkpoints nor hooks such as ``KeepRateHook`` see it. Unlike with ``TimmClassifier``, pretrained
+    weights outlast the start of a training, and ``EMAHook`` works.
 
     Args:
         model_name: A name of the zoo or of timm.
@@ -71,6 +71,7 @@ class EffViTClassifier(TimmClassifier):
             load_checkpoint(self.model, pretrained)
         if sparsify is not None:
             self.model: Any = effvit.sparsify(self.model, **sparsify)
+        self.model.is_init = True  # or mmengine's Runner would call timm's `init_weights` before it trains
         self.distill_weight = check_number("distill_weight", distill_weight)
         self.temperature = check_number("temperature", temperature, "positive")
         if teacher is not None:

@@ -106,6 +106,12 @@ class TestTeacher:
         assert model.model.settings["keep_rate"] == 0.5
         assert torch.equal(model.model.head.weight, dense.head.weight)
 
+    def test_pretrained_weights_outlast_what_the_runner_does_before_training(self) -> None:
+        model = build("vit_nano_patch4_28", pretrained=True)
+        before = copy.deepcopy(model.state_dict())
+        model.init_weights()
+        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
     def test_local_weights_are_loaded(self, tmp_path: Path) -> None:
         dense = timm.create_model(HOST, **SMALL)
         path = str(tmp_path / "dense.pth")
