@@ -15,6 +15,7 @@ from mmengine.registry import MODELS
 from mmpretrain.models import TimmClassifier
 from torch import Tensor, nn
 
+import effvit
 from effvit.models._checkpoint import load_checkpoint
 from effvit.models.host import check_model_name
 from effvit.models.sit import SiT
@@ -30,13 +31,14 @@ class EffViTClassifier(TimmClassifier):
 
     The loss is ``task_loss + distill_weight * KL`` (``score_loss``), each the sum over the heads that the model returns
     in training: one, or two of LookupViT and CAS-ViT. The teacher stays in eval mode, and is no submodule: neither
-    optimizer nor checkpoints nor hooks such as ``KeepRateHook`` see it. ``EMAHook`` works, which it does not with
-    ``TimmClassifier``.
+    optimizer nor checkpoints nor hooks such as ``KeepRateHook`` see it. Unlike with ``TimmClassifier``, pretrained
+    weights outlast the start of a training, and ``EMAHook`` works.
 
     Args:
         model_name: A name of the zoo or of timm.
         pretrained: True for timm's weights (asks the network), or the path of a checkpoint of timm, of an official
             repository or of this package, which must fit the model.
+        sparsify: "method" and settings of ``effvit.sparsify``, for a host whose reduced form has no name.
         teacher: ``model_name``, ``pretrained`` and keywords of ``timm.create_model`` of the teacher; it needs the
             student's classes, and to take the student's images.
         distill_weight: Weight of the divergence; DynamicViT (2106.02034) has 0.5.
@@ -57,6 +59,7 @@ class EffViTClassifier(TimmClassifier):
         model_name: str,
         pretrained: bool | str = False,
         *,
+        sparsify: dict[str, Any] | None = None,
         teacher: dict[str, Any] | None = None,
         distill_weight: float = 0.5,
         temperature: float = 1.0,
@@ -66,6 +69,9 @@ class EffViTClassifier(TimmClassifier):
         super().__init__(model_name, pretrained=pretrained is True, **kwargs)
         if isinstance(pretrained, str):
             load_checkpoint(self.model, pretrained)
+        if sparsify is not None:
+            self.model: Any = effvit.sparsify(self.model, **sparsify)
+        self.model.is_init = True  # or mmengine's Runner would call timm's `init_weights` before it trains
         self.distill_weight = check_number("distill_weight", distill_weight)
         self.temperature = check_number("temperature", temperature, "positive")
         if teacher is not None:

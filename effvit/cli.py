@@ -19,7 +19,7 @@ from rich.columns import Columns
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 import effvit
@@ -146,11 +146,13 @@ def parser() -> argparse.ArgumentParser:
         "convert",
         parents=[settings],
         help="an official checkpoint under our names, and what was left out of it",
-        description="Read FILE (.pth without code, or .safetensors) into MODEL strictly and write it as .safetensors.",
+        description="Read FILE (.pth without code, or .safetensors) into MODEL strictly, say what became of its "
+        "entries, and write it as .safetensors.",
     )
     command.add_argument("file", type=Path, metavar="FILE")
     command.add_argument("--model", required=True, metavar="NAME", help="the model it was saved from")
-    command.add_argument("--out", required=True, type=Path, metavar="FILE")
+    command.add_argument("--out", type=Path, metavar="FILE", help="without it the file is only checked")
+    command.add_argument("--keys", action="store_true", help="name every entry, not only the dropped ones")
     command.set_defaults(run=run_convert)
 
     command = commands.add_parser(
@@ -281,23 +283,31 @@ def run_report(arguments: argparse.Namespace) -> None:
 
 
 def run_convert(arguments: argparse.Namespace) -> None:
-    """Write a checkpoint under our names and print which of its entries were used and dropped."""
-    if arguments.out.suffix != ".safetensors":
+    """Write a checkpoint under our names and print which of its entries were used, renamed and dropped."""
+    if arguments.out is not None and arguments.out.suffix != ".safetensors":
         raise ValueError(f"--out must end in .safetensors, got {arguments.out}")
     options = dict(parse_setting(text) for text in arguments.settings)
     model = build(arguments.model, options)
     conversion = convert_checkpoint(model, arguments.file)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"format": "pt", "architecture": arguments.model}
-    save_file({name: value.contiguous() for name, value in conversion.state.items()}, arguments.out, metadata)
-    console = output()
-    console.print(str(arguments.out))
-    console.print(
+    lines = [
         f"{len(conversion.state)} entries for {arguments.model}: {len(conversion.same)} under the file's names, "
-        f"{len(conversion.renamed)} renamed, joined or split; {len(conversion.dropped)} dropped"
-    )
-    for name in conversion.dropped:
-        console.print(f"dropped: {name}")
+        f"{len(conversion.renamed)} renamed, {len(conversion.made)} joined, split or new; "
+        f"{len(conversion.dropped)} dropped"
+    ]
+    if arguments.out is not None:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        metadata = {"format": "pt", "architecture": arguments.model}
+        state = {name: value.contiguous() for name, value in conversion.state.items()}
+        arguments.out.write_bytes(save(state, metadata))
+        lines.insert(0, str(arguments.out))
+    if arguments.keys:
+        lines += [f"used: {name}" for name in conversion.same]
+        lines += [f"renamed: {theirs} -> {ours}" for ours, theirs in conversion.renamed.items()]
+        lines += [f"joined, split or new: {name}" for name in conversion.made]
+    lines += [f"dropped: {name}" for name in conversion.dropped]
+    console = output()
+    for line in lines:
+        console.print(line)
 
 
 def run_demo(arguments: argparse.Namespace) -> None:

@@ -67,7 +67,7 @@ def prepare_config(
     """A config as the command line changes it, fit for this machine.
 
     Args:
-        path: Config of mmdet or mmseg.
+        path: Config of mmdet, mmseg or mmpretrain.
         work_dir: Where logs and checkpoints go; None means that of the config, else work_dirs/<name of the config>.
         options: Keys in dotted form -> values that replace those of the config.
         launcher: One of ``LAUNCHERS``, or None (see ``read_launcher``).

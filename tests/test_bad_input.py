@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import pickle
+import random
 import re
+import struct
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -675,13 +680,84 @@ class TestCheckpoints:
         with pytest.raises(ValueError, match=r"cannot be read as a checkpoint .*; it is truncated"):
             effvit.load_checkpoint(reduced("evit"), path)
 
-    def test_code_in_a_file_is_not_run(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("write", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
+    def test_code_in_a_file_is_not_run(self, write: Callable[[Any, Path], Any], tmp_path: Path) -> None:
         ran = tmp_path / "ran"
         path = tmp_path / "hostile.pth"
-        torch.save({"model": vit().state_dict(), "extra": Touch(ran)}, path)
+        write({"model": dict(vit().state_dict()), "extra": Touch(ran)}, path)
         with pytest.raises(ValueError, match=r"cannot be read as a checkpoint .* holds code besides weights"):
             effvit.load_checkpoint(reduced("evit"), path)
         assert not ran.exists()
+
+    def test_folder_in_place_of_a_file(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="is a folder, not a checkpoint; name the file in it"):
+            effvit.load_checkpoint(reduced("evit"), tmp_path)
+
+    def test_entries_without_a_name(self, tmp_path: Path) -> None:
+        path = tmp_path / "numbered.pth"
+        torch.save({0: torch.ones(1)}, path)
+        with pytest.raises(ValueError, match="names its weights by strings, but this one has an entry 0"):
+            effvit.load_checkpoint(reduced("evit"), path)
+
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [
+            ("empty.pth", b""),
+            ("empty.safetensors", b""),
+            ("text.pth", b"<html>not found</html>"),
+            ("stop.pth", b"\x80\x02."),  # a pickle of nothing: IndexError inside torch
+            ("long_header.safetensors", struct.pack("<Q", 2**50) + b"{}"),
+            ("no_json.safetensors", struct.pack("<Q", 2) + b"[["),
+        ],
+    )
+    def test_file_of_another_format(self, name: str, content: bytes, tmp_path: Path) -> None:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=r"cannot be read as a checkpoint .*; it is truncated, of another format"):
+            effvit.load_checkpoint(reduced("evit"), tmp_path / name)
+
+    @pytest.mark.parametrize(("shape", "end"), [([4], 16), ([1 << 40], 1 << 42), ([2], 4), ([-1], 4)])
+    def test_header_that_promises_other_weights_than_the_file_holds(
+        self, shape: list[int], end: int, tmp_path: Path
+    ) -> None:
+        header = json.dumps({"head.bias": {"dtype": "F32", "shape": shape, "data_offsets": [0, end]}}).encode()
+        path = tmp_path / "lying.safetensors"
+        path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+        with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
+            effvit.load_checkpoint(reduced("evit"), path)
+
+    def test_archive_that_grows_when_it_is_unpacked(self, tmp_path: Path) -> None:
+        whole, path = tmp_path / "whole.pth", tmp_path / "bomb.pth"
+        torch.save(vit().state_dict(), whole)
+        with zipfile.ZipFile(whole) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as bomb:
+            for entry in source.namelist():
+                bomb.writestr(entry, source.read(entry))
+            bomb.writestr("whole/data/bomb", bytes(1 << 24))
+        with pytest.raises(ValueError, match=r"cannot be read as a checkpoint \(\d+ bytes would unpack to \d+\)"):
+            effvit.load_checkpoint(reduced("evit"), path)
+
+    @pytest.mark.parametrize("weight", [torch.ones(1).expand(1 << 40), torch.empty(5, device="meta")])
+    def test_weight_that_is_larger_than_its_memory(self, weight: torch.Tensor, tmp_path: Path) -> None:
+        path = tmp_path / "expanded.pth"
+        torch.save({"model": {"head.bias": weight}}, path)
+        with pytest.raises(ValueError, match=r"head\.bias of shape \(\d+,\) is not in the file as a whole"):
+            effvit.load_checkpoint(reduced("evit"), path)
+
+    @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+    def test_damaged_file_gives_no_other_error(self, suffix: str, tmp_path: Path) -> None:
+        path = tmp_path / f"damaged{suffix}"
+        model = vit(depth=1)
+        (save_file if suffix == ".safetensors" else torch.save)(model.state_dict(), path)
+        whole, draw, refused = path.read_bytes(), random.Random(0), 0
+        for _ in range(150):
+            damaged = bytearray(whole)
+            for _ in range(8):
+                damaged[draw.randrange(3000)] = draw.randrange(256)
+            path.write_bytes(damaged)
+            try:
+                effvit.load_checkpoint(model, path)
+            except ValueError:
+                refused += 1
+        assert refused > 50
 
 
 class Touch:

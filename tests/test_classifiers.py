@@ -100,6 +100,18 @@ class TestTeacher:
         rates = [{reducer.keep_rate for reducer in m.reducers.values()} for m in (model.model, model.teacher)]
         assert rates == [{0.5}, {0.7}]
 
+    def test_a_host_may_be_sparsified_after_its_weights_are_loaded(self) -> None:
+        model = build("vit_nano_patch4_28", pretrained=True, sparsify={"method": "evit", "keep_rate": 0.5})
+        dense = timm.create_model("vit_nano_patch4_28", pretrained=True)
+        assert model.model.settings["keep_rate"] == 0.5
+        assert torch.equal(model.model.head.weight, dense.head.weight)
+
+    def test_pretrained_weights_outlast_what_the_runner_does_before_training(self) -> None:
+        model = build("vit_nano_patch4_28", pretrained=True)
+        before = copy.deepcopy(model.state_dict())
+        model.init_weights()
+        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
     def test_local_weights_are_loaded(self, tmp_path: Path) -> None:
         dense = timm.create_model(HOST, **SMALL)
         path = str(tmp_path / "dense.pth")
@@ -154,9 +166,10 @@ class TestCheckpoints:
         other.load_state_dict(model.state_dict())
         assert torch.equal(other.model.head.bias, torch.ones(7))
 
-    def test_moving_averages_are_saved_and_resumed(self) -> None:
+    @pytest.mark.parametrize("update_buffers", [False, True])
+    def test_moving_averages_are_saved_and_resumed(self, update_buffers: bool) -> None:
         model = build()
-        hook = EMAHook(momentum=0.5)
+        hook = EMAHook(momentum=0.5, update_buffers=update_buffers)
         runner: Any = SimpleNamespace(model=model, epoch=0, iter=0, _resume=True)
         hook.before_run(runner)
         step(model)
@@ -170,7 +183,7 @@ class TestCheckpoints:
         hook.before_save_checkpoint(runner, checkpoint)
         assert torch.equal(checkpoint["state_dict"]["head.weight"], averaged)
         resumed: Any = SimpleNamespace(model=build(), epoch=0, iter=0, _resume=True)
-        again = EMAHook(momentum=0.5)
+        again = EMAHook(momentum=0.5, update_buffers=update_buffers)
         again.before_run(resumed)
         again.after_load_checkpoint(resumed, checkpoint)
         assert torch.equal(again.ema_model.module.model.head.weight, averaged)

@@ -161,12 +161,39 @@ class TestConvert:
         out = tmp_path / "folder" / "ours.safetensors"
         assert main(["convert", str(tmp_path / "official.pth"), "--model", f"ats_{TINY}", "--out", str(out)]) == 0
         printed = capsys.readouterr().out
-        counts = "152 under the file's names, 0 renamed, joined or split; 1 dropped"
+        counts = "152 under the file's names, 0 renamed, 0 joined, split or new; 1 dropped"
         assert f"152 entries for ats_deit_tiny_patch16_224: {counts}" in printed
         assert "dropped: blocks.3.attn.out_zero_mask" in printed
         own = timm.create_model(f"ats_{TINY}")
         assert effvit.load_checkpoint(own, out) == []
         assert all(torch.equal(a, b) for a, b in zip(own.parameters(), model.parameters(), strict=True))
+
+    def test_file_is_only_checked_without_output(self, capsys, tmp_path):
+        """A CAS-ViT, whose official stem is called patch_embed."""
+        model = timm.create_model("casvit_xs_224", dims=[8, 8, 16, 16], depths=[1, 1, 1, 1])
+        official = {name.replace("stem.0.conv.", "patch_embed.0."): value for name, value in model.state_dict().items()}
+        torch.save({"model": official}, tmp_path / "official.pth")
+        sizes = ["--set", "dims=[8,8,16,16]", "--set", "depths=[1,1,1,1]"]
+        assert main(["convert", str(tmp_path / "official.pth"), "--model", "casvit_xs_224", "--keys", *sizes]) == 0
+        printed = capsys.readouterr().out.splitlines()
+        assert "renamed: patch_embed.0.weight -> stem.0.conv.weight" in printed
+        assert "used: norm.weight" in printed
+        assert len(printed) == 1 + len(official)
+        assert [path.name for path in tmp_path.iterdir()] == ["official.pth"]
+
+    def test_names_made_of_others_are_told_apart(self, capsys, tmp_path):
+        """DyMU's thresholds are not in a plain file; the model fills them in."""
+        torch.save(timm.create_model(TINY).state_dict(), tmp_path / "plain.pth")
+        assert main(["convert", str(tmp_path / "plain.pth"), "--model", f"dymu_{TINY}", "--keys"]) == 0
+        printed = capsys.readouterr().out
+        assert "152 under the file's names, 0 renamed, 24 joined, split or new; 0 dropped" in printed
+        assert "joined, split or new: blocks.0.reducer.threshold" in printed
+
+    def test_output_that_cannot_be_written_is_named(self, capsys, tmp_path):
+        torch.save(timm.create_model(TINY).state_dict(), tmp_path / "plain.pth")
+        (tmp_path / "ours.safetensors").mkdir()
+        command = ["convert", tmp_path / "plain.pth", "--model", TINY, "--out", tmp_path / "ours.safetensors"]
+        assert "ours.safetensors" in failure(capsys, *command)
 
     def test_output_of_another_format_is_refused(self, capsys, tmp_path):
         message = failure(capsys, "convert", "any.pth", "--model", TINY, "--out", tmp_path / "ours.pth")

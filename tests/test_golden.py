@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,7 @@ from torch import Tensor, nn
 import effvit
 from effvit.attention import AttnState
 from effvit.block import token_block
+from effvit.cli import main
 from effvit.models._checkpoint import official_state_dict
 from effvit.models.host import ReducedHost
 from effvit.models.lvvit import LVViT
@@ -75,9 +77,39 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "table" in metafunc.fixturenames:
         tables = [path for method in IMPLEMENTED for path in find_tables(folder, method)]
         metafunc.parametrize("table", tables, ids=[f"{path.parent.name}-{path.stem}" for path in tables])
+    if "official_keys" in metafunc.fixturenames:
+        paths = [path for keys in CONVERTED for path in sorted(folder.rglob(f"{keys}.json"))]
+        metafunc.parametrize("official_keys", paths, ids=[path.stem for path in paths])
     if "other_method" in metafunc.fixturenames:
         others = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
         metafunc.parametrize("other_method", [name for name in others if name not in IMPLEMENTED])
+
+
+# The smallest official model of each architecture -> its name here.
+CONVERTED = {
+    "keys_stvit_r_swin_small": "stvit_r_swin_small_patch4_window7_224",
+    "keys_stvit_small": "supertoken_small_224",
+    "keys_sit_lvvit_tiny": "sit_lvvit_tiny_224",
+    "keys_rcvit_xs": "casvit_xs_224",
+}
+
+
+def test_official_file_is_converted_and_every_entry_accounted_for(
+    official_keys: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the official names and shapes: what is not called used, renamed or dropped went into joined weights."""
+    keys = json.loads(official_keys.read_text())["keys"]
+    weights = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, (_, shape) in keys.items()}
+    torch.save({"model": weights, "epoch": 300, "args": Namespace(lr=5e-4)}, tmp_path / "official.pth")
+    command = ["convert", str(tmp_path / "official.pth"), "--model", CONVERTED[official_keys.stem], "--keys"]
+    assert main(command) == 0
+    told = [line.split(": ", 1) for line in capsys.readouterr().out.splitlines()[1:]]
+    named = {what: {name.split(" -> ")[0] for kind, name in told if kind == what} for what, _ in told}
+    joined = named.pop("joined, split or new", set())
+    assert sum(map(len, named.values())) == len(set().union(*named.values()))
+    left = weights.keys() - set().union(*named.values())
+    assert bool(left) == bool(joined), (sorted(left), sorted(joined))
+    assert len(joined) <= len(left)
 
 
 def test_golden_folder_is_there(pytestconfig: pytest.Config) -> None:

@@ -140,9 +140,11 @@ def test_every_config_on_a_model_of_the_zoo_is_in_one_metafile(tool: ModuleType)
 def test_backbone_of_a_config_is_its_own_or_that_of_its_base(tool: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "base.py").write_text('model = dict(backbone=dict(model_name="tome_deit_small_patch16_224"))\n')
     (tmp_path / "longer.py").write_text('_base_ = ["mmdet::schedules/3x.py", "base.py"]\n')
+    (tmp_path / "tagged.py").write_text('model = dict(model_name="tome_vit_base_patch16_224.augreg_in21k_ft_in1k")\n')
     (tmp_path / "data.py").write_text('_base_ = ["mmdet::schedules/3x.py"]\n')
     backbone = import_module("cards.facts").backbone
     assert backbone(tmp_path / "longer.py") == "tome_deit_small_patch16_224"
+    assert backbone(tmp_path / "tagged.py") == "tome_vit_base_patch16_224"
     with pytest.raises(ValueError, match=r"data\.py has neither a model_name nor a base"):
         backbone(tmp_path / "data.py")
 

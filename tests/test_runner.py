@@ -1,4 +1,4 @@
-"""Training and testing configs of mmdet and mmseg: learning, resuming, several processes, and what is refused."""
+"""Training and testing configs: learning, resuming, several processes, and what is refused."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import timm
 import torch
 from drawn_set import PATTERNS
+from PIL import Image
 from scripts import load_tool
 
 pytest.importorskip("mmdet", reason="the mm extra is not installed")
 pytest.importorskip("mmseg")
+pytest.importorskip("mmpretrain")
 
 from mmengine.config import Config
 
@@ -102,6 +106,28 @@ def segmenter(drawn_set: Path, tmp_path: Path) -> Path:
     )
 
 
+@pytest.fixture
+def classifier(tmp_path: Path) -> Path:
+    """Config that evaluates a minute GTP with weights of a file on two pictures."""
+    data = tmp_path / "imagenet"
+    data.mkdir()
+    for label in (3, 7):
+        Image.fromarray(np.full((40, 50, 3), 20 * label, np.uint8)).save(data / f"{label}.png")
+    (data / "val.txt").write_text("3.png 3\n7.png 7\n")
+    sizes = {"depth": 2, "embed_dim": 32, "num_heads": 2}
+    torch.save(timm.create_model("deit_small_patch16_224", **sizes).state_dict(), tmp_path / "deit.pth")
+    return write_config(
+        tmp_path,
+        "mmpretrain/gtp-deit-s_in1k.py",
+        model={**sizes, "pretrained": str(tmp_path / "deit.pth")},
+        test_dataloader={
+            "num_workers": 0,
+            "persistent_workers": False,
+            "dataset": {"data_root": str(data), "split": "", "ann_file": "val.txt"},
+        },
+    )
+
+
 def scalars(work_dir: Path, key: str) -> list[float]:
     """Values of a key in the order they were logged."""
     lines = [
@@ -124,6 +150,11 @@ class TestTraining:
         assert load_tool("test").main(arguments) == 0
         metrics = json.loads(out.read_text())
         assert all(0 <= value <= 1 or value == -1 for value in metrics.values())
+
+    def test_classifier_is_tested_with_the_weights_of_its_config(self, classifier: Path, tmp_path: Path) -> None:
+        out = tmp_path / "metrics.json"
+        assert load_tool("test").main([str(classifier), "--work-dir", str(tmp_path), "--out", str(out)]) == 0
+        assert json.loads(out.read_text()).keys() == {"accuracy/top1", "accuracy/top5"}
 
     def test_trainings_are_compared_and_not_repeated(
         self, segmenter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -224,6 +255,18 @@ class TestCheckpoints:
         assert load_tool("test").main([str(segmenter), str(path), "--work-dir", str(tmp_path)]) == 2
         message = capsys.readouterr().err
         assert message.startswith(f"test: error: {path} is a checkpoint of another model than this EncoderDecoder")
+
+    def test_config_without_weights_needs_a_checkpoint(
+        self, segmenter: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert load_tool("test").main([str(segmenter)]) == 2
+        assert "names no weights for its whole model; give a checkpoint" in capsys.readouterr().err
+
+    def test_config_that_only_evaluates_is_not_trained(
+        self, classifier: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert load_tool("train").main([str(classifier)]) == 2
+        assert "has no training data; it only evaluates, by tools/test.py" in capsys.readouterr().err
 
     def test_truncated_checkpoint_is_refused(self, segmenter: Path, tmp_path: Path) -> None:
         path = tmp_path / "broken.pth"

@@ -1,6 +1,7 @@
-"""Evaluate a checkpoint of a detector or segmenter on the test set of its config.
+"""Evaluate a checkpoint on the test set of its config, or a classifier with the weights that its config names.
 
 python tools/test.py configs/mmdet/composites/mask-rcnn_evit.py work_dirs/mask-rcnn_evit/epoch_12.pth
+python tools/test.py configs/mmpretrain/gtp-deit-b_in1k.py
 """
 
 from __future__ import annotations
@@ -23,7 +24,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate; returns 2 after an error the caller can mend."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("config", help="config file")
-    parser.add_argument("checkpoint", help="checkpoint that the Runner saved; loaded strictly")
+    parser.add_argument(
+        "checkpoint",
+        nargs="?",
+        help="checkpoint that the Runner saved; loaded strictly. Without one a classifier has its pretrained weights",
+    )
     parser.add_argument("--work-dir", metavar="DIR", help="for logs (default: work_dirs/CONFIG)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the metrics there as JSON")
     parser.add_argument("--show-dir", metavar="DIR", help="draw the predictions there")
@@ -32,7 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--launcher", choices=LAUNCHERS, help="default: pytorch under torchrun, else none")
     arguments = parser.parse_args(argv)
-    options = {"load_from": arguments.checkpoint, **(arguments.cfg_options or {})}
+    options = dict(arguments.cfg_options or {})
+    if arguments.checkpoint is not None:
+        options.setdefault("load_from", arguments.checkpoint)
     if arguments.show_dir:
         options |= {"default_hooks.visualization.draw": True, "default_hooks.visualization.interval": 1}
         options |= {"visualizer.save_dir": arguments.show_dir}
@@ -40,6 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = prepare_config(
             arguments.config, work_dir=arguments.work_dir, options=options, launcher=arguments.launcher
         )
+        if config.get("load_from") is None and not config.model.get("pretrained"):
+            raise ValueError(
+                f"{arguments.config} names no weights for its whole model; give a checkpoint, or for a classifier "
+                "--cfg-options model.pretrained=True"
+            )
+        if "teacher" in config.model:
+            config.model.teacher = None  # it only trains
         runner = build_runner(config)
     except (ValueError, TypeError, OSError) as error:
         print(f"test: error: {' '.join(str(error).split())}", file=sys.stderr)

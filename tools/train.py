@@ -1,4 +1,4 @@
-"""Train a detector or segmenter from a config of mmdet or mmseg.
+"""Train a detector, segmenter or classifier from a config of mmdet, mmseg or mmpretrain.
 
     python tools/train.py configs/mmdet/composites/mask-rcnn_evit.py
     torchrun --nproc-per-node 2 tools/train.py CONFIG --cfg-options train_dataloader.batch_size=4
@@ -48,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             auto_scale_lr=arguments.auto_scale_lr,
             resume=arguments.resume,
         )
+        if config.get("train_dataloader") is None:
+            raise ValueError(f"{arguments.config} has no training data; it only evaluates, by tools/test.py")
         runner = build_runner(config)
     except (ValueError, TypeError, OSError) as error:
         print(f"train: error: {' '.join(str(error).split())}", file=sys.stderr)

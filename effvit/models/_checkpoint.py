@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import pickle
 import re
+import zipfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import eva, vision_transformer
 from torch import Tensor, nn
@@ -44,7 +43,11 @@ DROPPED = re.compile(
 
 
 def official_state_dict(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
-    """Weights of a loaded checkpoint under plain names, and the names of what was dropped from it."""
+    """Weights of a loaded checkpoint under plain names, and the names of what was dropped from it.
+
+    Raises:
+        ValueError: Entries whose names are no strings.
+    """
     for container in CONTAINERS:
         if isinstance(checkpoint.get(container), Mapping):
             checkpoint = checkpoint[container]
@@ -52,6 +55,11 @@ def official_state_dict(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor
     state: dict[str, Tensor] = {}
     dropped = []
     for name, value in checkpoint.items():
+        if not isinstance(name, str):
+            raise ValueError(
+                f"a checkpoint names its weights by strings, but this one has an entry {name!r}; save the model's "
+                "state_dict"
+            )
         name = WRAPPERS.sub("", name)
         if not isinstance(value, Tensor) or DROPPED.search(name):
             dropped.append(name)
@@ -66,13 +74,15 @@ class Conversion(NamedTuple):
     Attributes:
         state: The weights under the model's names, complete and of its shapes.
         same: Names that the file has too.
-        renamed: Names that the file does not have: renamed, joined or split weights.
+        renamed: Names that the file does not have -> the file's name of the same weight.
+        made: Names of weights that were joined, split, or not in the file and filled in.
         dropped: Names of the file that were left out because they only serve training, or are constants.
     """
 
     state: dict[str, Tensor]
     same: list[str]
-    renamed: list[str]
+    renamed: dict[str, str]
+    made: list[str]
     dropped: list[str]
 
 
@@ -116,18 +126,23 @@ def read_file(path: str | Path, allowed: Sequence[Any] = ()) -> Mapping[str, Any
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: The file cannot be read, or holds no dict.
+        ValueError: A folder, a file that cannot be read, or one that holds no dict.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, not a checkpoint; name the file in it")
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        _check_archive(path)
         # EViT's and DeiT's files hold their command line as a Namespace beside the weights.
         with torch.serialization.safe_globals([argparse.Namespace, *allowed]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        if isinstance(content, Mapping):
+            _check_memory(content)
+    except Exception as error:  # a damaged file makes the readers raise nearly anything: KeyError, struct.error ...
         reason = next((line for line in str(error).splitlines() if line), type(error).__name__)
         raise ValueError(
             f"{path} cannot be read as a checkpoint ({reason}); it is truncated, of another format, or holds code "
@@ -136,6 +151,25 @@ def read_file(path: str | Path, allowed: Sequence[Any] = ()) -> Mapping[str, Any
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of weights")
     return content
+
+
+def _check_archive(path: Path) -> None:
+    """Raise a ValueError for a zip file that grows when it is unpacked, as none of torch's does."""
+    if not zipfile.is_zipfile(path):  # torch before 1.6
+        return
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+    if unpacked > path.stat().st_size:
+        raise ValueError(f"{path.stat().st_size} bytes would unpack to {unpacked}")
+
+
+def _check_memory(content: Mapping[Any, Any]) -> None:
+    """Raise a ValueError for a tensor that is larger than what the file holds of it, and would fill the memory."""
+    for name, value in content.items():
+        if isinstance(value, Mapping):
+            _check_memory(value)
+        elif isinstance(value, Tensor) and (value.is_meta or value.nbytes > value.untyped_storage().nbytes()):
+            raise ValueError(f"{name} of shape {tuple(value.shape)} is not in the file as a whole")
 
 
 def read_checkpoint(path: str | Path, allowed: Sequence[Any] = ()) -> tuple[dict[str, Tensor], list[str]]:
@@ -200,8 +234,17 @@ def convert_checkpoint(model: nn.Module, path: str | Path, allowed: Sequence[Any
     plain, dropped = read_checkpoint(path, allowed)
     state, unused = adapt_state(model, plain)
     check_state(state, model, path)
-    same = [name for name in state if name in plain]
-    return Conversion(state, same, [name for name in state if name not in plain], dropped + unused)
+    origins = {(value.data_ptr(), value.numel()): name for name, value in plain.items()}
+    same, renamed, made = [], {}, []
+    for name, value in state.items():
+        origin = origins.get((value.data_ptr(), value.numel()))
+        if name in plain:
+            same.append(name)
+        elif origin is not None:
+            renamed[name] = origin
+        else:
+            made.append(name)
+    return Conversion(state, same, renamed, made, dropped + unused)
 
 
 def load_checkpoint(model: nn.Module, path: str | Path, allowed: Sequence[Any] = ()) -> list[str]:

@@ -132,9 +132,9 @@ def results_of(facts: dict[str, Any]) -> list[Result]:
 
 
 def backbone(config: Path) -> str:
-    """The model name of a config's backbone, its own or that of the config it changes; ValueError without either."""
+    """The model name of a config, its own or that of the config it changes, without tag; ValueError without either."""
     text = config.read_text()
-    name = re.search(r'model_name="([^"]+)"', text)
+    name = re.search(r'model_name="([^".]+)', text)
     if name is not None:
         return name.group(1)
     base = re.search(r'"([^":]+\.py)"', text)
