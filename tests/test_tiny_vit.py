@@ -198,12 +198,16 @@ class TestMerging:
             "stages.1.blocks.0.attn.qkv": [20, 49, 16],
             "stages.1.blocks.0.mlp.fc1": [1, 768, 16],
             "stages.2.blocks.0.attn.qkv": [2, 146, 24],
-            "stages.2.blocks.0.mlp.fc1": [2, 146, 24],
+            "stages.2.blocks.0.mlp.fc1": [1, 16, 12, 24],  # fewer than 2 x 146 of the padded windows
             "stages.2.blocks.1.attn.qkv": [2, 98, 24],
-            "stages.2.blocks.1.mlp.fc1": [2, 98, 24],
+            "stages.2.blocks.1.mlp.fc1": [1, 16, 12, 24],
             "stages.3.blocks.0.attn.qkv": [2, 25, 32],  # half of them at most
-            "stages.3.blocks.0.mlp.fc1": [2, 25, 32],
+            "stages.3.blocks.0.mlp.fc1": [1, 8, 6, 32],
         }
+        model(images(height=224, width=224))  # maps of 28 x 28, 14 x 14 and 7 x 7
+        assert shapes["stages.2.blocks.0.mlp.fc1"] == [1, 146, 24]
+        assert shapes["stages.2.blocks.1.mlp.fc1"] == [1, 98, 24]
+        assert shapes["stages.3.blocks.0.mlp.fc1"] == [1, 25, 32]
 
     def test_attention_to_all_tokens_in_another_order_is_timms(self) -> None:
         attention = small().stages[2].blocks[0].attn

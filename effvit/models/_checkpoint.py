@@ -45,7 +45,7 @@ DROPPED = re.compile(
     r"|^(neck|rpn_head|roi_head|bbox_head|decode_head|auxiliary_head|prompt_encoder|mask_decoder)\.)"
 )
 # The encoders of SAM have no use for a classifier: the one that MobileSAM's holds no longer fits its features.
-STALE = re.compile(r"^image_encoder\.head\.")
+STALE = re.compile(r"^image_encoder\.head\.(weight|bias)$")
 
 
 def official_state_dict(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:

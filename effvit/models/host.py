@@ -452,7 +452,8 @@ def sparsify(
 
     Args:
         model: A timm model or the name of one (then created without pretrained weights; for others call
-            ``timm.create_model`` and give the model). It may be reduced already: its method is replaced.
+            ``timm.create_model`` and give the model), plain or a TinyVit (``effvit.models.tiny_vit``). It may be
+            reduced already: its method is replaced.
         method: One of ``effvit.list_methods()``.
         recover: How dense maps (``forward_intermediates``, ``features_only``) fill dropped patches, one of
             ``effvit.recover.FILLS``: "last", "nearest", "zero", "reconstruct" or "attention", which is trained and

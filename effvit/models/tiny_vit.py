@@ -10,7 +10,8 @@ Every block has a 3 x 3 convolution between attention and MLP, and every stage b
   the patches are reconstructed, as in the windows of SAM (hourglass_image_encoder.py@75a1c30). Position biases are
   interpolated. This ends with the stage at the latest; stages that follow cluster their own windows.
 
-Blocks are counted through, from the first with attention. Padding of the last windows takes part, as in timm's model.
+Blocks are counted through, from the first with attention. Padding of the last windows takes part, as in timm's model;
+where it leaves more tokens than the map has, the MLP sees the map itself.
 """
 
 from __future__ import annotations
@@ -110,6 +111,8 @@ class MergingBlock(TinyVitBlock):
         y = self.attn(merged, merging.matching.order, weight if self.reducer.prop_attn else None)
         x = x + self.drop_path1(from_windows(merging.spread(y), window, size))
         x = self.local_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        if merged.shape[:2].numel() >= x.shape[:3].numel():  # of a small map in padded windows
+            return x + self.drop_path2(self.mlp(x))
         y = self.mlp(merging.merge(to_windows(x, window))[0])
         return x + self.drop_path2(from_windows(merging.spread(y), window, size))
 
