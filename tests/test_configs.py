@@ -118,6 +118,13 @@ def test_config_trains_and_predicts(path: Path) -> None:
     assert len(predictions) == 2
 
 
+def test_missing_weights_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(ROOT / "configs/mmdet/composites/mask-rcnn_tiny-vit.py")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at data/mobile_sam/mobile_sam\.pt"):
+        MODELS.build(config.model.backbone)
+
+
 def test_every_config_says_where_its_settings_are_from() -> None:
     for path in CONFIGS:
         assert path.read_text().startswith("# "), path

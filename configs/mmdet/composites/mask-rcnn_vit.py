@@ -1,6 +1,5 @@
-# Dense: a small plain ViT with patches of 8 pixels, with the weights of configs/mmseg/composites/fcn_vit.py. All heads read
-# its one map. From the up-sampled levels of ViTDet's neck, which are random at first, they learned nothing in as many
-# iterations.
+# Dense: a small plain ViT with patches of 8 pixels, with the weights of configs/mmseg/composites/fcn_vit.py, which learn
+# ten times slower than the rest. All heads read its one map.
 _base_ = "_base_/mask-rcnn_composites.py"
 
 strides = [8]
