@@ -1,5 +1,5 @@
-# Dense: a small plain ViT with patches of 8 pixels, with the weights of configs/mmseg/composites/fcn_vit.py, which learn
-# ten times slower than the rest. All heads read its one map.
+# Dense: a small plain ViT with patches of 8 pixels. It starts from the weights of configs/mmseg/composites/fcn_vit.py and
+# learns ten times slower than the heads, which all read its one map.
 _base_ = "_base_/mask-rcnn_composites.py"
 
 strides = [8]
