@@ -5,7 +5,7 @@
     python tools/evaluate_masks.py --size 448
     python tools/evaluate_masks.py --method tome --set "r=[0, 0, 98, 98, 98, 98, 98, 98]"
 
-Photographs are those of installed packages (effvit.demo) and those that get_data.py has fetched. Each is asked for the
+Photographs are those of installed packages (effvit.pictures) and those that get_data.py fetched. Each is asked for the
 mask at every point of a grid; agreement is the mean intersection over union of the masks, thresholded as SAM's are. It
 says how much the reduction changes, not whether the masks are right. Whole windows need a size of 448 or 896 pixels; at
 1024, where the encoder was trained, a sixth of the tokens of the third stage are padding.
@@ -33,8 +33,8 @@ from torch import Tensor, nn
 import effvit
 from effvit.cli import list_variants, parse_setting, reduced, write_json
 from effvit.costs import profile
-from effvit.demo import photographs
 from effvit.models._checkpoint import read_file
+from effvit.pictures import photographs
 from effvit.sources import default_root
 
 __all__ = ["agreement", "main", "table"]
