@@ -15,7 +15,7 @@ __all__ = ["Shown", "add_accuracies", "shown_models", "top1"]
 def top1(
     models: Mapping[str, nn.Module], batches: Iterable[tuple[Tensor, Tensor]], device: str = "cpu"
 ) -> dict[str, float]:
-    """Top-1 accuracy in percent of each model, all on the same batches of (images, labels)."""
+    """Top-1 accuracy in percent of each model in eval mode, all on the same images (B, C, H, W) and labels (B,)."""
     right, seen = dict.fromkeys(models, 0), 0
     for images, labels in batches:
         seen += len(labels)

@@ -50,6 +50,7 @@ class EffViTClassifier(TimmClassifier):
     Raises:
         ValueError: An unknown name, a weight or temperature out of range, a teacher without ``pretrained`` or with
             other classes, or a checkpoint of another model.
+        FileNotFoundError: No checkpoint where ``pretrained`` says.
     """
 
     teacher: Any = None

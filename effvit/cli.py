@@ -156,7 +156,7 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(run=run_convert)
 
     command = commands.add_parser(
-        "demo", parents=[weights], help="all methods on photographs that are installed already, offline"
+        "demo", parents=[weights], help="all methods on pictures that are installed already, offline"
     )
     command.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR")
     command.add_argument("--model", default="deit_small_patch16_224", metavar="NAME")

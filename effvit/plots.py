@@ -134,8 +134,9 @@ def scale_by_errors(axes: Axes, values: Sequence[float]) -> None:
         return -np.log(np.maximum(100 - np.asarray(accuracy), LEAST_ERROR))
 
     axes.set_yscale("function", functions=(up, lambda height: 100 - np.exp(-np.asarray(height))))
-    least, most = (100 - value for value in (min(values), max(values)))
-    low, high = 100 - min(100, max(least * 1.2, 10 * LEAST_ERROR)), 100 - max(most * 0.78, LEAST_ERROR)  # holds a tick
+    largest, smallest = (100 - value for value in (min(values), max(values)))  # errors
+    low = 100 - min(100, max(largest * 1.2, 10 * LEAST_ERROR))
+    high = 100 - max(smallest * 0.78, LEAST_ERROR)  # there is a tick between them
     axes.set_ylim(low, high)
     axes.yaxis.set_major_locator(FixedLocator([tick for tick in ACCURACY_TICKS if low <= tick <= high]))
     axes.yaxis.set_minor_locator(NullLocator())

@@ -1,4 +1,4 @@
-"""Training and testing mmdet and mmseg configs with mmengine's Runner: ``tools/train.py`` and ``tools/test.py``.
+"""Training and testing configs of mmdet, mmseg and mmpretrain with mmengine's Runner (``tools/train.py``, ``test.py``).
 
 What mmengine's own scripts do, and besides: processes on machines without an accelerator, checkpoints that must fit the
 model, annotations that are checked before training, and bases of mmseg under the maintained fork's name.

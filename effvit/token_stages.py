@@ -79,7 +79,7 @@ def trace_stages(model: nn.Module, x: Tensor) -> list[Stage]:
     """What each reducing block makes of the patches of an image.
 
     Args:
-        model: A model made by ``effvit.sparsify``, or one of the architectures with soft tokens: STViT, STViT-R,
+        model: A plain ViT made by ``effvit.sparsify``, or one of the architectures with soft tokens: STViT, STViT-R,
             super-token ViT, LookupViT and SiT. It is run in eval mode and left as it is.
         x: The image as the model takes it (1, 3, H, W).
 
@@ -96,7 +96,7 @@ def trace_stages(model: nn.Module, x: Tensor) -> list[Stage]:
             return trace(eval_twin(model), x.to(like.device, like.dtype))
     soft = ", ".join(kind.__name__ for kind in TRACES if kind is not ReducedHost)
     raise TypeError(
-        f"tokens can be traced in a model made by effvit.sparsify and in {soft}, got a {type(model).__name__}; "
+        f"tokens can be traced in a plain ViT made by effvit.sparsify and in {soft}, got a {type(model).__name__}; "
         "reduce it by a method first"
     )
 
