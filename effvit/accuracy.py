@@ -57,7 +57,8 @@ def shown_models(records: Iterable[Mapping[str, Any]]) -> list[Shown]:
     for record in records:
         weights, models = record["conditions"].get("weights"), record["models"]
         baseline = models[0]["name"]
-        is_known = baseline in baselines or (weights is not None and len(models) > 1)
+        is_rival = weights is None or not baseline.endswith(f", {weights}")  # a baseline of its own weights
+        is_known = baseline in baselines or (bool(shown) and not is_rival and len(models) > 1)
         baselines.add(baseline)
         for model in models[is_known:]:
             accuracies = [] if model["accuracy"] is None else [model["accuracy"]["value"]]

@@ -5,6 +5,7 @@ A block offers a reducer its two halves, ``attend`` and ``feedforward``, and kno
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from timm.layers import DropPath
@@ -15,9 +16,22 @@ from torch import Tensor, nn
 from effvit.attention import ATTENTION_CLASSES, AttnState, EditMap, Pick
 from effvit.tokens import TokenMap, take_rows
 
-__all__ = ["BLOCK_CLASSES", "rehouse", "token_block"]
+__all__ = ["BLOCK_CLASSES", "copy_shared", "rehouse", "token_block"]
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def copy_shared(model: ModuleT) -> ModuleT:
+    """A copy of the model that shares all parameters and buffers.
+
+    The position biases that timm's TinyViT and LeViT keep between forward passes are left out: they may have gradients,
+    and then cannot be copied.
+    """
+    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    for module in model.modules():
+        if hasattr(module, "attention_bias_cache"):
+            memo[id(module.attention_bias_cache)] = {}
+    return copy.deepcopy(model, memo)
 
 
 def rehouse(module: nn.Module, cls: type[ModuleT]) -> ModuleT:

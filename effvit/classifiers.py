@@ -12,6 +12,7 @@ from typing import Any
 import timm
 import torch
 from mmengine.registry import MODELS
+from mmengine.runner.checkpoint import get_torch_safe_globals
 from mmpretrain.models import TimmClassifier
 from torch import Tensor, nn
 
@@ -69,7 +70,7 @@ class EffViTClassifier(TimmClassifier):
         check_model_name(model_name)
         super().__init__(model_name, pretrained=pretrained is True, **kwargs)
         if isinstance(pretrained, str):
-            load_checkpoint(self.model, pretrained)
+            load_checkpoint(self.model, pretrained, get_torch_safe_globals())
         if sparsify is not None:
             self.model: Any = effvit.sparsify(self.model, **sparsify)
         self.model.is_init = True  # or mmengine's Runner would call timm's `init_weights` before it trains
@@ -156,7 +157,8 @@ class SiTClassifier(EffViTClassifier):
                     "take a dense one (lvvit_*_4c_224), or type='EffViTClassifier'"
                 )
             check_pair(self.model, self.teacher)
-            self.model.load_state_dict(self.teacher.state_dict(), strict=False)
+            if not kwargs.get("pretrained"):
+                self.model.load_state_dict(self.teacher.state_dict(), strict=False)
 
     def loss(self, inputs: Tensor, data_samples: Sequence[Any], **kwargs: Any) -> dict[str, Tensor]:
         """Scalars of images (B, 3, H, W): "task_loss", and with a teacher "token_loss" and "distill_loss"."""
@@ -185,7 +187,7 @@ def _create_teacher(settings: dict[str, Any], student: Any) -> Any:
     check_model_name(name)
     teacher: Any = timm.create_model(name, pretrained=pretrained is True, **settings)
     if isinstance(pretrained, str):
-        load_checkpoint(teacher, pretrained)
+        load_checkpoint(teacher, pretrained, get_torch_safe_globals())
     if teacher.num_classes != student.num_classes:
         raise ValueError(
             f"the teacher {name} has {teacher.num_classes} classes and the student {student.num_classes}; give both "

@@ -9,7 +9,6 @@ exceptions is reported.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,6 +20,8 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from effvit.block import copy_shared
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # fvcore scripts its focal loss while it is imported
@@ -208,8 +209,7 @@ class FlopReport:
 
 def eval_twin(model: ModelT) -> ModelT:
     """A copy of the model in eval mode that shares all parameters and buffers, but no hooks or flags."""
-    shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, shared).eval()
+    return copy_shared(model).eval()
 
 
 def count_flops(

@@ -96,7 +96,7 @@ class EffViT(BaseModule):
             asked["feature_cls"] = "getter"  # timm's Swin would give NHWC maps by its default
         self.features: Any = timm.create_model(model_name, **asked, **settings)
         if isinstance(pretrained, str):
-            state, _ = adapt_state(whole, read_checkpoint(pretrained)[0])
+            state, _ = adapt_state(whole, read_checkpoint(pretrained, get_torch_safe_globals())[0])
             check_state(state, self.model, pretrained, known=whole.state_dict().keys())
             self.model.load_state_dict(state, strict=False)
         self.channels: list[int] = self.features.feature_info.channels()

@@ -70,12 +70,15 @@ def families(dense: nn.Module, methods: Sequence[str] = TUNED) -> list[Family]:
     """Ladders of settings of the methods for a plain ViT; settings the model cannot take are left out.
 
     Raises:
+        TypeError: A model that is no plain ViT.
         ValueError: A method that is not tuned, or none that the model can take.
     """
     unknown = [method for method in methods if method not in TUNED]
     if unknown:
         raise ValueError(f"{unknown[0]!r} is not tuned; tuned are {', '.join(TUNED)}")
     host: Any = dense
+    if not hasattr(host, "blocks"):
+        raise TypeError(f"tuned are plain ViTs, whose blocks follow each other in 'blocks', not {type(dense).__name__}")
     depth, patches = len(host.blocks), host.patch_embed.num_patches
     early = sorted({max(1, depth // 6), max(1, depth // 3), max(1, depth // 2)})
     totals = range(depth // 2, patches, max(1, patches // 50))

@@ -15,7 +15,7 @@ from pathlib import Path
 from mmengine.config import DictAction
 from mmengine.dist import is_main_process
 
-from effvit.runner import LAUNCHERS, build_runner, prepare_config
+from effvit.runner import LAUNCHERS, build_runner, prepare_config, without_pretrained
 
 __all__ = ["main"]
 
@@ -47,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = prepare_config(
             arguments.config, work_dir=arguments.work_dir, options=options, launcher=arguments.launcher
         )
-        if config.get("load_from") is None and not config.model.get("pretrained"):
+        if config.get("load_from") is not None:
+            config = without_pretrained(config)
+        elif not config.model.get("pretrained"):
             raise ValueError(
                 f"{arguments.config} names no weights for its whole model; give a checkpoint, or for a classifier "
                 "--cfg-options model.pretrained=True"

@@ -7,7 +7,6 @@ that timm does with the class go on working, and the model that was given stays 
 
 from __future__ import annotations
 
-import copy
 import difflib
 import fnmatch
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from timm.models.tiny_vit import TinyVit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from effvit.block import rehouse, token_block
+from effvit.block import copy_shared, rehouse, token_block
 from effvit.models._surface import Reduced, check_images, check_output_fmt, hand_out, refuse_mask
 from effvit.models.tiny_vit import ReducedTinyViT, reduce_windows
 from effvit.recover import AttentionRecovery, check_fill, restore, to_grid
@@ -489,8 +488,7 @@ def sparsify(
         )
     plan = METHODS[method].plan(len(dense.blocks), **settings)
 
-    shared: dict[int, Any] = {id(t): t for t in (*dense.parameters(), *dense.buffers())}
-    host = rehouse(copy.deepcopy(dense, shared), host_class)
+    host = rehouse(copy_shared(dense), host_class)
     _described(host, method, settings, recover)
     host.recovery = _recovery(host) if recover == "attention" else None
     if not isinstance(dense, ReducedHost):

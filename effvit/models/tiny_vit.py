@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from timm.models.tiny_vit import Attention, TinyVit, TinyVitBlock, TinyVitStage
 from torch import Tensor
 
-from effvit.block import rehouse
+from effvit.block import copy_shared, rehouse
 from effvit.models._surface import Reduced
 from effvit.recover import reconstruct_tokens
 from effvit.reducers import METHODS, Reducer
@@ -225,11 +225,7 @@ def reduce_windows(dense: TinyVit, method: str, settings: dict[str, Any]) -> Red
             f"{method} takes tokens away for good, but the blocks of a TinyVit convolve full maps; "
             f"use method {' or '.join(map(repr, WINDOW_METHODS))}, which give them back within a stage"
         )
-    shared: dict[int, Any] = {id(t): t for t in (*dense.parameters(), *dense.buffers())}
-    for module in dense.modules():
-        if isinstance(module, Attention):
-            shared[id(module.attention_bias_cache)] = {}  # tensors with gradients, which cannot be copied
-    host: Any = rehouse(copy.deepcopy(dense, shared), ReducedTinyViT)
+    host: Any = rehouse(copy_shared(dense), ReducedTinyViT)
     plan = METHODS[method].plan(sum(host.depths[1:]), **settings)
     start = 0
     host.stages = rehouse(host.stages, torch.nn.Sequential)
@@ -279,14 +275,14 @@ def clustered_stage(stage: Any, plan: dict[int, Reducer], start: int) -> Any:
     first, last = max(ends[0] - start, 0), min(ends[-1] - start, len(blocks))
     if not plan or first >= last:
         return stage
-    reducer: Any = plan[ends[0]]
+    reducer: Any = copy.copy(plan[ends[0]])  # each stage names its own first block in errors
     window = blocks[0].window_size
     cells = window_cells(reducer, window)
     if cells == window:
         return stage
     stage = rehouse(stage, ClusteredStage)
     stage.reducer, stage.window, stage.cells, stage.first, stage.last = reducer, window, cells, first, last
-    reducer.block = ends[0]
+    reducer.block = start + first
     for block in blocks[first:last]:
         block.window_size = cells
         block.attn = rehouse(block.attn, ClusterAttention)

@@ -163,7 +163,7 @@ def results_here(own_configs: dict[str, str]) -> list[Result]:
                     "Semantic Segmentation" if "mIoU" in metrics else "Instance Segmentation",
                     "composites (generated, docs/dense.md)",
                     metrics,
-                    f"measured here, {record['iterations']} iterations from random weights, {path.relative_to(ROOT)}",
+                    f"measured here, {record['iterations']} iterations, {path.relative_to(ROOT)}",
                     config=record["config"],
                 )
             )
