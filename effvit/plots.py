@@ -22,6 +22,7 @@ __all__ = ["Line", "accuracy_lines", "plot_accuracy", "plot_costs"]
 DENSE_COLOUR = "#343a40"
 COLOURS = ("#1c7ed6", "#e8590c", "#2f9e44", "#ae3ec9", "#e03131", "#0c8599", "#b08900", "#74512d", "#d6336c", "#5c940d")
 MARKERS = "osD^vPXph<>"
+OWN_MARKERS = "*Hd8p>X<"  # of models without a method
 DASHES = ("-", "--", ":", "-.")  # for each way the weights were trained
 FAINT, GRID = "#adb5bd", "#f1f3f5"
 ACCURACY_TICKS = (10, 20, 30, 40, 50, 60, 70, 80, 85, 90, 92, 94, 96, 97, 98, 98.5, 99, 99.3, 99.5)
@@ -76,7 +77,7 @@ def accuracy_lines(records: Iterable[Mapping[str, Any]]) -> list[Line]:
 def look(method: str | None, number: int) -> dict[str, Any]:
     """Colour and marker of a method, the same in every plot; ``number`` tells models without one apart."""
     if method is None:
-        return {"color": DENSE_COLOUR, "marker": "*Hd8"[number % 4], "markersize": 11}
+        return {"color": DENSE_COLOUR, "marker": OWN_MARKERS[number % len(OWN_MARKERS)], "markersize": 11}
     place = list(METHODS).index(method)
     return {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)], "markersize": 6}
 
@@ -101,7 +102,7 @@ def plot_accuracy(records: Sequence[Mapping[str, Any]], title: str, path: Path, 
     dense = lines[0].models[0]
     unit, letter = (1e9, "G") if dense["macs"] >= 1e9 else (1e6, "M")
     with matplotlib.rc_context(TEXT | VECTORS):
-        figure = Figure(figsize=(9.6, 4.6), layout="constrained")
+        figure = Figure(figsize=(11.6, 4.8), layout="constrained")
         FigureCanvasAgg(figure)
         by_macs, by_speed = figure.subplots(1, 2, sharey=True)
         for axes in (by_macs, by_speed):
@@ -118,8 +119,8 @@ def plot_accuracy(records: Sequence[Mapping[str, Any]], title: str, path: Path, 
             by_speed.errorbar(speeds, values, xerr=errors, elinewidth=0.8, zorder=3, **style)
         scale_by_errors(by_macs, [model["accuracy"]["value"] for line in lines for model in line.models])
         by_macs.set_ylabel("top-1 accuracy, %")
-        by_macs.set_xlabel(f"{letter}MACs of one picture (less is better)")
-        by_speed.set_xlabel("speed-up over the dense model (more is better)")
+        by_macs.set_xlabel(f"{letter}MACs of one picture")
+        by_speed.set_xlabel("speed-up over the dense model")
         for axes in (by_macs, by_speed):
             tidy(axes)
         figure.suptitle(title, fontsize=11)
