@@ -37,7 +37,6 @@ SMALLER: dict[str, dict[str, Any]] = {
     "stvit_r": {"embed_dim": 24, "num_heads": (1, 2, 4, 8), "depths": (1, 1, 6, 1)},
     "supertoken": {"dims": (8, 16, 32, 64), "num_heads": (1, 1, 2, 2), "depths": (1, 1, 1, 1)},
     "casvit": {"dims": (8, 16, 32, 64), "depths": (1, 1, 1, 1)},
-    "vit_nano": {},
 }
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(instance named of|__floordiv__|torch.meshgrid).*:UserWarning")
@@ -52,7 +51,7 @@ def read(path: Path) -> Config:
             part["num"] = 32
         if "num_prop" in part:
             part["num_prop"] = 1
-        if config.default_scope == "mmpretrain" and "model_name" in part:
+        if path.stem.endswith("in1k") and "model_name" in part:
             part.update(next((sizes for name, sizes in SMALLER.items() if part["model_name"].startswith(name)), HOST))
     return config
 
