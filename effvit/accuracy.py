@@ -57,10 +57,10 @@ def shown_models(records: Iterable[Mapping[str, Any]]) -> list[Shown]:
     for record in records:
         weights, models = record["conditions"].get("weights"), record["models"]
         baseline = models[0]["name"]
-        is_rival = weights is None or not baseline.endswith(f", {weights}")  # a baseline of its own weights
-        is_known = baseline in baselines or (bool(shown) and not is_rival and len(models) > 1)
+        has_same_weights = weights is not None and baseline.endswith(f", {weights}")
+        is_left_out = baseline in baselines or (has_same_weights and bool(shown) and len(models) > 1)
         baselines.add(baseline)
-        for model in models[is_known:]:
+        for model in models[is_left_out:]:
             accuracies = [] if model["accuracy"] is None else [model["accuracy"]["value"]]
             key = model["name"], weights
             if key in shown and weights is not None and accuracies:

@@ -238,18 +238,23 @@ def tune(
         finals |= {
             (i, rung + step) for i, rung in finals for step in (-1, 1) if 0 <= rung + step < len(found[i].ladder)
         }
+
+    def in_reach() -> list[tuple[int, int]]:
+        return [place for place in finals if speedup is None or tried[rung_name(*place)].speedup >= speedup]
+
+    def stronger() -> list[tuple[int, int]]:
+        """The next rung of each family that misses the aim now."""
+        short = sorted(set(rungs) - {i for i, _ in in_reach()})
+        following = [(i, 1 + max(rung for j, rung in finals if j == i)) for i in short]
+        return [(i, rung) for i, rung in following if rung < len(found[i].ladder)]
+
     fresh = sorted(finals)
     while True:
-        if fresh:
+        while fresh:
             measure(named(fresh), final_rounds)
-        finals |= set(fresh)
-        reached = [place for place in finals if speedup is None or tried[rung_name(*place)].speedup >= speedup]
-        # A family that misses the aim now goes on with stronger settings.
-        short = sorted(set(rungs) - {i for i, _ in reached})
-        stronger = [(i, 1 + max(rung for j, rung in finals if j == i)) for i in short]
-        fresh = [(i, rung) for i, rung in stronger if rung < len(found[i].ladder)]
-        if fresh:
-            continue
+            finals |= set(fresh)
+            fresh = stronger()
+        reached = in_reach()
         if not reached:
             fastest = max((candidate.speedup for candidate in tried.values()), default=1.0)
             aim = f"a speed-up of {speedup}" if macs is None else f"{macs} multiply-adds"
@@ -264,6 +269,7 @@ def tune(
         measure(named([winner]), final_rounds)
         if tried[rung_name(*winner)].interval[1] >= speedup:
             break
+        fresh = stronger()
     best = tried[rung_name(*winner)]
     return {
         "schema": SCHEMA,
