@@ -7,6 +7,7 @@ every model once, in a new random order, and a speed-up is the median of the rat
 from __future__ import annotations
 
 import copy
+import ctypes
 import os
 import platform
 import time
@@ -26,12 +27,22 @@ from torch.utils._pytree import tree_leaves
 
 import effvit
 
-__all__ = ["Measurement", "fill_batch", "machine", "median_interval", "median_ratio", "noise", "profile_models"]
+__all__ = [
+    "Measurement",
+    "fill_batch",
+    "keep_freed_memory",
+    "machine",
+    "median_interval",
+    "median_ratio",
+    "noise",
+    "profile_models",
+]
 
 SEED = 0
 RESAMPLES = 2000
 MAX_WARMUP = 10
 PERCENTILES = (10, 50, 90, 99)
+TRIM_THRESHOLD, MMAP_MAX = -1, -4  # parameters of mallopt, from glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -77,6 +88,21 @@ def median_ratio(durations: ArrayLike, others: ArrayLike) -> tuple[float, tuple[
     return float(np.median(ratios)), median_interval(ratios)
 
 
+def keep_freed_memory() -> bool:
+    """Make glibc keep freed memory for its next use, for the rest of the process.
+
+    By its defaults it returns large blocks to the system, and the next run pays for fresh pages; how many depends on what
+    else ran in the process.
+
+    Returns:
+        False where the C library is another one, or an allocator put before it takes no such options.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    set_option = ctypes.CDLL(None).mallopt
+    return bool(set_option(TRIM_THRESHOLD, -1) and set_option(MMAP_MAX, 0))
+
+
 def fill_batch(images: Tensor, batch_size: int) -> Tensor:
     """``batch_size`` images (batch_size, channels, H, W): those given in turn."""
     return images[torch.arange(batch_size) % len(images)]
@@ -102,7 +128,8 @@ def profile_models(
     """Interleaved inference speed of several models on one batch; the first is the baseline.
 
     The models are copied, once and with what they share, so the given ones keep their device, dtype and mode. Time is
-    that of the wall clock from an idle device to the result, on CUDA that between two events.
+    that of the wall clock from an idle device to the result, on CUDA that between two events. On a CPU the process keeps
+    freed memory from then on (``keep_freed_memory``), as the allocators that serve models in production do.
 
     Args:
         models: Name -> model.
@@ -146,6 +173,8 @@ def profile_models(
     batch = fill_batch(images, batch_size).to(device, dtype)
     twins = {name: twin.to(device, dtype).eval() for name, twin in copy.deepcopy(dict(models)).items()}
 
+    if device.type == "cpu":
+        keep_freed_memory()
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads or threads_before)
     try:
@@ -317,6 +346,7 @@ def machine(device: str) -> dict[str, Any]:
         "processor": _processor_name(),
         "cores": os.cpu_count(),
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
+        "libc": " ".join(platform.libc_ver()),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "timm": timm.__version__,

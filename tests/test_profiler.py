@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -199,3 +203,24 @@ def test_compiled_models_are_measured(monkeypatch):
 def test_options_that_cannot_work_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         profile_models({"a": Recorder([])}, SIZE, 1, **settings)
+
+
+def test_memory_freed_in_one_run_serves_the_next():
+    count = """
+import resource, torch
+from effvit.profiler import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(32 << 20)  # 128 MiB, above any threshold glibc has by itself
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+kept = keep_freed_memory()
+print(kept, *[faults() for _ in range(5)])
+"""
+    run = subprocess.run([sys.executable, "-c", count], capture_output=True, text=True, check=True)
+    kept, *counts = run.stdout.split()
+    assert kept == str(platform.libc_ver()[0] == "glibc")
+    assert int(counts[0]) > 1000
+    if kept == "True":
+        assert int(counts[-1]) < 50
