@@ -87,13 +87,14 @@ class CrossAttention(nn.Module):
 
     Args:
         dim: Channels of both sets.
-        num_heads: Heads; must divide ``dim``.
+        num_heads: Heads; must divide ``dim`` unless ``head_dim`` is given.
         qkv_bias: Biases of the three projections.
         attn_drop: Dropout of the attention weights.
         proj_drop: Dropout of the output.
+        head_dim: Channels of a head; None means ``dim // num_heads``.
 
     Raises:
-        ValueError: ``num_heads`` does not divide ``dim``.
+        ValueError: ``num_heads`` does not divide ``dim``, and there is no ``head_dim``.
     """
 
     def __init__(
@@ -103,18 +104,20 @@ class CrossAttention(nn.Module):
         qkv_bias: bool = True,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
+        head_dim: int | None = None,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        if dim % num_heads:
+        if head_dim is None and dim % num_heads:
             raise ValueError(f"num_heads must divide the channels, got {num_heads} heads for {dim} channels")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        inner = num_heads * (head_dim or dim // num_heads)
         self.num_heads = num_heads
-        self.q = nn.Linear(dim, dim, bias=qkv_bias, **dd)
-        self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias, **dd)
+        self.q = nn.Linear(dim, inner, bias=qkv_bias, **dd)
+        self.kv = nn.Linear(dim, 2 * inner, bias=qkv_bias, **dd)
         self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj = nn.Linear(inner, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def split_heads(self, x: Tensor) -> Tensor:

@@ -91,8 +91,8 @@ def median_ratio(durations: ArrayLike, others: ArrayLike) -> tuple[float, tuple[
 def keep_freed_memory() -> bool:
     """Make glibc keep freed memory for its next use, for the rest of the process.
 
-    By its defaults it returns large blocks to the system, and the next run pays for fresh pages; how many depends on what
-    else ran in the process.
+    By its defaults it returns large blocks to the system, and the next run pays for fresh pages; how many depends on
+    what else ran in the process.
 
     Returns:
         False where the C library is another one, or an allocator put before it takes no such options.
@@ -128,8 +128,8 @@ def profile_models(
     """Interleaved inference speed of several models on one batch; the first is the baseline.
 
     The models are copied, once and with what they share, so the given ones keep their device, dtype and mode. Time is
-    that of the wall clock from an idle device to the result, on CUDA that between two events. On a CPU the process keeps
-    freed memory from then on (``keep_freed_memory``), as the allocators that serve models in production do.
+    that of the wall clock from an idle device to the result, on CUDA that between two events. On a CPU the process
+    keeps freed memory from then on (``keep_freed_memory``).
 
     Args:
         models: Name -> model.

@@ -227,25 +227,28 @@ def to_map(x: Tensor, tokens: TokenMap, fill: str = "last", recovery: AttentionR
 class AttentionRecovery(nn.Module):
     """Trained recovery of dropped patches by attention to the tokens left: ``X' = X + MHA(LN(X), LN(S))``.
 
-    The recovery of STViT-R (2303.08685) without its MLP, for any method and host: X are the patches as they were last
-    carried and S the patch tokens of the map's own depth. One module serves all depths. The projection starts at zero,
-    so that an untrained module gives the fill "last", and a checkpoint of the host, which has nothing about the module,
-    leaves it as it is.
+    The recovery of STViT-R (2303.08685) without its MLP and, to be cheap beside a whole model, with fewer heads, for
+    any method and host: X are the patches as they were last carried and S the patch tokens of the map's own depth. One
+    module serves all depths. The projection starts at zero, so that an untrained module gives the fill "last", and a
+    checkpoint of the host, which has nothing about the module, leaves it as it is.
 
     Args:
         dim: Channels.
         num_heads: Attention heads.
+        head_dim: Channels of a head; None means ``dim // num_heads``.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
 
     Raises:
-        ValueError: dim not a multiple of num_heads.
+        ValueError: dim not a multiple of num_heads, and no head_dim.
     """
 
-    def __init__(self, dim: int, num_heads: int, device: Any = None, dtype: Any = None) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, head_dim: int | None = None, device: Any = None, dtype: Any = None
+    ) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=1e-6, device=device, dtype=dtype)
-        self.attn = CrossAttention(dim, num_heads, device=device, dtype=dtype)
+        self.attn = CrossAttention(dim, num_heads, head_dim=head_dim, device=device, dtype=dtype)
         nn.init.zeros_(self.attn.proj.weight)
         nn.init.zeros_(self.attn.proj.bias)
 

@@ -173,6 +173,14 @@ class TestAttention:
         dropped = tokens.source == -1
         assert torch.allclose(grid[dropped], expected[dropped], atol=1e-5)
 
+    def test_a_module_of_few_heads_is_cheaper(self) -> None:
+        narrow, wide = AttentionRecovery(8, 1, head_dim=2), AttentionRecovery(8, 4)
+        assert [narrow.attn.q.out_features, narrow.attn.kv.out_features, narrow.attn.proj.in_features] == [2, 4, 2]
+        x, s = torch.randn(2, 5, 8), torch.randn(2, 3, 8)
+        assert narrow(x, s).shape == wide(x, s).shape == x.shape
+        model = effvit.sparsify(make_host("class_token"), "evit", recover="attention")
+        assert model.recovery.attn.num_heads == max(1, model.blocks[0].attn.num_heads // 4)
+
     def test_padding_is_not_read(self) -> None:
         valid = torch.tensor([[True, True, False], [True, False, False]])
         x, tokens = features(3), known().keep(random_order(2, 3), 3, valid=valid)

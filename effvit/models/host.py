@@ -525,11 +525,13 @@ def _create_host(name: str) -> nn.Module:
 
 
 def _recovery(host: ReducedHost) -> AttentionRecovery:
-    """The module of the fill "attention": the one the model has, or a new one like its last attention."""
-    weight = next(host.parameters())
-    heads = host.blocks[-1].attn.num_heads
-    return getattr(host, "recovery", None) or AttentionRecovery(
-        host.embed_dim, heads, device=weight.device, dtype=weight.dtype
+    """The module of the fill "attention": the one the model has, or a new one with a quarter of its heads."""
+    known: AttentionRecovery | None = getattr(host, "recovery", None)
+    if known is not None:
+        return known
+    weight, heads = next(host.parameters()), host.blocks[-1].attn.num_heads
+    return AttentionRecovery(
+        host.embed_dim, max(1, heads // 4), host.embed_dim // heads, device=weight.device, dtype=weight.dtype
     )
 
 
