@@ -1,0 +1,105 @@
+"""Measure again, in a process of its own, what `effvit tune` found, beside the other schedules that reach its aim.
+
+    effvit tune vit_nano_patch4_28 'fashion_mnist:*' --pretrained --speedup 1.5 --threads 1 --json tuned.json
+    python tools/check_tune.py tuned.json 'fashion_mnist:*' --pretrained --json docs/benchmarks/tune_cpu.json
+
+Of each method and place of its reduction the setting with the least divergence is taken; EViT without "reduce_at"
+reduces at the blocks of its paper. With --json the record is added to the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import nn
+
+import effvit
+from effvit.cli import open_images
+from effvit.profiler import machine, profile_models
+from effvit.tables import settings_of
+from effvit.visualize import load_images
+
+__all__ = ["contenders", "main", "table"]
+
+
+def contenders(tuned: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The best setting and, of every other method and place, the nearest to the dense model that reached the aim."""
+    best, aim = tuned["best"], tuned["target"]["speedup"]
+    nearest: dict[tuple[str, bool], dict[str, Any]] = {}
+    for candidate in sorted(tuned["tried"], key=lambda c: c["fidelity"]["divergence"]):
+        if candidate["speedup"] >= aim:
+            nearest.setdefault((candidate["method"], "reduce_at" in candidate["settings"]), candidate)
+    return [best] + [candidate for candidate in nearest.values() if candidate["settings"] != best["settings"]]
+
+
+def table(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines of a Markdown table: what was found, then, measured again, all that reach the aim; the best in bold."""
+    lines = [
+        "| model | asked for | method | settings | divergence | speed-up measured again |",
+        "|---|---|---|---|---|---|",
+    ]
+    for record in records:
+        for rank, row in enumerate(record["results"]):
+            method = row["method"] if rank else f"**{row['method']}**"
+            low, high = row["again"]["interval"]
+            lines.append(
+                f"| {record['host']} | {record['target']['speedup']:.2f} | {method} | {settings_of(row)} | "
+                f"{row['fidelity']['divergence']:.3g} | {row['again']['speedup']:.2f} ({low:.2f} to {high:.2f}) |"
+            )
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tuned", type=Path, help="file that `effvit tune --speedup --json` wrote")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="as given to `effvit tune`")
+    parser.add_argument("--pretrained", action="store_true", help="as given to `effvit tune`")
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--json", type=Path, help="add the record, with machine and versions, to this file")
+    args = parser.parse_args(argv)
+
+    tuned = json.loads(args.tuned.read_text())
+    if "speedup" not in tuned.get("target", {}):
+        parser.error(f"{args.tuned} is not the result of `effvit tune --speedup`")
+    torch.manual_seed(0)  # as the command line does
+    dense = timm.create_model(tuned["host"], pretrained=args.pretrained).eval()
+    rows = contenders(tuned)
+    models: dict[str, nn.Module] = {"dense": dense}
+    for row in rows:
+        models[f"{row['method']} {settings_of(row)}"] = effvit.sparsify(dense, row["method"], **row["settings"])
+    conditions = tuned["conditions"]
+    threads, device = int(conditions["threads"]), conditions["device"]
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("measuring", total=len(models) * (args.rounds + 2))
+        measured = profile_models(
+            models,
+            tuple(conditions["input_size"]),
+            conditions["batch_size"],
+            images=load_images(dense, list(open_images(args.images).values())),
+            rounds=args.rounds,
+            threads=threads,
+            device=device,
+            dtype=getattr(torch, conditions["dtype"]),
+            on_run=lambda _: progress.advance(task),
+        )
+    for row, speed in zip(rows, measured[1:], strict=True):
+        row["again"] = {"speedup": speed.speedup, "interval": speed.interval, "rounds": args.rounds}
+    record = {key: tuned[key] for key in ("host", "target", "conditions")}
+    record |= {"pretrained": args.pretrained, "images": args.images, "machine": machine(device), "results": rows}
+    print("\n".join(table([record])))
+    if args.json:
+        records = json.loads(args.json.read_text()) if args.json.is_file() else []
+        args.json.write_text(json.dumps([*records, record], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
