@@ -15,12 +15,18 @@ __all__ = ["Shown", "add_accuracies", "shown_models", "top1"]
 def top1(
     models: Mapping[str, nn.Module], batches: Iterable[tuple[Tensor, Tensor]], device: str = "cpu"
 ) -> dict[str, float]:
-    """Top-1 accuracy in percent of each model in eval mode, all on the same images (B, C, H, W) and labels (B,)."""
+    """Top-1 accuracy in percent of each model in eval mode, all on the same images (B, C, H, W) and labels (B,).
+
+    Raises:
+        ValueError: No images.
+    """
     right, seen = dict.fromkeys(models, 0), 0
     for images, labels in batches:
         seen += len(labels)
         for name, model in models.items():
             right[name] += int((model(images.to(device)).argmax(-1).cpu() == labels).sum())
+    if not seen:
+        raise ValueError("there are no images to tell an accuracy from; give at least one batch")
     return {name: 100 * number / seen for name, number in right.items()}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from made_up import made_up_model, made_up_profile
 
@@ -18,6 +19,11 @@ def test_accuracy_is_the_share_of_right_answers() -> None:
     images = torch.tensor([0.0, 1, 2, 3, 1]).reshape(5, 1, 1, 1)
     batches = [(images[:3], torch.tensor([0, 1, 1])), (images[3:], torch.tensor([3, 2]))]
     assert top1({"a": Says()}, batches) == {"a": 60.0}
+
+
+def test_accuracy_of_no_images_is_refused() -> None:
+    with pytest.raises(ValueError, match="there are no images to tell an accuracy from"):
+        top1({"model": nn.Identity()}, [])
 
 
 def test_record_gets_the_accuracies_of_its_models_with_their_origin() -> None:

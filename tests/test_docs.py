@@ -47,6 +47,7 @@ def test_readme_shows_the_measured_overhead() -> None:
         ("docs/accuracy.md", "accuracy", "evaluate", "fashion_accuracy_cpu.json"),
         ("docs/accuracy.md", "masks", "evaluate_masks", "mobilesam_cpu.json"),
         ("docs/profile.md", "check", "check_profiler", "profiler_check_cpu.json"),
+        ("docs/profile.md", "tune", "check_tune", "tune_cpu.json"),
     ],
 )
 def test_pages_show_the_measured_tables(document: str, name: str, tool: str, record: str) -> None:

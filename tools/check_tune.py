@@ -1,6 +1,7 @@
 """Measure again, in a process of its own, what `effvit tune` found, beside the other schedules that reach its aim.
 
-    effvit tune vit_nano_patch4_28 'fashion_mnist:*' --pretrained --speedup 1.5 --threads 1 --json tuned.json
+    effvit tune vit_nano_patch4_28 'fashion_mnist:*' --pretrained --speedup 1.5 --batch-size 60 --threads 1 \
+      --json tuned.json
     python tools/check_tune.py tuned.json 'fashion_mnist:*' --pretrained --json docs/benchmarks/tune_cpu.json
 
 Of each method and place of its reduction the setting with the least divergence is taken; EViT without "reduce_at"

@@ -1,5 +1,5 @@
-# One more epoch from the weights of the package at a tenth of their learning rate, as short as two cores allow: our
-# choice. The leaf names the method.
+# One more epoch from the weights of the package at a tenth of their learning rate and without CutMix, as short as two
+# cores allow: our choice. The leaf names the method.
 _base_ = "fashion-mnist.py"
 
 custom_imports = dict(imports=["effvit.openmmlab", "effvit.classifiers"], allow_failed_imports=False)

@@ -1,4 +1,4 @@
-# Three epochs from random weights, to compare architectures at the same budget.
+# Three epochs from random weights without CutMix, to compare architectures at the same budget.
 _base_ = "fashion-mnist.py"
 
 model = dict(train_cfg=None)
