@@ -23,7 +23,7 @@ def test_accuracy_is_the_share_of_right_answers() -> None:
 
 def test_accuracy_of_no_images_is_refused() -> None:
     with pytest.raises(ValueError, match="there are no images to tell an accuracy from"):
-        top1({"model": nn.Identity()}, [])
+        top1({"model": torch.nn.Identity()}, [])
 
 
 def test_record_gets_the_accuracies_of_its_models_with_their_origin() -> None:
