@@ -34,11 +34,16 @@ __all__ = ["contenders", "main", "table"]
 def contenders(tuned: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The best setting and, of every other method and place, the nearest to the dense model that reached the aim."""
     best, aim = tuned["best"], tuned["target"]["speedup"]
-    nearest: dict[tuple[str, bool], dict[str, Any]] = {}
+    nearest = {_place(best): best}
     for candidate in sorted(tuned["tried"], key=lambda c: c["fidelity"]["divergence"]):
         if candidate["speedup"] >= aim:
-            nearest.setdefault((candidate["method"], "reduce_at" in candidate["settings"]), candidate)
-    return [best] + [candidate for candidate in nearest.values() if candidate["settings"] != best["settings"]]
+            nearest.setdefault(_place(candidate), candidate)
+    return list(nearest.values())
+
+
+def _place(candidate: Mapping[str, Any]) -> tuple[str, bool]:
+    """Its method, and whether that reduces elsewhere than by its default."""
+    return candidate["method"], "reduce_at" in candidate["settings"]
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> list[str]:
