@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     for row, speed in zip(rows, measured[1:], strict=True):
         row["again"] = {"speedup": speed.speedup, "interval": speed.interval, "rounds": args.rounds}
-    record = {key: tuned[key] for key in ("host", "target", "conditions")}
+    record = {"kind": "tune_check"} | {key: tuned[key] for key in ("host", "target", "conditions")}
     record |= {"pretrained": args.pretrained, "images": args.images, "machine": machine(device), "results": rows}
     print("\n".join(table([record])))
     if args.json:
