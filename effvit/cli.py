@@ -549,6 +549,12 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1) + "\n")
 
 
+def add_record(path: Path, record: Any) -> None:
+    """Write the record at the end of the list in the file, or as the first of a new one."""
+    records = json.loads(path.read_text()) if path.exists() else []
+    write_json(path, [*records, record])
+
+
 def open_images(texts: Sequence[str]) -> dict[str, Image.Image]:
     """The pictures that the texts name, in RGB, by name; a ValueError if two have the same."""
     images: dict[str, Image.Image] = {}

@@ -16,14 +16,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from torch import nn
 
-import effvit
-from effvit.cli import open_images
+from effvit.cli import add_record, build, open_images, reduced
 from effvit.profiler import machine, profile_models
 from effvit.tables import settings_of
 from effvit.visualize import load_images
@@ -77,11 +74,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if "speedup" not in tuned.get("target", {}):
         parser.error(f"{args.tuned} is not the result of `effvit tune --speedup`")
     torch.manual_seed(0)  # as the command line does
-    dense = timm.create_model(tuned["host"], pretrained=args.pretrained).eval()
+    dense = build(tuned["host"], {}, args.pretrained).eval()
     rows = contenders(tuned)
-    models: dict[str, nn.Module] = {"dense": dense}
-    for row in rows:
-        models[f"{row['method']} {settings_of(row)}"] = effvit.sparsify(dense, row["method"], **row["settings"])
+    models = {"dense": dense, **reduced(dense, [(row["method"], row["settings"]) for row in rows])}
     conditions = tuned["conditions"]
     threads, device = int(conditions["threads"]), conditions["device"]
     with Progress(console=Console(stderr=True)) as progress:
@@ -103,8 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     record |= {"pretrained": args.pretrained, "images": args.images, "machine": machine(device), "results": rows}
     print("\n".join(table([record])))
     if args.json:
-        records = json.loads(args.json.read_text()) if args.json.is_file() else []
-        args.json.write_text(json.dumps([*records, record], indent=1) + "\n")
+        add_record(args.json, record)
 
 
 if __name__ == "__main__":

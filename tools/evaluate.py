@@ -19,7 +19,6 @@ docs/accuracy.md of it.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -34,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 import effvit
 from effvit.accuracy import add_accuracies, shown_models, top1
-from effvit.cli import build, list_variants, parse_setting, reduced, write_json
+from effvit.cli import add_record, build, list_variants, parse_setting, reduced
 from effvit.costs import profile
 from effvit.data import PICTURES, load_pictures
 from effvit.reducers import METHODS
@@ -107,8 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     print("\n".join(table([record])))
     if arguments.json is not None:
-        records = json.loads(arguments.json.read_text()) if arguments.json.exists() else []
-        write_json(arguments.json, [*records, record])
+        add_record(arguments.json, record)
     return 0
 
 
