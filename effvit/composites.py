@@ -139,6 +139,10 @@ class Sprite(NamedTuple):
     image: Image.Image
 
 
+# Class -> cut-outs for training, and the same for validation.
+DividedSprites = tuple[Mapping[str, Sequence[Sprite]], Mapping[str, Sequence[Sprite]]]
+
+
 class Composite(NamedTuple):
     """One picture and its objects, in the order they were placed.
 
@@ -367,7 +371,7 @@ def describe_objects(composite: Composite, image_id: int) -> list[dict[str, Any]
 
 
 def make_composites(
-    sprites: str | os.PathLike[str],
+    sprites: str | os.PathLike[str] | DividedSprites,
     backgrounds: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
@@ -385,13 +389,14 @@ def make_composites(
     built in ``out``.partial and moved when complete.
 
     Args:
-        sprites: See `read_sprites`.
+        sprites: A folder as `read_sprites` takes it, whose cut-outs are divided as told above, or cut-outs that are
+            divided already (`effvit.garments`).
         backgrounds: See `read_backgrounds`.
         out: Folder to make.
         train: Number of training pictures.
         val: Number of validation pictures.
         settings: See `Settings`.
-        classes: See `read_sprites`.
+        classes: See `read_sprites`; of divided cut-outs the names alone are used.
         workers: Threads; None is one a core.
         progress: Called with 1 after each picture.
 
@@ -406,28 +411,37 @@ def make_composites(
         raise ValueError(f"there must be 1 to 255 classes, since label maps have 8 bits, got {len(classes)}")
     if out.exists():
         raise ValueError(f"{out} exists; name another folder or remove it")
-    found = read_sprites(sprites, classes)
-    photographs = read_backgrounds(backgrounds, settings.size)
     rng = np.random.default_rng([settings.seed, len(SPLITS)])
-    parts = {label: divide({s.name: s for s in own}, settings.val_share, rng) for label, own in found.items()}
-    scenes = divide(photographs, settings.val_share, rng)
+    divided = sprites if isinstance(sprites, tuple) else divide_sprites(read_sprites(sprites, classes), settings, rng)
+    scenes = divide(read_backgrounds(backgrounds, settings.size), settings.val_share, rng)
 
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     record: dict[str, Any] = {"settings": asdict(settings), "pillow": PIL.__version__, "splits": {}}
     for index, (split, number) in enumerate(zip(SPLITS, (train, val), strict=True)):
-        own = {label: part[index] for label, part in parts.items()}
+        own = {label: divided[index][label] for label in classes}
         objects = write_split(partial, split, number, own, scenes[index], settings, workers, progress)
         record["splits"][split] = {
             "pictures": number,
             "objects": objects,
-            "sprites": {label: list(part) for label, part in own.items()},
+            "sprites": {label: [sprite.name for sprite in part] for label, part in own.items()},
             "backgrounds": list(scenes[index]),
         }
     (partial / "classes.txt").write_text("".join(f"{label}\n" for label in classes))
     (partial / "composites.json").write_text(json.dumps(record, indent=1) + "\n")
     partial.rename(out)
     return record
+
+
+def divide_sprites(
+    found: Mapping[str, Sequence[Sprite]], settings: Settings, rng: np.random.Generator
+) -> DividedSprites:
+    """The cut-outs of every class for training and for validation (`split_families`)."""
+    parts = {
+        label: divide({sprite.name: sprite for sprite in own}, settings.val_share, rng) for label, own in found.items()
+    }
+    training, validation = ({label: list(part[i].values()) for label, part in parts.items()} for i in range(2))
+    return training, validation
 
 
 def divide(
@@ -442,7 +456,7 @@ def write_split(
     root: Path,
     split: str,
     number: int,
-    sprites: Mapping[str, Mapping[str, Sprite]],
+    sprites: Mapping[str, Sequence[Sprite]],
     backgrounds: Mapping[str, Image.Image],
     settings: Settings,
     workers: int | None,
@@ -452,7 +466,7 @@ def write_split(
     images, maps = root / "images" / split, root / "annotations" / split
     for folder in (images, maps):
         folder.mkdir(parents=True)
-    own, scenery = [list(part.values()) for part in sprites.values()], list(backgrounds.values())
+    own, scenery = list(sprites.values()), list(backgrounds.values())
 
     def make(i: int) -> list[dict[str, Any]]:
         rng = np.random.default_rng([settings.seed, SPLITS.index(split), i])

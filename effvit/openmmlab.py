@@ -23,11 +23,13 @@ from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_W
 from mmengine.runner.checkpoint import get_torch_safe_globals
 from timm.layers import LayerNorm2d
 from timm.models import group_parameters
+from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+import effvit
 from effvit.models._checkpoint import adapt_state, check_state, read_checkpoint, read_file
-from effvit.models.feature_pyramid import SimpleFeaturePyramid
+from effvit.models.feature_pyramid import PyramidFeatures, SimpleFeaturePyramid
 from effvit.models.host import ReducedHost, check_model_name
 from effvit.schedule import check_fraction, cosine_keep_rate
 
@@ -57,6 +59,7 @@ class EffViT(BaseModule):
         model_name: A registered name, with a tag if timm's weights of that tag are wanted.
         out_indices: Blocks of a plain ViT or stages of a pyramid whose maps are given; None takes the default of
             ``features_only``. With the setting ``pyramid=True`` levels 0 to 3 (``effvit.models.feature_pyramid``).
+        sparsify: "method" and settings of ``effvit.sparsify``, for a host whose reduced form has no name.
         pretrained: True for timm's weights (asks the network), or the path of a checkpoint of timm, of an official
             repository or of this package. Its classifier is left out.
         out_norm: A LayerNorm for each map: the model's own where it has one, else a new one.
@@ -77,6 +80,7 @@ class EffViT(BaseModule):
         self,
         model_name: str,
         out_indices: int | Sequence[int] | None = None,
+        sparsify: dict[str, Any] | None = None,
         pretrained: bool | str = False,
         out_norm: bool = False,
         frozen_stages: int = -1,
@@ -87,14 +91,12 @@ class EffViT(BaseModule):
     ) -> None:
         super().__init__(init_cfg)
         check_model_name(model_name)
-        whole, settings = _whole_model(model_name, out_norm, settings)
+        whole, settings = _whole_model(model_name, out_norm, sparsify, settings)
         if out_indices is not None:
-            settings["out_indices"] = out_indices if isinstance(out_indices, int) else tuple(out_indices)
+            out_indices = out_indices if isinstance(out_indices, int) else tuple(out_indices)
             _check_indices(out_indices, 4 if settings.get("pyramid") else len(whole.feature_info), model_name)
-        asked: dict[str, Any] = {"features_only": True, "pretrained": pretrained is True}
-        if not settings.get("pyramid"):
-            asked["feature_cls"] = "getter"  # timm's Swin would give NHWC maps by its default
-        self.features: Any = timm.create_model(model_name, **asked, **settings)
+        settings["pretrained"] = pretrained is True
+        self.features: Any = _create_features(model_name, out_indices, sparsify, settings)
         if isinstance(pretrained, str):
             state, _ = adapt_state(whole, read_checkpoint(pretrained, get_torch_safe_globals())[0])
             check_state(state, self.model, pretrained, known=whole.state_dict().keys())
@@ -186,7 +188,29 @@ def _weights_under(path: str, prefix: str) -> dict[str, Tensor]:
     return own
 
 
-def _whole_model(name: str, out_norm: bool, settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _create_features(
+    name: str, out_indices: int | Sequence[int] | None, sparsify: dict[str, Any] | None, settings: dict[str, Any]
+) -> nn.Module:
+    """timm's ``features_only`` of the model, reduced if asked while it is whole: schedules count all its blocks."""
+    getter = PyramidFeatures if settings.get("pyramid") else FeatureGetterNet
+    indices = {} if out_indices is None else {"out_indices": out_indices}
+    features = {"features_only": True, **indices}
+    if getter is FeatureGetterNet:
+        features["feature_cls"] = "getter"  # timm's Swin would give NHWC maps by its default
+    if sparsify is None:
+        return timm.create_model(name, **features, **settings)
+    if getter is FeatureGetterNet and out_indices is None:
+        with torch.device("meta"):
+            indices["out_indices"] = timm.create_model(
+                name, **features, **(settings | {"pretrained": False})
+            ).out_indices
+    own = {key: value for key, value in settings.items() if key != "pyramid"}
+    return getter(effvit.sparsify(timm.create_model(name, **own), **sparsify), **indices)
+
+
+def _whole_model(
+    name: str, out_norm: bool, sparsify: dict[str, Any] | None, settings: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
     """The uncut model without memory, and the settings completed by what lets it take images of any size."""
     own = {key: value for key, value in settings.items() if key != "pyramid"}
     with torch.device("meta"):
@@ -195,7 +219,8 @@ def _whole_model(name: str, out_norm: bool, settings: dict[str, Any]) -> tuple[A
         extra: dict[str, Any] = {arg: True for arg in ("dynamic_img_size", "dynamic_img_pad") if arg in accepted}
         if out_norm and "out_norm" in accepted:
             extra["out_norm"] = True
-        return timm.create_model(name, **(extra | own)), extra | settings
+        whole = timm.create_model(name, **(extra | own))
+        return whole if sparsify is None else effvit.sparsify(whole, **sparsify), extra | settings
 
 
 def _check_indices(out_indices: int | Sequence[int], number: int, name: str) -> None:

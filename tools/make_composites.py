@@ -4,6 +4,11 @@ Without --sprites and --backgrounds it takes what tools/get_data.py fetches:
 
     python tools/get_data.py stamps photographs
     python tools/make_composites.py --out runs/composites --train 2000 --val 500 --sheet runs/sheet.png
+
+With --garments the cut-outs are the 70 000 of Fashion-MNIST (`effvit.garments`), which keep their own division:
+
+    python tools/get_data.py fashion_mnist photographs
+    python tools/make_composites.py --garments --out runs/garments --size 96 --scale 0.2 0.6
 """
 
 from __future__ import annotations
@@ -18,7 +23,8 @@ from PIL import Image
 from rich.progress import Progress
 
 from effvit.coco import draw_objects, read_coco
-from effvit.composites import CLASSES, Settings, make_composites
+from effvit.composites import CLASSES, DividedSprites, Settings, make_composites
+from effvit.garments import read_garments
 from effvit.sources import default_root
 
 __all__ = ["contact_sheet", "main"]
@@ -47,15 +53,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--train", type=int, default=2000)
     parser.add_argument("--val", type=int, default=500)
     parser.add_argument("--size", type=int, default=defaults.size, help="side of the pictures, pixels")
+    parser.add_argument("--scale", type=float, nargs=2, default=defaults.scale, metavar=("SMALLEST", "LARGEST"))
     parser.add_argument("--objects", type=int, nargs=2, default=defaults.objects, metavar=("FEWEST", "MOST"))
     parser.add_argument("--seed", type=int, default=defaults.seed)
     parser.add_argument(
         "--classes",
         nargs="+",
         metavar="CLASS",
-        help=f"a choice of {', '.join(CLASSES)}, or of the sub-folders of --sprites (default: all)",
+        help=f"a choice of {', '.join(CLASSES)}, or of the sub-folders of --sprites, or of garments (default: all)",
     )
-    parser.add_argument("--sprites", type=Path, metavar="DIR", help="your own cut-outs, one sub-folder a class")
+    cut_outs = parser.add_mutually_exclusive_group()
+    cut_outs.add_argument("--garments", action="store_true", help="the garments of Fashion-MNIST for cut-outs")
+    cut_outs.add_argument("--sprites", type=Path, metavar="DIR", help="your own cut-outs, one sub-folder a class")
     parser.add_argument("--backgrounds", type=Path, metavar="DIR", help="your own photographs")
     parser.add_argument(
         "--root", type=Path, help=f"where tools/get_data.py put its pictures (default: {default_root()})"
@@ -74,14 +83,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(arguments: argparse.Namespace) -> None:
     """Make the set the parsed arguments describe."""
     root = arguments.root or default_root()
-    sprites = arguments.sprites or root / "stamps"
+    sprites: Path | DividedSprites = arguments.sprites or root / "stamps"
     known = CLASSES
-    if arguments.sprites is not None:
-        known = {path.name: (f"{path.name}/*.png",) for path in sorted(sprites.iterdir()) if path.is_dir()}
+    if arguments.garments:
+        sprites = read_garments(root)
+        known = {name: () for name in sprites[0]}
+    elif arguments.sprites is not None:
+        folders = sorted(path.name for path in arguments.sprites.iterdir() if path.is_dir())
+        known = {name: (f"{name}/*.png",) for name in folders}
     chosen = arguments.classes or list(known)
     if unknown := [name for name in chosen if name not in known]:
         raise ValueError(f"unknown classes {', '.join(unknown)}; there are {', '.join(known)}")
-    settings = Settings(size=arguments.size, objects=tuple(arguments.objects), seed=arguments.seed)
+    settings = Settings(
+        size=arguments.size, objects=tuple(arguments.objects), scale=tuple(arguments.scale), seed=arguments.seed
+    )
     started = time.perf_counter()
     with Progress(disable=not sys.stderr.isatty()) as bars:
         task = bars.add_task("pictures", total=arguments.train + arguments.val)
