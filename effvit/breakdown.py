@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["time_by_block"]
+__all__ = ["now", "time_by_block"]
 
 BRANCHES = {"attn": "attention", "mlp": "mlp"}
 
@@ -28,13 +28,14 @@ class _Clock:
         module.register_forward_hook(lambda *_: self._stop(name))
 
     def _start(self, name: str) -> None:
-        self.started[name] = _now()
+        self.started[name] = now()
 
     def _stop(self, name: str) -> None:
-        self.seconds[name] += _now() - self.started[name]
+        self.seconds[name] += now() - self.started[name]
 
 
-def _now() -> float:
+def now() -> float:
+    """Seconds on a clock that has waited for the device."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()

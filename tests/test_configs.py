@@ -60,8 +60,9 @@ def inputs(config: Config) -> dict[str, Any]:
     """Two random pictures with annotations, as the data preprocessor takes them."""
     if config.default_scope == "mmdet":
         with_masks = "mask_head" in config.model.get("roi_head", {})
-        classes = 5 if "composites" in str(config.filename) else 80
-        return demo_mm_inputs(2, [(3, SIDE, SIDE)] * 2, num_items=[2, 2], num_classes=classes, with_mask=with_masks)
+        channels = len(config.model.data_preprocessor.mean)
+        shapes, classes = [(channels, SIDE, SIDE)] * 2, len(config.get("classes", range(80)))
+        return demo_mm_inputs(2, shapes, num_items=[2, 2], num_classes=classes, with_mask=with_masks)
     generator = torch.Generator().manual_seed(0)
     if config.default_scope == "mmpretrain":
         shape = (1, 28, 28) if "fashion-mnist" in str(config.filename) else (3, 224, 224)

@@ -56,6 +56,34 @@ class TestBackbone:
         for level, scale in zip(maps, (4, 2, 1, 0.5), strict=True):
             assert list(level.shape[-2:]) == [math.ceil(side * scale) for side in grid]
 
+    def test_sparsify_gives_what_a_registered_name_gives(self) -> None:
+        settings = {"keep_rate": 0.5, "reduce_at": (1, 2)}
+        named = backbone(out_indices=(1, 2), **settings).eval()
+        made = backbone("deit_tiny_patch16_224", out_indices=(1, 2), sparsify={"method": "evit", **settings}).eval()
+        assert made.channels == named.channels
+        for own, expected in zip(made(images(64, 64)), named(images(64, 64)), strict=True):
+            torch.testing.assert_close(own, expected, rtol=0, atol=0)
+
+    @pytest.mark.parametrize("settings", [{}, {"pyramid": True}, {"out_indices": 2}])
+    def test_sparsify_keeps_the_maps_of_features_only(self, settings: dict[str, Any]) -> None:
+        sparse = backbone("deit_tiny_patch16_224", sparsify={"method": "tome", "r": 2}, **settings).eval()
+        named = backbone("tome_deit_tiny_patch16_224", r=2, **settings).eval()
+        assert [m.shape for m in sparse(images(64, 64))] == [m.shape for m in named(images(64, 64))]
+
+    def test_sparsify_reduces_a_host_without_a_registered_name(self) -> None:
+        own = {"model_name": "vit_nano_patch4_28", "pretrained": True, "img_size": 64, "out_indices": (7,)}
+        grey = images(64, 64)[:, :1]
+        dense = MODELS.build({"type": "EffViT", **own}).eval()(grey)[0]
+        kept = MODELS.build({"type": "EffViT", **own, "sparsify": {"method": "evit", "keep_rate": 1.0}}).eval()(grey)[0]
+        halved = MODELS.build({"type": "EffViT", **own, "sparsify": {"method": "evit", "keep_rate": 0.5}}).eval()(grey)[
+            0
+        ]
+        torch.testing.assert_close(kept, dense)
+        assert halved.shape == dense.shape
+        assert not torch.allclose(halved, dense, atol=1e-3)
+        with pytest.raises(ValueError, match="evit has no setting 'r'"):
+            MODELS.build({"type": "EffViT", **own, "sparsify": {"method": "evit", "r": 4}})
+
     def test_maps_are_those_of_timm(self) -> None:
         model = backbone(out_indices=(1, 3)).eval()
         x = images(64, 64)

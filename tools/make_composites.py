@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> None:
     known = CLASSES
     if arguments.garments:
         sprites = read_garments(root)
-        known = {name: () for name in sprites[0]}
+        known = dict.fromkeys(sprites[0], ())
     elif arguments.sprites is not None:
         folders = sorted(path.name for path in arguments.sprites.iterdir() if path.is_dir())
         known = {name: (f"{name}/*.png",) for name in folders}

@@ -3,8 +3,8 @@
 #   python tools/get_data.py fashion_mnist photographs
 #   python tools/make_composites.py --garments --out data/garments --train 8000 --val 500 --size 64 --scale 0.3 0.75 \
 #     --objects 1 3
-# The pictures are read in grey, as the weights know them. Blocks, neck, rates and schedule are our choice: ViTDet's neck
-# with its LayerNorms learns more slowly here.
+# The pictures are read in grey, as the weights know them. Blocks, neck, rates and schedule are our choice;
+# ViTDet's neck and its LayerNorms learn more slowly here.
 _base_ = "../../composites/_base_/mask-rcnn_composites.py"
 
 classes = (
