@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath, LayerScale, Mlp
 from torch import Tensor, nn
 
+from effvit.schedule import check_count
 from effvit.tokens import fx_leaf
 from effvit.windows import (
     MASK_MODES,
@@ -94,7 +95,7 @@ class CrossAttention(nn.Module):
         head_dim: Channels of a head; None means ``dim // num_heads``.
 
     Raises:
-        ValueError: ``num_heads`` does not divide ``dim``, and there is no ``head_dim``.
+        ValueError: ``num_heads`` does not divide ``dim``, and there is no ``head_dim``; a ``head_dim`` below 1.
     """
 
     def __init__(
@@ -109,10 +110,12 @@ class CrossAttention(nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        if head_dim is None and dim % num_heads:
-            raise ValueError(f"num_heads must divide the channels, got {num_heads} heads for {dim} channels")
+        if head_dim is None:
+            if dim % num_heads:
+                raise ValueError(f"num_heads must divide the channels, got {num_heads} heads for {dim} channels")
+            head_dim = dim // num_heads
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        inner = num_heads * (head_dim or dim // num_heads)
+        inner = num_heads * check_count("head_dim", head_dim, 1)
         self.num_heads = num_heads
         self.q = nn.Linear(dim, inner, bias=qkv_bias, **dd)
         self.kv = nn.Linear(dim, 2 * inner, bias=qkv_bias, **dd)

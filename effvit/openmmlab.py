@@ -96,7 +96,7 @@ class EffViT(BaseModule):
             out_indices = out_indices if isinstance(out_indices, int) else tuple(out_indices)
             _check_indices(out_indices, 4 if settings.get("pyramid") else len(whole.feature_info), model_name)
         settings["pretrained"] = pretrained is True
-        self.features: Any = _create_features(model_name, out_indices, sparsify, settings)
+        self.features = _create_features(model_name, out_indices, sparsify, settings)
         if isinstance(pretrained, str):
             state, _ = adapt_state(whole, read_checkpoint(pretrained, get_torch_safe_globals())[0])
             check_state(state, self.model, pretrained, known=whole.state_dict().keys())
@@ -190,11 +190,11 @@ def _weights_under(path: str, prefix: str) -> dict[str, Tensor]:
 
 def _create_features(
     name: str, out_indices: int | Sequence[int] | None, sparsify: dict[str, Any] | None, settings: dict[str, Any]
-) -> nn.Module:
+) -> Any:
     """timm's ``features_only`` of the model, reduced if asked while it is whole: schedules count all its blocks."""
-    getter = PyramidFeatures if settings.get("pyramid") else FeatureGetterNet
-    indices = {} if out_indices is None else {"out_indices": out_indices}
-    features = {"features_only": True, **indices}
+    getter: Any = PyramidFeatures if settings.get("pyramid") else FeatureGetterNet
+    indices: dict[str, Any] = {} if out_indices is None else {"out_indices": out_indices}
+    features: dict[str, Any] = {"features_only": True, **indices}
     if getter is FeatureGetterNet:
         features["feature_cls"] = "getter"  # timm's Swin would give NHWC maps by its default
     if sparsify is None:

@@ -66,7 +66,7 @@ def accuracy_lines(records: Iterable[Mapping[str, Any]]) -> list[Line]:
         if model["accuracy"] is not None:
             key = model["method"] or model["name"], weights
             lines.setdefault(key, Line(model["method"], weights)).models.append(model)
-    if shown[0].model["accuracy"] is None or len(lines) < 2:
+    if not shown or shown[0].model["accuracy"] is None or len(lines) < 2:
         raise ValueError("a plot needs the accuracy of the first model and of one more; tools/evaluate.py measures it")
     for line in lines.values():
         line.models.sort(key=lambda model: model["macs"])
@@ -151,9 +151,13 @@ def plot_costs(costs: Sequence[Mapping[str, Any]], title: str, path: Path) -> No
         costs: The models of a record of ``effvit.costs.profile``, the dense host first.
         title: Text above the plot.
         path: .svg or .png to write.
+
+    Raises:
+        ValueError: No models.
     """
-    dense = costs[0]
-    baseline = dense["images_per_second"]
+    if not costs:
+        raise ValueError("a plot of costs needs the models of a record, got none; effvit profile --json writes one")
+    baseline = costs[0]["images_per_second"]
     gmacs = [cost["macs"] / 1e9 for cost in costs]
     promised = np.linspace(min(gmacs), max(gmacs))
     seen: dict[str | None, int] = {}

@@ -32,6 +32,7 @@ from effvit.runner import nested_dicts, without_pretrained
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.py") if "_base_" not in path.parts)
 SIDE = 96
+PICTURES = {"fashion-mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
 HOST = {"embed_dim": 48, "num_heads": 3}
 SMALLER: dict[str, dict[str, Any]] = {
     "stvit_r": {"embed_dim": 24, "num_heads": (1, 2, 4, 8), "depths": (1, 1, 6, 1)},
@@ -65,7 +66,7 @@ def inputs(config: Config) -> dict[str, Any]:
         return demo_mm_inputs(2, shapes, num_items=[2, 2], num_classes=classes, with_mask=with_masks)
     generator = torch.Generator().manual_seed(0)
     if config.default_scope == "mmpretrain":
-        shape = (1, 28, 28) if "fashion-mnist" in str(config.filename) else (3, 224, 224)
+        shape = PICTURES.get(Path(str(config.filename)).parent.name, (3, 224, 224))
         pictures = [torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator) for _ in range(2)]
         return {"inputs": pictures, "data_samples": [DataSample().set_gt_label(label) for label in (3, 7)]}
     samples = []

@@ -47,6 +47,13 @@ def test_records_without_accuracies_are_refused(records: list[dict[str, Any]]) -
         accuracy_lines([made_up_profile()])
     with pytest.raises(ValueError, match="of the first model and of one more"):
         accuracy_lines([made_up_profile(models=records[0]["models"][:1])])
+    with pytest.raises(ValueError, match="of the first model and of one more"):
+        accuracy_lines([])
+
+
+def test_costs_of_no_model_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="needs the models of a record, got none"):
+        plot_costs([], "nothing", tmp_path / "costs.svg")
 
 
 @pytest.mark.parametrize("suffix", ["svg", "png"])

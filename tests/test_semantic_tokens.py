@@ -118,6 +118,16 @@ class TestSoftAssignment:
         assert torch.allclose(soft_assignment(attn, q, kv, 15).sum(-1), torch.ones(1, 15))
 
 
+def test_heads_of_a_cross_attention_may_be_narrower_but_not_empty() -> None:
+    narrow = CrossAttention(DIM, 1, head_dim=2)
+    assert narrow(torch.randn(1, 4, DIM), torch.randn(1, 9, DIM)).shape == (1, 4, DIM)
+    assert narrow.kv.out_features == 4
+    with pytest.raises(ValueError, match="head_dim must be at least 1, got 0"):
+        CrossAttention(DIM, 1, head_dim=0)
+    with pytest.raises(ValueError, match=f"num_heads must divide the channels, got 7 heads for {DIM} channels"):
+        CrossAttention(DIM, 7)
+
+
 class TestLayers:
     def test_first_layer_attends_from_its_seeds_to_the_image(self) -> None:
         block, x = SeedBlock(DIM, 3, (2, 2), init_values=None).double(), image_tokens((3, 5))
