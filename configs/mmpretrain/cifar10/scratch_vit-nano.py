@@ -32,8 +32,8 @@ val_dataloader = dict(
 )
 test_dataloader = val_dataloader
 
-train_cfg = dict(max_epochs=6, val_interval=1)
+train_cfg = dict(max_epochs=3, val_interval=1)
 param_scheduler = [
-    dict(type="LinearLR", start_factor=1e-3, by_epoch=False, begin=0, end=400),
-    dict(type="CosineAnnealingLR", eta_min=1e-5, by_epoch=True, begin=0, end=6, convert_to_iter_based=True),
+    dict(type="LinearLR", start_factor=1e-3, by_epoch=False, begin=0, end=200),
+    dict(type="CosineAnnealingLR", eta_min=1e-5, by_epoch=True, begin=0, end=3, convert_to_iter_based=True),
 ]
