@@ -336,7 +336,7 @@ def demo_accuracy(console: Console, out: Path) -> tuple[dict[str, Any], list[dic
     images = load_images(dense, [picture.image for picture in pictures.values()])
     labels = torch.tensor([picture.label for picture in pictures.values()])
     variants = reduced(dense, SEEING_VARIANTS)
-    calibrate_all(variants, images)
+    calibrate_all(console, variants, images)
     models = {SEEING: dense, **variants}
     data = f"{len(pictures)} test pictures of Fashion-MNIST"
     record = measure(models, len(images), images, [data], rounds=4, warmup=1, ideal=False)
@@ -374,7 +374,7 @@ def demo_costs(
     host = create(arguments.model, arguments)
     variants = reduced(host, VARIANTS)
     images = load_images(host, list(photos.values()))
-    calibrate_all(variants, images)
+    calibrate_all(console, variants, images)
     is_random = has_random_weights(arguments)
     weights = f"{arguments.model} with random weights: for its costs alone" if is_random else ""
     if is_random:
@@ -388,11 +388,13 @@ def demo_costs(
     return record, [] if is_random else draw_figures(strongest(variants), photos, arguments)
 
 
-def calibrate_all(models: Mapping[str, ReducedHost], images: Tensor) -> None:
-    """Let those of the models that learn from pictures without labels do so on these."""
-    for model in models.values():
-        if METHODS[model.method].learns:
-            effvit.calibrate(model, [images])
+def calibrate_all(console: Console, models: Mapping[str, ReducedHost], images: Tensor) -> None:
+    """Let those of the models that learn from pictures without labels do so on these, and say so."""
+    learning = [name for name, model in models.items() if METHODS[model.method].learns]
+    for name in learning:
+        effvit.calibrate(models[name], [images])
+    if learning:
+        console.print(f"{', '.join(learning)}: calibrated on these very pictures, without their labels")
 
 
 # -- models and settings ---------------------------------------------------------------------------------

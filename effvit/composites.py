@@ -413,6 +413,9 @@ def make_composites(
         raise ValueError(f"{out} exists; name another folder or remove it")
     rng = np.random.default_rng([settings.seed, len(SPLITS)])
     divided = sprites if isinstance(sprites, tuple) else divide_sprites(read_sprites(sprites, classes), settings, rng)
+    for split, part in zip(SPLITS, divided, strict=True):
+        if missing := [label for label in classes if not part.get(label)]:
+            raise ValueError(f"there are no cut-outs for {split} of the classes {', '.join(missing)}")
     scenes = divide(read_backgrounds(backgrounds, settings.size), settings.val_share, rng)
 
     partial = out.with_name(f"{out.name}.partial")

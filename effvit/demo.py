@@ -18,7 +18,7 @@ SEEING_VARIANTS: Variants = (
     ("gtp", {"num_prop": 2}),
     ("ats", {"keep_rate": 0.8}),
     ("zero_tprune", {"keep_rate": 0.98}),
-    ("dymu", {"r_total": 28}),  # calibrated on the pictures
+    ("dymu", {"r_total": 28}),
     ("expedite", {"keep_rate": 0.8}),
     ("hot", {"keep_rate": 0.8}),
 )
@@ -31,7 +31,7 @@ VARIANTS: Variants = (
     ("gtp", {"num_prop": 8}),
     ("ats", {}),
     ("zero_tprune", {}),
-    ("dymu", {"r_total": 96}),  # calibrated on the photographs
+    ("dymu", {"r_total": 96}),
     ("expedite", {}),
     ("hot", {}),
 )

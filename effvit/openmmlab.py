@@ -59,7 +59,6 @@ class EffViT(BaseModule):
         model_name: A registered name, with a tag if timm's weights of that tag are wanted.
         out_indices: Blocks of a plain ViT or stages of a pyramid whose maps are given; None takes the default of
             ``features_only``. With the setting ``pyramid=True`` levels 0 to 3 (``effvit.models.feature_pyramid``).
-        sparsify: "method" and settings of ``effvit.sparsify``, for a host whose reduced form has no name.
         pretrained: True for timm's weights (asks the network), or the path of a checkpoint of timm, of an official
             repository or of this package. Its classifier is left out.
         out_norm: A LayerNorm for each map: the model's own where it has one, else a new one.
@@ -67,6 +66,7 @@ class EffViT(BaseModule):
         norm_eval: Keep BatchNorm layers in eval mode while training.
         with_cp: Recompute the blocks in the backward pass.
         init_cfg: mmengine's; ``dict(type="Pretrained", checkpoint=..., prefix="backbone.")``, loaded strictly.
+        sparsify: "method" and settings of ``effvit.sparsify``, for a host whose reduced form has no name.
         settings: Keywords of ``timm.create_model``: those of the method (``keep_rate``, ``r``, ``recover`` ...) and
             of the model (``img_size``, ``drop_path_rate`` ...).
 
@@ -80,13 +80,13 @@ class EffViT(BaseModule):
         self,
         model_name: str,
         out_indices: int | Sequence[int] | None = None,
-        sparsify: dict[str, Any] | None = None,
         pretrained: bool | str = False,
         out_norm: bool = False,
         frozen_stages: int = -1,
         norm_eval: bool = False,
         with_cp: bool = False,
         init_cfg: dict[str, Any] | list[dict[str, Any]] | None = None,
+        sparsify: dict[str, Any] | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(init_cfg)

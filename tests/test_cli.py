@@ -278,6 +278,7 @@ class TestDemo:
         assert written == pages | {"tome-r-4.png", "dymu.png"}
         assert all(str(out / name) in printed.replace("\n", "") for name in written)
         assert "top-1 on 4 test pictures of Fashion-MNIST, measured here" in printed
+        assert printed.count("dymu: calibrated on these very pictures, without their labels") == 2
         assert f"{TINY} with random weights: for its costs alone; --checkpoint or --pretrained loads some" in printed
         seen, costs = json.loads((out / "costs.json").read_text())
         assert [model["name"] for model in seen["models"]] == [demo.SEEING, "tome r=2", "tome r=4", "dymu"]

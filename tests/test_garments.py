@@ -11,7 +11,7 @@ from PIL import Image
 from scripts import load_tool
 
 from effvit.coco import decode_rle, read_coco
-from effvit.composites import OPAQUE
+from effvit.composites import OPAQUE, Settings, make_composites
 from effvit.garments import outline, read_garments
 
 CLASSES = 10
@@ -96,6 +96,22 @@ def test_tool_composes_them(
             with Image.open(out / "images" / split / f"{entry['image_id'] - 1:06d}.jpg") as picture:
                 pixels = np.asarray(picture)[decode_rle(entry["segmentation"])]
             assert np.median(pixels) == pytest.approx(grey, rel=0.3)
+
+
+def test_class_without_cut_outs_is_named(root: Path, drawn_sources: Path, tmp_path: Path) -> None:
+    training, validation = read_garments(root)
+    divided = training, {**validation, "bag": []}
+    with pytest.raises(ValueError, match="there are no cut-outs for validation of the classes bag"):
+        make_composites(
+            divided,
+            drawn_sources / "backgrounds",
+            tmp_path / "set",
+            train=1,
+            val=1,
+            settings=Settings(size=64),
+            classes={"coat": (), "bag": ()},
+        )
+    assert not (tmp_path / "set").exists()
 
 
 def test_tool_takes_garments_or_own_cut_outs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,7 +53,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--train", type=int, default=2000)
     parser.add_argument("--val", type=int, default=500)
     parser.add_argument("--size", type=int, default=defaults.size, help="side of the pictures, pixels")
-    parser.add_argument("--scale", type=float, nargs=2, default=defaults.scale, metavar=("SMALLEST", "LARGEST"))
+    parser.add_argument(
+        "--scale",
+        type=float,
+        nargs=2,
+        default=defaults.scale,
+        metavar=("SMALLEST", "LARGEST"),
+        help="longer side of an object as a share of the picture's",
+    )
     parser.add_argument("--objects", type=int, nargs=2, default=defaults.objects, metavar=("FEWEST", "MOST"))
     parser.add_argument("--seed", type=int, default=defaults.seed)
     parser.add_argument(
