@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from timm.layers import DropPath, LayerScale, Mlp
 from torch import Tensor, nn
 
-from effvit.schedule import check_count
 from effvit.tokens import fx_leaf
 from effvit.windows import (
     MASK_MODES,
@@ -114,8 +113,10 @@ class CrossAttention(nn.Module):
             if dim % num_heads:
                 raise ValueError(f"num_heads must divide the channels, got {num_heads} heads for {dim} channels")
             head_dim = dim // num_heads
+        if head_dim < 1:
+            raise ValueError(f"head_dim must be at least 1, got {head_dim}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        inner = num_heads * check_count("head_dim", head_dim, 1)
+        inner = num_heads * head_dim
         self.num_heads = num_heads
         self.q = nn.Linear(dim, inner, bias=qkv_bias, **dd)
         self.kv = nn.Linear(dim, 2 * inner, bias=qkv_bias, **dd)
