@@ -71,18 +71,19 @@ class TestBackbone:
         assert [m.shape for m in sparse(images(64, 64))] == [m.shape for m in named(images(64, 64))]
 
     def test_sparsify_reduces_a_host_without_a_registered_name(self) -> None:
-        own = {"model_name": "vit_nano_patch4_28", "pretrained": True, "img_size": 64, "out_indices": (7,)}
         grey = images(64, 64)[:, :1]
-        dense = MODELS.build({"type": "EffViT", **own}).eval()(grey)[0]
-        kept = MODELS.build({"type": "EffViT", **own, "sparsify": {"method": "evit", "keep_rate": 1.0}}).eval()(grey)[0]
-        halved = MODELS.build({"type": "EffViT", **own, "sparsify": {"method": "evit", "keep_rate": 0.5}}).eval()(grey)[
-            0
-        ]
-        torch.testing.assert_close(kept, dense)
+
+        def first_map(**settings: Any) -> Tensor:
+            own = {"model_name": "vit_nano_patch4_28", "pretrained": True, "img_size": 64, "out_indices": (7,)}
+            return MODELS.build({"type": "EffViT", **own, **settings}).eval()(grey)[0]
+
+        dense = first_map()
+        halved = first_map(sparsify={"method": "evit", "keep_rate": 0.5})
+        torch.testing.assert_close(first_map(sparsify={"method": "evit", "keep_rate": 1.0}), dense)
         assert halved.shape == dense.shape
         assert not torch.allclose(halved, dense, atol=1e-3)
         with pytest.raises(ValueError, match="evit has no setting 'r'"):
-            MODELS.build({"type": "EffViT", **own, "sparsify": {"method": "evit", "r": 4}})
+            first_map(sparsify={"method": "evit", "r": 4})
 
     def test_maps_are_those_of_timm(self) -> None:
         model = backbone(out_indices=(1, 3)).eval()

@@ -1,12 +1,11 @@
 # CIFAR-10 as `python tools/get_data.py cifar10` unpacks it; link or copy it to data/cifar10. The small ViT of
 # Fashion-MNIST on colour pictures of 32 x 32, from random weights, as long as two cores allow: our choice.
-_base_ = "../fashion-mnist/_base_/fashion-mnist.py"
+_base_ = "../fashion-mnist/_base_/three-epochs.py"
 
 model = dict(
     img_size=32,
     in_chans=3,
     data_preprocessor=dict(mean=[125.31, 122.95, 113.87], std=[62.99, 62.09, 66.70], to_rgb=True),
-    train_cfg=None,
 )
 
 train_dataloader = dict(
@@ -32,8 +31,4 @@ val_dataloader = dict(
 )
 test_dataloader = val_dataloader
 
-train_cfg = dict(max_epochs=3, val_interval=1)
-param_scheduler = [
-    dict(type="LinearLR", start_factor=1e-3, by_epoch=False, begin=0, end=200),
-    dict(type="CosineAnnealingLR", eta_min=1e-5, by_epoch=True, begin=0, end=3, convert_to_iter_based=True),
-]
+train_cfg = dict(val_interval=1)
