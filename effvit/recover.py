@@ -189,6 +189,8 @@ def to_grid(x: Tensor, tokens: TokenMap, fill: str = "last", recovery: Attention
             reference, "attention" without ``recovery``.
     """
     check_fill(fill)
+    if tokens.moved and not tokens.complete and fill in ("last", "attention"):
+        return _former(x, tokens, fill, recovery)
     _, patches = tokens.split(tokens.unpack(x) if tokens.packed else x)
     if not tokens.moved:
         return patches
@@ -198,25 +200,25 @@ def to_grid(x: Tensor, tokens: TokenMap, fill: str = "last", recovery: Attention
     if fill == "nearest" and not tokens.complete:
         source = torch.where(source < 0, nearest_token(tokens), source)
     grid = take_rows(patches, flat_rows(source.clamp(min=0), patches.shape[1]))  # (B, H*W, C)
-    if tokens.complete:
-        return grid
-    if fill == "zero":
-        return grid.masked_fill((source < 0).unsqueeze(-1), 0)
-    if fill in ("last", "attention"):
-        former = tokens.memory
-        if former is None:
-            raise ValueError(
-                f"recover {fill!r} needs the features the dropped patches had, but this TokenMap holds no memory; "
-                "get it from forward_tokens(x, memory=True) or use recover 'nearest' or 'zero'"
-            )
-        if fill == "attention":
-            if recovery is None:
-                raise ValueError(
-                    "recover 'attention' is trained: give its module, model.recovery, to to_grid or to_map"
-                )
-            former = recovery(former, patches, tokens.valid)
-        grid = torch.where(tokens.on_its_own().unsqueeze(-1), grid, former)
+    if fill == "zero" and not tokens.complete:
+        grid = grid.masked_fill((source < 0).unsqueeze(-1), 0)
     return grid
+
+
+def _former(x: Tensor, tokens: TokenMap, fill: str, recovery: AttentionRecovery | None) -> Tensor:
+    """Fills "last" and "attention" of to_grid where patches were dropped."""
+    if tokens.memory is None:
+        raise ValueError(
+            f"recover {fill!r} needs the features the dropped patches had, but this TokenMap holds no memory; "
+            "get it from forward_tokens(x, memory=True) or use recover 'nearest' or 'zero'"
+        )
+    grid = tokens.remember(x).memory.features()
+    if fill == "last":
+        return grid
+    if recovery is None:
+        raise ValueError("recover 'attention' is trained: give its module, model.recovery, to to_grid or to_map")
+    _, patches = tokens.split(tokens.unpack(x) if tokens.packed else x)
+    return torch.where(tokens.on_its_own().unsqueeze(-1), grid, recovery(grid, patches, tokens.valid))
 
 
 def to_map(x: Tensor, tokens: TokenMap, fill: str = "last", recovery: AttentionRecovery | None = None) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 __all__ = [
     "RAGGED",
+    "Memory",
     "Reference",
     "TokenMap",
     "compact",
@@ -172,6 +173,24 @@ class Reference(NamedTuple):
     norm: str = "l2"
 
 
+class Memory(NamedTuple):
+    """The last feature every patch had while a token stood for it, left in the sequences it was part of.
+
+    Sequences are only kept, not copied, so that remembering one costs index arithmetic; ``features`` reads them.
+
+    Attributes:
+        sequences: Sequences (B, P+N, C), or (1, T, C) packed, in which some patch was carried last.
+        rows: (B, H*W) row of each patch in all of them, flattened and one after another.
+    """
+
+    sequences: tuple[Tensor, ...]
+    rows: Tensor
+
+    def features(self) -> Tensor:
+        """(B, H*W, C) feature of every patch."""
+        return take_rows(torch.cat([x.flatten(0, 1) for x in self.sequences]).unsqueeze(0), self.rows)
+
+
 @dataclass(frozen=True)
 class TokenMap:
     """Where every patch of a batch of images is in the current token sequence.
@@ -192,7 +211,7 @@ class TokenMap:
         key_weight: (B, N) factor on the attention a token receives as a key. None means one each.
         valid: (B, N) False for the padding of an image with fewer tokens than its neighbours. None: all valid.
         fused: (B, N) True for a token that sums up patches it does not stand for one by one (EViT's). None: no.
-        memory: (B, H*W, C) last feature every patch had while it was carried; kept only for dense recovery.
+        memory: Last feature every patch had while it was carried; kept only for dense recovery.
         reference: What patches are reconstructed from the tokens left by; kept only where that may be asked for.
         carry: What a method hands from block to block (GTP: its graph).
         packed: The sequence is one row (1, T, C) of all valid tokens of all images, without padding.
@@ -210,7 +229,7 @@ class TokenMap:
     key_weight: Tensor | None = None
     valid: Tensor | None = None
     fused: Tensor | None = None
-    memory: Tensor | None = None
+    memory: Memory | None = None
     reference: Reference | None = None
     carry: Tensor | None = None
     packed: bool = False
@@ -366,14 +385,17 @@ class TokenMap:
         return _unpack(x, self.sequence_mask())
 
     def remember(self, x: Tensor) -> TokenMap:
-        """The map with every patch that is still carried on its own remembering its token's feature in x."""
-        _, patches = self.split(self.unpack(x) if self.packed else x)
-        if not self.moved:
-            return replace(self, memory=patches)
-        feature = take_rows(patches, flat_rows(self.source.clamp(min=0), patches.shape[1]))  # (B, H*W, C)
-        if self.memory is None:
-            return replace(self, memory=feature)
-        return replace(self, memory=torch.where(self.on_its_own().unsqueeze(-1), feature, self.memory))
+        """The map with every patch that is still carried on its own remembering its token's feature in x.
+
+        Args:
+            x: (B, P+N, C) tokens of this map; (1, T, C) packed.
+        """
+        rows = sequence_rows(self, self.source.clamp(min=0))[:, self.num_prefix :]  # (B, H*W)
+        if self.complete or self.memory is None:
+            return replace(self, memory=Memory((x,), rows))
+        sequences = self.memory.sequences
+        rows = rows + sum(former.shape[0] * former.shape[1] for former in sequences)
+        return replace(self, memory=Memory((*sequences, x), torch.where(self.on_its_own(), rows, self.memory.rows)))
 
     def refer(self, x: Tensor) -> TokenMap:
         """The map that keeps the patches of the full grid in x (B, P + H*W, C) to be compared with later."""

@@ -255,16 +255,16 @@ class TestMemory:
         expected = before[:, PREFIX:].clone()
         for image in range(2):
             expected[image, index[image]] = after[image, PREFIX:]
-        assert torch.equal(later.memory, expected)
+        assert torch.equal(later.memory.features(), expected)
 
     def test_fused_token_overwrites_no_memory(self) -> None:
         before, after = torch.randn(2, PREFIX + NUM_PATCHES, 4), torch.randn(2, PREFIX + 3, 4)
         ranked = torch.tensor([[5, 0, 1]]).expand(2, -1)
         later = full_map().remember(before).fuse(ranked, 2).remember(after)
         assert later.memory is not None
-        assert torch.equal(later.memory[:, 5], after[:, PREFIX])
-        assert torch.equal(later.memory[:, 0], after[:, PREFIX + 1])
-        assert torch.equal(later.memory[:, 1:5], before[:, PREFIX + 1 : PREFIX + 5])
+        assert torch.equal(later.memory.features()[:, 5], after[:, PREFIX])
+        assert torch.equal(later.memory.features()[:, 0], after[:, PREFIX + 1])
+        assert torch.equal(later.memory.features()[:, 1:5], before[:, PREFIX + 1 : PREFIX + 5])
 
     def test_packed_features_are_remembered_like_padded_ones(self) -> None:
         before = torch.randn(2, PREFIX + NUM_PATCHES, 4)
@@ -273,10 +273,10 @@ class TestMemory:
         padded = full_map().remember(before).keep(index, 2, valid=valid)
         packed = full_map().remember(before).keep(index, 2, valid=valid, packed=True)
         after = torch.randn(2, PREFIX + 2, 4)
-        from_padded, from_packed = padded.remember(after).memory, packed.remember(packed.pack(after)).memory
-        assert from_padded is not None
-        assert from_packed is not None
-        assert torch.equal(from_padded, from_packed)
+        padded, packed = padded.remember(after), packed.remember(packed.pack(after))
+        assert padded.memory is not None
+        assert packed.memory is not None
+        assert torch.equal(padded.memory.features(), packed.memory.features())
 
     def test_split_separates_prefix_and_patches(self) -> None:
         x = torch.randn(2, PREFIX + 5, 4)
