@@ -212,7 +212,7 @@ def _former(x: Tensor, tokens: TokenMap, fill: str, recovery: AttentionRecovery 
             f"recover {fill!r} needs the features the dropped patches had, but this TokenMap holds no memory; "
             "get it from forward_tokens(x, memory=True) or use recover 'nearest' or 'zero'"
         )
-    grid = tokens.remember(x).memory.features()
+    grid = tokens.recall(x).features()
     if fill == "last":
         return grid
     if recovery is None:

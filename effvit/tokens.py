@@ -384,18 +384,22 @@ class TokenMap:
         """Packed (1, T, ...) -> padded (B, P+N, ...), zeros in the padding."""
         return _unpack(x, self.sequence_mask())
 
-    def remember(self, x: Tensor) -> TokenMap:
-        """The map with every patch that is still carried on its own remembering its token's feature in x.
+    def recall(self, x: Tensor) -> Memory:
+        """The last feature every patch had while a token stood for it: in x, if one still does.
 
         Args:
             x: (B, P+N, C) tokens of this map; (1, T, C) packed.
         """
         rows = sequence_rows(self, self.source.clamp(min=0))[:, self.num_prefix :]  # (B, H*W)
         if self.complete or self.memory is None:
-            return replace(self, memory=Memory((x,), rows))
-        sequences = self.memory.sequences
-        rows = rows + sum(former.shape[0] * former.shape[1] for former in sequences)
-        return replace(self, memory=Memory((*sequences, x), torch.where(self.on_its_own(), rows, self.memory.rows)))
+            return Memory((x,), rows)
+        former = self.memory.sequences
+        rows = rows + sum(sequence.shape[0] * sequence.shape[1] for sequence in former)
+        return Memory((*former, x), torch.where(self.on_its_own(), rows, self.memory.rows))
+
+    def remember(self, x: Tensor) -> TokenMap:
+        """The map that remembers what ``recall`` gives, for when its tokens are gone."""
+        return replace(self, memory=self.recall(x))
 
     def refer(self, x: Tensor) -> TokenMap:
         """The map that keeps the patches of the full grid in x (B, P + H*W, C) to be compared with later."""

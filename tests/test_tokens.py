@@ -278,6 +278,16 @@ class TestMemory:
         assert packed.memory is not None
         assert torch.equal(padded.memory.features(), packed.memory.features())
 
+    def test_sequences_are_kept_and_not_copied(self) -> None:
+        first, second = torch.randn(2, PREFIX + NUM_PATCHES, 4), torch.randn(2, PREFIX + NUM_PATCHES, 4)
+        third = torch.randn(2, PREFIX + 5, 4)
+        complete = full_map().remember(first).remember(second)
+        assert complete.memory is not None
+        assert [id(x) for x in complete.memory.sequences] == [id(second)]
+        later = complete.keep(random_choice(2, NUM_PATCHES, 5), 5).remember(third)
+        assert later.memory is not None
+        assert [id(x) for x in later.memory.sequences] == [id(second), id(third)]
+
     def test_split_separates_prefix_and_patches(self) -> None:
         x = torch.randn(2, PREFIX + 5, 4)
         prefix, patches = kept_map(5).split(x)
