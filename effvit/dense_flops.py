@@ -72,7 +72,8 @@ def count_dense_flops(model: nn.Module, size: tuple[int, int]) -> FlopReport:
     of regions (RoIAlign) is not a product of matrices and listed in ``uncounted``.
 
     Args:
-        model: A detector of mmdet or segmenter of mmseg.
+        model: A detector of mmdet or segmenter of mmseg. An image has as many channels as its data preprocessor has
+            means, three without any.
         size: (H, W) of the image as the backbone gets it.
 
     Raises:
@@ -80,7 +81,8 @@ def count_dense_flops(model: nn.Module, size: tuple[int, int]) -> FlopReport:
     """
     if min(size) < 1:
         raise ValueError(f"the size of an image is (H, W), both at least 1, got {size}")
-    report = count_flops(Inference(model, size), (3, *size))
+    mean = getattr(getattr(model, "data_preprocessor", None), "mean", None)
+    report = count_flops(Inference(model, size), (3 if mean is None else len(mean), *size))
     modules = {name.removeprefix("model."): macs for name, macs in report.by_module.items() if name != "model"}
     return replace(report, by_module=modules)
 

@@ -38,7 +38,7 @@ def convolution(module: nn.Module) -> int:
 
 @pytest.fixture(scope="module")
 def detector() -> nn.Module:
-    return build("mmdet/composites/mask-rcnn_evit.py")
+    return build("mmdet/garments/mask-rcnn_evit-nano.py")
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ class TestDetector:
         parts = count_parts(detector, report)
         assert list(parts) == ["backbone", "neck", "rpn_head", "roi_head"]
         assert sum(macs for _, macs in parts.values()) == report.total
-        assert parts["backbone"][1] == count_flops(detector.backbone, (3, *SIZE)).total
+        assert parts["backbone"][1] == count_flops(detector.backbone, (1, *SIZE)).total
         assert parts["backbone"][0] == sum(p.numel() for p in detector.backbone.parameters())
 
     def test_heads_get_as_many_regions_as_the_settings_let_through(self, detector: nn.Module) -> None:
@@ -107,11 +107,11 @@ class TestSegmenter:
 
 class TestTool:
     def test_options_change_the_count(self, tool: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        config = str(ROOT / "configs/mmdet/composites/mask-rcnn_evit.py")
+        config = str(ROOT / "configs/mmdet/garments/mask-rcnn_evit-nano.py")
         macs = []
         for keep_rate in (1.0, 0.5):
             out = tmp_path / f"{keep_rate}.json"
-            options = ["--cfg-options", f"model.backbone.keep_rate={keep_rate}"]
+            options = ["--cfg-options", f"model.backbone.sparsify.keep_rate={keep_rate}"]
             assert tool.main([config, "--shape", "128", "--json", str(out), *options]) == 0
             macs.append(json.loads(out.read_text())["parts"]["backbone"]["macs"])
         assert macs[1] < 0.6 * macs[0]
@@ -142,6 +142,6 @@ class TestTool:
 
 def test_trace_does_not_depend_on_the_thread_count() -> None:
     """Regions are drawn once and by seed: two counts agree."""
-    model = build("mmdet/composites/mask-rcnn_vit.py")
+    model = build("mmdet/garments/mask-rcnn_vit-nano.py")
     assert count_dense_flops(model, (64, 64)) == count_dense_flops(model, (64, 64))
     assert torch.is_grad_enabled()

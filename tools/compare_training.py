@@ -1,9 +1,9 @@
 """Train several configs and compare what they have learned with what their backbones cost.
 
-Each is evaluated as initialised and as trained. A config whose last checkpoint lies in the work directories already is
-not trained again, an interrupted one goes on from its latest checkpoint.
+Each is evaluated as initialised and as trained, with every seed. What has its last checkpoint in the work directories
+already is not trained again, what was interrupted goes on from its latest checkpoint.
 
-    python tools/compare_training.py configs/mmdet/composites/*.py configs/mmseg/composites/*.py --json FILE
+    python tools/compare_training.py configs/mmdet/garments/*.py --seeds 0 1 2 --json FILE
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ METRICS = {"coco/bbox_mAP": 100.0, "coco/segm_mAP": 100.0, "mIoU": 1.0}  # name 
 SHARE = 0.1  # of the logged losses, whose mean stands for the beginning and for the end
 
 
-def run(path: Path, work_dirs: Path) -> dict[str, Any]:
+def run(path: Path, work_dirs: Path, seed: int) -> dict[str, Any]:
     """Train a config unless it is trained already, and say what it costs and what it has learned."""
-    work_dir = work_dirs / path.stem
-    config = prepare_config(path, work_dir=work_dir, resume="auto")
+    work_dir, options = work_dirs / path.stem / f"seed-{seed}", {"randomness.seed": seed}
+    config = prepare_config(path, work_dir=work_dir, options=options, resume="auto")
     if not is_trained(config):
         build_runner(config).train()
-    runner = build_runner(prepare_config(path, work_dir=work_dir / "test"))
+    runner = build_runner(prepare_config(path, work_dir=work_dir / "test", options=options))
     runner.model.init_weights()  # as training does
     before = runner.test()
     checkpoint = find_latest_checkpoint(str(work_dir))
@@ -47,6 +47,7 @@ def run(path: Path, work_dirs: Path) -> dict[str, Any]:
     size = tuple(next(iter(runner.test_dataloader))["inputs"][0].shape)
     return {
         "config": path.as_posix(),
+        "seed": seed,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "backbone_parameters": sum(parameter.numel() for parameter in model.backbone.parameters()),
         "backbone_macs": count_flops(model.backbone, size).total,
@@ -90,20 +91,35 @@ def summary(logs: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     }
 
 
+def percent(rows: Sequence[Mapping[str, Any]], when: str) -> str:
+    """Mean over the seeds of every metric, with the least and the largest where there are several."""
+    metrics = []
+    for name in rows[0][when]:
+        values = [row[when][name] for row in rows]
+        spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
+        metrics.append(f"{np.mean(values):.1f}{spread}")
+    return " / ".join(metrics)
+
+
 def table(record: Mapping[str, Any]) -> list[str]:
-    """Lines of a Markdown table of what ``main`` wrote."""
+    """Lines of a Markdown table of what ``main`` wrote: a row for each config, means over its seeds."""
     lines = [
-        "| config | backbone MMACs | backbone parameters | minutes | loss, first to last | untrained | trained |",
-        "|---|---|---|---|---|---|---|",
+        "| config | backbone MMACs | backbone parameters | seeds | minutes | loss, first to last | untrained | trained |",
+        "|---|---|---|---|---|---|---|---|",
     ]
+    by_config: dict[str, list[Mapping[str, Any]]] = {}
     for row in record["results"]:
+        by_config.setdefault(row["config"], []).append(row)
+    for config, rows in by_config.items():
+        first, last = np.mean([row["losses"] for row in rows], axis=0)
         cells = [
-            f"[{Path(row['config']).stem}](../{row['config']})",
-            f"{row['backbone_macs'] / 1e6:.0f}",
-            f"{row['backbone_parameters'] / 1e6:.2f} M",
-            f"{row['minutes']:.0f}",
-            f"{row['losses'][0]:.2f} to {row['losses'][1]:.2f}",
-            *(" / ".join(f"{value:.1f}" for value in row[when].values()) for when in ("untrained", "trained")),
+            f"[{Path(config).stem}](../{config})",
+            f"{rows[0]['backbone_macs'] / 1e6:.0f}",
+            f"{rows[0]['backbone_parameters'] / 1e6:.2f} M",
+            ", ".join(str(row["seed"]) for row in rows),
+            f"{np.mean([row['minutes'] for row in rows]):.0f}",
+            f"{first:.2f} to {last:.2f}",
+            *(percent(rows, when) for when in ("untrained", "trained")),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -113,13 +129,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train and compare; returns 2 after an error the caller can mend."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("configs", nargs="+", type=Path, metavar="CONFIG")
-    parser.add_argument("--work-dirs", type=Path, default=Path("work_dirs"), metavar="DIR", help="one a config inside")
+    parser.add_argument(
+        "--work-dirs", type=Path, default=Path("work_dirs"), metavar="DIR", help="one a config and seed inside"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures, machine and versions there")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     try:
-        results = [run(path, arguments.work_dirs) for path in arguments.configs]
+        results = [run(path, arguments.work_dirs, seed) for path in arguments.configs for seed in arguments.seeds]
     except (ValueError, TypeError, OSError) as error:
         print(f"compare_training: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -1,6 +1,6 @@
 """Evaluate a checkpoint on the test set of its config, or a classifier with the weights that its config names.
 
-python tools/test.py configs/mmdet/composites/mask-rcnn_evit.py work_dirs/mask-rcnn_evit/epoch_12.pth
+python tools/test.py configs/mmdet/garments/mask-rcnn_evit-nano.py work_dirs/mask-rcnn_evit-nano/epoch_2.pth
 python tools/test.py configs/mmpretrain/gtp-deit-b_in1k.py
 """
 

@@ -1,6 +1,6 @@
 """Train a detector, segmenter or classifier from a config of mmdet, mmseg or mmpretrain.
 
-    python tools/train.py configs/mmdet/composites/mask-rcnn_evit.py
+    python tools/train.py configs/mmdet/garments/mask-rcnn_evit-nano.py
     torchrun --nproc-per-node 2 tools/train.py CONFIG --cfg-options train_dataloader.batch_size=4
 
 Started by torchrun, processes train together; without an accelerator over gloo.
