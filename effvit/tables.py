@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["describe", "print_accuracies", "print_record", "print_tuning", "write_csv"]
+__all__ = ["describe", "mean_and_range", "print_accuracies", "print_record", "print_tuning", "write_csv"]
 
 CONDITIONS = ("batch_size", "input_size", "dtype", "device", "threads", "compile", "cuda_graphs")
 NUMBERS = (
@@ -112,6 +112,12 @@ def print_accuracies(console: Console, record: Mapping[str, Any]) -> None:
             end_section=number == 0,
         )
     console.print(table)
+
+
+def mean_and_range(values: Sequence[float]) -> str:
+    """Mean of a figure over several trainings, with the least and the largest if there are several: one decimal."""
+    spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
+    return f"{sum(values) / len(values):.1f}{spread}"
 
 
 def _interval(bounds: Sequence[float]) -> str:

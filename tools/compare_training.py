@@ -23,10 +23,13 @@ from mmengine.runner import find_latest_checkpoint
 from effvit.flops import count_flops
 from effvit.profiler import machine
 from effvit.runner import build_runner, check_checkpoint, prepare_config
+from effvit.tables import mean_and_range
 
 __all__ = ["main", "table"]
 
+STAGES = ("untrained", "trained")
 METRICS = {"coco/bbox_mAP": 100.0, "coco/segm_mAP": 100.0, "mIoU": 1.0}  # name -> factor that makes it percent
+COLUMNS = ("config", "backbone MMACs", "backbone parameters", "seeds", "minutes", "loss, first to last", *STAGES)
 SHARE = 0.1  # of the logged losses, whose mean stands for the beginning and for the end
 
 
@@ -91,22 +94,9 @@ def summary(logs: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     }
 
 
-def percent(rows: Sequence[Mapping[str, Any]], when: str) -> str:
-    """Mean over the seeds of every metric, with the least and the largest where there are several."""
-    metrics = []
-    for name in rows[0][when]:
-        values = [row[when][name] for row in rows]
-        spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
-        metrics.append(f"{np.mean(values):.1f}{spread}")
-    return " / ".join(metrics)
-
-
 def table(record: Mapping[str, Any]) -> list[str]:
     """Lines of a Markdown table of what ``main`` wrote: a row for each config, means over its seeds."""
-    lines = [
-        "| config | backbone MMACs | backbone parameters | seeds | minutes | loss, first to last | untrained | trained |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     by_config: dict[str, list[Mapping[str, Any]]] = {}
     for row in record["results"]:
         by_config.setdefault(row["config"], []).append(row)
@@ -119,7 +109,10 @@ def table(record: Mapping[str, Any]) -> list[str]:
             ", ".join(str(row["seed"]) for row in rows),
             f"{np.mean([row['minutes'] for row in rows]):.0f}",
             f"{first:.2f} to {last:.2f}",
-            *(percent(rows, when) for when in ("untrained", "trained")),
+            *(
+                " / ".join(mean_and_range([row[when][metric] for row in rows]) for metric in rows[0][when])
+                for when in STAGES
+            ),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines

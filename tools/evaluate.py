@@ -37,6 +37,7 @@ from effvit.cli import add_record, build, list_variants, parse_setting, reduced
 from effvit.costs import profile
 from effvit.data import PICTURES, load_pictures
 from effvit.reducers import METHODS
+from effvit.tables import mean_and_range
 from effvit.visualize import data_config, image_transform
 
 __all__ = ["main", "table"]
@@ -65,10 +66,9 @@ def table(records: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = ["| model | top-1 (%) | MMACs | MAC ratio | speed-up | tokens left |", "|---|---|---|---|---|---|"]
     for model, _, accuracies in shown_models(records):
         low, high = model["interval"]
-        spread = f" ({min(accuracies):.1f} to {max(accuracies):.1f})" if len(accuracies) > 1 else ""
         cells = [
             model["name"],
-            f"{model['accuracy']['value']:.1f}{spread}",
+            mean_and_range(accuracies),
             f"{model['macs'] / 1e6:.1f}",
             f"{model['mac_ratio']:.2f}",
             f"{model['speedup']:.2f} ({low:.2f} to {high:.2f})",
