@@ -176,7 +176,8 @@ class Reference(NamedTuple):
 class Memory(NamedTuple):
     """The last feature every patch had while a token stood for it, left in the sequences it was part of.
 
-    Sequences are only kept, not copied, so that remembering one costs index arithmetic; ``features`` reads them.
+    Remembering a sequence keeps it and costs index arithmetic, no copy of features; ``features`` reads them all. Until
+    then none is freed, which gradients would not let happen either.
 
     Attributes:
         sequences: Sequences (B, P+N, C), or (1, T, C) packed, in which some patch was carried last.
