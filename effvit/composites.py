@@ -43,8 +43,10 @@ from effvit.schedule import check_count, check_fraction
 __all__ = [
     "CLASSES",
     "Composite",
+    "DividedSprites",
     "Settings",
     "Sprite",
+    "check_new",
     "compose",
     "make_composites",
     "read_backgrounds",
@@ -370,6 +372,12 @@ def describe_objects(composite: Composite, image_id: int) -> list[dict[str, Any]
 # -- the set ---------------------------------------------------------------------------------------------
 
 
+def check_new(out: Path) -> None:
+    """Raise a ValueError if the folder to make is there."""
+    if out.exists():
+        raise ValueError(f"{out} exists; name another folder or remove it")
+
+
 def make_composites(
     sprites: str | os.PathLike[str] | DividedSprites,
     backgrounds: str | os.PathLike[str],
@@ -409,8 +417,7 @@ def make_composites(
         check_count(name, number, 1)
     if not 1 <= len(classes) <= 255:
         raise ValueError(f"there must be 1 to 255 classes, since label maps have 8 bits, got {len(classes)}")
-    if out.exists():
-        raise ValueError(f"{out} exists; name another folder or remove it")
+    check_new(out)
     rng = np.random.default_rng([settings.seed, len(SPLITS)])
     divided = sprites if isinstance(sprites, tuple) else divide_sprites(read_sprites(sprites, classes), settings, rng)
     for split, part in zip(SPLITS, divided, strict=True):

@@ -13,7 +13,20 @@ from PIL import Image, ImageFilter
 from effvit.composites import DividedSprites, Sprite
 from effvit.data import load_pictures
 
-__all__ = ["outline", "read_garments"]
+__all__ = ["GARMENTS", "outline", "read_garments"]
+
+GARMENTS = (  # in the order of the set's labels
+    "t-shirt-top",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle-boot",
+)
 
 BLACK = 16  # grey values from 0 to this one are background
 CLOTH = [255 * (value > BLACK) for value in range(256)]  # grey value -> opacity
@@ -33,11 +46,9 @@ def read_garments(root: str | os.PathLike[str] | None = None) -> DividedSprites:
 
 def cut_outs(split: str, root: str | os.PathLike[str] | None) -> dict[str, list[Sprite]]:
     """Class -> cut-outs of one split, "train" or "test"."""
-    pictures = load_pictures("fashion_mnist", split, root)
-    names = [name.lower().replace("/", "-").replace(" ", "-") for name in pictures.classes]
-    found: dict[str, list[Sprite]] = {name: [] for name in names}
-    for number, (picture, label) in enumerate(pictures):
-        found[names[label]].append(Sprite(f"{split}/{number:05d}", outline(picture)))
+    found: dict[str, list[Sprite]] = {name: [] for name in GARMENTS}
+    for number, (picture, label) in enumerate(load_pictures("fashion_mnist", split, root)):
+        found[GARMENTS[label]].append(Sprite(f"{split}/{number:05d}", outline(picture)))
     return found
 
 

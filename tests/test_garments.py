@@ -12,9 +12,8 @@ from scripts import load_tool
 
 from effvit.coco import decode_rle, read_coco
 from effvit.composites import OPAQUE, Settings, make_composites
-from effvit.garments import outline, read_garments
-
-CLASSES = 10
+from effvit.data import load_pictures
+from effvit.garments import GARMENTS, outline, read_garments
 
 
 def write_idx(path: Path, values: np.ndarray) -> None:
@@ -30,7 +29,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     raw = root / "fashion_mnist" / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
     for prefix, number in (("train", 2), ("t10k", 1)):
-        labels = np.repeat(np.arange(CLASSES), number)
+        labels = np.repeat(np.arange(len(GARMENTS)), number)
         pictures = np.zeros((len(labels), 28, 28), np.uint8)
         for picture, label in zip(pictures, labels, strict=True):
             picture[4:24, 5 : 11 + label] = 100 if prefix == "train" else 200
@@ -60,10 +59,10 @@ def test_outline_leaves_what_is_between_the_legs() -> None:
 
 def test_division_is_that_of_the_set(root: Path) -> None:
     training, validation = read_garments(root)
-    assert list(training) == list(validation)
-    assert [*training][:2] == ["t-shirt-top", "trouser"]
-    assert [len(own) for own in training.values()] == [2] * CLASSES
-    assert [len(own) for own in validation.values()] == [1] * CLASSES
+    assert list(validation) == [*GARMENTS]
+    assert list(training) == [*GARMENTS]
+    assert [len(own) for own in training.values()] == [2] * len(GARMENTS)
+    assert [len(own) for own in validation.values()] == [1] * len(GARMENTS)
     for part, grey in ((training, 100), (validation, 200)):
         for label, own in enumerate(part.values()):
             assert {sprite.image.size for sprite in own} == {(6 + label, 20)}
@@ -112,6 +111,23 @@ def test_class_without_cut_outs_is_named(root: Path, drawn_sources: Path, tmp_pa
             classes={"coat": (), "bag": ()},
         )
     assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--classes", "hat"], "unknown classes hat; there are t-shirt-top"), ([], "exists; name another folder")],
+)
+def test_tool_refuses_before_it_reads_the_set(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nowhere = str(tmp_path / "nowhere")
+    assert load_tool("make_composites").main(["--garments", "--root", nowhere, "--out", str(tmp_path), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_names_are_those_of_the_set(root: Path) -> None:
+    classes = load_pictures("fashion_mnist", "test", root).classes
+    assert [*GARMENTS] == [name.lower().replace("/", "-").replace(" ", "-") for name in classes]
 
 
 def test_tool_takes_garments_or_own_cut_outs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,8 +23,8 @@ from PIL import Image
 from rich.progress import Progress
 
 from effvit.coco import draw_objects, read_coco
-from effvit.composites import CLASSES, DividedSprites, Settings, make_composites
-from effvit.garments import read_garments
+from effvit.composites import CLASSES, Settings, check_new, make_composites
+from effvit.garments import GARMENTS, read_garments
 from effvit.sources import default_root
 
 __all__ = ["contact_sheet", "main"]
@@ -90,11 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(arguments: argparse.Namespace) -> None:
     """Make the set the parsed arguments describe."""
     root = arguments.root or default_root()
-    sprites: Path | DividedSprites = arguments.sprites or root / "stamps"
     known = CLASSES
     if arguments.garments:
-        sprites = read_garments(root)
-        known = dict.fromkeys(sprites[0], ())
+        known = dict.fromkeys(GARMENTS, ())
     elif arguments.sprites is not None:
         folders = sorted(path.name for path in arguments.sprites.iterdir() if path.is_dir())
         known = {name: (f"{name}/*.png",) for name in folders}
@@ -104,7 +102,9 @@ def run(arguments: argparse.Namespace) -> None:
     settings = Settings(
         size=arguments.size, objects=tuple(arguments.objects), scale=tuple(arguments.scale), seed=arguments.seed
     )
+    check_new(arguments.out)  # before the garments are read, which takes a while
     started = time.perf_counter()
+    sprites = read_garments(root) if arguments.garments else arguments.sprites or root / "stamps"
     with Progress(disable=not sys.stderr.isatty()) as bars:
         task = bars.add_task("pictures", total=arguments.train + arguments.val)
         record = make_composites(
