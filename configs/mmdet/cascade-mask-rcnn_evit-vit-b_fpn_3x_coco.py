@@ -11,7 +11,6 @@ model = dict(
         keep_rate=0.7,
         reduce_at=(3, 6, 9),
         out_indices=(11,),
-        out_norm=True,
         drop_path_rate=0.1,
         pretrained=True,
     ),

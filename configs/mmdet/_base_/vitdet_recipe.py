@@ -19,7 +19,6 @@ vit_backbone = dict(
     type="EffViT",
     model_name="deit_small_patch16_224",
     out_indices=(11,),
-    out_norm=True,
     drop_path_rate=0.1,
     pretrained=True,
 )
