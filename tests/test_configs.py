@@ -26,6 +26,7 @@ from mmengine.structures import PixelData
 from mmpretrain.structures import DataSample
 from mmseg.structures import SegDataSample
 
+from effvit.garments import GARMENTS
 from effvit.openmmlab import load_config
 from effvit.runner import nested_dicts, without_pretrained
 
@@ -124,6 +125,11 @@ def test_missing_weights_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no checkpoint at data/mobile_sam/mobile_sam\.pt"):
         MODELS.build(config.model.backbone)
+
+
+def test_detectors_on_garments_know_the_classes_of_the_set() -> None:
+    config = load_config(ROOT / "configs/mmdet/garments/mask-rcnn_vit-nano.py")
+    assert config.train_dataloader.dataset.metainfo.classes == GARMENTS
 
 
 def test_every_config_says_where_its_settings_are_from() -> None:
