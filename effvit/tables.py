@@ -115,9 +115,9 @@ def print_accuracies(console: Console, record: Mapping[str, Any]) -> None:
 
 
 def mean_and_range(values: Sequence[float]) -> str:
-    """Mean of a figure over several trainings, with the least and the largest if there are several: one decimal."""
-    spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
-    return f"{sum(values) / len(values):.1f}{spread}"
+    """Mean of a figure over several trainings, with the least and the largest where they differ: one decimal."""
+    mean, low, high = (f"{value:.1f}" for value in (sum(values) / len(values), min(values), max(values)))
+    return mean if low == high else f"{mean} ({low} to {high})"
 
 
 def _interval(bounds: Sequence[float]) -> str:

@@ -44,6 +44,7 @@ def test_readme_shows_the_measured_overhead() -> None:
     [
         ("docs/dense.md", "recovery", "benchmark_recovery", "recovery_cpu.json"),
         ("docs/dense.md", "training", "compare_training", "composites_cpu.json"),
+        ("docs/dense.md", "vit", "compare_training", "composites_vit_cpu.json"),
         ("docs/dense.md", "garments", "compare_training", "garments_cpu.json"),
         ("docs/accuracy.md", "accuracy", "evaluate", "fashion_accuracy_cpu.json"),
         ("docs/accuracy.md", "masks", "evaluate_masks", "mobilesam_cpu.json"),

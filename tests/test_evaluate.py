@@ -15,6 +15,7 @@ from scripts import load_tool
 from torchvision.datasets import FakeData
 
 import effvit
+from effvit.tables import mean_and_range
 from effvit.visualize import data_config, load_images, token_figure
 
 NANO = "vit_nano_patch4_28"
@@ -145,3 +146,8 @@ class TestExport:
         command = [str(tmp_path / "epoch_1.pth"), "--model", NANO, "--out", str(tmp_path / "a.safetensors")]
         assert load_tool("export_weights").main(command) == 2
         assert "is a checkpoint of another model" in capsys.readouterr().err
+
+
+def test_means_show_the_range_where_there_is_one() -> None:
+    assert mean_and_range([25.9]) == mean_and_range([25.91, 25.86]) == "25.9"
+    assert mean_and_range([26.0, 25.5]) == "25.8 (25.5 to 26.0)"
