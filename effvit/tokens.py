@@ -427,9 +427,8 @@ class TokenMap:
 @fx_leaf
 def sequence_rows(tokens: TokenMap, index: Tensor) -> Tensor:
     """Rows (B, P+K) of the prefix tokens and the tokens ``index`` (B, K) in the flattened sequence, packed or not."""
-    mask = tokens.sequence_mask()
-    rows = flat_rows(index, mask.shape[1], tokens.num_prefix)
-    return (mask.flatten().cumsum(0) - 1)[rows] if tokens.packed else rows
+    rows = flat_rows(index, tokens.num_prefix + tokens.anchor.shape[1], tokens.num_prefix)
+    return (tokens.sequence_mask().flatten().cumsum(0) - 1)[rows] if tokens.packed else rows
 
 
 @fx_leaf

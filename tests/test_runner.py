@@ -59,16 +59,10 @@ def detector(drawn_set: Path, tmp_path: Path) -> Path:
     data = {"data_root": f"{drawn_set}/", "metainfo": {"classes": classes}}
     return write_config(
         tmp_path,
-        "mmdet/composites/mask-rcnn_supertoken.py",
+        "mmdet/composites/mask-rcnn_evit.py",
         model={
             "backbone": BACKBONE,
-            "neck": {
-                "_delete_": True,
-                "type": "SimpleFeaturePyramid",
-                "in_channels": 32,
-                "out_channels": 64,
-                "num_outs": 5,
-            },
+            "neck": {"in_channels": [32]},
             "roi_head": {"bbox_head": {"num_classes": 3}, "mask_head": {"num_classes": 3}},
         },
         train_dataloader={"batch_size": 2, "dataset": data},

@@ -12,6 +12,8 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -97,10 +99,8 @@ def summary(logs: Sequence[Mapping[str, float]]) -> dict[str, Any]:
 def table(record: Mapping[str, Any]) -> list[str]:
     """Lines of a Markdown table of what ``main`` wrote: a row for each config, means over its seeds."""
     lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
-    by_config: dict[str, list[Mapping[str, Any]]] = {}
-    for row in record["results"]:
-        by_config.setdefault(row["config"], []).append(row)
-    for config, rows in by_config.items():
+    for config, group in groupby(record["results"], key=itemgetter("config")):
+        rows = list(group)
         first, last = np.mean([row["losses"] for row in rows], axis=0)
         cells = [
             f"[{Path(config).stem}](../{config})",

@@ -7,6 +7,8 @@ import json
 import re
 from collections.abc import Sequence
 from functools import cache
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +24,8 @@ __all__ = ["ARCHITECTURES", "BENCHMARKS", "ROOT", "Result", "belongs", "configs"
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "docs/benchmarks"
 ARCHITECTURES = (*VARIANTS, *lvvit.default_cfgs, *vit_nano.default_cfgs)
-COMPOSITES = {"coco/bbox_mAP": "box AP", "coco/segm_mAP": "mask AP", "mIoU": "mIoU"}
+TRAININGS = ("composites_cpu.json", "composites_vit_cpu.json", "garments_cpu.json")
+METRICS = {"coco/bbox_mAP": "box AP", "coco/segm_mAP": "mask AP", "mIoU": "mIoU"}
 
 
 class Result(NamedTuple):
@@ -150,21 +153,27 @@ def configs() -> dict[str, str]:
 
 
 def results_here(own_configs: dict[str, str]) -> list[Result]:
-    """What trainings of these configs reached here, on the generated set."""
-    path = BENCHMARKS / "composites_cpu.json"
-    results = []
-    for record in read(path)["results"]:
-        if record["config"] in own_configs:
-            metrics = {COMPOSITES[name]: value for name, value in record["trained"].items()}
-            results.append(
-                Result(
-                    own_configs[record["config"]],
-                    {},
-                    "Semantic Segmentation" if "mIoU" in metrics else "Instance Segmentation",
-                    "composites (generated, docs/dense.md)",
-                    metrics,
-                    f"measured here, {record['iterations']} iterations, {path.relative_to(ROOT)}",
-                    config=record["config"],
-                )
-            )
-    return results
+    """What trainings of these configs reached here, on the generated sets; means over their seeds."""
+    return [
+        trained_here(own_configs[config], config, list(rows), name)
+        for name in TRAININGS
+        for config, rows in groupby(read(BENCHMARKS / name)["results"], key=itemgetter("config"))
+        if config in own_configs
+    ]
+
+
+def trained_here(model: str, config: str, rows: list[dict[str, Any]], record: str) -> Result:
+    """What the trainings of one config reached, as tools/compare_training.py wrote it into a record."""
+    metrics = {
+        METRICS[name]: round(sum(row["trained"][name] for row in rows) / len(rows), 2) for name in rows[0]["trained"]
+    }
+    seeds = f", mean of {len(rows)} seeds" if len(rows) > 1 else ""
+    return Result(
+        model,
+        {},
+        "Semantic Segmentation" if "mIoU" in metrics else "Instance Segmentation",
+        f"{Path(config).parent.name} (generated, docs/dense.md)",
+        metrics,
+        f"measured here, {rows[0]['iterations']} iterations{seeds}, docs/benchmarks/{record}",
+        config=config,
+    )
