@@ -1,0 +1,33 @@
+"""Whether values may be read: the one place that decides what "recorded" means.
+
+A method whose token count depends on the image, or a check that looks at values, may do so only where it runs on the
+tensors themselves. Everything that depends on data asks ``is_recorded`` and, where the answer is yes, computes the same
+result with counts fixed by the shapes alone, or raises an error that names the way that works.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+__all__ = ["is_recorded"]
+
+
+def is_recorded(x: Tensor) -> bool:
+    """Whether operations on ``x`` are recorded, transformed or only simulated, so that no value of it may be read.
+
+    That is so under ``torch.compile``, ``torch.export``, both ONNX exporters, ``torch.jit.trace``, ``make_fx``, CUDA
+    graph capture and the transforms of ``torch.func``, and for placeholders of ``torch.fx``, fake tensors and tensors
+    on the meta device.
+    """
+    if torch.compiler.is_compiling():  # first, since dynamo folds it to a constant and skips the rest
+        return True
+    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or get_proxy_mode() is not None:
+        return True
+    if isinstance(x, (torch.fx.Proxy, FakeTensor)):
+        return True
+    if torch._C._functorch.is_functorch_wrapped_tensor(x) or x.device.type == "meta":
+        return True
+    return x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
