@@ -21,13 +21,13 @@ __all__ = ["BLOCK_CLASSES", "copy_shared", "rehouse", "token_block"]
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
-def copy_shared(model: ModuleT) -> ModuleT:
-    """A copy of the model that shares all parameters and buffers.
+def copy_shared(model: ModuleT, share: bool = True) -> ModuleT:
+    """A copy of the model that shares all parameters and buffers; with ``share=False`` one that has its own.
 
     The position biases that timm's TinyViT and LeViT keep between forward passes are left out: they may have gradients,
     and then cannot be copied.
     """
-    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())} if share else {}
     for module in model.modules():
         if hasattr(module, "attention_bias_cache"):
             memo[id(module.attention_bias_cache)] = {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -14,6 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 __all__ = [
+    "SPARSIFIED",
     "ChannelsLastStem",
     "PyramidBackbone",
     "PyramidStage",
@@ -28,18 +31,95 @@ __all__ = [
 ]
 
 
+SPARSIFIED = "sparsified"  # timm's name of a model by its host, method and settings
+
+
 class Reduced(nn.Module):
-    """What a model with a reduction method says about itself.
+    """What a model with a reduction method says about itself, and how it stays whole beside one it shares weights with.
 
     Attributes:
         method: Name of the reduction method.
-        settings: Its settings, JSON-plain, defaults included.
         recover: How dense maps are filled, one of ``effvit.recover.FILLS``.
+        host_name: timm's name of the host; None if the host was built by its class, so that no name makes it again.
     """
 
     method: str
-    settings: dict[str, Any]
     recover: str
+    host_name: str | None
+    pretrained_cfg: dict[str, Any]
+    _settings: dict[str, Any]
+    _placement: tuple[torch.dtype, torch.device]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the method does, as settings: JSON-plain, defaults included, a copy.
+
+        ``effvit.sparsify(dense, model.method, recover=model.recover, **model.settings)`` does the same again.
+        """
+        return copy.deepcopy(self._settings)
+
+    def _recorded_settings(self) -> dict[str, Any]:
+        """The settings that a file must tell beside the weights."""
+        return self.settings
+
+    @property
+    def _model_args(self) -> dict[str, Any]:
+        """The keywords that make this model again; timm writes them into the folders of ``save_for_hf``.
+
+        They are put together when they are asked for, since the method may have changed since the model was made.
+        """
+        own: dict[str, Any] = {"recover": self.recover}
+        if self.pretrained_cfg["architecture"] == SPARSIFIED:
+            # A host without a name is given as its class, which timm refuses to write, and says how to replace it.
+            host = self.host_name or type(self).__bases__[-1]
+            own |= {"host": host, "method": self.method, "settings": self._recorded_settings()}
+        else:
+            own |= self._recorded_settings()
+        return self.__dict__.get("_model_args", {}) | own
+
+    @_model_args.setter
+    def _model_args(self, args: dict[str, Any]) -> None:
+        own = {"host", "method", "recover", "settings", *self._settings}
+        self.__dict__["_model_args"] = {name: value for name, value in args.items() if name not in own}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Reduced:
+        """Move or cast as any module, but buffers in place too, so that a model that shares them goes along whole.
+
+        ``nn.Module`` changes parameters in place and replaces buffers: of two models that share both, the other one
+        would be left with parameters and buffers of different kinds.
+        """
+        before = [(m, name, old) for m in self.modules() for name, old in m._buffers.items() if old is not None]
+        super()._apply(fn, recurse)
+        for module, name, old in before:
+            new = module._buffers[name]
+            if new is not None and new is not old and torch._has_compatible_shallow_copy_type(old, new):
+                old.data = new
+                module._buffers[name] = old
+        self.note_placement()
+        return self
+
+    def note_placement(self) -> None:
+        """Remember the dtype and device of the weights, of which ``check_whole`` finds a change from outside."""
+        weight = next(self.parameters())
+        self._placement = (weight.dtype, weight.device)
+
+    def check_whole(self) -> None:
+        """Warn if a model that shares the weights was moved or cast, which leaves the buffers of this one behind."""
+        weight = next(self.parameters())
+        if (weight.dtype, weight.device) == self._placement:
+            return
+        left = [
+            name
+            for name, buffer in self.named_buffers()
+            if buffer.device != weight.device or (buffer.is_floating_point() and buffer.dtype != weight.dtype)
+        ]
+        if left:
+            warnings.warn(
+                f"the weights were {self._placement[0]} on {self._placement[1]} and now are {weight.dtype} on "
+                f"{weight.device}, since a model that shares them was moved or cast; this one's {', '.join(left[:3])} "
+                "stayed: move or cast this model too, or make it by effvit.sparsify(..., share=False)",
+                stacklevel=2,
+            )
 
     @property
     def variable_length(self) -> bool:
@@ -47,7 +127,7 @@ class Reduced(nn.Module):
         return False
 
     def extra_repr(self) -> str:
-        return f"method={self.method!r}, settings={self.settings}"
+        return f"method={self.method!r}, settings={self.settings}, recover={self.recover!r}"
 
 
 def check_batch(x: Tensor, model: nn.Module, in_chans: int) -> bool:

@@ -127,8 +127,8 @@ class DistilledHead(ClassifierHead):
         self.fc_dist = self._twin()
 
     def _twin(self) -> nn.Module:
-        """A new classifier like ``fc``."""
-        if not isinstance(self.fc, nn.Linear):
+        """A new classifier like ``fc``, which has just been made: linear, or nothing for no classes."""
+        if isinstance(self.fc, nn.Identity):
             return nn.Identity()
         weight = self.fc.weight
         twin = nn.Linear(self.fc.in_features, self.fc.out_features, device=weight.device, dtype=weight.dtype)
@@ -140,7 +140,7 @@ class DistilledHead(ClassifierHead):
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Any:
         x = super().forward(x, pre_logits=True)
-        if pre_logits or not isinstance(self.fc, nn.Linear):
+        if pre_logits or isinstance(self.fc, nn.Identity):  # any other module is a classifier, wrapped or quantised
             return x
         scores, distilled = self.fc(x), self.fc_dist(x)
         mean = (scores + distilled) / 2  # in training too: torch.fx then records the same nodes for both modes

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -18,6 +19,7 @@ import torch
 from timm.layers import PatchDropout, PatchDropoutWithIndices, to_2tuple
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
+from timm.models._pretrained import PretrainedCfg
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.tiny_vit import TinyVit
@@ -25,11 +27,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from effvit.block import copy_shared, rehouse, token_block
-from effvit.models._surface import Reduced, check_images, check_output_fmt, hand_out, refuse_mask
+from effvit.models._surface import SPARSIFIED, Reduced, check_images, check_output_fmt, hand_out, refuse_mask
 from effvit.models.tiny_vit import ReducedTinyViT, reduce_windows
 from effvit.recover import AttentionRecovery, check_fill, restore, to_grid
 from effvit.reducers import METHODS, Reducer
-from effvit.schedule import check_fraction, per_block
+from effvit.schedule import check_fraction, check_switch, per_block
 from effvit.tokens import TokenMap, flat_rows, take_rows
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "check_model_name",
     "list_methods",
     "method_settings",
+    "record_name",
     "sparsify",
 ]
 
@@ -69,6 +72,7 @@ class ReducedHost(Reduced):
 
     recovery: AttentionRecovery | None
     head_reads_patches = False
+    _depth: int  # blocks of the whole host, of which features_only may leave some out
     token_drop: PatchDropoutWithIndices | None
 
     blocks: Any
@@ -115,6 +119,7 @@ class ReducedHost(Reduced):
         return tuple(self.patch_embed.grid_size)
 
     def _start(self, x: Tensor, memory: bool, reference: bool = False) -> tuple[Tensor, Tensor | None, TokenMap]:
+        self.check_whole()
         check_images(x, self)
         grid = self._grid(x)
         if getattr(self, "dynamic_img_size", False):
@@ -301,6 +306,37 @@ class ReducedHost(Reduced):
 
     # -- settings ----------------------------------------------------------------------------------------------
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the method does, as settings: JSON-plain, defaults included, a copy.
+
+        They follow ``set_keep_rate``, any other change of the reducers, and what ``effvit.calibrate`` learnt.
+
+        Raises:
+            ValueError: Reducers changed by hand so that no settings describe them.
+        """
+        return self._recorded_settings() | METHODS[self.method].learnt_settings(self.reducers, self._depth)
+
+    def _recorded_settings(self) -> dict[str, Any]:
+        """``settings`` without what ``state_dict`` holds."""
+        given = super().settings
+        planned = METHODS[self.method].plan(self._depth, **given)
+        behind = {b: reducer for b, reducer in planned.items() if b >= len(self.blocks)}  # cut off by features_only
+        now = self.reducers | behind
+        values = {name: _values(now, name) for name in given}
+        changed = {name: value for name, value in values.items() if value != _values(planned, name)}
+        if not changed and now.keys() == planned.keys():
+            return given
+        spelt_out = given | {name: _one_or_each(value) for name, value in values.items() if value}
+        spelt_out |= {"reduce_at": list(now)} if "reduce_at" in given else {}
+        for settings in (given | {name: _one_or_each(value) for name, value in changed.items()}, spelt_out):
+            if _describes(self.method, self._depth, settings, now):
+                return settings
+        raise ValueError(
+            f"the reducers of this model were changed by hand, and no settings of {self.method} describe them; "
+            "make the model you want by effvit.sparsify"
+        )
+
     def token_counts(self, grid: tuple[int, int] | None = None) -> list[int]:
         """Patch tokens leaving each block for an image of that patch grid, largest possible if they depend on it."""
         height, width = grid or self.patch_embed.grid_size
@@ -315,15 +351,16 @@ class ReducedHost(Reduced):
         """Change the keep rate of the reducing blocks, e.g. by a schedule over training.
 
         Args:
-            keep_rate: One rate in (0, 1] for all reducing blocks, or one for each; None restores the settings.
+            keep_rate: One rate in (0, 1] for all reducing blocks, or one for each, which ``settings`` then tell; None
+                restores the rates the model was made with.
 
         Raises:
             ValueError: A rate out of range, or a method that has no keep rate.
         """
-        if "keep_rate" not in self.settings:
-            raise ValueError(f"{self.method} has no keep rate to set; its settings are {', '.join(self.settings)}")
+        if "keep_rate" not in self._settings:
+            raise ValueError(f"{self.method} has no keep rate to set; its settings are {', '.join(self._settings)}")
         reducers: dict[int, Any] = {b: r for b, r in self.reducers.items() if hasattr(r, "base_keep_rate")}
-        absolute = [name for name in ("num_tokens", "num_clusters") if self.settings.get(name) is not None]
+        absolute = [name for name in ("num_tokens", "num_clusters") if self._settings.get(name) is not None]
         if not reducers or absolute:
             cause = f"its {absolute[0]} are absolute" if absolute else "its settings let no block reduce"
             raise ValueError(f"{self.method}: a keep rate would have no effect, no block uses one ({cause})")
@@ -444,25 +481,59 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, (tuple, list, range)) else value
 
 
+def _values(reducers: Mapping[int, Reducer], name: str) -> dict[int, Any]:
+    """{block: value} of a setting that reducers hold under its own name."""
+    return {b: _plain(getattr(reducer, name)) for b, reducer in reducers.items() if hasattr(reducer, name)}
+
+
+def _one_or_each(values: Mapping[int, Any]) -> Any:
+    """One value if all blocks have the same, else the list of them."""
+    first, *others = values.values()
+    return first if all(value == first for value in others) else [first, *others]
+
+
+def _describes(method: str, depth: int, settings: dict[str, Any], reducers: Mapping[int, Reducer]) -> bool:
+    """True if a model made with the settings does what the reducers {block: reducer} do."""
+    try:
+        planned = METHODS[method].plan(depth, **settings)
+    except (TypeError, ValueError):  # a list whose length is not that of the blocks
+        return False
+    active = {b: r for b, r in reducers.items() if b in planned or not _is_idle(r)}
+    return active.keys() == planned.keys() and all(_values(active, n) == _values(planned, n) for n in settings)
+
+
+def _is_idle(reducer: Any) -> bool:
+    """True if all tokens stay, so that ``plan`` would leave the block out."""
+    return getattr(reducer, "keep_rate", None) == 1 and getattr(reducer, "r", 0) == 0
+
+
 def sparsify(
-    model: nn.Module | str, method: str, *, recover: str | None = None, **settings: Any
+    model: nn.Module | str, method: str, *, recover: str | None = None, share: bool = True, **settings: Any
 ) -> ReducedHost | ReducedTinyViT:
     """A cheaper version of a timm vision transformer that drops, merges or samples tokens as it goes.
 
     Args:
         model: A timm model or the name of one (then created without pretrained weights; for others call
             ``timm.create_model`` and give the model), plain or a TinyVit (``effvit.models.tiny_vit``). It may be
-            reduced already: its method is replaced.
+            reduced already: its method is replaced. What the reducers have learnt (DyMU's thresholds, parameters of
+            a method of your own) and the module ``recovery`` stay where the new ones are of the same method and
+            shapes; otherwise a warning names what the new model is without.
         method: One of ``effvit.list_methods()``.
         recover: How dense maps (``forward_intermediates``, ``features_only``) fill dropped patches, one of
             ``effvit.recover.FILLS``: "last", "nearest", "zero", "reconstruct" or "attention", which is trained and
-            adds a module ``recovery``. None means "reconstruct" for Expedite, "last" for the other methods. Stages of
-            a TinyViT end with full maps: there is nothing to choose.
+            adds a module ``recovery``. None means what the model has if it is reduced by the same method already, else
+            "reconstruct" for Expedite and "last" for the other methods. Stages of a TinyViT end with full maps: there
+            is nothing to choose.
+        share: Share every parameter and buffer with the given model: training either one trains both, and moving or
+            casting the new one moves or casts both. False gives the new model copies, as a student needs that learns
+            from its teacher.
         settings: Settings of the method in its paper's words, e.g. ``keep_rate`` and ``reduce_at`` for EViT, ATS
             and Zero-TPrune, ``r`` for ToMe, ``num_prop`` for GTP. See ``effvit.method_settings(method)``.
 
     Returns:
-        A new model that shares every parameter and buffer with the given one, which itself is left unchanged.
+        A new model, on the same parameters and buffers or on copies of them; the given one is left unchanged. timm's
+        ``save_for_hf`` and ``push_to_hf_hub`` write what was done to the host, so that ``timm.create_model`` makes the
+        same model from the folder, if the host was made by ``timm.create_model``.
 
     Raises:
         ValueError: Unknown method, model name or setting; a value out of range; a schedule that leaves no token;
@@ -470,46 +541,89 @@ def sparsify(
         TypeError: A model, block or attention class whose tokens cannot be reduced correctly.
     """
     check_settings(method, settings)
-    recover = METHODS[method].recover if recover is None else recover
-    check_fill(recover)
+    check_switch("share", share)
     dense: Any = _create_host(model) if isinstance(model, str) else model
+    again = isinstance(dense, Reduced) and dense.method == method
+    recover = (dense.recover if again else METHODS[method].recover) if recover is None else recover
+    check_fill(recover)
     if type(dense) in (TinyVit, ReducedTinyViT):
         if recover != METHODS[method].recover:
             raise ValueError(
                 f"every stage of a TinyVit ends with full maps, so there is nothing to fill by recover {recover!r}; "
                 "leave recover out"
             )
-        return _described(reduce_windows(dense, method, settings), method, settings, recover)
+        reduced = reduce_windows(dense, method, settings, share)
+        return _described(reduced, dense, method, settings, recover)
     host_class = type(dense) if isinstance(dense, ReducedHost) else HOST_CLASSES.get(type(dense))
     if host_class is None:
         raise TypeError(
             f"cannot reduce the tokens of a {type(dense).__name__}; supported are plain vision transformers: "
             f"{', '.join(cls.__name__ for cls in HOST_CLASSES)}; and TinyVit"
         )
-    plan = METHODS[method].plan(len(dense.blocks), **settings)
+    depth = dense._depth if isinstance(dense, ReducedHost) else len(dense.blocks)
+    plan = METHODS[method].plan(depth, **settings)
 
-    host = rehouse(copy_shared(dense), host_class)
-    _described(host, method, settings, recover)
+    host = rehouse(copy_shared(dense, share), host_class)
+    host._depth = depth
+    _described(host, dense, method, settings, recover)
     host.recovery = _recovery(host) if recover == "attention" else None
     if not isinstance(dense, ReducedHost):
         _keep_drop_indices(host)
         for i, block in enumerate(host.blocks):
             host.blocks[i] = token_block(block, i)
+    lost = ["recovery"] if host.recovery is None and getattr(dense, "recovery", None) is not None else []
     for i, block in enumerate(host.blocks):
-        block.reducer = plan.get(i)
+        former, block.reducer = block.reducer, plan.get(i)
         if block.reducer is not None:
             block.reducer.block = i
+        if former is not None and former.has_learnt and not (block.reducer and block.reducer.take_over(former)):
+            lost += [f"blocks.{i}.reducer.{name}" for name in former.state_dict()]
     _check_host(host)
     check_counts(host, host.patch_embed.grid_size)
+    if lost:
+        warnings.warn(
+            f"{dense.method} had learnt {', '.join(lost[:4])}{' ...' if len(lost) > 4 else ''}, which the new model is "
+            f"without: {method} with these settings and recover {recover!r} has no place for it; the given one keeps it",
+            stacklevel=2,
+        )
     return host
 
 
-def _described(host: ReducedT, method: str, settings: dict[str, Any], recover: str) -> ReducedT:
-    """The host, which now says what was done to it."""
+def _described(host: ReducedT, dense: nn.Module, method: str, settings: dict[str, Any], recover: str) -> ReducedT:
+    """The host, which now says what was done to the dense model."""
     host.method = method
-    host.settings = {name: _plain(value) for name, value in (METHODS[method].defaults() | settings).items()}
+    host._settings = {name: _plain(value) for name, value in (METHODS[method].defaults() | settings).items()}
     host.recover = recover
+    args = getattr(dense, "_model_args", None)  # of timm.create_model; a builder of timm called alone sets none
+    cfg = getattr(dense, "pretrained_cfg", None)
+    host.host_name = (
+        dense.host_name if isinstance(dense, Reduced) else cfg["architecture"] if cfg and args is not None else None
+    )
+    record_name(host)
+    host.note_placement()
     return host
+
+
+def _recorded_name(dense: Any) -> str | None:
+    """timm's name of a model that ``timm.create_model`` made; None for others, whose keywords nobody has recorded."""
+    return dense.pretrained_cfg["architecture"] if hasattr(dense, "_model_args") else None
+
+
+def record_name(model: Reduced) -> None:
+    """Let ``pretrained_cfg`` name what the model is, for timm's hub folders.
+
+    The zoo's name, if its host has one under the method: keywords of ``timm.create_model`` cannot be None, so with a
+    setting that is, and with any other host, the name is SPARSIFIED and ``_model_args`` tells the rest.
+    """
+    name, defaults = f"{model.method}_{model.host_name}", METHODS[model.method].defaults()
+    unsaid = any(value is None and defaults[setting] is not None for setting, value in model._settings.items())
+    cfg = getattr(model, "pretrained_cfg", None)
+    if cfg is None:  # of a host that was built by its class
+        embed: Any = model.patch_embed
+        model._traits = {"img_size": embed.img_size}
+        cfg = PretrainedCfg(input_size=(model.in_chans, *embed.img_size), num_classes=model.num_classes).to_dict()
+    architecture = name if model.host_name and timm.is_model(name) and not unsaid else SPARSIFIED
+    model.pretrained_cfg = model.default_cfg = cfg | {"architecture": architecture}
 
 
 def check_model_name(name: str) -> None:

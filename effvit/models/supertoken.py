@@ -24,6 +24,7 @@ from timm.layers import (
     to_2tuple,
     trunc_normal_,
 )
+from timm.models._input import update_model_args
 from torch import Tensor, nn
 
 from effvit.models._surface import ChannelsLastStem, PyramidBackbone, PyramidStage, check_batch
@@ -263,6 +264,7 @@ class SuperTokenViT(PyramidBackbone):
         for stage, cell in zip(self.stages, cells, strict=True):
             for block in stage.blocks:
                 block.attn.cell = cell
+        update_model_args(self, stoken_size=cells)  # for a model that is saved and built again
 
     @torch.no_grad()
     def super_tokens(self, x: Tensor, stage: int = 0, block: int = -1) -> SuperTokens:

@@ -43,6 +43,11 @@ WINDOW_METHODS = ("tome", "expedite")
 class ReducedTinyViT(Reduced, TinyVit):
     """timm's ``TinyVit`` with a reduction method in its windows; everything else is timm's."""
 
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Final map (B, C, H/32, W/32) of images (B, 3, H, W)."""
+        self.check_whole()
+        return super().forward_features(x)
+
 
 # -- merging ---------------------------------------------------------------------------------------------
 
@@ -209,13 +214,14 @@ class ClusteredStage(TinyVitStage):
 # -- the whole model -------------------------------------------------------------------------------------
 
 
-def reduce_windows(dense: TinyVit, method: str, settings: dict[str, Any]) -> ReducedTinyViT:
-    """The model with a method in its windows, on the same parameters; the one given stays as it is.
+def reduce_windows(dense: TinyVit, method: str, settings: dict[str, Any], share: bool = True) -> ReducedTinyViT:
+    """The model with a method in its windows; the one given stays as it is.
 
     Args:
         dense: timm's model, or one that is reduced already: its method is replaced.
         method: One of WINDOW_METHODS.
         settings: As for ``effvit.sparsify``; blocks are those with attention, and ``r`` is counted in each window.
+        share: On the same parameters and buffers, else on copies of them.
 
     Raises:
         ValueError: Another method, or clusters that do not fit the windows.
@@ -225,7 +231,7 @@ def reduce_windows(dense: TinyVit, method: str, settings: dict[str, Any]) -> Red
             f"{method} takes tokens away for good, but the blocks of a TinyVit convolve full maps; "
             f"use method {' or '.join(map(repr, WINDOW_METHODS))}, which give them back within a stage"
         )
-    host: Any = rehouse(copy_shared(dense), ReducedTinyViT)
+    host: Any = rehouse(copy_shared(dense, share), ReducedTinyViT)
     plan = METHODS[method].plan(sum(host.depths[1:]), **settings)
     start = 0
     host.stages = rehouse(host.stages, torch.nn.Sequential)

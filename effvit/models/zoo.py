@@ -11,13 +11,14 @@ from typing import Any
 import timm
 from timm.models import build_model_with_cfg, get_arch_pretrained_cfgs, model_entrypoint, register_model
 from timm.models._builder import resolve_pretrained_cfg
-from timm.models._pretrained import DefaultCfg
+from timm.models._pretrained import DefaultCfg, PretrainedCfg
 from torch import nn
 
 from effvit.models import architectures, lvvit, vit_nano
 from effvit.models._checkpoint import host_state_dict
+from effvit.models._surface import SPARSIFIED, Reduced
 from effvit.models.feature_pyramid import feature_settings
-from effvit.models.host import check_settings, sparsify
+from effvit.models.host import check_model_name, check_settings, record_name, sparsify
 from effvit.reducers import METHODS
 
 __all__ = ["list_models", "register_pyramid"]
@@ -60,44 +61,107 @@ def _host_cfgs(host: str, variant: str) -> DefaultCfg:
     return DefaultCfg(tags=deque(cfgs), cfgs=cfgs, is_pretrained=any(cfg.has_weights for cfg in cfgs.values()))
 
 
+def _create(
+    variant: str,
+    cfg: PretrainedCfg,
+    host: str,
+    method: str,
+    recover: str | None,
+    settings: dict[str, Any],
+    pretrained: bool,
+    **kwargs: Any,
+) -> nn.Module:
+    """A host of timm with a method, through timm's own builders.
+
+    Args:
+        variant: The name timm knows the model by.
+        cfg: Its pretrained configuration.
+        host: timm's name of the host, without tag.
+        method: One of ``effvit.list_methods()``.
+        recover: As for ``sparsify``.
+        settings: Settings of the method.
+        pretrained: Load the weights of the configuration.
+        kwargs: Keywords of the host and of ``build_model_with_cfg``.
+    """
+    # A folder of ``save_for_hf``, or a file of a method that learns, may hold more than the host: load it at the end.
+    saved = cfg.source in ("hf-hub", "local-dir")
+    behind = saved or METHODS[method].learns
+    strict = saved or "siglip" not in host or kwargs.get("global_pool", "map") == "map"  # timm's rule for SigLIP
+    loading = {name: kwargs.pop(name) for name in ("cache_dir", "pretrained_model_args") if name in kwargs}
+    args = {name: value for name, value in kwargs.items() if name not in ("device", "dtype")}
+    feature_cfg = feature_settings(kwargs, out_indices=3)
+
+    def reduced_host(**host_kwargs: Any) -> nn.Module:
+        as_timm = pretrained and not behind
+        dense = model_entrypoint(host)(pretrained=as_timm, pretrained_cfg=cfg, **loading, **host_kwargs)
+        dense._model_args = args
+        reduced = sparsify(dense, method, recover=recover, **settings)
+        reduced.host_name = host
+        return reduced
+
+    model = build_model_with_cfg(
+        reduced_host,
+        variant,
+        pretrained=pretrained and behind,
+        pretrained_cfg=cfg,
+        pretrained_filter_fn=host_state_dict,
+        pretrained_strict=strict,
+        feature_cfg=feature_cfg,
+        **loading,
+        **kwargs,
+    )
+    if isinstance(model, Reduced):
+        record_name(model)
+    return model
+
+
 def _entry_point(method: str, host: str) -> Callable[..., nn.Module]:
     variant = f"{method}_{host}"
 
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        own = {*METHODS[method].defaults(), "recover"}
+        own = METHODS[method].defaults().keys()
         foreign = {name for other in METHODS.values() for name in other.defaults()} - own
         check_settings(method, {name: value for name, value in kwargs.items() if name in foreign})
         settings = {name: kwargs.pop(name) for name in own & kwargs.keys()}
-        cfg = resolve_pretrained_cfg(
-            variant,
-            pretrained_cfg=kwargs.pop("pretrained_cfg", None),
-            pretrained_cfg_overlay=kwargs.pop("pretrained_cfg_overlay", None),
-        )
-        learns = METHODS[method].learns  # then a checkpoint may hold what the method learnt: load behind sparsify
-        strict = "siglip" not in host or kwargs.get("global_pool", "map") == "map"  # timm's rule for SigLIP
-        loading = {name: kwargs.pop(name) for name in ("cache_dir", "pretrained_model_args") if name in kwargs}
-
-        def reduced_host(**host_kwargs: Any) -> nn.Module:
-            as_timm = pretrained and not learns
-            dense = model_entrypoint(host)(pretrained=as_timm, pretrained_cfg=cfg, **loading, **host_kwargs)
-            return sparsify(dense, method, **settings)
-
-        feature_cfg = feature_settings(kwargs, out_indices=3)
-        return build_model_with_cfg(
-            reduced_host,
-            variant,
-            pretrained=pretrained and learns,
-            pretrained_cfg=cfg,
-            pretrained_filter_fn=host_state_dict,
-            pretrained_strict=strict,
-            cache_dir=loading.get("cache_dir"),
-            feature_cfg=feature_cfg,
-            **kwargs,
-        )
+        cfg = _resolved_cfg(variant, kwargs)
+        return _create(variant, cfg, host, method, kwargs.pop("recover", None), settings, pretrained, **kwargs)
 
     create.__name__ = create.__qualname__ = variant
     create.__doc__ = f"{host} with {METHODS[method].name}: {METHODS[method].summary}."
     return create
+
+
+def _resolved_cfg(variant: str, kwargs: dict[str, Any]) -> PretrainedCfg:
+    """timm's pretrained configuration of a name; takes the keywords it follows from out of ``kwargs``."""
+    own = {name: kwargs.pop(name, None) for name in ("pretrained_cfg", "pretrained_cfg_overlay")}
+    return resolve_pretrained_cfg(variant, **own)
+
+
+@register_model
+def sparsified(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Any host of timm with any method, for folders of timm's ``save_for_hf`` whose model has no name of its own.
+
+    Args:
+        pretrained: Load the weights of the folder, or those of the host.
+        kwargs: ``host``, the name of a timm model (a tag may follow), ``method``, ``recover`` and ``settings`` as for
+            ``effvit.sparsify``, and keywords of the host.
+
+    Raises:
+        ValueError: No host or method; or as ``effvit.sparsify``.
+    """
+    for name in ("host", "method"):
+        if name not in kwargs:
+            raise ValueError(
+                f"{SPARSIFIED!r} needs {name!r}; give host=, the name of a timm model, method=, settings=dict(...) and "
+                "the keywords the host was made with"
+            )
+    method, recover, settings = kwargs.pop("method"), kwargs.pop("recover", None), kwargs.pop("settings", {})
+    tagged = kwargs.pop("host")
+    check_model_name(tagged)
+    host, _, tag = tagged.partition(".")
+    kwargs["pretrained_cfg"] = kwargs.get("pretrained_cfg") or tag or None
+    cfg = replace(_resolved_cfg(host, kwargs), architecture=SPARSIFIED)
+    return _create(SPARSIFIED, cfg, host, method, recover, settings, pretrained, **kwargs)
 
 
 def _register() -> None:

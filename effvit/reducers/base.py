@@ -77,6 +77,26 @@ class Reducer(nn.Module):
         parameters = inspect.signature(cls.plan).parameters.values()
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
+    @property
+    def has_learnt(self) -> bool:
+        """Whether ``state_dict`` holds something that the settings do not tell."""
+        return bool(self.state_dict())
+
+    def take_over(self, former: Reducer) -> bool:
+        """Go on from what a reducer of the same method has learnt, sharing its parameters; False if it does not fit."""
+        own, state = self.state_dict(), former.state_dict(keep_vars=True)
+        fits = own.keys() == state.keys() and all(own[name].shape == state[name].shape for name in own)
+        if not fits or type(former) is not type(self):
+            return False
+        shared = {n: value if isinstance(value, nn.Parameter) else value.clone() for n, value in state.items()}
+        self.load_state_dict(shared, assign=True)
+        return True
+
+    @classmethod
+    def learnt_settings(cls, reducers: dict[int, Any], depth: int) -> dict[str, Any]:
+        """Settings that stand for what the reducers {block: reducer} of a model have learnt; none for most methods."""
+        return {}
+
     def count(self, num_tokens: int, num_patches: int) -> int:
         """Patch tokens left of ``num_tokens``; an upper bound for a method whose count depends on the image.
 

@@ -343,6 +343,22 @@ class DyMU(Reducer):
 
     # -- thresholds --------------------------------------------------------------------------------------------
 
+    @property
+    def has_learnt(self) -> bool:
+        return self.given is None and self.ready
+
+    def take_over(self, former: Reducer) -> bool:
+        """As any reducer, if the thresholds were learnt for the same r; given ones need none."""
+        same = isinstance(former, DyMU) and former.r == self.r
+        return self.given is not None or (same and super().take_over(former))
+
+    @classmethod
+    def learnt_settings(cls, reducers: dict[int, Any], depth: int) -> dict[str, Any]:
+        """The learnt thresholds as the setting, with 1.0 for blocks that merge nothing; none before calibration."""
+        if not reducers or not all(reducer.has_learnt for reducer in reducers.values()):
+            return {}
+        return {"thresholds": [float(reducers[b].threshold) if b in reducers else 1.0 for b in range(depth)]}
+
     def reset_parameters(self) -> None:
         """Back to the given threshold, or to none."""
         self.set_threshold(1.0 if self.given is None else self.given, 0)
