@@ -583,7 +583,7 @@ def sparsify(
     if lost:
         warnings.warn(
             f"{dense.method} had learnt {', '.join(lost[:4])}{' ...' if len(lost) > 4 else ''}, which the new model is "
-            f"without: {method} with these settings and recover {recover!r} has no place for it; the given one keeps it",
+            f"without: {method} with these settings and recover {recover!r} cannot hold it; the given model keeps it",
             stacklevel=2,
         )
     return host
