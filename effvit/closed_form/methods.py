@@ -94,7 +94,8 @@ def _ats(reducer: Any, at: Setting) -> Change:
 
 
 def _gtp(reducer: Any, at: Setting) -> Change:
-    kept = at.tokens - reducer.num_prop
+    removed = reducer.num_removed(at.tokens)
+    kept = at.tokens - removed
     macs = 0
     if reducer.selection.startswith("CLS"):
         macs += at.class_rows
@@ -103,9 +104,9 @@ def _gtp(reducer: Any, at: Setting) -> Change:
     if reducer.token_scale and (reducer.sparsity < 1 or not reducer.selection.startswith(("CLS", "Random"))):
         macs += at.map_entries  # the bias of the keys is one more feature of q k^T
     if reducer.propagation == "GraphProp":
-        macs += (at.prefix + kept) * reducer.num_prop * at.dim  # G times the removed tokens
-        macs += kept * reducer.num_prop if reducer.token_scale and not at.last else 0  # scales for the next block
-    return Change(at.tokens, at.tokens, kept + (reducer.propagation == "Mean"), macs)
+        macs += (at.prefix + kept) * removed * at.dim  # G times the removed tokens
+        macs += kept * removed if reducer.token_scale and not at.last else 0  # scales for the next block
+    return Change(at.tokens, at.tokens, kept + (reducer.propagation == "Mean" and removed > 0), macs)
 
 
 def graph_macs(reducer: Any, patches: int, dim: int) -> int:

@@ -55,6 +55,9 @@ class Reducer(nn.Module):
         learns: The method learns something beside the weights, which state_dict holds.
         recover: The fill of dense maps unless another is asked for, one of ``effvit.recover.FILLS``.
         block: The block this reducer sits in, for messages.
+        any_size: The host takes images of any size (``dynamic_img_size``), so that absolute numbers meet grids they
+            were not chosen for: there they bend to the grid, and each block leaves at least one patch. On a host of
+            one size, numbers that do not fit its grid are an error.
     """
 
     name: str
@@ -65,6 +68,7 @@ class Reducer(nn.Module):
     learns = False
     recover = "last"
     block: int = -1
+    any_size: bool = False
 
     @classmethod
     def plan(cls, depth: int, *args: Any, **settings: Any) -> dict[int, Reducer]:

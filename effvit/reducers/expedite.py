@@ -199,7 +199,8 @@ class Expedite(Reducer):
             keep_rate: Clusters as a fraction of the patches, in (0, 1]; each side of the grid is scaled by its
                 square root and rounded. 1 clusters nothing. None means 0.51, the published 10 x 10 clusters of
                 14 x 14 patches.
-            num_clusters: The grid (h, w) of clusters in place of a rate, or a square number of them.
+            num_clusters: The grid (h, w) of clusters in place of a rate, or a square number of them; at most one for
+                each patch of a side on a host that takes images of any size.
             cluster_at: 0-based block before which the patches are clustered (the paper's alpha); None means 6 of
                 32, in proportion for another depth.
             restore_at: 0-based block before which all patches are restored, so that the blocks from there on see
@@ -208,7 +209,8 @@ class Expedite(Reducer):
             temperature: Factor on the squared distance, for clusters and reconstruction. It depends on the scale
                 of the host's features; the default is for SAM.
             window_size: Odd side of the window of clusters a patch may belong to.
-            k: Centres a patch is reconstructed from; None means 20, or all where there are fewer.
+            k: Centres a patch is reconstructed from; None means 20. All where there are fewer, for a given k only
+                on a host that takes images of any size.
             norm: "l2", "l1" or "official", see ``effvit.recover.reconstruct_tokens``.
         """
         first = 6 * depth // 32 if cluster_at is None else cluster_at
@@ -240,7 +242,9 @@ class Expedite(Reducer):
     def clusters(self, grid: tuple[int, int]) -> tuple[int, int]:
         """(h, w) clusters for an image of that patch grid."""
         if self.num_clusters is not None:
-            return self.num_clusters
+            if not self.any_size:
+                return self.num_clusters
+            return min(self.num_clusters[0], grid[0]), min(self.num_clusters[1], grid[1])
         assert self.keep_rate is not None
         side = math.sqrt(self.keep_rate)
         return max(1, math.floor(grid[0] * side + 0.5)), max(1, math.floor(grid[1] * side + 0.5))
@@ -249,7 +253,7 @@ class Expedite(Reducer):
         clusters = self.clusters(grid)
         check_clusters(clusters, grid)
         number = clusters[0] * clusters[1]
-        if self.k is not None and self.k > number:
+        if self.k is not None and self.k > number and not self.any_size:
             raise ValueError(
                 f"k must be at most the number of clusters, got {self.k} for {clusters[0]} x {clusters[1]} clusters of "
                 f"a {grid[0]} x {grid[1]} grid; use a smaller k, None for 20 at most, or more clusters"
@@ -275,7 +279,8 @@ class Expedite(Reducer):
         centres = cluster_tokens(patches.unflatten(1, tokens.grid), clusters, *options).flatten(1, 2)  # (B, h*w, C)
         check_finite(centres.detach().sum(-1), self.origin("cluster centres"), x)
         source, anchor = assign_patches(patches, centres, tokens.grid, clusters)
-        reference = Reference(patches, centres, self.temperature, self.k, self.norm)
+        k = self.k if self.k is None or not self.any_size else min(self.k, centres.shape[1])
+        reference = Reference(patches, centres, self.temperature, k, self.norm)
         left = tokens.relabel(source, anchor, clusters[0] * clusters[1], keeps_every_patch=True)
         return torch.cat([prefix, centres], dim=1), replace(left, reference=reference)
 

@@ -136,6 +136,10 @@ class GTP(Reducer):
     ``alpha * G[kept, removed] @ removed`` to those that stay, which leave in descending order of score. The
     graph is built once from the embedded image. The official sub-matrices of G are never made: a kept token
     finds its node by its anchor.
+
+    On a host that takes images of any size, a block with no more than ``num_prop`` patches keeps the best of them
+    (the official code would keep none), patches have as many neighbours as there are, and a map too small for
+    ``sparsity`` to drop an entry is left alone.
     """
 
     name = "gtp"
@@ -182,7 +186,9 @@ class GTP(Reducer):
 
         Args:
             depth: Blocks of the host.
-            num_prop: Tokens removed in each block; one value, or one for each block of ``reduce_at``.
+            num_prop: Tokens removed in each block; one value, or one for each block of ``reduce_at``. At least one
+                patch stays on a host that takes images of any size; a host of one size refuses numbers that leave
+                none.
             selection: Score that ranks the tokens, one of SELECTIONS ("Random" differs at every call).
             propagation: "GraphProp", "Mean" (append the mean of what is removed) or "None" (drop).
             graph_type: "Spatial", "Semantic" or "Mixed".
@@ -215,22 +221,38 @@ class GTP(Reducer):
         options = (selection, propagation, graph_type, num_neighbours, alpha, sparsity, scale)
         return {b: cls(n, *options) for b, n in counts.items() if n > 0}
 
+    def num_removed(self, num_tokens: int) -> int:
+        """Patch tokens that leave of ``num_tokens``."""
+        return min(self.num_prop, num_tokens - 1) if self.any_size else self.num_prop
+
     def count(self, num_tokens: int, num_patches: int) -> int:
-        return num_tokens - self.num_prop + (self.propagation == "Mean")
+        removed = self.num_removed(num_tokens)
+        return num_tokens - removed + (self.propagation == "Mean" and removed > 0)
 
     def start(self, x: Tensor, tokens: TokenMap) -> TokenMap:
         if self.propagation != "GraphProp":
             return tokens
-        graph = propagation_graph(x, tokens.grid, tokens.num_prefix, self.graph_type, self.num_neighbours)
+        neighbours = self.num_neighbours
+        if self.any_size:
+            if tokens.num_patches == 1:  # it has no neighbour, and it stays
+                return tokens
+            neighbours = min(neighbours, tokens.num_patches - (1 if tokens.num_prefix else 2))
+        graph = propagation_graph(x, tokens.grid, tokens.num_prefix, self.graph_type, neighbours)
         scale = torch.ones_like(tokens.anchor, dtype=graph.dtype) if self.token_scale else None
         return replace(tokens, carry=graph, key_weight=scale)
 
     def map_edit(self) -> EditMap | None:
         if self.sparsity < 1:
-            return lambda weights: sparsify_map(weights, self.sparsity)
+            return self.sparsify
         if self.selection in MAP_SCORES or self.selection in ROW_SCORES:
             return lambda weights: weights
         return None
+
+    def sparsify(self, weights: Tensor) -> Tensor:
+        """``sparsify_map``, where the map (B, heads, N, N) is large enough for it."""
+        if self.any_size and int(weights.shape[-1] ** 2 * (1 - self.sparsity)) == 0:
+            return weights
+        return sparsify_map(weights, self.sparsity)
 
     @torch.no_grad()
     def scores(self, state: AttnState) -> Tensor:
@@ -246,7 +268,9 @@ class GTP(Reducer):
         return MAP_SCORES[str(self.selection)](state.weights)[:, num_prefix:]
 
     def reduce(self, x: Tensor, tokens: TokenMap, state: AttnState) -> tuple[Tensor, TokenMap]:
-        kept = tokens.num_tokens - self.num_prop
+        kept = tokens.num_tokens - self.num_removed(tokens.num_tokens)
+        if kept == tokens.num_tokens:
+            return x, tokens
         scores = check_finite(self.scores(state), self.origin(f"{self.selection} scores"), state.x)
         ranked = scores.argsort(dim=-1, descending=True)  # (B, N)
         index, removed = ranked[:, :kept], ranked[:, kept:]

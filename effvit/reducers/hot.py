@@ -149,7 +149,8 @@ class HoT(Reducer):
 
     def prune(self, x: Tensor, tokens: TokenMap, kept: int) -> tuple[Tensor, TokenMap]:
         """x (B, P+N, C) -> (B, P+kept, C) and the map of the kept tokens."""
-        scores = check_finite(peak_scores(tokens.split(x)[1], self.k), self.origin("peak scores"), x)
+        k = min(self.k, tokens.num_tokens) if self.any_size else self.k
+        scores = check_finite(peak_scores(tokens.split(x)[1], k), self.origin("peak scores"), x)
         index = scores.topk(kept, dim=1).indices.sort(dim=1).values
         rows = flat_rows(index, tokens.num_prefix + tokens.num_tokens, tokens.num_prefix)
         return take_rows(x, rows), tokens.keep(index, kept)

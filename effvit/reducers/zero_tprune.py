@@ -265,7 +265,8 @@ class ZeroTPrune(Reducer):
         return num_tokens - min(self.r, num_tokens // 2)
 
     def count(self, num_tokens: int, num_patches: int) -> int:
-        return math.floor(self.keep_rate * self.after_similar(num_tokens) + 0.5)
+        left = math.floor(self.keep_rate * self.after_similar(num_tokens) + 0.5)
+        return max(1, left) if self.any_size else left
 
     def map_edit(self) -> EditMap | None:
         return lambda weights: weights
