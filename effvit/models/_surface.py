@@ -236,6 +236,18 @@ def hand_out(
     return intermediates if intermediates_only else (final(), intermediates)
 
 
+def with_gradients(x: Tensor, module: nn.Module | None) -> Tensor:
+    """``x`` as it is, through which the parameters of a module that had no part in it get a gradient of zero.
+
+    For modules that only serve maps, in a model that trains as a classifier: DistributedDataParallel stops at the
+    second step of a model with parameters that get no gradient. No value of a parameter is read.
+    """
+    for parameter in () if module is None else module.parameters():
+        if parameter.requires_grad:
+            x = x + parameter[:0].sum()
+    return x
+
+
 class SoftTokenViT(VisionTransformer):
     """A plain ViT of an architecture whose later blocks work on other tokens than one a patch.
 
@@ -423,7 +435,8 @@ class PyramidBackbone(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Class scores (B, num_classes) of images (B, in_chans, H, W)."""
-        return self.forward_head(self.forward_features(x))
+        x = self.forward_features(x)
+        return self.forward_head(with_gradients(x, self.out_norms) if self.training else x)
 
     def forward_intermediates(
         self,

@@ -27,7 +27,15 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from effvit.block import copy_shared, rehouse, token_block
-from effvit.models._surface import SPARSIFIED, Reduced, check_images, check_output_fmt, hand_out, refuse_mask
+from effvit.models._surface import (
+    SPARSIFIED,
+    Reduced,
+    check_images,
+    check_output_fmt,
+    hand_out,
+    refuse_mask,
+    with_gradients,
+)
 from effvit.models.tiny_vit import ReducedTinyViT, reduce_windows
 from effvit.recover import AttentionRecovery, check_fill, restore, to_grid
 from effvit.reducers import METHODS, Reducer
@@ -234,6 +242,10 @@ class ReducedHost(Reduced):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Class scores (B, num_classes) of images (B, 3, H, W)."""
+        scores = self._class_scores(x, attn_mask, is_causal)
+        return with_gradients(scores, self.recovery) if self.training else scores  # only maps need the recovery
+
+    def _class_scores(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         if self.global_pool != "map" or self.attn_pool is None:
             return self.forward_head(self.forward_features(x, attn_mask, is_causal))
         refuse_mask(self, attn_mask, is_causal)
@@ -429,7 +441,10 @@ def _unpacked(x: Tensor, tokens: TokenMap) -> tuple[Tensor, TokenMap]:
 
 
 def check_counts(model: ReducedHost, grid: tuple[int, int]) -> None:
-    """Raise a ValueError if the settings leave no token in some block for an image of that patch grid."""
+    """Raise a ValueError if the settings leave no token in some block for an image of that patch grid.
+
+    On a host that takes images of any size only an image without patches can fail.
+    """
     left = grid[0] * grid[1]
     if left < 1:
         raise ValueError(f"the patch grid is {grid[0]} x {grid[1]}: images must hold at least one patch")
@@ -576,6 +591,7 @@ def sparsify(
         former, block.reducer = block.reducer, plan.get(i)
         if block.reducer is not None:
             block.reducer.block = i
+            block.reducer.any_size = getattr(host, "dynamic_img_size", False)
         if former is not None and former.has_learnt and not (block.reducer and block.reducer.take_over(former)):
             lost += [f"blocks.{i}.reducer.{name}" for name in former.state_dict()]
     _check_host(host)

@@ -269,9 +269,15 @@ class LookupViT(SoftTokenViT):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Cut what the maps of these blocks do not need; returns their numbers (timm's method)."""
+        """Cut what the maps of these blocks do not need; returns their numbers (timm's method).
+
+        The maps are the lookup tokens, whose norm ``prune_norm`` cuts. That of the compressed tokens serves the
+        classifier alone and goes with it.
+        """
         if prune_norm:
             self.norm_lookup = nn.Identity()
+        if prune_head:
+            self.norm = nn.Identity()
         return super().prune_intermediate_layers(indices, prune_norm, prune_head)
 
     def _tokenise(self, x: Tensor) -> tuple[Tensor, Tensor]:
