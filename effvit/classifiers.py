@@ -6,6 +6,7 @@ itself has students with a distillation token, but no teacher.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,19 +22,23 @@ from effvit.models._checkpoint import load_checkpoint
 from effvit.models.host import check_model_name
 from effvit.models.sit import SiT
 from effvit.models.sit_distillation import check_pair, score_loss, token_loss
+from effvit.openmmlab import StartsPretrained
 from effvit.schedule import check_number
 
 __all__ = ["EffViTClassifier", "SiTClassifier"]
 
 
 @MODELS.register_module()
-class EffViTClassifier(TimmClassifier):
+class EffViTClassifier(StartsPretrained, TimmClassifier):
     """mmpretrain's ``TimmClassifier`` for models with several heads, for local weights, and with a dense teacher.
 
     The loss is ``task_loss + distill_weight * KL`` (``score_loss``), each the sum over the heads that the model returns
     in training: one, or two of LookupViT and CAS-ViT. The teacher stays in eval mode, and is no submodule: neither
     optimizer nor checkpoints nor hooks such as ``KeepRateHook`` see it. Unlike with ``TimmClassifier``, pretrained
     weights outlast the start of a training, and ``EMAHook`` works.
+
+    Weights of model and teacher are loaded by ``init_weights``, which the Runner calls before it trains; without a
+    Runner call it yourself.
 
     Args:
         model_name: A name of the zoo or of timm.
@@ -50,11 +55,13 @@ class EffViTClassifier(TimmClassifier):
 
     Raises:
         ValueError: An unknown name, a weight or temperature out of range, a teacher without ``pretrained`` or with
-            other classes, or a checkpoint of another model.
-        FileNotFoundError: No checkpoint where ``pretrained`` says.
+            other classes; from ``init_weights``, a checkpoint of another model; from ``forward``, weights that were
+            never loaded.
+        FileNotFoundError: From ``init_weights``, no checkpoint where ``pretrained`` says.
     """
 
     teacher: Any = None
+    _teacher_recipe: dict[str, Any] | None = None  # until it has its weights
 
     def __init__(
         self,
@@ -68,9 +75,11 @@ class EffViTClassifier(TimmClassifier):
         **kwargs: Any,
     ) -> None:
         check_model_name(model_name)
-        super().__init__(model_name, pretrained=pretrained is True, **kwargs)
-        if isinstance(pretrained, str):
-            load_checkpoint(self.model, pretrained, get_torch_safe_globals())
+        super().__init__(model_name, **kwargs)
+        own = inspect.signature(TimmClassifier.__init__).parameters
+        settings = {name: value for name, value in kwargs.items() if name not in own}
+        self._recipe = {"model_name": model_name, "pretrained": pretrained, "sparsify": sparsify, **settings}
+        self.pretrained = pretrained
         if sparsify is not None:
             self.model: Any = effvit.sparsify(self.model, **sparsify)
         self.model.is_init = True  # or mmengine's Runner would call timm's `init_weights` before it trains
@@ -78,6 +87,28 @@ class EffViTClassifier(TimmClassifier):
         self.temperature = check_number("temperature", temperature, "positive")
         if teacher is not None:
             object.__setattr__(self, "teacher", _create_teacher(teacher, self.model))  # not as a submodule
+            self._teacher_recipe = teacher if teacher["pretrained"] else None
+
+    def init_weights(self) -> None:
+        """Load the teacher's weights, and those ``pretrained`` and ``init_cfg`` name unless others were loaded."""
+        if self._teacher_recipe is not None:
+            self.teacher.load_state_dict(_create(**self._teacher_recipe).state_dict())
+            self._teacher_recipe = None
+        if self._is_init:
+            return
+        if self.pretrained:
+            self.model.load_state_dict(_create(**self._recipe).state_dict())
+        super().init_weights()
+
+    def forward(self, inputs: Tensor, data_samples: Any = None, mode: str = "tensor") -> Any:
+        """Scores of images (B, C, H, W), losses or predictions, as the mode of ``TimmClassifier`` says."""
+        self.check_weights()
+        if mode == "loss" and self._teacher_recipe is not None:
+            raise ValueError(
+                f"the teacher has random weights: {self._teacher_recipe['pretrained']!r} is loaded by init_weights(), "
+                "which mmengine's Runner calls before it trains; call it"
+            )
+        return super().forward(inputs, data_samples, mode)
 
     def loss(self, inputs: Tensor, data_samples: Sequence[Any], **kwargs: Any) -> dict[str, Tensor]:
         """Scalars of images (B, C, H, W): "task_loss", and with a teacher "distill_loss"; mmengine adds them up."""
@@ -157,8 +188,13 @@ class SiTClassifier(EffViTClassifier):
                     "take a dense one (lvvit_*_4c_224), or type='EffViTClassifier'"
                 )
             check_pair(self.model, self.teacher)
-            if not kwargs.get("pretrained"):
-                self.model.load_state_dict(self.teacher.state_dict(), strict=False)
+
+    def init_weights(self) -> None:
+        """As ``EffViTClassifier``; a student without ``pretrained`` weights takes those of its teacher."""
+        starts = not self._is_init and not self.pretrained
+        super().init_weights()
+        if starts and self.teacher is not None:
+            self.model.load_state_dict(self.teacher.state_dict(), strict=False)
 
     def loss(self, inputs: Tensor, data_samples: Sequence[Any], **kwargs: Any) -> dict[str, Tensor]:
         """Scalars of images (B, 3, H, W): "task_loss", and with a teacher "token_loss" and "distill_loss"."""
@@ -174,20 +210,25 @@ class SiTClassifier(EffViTClassifier):
         }
 
 
+def _create(model_name: str, pretrained: bool | str, sparsify: dict[str, Any] | None = None, **settings: Any) -> Any:
+    """A timm model with the weights of a config, reduced if asked."""
+    model = timm.create_model(model_name, pretrained=pretrained is True, **settings)
+    if isinstance(pretrained, str):
+        load_checkpoint(model, pretrained, get_torch_safe_globals())
+    return model if sparsify is None else effvit.sparsify(model, **sparsify)
+
+
 def _create_teacher(settings: dict[str, Any], student: Any) -> Any:
-    """The frozen teacher of a config, with weights and the student's classes."""
-    settings = dict(settings)
+    """The frozen teacher of a config, of the student's classes; its weights come with ``init_weights``."""
     for key in ("model_name", "pretrained"):
         if key not in settings:
             raise ValueError(
                 f"teacher needs {key!r}, got {sorted(settings)}; give a name of the zoo or of timm as 'model_name', "
                 "and as 'pretrained' True for its weights or the path of a checkpoint"
             )
-    name, pretrained = settings.pop("model_name"), settings.pop("pretrained")
+    name = settings["model_name"]
     check_model_name(name)
-    teacher: Any = timm.create_model(name, pretrained=pretrained is True, **settings)
-    if isinstance(pretrained, str):
-        load_checkpoint(teacher, pretrained, get_torch_safe_globals())
+    teacher = _create(**{**settings, "pretrained": False})
     if teacher.num_classes != student.num_classes:
         raise ValueError(
             f"the teacher {name} has {teacher.num_classes} classes and the student {student.num_classes}; give both "

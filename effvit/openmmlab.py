@@ -7,6 +7,7 @@ Everything is registered in the root registries of mmengine, so mmdet, mmseg and
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,19 +22,29 @@ from mmengine.model import BaseModule
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
 from mmengine.runner.checkpoint import get_torch_safe_globals
-from timm.layers import LayerNorm2d
+from timm.layers import LayerNorm2d, PatchEmbed
 from timm.models import group_parameters
 from timm.models._features import FeatureGetterNet
+from timm.models._manipulate import MATCH_PREV_GROUP, group_with_matcher
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 import effvit
 from effvit.models._checkpoint import adapt_state, check_state, read_checkpoint, read_file
 from effvit.models.feature_pyramid import PyramidFeatures, SimpleFeaturePyramid
 from effvit.models.host import ReducedHost, check_model_name
+from effvit.reducers import METHODS
 from effvit.schedule import check_fraction, cosine_keep_rate
 
-__all__ = ["BFloat16OptimWrapper", "EffViT", "KeepRateHook", "LayerDecayOptimWrapperConstructor", "load_config"]
+__all__ = [
+    "BFloat16OptimWrapper",
+    "EffViT",
+    "KeepRateHook",
+    "LayerDecayOptimWrapperConstructor",
+    "StartsPretrained",
+    "load_config",
+]
 
 MODELS.register_module(name="SimpleFeaturePyramid", module=SimpleFeaturePyramid)
 
@@ -48,19 +59,50 @@ def load_config(path: str | Path) -> Config:
     return Config.fromfile(str(path))
 
 
+class StartsPretrained:
+    """Mixin of mmengine's ``BaseModule``: weights that a config names are loaded by ``init_weights``, once.
+
+    mmengine's Runner calls ``init_weights`` before it trains. What rebuilds a trained model from its config and loads
+    its checkpoint (``init_detector``, ``init_model``, ``tools/test.py``) does not, so that neither the network nor the
+    file is asked for weights that would be overwritten. A model that got neither refuses to run.
+
+    Attributes:
+        pretrained: True for timm's weights, the path of a checkpoint, or False.
+    """
+
+    pretrained: bool | str
+    _is_init: bool
+
+    def check_weights(self) -> None:
+        """Raise a ValueError while the weights that ``pretrained`` names are not there, nor others in their place."""
+        if self.pretrained and not self._is_init:
+            raise ValueError(
+                f"this {type(self).__name__} has random weights: pretrained={self.pretrained!r} is loaded by "
+                "init_weights(), which mmengine's Runner calls before it trains; call it, or load a checkpoint"
+            )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load as any module; whatever has weights now does not start from others."""
+        if any(name.startswith(prefix) for name in state_dict):
+            self._is_init = True
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
+
+
 @MODELS.register_module()
-class EffViT(BaseModule):
+class EffViT(StartsPretrained, BaseModule):
     """Any transformer of effvit or timm as the backbone of a detector or segmenter.
 
-    Images of any size are taken: plain ViTs resample their position embedding and pad to whole patches, and the
-    maps of dropped tokens are filled as the setting ``recover`` says.
+    Images of any size are taken by the models of this package, timm's plain ViTs and timm's Swin: they resample their
+    position embedding and pad to whole patches, absolute numbers of tokens bend to the grid, and the maps of dropped
+    tokens are filled as the setting ``recover`` says. Other models of timm take the sizes that timm takes.
 
     Args:
         model_name: A registered name, with a tag if timm's weights of that tag are wanted.
         out_indices: Blocks of a plain ViT or stages of a pyramid whose maps are given; None takes the default of
             ``features_only``. With the setting ``pyramid=True`` levels 0 to 3 (``effvit.models.feature_pyramid``).
         pretrained: True for timm's weights (asks the network), or the path of a checkpoint of timm, of an official
-            repository or of this package. Its classifier is left out.
+            repository or of this package. Its classifier is left out. Loaded by ``init_weights``, which the Runner
+            calls before it trains; without a Runner call it yourself.
         out_norm: A LayerNorm for each map: the model's own where it has one, else a new one.
         frozen_stages: The stem and that many blocks or stages do not train; 0 freezes the stem, -1 nothing.
         norm_eval: Keep BatchNorm layers in eval mode while training.
@@ -72,8 +114,10 @@ class EffViT(BaseModule):
 
     Raises:
         ValueError: An unknown name, ``out_indices`` the model does not have, too many frozen stages, a method that
-            cannot serve the host, or a checkpoint of another model.
+            cannot serve the host; from ``init_weights``, a checkpoint of another model; from ``forward``,
+            ``pretrained`` weights that were never loaded.
         TypeError: A setting the model does not have.
+        FileNotFoundError: From ``init_weights``, no checkpoint where ``pretrained`` says.
     """
 
     def __init__(
@@ -95,12 +139,9 @@ class EffViT(BaseModule):
         if out_indices is not None:
             out_indices = out_indices if isinstance(out_indices, int) else tuple(out_indices)
             _check_indices(out_indices, 4 if settings.get("pyramid") else len(whole.feature_info), model_name)
-        settings["pretrained"] = pretrained is True
-        self.features = _create_features(model_name, out_indices, sparsify, settings)
-        if isinstance(pretrained, str):
-            state, _ = adapt_state(whole, read_checkpoint(pretrained, get_torch_safe_globals())[0])
-            check_state(state, self.model, pretrained, known=whole.state_dict().keys())
-            self.model.load_state_dict(state, strict=False)
+        self.pretrained = pretrained
+        self._recipe = (model_name, out_indices, sparsify, settings)
+        self.features = _create_features(*self._recipe)
         self.channels: list[int] = self.features.feature_info.channels()
         new_norms = out_norm and "out_norm" not in settings
         self.out_norms = nn.ModuleList(LayerNorm2d(channels) for channels in self.channels) if new_norms else None
@@ -115,7 +156,14 @@ class EffViT(BaseModule):
         return self.features.model
 
     def init_weights(self) -> None:
-        """Load what ``init_cfg`` names; without one, the weights made or loaded by the constructor stay."""
+        """Load what ``pretrained`` and then ``init_cfg`` name, unless weights were loaded already.
+
+        Without either, the weights drawn by the constructor stay.
+        """
+        if self._is_init:
+            return
+        if self.pretrained:
+            self._load_pretrained(self.pretrained)
         for cfg in [self.init_cfg] if isinstance(self.init_cfg, dict) else self.init_cfg or []:
             if cfg["type"] != "Pretrained":
                 raise ValueError(
@@ -127,8 +175,20 @@ class EffViT(BaseModule):
             self.load_state_dict(own)
         self._is_init = True
 
+    def _load_pretrained(self, source: bool | str) -> None:
+        """Weights of timm (True) or of a checkpoint for the model inside."""
+        name, _, sparsify, settings = self._recipe
+        if source is True:
+            state = _create_features(*self._recipe, pretrained=True).model.state_dict()
+        else:
+            whole, _ = _whole_model(name, False, sparsify, settings)
+            state, _ = adapt_state(whole, read_checkpoint(str(source), get_torch_safe_globals())[0])
+            check_state(state, self.model, str(source), known=whole.state_dict().keys())
+        self.model.load_state_dict(state, strict=False)
+
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Images (B, 3, H, W) -> one map (B, C_i, H_i, W_i) for each of ``out_indices``."""
+        self.check_weights()
         maps = self.features(x)
         if self.out_norms is not None:
             maps = [norm(y) for norm, y in zip(self.out_norms, maps, strict=True)]
@@ -147,19 +207,23 @@ class EffViT(BaseModule):
     def get_layer_depth(self, param_name: str, prefix: str = "") -> tuple[int, int]:
         """(layer, number of layers) of a parameter, for layer-wise learning rates (mmpretrain's convention).
 
+        Levels are those of mmpretrain's ViT and Swin, which mmseg and detectron2 share: 0 for the stem and the
+        position embeddings, 1 to n for the n blocks this backbone has, n + 1 for what lies behind them, norms of the
+        maps and the final norm included. What leads from a stage to the next belongs to the last block of the former.
+
         Args:
             param_name: Name of the parameter, under ``prefix``.
-            prefix: What the name starts with, e.g. "backbone.".
+            prefix: What the name starts with, e.g. "backbone."; parameters of other modules are at the last level.
         """
-        layers = group_parameters(self.model, self.model.group_matcher(coarse=False), reverse=True)
-        number = max(layers.values()) + 1
-        return layers.get(param_name.removeprefix(prefix).removeprefix("features.model."), number - 1), number
+        layers, last = _layers(self.model)
+        name = param_name.removeprefix(prefix).removeprefix("features.model.")
+        return layers.get(name, last) if param_name.startswith(prefix) else last, last + 1
 
     def _freeze(self) -> None:
         """Stop the gradients of the frozen stages and keep what is frozen whole in eval mode."""
         if self.frozen_stages < 0:
             return
-        layers = group_parameters(self.model, self.model.group_matcher(coarse=True), reverse=True)
+        stages = group_parameters(self.model, self.model.group_matcher(coarse=True), reverse=True)
         number = len(self.model.feature_info)
         if self.frozen_stages > number:
             raise ValueError(
@@ -168,13 +232,35 @@ class EffViT(BaseModule):
             )
         everything = self.frozen_stages == number
         for name, parameter in self.named_parameters():
-            layer = layers.get(name.removeprefix("features.model."))
-            if everything or (layer is not None and layer <= self.frozen_stages):
+            stage = stages.get(name.removeprefix("features.model."))
+            if everything or (stage is not None and stage <= self.frozen_stages):
                 parameter.requires_grad_(False)
         for module in self.modules():
             parameters = list(module.parameters())
             if parameters and not any(parameter.requires_grad for parameter in parameters):
                 module.eval()
+
+
+def _layers(model: Any) -> tuple[dict[str, int], int]:
+    """Levels of a model's parameters, 0 for the stem and from 1 for the blocks, and the level behind the blocks.
+
+    They are read off timm's ``group_matcher``, which differs in two points: it puts the final norm to the last block,
+    and a downsampling to the block behind it.
+    """
+    rules = model.group_matcher(coarse=False)
+    downsampling: list[str] = []
+    if isinstance(rules, dict):
+        own = {
+            group: [rule for rule in listed if rule[1] != MATCH_PREV_GROUP]
+            for group, listed in rules.items()
+            if isinstance(listed, list)
+        }
+        downsampling = [rule[0] for listed in own.values() for rule in listed if "downsample" in rule[0]]
+        rules = rules | own
+    behind = "behind the blocks"  # a name that no rule knows
+    layers: dict[str, int] = group_with_matcher([*model.named_parameters(), (behind, None)], rules, reverse=True)
+    last = layers.pop(behind)
+    return {name: layer - any(re.match(rule, name) for rule in downsampling) for name, layer in layers.items()}, last
 
 
 def _weights_under(path: str, prefix: str) -> dict[str, Tensor]:
@@ -189,9 +275,26 @@ def _weights_under(path: str, prefix: str) -> dict[str, Tensor]:
 
 
 def _create_features(
+    name: str,
+    out_indices: int | Sequence[int] | None,
+    sparsify: dict[str, Any] | None,
+    settings: dict[str, Any],
+    pretrained: bool = False,
+) -> Any:
+    """timm's ``features_only`` of the model, for images of any size where the model can take them.
+
+    Reduced if asked while it is whole: schedules count all its blocks.
+    """
+    features = _timm_features(name, out_indices, sparsify, {**settings, "pretrained": pretrained})
+    embed = getattr(features.model, "patch_embed", None)
+    if isinstance(embed, PatchEmbed) and not embed.strict_img_size:  # Swin's windows and merging pad, but it does not
+        embed.dynamic_img_pad = True
+    return features
+
+
+def _timm_features(
     name: str, out_indices: int | Sequence[int] | None, sparsify: dict[str, Any] | None, settings: dict[str, Any]
 ) -> Any:
-    """timm's ``features_only`` of the model, reduced if asked while it is whole: schedules count all its blocks."""
     getter: Any = PyramidFeatures if settings.get("pyramid") else FeatureGetterNet
     indices: dict[str, Any] = {} if out_indices is None else {"out_indices": out_indices}
     features: dict[str, Any] = {"features_only": True, **indices}
@@ -214,13 +317,27 @@ def _whole_model(
     """The uncut model without memory, and the settings completed by what lets it take images of any size."""
     own = {key: value for key, value in settings.items() if key != "pyramid"}
     with torch.device("meta"):
-        model = timm.create_model(name, **own)
+        host, host_settings = _host(name, own)
+        model = timm.create_model(host, **host_settings)
         accepted = {arg for cls in type(model).__mro__ for arg in inspect.signature(cls).parameters}
         extra: dict[str, Any] = {arg: True for arg in ("dynamic_img_size", "dynamic_img_pad") if arg in accepted}
         if out_norm and "out_norm" in accepted:
             extra["out_norm"] = True
         whole = timm.create_model(name, **(extra | own))
         return whole if sparsify is None else effvit.sparsify(whole, **sparsify), extra | settings
+
+
+def _host(name: str, settings: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The model that a reduced one of the zoo is made of, and its settings; of any other name what is given.
+
+    The host can be built whatever its image size, while numbers of tokens may be for another.
+    """
+    known = {setting for reducer in METHODS.values() for setting in reducer.defaults()} | {"recover"}
+    for method in METHODS:
+        host = name.removeprefix(f"{method}_")
+        if host != name and timm.is_model(host.partition(".")[0]):
+            return host, {key: value for key, value in settings.items() if key not in known}
+    return name, settings
 
 
 def _check_indices(out_indices: int | Sequence[int], number: int, name: str) -> None:
@@ -238,9 +355,13 @@ def _check_indices(out_indices: int | Sequence[int], number: int, name: str) -> 
 class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     """Layer-wise learning rates for EffViT backbones (BEiT, 2106.08254, as ViTDet uses it).
 
-    ``paramwise_cfg`` takes ``layer_decay_rate`` beside mmengine's own keys: layer l of L of a backbone learns at
-    ``rate ** (L - 1 - l)`` of the learning rate, the rest of the model at all of it. Weights of one dimension and those
-    the backbone names in ``no_weight_decay`` take no weight decay.
+    ``paramwise_cfg`` takes ``layer_decay_rate`` beside mmengine's own keys: layer l of L of a backbone
+    (``EffViT.get_layer_depth``) learns at ``rate ** (L - 1 - l)`` of the learning rate, so that the last block has
+    ``rate`` and the stem ``rate ** (blocks + 1)`` of it; the rest of the model learns at all of it.
+
+    Weights of one dimension and those the backbone names in ``no_weight_decay`` take no weight decay, as in BEiT,
+    unless ``norm_decay_mult``, ``bias_decay_mult`` or, for what is neither, ``flat_decay_mult`` says otherwise, or the
+    ``decay_mult`` of a custom key.
 
     Raises:
         ValueError: No rate, one outside (0, 1], or a model without EffViT backbone.
@@ -264,8 +385,23 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             (parameter,) = group["params"]
             name = names[id(parameter)]
             group["lr"] = group.get("lr", base_lr) * scales.get(name, 1.0)
-            if parameter.ndim <= 1 or name in undecayed:
-                group["weight_decay"] = 0.0
+            if (parameter.ndim <= 1 or name in undecayed) and not self._names_decay(name):
+                group["weight_decay"] = (self.base_wd or 0.0) * self._decay_mult(module, name, name in undecayed)
+
+    def _names_decay(self, name: str) -> bool:
+        """Whether the custom key that holds for a parameter, the longest in its name, sets its weight decay."""
+        keys = [key for key in self.paramwise_cfg.get("custom_keys", {}) if key in name]
+        return bool(keys) and "decay_mult" in self.paramwise_cfg["custom_keys"][max(sorted(keys), key=len)]
+
+    def _decay_mult(self, module: nn.Module, name: str, table: bool) -> float:
+        """Factor on the weight decay of a vector of the model, or of a table that its backbone exempts."""
+        owner, _, own_name = name.rpartition(".")
+        key = "flat_decay_mult"
+        if isinstance(module.get_submodule(owner), (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm)):
+            key = "norm_decay_mult"
+        elif own_name == "bias":
+            key = "bias_decay_mult"
+        return 0.0 if table else self.paramwise_cfg.get(key, 0.0)
 
 
 def _backbone_options(module: nn.Module, rate: float) -> tuple[dict[str, float], set[str]]:

@@ -14,13 +14,14 @@ from typing import Any
 import torch.distributed
 from mmengine.config import Config
 from mmengine.device import get_device
+from mmengine.model import BaseModule
 from mmengine.registry import DATASETS, RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
 from mmengine.runner.checkpoint import get_torch_safe_globals
 
 from effvit.coco import read_coco
 from effvit.models._checkpoint import check_state, read_file
-from effvit.openmmlab import load_config
+from effvit.openmmlab import StartsPretrained, load_config
 
 __all__ = [
     "LAUNCHERS",
@@ -30,6 +31,7 @@ __all__ = [
     "nested_dicts",
     "prepare_config",
     "read_launcher",
+    "start_weights",
     "without_pretrained",
 ]
 
@@ -141,10 +143,14 @@ def without_pretrained(config: Config) -> Config:
 
 
 def build_runner(config: Config) -> Runner:
-    """The Runner of a prepared config, after a check of its annotations and of the checkpoint it starts from.
+    """The Runner of a prepared config, after a check of its annotations and of the weights it starts from.
+
+    A model starts from the checkpoint alone if there is one: the network is not asked for weights that its config
+    names. Without a checkpoint it has its pretrained weights already.
 
     Raises:
-        ValueError, FileNotFoundError: As ``check_annotations`` and ``check_checkpoint``.
+        ValueError, FileNotFoundError: As ``check_annotations`` and ``check_checkpoint``; pretrained weights that are
+            not there or do not fit.
     """
     check_annotations(config)
     if config.launcher == "pytorch" and get_device() == "cpu" and not torch.distributed.is_initialized():
@@ -155,7 +161,30 @@ def build_runner(config: Config) -> Runner:
         checkpoint = find_latest_checkpoint(config.work_dir)
     if checkpoint is not None:
         check_checkpoint(runner, checkpoint)
+    start_weights(
+        runner.model, trained=checkpoint is not None and (_is_local(checkpoint) or config.get("resume", False))
+    )
     return runner
+
+
+def start_weights(model: torch.nn.Module, *, trained: bool) -> None:
+    """Load the pretrained weights that a config names, or see to it that nobody does.
+
+    Args:
+        model: Model of a Runner.
+        trained: A checkpoint that holds every weight is about to be loaded, so that none needs to start from others.
+            Teachers, which no checkpoint holds, are loaded all the same.
+    """
+    for part in model.modules():
+        if trained and isinstance(part, BaseModule):
+            part.is_init = True
+        if isinstance(part, StartsPretrained):
+            part.init_weights()
+
+
+def _is_local(path: str | Path) -> bool:
+    """Whether a checkpoint is a file; addresses (https:// and so on) are left to mmengine."""
+    return "://" not in str(path)
 
 
 def check_checkpoint(runner: Runner, path: str | Path) -> None:
@@ -165,9 +194,9 @@ def check_checkpoint(runner: Runner, path: str | Path) -> None:
 
     Args:
         runner: Runner with the model.
-        path: The file; addresses of other kinds (https:// and so on) are left to mmengine.
+        path: The file; an address is not checked.
     """
-    if "://" in str(path):
+    if not _is_local(path):
         return
     model: Any = getattr(runner.model, "module", runner.model)
     content = read_file(path, get_torch_safe_globals())

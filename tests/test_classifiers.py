@@ -102,21 +102,46 @@ class TestTeacher:
 
     def test_a_host_may_be_sparsified_after_its_weights_are_loaded(self) -> None:
         model = build("vit_nano_patch4_28", pretrained=True, sparsify={"method": "evit", "keep_rate": 0.5})
+        model.init_weights()
         dense = timm.create_model("vit_nano_patch4_28", pretrained=True)
         assert model.model.settings["keep_rate"] == 0.5
         assert torch.equal(model.model.head.weight, dense.head.weight)
 
-    def test_pretrained_weights_outlast_what_the_runner_does_before_training(self) -> None:
+    def test_pretrained_weights_are_loaded_once(self) -> None:
         model = build("vit_nano_patch4_28", pretrained=True)
-        before = copy.deepcopy(model.state_dict())
         model.init_weights()
-        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+        dense = timm.create_model("vit_nano_patch4_28", pretrained=True)
+        assert all(torch.equal(dense.state_dict()[name], value) for name, value in model.state_dict().items())
+        torch.nn.init.ones_(model.model.head.bias)
+        model.init_weights()
+        assert torch.equal(model.model.head.bias, torch.ones(10))
+
+    def test_a_trained_model_asks_for_no_weights_but_its_teacher_does(self, tmp_path: Path) -> None:
+        dense = timm.create_model(HOST, **SMALL)
+        torch.save(dense.state_dict(), tmp_path / "teacher.pth")
+        teacher = {**TEACHER, "pretrained": str(tmp_path / "teacher.pth")}
+        trained = build()
+        model = build(pretrained="no/such/file.pth", teacher=teacher)
+        model.load_state_dict(trained.state_dict())
+        assert model.eval().predict(batch()[0])[0].pred_score.shape == (7,)
+        with pytest.raises(
+            ValueError, match=r"the teacher has random weights: .*teacher.pth' is loaded by init_weights"
+        ):
+            model(*batch(), mode="loss")
+        model.init_weights()
+        assert torch.equal(model.model.head.weight, trained.model.head.weight)
+        assert torch.equal(model.teacher.head.weight, dense.head.weight)
+
+    def test_weights_that_were_never_loaded_are_missed(self) -> None:
+        with pytest.raises(ValueError, match=r"this EffViTClassifier has random weights: pretrained=True is loaded by"):
+            build("vit_nano_patch4_28", pretrained=True)(torch.rand(1, 1, 28, 28))
 
     def test_local_weights_are_loaded(self, tmp_path: Path) -> None:
         dense = timm.create_model(HOST, **SMALL)
         path = str(tmp_path / "dense.pth")
         torch.save({"model": dense.state_dict()}, path)
         model = build(pretrained=path, teacher={**TEACHER, "pretrained": path})
+        model.init_weights()
         for loaded in (model.model, model.teacher):
             assert torch.equal(loaded.head.weight, dense.head.weight)
 
@@ -194,6 +219,7 @@ class TestCheckpoints:
 class TestSiT:
     def test_student_starts_from_its_teacher_and_learns(self) -> None:
         model = sit()
+        model.init_weights()
         assert torch.equal(model.model.head.weight, model.teacher.head.weight)
         before = copy.deepcopy(model.model.state_dict())
         losses = model.train().loss(*batch())

@@ -18,14 +18,17 @@ from torch import Tensor, nn
 
 pytest.importorskip("mmengine", reason="the mm extra is not installed")
 
+from architectures import SMALL as ARCHITECTURES
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
+from mmengine.runner.checkpoint import load_state_dict
 from safetensors.torch import save_file
 
 import effvit
 from effvit.openmmlab import EffViT, load_config
 
 PLAIN = "evit_deit_tiny_patch16_224"
+SWIN: dict[str, Any] = {"embed_dim": 24, "depths": (1, 2, 1, 1), "num_heads": (1, 2, 2, 4)}
 SMALL: dict[str, Any] = {"depth": 4, "embed_dim": 48, "num_heads": 3, "img_size": 64}
 
 
@@ -48,6 +51,32 @@ class TestBackbone:
         expected = (2, 48, math.ceil(size[0] / 16), math.ceil(size[1] / 16))
         assert [m.shape for m in maps] == [expected] * 2
         assert all(m.isfinite().all() for m in maps)
+
+    @pytest.mark.parametrize("size", [(33, 170), (8, 8), (97, 65)])
+    @pytest.mark.parametrize("case", [*ARCHITECTURES, "swin", "swinv2"])
+    def test_architectures_and_swin_take_odd_sizes(self, case: str, size: tuple[int, int]) -> None:
+        """Maps of ceil(side / stride), as those of mmseg's Swin, which pads to whole patches."""
+        name, args = ARCHITECTURES.get(case, (f"{case}_tiny_window8_256", SWIN))
+        settings = {key: value for key, value in args.items() if key != "num_classes"}
+        model = EffViT(name.replace("swin_tiny_window8_256", "swin_tiny_patch4_window7_224"), **settings).eval()
+        maps = model(torch.randn(2, args.get("in_chans", 3), *size))
+        for features, stride in zip(maps, model.features.feature_info.reduction(), strict=True):
+            assert list(features.shape[-2:]) == [math.ceil(side / stride) for side in size]
+            assert features.isfinite().all()
+
+    @pytest.mark.parametrize("size", [(33, 170), (8, 8), (97, 65)])
+    @pytest.mark.parametrize("method", effvit.list_methods())
+    def test_methods_take_odd_sizes(self, method: str, size: tuple[int, int]) -> None:
+        absolute = {"gtp": {"num_prop": 30}, "tome": {"r": 30}, "dymu": {"thresholds": (0.5,) * 4}, "hot": {"k": 9}}
+        model = backbone(f"{method}_deit_tiny_patch16_224", **absolute.get(method, {})).train()
+        for features in model(images(*size)):
+            assert list(features.shape[-2:]) == [math.ceil(side / 16) for side in size]
+            assert features.isfinite().all()
+
+    def test_numbers_of_tokens_may_be_for_larger_images_than_the_models_own(self) -> None:
+        model = backbone("gtp_deit_tiny_patch16_224", num_prop=128)
+        assert model.model.token_counts((50, 84)) == [4200 - 128 * (block + 1) for block in range(4)]
+        assert model.model.token_counts((2, 84)) == [40, 1, 1, 1]
 
     @pytest.mark.parametrize("size", [(31, 33), (112, 137)])
     def test_pyramid_levels_fit_each_other_at_odd_sizes(self, size: tuple[int, int]) -> None:
@@ -75,7 +104,9 @@ class TestBackbone:
 
         def first_map(**settings: Any) -> Tensor:
             own = {"model_name": "vit_nano_patch4_28", "pretrained": True, "img_size": 64, "out_indices": (7,)}
-            return MODELS.build({"type": "EffViT", **own, **settings}).eval()(grey)[0]
+            model = MODELS.build({"type": "EffViT", **own, **settings})
+            model.init_weights()
+            return model.eval()(grey)[0]
 
         dense = first_map()
         halved = first_map(sparsify={"method": "evit", "keep_rate": 0.5})
@@ -152,6 +183,7 @@ class TestWeights:
         dense = timm.create_model("deit_tiny_patch16_224", **(SMALL | {"num_classes": 11}))
         save_file(dense.state_dict(), tmp_path / "dense.safetensors")
         model = backbone(out_indices=(1, 2), pretrained=str(tmp_path / "dense.safetensors"))
+        model.init_weights()
         assert len(model.model.blocks) == 3
         for name, weight in model.model.state_dict().items():
             assert torch.equal(weight, dense.state_dict()[name]), name
@@ -160,14 +192,41 @@ class TestWeights:
         dense = timm.create_model("deit_tiny_patch16_224", **(SMALL | {"img_size": 96}))
         torch.save({"model": dense.state_dict()}, tmp_path / "dense.pth")
         model = backbone(pretrained=str(tmp_path / "dense.pth"))
+        model.init_weights()
         assert model.model.pos_embed.shape == (1, 17, 48)
 
-    def test_runner_does_not_overwrite_loaded_weights(self, tmp_path: Path) -> None:
-        dense = timm.create_model("deit_tiny_patch16_224", **SMALL)
-        save_file(dense.state_dict(), tmp_path / "dense.safetensors")
+    def test_weights_of_timm_are_those_of_the_host(self) -> None:
+        dense = timm.create_model("vit_nano_patch4_28", pretrained=True)
+        model = MODELS.build({"type": "EffViT", "model_name": "vit_nano_patch4_28", "pretrained": True})
+        model.init_weights()
+        assert torch.equal(model.model.blocks[0].attn.qkv.weight, dense.blocks[0].attn.qkv.weight)
+
+    @pytest.mark.parametrize("load", [lambda m, s: m.load_state_dict(s), lambda m, s: load_state_dict(m, s)])
+    def test_a_trained_model_asks_for_no_weights(self, load: Any) -> None:
+        """torch's way to load and mmengine's, which does not call ``load_state_dict``."""
+        model = backbone(pretrained="no/such/file.pth")
+        trained = {name: weight + 1 for name, weight in backbone().state_dict().items()}
+        load(model, trained)
+        model.init_weights()
+        assert torch.equal(model.model.pos_embed, trained["features.model.pos_embed"])
+        assert model(images(64, 64))[0].isfinite().all()
+
+    def test_a_second_start_keeps_what_was_trained(self, tmp_path: Path) -> None:
+        save_file(timm.create_model("deit_tiny_patch16_224", **SMALL).state_dict(), tmp_path / "dense.safetensors")
         model = backbone(pretrained=str(tmp_path / "dense.safetensors"))
         model.init_weights()
-        assert torch.equal(model.model.pos_embed, dense.pos_embed)
+        torch.nn.init.ones_(model.model.pos_embed)
+        model.init_weights()
+        assert torch.equal(model.model.pos_embed, torch.ones(1, 17, 48))
+
+    def test_weights_that_were_never_loaded_are_missed(self) -> None:
+        model = backbone(pretrained="some.pth")
+        with pytest.raises(
+            ValueError, match=r"has random weights: pretrained='some.pth' is loaded by init_weights\(\)"
+        ):
+            model(images(64, 64))
+        with pytest.raises(FileNotFoundError, match=r"no checkpoint at some\.pth"):
+            model.init_weights()
 
     def test_init_cfg_takes_the_backbone_out_of_a_detector(self, tmp_path: Path) -> None:
         trained = backbone()
@@ -182,7 +241,7 @@ class TestWeights:
         other = timm.create_model("deit_tiny_patch16_224", **(SMALL | {"embed_dim": 24}))
         save_file(other.state_dict(), tmp_path / "other.safetensors")
         with pytest.raises(ValueError, match=r"is a checkpoint of another model than this ReducedViT"):
-            backbone(pretrained=str(tmp_path / "other.safetensors"))
+            backbone(pretrained=str(tmp_path / "other.safetensors")).init_weights()
         torch.save({"state_dict": {"neck.weight": torch.ones(1)}}, tmp_path / "neck.pth")
         cfg = {"type": "Pretrained", "checkpoint": str(tmp_path / "neck.pth"), "prefix": "backbone."}
         model = backbone(init_cfg=cfg)
@@ -244,9 +303,64 @@ class TestLayerDecay:
     def test_rates_fall_from_the_head_to_the_stem(self) -> None:
         groups = groups_by_name()
         rates = [groups[f"backbone.features.model.blocks.{i}.mlp.fc1.weight"]["lr"] for i in range(4)]
-        assert rates == [rates[-1] * 0.5 ** (3 - i) for i in range(4)]
-        assert groups["backbone.features.model.patch_embed.proj.weight"]["lr"] == rates[0] * 0.5
+        assert rates == [0.5 ** (4 - i) for i in range(4)]
+        assert groups["backbone.features.model.patch_embed.proj.weight"]["lr"] == 0.5**5
         assert groups["head.weight"]["lr"] == 1.0
+
+    @pytest.mark.parametrize("settings", [{"out_indices": (1, 3)}, {"out_indices": (0, 1)}, {"out_norm": True}])
+    def test_levels_of_a_vit_are_mmpretrains(self, settings: dict[str, Any]) -> None:
+        vits = pytest.importorskip("mmpretrain.models.backbones.vision_transformer")
+        model = backbone(**settings)
+        like = SimpleNamespace(num_layers=len(model.model.blocks))
+        for name, _ in model.named_parameters():
+            theirs = name.removeprefix("features.model.").replace("blocks.", "layers.")
+            expected = vits.VisionTransformer.get_layer_depth(like, theirs)
+            assert model.get_layer_depth(f"backbone.{name}", "backbone.") == expected, name
+        assert model.get_layer_depth("neck.weight", "backbone.") == (expected[1] - 1, expected[1])
+
+    @pytest.mark.parametrize(
+        "name", ["swin_tiny_patch4_window7_224", "stvit_r_swin_tiny_patch4_window7_dense", "supertoken_small_224"]
+    )
+    def test_levels_of_a_pyramid_are_mmpretrains(self, name: str) -> None:
+        """The six blocks of a dumbbell unit, which are not in ``blocks`` of the stage, count as those of Swin."""
+        swins = pytest.importorskip("mmpretrain.models.backbones.swin_transformer")
+        depths = (3, 5, 9, 3) if name.startswith("supertoken") else (2, 2, 6, 2)
+        like, parts = SimpleNamespace(depths=depths), ("stgm1", "stgm2", "blocks.0", "blocks.1", "recover")
+        with torch.device("meta"):
+            model = EffViT(name, out_norm=True)
+        for own, _ in model.named_parameters():
+            theirs = own.removeprefix("features.model.").replace("layers.", "stages.").replace("stem.", "patch_embed.")
+            for i, part in enumerate(parts, 1):
+                theirs = theirs.replace(f"blocks.0.semantic.{part}.", f"blocks.{i}.").replace(
+                    f"blocks.0.{part}.", f"blocks.{i}."
+                )
+            if ".downsample." in theirs:  # Swin's of mmpretrain end a stage
+                stage = int(theirs.split(".")[1])
+                theirs = f"stages.{stage - 1}.downsample.norm.weight"
+            assert model.get_layer_depth(own) == swins.SwinTransformer.get_layer_depth(like, theirs), own
+
+    def test_rates_of_the_recipe_are_detectron2s(self) -> None:
+        """get_vit_lr_decay_rate(0.7, num_layers=12) of detectron2/modeling/backbone/vit.py."""
+        config = load_config(Path(__file__).parents[1] / "configs/mmdet/mask-rcnn_vit-b_fpn_1x_coco.py")
+        with torch.device("meta"):
+            model = nn.ModuleDict({"backbone": MODELS.build(config.model.backbone), "neck": nn.Linear(2, 2)})
+        groups = build_optim_wrapper(model, config.optim_wrapper).optimizer.param_groups
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        rates = {names[id(p)]: group["lr"] / 1e-4 for group in groups for p in group["params"]}
+        prefix = "backbone.features.model."
+        assert rates[f"{prefix}pos_embed"] == rates[f"{prefix}patch_embed.proj.bias"] == pytest.approx(0.7**13)
+        for block in range(12):
+            assert rates[f"{prefix}blocks.{block}.mlp.fc1.weight"] == pytest.approx(0.7 ** (12 - block))
+        assert rates["neck.weight"] == 1
+
+    def test_decay_multipliers_of_the_config_hold(self) -> None:
+        groups = groups_by_name(
+            bias_decay_mult=0.5, custom_keys={"norm1": {"decay_mult": 2.0}, "head": {"lr_mult": 3.0}}
+        )
+        assert groups["backbone.features.model.blocks.0.mlp.fc1.bias"]["weight_decay"] == 0.025
+        assert groups["backbone.features.model.blocks.0.norm1.weight"]["weight_decay"] == 0.1
+        assert groups["backbone.features.model.blocks.0.norm2.bias"]["weight_decay"] == 0
+        assert groups["head.bias"]["weight_decay"] == 0.025
 
     def test_vectors_and_position_embeddings_do_not_decay(self) -> None:
         groups = groups_by_name()

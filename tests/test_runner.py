@@ -23,6 +23,8 @@ pytest.importorskip("mmseg")
 pytest.importorskip("mmpretrain")
 
 from mmengine.config import Config
+from mmengine.registry import MODELS
+from mmseg.apis import init_model
 
 from effvit.runner import build_runner, check_annotations, prepare_config, read_launcher
 
@@ -274,6 +276,39 @@ class TestCheckpoints:
         config = prepare_config(segmenter, work_dir=tmp_path, resume=str(path))
         with pytest.raises(ValueError, match=r"broken.pth cannot be read as a checkpoint"):
             build_runner(config)
+
+
+class TestPretrainedConfigs:
+    """A config that names weights which are not there: only a model that starts from nothing asks for them."""
+
+    @pytest.fixture
+    def trained(self, segmenter: Path, tmp_path: Path) -> tuple[Config, str]:
+        """The config, which names a missing file, and a checkpoint of its model."""
+        config = prepare_config(segmenter, work_dir=tmp_path, options={"log_level": "ERROR"})
+        model = MODELS.build(config.model)
+        path = str(tmp_path / "trained.pth")
+        torch.save({"state_dict": model.state_dict(), "meta": {"dataset_meta": {"classes": ("a",) * 4}}}, path)
+        config.model.backbone.pretrained = str(tmp_path / "missing.pth")
+        return config, path
+
+    def test_training_asks_for_them_before_it_begins(self, trained: tuple[Config, str]) -> None:
+        with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*missing\.pth"):
+            build_runner(trained[0])
+
+    def test_a_checkpoint_takes_their_place(self, trained: tuple[Config, str]) -> None:
+        config, path = trained
+        config.load_from, config.train_cfg.max_iters, config.resume = path, 1, False
+        runner = build_runner(config)
+        runner.train()
+        assert runner.iter == 1
+        assert config.model.backbone.pretrained.endswith("missing.pth")  # the saved config still names them
+
+    def test_init_model_of_mmseg_does_not_ask(self, trained: tuple[Config, str]) -> None:
+        config, path = trained
+        model = init_model(config, path, device="cpu")
+        saved = torch.load(path, weights_only=False)["state_dict"]
+        assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
+        assert model.backbone(torch.rand(1, 3, 64, 64))[0].isfinite().all()
 
 
 class TestAnnotations:

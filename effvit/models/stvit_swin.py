@@ -259,6 +259,19 @@ class STViTSwin(PyramidBackbone):
         if layers:
             update_model_input_size(self, to_2tuple(img_size))
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """As of any pyramid; the blocks inside a dumbbell unit and those on semantic tokens count one by one."""
+        groups = super().group_matcher(coarse)
+        if not coarse:
+            third = r"^stages\.(2)\.blocks\.(\d+)\."
+            parts = ("block", r"(?:semantic\.)?stgm1", r"(?:semantic\.)?stgm2")
+            rules: list[Any] = [(rf"{third}{part}\.", (order,)) for order, part in enumerate(parts, -len(parts))]
+            rules += [(rf"{third}(?:semantic\.)?blocks\.(\d+)", None), (rf"{third}recover\.", (math.inf,))]
+            if self.recovery:
+                rules.append((r"^stages\.(2)\.downsample", (0, -len(parts))))  # with the first block of the stage
+            groups["blocks"] = rules + groups["blocks"]
+        return groups
+
     def no_weight_decay(self) -> set[str]:
         """Names of the position tables, which take no weight decay."""
         tables = ("relative_position_bias_table", "global_centres")
