@@ -1,7 +1,7 @@
-"""Every config builds its model and makes a step of its own optimizer, on small pictures.
+"""Every config builds the model and the optimizer it ships, for images of any size, and trains a step.
 
-Detectors and segmenters have their true size; the classifiers for ImageNet-1k are smaller. Configs without an optimizer
-evaluate.
+Nothing of a config is changed but ``pretrained``: no test needs the network. The small ones of each kind train here,
+all of them in a run with ``-m release``. Configs without an optimizer evaluate.
 """
 
 from __future__ import annotations
@@ -25,37 +25,77 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import PixelData
 from mmpretrain.structures import DataSample
 from mmseg.structures import SegDataSample
+from torch import nn
 
 from effvit.garments import GARMENTS
+from effvit.models.host import ReducedHost
 from effvit.openmmlab import load_config
-from effvit.runner import nested_dicts, without_pretrained
+from effvit.runner import without_pretrained
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.py") if "_base_" not in path.parts)
 SIDE = 96
 PICTURES = {"fashion-mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
-HOST = {"embed_dim": 48, "num_heads": 3}
-SMALLER: dict[str, dict[str, Any]] = {
-    "stvit_r": {"embed_dim": 24, "num_heads": (1, 2, 4, 8), "depths": (1, 1, 6, 1)},
-    "supertoken": {"dims": (8, 16, 32, 64), "num_heads": (1, 1, 2, 2), "depths": (1, 1, 1, 1)},
-    "casvit": {"dims": (8, 16, 32, 64), "depths": (1, 1, 1, 1)},
+# One of each detector, segmenter and classifier, of each method with numbers of tokens and of each architecture.
+SMALL = {
+    *("mmdet/mask-rcnn_gtp-deit-s_fpn_1x_coco", "mmdet/retinanet_tome-deit-s_fpn_1x_coco"),
+    *("mmdet/retinanet_casvit-m_fpn_1x_coco", "mmdet/cascade-mask-rcnn_stvit-r-swin-s_fpn_3x_coco"),
+    *(
+        "mmdet/composites/mask-rcnn_supertoken",
+        "mmdet/composites/mask-rcnn_tiny-vit",
+        "mmdet/garments/mask-rcnn_tome-nano",
+    ),
+    *("mmseg/upernet_gtp-deit-s_8xb2-160k_ade20k-512x512", "mmseg/segmenter_evit-vit-b_mask_8xb1-160k_ade20k-512x512"),
+    *("mmseg/setr_vit-b_naive_8xb2-160k_ade20k-512x512", "mmseg/fpn_supertoken-s_4xb4-80k_ade20k-512x512"),
+    *("mmseg/composites/upernet_evit", "mmseg/composites/upernet_stvit-r", "mmseg/composites/upernet_swin"),
+    *("mmpretrain/gtp-deit-s_in1k", "mmpretrain/cifar10/vit-nano_cifar10"),
+    *(f"mmpretrain/fashion-mnist/finetune_{name}" for name in ("ats", "evit_distilled", "gtp", "tome")),
+    *(f"mmpretrain/fashion-mnist/scratch_{name}" for name in ("lookupvit", "sit", "stvit", "supertoken")),
 }
+# Patch grids of the smallest images, of a single row or column, of COCO at its common size and of a square.
+GRIDS = [(1, 1), (1, 2), (1, 84), (84, 1), (2, 84), (9, 84), (50, 84), (32, 32)]
+# What takes no weight decay, by recipe: detectron2's ViTDet (weight_decay_norm and the override of pos_embed in
+# mask_rcnn_vitdet_b_100ep.py), mmdet's and mmseg's Swin and ViT, timm's rule in DeiT's and Swin's classifiers, and none
+# in those of PVT, CAS-ViT, SETR and Segmenter. A class token counts as a position embedding: ViTDet has none.
+POSITIONS = r"features\.model\.(cls_token|pos_embed\w*)$"
+RECIPES: list[tuple[str, str, tuple[str, ...]]] = [
+    (r"mmdet/.*(deit-s|vit-b|lookupvit)", POSITIONS, ("norm",)),
+    (r"mmdet/.*(stvit-r|supertoken)", r"relative_position_bias_table$", ("norm",)),
+    (r"mmdet/retinanet_casvit|mmseg/(fpn|setr|segmenter)_", r"$^", ()),
+    (r"mmseg/upernet_(stvit-r|supertoken)", r"relative_position_bias_table$", ("norm",)),
+    (r"mmseg/upernet_", POSITIONS, ("norm",)),
+    (
+        r"mmpretrain/(sit|lookupvit|evit|ats|tome|stvit-deit)",
+        r"^model\.(cls_token|pos_embed\w*)$",
+        ("norm", "bias", "flat"),
+    ),
+    (r"mmpretrain/", r"relative_position_bias_table$", ("norm", "bias", "flat")),
+]
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(instance named of|__floordiv__|torch.meshgrid).*:UserWarning")
 
 
 def read(path: Path) -> Config:
-    """A config that asks for no weights, with few regions, and tokens to remove as a small picture allows."""
+    """A config that asks for no weights."""
     config = without_pretrained(load_config(path))
     init_default_scope(config.default_scope)
-    for part in nested_dicts(config.model):
-        if part.get("type") == "RandomSampler":
-            part["num"] = 32
-        if "num_prop" in part:
-            part["num_prop"] = 1
-        if path.stem.endswith("in1k") and "model_name" in part:
-            part.update(next((sizes for name, sizes in SMALLER.items() if part["model_name"].startswith(name)), HOST))
     return config
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT / "configs").with_suffix("").as_posix()
+
+
+def undecayed(model: nn.Module, tables: str, kinds: tuple[str, ...]) -> set[str]:
+    """Names of the backbone's parameters that a recipe exempts from weight decay."""
+    exempt = set()
+    for prefix, module in model.named_modules():
+        for own, parameter in module.named_parameters(recurse=False):
+            path = f"{prefix}.{own}"
+            kind = "norm" if "Norm" in type(module).__name__ else own if own == "bias" else "flat"
+            if re.search(tables, path) or (parameter.ndim <= 1 and kind in kinds):
+                exempt.add(path)
+    return exempt
 
 
 def inputs(config: Config) -> dict[str, Any]:
@@ -105,7 +145,37 @@ def train_a_step(model: Any, config: Config) -> None:
     assert not torch.equal(before, weight)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CONFIGS, ids=name)
+def test_config_builds_as_it_ships_for_images_of_any_size(path: Path) -> None:
+    """No pipeline makes less than one pixel, which is one patch; each block must leave a token of any grid."""
+    config = read(path)
+    with torch.device("meta"):
+        model = MODELS.build(config.model)
+    for host in (module for module in model.modules() if isinstance(module, ReducedHost)):
+        grids = GRIDS if host.dynamic_img_size else [host.patch_embed.grid_size]  # classifiers crop to one size
+        assert host.dynamic_img_size or config.default_scope == "mmpretrain"
+        assert all(min(host.token_counts(grid)) >= 1 for grid in grids)
+    if "optim_wrapper" not in config or name(path).count("/") > 1:  # recipes of the small sets are our own
+        return
+    groups = build_optim_wrapper(model, config.optim_wrapper).optimizer.param_groups
+    names = {id(parameter): own for own, parameter in model.named_parameters()}
+    decay = {names[id(p)]: group["weight_decay"] for group in groups for p in group["params"]}
+    tables, kinds = next((tables, kinds) for rule, tables, kinds in RECIPES if re.match(rule, name(path)))
+    backbone = model.backbone if hasattr(model, "backbone") else model.model
+    prefix = "backbone." if hasattr(model, "backbone") else "model."
+    exempt = {own for own in undecayed(model, tables, kinds) if own.startswith(prefix)}
+    base = config.optim_wrapper.optimizer.weight_decay
+    assert len(list(backbone.parameters())) == sum(own.startswith(prefix) for own in decay)
+    assert {own: 0.0 if own in exempt else base for own in decay if own.startswith(prefix)} == {
+        own: value for own, value in decay.items() if own.startswith(prefix)
+    }
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[] if name(path) in SMALL else pytest.mark.release) for path in CONFIGS],
+    ids=name,
+)
 def test_config_trains_and_predicts(path: Path) -> None:
     config = read(path)
     if config.default_scope == "mmseg":
@@ -124,12 +194,16 @@ def test_missing_weights_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     config = load_config(ROOT / "configs/mmdet/composites/mask-rcnn_tiny-vit.py")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no checkpoint at data/mobile_sam/mobile_sam\.pt"):
-        MODELS.build(config.model.backbone)
+        MODELS.build(config.model.backbone).init_weights()
 
 
 def test_detectors_on_garments_know_the_classes_of_the_set() -> None:
     config = load_config(ROOT / "configs/mmdet/garments/mask-rcnn_vit-nano.py")
     assert config.train_dataloader.dataset.metainfo.classes == GARMENTS
+
+
+def test_small_configs_are_configs() -> None:
+    assert {name(path) for path in CONFIGS} >= SMALL
 
 
 def test_every_config_says_where_its_settings_are_from() -> None:

@@ -19,5 +19,5 @@ model = dict(
 optim_wrapper = dict(
     constructor="LayerDecayOptimWrapperConstructor",
     optimizer=dict(weight_decay=0.1),
-    paramwise_cfg=dict(_delete_=True, layer_decay_rate=0.7),
+    paramwise_cfg=dict(_delete_=True, layer_decay_rate=0.7, bias_decay_mult=1.0),
 )

@@ -12,3 +12,8 @@ model = dict(
     ),
     neck=dict(in_channels=[96, 192, 384, 768]),
 )
+
+# Swin's recipe exempts all norms; those of STViT-R's stem are named otherwise.
+optim_wrapper = dict(
+    paramwise_cfg=dict(custom_keys={f"stem.conv{i}.bn": dict(decay_mult=0.0) for i in (1, 2)}),
+)

@@ -14,3 +14,9 @@ model = dict(
     ),
     neck=dict(in_channels=[64, 128, 320, 512]),
 )
+
+# Swin's recipe exempts all norms; those of the stem and the downsamplings are named otherwise here.
+batch_norms = ("stem.2", "stem.5", "stem.8", "stem.11", "downsample.bn")
+optim_wrapper = dict(
+    paramwise_cfg=dict(custom_keys={f"{name}.": dict(decay_mult=0.0) for name in batch_norms}),
+)

@@ -18,3 +18,8 @@ param_scheduler = [
     dict(type="LinearLR", start_factor=1e-6, by_epoch=False, begin=0, end=1500),
     dict(type="PolyLR", eta_min=0.0, power=1.0, begin=1500, end=240000, by_epoch=False),
 ]
+
+# Swin's recipe exempts all norms; those of STViT-R's stem are named otherwise.
+optim_wrapper = dict(
+    paramwise_cfg=dict(custom_keys={f"stem.conv{i}.bn": dict(decay_mult=0.0) for i in (1, 2)}),
+)
