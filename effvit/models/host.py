@@ -537,9 +537,8 @@ def sparsify(
         recover: How dense maps (``forward_intermediates``, ``features_only``) fill dropped patches, one of
             ``effvit.recover.FILLS``: "last", "nearest", "zero", "reconstruct" or "attention", which is trained and
             adds a module ``recovery``, which a classifier carries along unused. None means what the model has if it is
-            reduced by the same method already, else
-            "reconstruct" for Expedite and "last" for the other methods. Stages of a TinyViT end with full maps: there
-            is nothing to choose.
+            reduced by the same method already, else "reconstruct" for Expedite and "last" for the other methods.
+            Stages of a TinyViT end with full maps: there is nothing to choose.
         share: Share every parameter and buffer with the given model: training either one trains both, and moving or
             casting the new one moves or casts both. False gives the new model copies, as a student needs that learns
             from its teacher.
