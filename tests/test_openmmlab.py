@@ -59,7 +59,12 @@ class TestBackbone:
         name, args = ARCHITECTURES.get(case, (f"{case}_tiny_window8_256", SWIN))
         settings = {key: value for key, value in args.items() if key != "num_classes"}
         model = EffViT(name.replace("swin_tiny_window8_256", "swin_tiny_patch4_window7_224"), **settings).eval()
-        maps = model(torch.randn(2, args.get("in_chans", 3), *size))
+        x = torch.randn(2, args.get("in_chans", 3), *size)
+        if name.startswith("stvit_deit") and size == (8, 8):  # the one limit there is
+            with pytest.raises(ValueError, match="semantic tokens need a grid of at least as many patches"):
+                model(x)
+            return
+        maps = model(x)
         for features, stride in zip(maps, model.features.feature_info.reduction(), strict=True):
             assert list(features.shape[-2:]) == [math.ceil(side / stride) for side in size]
             assert features.isfinite().all()
