@@ -94,8 +94,9 @@ class EffViT(StartsPretrained, BaseModule):
 
     Images of any size are taken by the models of this package, timm's plain ViTs and timm's Swin: they resample their
     position embedding and pad to whole patches, absolute numbers of tokens bend to the grid, and the maps of dropped
-    tokens are filled as the setting ``recover`` says. STViT on DeiT alone needs a patch for each of its semantic tokens,
-    4 x 4 by default. Other models of timm take the sizes that timm takes.
+    tokens are filled as the setting ``recover`` says. Two limits: STViT on DeiT needs a patch for each of its semantic
+    tokens, 4 x 4 by default, and tables of STViT-Swin (``use_global``, ``relative_pos``) fix the size. Other models of
+    timm take the sizes that timm takes.
 
     Args:
         model_name: A registered name, with a tag if timm's weights of that tag are wanted.
