@@ -1,0 +1,385 @@
+"""Everything that records or transforms a model, and the models to record: what docs/export.md has a table of."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import io
+import logging
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import architectures
+import onnxruntime
+import timm
+import torch
+from hosts import HOSTS, SETTINGS, make_host
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call, grad, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import effvit
+
+__all__ = ["CASES", "DYNAMIC_SIZE", "RECORDERS", "Case", "Recorded", "Recorder", "make_case", "others"]
+
+Recorded = Callable[[Tensor], Tensor]
+
+
+class Scores(nn.Module):
+    """A model whose only positional argument is one batch of images, for the exporters; with maps as one row each."""
+
+    def __init__(self, model: nn.Module, maps: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        self.maps = maps
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.maps:
+            return self.model(x)
+        maps = self.model.forward_intermediates(x, intermediates_only=True)
+        return torch.cat([y.flatten(1) for y in maps], dim=1)
+
+
+# -- models ------------------------------------------------------------------------------------------------------
+
+
+class Case(NamedTuple):
+    """A model to record.
+
+    Attributes:
+        build: Makes the model, small and in eval mode.
+        size: (H, W) of the images it is recorded with.
+        other: (H, W) of other images it takes, None if it takes no other.
+        maps: Whether the maps of ``forward_intermediates`` are compared, not the scores.
+    """
+
+    build: Callable[[], nn.Module]
+    size: tuple[int, int]
+    other: tuple[int, int] | None = None
+    maps: bool = False
+
+
+def _reduced(method: str, host: str, recover: str | None, settings: dict[str, Any], **options: Any) -> nn.Module:
+    model = effvit.sparsify(make_host(host, **options), method, recover=recover, **(SETTINGS[method] | settings))
+    return model.eval()
+
+
+def host_case(
+    method: str, host: str = "class_token", recover: str | None = None, dynamic: bool = False, **settings: Any
+) -> Case:
+    size = (64, 80) if host == "lvvit" else (48, 64)
+    options = {"dynamic_img_size": True} if dynamic else {}
+    build = partial(_reduced, method, host, recover, settings, **options)
+    return Case(build, size, (64, 80) if dynamic else None, maps=recover is not None)
+
+
+def _pyramid(method: str, settings: dict[str, Any]) -> nn.Module:
+    torch.manual_seed(0)
+    small = {"embed_dims": (8, 16, 24, 32), "num_heads": (1, 2, 3, 4), "depths": (1, 1, 2, 1)}
+    host = timm.create_model("tiny_vit_5m_224", num_classes=7, **small).eval()
+    return effvit.sparsify(host, method, **settings).eval()
+
+
+CASES: dict[str, Case] = {
+    # every method, with the settings that change what is computed
+    "evit": host_case("evit"),
+    "evit fuse_token=False": host_case("evit", fuse_token=False),
+    "tome": host_case("tome"),
+    "tome prop_attn=False": host_case("tome", prop_attn=False),
+    "gtp": host_case("gtp"),
+    "gtp propagation=Mean": host_case("gtp", propagation="Mean"),
+    "gtp propagation=None": host_case("gtp", propagation="None", selection="CLSAttnMean"),
+    "gtp graph_type=Spatial": host_case("gtp", graph_type="Spatial", selection="IMGAttnMean"),
+    "gtp graph_type=Semantic": host_case("gtp", graph_type="Semantic", selection="CosSimMax"),
+    "gtp sparsity=0.6": host_case("gtp", sparsity=0.6),
+    "ats": host_case("ats"),
+    "ats drop_tokens=False": host_case("ats", drop_tokens=False),
+    "ats grid=midpoint": host_case("ats", grid="midpoint", value_norm="per_head", keep_rate=0.5),
+    "ats compat": host_case("ats", compat=True, keep_rate=0.5),
+    "ats packed": host_case("ats", ragged="packed"),
+    "zero_tprune": host_case("zero_tprune"),
+    "zero_tprune alternate": host_case("zero_tprune", partition="alternate", similarity="dot", var_range=None),
+    "zero_tprune euclidean": host_case("zero_tprune", partition="sequential_i", similarity="euclidean", cls_boost=1.0),
+    "zero_tprune manhattan": host_case("zero_tprune", similarity="manhattan"),
+    "dymu": host_case("dymu"),
+    "dymu max_r": host_case("dymu", r_total=8, max_r_per_instance_ratio=1.0),
+    "dymu compat": host_case("dymu", compat=True),
+    "dymu packed": host_case("dymu", ragged="packed"),
+    "expedite": host_case("expedite"),
+    "expedite restore_at": host_case("expedite", restore_at=3, norm="official"),
+    "hot": host_case("hot"),
+}
+# every method on hosts with RoPE, two class tokens, registers, attention pooling, and heads that pool patches
+CASES |= {
+    f"{method} {host}": host_case(method, host)
+    for method in SETTINGS
+    for host in ("distilled", "eva02", "rope_mixed", "lvvit")
+}
+CASES |= {
+    f"{method} {host}": host_case(method, host)
+    for method in ("tome", "gtp", "zero_tprune", "dymu", "expedite", "hot")
+    for host in ("average_pool", "attention_pool")
+    if not (method, host) == ("ats", "attention_pool")
+}
+CASES |= {f"ats {host}": host_case("ats", host) for host in ("registers", "gated_grouped", "dinov3")}
+CASES |= {f"{method} packed eva02": host_case(method, "eva02", ragged="packed") for method in ("ats", "dymu")}
+# dense maps, one fill after another
+CASES |= {
+    f"{method} recover={fill}": host_case(method, recover=fill)
+    for method, fill in (
+        ("evit", "last"),
+        ("evit", "nearest"),
+        ("hot", "zero"),
+        ("ats", "last"),
+        ("ats", "reconstruct"),
+        ("gtp", "reconstruct"),
+        ("zero_tprune", "attention"),
+        ("tome", "last"),
+        ("dymu", "last"),
+        ("expedite", "reconstruct"),
+    )
+}
+# models that take images of any size
+CASES |= {f"{method} dynamic_img_size": host_case(method, dynamic=True) for method in SETTINGS}
+CASES |= {f"{method} dynamic_img_size eva02": host_case(method, "eva02", dynamic=True) for method in ("evit", "ats")}
+CASES |= {
+    "tiny_vit tome": Case(partial(_pyramid, "tome", {"r": 3}), (64, 96), (96, 72)),
+    "tiny_vit expedite": Case(partial(_pyramid, "expedite", {"keep_rate": 0.5}), (64, 96), (96, 72)),
+}
+
+
+def _takes_any_size(name: str) -> bool:
+    options = architectures.SMALL[name][1]
+    return options.get("dynamic_img_size", False) or name.startswith(("supertoken", "casvit", "stvit_r_swin", "stvit_swin"))
+
+
+CASES |= {
+    name: Case(
+        partial(architectures.make_architecture, name),
+        architectures.SIZES[name][0],
+        architectures.SIZES[name][1] if _takes_any_size(name) else None,
+    )
+    for name in architectures.SMALL
+}
+DYNAMIC_SIZE = [name for name, case in CASES.items() if case.other]
+
+
+@functools.lru_cache(maxsize=4)
+def make_case(name: str) -> nn.Module:
+    """The model of a case, ready to record."""
+    case = CASES[name]
+    return Scores(case.build(), case.maps).eval()
+
+
+def images(batch: int, size: tuple[int, int], seed: int) -> Tensor:
+    """Random images (batch, 3, H, W)."""
+    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(seed))
+
+
+def others(case: Case) -> dict[str, Tensor]:
+    """What a recorded model is held to: other images than it was recorded with, a larger and a smaller batch, a size."""
+    batches = {"image": images(2, case.size, 2), "batch": images(5, case.size, 3), "batch of 1": images(1, case.size, 4)}
+    return batches | ({"size": images(2, case.other, 5)} if case.other else {})
+
+
+# -- recorders ---------------------------------------------------------------------------------------------------
+
+
+class Recorder(NamedTuple):
+    """Something that records a model.
+
+    Attributes:
+        record: Model and images (B, 3, H, W) -> what was recorded.
+        promises: What a recorded model must take besides other images: "batch", "size" or both. For the rest torch's
+            own error at run time is as good as the right result.
+        dtype: Dtype of model and images: float64, so that no tie is decided by rounding, where the recorder has it.
+        needs_sizes: Only for models that take other sizes.
+        compares: What ``expected`` says.
+    """
+
+    record: Callable[[nn.Module, Tensor], Recorded]
+    promises: tuple[str, ...] = ()
+    dtype: torch.dtype = torch.float64
+    needs_sizes: bool = False
+    expected: Callable[[nn.Module, Tensor], Tensor] = lambda model, x: model(x)
+
+
+def _compile(model: nn.Module, x: Tensor) -> Recorded:
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled(x)
+    return compiled
+
+
+def _compile_dynamic(model: nn.Module, x: Tensor) -> Recorded:
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    compiled(x)
+    return compiled
+
+
+def _export(model: nn.Module, x: Tensor) -> Recorded:
+    return torch.export.export(model, (x,), strict=False).module()
+
+
+def _export_batch(model: nn.Module, x: Tensor) -> Recorded:
+    shapes = {"x": {0: torch.export.Dim.DYNAMIC}}
+    return torch.export.export(model, (x,), dynamic_shapes=shapes, strict=False).module()
+
+
+def _export_size(model: nn.Module, x: Tensor) -> Recorded:
+    shapes = {"x": {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}}
+    return torch.export.export(model, (x,), dynamic_shapes=shapes, strict=False).module()
+
+
+def _trace(model: nn.Module, x: Tensor) -> Recorded:
+    return torch.jit.trace(model, x, check_trace=False)
+
+
+def _session(file: io.BytesIO) -> Recorded:
+    session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    return lambda x: torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+
+
+def _onnx(model: nn.Module, x: Tensor) -> Recorded:
+    file = io.BytesIO()
+    shapes = {"x": {0: torch.export.Dim.DYNAMIC}}
+    torch.onnx.export(model, (x,), input_names=["x"], dynamic_shapes=shapes, dynamo=True, verbose=False).save(file)
+    return _session(file)
+
+
+def _onnx_legacy(model: nn.Module, x: Tensor, dynamic: bool, opset: int = 17) -> Recorded:
+    file = io.BytesIO()
+    axes = {"dynamic_axes": {"x": {0: "batch"}}} if dynamic else {}
+    torch.onnx.export(model, (x,), file, input_names=["x"], dynamo=False, opset_version=opset, **axes)
+    return _session(file)
+
+
+def _fx(model: nn.Module, x: Tensor) -> Recorded:
+    return torch.fx.symbolic_trace(model.model) if not model.maps else torch.fx.symbolic_trace(model)
+
+
+def _make_fx(model: nn.Module, x: Tensor, mode: str) -> Recorded:
+    return make_fx(model, tracing_mode=mode)(x)
+
+
+def _vmap(model: nn.Module, x: Tensor) -> Recorded:
+    return vmap(lambda image: model(image[None])[0])
+
+
+def _one_by_one(model: nn.Module, x: Tensor) -> Tensor:
+    return torch.cat([model(image[None]) for image in x])
+
+
+def _gradients(model: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
+    """Image -> its gradients, in one row."""
+    weights, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+
+    def loss(weights: dict[str, Tensor], image: Tensor) -> Tensor:
+        return functional_call(model, (weights, buffers), (image[None],)).square().sum()
+
+    return lambda image: torch.cat([g.flatten() for g in grad(loss)(weights, image).values()])
+
+
+def _per_sample_grad(model: nn.Module, x: Tensor) -> Recorded:
+    return vmap(_gradients(model, x))
+
+
+def _gradients_one_by_one(model: nn.Module, x: Tensor) -> Tensor:
+    rows = []
+    for image in x:
+        model.zero_grad(set_to_none=False)
+        with torch.enable_grad():
+            model(image[None]).square().sum().backward()
+        rows.append(
+            torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()])
+        )
+    model.zero_grad(set_to_none=True)
+    return torch.stack(rows)
+
+
+def _shape(model: nn.Module, x: Tensor) -> Tensor:
+    return torch.tensor(model(x).shape)
+
+
+def _fake(model: nn.Module, x: Tensor) -> Recorded:
+    def run(x: Tensor) -> Tensor:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            out = model(mode.from_tensor(x))
+        return torch.tensor(out.shape)
+
+    run(x)
+    return run
+
+
+def _meta(model: nn.Module, x: Tensor) -> Recorded:
+    model = copy.deepcopy(model).to("meta")
+    return lambda x: torch.tensor(model(x.to("meta")).shape)
+
+
+RECORDERS: dict[str, Recorder] = {
+    "torch.compile": Recorder(_compile, ("batch", "size")),
+    "torch.compile, dynamic": Recorder(_compile_dynamic, ("batch", "size")),
+    "torch.export": Recorder(_export),
+    "torch.export, dynamic batch": Recorder(_export_batch, ("batch",)),
+    "torch.export, dynamic size": Recorder(_export_size, ("size",), needs_sizes=True),
+    "torch.onnx, dynamo=True": Recorder(_onnx, ("batch",), torch.float32),
+    "torch.onnx, dynamo=False": Recorder(partial(_onnx_legacy, dynamic=False), (), torch.float32),
+    "torch.onnx, dynamo=False, dynamic batch": Recorder(partial(_onnx_legacy, dynamic=True), ("batch",), torch.float32),
+    "torch.jit.trace": Recorder(_trace),
+    "torch.fx": Recorder(_fx, ("batch",)),
+    "make_fx": Recorder(partial(_make_fx, mode="real")),
+    "make_fx, symbolic": Recorder(partial(_make_fx, mode="symbolic")),
+    "vmap": Recorder(_vmap, ("batch", "size"), expected=_one_by_one),
+    "per-sample gradients": Recorder(_per_sample_grad, ("batch", "size"), expected=_gradients_one_by_one),
+    "fake tensors": Recorder(_fake, ("batch", "size"), torch.float32, expected=_shape),
+    "meta device": Recorder(_meta, ("batch", "size"), torch.float32, expected=_shape),
+}
+
+
+class Verdict(NamedTuple):
+    """What became of one case under one recorder.
+
+    Attributes:
+        outcome: "right"; "refused": an error before anything was recorded; "wrong".
+        detail: The error, or what was wrong; for "right" which of the others torch itself turned down at run time.
+    """
+
+    outcome: str
+    detail: str = ""
+
+
+def judge(recorder_name: str, case_name: str) -> Verdict:
+    """Record the case and hold it to other images, batches and sizes than those it was recorded with."""
+    recorder, case = RECORDERS[recorder_name], CASES[case_name]
+    model = make_case(case_name).to(recorder.dtype)
+    grads = recorder.expected is _gradients_one_by_one
+    with warnings.catch_warnings(), torch.set_grad_enabled(grads):
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        torch._dynamo.reset()
+        try:
+            recorded = recorder.record(model, images(2, case.size, 1).to(recorder.dtype))
+        except Exception as error:
+            return Verdict("refused", f"{type(error).__name__}: {error}")
+        finally:
+            logging.disable(logging.NOTSET)
+        fixed = []
+        for what, x in others(case).items():
+            x = x.to(recorder.dtype)
+            expected = recorder.expected(model, x)
+            try:
+                got = recorded(x)
+            except Exception as error:
+                if what == "image" or what.split()[0] in recorder.promises:
+                    late = "refused" if recorder.record in (_vmap, _per_sample_grad, _meta) else "wrong"
+                    return Verdict(late, f"{what}: {type(error).__name__}: {error}")
+                fixed.append(what)
+                continue
+            tolerance = {"rtol": 1e-3, "atol": 1e-3} if recorder.dtype == torch.float32 else {"rtol": 1e-6, "atol": 1e-8}
+            if got.shape != expected.shape or not torch.allclose(got.to(expected.dtype), expected, **tolerance):
+                far = f"{(got - expected).abs().max():.2g}" if got.shape == expected.shape else f"{tuple(got.shape)}"
+                return Verdict("wrong", f"{what}: off by {far}, scores up to {expected.abs().max():.2g}")
+    return Verdict("right", ", ".join(fixed))
