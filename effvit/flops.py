@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from effvit.block import copy_shared
+from effvit.recording import traced_once
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # fvcore scripts its focal loss while it is imported
@@ -258,7 +259,7 @@ def _analysis(model: nn.Module, image: Tensor) -> FlopCountAnalysis:
     analysis = FlopCountAnalysis(model, image)
     analysis.set_op_handle(**HANDLES, **dict.fromkeys(IGNORED_OPERATORS))
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-    with torch.no_grad(), _separate_attention_operators():
+    with torch.no_grad(), _separate_attention_operators(), traced_once():
         analysis.total()
     return analysis
 

@@ -7,12 +7,33 @@ result with counts fixed by the shapes alone, or raises an error that names the 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-__all__ = ["is_recorded"]
+__all__ = ["is_legacy_onnx", "is_recorded", "traced_once"]
+
+_TRACED_ONCE: ContextVar[bool] = ContextVar("traced_once", default=False)
+
+
+@contextmanager
+def traced_once() -> Iterator[None]:
+    """Context in which ``torch.jit.trace`` counts as a plain run: for traces that are read, and never run again."""
+    token = _TRACED_ONCE.set(True)
+    try:
+        yield
+    finally:
+        _TRACED_ONCE.reset(token)
+
+
+def is_legacy_onnx() -> bool:
+    """Whether ``torch.onnx.export`` with ``dynamo=False``, the exporter by way of a trace, is at work."""
+    return not torch.compiler.is_compiling() and torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()
 
 
 def is_recorded(x: Tensor) -> bool:
@@ -24,7 +45,9 @@ def is_recorded(x: Tensor) -> bool:
     """
     if torch.compiler.is_compiling():  # first, since dynamo folds it to a constant and skips the rest
         return True
-    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or get_proxy_mode() is not None:
+    if torch.jit.is_tracing() and not _TRACED_ONCE.get():
+        return True
+    if torch.onnx.is_in_onnx_export() or get_proxy_mode() is not None:
         return True
     if isinstance(x, (torch.fx.Proxy, FakeTensor)):
         return True

@@ -20,11 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from effvit.recording import is_recorded
+
 __all__ = [
     "RAGGED",
     "Memory",
     "Reference",
     "TokenMap",
+    "autocast_enabled",
     "compact",
     "flat_rows",
     "fx_leaf",
@@ -65,9 +68,14 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def autocast_enabled(x: Tensor) -> bool:
+    """Whether autocast is on for the device of ``x``; the meta device has none."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
 def without_autocast(x: Tensor) -> AbstractContextManager[None]:
     """Context in which products keep the dtype of their factors: for distances, which bf16 products would blur."""
-    if torch.is_autocast_enabled(x.device.type):
+    if autocast_enabled(x):
         return torch.autocast(x.device.type, enabled=False)
     return nullcontext()
 
@@ -120,7 +128,7 @@ def compact(order: Tensor, kept: Tensor, width: int, trim: bool, keep_mask: bool
         order: (B, N) tokens of each image in their new order.
         kept: (B, N) True where the token in ``order`` stays.
         width: Slots of each image, at least the largest number of kept tokens.
-        trim: Cut to the largest number kept in the batch; reads that number from the device.
+        trim: Cut to the largest number kept in the batch, which is read from the device, unless ``kept`` is recorded.
         keep_mask: Return the mask even if no slot is empty.
 
     Returns:
@@ -130,7 +138,7 @@ def compact(order: Tensor, kept: Tensor, width: int, trim: bool, keep_mask: bool
     ragged = True
     number = order.shape[1]
     width = min(width, number)
-    if trim:
+    if trim and not is_recorded(kept):
         longest = int(counts.max())
         ragged = int(counts.min()) < longest
         width = min(width, longest)

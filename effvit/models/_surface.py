@@ -15,6 +15,8 @@ from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from effvit.tokens import autocast_enabled
+
 __all__ = [
     "SPARSIFIED",
     "ChannelsLastStem",
@@ -141,7 +143,7 @@ def check_batch(x: Tensor, model: nn.Module, in_chans: int) -> bool:
     if x.shape[0] == 0:
         raise ValueError(f"the batch holds no image: shape {tuple(x.shape)}; leave empty batches out")
     weight = next(model.parameters())
-    if not x.is_floating_point() or (x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type)):
+    if not x.is_floating_point() or (x.dtype != weight.dtype and not autocast_enabled(x)):
         raise TypeError(
             f"expected images of dtype {weight.dtype}, the model's, got {x.dtype}; "
             "convert the images or the model, or run under torch.autocast"

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effvit.attention import AttnState, Selection
-from effvit.reducers.base import Reducer, check_finite
+from effvit.recording import is_recorded
+from effvit.reducers.base import Reducer, check_finite, refuse_recording
 from effvit.schedule import check_blocks, check_count, check_fraction, check_switch, per_block
 from effvit.tokens import RAGGED, TokenMap, compact, flat_rows, fx_leaf, packed_rows
 
@@ -225,15 +226,29 @@ class ATS(Reducer):
     def pick(self, state: AttnState) -> Selection:
         """Sample the query rows that are computed from the scores of all tokens."""
         tokens = state.keys
+        self.check_recordable(state.q)
         scores = check_finite(significance(state, self.value_norm), self.origin("token scores"), state.x)
         num_points = self.num_points(tokens.num_patches)
         sample = inverse_transform_sample(scores, num_points, tokens.valid, self.grid, self.compat)
         width = self.count(tokens.num_tokens, tokens.num_patches)
-        static = torch.compiler.is_compiling()
-        traced = isinstance(scores, torch.fx.Proxy)
-        trim = self.drop_tokens and not static
-        index, valid = compact(sample.order, sample.picked, width, trim, static or traced or self.ragged == "packed")
+        keep_mask = is_recorded(scores) or self.ragged == "packed"
+        index, valid = compact(sample.order, sample.picked, width, self.drop_tokens, keep_mask)
         left = tokens.keep(index, width, valid=valid, packed=self.ragged == "packed")
         if self.ragged == "padded":
             return Selection(flat_rows(index, tokens.num_prefix + scores.shape[1], tokens.num_prefix), left)
         return Selection(packed_rows(tokens, index, left), left)
+
+    def check_recordable(self, q: Tensor) -> None:
+        """Raise a ValueError where a graph of fixed shapes would differ from a plain run, or cannot be made."""
+        if self.ragged == "packed":
+            refuse_recording(
+                q,
+                f"{self.name} in block {self.block}: a batch with ragged='packed' is as long as its images need",
+                "use ragged='padded', which gives the same result",
+            )
+        if self.compat and self.drop_tokens:
+            refuse_recording(
+                q,
+                f"{self.name} in block {self.block}: compat=True depends on how much padding drop_tokens=True cuts off",
+                "use drop_tokens=False, or compat=False",
+            )

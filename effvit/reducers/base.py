@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from effvit.attention import AttnState, EditMap
+from effvit.recording import is_recorded
 from effvit.tokens import TokenMap, fx_leaf
 
 if TYPE_CHECKING:
     from effvit.block import _TokenBlock
 
-__all__ = ["Reducer", "check_finite"]
+__all__ = ["Reducer", "check_finite", "refuse_recording"]
 
 
 @fx_leaf
@@ -22,9 +23,9 @@ def check_finite(scores: Tensor, origin: str, x: Tensor | None) -> Tensor:
     """``scores``, or an error that says where NaN came from; a top-k of NaN would be an arbitrary choice.
 
     On a CPU the error is raised at once; on a GPU it is an asynchronous device assertion, which does not wait
-    for the result. Inside compiled, exported and traced graphs nothing is checked.
+    for the result. What is recorded or transformed (see ``is_recorded``) is not checked.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or scores.device.type == "meta":
+    if is_recorded(scores):
         return scores
     if scores.device.type != "cpu":
         torch._assert_async(~scores.isnan().any(), f"{origin} are NaN")
@@ -38,6 +39,13 @@ def check_finite(scores: Tensor, origin: str, x: Tensor | None) -> Tensor:
         )
         raise ValueError(f"{origin} are NaN for image {image} of the batch; {cause}")
     return scores
+
+
+@fx_leaf
+def refuse_recording(x: Tensor, cause: str, remedy: str) -> None:
+    """Raise a ValueError if ``x`` is recorded or transformed: for shapes or results that depend on values."""
+    if is_recorded(x):
+        raise ValueError(f"{cause}, so it cannot be compiled into one graph, exported, traced or transformed; {remedy}")
 
 
 class Reducer(nn.Module):

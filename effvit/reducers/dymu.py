@@ -12,7 +12,8 @@ from torch import Tensor
 
 from effvit.attention import AttnState
 from effvit.matching import alternating_match
-from effvit.reducers.base import Reducer, check_finite
+from effvit.recording import is_recorded
+from effvit.reducers.base import Reducer, check_finite, refuse_recording
 from effvit.schedule import check_count, check_number, check_switch, dymu_r, per_block
 from effvit.tokens import (
     RAGGED,
@@ -24,6 +25,7 @@ from effvit.tokens import (
     sequence_rows,
     take_rows,
     wide_dtype,
+    without_autocast,
 )
 
 __all__ = [
@@ -153,15 +155,12 @@ def plan_merge(
 
 def _wide_match(metric: Tensor, num_prefix: int, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     """alternating_match in the metric's own precision: in bfloat16 cosines near 1 are 0.004 apart."""
-    if torch.is_autocast_enabled(metric.device.type):
-        with torch.autocast(metric.device.type, enabled=False):
-            best, destination = alternating_match(metric, num_prefix, valid)
-    else:
+    with without_autocast(metric):
         best, destination = alternating_match(metric, num_prefix, valid)
     return torch.where(best.isfinite(), best, float("-inf")), destination
 
 
-def apply_merge(x: Tensor, tokens: TokenMap, merge: Merge, packed: bool, sparse: bool) -> tuple[Tensor, TokenMap]:
+def apply_merge(x: Tensor, tokens: TokenMap, merge: Merge, packed: bool) -> tuple[Tensor, TokenMap]:
     """Size-weighted mean of merged tokens.
 
     Each merged token adds its share of the difference to its destination, so two equal tokens merge without any
@@ -172,7 +171,6 @@ def apply_merge(x: Tensor, tokens: TokenMap, merge: Merge, packed: bool, sparse:
         tokens: Their map.
         merge: Which tokens go where.
         packed: Return a packed sequence.
-        sparse: Compute with the merged rows only, whose number is read from the device; False keeps shapes fixed.
 
     Returns:
         (B, P+K, C), or packed, and its map with sizes.
@@ -185,7 +183,7 @@ def apply_merge(x: Tensor, tokens: TokenMap, merge: Merge, packed: bool, sparse:
     share = torch.where(merge.merged, source_size / size.gather(1, merge.destination), 0).to(x.dtype)
     source = sequence_rows(tokens, merge.source)[:, num_prefix:]  # (B, |A|)
     destination = sequence_rows(tokens, merge.destination)[:, num_prefix:]
-    x = add_shares(x, source, destination, share, merge.merged if sparse else None)
+    x = add_shares(x, source, destination, share, merge.merged)
 
     into = torch.where(merge.merged, merge.destination, merge.source)
     into = (torch.ones_like(tokens.anchor).cumsum(1) - 1).scatter(1, merge.source, into)  # (B, N)
@@ -207,17 +205,19 @@ def apply_merge(x: Tensor, tokens: TokenMap, merge: Merge, packed: bool, sparse:
 
 
 @fx_leaf
-def add_shares(x: Tensor, source: Tensor, destination: Tensor, share: Tensor, merged: Tensor | None) -> Tensor:
+def add_shares(x: Tensor, source: Tensor, destination: Tensor, share: Tensor, merged: Tensor) -> Tensor:
     """x with the difference of each source row to its destination row, times its share, added to the latter.
+
+    Only the merged rows are computed with, whose number is read from the device, unless x is recorded.
 
     Args:
         x: (B, P+N, C), or (1, T, C) packed.
         source: (B, |A|) rows of the flattened x.
         destination: (B, |A|), likewise.
         share: (B, |A|), 0 for rows that are not merged.
-        merged: (B, |A|) True for the rows that are; given, the others are left out.
+        merged: (B, |A|) True for the rows that are.
     """
-    if merged is not None:
+    if not is_recorded(x):
         source, destination, share = (y[merged].unsqueeze(0) for y in (source, destination, share))
     delta = (take_rows(x, source) - take_rows(x, destination)) * share.unsqueeze(-1)
     return x.flatten(0, 1).index_add(0, destination.flatten(), delta.flatten(0, 1)).view_as(x)
@@ -318,8 +318,13 @@ class DyMU(Reducer):
 
     def reduce(self, x: Tensor, tokens: TokenMap, state: AttnState) -> tuple[Tensor, TokenMap]:
         self.check_ready()
-        static, traced = torch.compiler.is_compiling(), isinstance(x, torch.fx.Proxy)
-        recorded = static or traced or torch.jit.is_tracing()  # a graph keeps its way, whatever the image
+        if self.ragged == "packed":
+            refuse_recording(
+                x,
+                f"{self.name} in block {self.block}: a batch with ragged='packed' is as long as its images need",
+                "use ragged='padded', which gives the same result",
+            )
+        recorded = is_recorded(x)  # a graph keeps its way, whatever the image
         with torch.no_grad():
             metric = state.k.mean(dim=1, dtype=wide_dtype(state.k.dtype))
             metric = (tokens.unpack(metric) if tokens.packed else metric)[:, tokens.num_prefix :]  # (B, N, D)
@@ -332,14 +337,13 @@ class DyMU(Reducer):
                 self.r,
                 self.max_r,
                 self.compat,
-                trim=not static,
-                keep_mask=static or traced or self.ragged == "packed",
+                keep_mask=recorded or self.ragged == "packed",
             )
         if self.ranking:
             tokens = replace(tokens, carry=merge.threshold)
         if not (recorded or merge.official or merge.merged.any()):
             return x, tokens
-        return apply_merge(x, tokens, merge, self.ragged == "packed", not static)
+        return apply_merge(x, tokens, merge, self.ragged == "packed")
 
     # -- thresholds --------------------------------------------------------------------------------------------
 
@@ -368,7 +372,7 @@ class DyMU(Reducer):
         """Raise a ValueError while there is no threshold: the model would silently merge nothing."""
         if self.ready or self.ranking or self.num_batches.is_meta:
             return
-        if torch.compiler.is_compiling() or not self.num_batches:
+        if is_recorded(self.num_batches) or not self.num_batches:
             raise ValueError(
                 f"dymu in block {self.block} has no threshold yet, so it would merge nothing; call "
                 "effvit.calibrate(model, batches), load a calibrated checkpoint, or give the setting thresholds"
