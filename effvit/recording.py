@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-__all__ = ["is_legacy_onnx", "is_recorded", "traced_once"]
+__all__ = ["is_legacy_onnx", "is_recorded", "refuse_legacy_onnx", "traced_once"]
 
 _TRACED_ONCE: ContextVar[bool] = ContextVar("traced_once", default=False)
 
@@ -34,6 +34,21 @@ def traced_once() -> Iterator[None]:
 def is_legacy_onnx() -> bool:
     """Whether ``torch.onnx.export`` with ``dynamo=False``, the exporter by way of a trace, is at work."""
     return not torch.compiler.is_compiling() and torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()
+
+
+def refuse_legacy_onnx(name: str) -> None:
+    """Raise a ValueError under ``torch.onnx.export`` with ``dynamo=False``.
+
+    That exporter fixes batch sizes that were asked to be dynamic, and adds rows of equal number only once.
+
+    Args:
+        name: What cannot be exported, for the message.
+    """
+    if is_legacy_onnx():
+        raise ValueError(
+            f"{name} cannot be exported by torch.onnx.export with dynamo=False, whose graphs compute something else; "
+            "use torch.onnx.export(..., dynamo=True)"
+        )
 
 
 def is_recorded(x: Tensor) -> bool:

@@ -37,6 +37,7 @@ from effvit.models._surface import (
     with_gradients,
 )
 from effvit.models.tiny_vit import ReducedTinyViT, reduce_windows
+from effvit.recording import refuse_legacy_onnx
 from effvit.recover import AttentionRecovery, check_fill, restore, to_grid
 from effvit.reducers import METHODS, Reducer
 from effvit.schedule import check_fraction, check_switch, per_block
@@ -129,6 +130,8 @@ class ReducedHost(Reduced):
     def _start(self, x: Tensor, memory: bool, reference: bool = False) -> tuple[Tensor, Tensor | None, TokenMap]:
         self.check_whole()
         check_images(x, self)
+        if self.reducers:
+            refuse_legacy_onnx(f"a model reduced by {self.method}")
         grid = self._grid(x)
         if getattr(self, "dynamic_img_size", False):
             if isinstance(x, torch.fx.Proxy):
@@ -136,6 +139,8 @@ class ReducedHost(Reduced):
                     "token counts of a model with dynamic_img_size=True are known only at run time, so torch.fx "
                     "cannot trace it; create it with dynamic_img_size=False, or use torch.export"
                 )
+            for reducer in self.reducers.values():
+                reducer.check_size(grid)
             check_counts(self, grid)
         x, rope = self._embed(x)
         tokens = TokenMap.full(x, grid, self.num_prefix_tokens, self.num_class_tokens)

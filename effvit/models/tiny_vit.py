@@ -27,6 +27,7 @@ from torch import Tensor
 
 from effvit.block import copy_shared, rehouse
 from effvit.models._surface import Reduced
+from effvit.recording import refuse_legacy_onnx
 from effvit.recover import reconstruct_tokens
 from effvit.reducers import METHODS, Reducer
 from effvit.reducers.base import check_finite
@@ -45,8 +46,17 @@ class ReducedTinyViT(Reduced, TinyVit):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Final map (B, C, H/32, W/32) of images (B, 3, H, W)."""
-        self.check_whole()
+        self._check_run()
         return super().forward_features(x)
+
+    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """timm's method, with its arguments."""
+        self._check_run()
+        return super().forward_intermediates(x, *args, **kwargs)
+
+    def _check_run(self) -> None:
+        self.check_whole()
+        refuse_legacy_onnx(f"a model reduced by {self.method}")
 
 
 # -- merging ---------------------------------------------------------------------------------------------

@@ -105,11 +105,12 @@ def inverse_transform_sample(
         step = torch.full_like(top, 1 / num_points)
     # The last grid point nearer to token j than to j + 1 is the last one up to the middle between the two.
     middle = (height[:, :-1] + height[:, 1:]) / 2
-    last_point = ((middle - first) / step).floor().clamp(-1, num_points - 1)
+    last_point = ((middle - first) / step).floor().clamp(min=-1)
     if compat:
         place = torch.ones_like(order[:, :-1]).cumsum(1) - 1
         last_point = last_point.masked_fill(place < scores.shape[1] - num_points, -1)
-    reached = F.pad(last_point, (0, 1), value=num_points - 1) > F.pad(last_point, (1, 0), value=-1)
+    every_point = torch.full_like(top, num_points - 1)  # as a number in F.pad it would fix the image size of a graph
+    reached = torch.cat([last_point, every_point], dim=1) > F.pad(last_point, (1, 0), value=-1)
     return Sample(order, reached & real)
 
 

@@ -60,6 +60,7 @@ class Reducer(nn.Module):
         needs_class_token: The method scores patches by the class token.
         variable_length: The method keeps a different number of tokens for each image.
         keeps_every_patch: No patch is dropped: each is part of a merged token or of a cluster.
+        takes_any_size: The token counts can follow the image size in an exported program; see ``check_size``.
         learns: The method learns something beside the weights, which state_dict holds.
         recover: The fill of dense maps unless another is asked for, one of ``effvit.recover.FILLS``.
         block: The block this reducer sits in, for messages.
@@ -73,6 +74,7 @@ class Reducer(nn.Module):
     needs_class_token = False
     variable_length = False
     keeps_every_patch = False
+    takes_any_size = True
     learns = False
     recover = "last"
     block: int = -1
@@ -121,6 +123,15 @@ class Reducer(nn.Module):
     def count_on(self, num_tokens: int, grid: tuple[int, int]) -> int:
         """``count`` for an image of that patch grid (H, W), for a method whose count depends on its shape."""
         return self.count(num_tokens, grid[0] * grid[1])
+
+    def check_size(self, grid: tuple[int, int]) -> None:
+        """Raise a ValueError if a patch grid of unknown size, as ``torch.export`` has it, would be fixed silently."""
+        if not self.takes_any_size and any(isinstance(side, torch.SymInt) for side in grid):
+            raise ValueError(
+                f"{self.name} in block {self.block} computes its counts for one image size, so it cannot be exported "
+                "with a dynamic height or width; export it with both fixed, once for every size (the batch may be "
+                "dynamic)"
+            )
 
     def start(self, x: Tensor, tokens: TokenMap) -> TokenMap:
         """The map to begin with, given the embedded tokens x (B, P+H*W, C) of the full grid."""

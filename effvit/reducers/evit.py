@@ -81,7 +81,7 @@ class EViT(Reducer):
 
     def count(self, num_tokens: int, num_patches: int) -> int:
         kept = self.num_kept(num_tokens)
-        return kept + (self.fuse_token and kept < num_tokens)
+        return kept + int(self.fuse_token and kept < num_tokens)
 
     def reduce(self, x: Tensor, tokens: TokenMap, state: AttnState) -> tuple[Tensor, TokenMap]:
         kept = self.num_kept(tokens.num_tokens)

@@ -154,6 +154,7 @@ class Expedite(Reducer):
 
     name = "expedite"
     keeps_every_patch = True
+    takes_any_size = False
     summary = "soft clusters in the middle blocks, all patches reconstructed afterwards (2210.01035)"
     recover = "reconstruct"
 

@@ -227,7 +227,7 @@ class GTP(Reducer):
 
     def count(self, num_tokens: int, num_patches: int) -> int:
         removed = self.num_removed(num_tokens)
-        return num_tokens - removed + (self.propagation == "Mean" and removed > 0)
+        return num_tokens - removed + int(self.propagation == "Mean" and removed > 0)
 
     def start(self, x: Tensor, tokens: TokenMap) -> TokenMap:
         if self.propagation != "GraphProp":

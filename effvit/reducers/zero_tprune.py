@@ -278,7 +278,7 @@ class ZeroTPrune(Reducer):
         weights = state.weights.to(wide_dtype(state.weights.dtype))
         keys = state.keys
         number = keys.num_prefix + (keys.num_tokens if kept is None else self.after_similar(keys.num_tokens))
-        boost = math.sqrt(number) if self.cls_boost is None else self.cls_boost
+        boost = torch.sym_sqrt(number) if self.cls_boost is None else self.cls_boost
         signal = weighted_page_rank(weights, num_iters, boost, keys.num_class, kept)
         return aggregate_heads(signal, self.var_range, kept)
 
