@@ -6,6 +6,7 @@ import copy
 import functools
 import io
 import logging
+import re
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -23,7 +24,20 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import effvit
 
-__all__ = ["CASES", "DYNAMIC_SIZE", "RECORDERS", "Case", "Recorded", "Recorder", "make_case", "others"]
+__all__ = [
+    "CASES",
+    "RECORDERS",
+    "REFUSALS",
+    "SLOW",
+    "Case",
+    "Recorder",
+    "Refusal",
+    "Verdict",
+    "export_page",
+    "judge",
+    "pairs",
+    "refusal",
+]
 
 Recorded = Callable[[Tensor], Tensor]
 
@@ -165,7 +179,6 @@ CASES |= {
     )
     for name in architectures.SMALL
 }
-DYNAMIC_SIZE = [name for name, case in CASES.items() if case.other]
 
 
 @functools.lru_cache(maxsize=4)
@@ -389,3 +402,125 @@ def judge(recorder_name: str, case_name: str) -> Verdict:
                 far = f"{(got - expected).abs().max():.2g}" if got.shape == expected.shape else f"{tuple(got.shape)}"
                 return Verdict("wrong", f"{what}: off by {far}, scores up to {expected.abs().max():.2g}")
     return Verdict("right", ", ".join(fixed))
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------
+
+
+class Refusal(NamedTuple):
+    """An error instead of a recorded model.
+
+    Attributes:
+        recorders: Pattern of the recorders that meet it.
+        cases: Pattern of the models.
+        match: What its message holds.
+        note: Why, and what works instead, for docs/export.md.
+    """
+
+    recorders: str
+    cases: str
+    match: str
+    note: str
+
+
+SLOW = {name for name in RECORDERS if name.startswith(("torch.compile", "torch.export", "torch.onnx, dynamo=True"))}
+METHOD_CASES = "|".join((*SETTINGS, "tiny_vit"))
+REFUSALS = (
+    Refusal(
+        r"torch\.onnx, dynamo=False.*",
+        rf"({METHOD_CASES})\b.*",
+        "dynamo=True",
+        "The exporter by way of a trace fixes batch sizes that were asked to be dynamic and adds rows of equal number "
+        "only once, so reduced models refuse it: use `torch.onnx.export(..., dynamo=True)`.",
+    ),
+    Refusal(
+        r"torch\.fx",
+        r".*dynamic_img_size.*",
+        "torch.fx cannot trace it",
+        "Token counts follow the image, which `torch.fx` does not have while it traces: create the model with "
+        "`dynamic_img_size=False`, or use `torch.export`.",
+    ),
+    Refusal(
+        r"(?!torch\.fx).*",
+        r"(ats|dymu) packed.*",
+        "ragged='padded'",
+        "A packed batch is as long as its images need: use `ragged='padded'`, which gives the same result. "
+        "`torch.compile` without `fullgraph=True` runs it, with breaks in the graph.",
+    ),
+    Refusal(
+        r"(?!torch\.fx).*",
+        r"ats compat",
+        "drop_tokens=False",
+        "`compat=True` depends on how much padding is cut off: use `drop_tokens=False`, or `compat=False`.",
+    ),
+    Refusal(
+        r"torch\.export, dynamic size",
+        r"expedite dynamic_img_size",
+        "once for every size",
+        "The grid of clusters is computed for one image size: export with a fixed height and width, once for every "
+        "size.",
+    ),
+)
+
+
+def refusal(recorder: str, case: str) -> Refusal | None:
+    """The refusal that is expected, the first that fits; None where the recorded model must be right."""
+    for entry in REFUSALS:
+        if re.fullmatch(entry.recorders, recorder) and re.fullmatch(entry.cases, case):
+            return entry
+    return None
+
+
+def pairs() -> list[tuple[str, str]]:
+    """Every recorder with every case it is for, by cases."""
+    return [(r, c) for c in CASES for r in RECORDERS if CASES[c].other or not RECORDERS[r].needs_sizes]
+
+
+INTRODUCTION = """# Exporting, compiling and transforming models
+
+A recorded model equals the plain one on other images, batches and sizes, or recording it is an error that names what
+works. The table is made from the expectations of `tests/test_export.py`, which hold every entry:
+`EFFVIT_EXPORT=all pytest tests/test_export.py` runs all of them, `python tests/test_export.py` writes this page.
+
+Recorded are small models with random weights, on two images of one size. A ✓ says that scores (or dense maps, where
+the row names a fill) agree with the plain run on other images; and on batches of five and one and, for models that take
+them, on images of another size, unless the recorder fixes the shapes, as its column says. Where it does, other shapes
+end in torch's own error. The row of a method alone has the settings of `tests/hosts.py`; others name what differs.
+"""
+COLUMNS = {
+    "torch.compile": "`torch.compile` with `fullgraph=True`, any batch and size",
+    "torch.compile, dynamic": "the same with `dynamic=True`",
+    "torch.export": "`torch.export`, shapes fixed",
+    "torch.export, dynamic batch": "`torch.export` with a dynamic batch",
+    "torch.export, dynamic size": "`torch.export` with dynamic height and width; models that take any size",
+    "torch.onnx, dynamo=True": "`torch.onnx.export(..., dynamo=True)` with a dynamic batch, run by onnxruntime",
+    "torch.onnx, dynamo=False": "`torch.onnx.export(..., dynamo=False)`, shapes fixed",
+    "torch.onnx, dynamo=False, dynamic batch": "the same with `dynamic_axes` for the batch",
+    "torch.jit.trace": "`torch.jit.trace`",
+    "torch.fx": "`torch.fx.symbolic_trace`, any batch",
+    "make_fx": "`make_fx`, shapes fixed",
+    "make_fx, symbolic": '`make_fx(..., tracing_mode="symbolic")`',
+    "vmap": "`torch.func.vmap` over images",
+    "per-sample gradients": "`vmap(grad(...))` over images",
+    "fake tensors": "`FakeTensorMode`: shapes of the result",
+    "meta device": "forward on the meta device: shapes of the result",
+}
+
+
+def export_page() -> str:
+    """docs/export.md."""
+    numbered = {name: str(i) for i, name in enumerate(COLUMNS, start=1)}
+    letters = {entry: chr(ord("a") + i) for i, entry in enumerate(REFUSALS)}
+    lines = [INTRODUCTION, "Columns:", ""]
+    lines += [f"{numbered[name]}. {meaning}" for name, meaning in COLUMNS.items()]
+    lines += ["", f"| model | {' | '.join(numbered.values())} |", f"|---|{':-:|' * len(numbered)}"]
+    wanted = set(pairs())
+    for case in CASES:
+        cells = []
+        for recorder in COLUMNS:
+            entry = refusal(recorder, case)
+            cells.append("" if (recorder, case) not in wanted else "✓" if entry is None else letters[entry])
+        lines.append(f"| {case.replace('_img_size', '_img_size=True')} | {' | '.join(cells)} |")
+    lines += ["", "Refused, by an error that says so:", ""]
+    lines += [f"- **{letters[entry]}**: {entry.note}" for entry in REFUSALS]
+    return "\n".join(lines) + "\n"

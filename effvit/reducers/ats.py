@@ -176,9 +176,10 @@ class ATS(Reducer):
             grid: "official" or "midpoint", see ``inverse_transform_sample``.
             value_norm: "concat" or "per_head", see ``significance``.
             ragged: How images with different counts share a batch: "padded" to the longest with a key mask, or
-                "packed" one after another with variable-length attention and no padding. Equal results.
-            drop_tokens: Cut the padding to the longest image; False keeps ``num_tokens`` slots. Compiled and
-                exported graphs always keep the slots. Same result, except with ``compat``.
+                "packed" one after another with variable-length attention and no padding. Equal results; only
+                "padded" can be exported.
+            drop_tokens: Cut the padding to the longest image; False keeps ``num_tokens`` slots, as whatever is
+                compiled, exported or traced does. Same result, except with ``compat``, which then refuses to be.
             compat: Reproduce the official batch dependence and cropping.
         """
         for name, value, known in (

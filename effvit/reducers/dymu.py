@@ -295,7 +295,8 @@ class DyMU(Reducer):
                 stay even if a checkpoint holds others. Those of blocks with r 0 are not used.
             max_r_per_instance_ratio: At most this multiple of a block's r is merged in each image; None: no limit.
             ragged: How images with different counts share a batch: "padded" to the longest with a key mask, or
-                "packed" one after another with variable-length attention and no padding. Equal results.
+                "packed" one after another with variable-length attention and no padding. Equal results; only
+                "padded" can be exported.
             compat: Reproduce the official padded batch, in which an image is merged otherwise than alone.
         """
         if ragged not in RAGGED:

@@ -1,0 +1,99 @@
+"""What is recorded equals the plain run on other images, batches and sizes, or is refused by an error that helps.
+
+Expectations are the plain run of the same model, and ``recorders.REFUSALS``, from which docs/export.md is made. A
+covering part of the product runs by default: every method under every recorder that takes less than a second, and each
+setting, host and architecture under some. ``EFFVIT_EXPORT=all pytest tests/test_export.py`` runs it whole, and
+``python tests/test_export.py`` writes docs/export.md.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from hosts import SETTINGS
+from recorders import CASES, RECORDERS, SLOW, export_page, judge, pairs, refusal
+from timm.models.vision_transformer import VisionTransformer
+from torch._dynamo.testing import CompileCounter
+
+import effvit
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "export.md"
+WHOLE = os.environ.get("EFFVIT_EXPORT") == "all"
+verdicts: Counter[str] = Counter()
+
+
+def chosen() -> list[tuple[str, str]]:
+    """All pairs, or a part that names every recorder, case and base method."""
+    if WHOLE:
+        return pairs()
+    recorders, cases = list(RECORDERS), list(CASES)
+    part = []
+    for recorder, case in pairs():
+        place = recorders.index(recorder) + cases.index(case)
+        quick = recorder not in SLOW
+        if (quick and (case in SETTINGS or place % 5 == 0)) or (not quick and place % 40 == 0):
+            part.append((recorder, case))
+    return part
+
+
+@pytest.mark.parametrize(("recorder", "case"), chosen())
+def test_what_is_recorded_equals_the_plain_run_or_is_refused(recorder: str, case: str) -> None:
+    verdict = judge(recorder, case)
+    verdicts[verdict.outcome] += 1
+    expected = refusal(recorder, case)
+    if expected is None:
+        assert verdict.outcome == "right", verdict.detail
+    else:
+        assert verdict.outcome == "refused", verdict.detail
+        assert re.search(expected.match, verdict.detail), verdict.detail
+
+
+def test_the_part_run_by_default_names_every_recorder_and_case() -> None:
+    """Law of the choice: a recorder or model that is added is run."""
+    part = chosen()
+    assert {recorder for recorder, _ in part} == set(RECORDERS)
+    assert {case for _, case in part} == set(CASES)
+
+
+def test_the_page_of_exports_is_up_to_date() -> None:
+    """docs/export.md is made from the table these tests hold: ``python tests/test_export.py``."""
+    assert PAGE.read_text() == export_page()
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [("evit", {"reduce_at": (0,)}), ("ats", {"reduce_at": (0,), "keep_rate": 0.9}), ("hot", {"reduce_at": (0,)})],
+)
+def test_a_keep_rate_schedule_compiles_three_graphs_at_most(method: str, settings: dict[str, object]) -> None:
+    """One for the first rate, one for a rate that changes, and one for rate 1 or the first change of a count."""
+    host = VisionTransformer(img_size=48, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=3).eval()
+    model = effvit.sparsify(host, method, **settings)
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter)
+    x = torch.randn(2, 3, 48, 48)
+    with torch.no_grad():
+        for step in range(8):
+            model.set_keep_rate(effvit.cosine_keep_rate(step, 1, 0.5, 0, 8))
+            assert torch.allclose(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+    assert counter.frame_count <= 3
+
+
+def test_a_trace_that_is_only_read_counts_as_a_plain_run() -> None:
+    """count_flops reads its trace once: packed and padded ATS have the same tokens of one image, so the same MACs."""
+    host = VisionTransformer(img_size=48, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=3).eval()
+    padded, packed = (
+        effvit.count_flops(effvit.sparsify(host, "ats", reduce_at=(0,), ragged=ragged), (3, 48, 48)).by_module
+        for ragged in ("padded", "packed")
+    )
+    assert padded["blocks.1.mlp"] == packed["blocks.1.mlp"]
+    slots = effvit.sparsify(host, "ats", reduce_at=(0,), drop_tokens=False)
+    assert padded["blocks.1.mlp"] < effvit.count_flops(slots, (3, 48, 48)).by_module["blocks.1.mlp"]
+
+
+if __name__ == "__main__":
+    PAGE.write_text(export_page())
