@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-__all__ = ["is_legacy_onnx", "is_recorded", "refuse_legacy_onnx", "traced_once"]
+__all__ = ["has_open_side", "is_legacy_onnx", "is_recorded", "refuse_legacy_onnx", "traced_once"]
 
 _TRACED_ONCE: ContextVar[bool] = ContextVar("traced_once", default=False)
 
@@ -34,6 +34,16 @@ def traced_once() -> Iterator[None]:
 def is_legacy_onnx() -> bool:
     """Whether ``torch.onnx.export`` with ``dynamo=False``, the exporter by way of a trace, is at work."""
     return not torch.compiler.is_compiling() and torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()
+
+
+def has_open_side(grid: tuple[int, int]) -> bool:
+    """Whether an exporter leaves a side of the patch grid open, so that a count read from it would fix the size.
+
+    Not under ``torch.compile``, which makes another graph for another size.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return False
+    return any(isinstance(side, torch.SymInt) for side in grid)
 
 
 def refuse_legacy_onnx(name: str) -> None:

@@ -454,7 +454,7 @@ REFUSALS = (
         "`compat=True` depends on how much padding is cut off: use `drop_tokens=False`, or `compat=False`.",
     ),
     Refusal(
-        r"torch\.export, dynamic size",
+        r"torch\.export, dynamic size|make_fx, symbolic",
         r"expedite dynamic_img_size",
         "once for every size",
         "The grid of clusters is computed for one image size: export with a fixed height and width, once for every "

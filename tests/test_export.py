@@ -83,6 +83,16 @@ def test_a_keep_rate_schedule_compiles_three_graphs_at_most(method: str, setting
     assert counter.frame_count <= 3
 
 
+@pytest.mark.parametrize(("method", "settings"), [("ats", {"reduce_at": (1,)}), ("dymu", {"thresholds": (0.9,) * 2})])
+def test_packed_batches_compile_with_breaks_in_the_graph(method: str, settings: dict[str, object]) -> None:
+    """The plain run is the expectation: only ``fullgraph=True`` meets the refusal."""
+    host = VisionTransformer(img_size=48, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=3).eval()
+    model = effvit.sparsify(host, method, ragged="packed", **settings)
+    x = torch.randn(3, 3, 48, 48)
+    with torch.no_grad():
+        assert torch.allclose(torch.compile(model, backend="eager")(x), model(x), rtol=1e-4, atol=1e-5)
+
+
 def test_a_trace_that_is_only_read_counts_as_a_plain_run() -> None:
     """count_flops reads its trace once: packed and padded ATS have the same tokens of one image, so the same MACs."""
     host = VisionTransformer(img_size=48, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=3).eval()

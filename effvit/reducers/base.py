@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from effvit.attention import AttnState, EditMap
-from effvit.recording import is_recorded
+from effvit.recording import has_open_side, is_recorded
 from effvit.tokens import TokenMap, fx_leaf
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class Reducer(nn.Module):
 
     def check_size(self, grid: tuple[int, int]) -> None:
         """Raise a ValueError if a patch grid of unknown size, as ``torch.export`` has it, would be fixed silently."""
-        if not self.takes_any_size and any(isinstance(side, torch.SymInt) for side in grid):
+        if not self.takes_any_size and has_open_side(grid):
             raise ValueError(
                 f"{self.name} in block {self.block} computes its counts for one image size, so it cannot be exported "
                 "with a dynamic height or width; export it with both fixed, once for every size (the batch may be "
