@@ -479,8 +479,9 @@ def pairs() -> list[tuple[str, str]]:
 INTRODUCTION = """# Exporting, compiling and transforming models
 
 A recorded model equals the plain one on other images, batches and sizes, or recording it is an error that names what
-works. The table is made from the expectations of `tests/test_export.py`, which hold every entry:
-`EFFVIT_EXPORT=all pytest tests/test_export.py` runs all of them, `python tests/test_export.py` writes this page.
+works. `EFFVIT_EXPORT=all pytest tests/test_export.py` runs all combinations, and `python tests/test_export.py RECORDER
+MODEL`, with patterns for both, runs some and puts what it finds into `tests/export_verdicts.json` and this page. A dot
+marks a combination with no verdict there yet.
 
 Recorded are small models with random weights, on two images of one size. A ✓ says that scores (or dense maps, where
 the row names a fill) agree with the plain run on other images; and on batches of five and one and, for models that take
@@ -507,8 +508,8 @@ COLUMNS = {
 }
 
 
-def export_page() -> str:
-    """docs/export.md."""
+def export_page(verdicts: dict[str, dict[str, str]]) -> str:
+    """docs/export.md of the outcomes {case: {recorder: outcome}}."""
     numbered = {name: str(i) for i, name in enumerate(COLUMNS, start=1)}
     letters = {entry: chr(ord("a") + i) for i, entry in enumerate(REFUSALS)}
     lines = [INTRODUCTION, "Columns:", ""]
@@ -518,8 +519,9 @@ def export_page() -> str:
     for case in CASES:
         cells = []
         for recorder in COLUMNS:
-            entry = refusal(recorder, case)
-            cells.append("" if (recorder, case) not in wanted else "✓" if entry is None else letters[entry])
+            outcome, entry = verdicts.get(case, {}).get(recorder), refusal(recorder, case)
+            marks = {None: "·", "right": "✓", "refused": letters[entry] if entry else "refused", "wrong": "wrong"}
+            cells.append(marks[outcome] if (recorder, case) in wanted else "")
         lines.append(f"| {case.replace('_img_size', '_img_size=True')} | {' | '.join(cells)} |")
     lines += ["", "Refused, by an error that says so:", ""]
     lines += [f"- **{letters[entry]}**: {entry.note}" for entry in REFUSALS]
