@@ -17,7 +17,7 @@ from timm.layers.attention import Attention, AttentionRope
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
-from effvit.tokens import TokenMap, fx_leaf, take_rows, wide_dtype
+from effvit.tokens import TokenMap, fx_leaf, take_rows, wide_dtype, wide_product
 
 __all__ = ["ATTENTION_CLASSES", "AttnState", "Selection"]
 
@@ -71,19 +71,22 @@ class AttnState(NamedTuple):
             q, k = class_queries(self.q, self.keys), unpack_heads(self.k, self.keys)
         else:
             q, k = self.q[:, :, :num_class], self.k
-        logits = biased_logits(q, k, self.scale, self.keys)
-        return logits.softmax(dim=-1, dtype=wide_dtype(logits.dtype))
+        wide = wide_dtype(q.dtype)
+        logits = wide_product(q.to(wide) * self.scale, k.transpose(-2, -1))
+        bias = self.keys.key_bias(wide)
+        return (logits if bias is None else logits + bias).softmax(dim=-1)
 
     def softmax_map(self) -> Tensor:
-        """The whole softmax map (B, heads, P+N, P+N), in the dtype of q (fp32 under autocast).
+        """The whole softmax map (B, heads, P+N, P+N), in fp32 (fp64 for fp64), since methods rank tokens by it.
 
         A key bias rides in one more feature, 1 for the queries, so the map is not passed over again to add it.
         """
-        q, k, bias = self.q * self.scale, self.k, self.keys.key_bias(self.q.dtype)
+        wide = wide_dtype(self.q.dtype)
+        q, k, bias = self.q.to(wide) * self.scale, self.k.to(wide), self.keys.key_bias(wide)
         if bias is not None:
             q = F.pad(q, (0, 1), value=1)
             k = torch.cat([k, bias.transpose(-2, -1).expand(-1, k.shape[1], -1, -1)], dim=-1)
-        return (q @ k.transpose(-2, -1)).softmax(dim=-1)
+        return wide_product(q, k.transpose(-2, -1)).softmax(dim=-1)
 
 
 def biased_logits(q: Tensor, k: Tensor, scale: float, keys: TokenMap) -> Tensor:
@@ -262,7 +265,7 @@ class _TokenAttention(nn.Module):
         if edit_map is not None:
             weights = edit_map(state.softmax_map())
             state = state._replace(weights=weights)
-            out = self.attn_drop(weights) @ v
+            out = self.attn_drop(weights.to(v.dtype)) @ v
         elif state.tokens.packed:
             if not tokens.packed:
                 k, v = (tokens.pack(y.transpose(1, 2)).transpose(1, 2) for y in (k, v))

@@ -11,7 +11,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effvit.tokens import wide_dtype
+from effvit.tokens import wide_dtype, wide_product
 
 __all__ = ["INFUSIONS", "GatherAttention", "InfuseAttention", "exchange_weights"]
 
@@ -82,8 +82,8 @@ class GatherAttention(nn.Module):
         )
         back = None
         if infuse:
-            logits = (q * self.scale) @ k.transpose(-2, -1)  # (B, heads, M, N)
-            weights, back = exchange_weights(logits.to(wide_dtype(logits.dtype)), self.infusion)
+            logits = wide_product(q.to(wide_dtype(q.dtype)) * self.scale, k.transpose(-2, -1))  # (B, heads, M, N)
+            weights, back = exchange_weights(logits, self.infusion)
             x = self.attn_drop(weights).to(v.dtype) @ v
         else:
             x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from effvit.tokens import fx_leaf, wide_dtype, wide_product
+
 __all__ = ["alternating_match"]
 
 
+@fx_leaf
 def alternating_match(metric: Tensor, num_prefix: int, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """For every token of set A its most similar token of set B, by cosine.
 
@@ -15,7 +18,8 @@ def alternating_match(metric: Tensor, num_prefix: int, valid: Tensor | None = No
     tokens themselves are in neither, so they are never matched, whatever their number.
 
     Args:
-        metric: (B, N, D) features of the patch tokens; at least one of them must fall into B.
+        metric: (B, N, D) features of the patch tokens; at least one of them must fall into B. Cosines are taken in
+            float32 (float64 for float64), also under autocast: in bfloat16 those near 1 are 0.004 apart.
         num_prefix: Prefix tokens in front of the patches.
         valid: (B, N) False for padding, which matches nothing.
 
@@ -23,9 +27,9 @@ def alternating_match(metric: Tensor, num_prefix: int, valid: Tensor | None = No
         Largest similarity (B, |A|), -inf for padding and where B is all padding; and the place (B, |A|) of the
         matched token among the N patch tokens. Token i of A is patch token ``2 * i + num_prefix % 2``.
     """
-    metric = F.normalize(metric, dim=-1)
+    metric = F.normalize(metric.to(wide_dtype(metric.dtype)), dim=-1)
     first_a, first_b = num_prefix % 2, (num_prefix + 1) % 2
-    similarity = metric[:, first_a::2] @ metric[:, first_b::2].transpose(1, 2)  # (B, |A|, |B|)
+    similarity = wide_product(metric[:, first_a::2], metric[:, first_b::2].transpose(1, 2))  # (B, |A|, |B|)
     if valid is not None:
         similarity = similarity.masked_fill(~valid[:, None, first_b::2], float("-inf"))
     best, match = similarity.max(dim=-1)

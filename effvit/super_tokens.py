@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from timm.layers import Attention
 from torch import Tensor, nn
 
-from effvit.tokens import fx_leaf, wide_dtype
+from effvit.tokens import fx_leaf, wide_dtype, wide_product
 
 __all__ = [
     "SuperTokenAttention",
@@ -105,17 +105,17 @@ def associate(pixels: Tensor, n_iter: int = 1) -> Tensor:
         (B, rows, columns, 9, p), float32 or float64; order of the nine as in ``neighbours``. They do not come
         last because a softmax over the last nine numbers takes 20 times as long on a CPU as over pixel rows.
     """
-    pixels = pixels.detach()
+    pixels = pixels.detach().to(wide_dtype(pixels.dtype))
     centres = pixels.mean(3)
     weights = _weights(pixels, centres)
     for _ in range(n_iter - 1):
-        weights = _weights(pixels, to_super_tokens(pixels, weights))
+        weights = _weights(pixels, _means(weights, wide_product(weights, pixels)))
     return weights
 
 
 def _weights(pixels: Tensor, centres: Tensor) -> Tensor:
     keys = neighbours(centres * pixels.shape[-1] ** -0.5)  # the scale goes to the smaller factor
-    return (keys @ pixels.transpose(-1, -2)).softmax(3, dtype=wide_dtype(pixels.dtype))
+    return wide_product(keys, pixels.transpose(-1, -2)).softmax(3)
 
 
 def to_super_tokens(pixels: Tensor, association: Tensor) -> Tensor:
@@ -125,9 +125,13 @@ def to_super_tokens(pixels: Tensor, association: Tensor) -> Tensor:
         pixels: (B, rows, columns, p, C).
         association: (B, rows, columns, 9, p), as ``associate`` returns it.
     """
+    return _means(association, association.to(pixels.dtype) @ pixels).to(pixels.dtype)
+
+
+def _means(association: Tensor, sums: Tensor) -> Tensor:
+    """Weighted means (B, rows, columns, C) from the weighted sums (B, rows, columns, 9, C), in the former's dtype."""
     mass = sum_from_neighbours(association.sum(-1, keepdim=True))  # (B, rows, columns, 1)
-    sums = association.to(pixels.dtype) @ pixels  # (B, rows, columns, 9, C)
-    return (sum_from_neighbours(sums.to(association.dtype)) / (mass + EPSILON)).to(pixels.dtype)
+    return sum_from_neighbours(sums.to(association.dtype)) / (mass + EPSILON)
 
 
 def to_pixels(super_tokens: Tensor, association: Tensor) -> Tensor:

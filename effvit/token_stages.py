@@ -22,7 +22,7 @@ from effvit.models.stvit_swin import STViTSwin
 from effvit.models.supertoken import SuperTokens, SuperTokenViT
 from effvit.models.token_slimming import unpooling
 from effvit.super_tokens import from_cells, neighbours
-from effvit.tokens import TokenMap
+from effvit.tokens import TokenMap, wide_product
 
 __all__ = ["ALONE", "DROPPED", "FUSED", "MERGED", "SOFT", "Stage", "map_stage", "trace_stages"]
 
@@ -192,7 +192,7 @@ def _sit(model: SiT, x: Tensor) -> list[Stage]:
     stages, way_up = [], None
     for block, number in model.slim_before.items():
         step = unpooling(calls[model.slimming[number]][1][1])[0]
-        way_up = step if way_up is None else way_up @ step  # (H*W, K)
+        way_up = step if way_up is None else wide_product(way_up, step)  # (H*W, K)
         stages.append(_soft(block, way_up, model._grid(x)))
     return stages
 

@@ -35,6 +35,7 @@ __all__ = [
     "sequence_rows",
     "take_rows",
     "wide_dtype",
+    "wide_product",
     "without_autocast",
 ]
 
@@ -78,6 +79,17 @@ def without_autocast(x: Tensor) -> AbstractContextManager[None]:
     if autocast_enabled(x):
         return torch.autocast(x.device.type, enabled=False)
     return nullcontext()
+
+
+@fx_leaf
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in float32 (float64 for float64), whatever their dtype and under autocast too: for what decides.
+
+    Casting the factors is not enough: inside autocast the product itself casts them back.
+    """
+    dtype = wide_dtype(a.dtype)
+    with without_autocast(a):
+        return a.to(dtype) @ b.to(dtype)
 
 
 @fx_leaf

@@ -19,7 +19,7 @@ from timm.layers import LayerNorm2d, trunc_normal_
 from torch import Tensor, nn
 
 from effvit.cross_attention import CrossAttention, CrossBlock
-from effvit.tokens import fx_leaf, wide_dtype
+from effvit.tokens import fx_leaf, wide_dtype, wide_product
 
 __all__ = [
     "SEED_POOLS",
@@ -159,8 +159,8 @@ def soft_assignment(attn: CrossAttention, q: Tensor, kv: Tensor, num_patches: in
     """
     q, k = attn.split_heads(q), attn.split_heads(kv.chunk(2, dim=-1)[0])
     scale = (attn.q.out_features // attn.num_heads) ** -0.5
-    logits = (q * scale) @ k.transpose(-2, -1)  # (B, heads, Ns, Nk)
-    weights = logits.to(wide_dtype(logits.dtype)).log_softmax(-1)[..., -num_patches:]  # (B, heads, Ns, Np)
+    logits = wide_product(q.to(wide_dtype(q.dtype)) * scale, k.transpose(-2, -1))  # (B, heads, Ns, Nk)
+    weights = logits.log_softmax(-1)[..., -num_patches:]  # (B, heads, Ns, Np)
     return weights.logsumexp(1).transpose(1, 2).softmax(-1)
 
 

@@ -34,6 +34,7 @@ from effvit.models._surface import SoftTokenViT, check_images
 from effvit.models.lvvit import DampedBlock, FixedPatchEmbed
 from effvit.models.token_slimming import ReverseTokenSlimming, TokenSlimming, unpooling
 from effvit.schedule import check_count, check_fraction
+from effvit.tokens import wide_product
 
 __all__ = ["LayerTokens", "SiT"]
 
@@ -231,7 +232,7 @@ class SiT(SoftTokenViT):
         for i, block in enumerate(self.blocks[:num_blocks]):
             x, scores = self._slim(i, x)
             if scores is not None and any(j >= i for j in take):
-                way_up = unpooling(scores) if way_up is None else way_up @ unpooling(scores)
+                way_up = unpooling(scores) if way_up is None else wide_product(way_up, unpooling(scores))
             x = self._apply_block(block, x)
             if i in take:
                 prefix, tokens = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]

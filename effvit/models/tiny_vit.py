@@ -31,9 +31,9 @@ from effvit.recording import refuse_legacy_onnx
 from effvit.recover import reconstruct_tokens
 from effvit.reducers import METHODS, Reducer
 from effvit.reducers.base import check_finite
-from effvit.reducers.expedite import Expedite, cluster_tokens
+from effvit.reducers.expedite import Expedite, cluster_centres
 from effvit.reducers.tome import Matching, ToMe, bipartite_soft_matching, matching_target, merge_tokens
-from effvit.tokens import flat_rows, take_rows, wide_dtype
+from effvit.tokens import flat_rows, take_rows, wide_dtype, wide_product
 from effvit.windows import from_windows, num_windows, to_windows
 
 __all__ = ["WINDOW_METHODS", "ReducedTinyViT", "cluster_biases", "reduce_windows"]
@@ -156,10 +156,11 @@ def cluster_biases(biases: Tensor, window: int, cells: int) -> Tensor:
         (heads, cells², cells²).
     """
     cell = torch.arange(cells, device=biases.device)
-    distance = cell.to(biases.dtype).unsqueeze(1) * (window / cells)  # (cells, 1)
+    distance = cell.to(wide_dtype(biases.dtype)).unsqueeze(1) * (window / cells)  # (cells, 1)
     place = torch.arange(window, device=biases.device)
     weights = (1 - (distance - place).abs()).clamp(min=0)  # (cells, window)
-    table = weights @ biases.unflatten(1, (window, window)) @ weights.T  # (heads, cells, cells)
+    table = wide_product(wide_product(weights, biases.unflatten(1, (window, window))), weights.T)
+    table = table.to(biases.dtype)  # (heads, cells, cells)
     apart = (cell.unsqueeze(1) - cell).abs()
     return table[:, apart[:, None, :, None], apart[None, :, None, :]].flatten(3).flatten(1, 2)
 
@@ -210,10 +211,10 @@ class ClusteredStage(TinyVitStage):
         reducer, size, window, cells = self.reducer, x.shape[1:3], self.window, self.cells
         patches = to_windows(x, window)  # (B*nW, N, C)
         options = (reducer.num_iters, reducer.temperature, reducer.window_size)
-        centres = cluster_tokens(patches.unflatten(1, (window, window)), (cells, cells), *options).flatten(1, 2)
+        centres = cluster_centres(patches.unflatten(1, (window, window)), (cells, cells), *options).flatten(1, 2)
         check_finite(centres.detach().sum(-1), reducer.origin("cluster centres"), x)
         grid = [num_windows(side, window) * cells for side in size]
-        z = from_windows(centres, cells, grid)  # (B, nH*cells, nW*cells, C)
+        z = from_windows(centres.to(x.dtype), cells, grid)  # (B, nH*cells, nW*cells, C)
         for block in self.blocks[self.first : self.last]:
             z = block(z)
         z = to_windows(z, cells)  # (B*nW, cells², C)

@@ -41,7 +41,7 @@ class TokenSlimming(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens x (B, N, C) -> new tokens (B, K, C) and the scores (B, N, K) whose softmax over N mixed them."""
-        scores = (self.mlp(self.norm(x)) * self.scale).to(wide_dtype(x.dtype))  # (B, N, K)
+        scores = self.mlp(self.norm(x)).to(wide_dtype(x.dtype)) * self.scale  # (B, N, K)
         mixed = scores.softmax(1).to(x.dtype).transpose(1, 2) @ x  # (B, K, C)
         return mixed.to(x.dtype), scores  # autocast multiplies in half precision; the residual stream keeps its dtype
 

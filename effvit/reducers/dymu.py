@@ -25,7 +25,6 @@ from effvit.tokens import (
     sequence_rows,
     take_rows,
     wide_dtype,
-    without_autocast,
 )
 
 __all__ = [
@@ -130,7 +129,7 @@ def plan_merge(
     if number < 2:
         best, destination = metric.new_full(source.shape, float("-inf")), source
     else:
-        best, destination = _wide_match(metric, num_prefix, valid)
+        best, destination = _finite_match(metric, num_prefix, valid)
     falling = not official and num_prefix == 0
     rank = None
     if falling or max_r is not None or (not official and num_prefix % 2 == 0):
@@ -153,10 +152,9 @@ def plan_merge(
     return Merge(source, destination, merged, order, valid, threshold, official)
 
 
-def _wide_match(metric: Tensor, num_prefix: int, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """alternating_match in the metric's own precision: in bfloat16 cosines near 1 are 0.004 apart."""
-    with without_autocast(metric):
-        best, destination = alternating_match(metric, num_prefix, valid)
+def _finite_match(metric: Tensor, num_prefix: int, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """alternating_match in which similarities that are not finite are -inf, so that nothing is merged by them."""
+    best, destination = alternating_match(metric, num_prefix, valid)
     return torch.where(best.isfinite(), best, float("-inf")), destination
 
 

@@ -14,12 +14,12 @@ from torch import Tensor
 from effvit.recover import NORMS, closeness, restore
 from effvit.reducers.base import Reducer, check_finite
 from effvit.schedule import check_blocks, check_count, check_fraction, check_number
-from effvit.tokens import Reference, TokenMap, fx_leaf, wide_dtype, without_autocast
+from effvit.tokens import Reference, TokenMap, fx_leaf, wide_dtype, wide_product, without_autocast
 
 if TYPE_CHECKING:
     from effvit.block import _TokenBlock
 
-__all__ = ["Expedite", "Restore", "cell_middles", "cluster_tokens", "local_mask", "nearest_centre"]
+__all__ = ["Expedite", "Restore", "cell_middles", "cluster_centres", "cluster_tokens", "local_mask", "nearest_centre"]
 
 
 def local_mask(grid: tuple[int, int], clusters: tuple[int, int], window_size: int, like: Tensor) -> Tensor | None:
@@ -47,8 +47,15 @@ def local_mask(grid: tuple[int, int], clusters: tuple[int, int], window_size: in
     return (rows[:, None, :, None] + columns[None, :, None, :]).flatten(2).flatten(0, 1)
 
 
-@fx_leaf
 def cluster_tokens(
+    x: Tensor, clusters: tuple[int, int], num_iters: int = 5, temperature: float = 5e-3, window_size: int = 5
+) -> Tensor:
+    """``cluster_centres`` in the dtype of x."""
+    return cluster_centres(x, clusters, num_iters, temperature, window_size).to(x.dtype)
+
+
+@fx_leaf
+def cluster_centres(
     x: Tensor, clusters: tuple[int, int], num_iters: int = 5, temperature: float = 5e-3, window_size: int = 5
 ) -> Tensor:
     """Centres of a local soft k-means on maps of tokens (Expedite, 2210.01035, token clustering layer).
@@ -68,7 +75,7 @@ def cluster_tokens(
         window_size: Odd side of the window of clusters a token may belong to.
 
     Returns:
-        (B, h, w, C).
+        (B, h, w, C) in float32 (float64 for float64), since patches are assigned to the centres by distance.
 
     Raises:
         ValueError: More clusters than tokens on a side, an even window.
@@ -76,16 +83,16 @@ def cluster_tokens(
     grid = (x.shape[1], x.shape[2])
     check_clusters(clusters, grid)
     check_window(window_size)
+    x = x.to(wide_dtype(x.dtype))
     centres = F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), clusters).flatten(2).transpose(1, 2)  # (B, h*w, C)
     if num_iters:
-        dtype = wide_dtype(x.dtype)
-        tokens = F.pad(x.flatten(1, 2).to(dtype), (0, 1), value=1)  # (B, H*W, C+1)
+        tokens = F.pad(x.flatten(1, 2), (0, 1), value=1)  # (B, H*W, C+1)
         mask = local_mask(grid, clusters, window_size, tokens)
         with torch.no_grad():
-            shares = _shares(tokens, centres.to(dtype), mask, temperature)
+            shares = _shares(tokens, centres, mask, temperature)
             for _ in range(num_iters - 1):
                 shares = _shares(tokens, _means(tokens, shares), mask, temperature)
-        centres = _means(tokens, shares).to(x.dtype)
+        centres = _means(tokens, shares)
     return centres.unflatten(1, clusters)
 
 
@@ -100,8 +107,7 @@ def _shares(tokens: Tensor, centres: Tensor, mask: Tensor | None, temperature: f
 
 def _means(tokens: Tensor, shares: Tensor) -> Tensor:
     """Means of the tokens (B, N, C+1), the last feature of which is one, by their shares (B, N, M): (B, M, C)."""
-    with without_autocast(tokens):
-        sums = shares.transpose(1, 2) @ tokens  # (B, M, C+1)
+    sums = wide_product(shares.transpose(1, 2), tokens)  # (B, M, C+1)
     return sums[..., :-1] / sums[..., -1:].clamp(min=1e-16)
 
 
@@ -277,13 +283,13 @@ class Expedite(Reducer):
             )
         prefix, patches = tokens.split(x)
         options = (self.num_iters, self.temperature, self.window_size)
-        centres = cluster_tokens(patches.unflatten(1, tokens.grid), clusters, *options).flatten(1, 2)  # (B, h*w, C)
+        centres = cluster_centres(patches.unflatten(1, tokens.grid), clusters, *options).flatten(1, 2)  # (B, h*w, C)
         check_finite(centres.detach().sum(-1), self.origin("cluster centres"), x)
         source, anchor = assign_patches(patches, centres, tokens.grid, clusters)
         k = self.k if self.k is None or not self.any_size else min(self.k, centres.shape[1])
         reference = Reference(patches, centres, self.temperature, k, self.norm)
         left = tokens.relabel(source, anchor, clusters[0] * clusters[1], keeps_every_patch=True)
-        return torch.cat([prefix, centres], dim=1), replace(left, reference=reference)
+        return torch.cat([prefix, centres.to(x.dtype)], dim=1), replace(left, reference=reference)
 
 
 def cluster_grid(num_clusters: int | Sequence[int]) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from effvit.attention import AttnState, EditMap
 from effvit.reducers.base import Reducer, check_finite
 from effvit.schedule import check_blocks, check_count, check_fraction, check_number, check_switch, per_block
-from effvit.tokens import TokenMap, flat_rows, fx_leaf, take_rows, wide_dtype
+from effvit.tokens import TokenMap, flat_rows, fx_leaf, take_rows, wide_dtype, wide_product, without_autocast
 
 __all__ = ["GRAPH_TYPES", "GTP", "PROPAGATIONS", "SELECTIONS", "propagation_graph", "sparsify_map"]
 
@@ -31,7 +31,7 @@ def _received(weights: Tensor) -> Tensor:
 def _dissimilarity(rows: Tensor) -> Tensor:
     """Minus the summed cosine of each row (B, N, P+N) to all rows: (B, N)."""
     rows = F.normalize(rows, dim=-1)
-    return -(rows @ rows.sum(dim=1).unsqueeze(-1)).squeeze(-1)
+    return -wide_product(rows, rows.sum(dim=1).unsqueeze(-1)).squeeze(-1)
 
 
 # Scores from the softmax map (B, heads, P+N, P+N) for all P+N keys, GTP section 3.2 and models_v3.py@97a1178.
@@ -76,7 +76,7 @@ def sparsify_map(weights: Tensor, sparsity: float) -> Tensor:
 def semantic_edges(patches: Tensor, num_neighbours: int) -> Tensor:
     """(B, N, N) bool: edge from each patch to its ``num_neighbours`` most similar others by cosine; directed."""
     similarity = F.normalize(patches, dim=-1)
-    similarity = similarity @ similarity.transpose(1, 2)
+    similarity = wide_product(similarity, similarity.transpose(1, 2))
     threshold = similarity.topk(num_neighbours + 1, dim=-1).values[..., -1:]  # the patch itself is one of them
     return similarity >= threshold
 
@@ -261,7 +261,8 @@ class GTP(Reducer):
         if self.selection in CLASS_SCORES:
             return CLASS_SCORES[self.selection](state.class_rows().mean(2))[:, num_prefix:]
         if self.selection == "Random":
-            return torch.rand_like(state.k[:, 0, num_prefix:, 0])
+            keys = state.k[:, 0, num_prefix:, 0]
+            return torch.rand_like(keys, dtype=wide_dtype(keys.dtype))
         assert state.weights is not None
         if self.selection in ROW_SCORES:
             return ROW_SCORES[self.selection](state.weights[:, :, num_prefix:])
@@ -285,13 +286,22 @@ class GTP(Reducer):
 
         assert tokens.carry is not None
         share = kept_shares(tokens.carry, tokens.anchor, index, removed)  # (B, num_prop, kept)
-        padded = F.pad(share, (tokens.num_prefix, 0)).to(x.dtype)
-        x = torch.baddbmm(x_kept, padded.transpose(1, 2), x_removed, alpha=self.alpha)
+        x = propagate(x_kept, x_removed, F.pad(share, (tokens.num_prefix, 0)), self.alpha)
         left = tokens.keep(index, kept)
         if tokens.key_weight is not None and left.key_weight is not None:
-            given = share.transpose(1, 2) @ tokens.key_weight.gather(1, removed).unsqueeze(-1)
+            given = wide_product(share.transpose(1, 2), tokens.key_weight.gather(1, removed).unsqueeze(-1))
             left = replace(left, key_weight=left.key_weight + self.alpha * given.squeeze(-1))
         return x, left
+
+
+@fx_leaf
+def propagate(x: Tensor, removed: Tensor, share: Tensor, alpha: float) -> Tensor:
+    """x (B, P+K, C) plus alpha times the share (B, R, P+K) of the removed tokens (B, R, C) that goes to each.
+
+    Not in half precision under autocast: the result is the residual stream, which later blocks rank tokens by.
+    """
+    with without_autocast(x):
+        return torch.baddbmm(x, share.to(x.dtype).transpose(1, 2), removed, alpha=alpha)
 
 
 @fx_leaf

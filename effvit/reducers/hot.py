@@ -12,7 +12,7 @@ from torch import Tensor
 from effvit.recover import closeness
 from effvit.reducers.base import Reducer, check_finite
 from effvit.schedule import check_blocks, check_count, check_fraction, per_block
-from effvit.tokens import TokenMap, flat_rows, fx_leaf, take_rows, wide_dtype, without_autocast
+from effvit.tokens import TokenMap, flat_rows, fx_leaf, take_rows, wide_dtype, wide_product
 
 if TYPE_CHECKING:
     from effvit.block import _TokenBlock
@@ -22,8 +22,7 @@ __all__ = ["HoT", "assign_to_peaks", "density_peaks", "peak_scores", "squared_di
 
 def squared_distances(x: Tensor) -> Tensor:
     """(B, N, N) squared distances of x (B, N, C), divided by C: symmetric to the last bit, exact zeros to itself."""
-    with without_autocast(x):
-        product = x @ x.transpose(1, 2)
+    product = wide_product(x, x.transpose(1, 2))
     twice = product + product.transpose(1, 2)
     norm = twice.diagonal(dim1=1, dim2=2) / 2
     return (norm.unsqueeze(1) + norm.unsqueeze(2) - twice).clamp(min=0) / x.shape[2]

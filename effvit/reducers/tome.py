@@ -13,7 +13,7 @@ from effvit.attention import AttnState
 from effvit.matching import alternating_match
 from effvit.reducers.base import Reducer, check_finite
 from effvit.schedule import check_switch, tome_r
-from effvit.tokens import TokenMap, flat_rows, take_rows, wide_dtype
+from effvit.tokens import TokenMap, flat_rows, take_rows, wide_dtype, wide_product
 
 __all__ = [
     "Matching",
@@ -78,9 +78,12 @@ def kth_bipartite_target(metric: Tensor, k: int) -> Tensor:
     Returns:
         (B, N - N % k) index of the absorbing token, 0 to N // k - 1.
     """
-    groups = F.normalize(metric, dim=-1)[:, : metric.shape[1] // k * k].unflatten(1, (-1, k))
+    metric = F.normalize(metric.to(wide_dtype(metric.dtype)), dim=-1)
+    groups = metric[:, : metric.shape[1] // k * k].unflatten(1, (-1, k))
     absorbing = groups[:, :, -1]
-    nearest = (groups[:, :, :-1].flatten(1, 2) @ absorbing.transpose(1, 2)).argmax(-1)  # (B, N // k * (k - 1))
+    nearest = wide_product(groups[:, :, :-1].flatten(1, 2), absorbing.transpose(1, 2)).argmax(
+        -1
+    )  # (B, N // k * (k - 1))
     itself = torch.ones_like(nearest[:, :: k - 1]).cumsum(1) - 1
     return torch.cat([nearest.unflatten(1, (-1, k - 1)), itself.unsqueeze(-1)], dim=2).flatten(1)
 
@@ -171,7 +174,7 @@ class ToMe(Reducer):
         if r == 0:
             return x, tokens
         with torch.no_grad():
-            metric = state.k.mean(dim=1)[:, tokens.num_prefix :]  # (B, N, D)
+            metric = state.k.mean(dim=1, dtype=wide_dtype(state.k.dtype))[:, tokens.num_prefix :]  # (B, N, D)
             check_finite(metric.sum(-1), self.origin("keys"), state.x)
             matching = bipartite_soft_matching(metric, r, tokens.num_prefix)
             target = matching_target(matching, tokens.anchor)

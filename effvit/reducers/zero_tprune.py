@@ -16,7 +16,7 @@ from torch import Tensor
 from effvit.attention import AttnState, EditMap
 from effvit.reducers.base import Reducer, check_finite
 from effvit.schedule import check_blocks, check_count, check_fraction, check_number, per_block, spread_blocks
-from effvit.tokens import TokenMap, flat_rows, take_rows, wide_dtype
+from effvit.tokens import TokenMap, flat_rows, take_rows, wide_dtype, wide_product
 
 __all__ = [
     "PARTITIONS",
@@ -32,8 +32,8 @@ __all__ = [
 
 PARTITIONS = ("sequential_u", "sequential_i", "alternate")
 SIMILARITIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "cosine": lambda a, b: F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).transpose(-2, -1),
-    "dot": lambda a, b: a @ b.transpose(-2, -1),
+    "cosine": lambda a, b: wide_product(F.normalize(a, dim=-1), F.normalize(b, dim=-1).transpose(-2, -1)),
+    "dot": lambda a, b: wide_product(a, b.transpose(-2, -1)),
     "euclidean": lambda a, b: -torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist"),
     "manhattan": lambda a, b: -torch.cdist(a, b, p=1),
 }
@@ -93,12 +93,12 @@ def weighted_page_rank(
     if kept is not None:
         mask = kept.unsqueeze(1).to(weights.dtype)  # (B, 1, N)
         signal = signal * mask
-        row_sum = (weights @ mask.expand_as(signal).unsqueeze(-1)).squeeze(-1)
+        row_sum = wide_product(weights, mask.expand_as(signal).unsqueeze(-1)).squeeze(-1)
         mask = mask.unsqueeze(2)  # (B, 1, 1, N)
         row_scale = mask / row_sum.unsqueeze(2)
     signal = (signal / signal.sum(-1, keepdim=True)).unsqueeze(2)  # (B, heads, 1, N)
     for _ in range(num_iters):
-        signal = signal @ weights if kept is None else ((signal * row_scale) @ weights) * mask
+        signal = wide_product(signal, weights) if kept is None else wide_product(signal * row_scale, weights) * mask
     return signal.squeeze(2)
 
 
@@ -153,8 +153,11 @@ def split_groups(importance: Tensor, partition: str) -> tuple[Tensor, Tensor]:
 def match_groups(
     features: Tensor, group_a: Tensor, group_b: Tensor, similarity: str = "cosine"
 ) -> tuple[Tensor, Tensor]:
-    """Similarity of each token of group A to the one of B most similar to it, and which that is: (B, |A|) each."""
-    length = features.shape[1]
+    """Similarity of each token of group A to the one of B most similar to it, and which that is: (B, |A|) each.
+
+    In float32 (float64 for float64), whatever the dtype of the features.
+    """
+    length, features = features.shape[1], features.to(wide_dtype(features.dtype))
     a = take_rows(features, flat_rows(group_a, length))
     b = take_rows(features, flat_rows(group_b, length))
     best, place = SIMILARITIES[similarity](a, b).max(-1)
@@ -275,11 +278,10 @@ class ZeroTPrune(Reducer):
     def importance(self, state: AttnState, num_iters: int, kept: Tensor | None = None) -> Tensor:
         """(B, P+N) page rank of all tokens, or of those where kept (B, P+N) is 1."""
         assert state.weights is not None
-        weights = state.weights.to(wide_dtype(state.weights.dtype))
         keys = state.keys
         number = keys.num_prefix + (keys.num_tokens if kept is None else self.after_similar(keys.num_tokens))
         boost = torch.sym_sqrt(number) if self.cls_boost is None else self.cls_boost
-        signal = weighted_page_rank(weights, num_iters, boost, keys.num_class, kept)
+        signal = weighted_page_rank(state.weights, num_iters, boost, keys.num_class, kept)
         return aggregate_heads(signal, self.var_range, kept)
 
     def reduce(self, x: Tensor, tokens: TokenMap, state: AttnState) -> tuple[Tensor, TokenMap]:
