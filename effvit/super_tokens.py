@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from timm.layers import Attention
 from torch import Tensor, nn
 
-from effvit.tokens import fx_leaf, wide_dtype, wide_product
+from effvit.tokens import fix_traced_size, fx_leaf, wide_dtype, wide_product
 
 __all__ = [
     "SuperTokenAttention",
@@ -53,6 +53,7 @@ def to_cells(x: Tensor, cell: tuple[int, int]) -> Tensor:
         (B, rows, columns, h * w, C), where rows = ceil(H / h) and columns = ceil(W / w); zeros below and right of
         the map.
     """
+    x = fix_traced_size(x, 1, 2)
     height, width = x.shape[1:3]
     below, right = -height % cell[0], -width % cell[1]
     if below or right:

@@ -10,6 +10,7 @@ index, and it exports to ONNX with a dynamic batch. ``torch.fx`` keeps each of t
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ __all__ = [
     "autocast_enabled",
     "compact",
     "flat_rows",
+    "fix_traced_size",
     "fx_leaf",
     "packed_rows",
     "sequence_rows",
@@ -90,6 +92,20 @@ def wide_product(a: Tensor, b: Tensor) -> Tensor:
     dtype = wide_dtype(a.dtype)
     with without_autocast(a):
         return a.to(dtype) @ b.to(dtype)
+
+
+@fx_leaf
+def fix_traced_size(x: Tensor, *dims: int) -> Tensor:
+    """x itself; under ``torch.jit.trace`` a view that later inputs of other sizes along ``dims`` do not fit into.
+
+    A trace records the branch that its example takes, such as whether a map is padded. Where branches depend on a
+    size, a traced model must refuse any other instead of computing something else.
+    """
+    if not torch.jit.is_tracing():
+        return x
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # it warns of constants, which are meant here
+        return x.expand([int(side) if dim in dims else -1 for dim, side in enumerate(x.shape)])
 
 
 @fx_leaf

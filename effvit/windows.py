@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from timm.models.swin_transformer import window_partition, window_reverse
 from torch import Tensor
 
-from effvit.tokens import fx_leaf
+from effvit.tokens import fix_traced_size, fx_leaf
 
 __all__ = [
     "MASK_MODES",
@@ -62,6 +62,7 @@ def to_windows(x: Tensor, window: int, shift: int = 0, shift_small: bool = True,
     Returns:
         (B * nW, window * window, C).
     """
+    x = fix_traced_size(x, 1, 2)
     height, width = x.shape[1:3]
     rows, columns = num_windows(height, window) * window, num_windows(width, window) * window
     if (rows, columns) != (height, width):
@@ -262,8 +263,7 @@ def live_cells(side: int, window: int, samples: int) -> int:
 
     Cell i of a window covers floor(i w / s) to ceil((i + 1) w / s), as in adaptive pooling.
     """
-    partial = side % window
-    return side // window * samples + sum(i * window // samples < partial for i in range(samples))
+    return -(-side * samples // window)  # no comparison of sides, which a trace would record as a sum of truth values
 
 
 def cell_of_position(side: int, window: int, samples: int, device: torch.device) -> Tensor:

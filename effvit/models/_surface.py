@@ -15,7 +15,7 @@ from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from effvit.tokens import autocast_enabled
+from effvit.tokens import autocast_enabled, fix_traced_size, fx_leaf
 
 __all__ = [
     "SPARSIFIED",
@@ -291,6 +291,7 @@ class SoftTokenViT(VisionTransformer):
         """Normalised final tokens (B, P+M, C) of images (B, 3, H, W); a mask is refused."""
         refuse_mask(self, attn_mask, is_causal)
         check_images(x, self)
+        x = fix_traced_size(x, 2, 3)
         return self._finish(self._run(x)[0])
 
     def forward_intermediates(
@@ -323,6 +324,7 @@ class SoftTokenViT(VisionTransformer):
         check_output_fmt(output_fmt)
         refuse_mask(self, attn_mask, is_causal)
         check_images(x, self)
+        x = fix_traced_size(x, 2, 3)
         take, last = feature_take_indices(len(self.blocks), indices)
         state, taken = self._run(x, take, last + 1 if stop_early or intermediates_only else None)
         with_prefix = return_prefix_tokens and self.num_prefix_tokens > 0
@@ -345,7 +347,15 @@ class ChannelsLastStem(nn.Sequential):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.contiguous(memory_format=torch.channels_last))
+        return super().forward(channels_last(x))
+
+
+@fx_leaf
+def channels_last(x: Tensor) -> Tensor:
+    """x (B, C, H, W) with its channels last in memory; as it is inside ``torch.vmap``, which knows no such order."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 class PyramidStage(nn.Module):

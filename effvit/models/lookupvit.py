@@ -44,7 +44,7 @@ from effvit.bidirectional_attention import GatherAttention, InfuseAttention
 from effvit.models._checkpoint import official_state_dict
 from effvit.models._surface import SoftTokenViT, check_images, refuse_mask
 from effvit.resize import resize_map
-from effvit.tokens import fx_leaf
+from effvit.tokens import fix_traced_size, fx_leaf
 
 __all__ = ["LookupBlock", "LookupLoss", "LookupViT"]
 
@@ -320,6 +320,7 @@ class LookupViT(SoftTokenViT):
         if self.head_lookup is None:
             raise ValueError("this LookupViT has no classifier of its lookup tokens; create it with lookup_head=True")
         check_images(x, self)
+        x = fix_traced_size(x, 2, 3)
         compressed, [(lookup, _)] = self._run(x, take=(len(self.blocks) - 1,))
         pooled = self.head_drop(self.pool(self.norm_lookup(lookup)))
         return self.forward_head(self.norm(compressed)), self.head_lookup(pooled)

@@ -34,7 +34,7 @@ from effvit.models._surface import SoftTokenViT, check_images
 from effvit.models.lvvit import DampedBlock, FixedPatchEmbed
 from effvit.models.token_slimming import ReverseTokenSlimming, TokenSlimming, unpooling
 from effvit.schedule import check_count, check_fraction
-from effvit.tokens import wide_product
+from effvit.tokens import fix_traced_size, wide_product
 
 __all__ = ["LayerTokens", "SiT"]
 
@@ -242,6 +242,7 @@ class SiT(SoftTokenViT):
     def forward_layers(self, x: Tensor) -> LayerTokens:
         """Class scores of images (B, 3, H, W) and the patch tokens (B, K_i, C) after each block and its slimming."""
         check_images(x, self)
+        x = fix_traced_size(x, 2, 3)
         x = self._embed(x)
         tokens = []
         for i, block in enumerate(self.blocks):

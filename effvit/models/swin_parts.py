@@ -10,7 +10,7 @@ from timm.layers import ConvNormAct
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
-from effvit.tokens import fx_leaf
+from effvit.tokens import fix_traced_size, fx_leaf
 from effvit.windows import from_windows, shift_mask, to_windows
 
 __all__ = ["ConvStem", "WindowBlock"]
@@ -19,6 +19,7 @@ __all__ = ["ConvStem", "WindowBlock"]
 @fx_leaf
 def pad_images(x: Tensor, multiple: int = 4) -> Tensor:
     """Images (B, 3, H, W) with zeros at the bottom and right up to a multiple of the stride."""
+    x = fix_traced_size(x, 2, 3)
     bottom, right = (-side % multiple for side in x.shape[2:])
     return F.pad(x, (0, right, 0, bottom)) if bottom or right else x
 
