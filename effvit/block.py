@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from effvit.attention import ATTENTION_CLASSES, AttnState, EditMap, Pick
 from effvit.tokens import TokenMap, take_rows
 
-__all__ = ["BLOCK_CLASSES", "copy_shared", "rehouse", "token_block"]
+__all__ = ["BLOCK_CLASSES", "copy_shared", "rehouse", "set_child", "token_block"]
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -44,6 +44,16 @@ def rehouse(module: nn.Module, cls: type[ModuleT]) -> ModuleT:
     for name, value in module.__dict__.items():
         new.__dict__[name] = value.copy() if isinstance(value, (dict, set)) else value
     return new
+
+
+def set_child(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+    """Set an optional child; None leaves a plain attribute.
+
+    ``nn.Module`` would keep a None among the children once the slot was registered, and printers that walk ``_modules``
+    (``fvcore.nn.flop_count_str``, DeepSpeed's profiler in timm's benchmark.py) fail on it.
+    """
+    parent._modules.pop(name, None)
+    setattr(parent, name, child)
 
 
 class _TokenBlock(nn.Module):
@@ -148,5 +158,5 @@ def token_block(block: nn.Module, position: int) -> _TokenBlock:
         )
     new = rehouse(block, known)
     new.attn = rehouse(attn, known_attn)
-    new.register_module("reducer", None)
+    set_child(new, "reducer", None)
     return new

@@ -250,6 +250,7 @@ class TokenMap:
         fused: (B, N) True for a token that sums up patches it does not stand for one by one (EViT's). None: no.
         memory: Last feature every patch had while it was carried; kept only for dense recovery.
         reference: What patches are reconstructed from the tokens left by; kept only where that may be asked for.
+        present: (B, K) patches that entered the first block, where patch dropout left the others out. None: all.
         carry: What a method hands from block to block (GTP: its graph).
         packed: The sequence is one row (1, T, C) of all valid tokens of all images, without padding.
     """
@@ -268,6 +269,7 @@ class TokenMap:
     fused: Tensor | None = None
     memory: Memory | None = None
     reference: Reference | None = None
+    present: Tensor | None = None
     carry: Tensor | None = None
     packed: bool = False
 
@@ -407,6 +409,10 @@ class TokenMap:
             return table
         heads_last = table.unsqueeze(1) if table.ndim == 2 else table.transpose(0, 1)  # (H*W, heads or 1, D)
         return heads_last[self.anchor].transpose(1, 2)
+
+    def carriers(self) -> Tensor:
+        """(B, K) token that carries each of the K patches that entered the first block, in their order there."""
+        return self.source if self.present is None else self.source.gather(1, self.present)
 
     def sequence_mask(self) -> Tensor:
         """(B, P+N) True where a padded sequence holds a token."""

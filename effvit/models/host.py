@@ -26,7 +26,7 @@ from timm.models.tiny_vit import TinyVit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from effvit.block import copy_shared, rehouse, token_block
+from effvit.block import copy_shared, rehouse, set_child, token_block
 from effvit.models._surface import (
     SPARSIFIED,
     Reduced,
@@ -151,7 +151,7 @@ class ReducedHost(Reduced):
             full, (x, index) = x, self.token_drop(x)
             if index is not None:
                 tokens = tokens.refer(full) if reference else tokens
-                tokens = tokens.keep(index, index.shape[1])
+                tokens = replace(tokens.keep(index, index.shape[1]), present=index)
         return x, rope, tokens
 
     def _forward_blocks(
@@ -212,7 +212,7 @@ class ReducedHost(Reduced):
         """Normalised tokens (B, P+N, C), made so that timm's ``forward_head`` is exact on them.
 
         With class-token pooling these are the tokens left. With any other pooling merged tokens are given back
-        once for each patch they stand for, so that a mean weights them by size; soft clusters give way to all
+        once for each patch they stand for (of those that patch dropout left), so that a mean weights them by size; soft clusters give way to all
         patches, reconstructed before the norm; padding of images with fewer tokens holds their mean.
         """
         refuse_mask(self, attn_mask, is_causal)
@@ -234,7 +234,7 @@ class ReducedHost(Reduced):
             return x
         if tokens.size is not None:
             prefix, patches = tokens.split(x)
-            return torch.cat([prefix, take_rows(patches, flat_rows(tokens.source, patches.shape[1]))], dim=1)
+            return torch.cat([prefix, take_rows(patches, flat_rows(tokens.carriers(), patches.shape[1]))], dim=1)
         if tokens.valid is not None:
             with_prefix = getattr(self, "pool_include_prefix", False)
             pooled = tokens.sequence_mask()
@@ -586,14 +586,15 @@ def sparsify(
     host = rehouse(copy_shared(dense, share), host_class)
     host._depth = depth
     _described(host, dense, method, settings, recover)
-    host.recovery = _recovery(host) if recover == "attention" else None
+    set_child(host, "recovery", _recovery(host) if recover == "attention" else None)
     if not isinstance(dense, ReducedHost):
         _keep_drop_indices(host)
         for i, block in enumerate(host.blocks):
             host.blocks[i] = token_block(block, i)
     lost = ["recovery"] if host.recovery is None and getattr(dense, "recovery", None) is not None else []
     for i, block in enumerate(host.blocks):
-        former, block.reducer = block.reducer, plan.get(i)
+        former = block.reducer
+        set_child(block, "reducer", plan.get(i))
         if block.reducer is not None:
             block.reducer.block = i
             block.reducer.any_size = getattr(host, "dynamic_img_size", False)
@@ -673,11 +674,11 @@ def _recovery(host: ReducedHost) -> AttentionRecovery:
 def _keep_drop_indices(host: ReducedHost) -> None:
     """Move timm's patch dropout behind the embedding, where its choice can enter the TokenMap."""
     drop: Any = host.patch_drop
-    host.token_drop = None
+    token_drop = None
     if isinstance(drop, (PatchDropout, PatchDropoutWithIndices)):
-        host.token_drop = PatchDropoutWithIndices(drop.prob, drop.num_prefix_tokens, drop.ordered)
-    unused: Any = None if isinstance(host, Eva) else nn.Identity()
-    host.patch_drop = unused
+        token_drop = PatchDropoutWithIndices(drop.prob, drop.num_prefix_tokens, drop.ordered).train(drop.training)
+    set_child(host, "token_drop", token_drop)
+    set_child(host, "patch_drop", None if isinstance(host, Eva) else nn.Identity().train(host.training))
 
 
 def _check_host(host: ReducedHost) -> None:
