@@ -251,8 +251,19 @@ class AttentionRecovery(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=1e-6, device=device, dtype=dtype)
         self.attn = CrossAttention(dim, num_heads, head_dim=head_dim, device=device, dtype=dtype)
+        self._start_at_zero()
+
+    def _start_at_zero(self) -> None:
         nn.init.zeros_(self.attn.proj.weight)
         nn.init.zeros_(self.attn.proj.bias)
+
+    def init_weights(self) -> None:
+        """Draw the weights anew, as the constructor does."""
+        for module in (self.norm, self.attn.q, self.attn.kv):
+            module.reset_parameters()
+        self._start_at_zero()
+
+    reset_parameters = init_weights  # the name that Eva's initialisation looks for
 
     def forward(self, x: Tensor, s: Tensor, valid: Tensor | None = None) -> Tensor:
         """Patches x (B, N, C) and tokens left s (B, M, C), False in ``valid`` (B, M) for padding -> (B, N, C)."""

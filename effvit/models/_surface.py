@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, get_device_dtype
+from timm.layers import ClassifierHead, get_device_dtype, trunc_normal_
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
+from timm.models._manipulate import reinit_non_persistent_buffers
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -339,6 +340,13 @@ class SoftTokenViT(VisionTransformer):
         )
 
 
+def reset_module(module: nn.Module) -> None:
+    """Draw the module's own parameters and buffers anew, as its constructor does."""
+    reset: Callable[[], None] | None = getattr(module, "reset_parameters", None)
+    if reset is not None:
+        reset()
+
+
 class ChannelsLastStem(nn.Sequential):
     """The layers of a convolutional stem, run on images that lie channels last in memory.
 
@@ -419,6 +427,24 @@ class PyramidBackbone(nn.Module):
         self.head: Any = ClassifierHead(
             self.num_features, num_classes, global_pool, drop_rate, device=device, dtype=dtype
         )
+
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Initialise as a new model: also after ``to_empty``, for a model created on the meta device (timm's method).
+
+        Args:
+            needs_reset: Reset all modules first; False where they have just been constructed.
+        """
+        if needs_reset:
+            self.apply(reset_module)
+            reinit_non_persistent_buffers(self)
+        for linear in self._narrow_linears():
+            trunc_normal_(linear.weight, std=0.02)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+
+    def _narrow_linears(self) -> list[nn.Linear]:
+        """Linear layers drawn from N(0, 0.02) truncated, with zero biases; all else starts as its class does it."""
+        return [module for module in self.head.modules() if isinstance(module, nn.Linear)]
 
     def _finish(self, x: Tensor) -> Tensor:
         """Output of the last stage -> final features, both (B, C, H, W)."""

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from timm.layers import ClassifierHead, ConvNormAct, DropPath, Mlp, calculate_drop_path_rates, trunc_normal_
+from timm.layers import ClassifierHead, ConvNormAct, DropPath, Mlp, calculate_drop_path_rates
 from torch import Tensor, nn
 
 from effvit.models._surface import ChannelsLastStem, PyramidBackbone, PyramidStage
@@ -129,7 +129,7 @@ class DistilledHead(ClassifierHead):
     def _twin(self) -> nn.Module:
         """A new classifier like ``fc``, which has just been made: linear, or nothing for no classes."""
         if isinstance(self.fc, nn.Identity):
-            return nn.Identity()
+            return nn.Identity().train(self.training)
         weight = self.fc.weight
         twin = nn.Linear(self.fc.in_features, self.fc.out_features, device=weight.device, dtype=weight.dtype)
         return twin.train(self.training)
@@ -233,10 +233,7 @@ class CASViT(PyramidBackbone):
         self.norm: nn.Module = nn.BatchNorm2d(dims[-1], **dd)
         if distilled:
             self.head = DistilledHead(dims[-1], num_classes, global_pool, drop_rate, **dd)
-        for module in self.head.modules():
-            if isinstance(module, nn.Linear):
-                trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+        self.init_weights(needs_reset=False)
 
     def _finish(self, x: Tensor) -> Tensor:
         return self.norm(x)

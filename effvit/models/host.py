@@ -395,6 +395,12 @@ class ReducedHost(Reduced):
                 reducers[block].keep_rate = rate
             raise
 
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """timm's new classifier, and pooling if one is given that can be applied to the tokens left."""
+        super().reset_classifier(num_classes, global_pool)  # type: ignore[misc]
+        if self.attn_pool is None:
+            set_child(self, "attn_pool", None)
+
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
         """timm's resize, if the settings leave tokens on the new grid."""
         new_patch = to_2tuple(patch_size or self.patch_embed.patch_size)
@@ -668,7 +674,7 @@ def _recovery(host: ReducedHost) -> AttentionRecovery:
     weight, heads = next(host.parameters()), host.blocks[-1].attn.num_heads
     return AttentionRecovery(
         host.embed_dim, max(1, heads // 4), host.embed_dim // heads, device=weight.device, dtype=weight.dtype
-    )
+    ).train(host.training)
 
 
 def _keep_drop_indices(host: ReducedHost) -> None:

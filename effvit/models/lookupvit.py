@@ -235,7 +235,7 @@ class LookupViT(SoftTokenViT):
 
     def _new_head(self) -> nn.Module:
         if self.num_classes == 0:
-            return nn.Identity()
+            return nn.Identity().train(self.training)
         return nn.Linear(self.embed_dim, self.num_classes, **get_device_dtype(self)).train(self.training)
 
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:

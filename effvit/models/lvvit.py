@@ -97,8 +97,9 @@ class LVViT(VisionTransformer):
         self.init_weights(needs_reset=False)
 
     def _new_head(self) -> nn.Module:
-        dd = get_device_dtype(self)
-        return nn.Linear(self.embed_dim, self.num_classes, **dd) if self.num_classes > 0 else nn.Identity()
+        if self.num_classes == 0:
+            return nn.Identity().train(self.training)
+        return nn.Linear(self.embed_dim, self.num_classes, **get_device_dtype(self)).train(self.training)
 
     @torch.jit.ignore
     def get_classifier(self) -> tuple[nn.Module, nn.Module]:

@@ -30,6 +30,7 @@ from timm.models._input import update_model_args
 from timm.models.vision_transformer import get_init_weights_vit
 from torch import Tensor, nn
 
+from effvit.block import set_child
 from effvit.models._surface import SoftTokenViT, check_images
 from effvit.models.lvvit import DampedBlock, FixedPatchEmbed
 from effvit.models.token_slimming import ReverseTokenSlimming, TokenSlimming, unpooling
@@ -300,7 +301,7 @@ class SiT(SoftTokenViT):
         take = super().prune_intermediate_layers(indices, prune_norm, prune_head)
         self.slim_before = {block: stage for block, stage in self.slim_before.items() if block < len(self.blocks)}
         self.slimming = self.slimming[: len(self.slim_before)]
-        self.reverse = None
+        set_child(self, "reverse", None)
         return take
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

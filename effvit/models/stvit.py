@@ -19,6 +19,7 @@ from timm.models import checkpoint
 from timm.models.vision_transformer import Block, checkpoint_filter_fn
 from torch import Tensor, nn
 
+from effvit.block import set_child
 from effvit.models._surface import SoftTokenViT
 from effvit.models.semantic_tokens import SeedBlock, SemanticBlock, check_seed_grid
 from effvit.recover import TokenRecovery
@@ -243,7 +244,7 @@ class STViT(SoftTokenViT):
         """Cut the layers that the maps of these blocks do not need; returns their numbers (timm's method)."""
         take = super().prune_intermediate_layers(indices, prune_norm, prune_head)
         if len(self.blocks) <= self.num_base:
-            self.recovery = None
+            set_child(self, "recovery", None)
         return take
 
     def set_input_size(

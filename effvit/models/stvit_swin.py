@@ -21,7 +21,6 @@ from timm.layers import (
     calculate_drop_path_rates,
     resample_abs_pos_embed,
     to_2tuple,
-    trunc_normal_,
 )
 from timm.models._input import update_model_input_size
 from timm.models.swin_transformer import PatchMerging
@@ -218,15 +217,10 @@ class STViTSwin(PyramidBackbone):
             stages.append(PyramidStage(PatchMerging(dims[i - 1], **dd) if i else None, blocks))
         self.stages = nn.Sequential(*stages)
         self.norm = nn.Identity() if out_norm else norm(dims[3])
-        self.init_weights()
+        self.init_weights(needs_reset=False)
 
-    def init_weights(self) -> None:
-        """Linear layers from N(0, 0.02) truncated with zero biases, as released; all else as its class does it."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+    def _narrow_linears(self) -> list[nn.Linear]:
+        return [module for module in self.modules() if isinstance(module, nn.Linear)]  # as released
 
     def _semantic_grid(self, img_size: int | tuple[int, int]) -> tuple[int, int]:
         """(h, w) of the semantic tokens of an image of that size."""

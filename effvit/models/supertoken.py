@@ -22,7 +22,6 @@ from timm.layers import (
     LayerScale2d,
     calculate_drop_path_rates,
     to_2tuple,
-    trunc_normal_,
 )
 from timm.models._input import update_model_args
 from torch import Tensor, nn
@@ -241,9 +240,7 @@ class SuperTokenViT(PyramidBackbone):
         self.stages = nn.Sequential(*stages)
         self.proj: nn.Module = nn.Conv2d(dims[-1], projection, 1, **dd)
         self.norm: nn.Module = nn.BatchNorm2d(projection, **dd)
-        if num_classes > 0:
-            trunc_normal_(self.head.fc.weight, std=0.02)
-            nn.init.zeros_(self.head.fc.bias)
+        self.init_weights(needs_reset=False)
 
     def _finish(self, x: Tensor) -> Tensor:
         return F.silu(self.norm(self.proj(x)))
