@@ -9,6 +9,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from effvit.requirements import check_timm
+
+check_timm()  # before the first class of timm is extended: an older one lacks some
+
 from effvit.models._checkpoint import load_checkpoint
 from effvit.models.calibration import calibrate
 from effvit.models.host import TokenFeatures, list_methods, method_settings, sparsify

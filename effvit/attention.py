@@ -8,7 +8,7 @@ the softmax map; what a method scores tokens with (the class token's row, the ke
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,19 @@ from torch import Tensor, nn
 
 from effvit.tokens import TokenMap, fx_leaf, take_rows, wide_dtype, wide_product
 
-__all__ = ["ATTENTION_CLASSES", "AttnState", "Selection"]
+__all__ = ["ATTENTION_CLASSES", "AttnState", "Beside", "Selection"]
+
+T = TypeVar("T")
+
+
+class Beside(Generic[T]):
+    """What belongs to a module's output beside the tensor that it returns: the map of a block, the state of attention.
+
+    The caller hands a new one to each call, so forward hooks, wrappers and feature extractors meet a plain tensor, as
+    they do in timm, and may replace it; nothing is stored on a module.
+    """
+
+    value: T
 
 
 class Selection(NamedTuple):
@@ -232,7 +244,8 @@ class _TokenAttention(nn.Module):
         rope: Tensor | None = None,
         pick: Pick | None = None,
         edit_map: EditMap | None = None,
-    ) -> tuple[Tensor, AttnState]:
+        beside: Beside[AttnState] | None = None,
+    ) -> Tensor:
         """Self-attention of the tokens, and what a reducer may score them with.
 
         Args:
@@ -241,9 +254,10 @@ class _TokenAttention(nn.Module):
             rope: Rotary table of the full grid, (H*W, D) or (heads, H*W, D).
             pick: Given, called with the state before attention; only the rows it selects are computed.
             edit_map: Given, the softmax map is materialised, passed through it and kept in the state.
+            beside: Takes the AttnState.
 
         Returns:
-            (B, P+K, C) output of the selected rows, and the AttnState.
+            (B, P+K, C) output of the selected rows.
         """
         gate = self.gate(x).sigmoid() if self.gate is not None else None
         q, k, v = self._project(x)
@@ -285,7 +299,9 @@ class _TokenAttention(nn.Module):
         out = self.norm(out.transpose(1, 2).flatten(2))  # (B, P+K, heads * D)
         if gate is not None:
             out = out * gate
-        return self.proj_drop(self.proj(out)), state
+        if beside is not None:
+            beside.value = state
+        return self.proj_drop(self.proj(out))
 
 
 class PlainTokenAttention(_TokenAttention, Attention):

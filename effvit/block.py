@@ -1,4 +1,4 @@
-"""timm's transformer blocks with one slot for a reducer: (x, tokens) -> (x, tokens).
+"""timm's transformer blocks with one slot for a reducer: tokens and their map -> the tokens left and theirs.
 
 A block offers a reducer its two halves, ``attend`` and ``feedforward``, and knows nothing of any method.
 """
@@ -13,10 +13,10 @@ from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from effvit.attention import ATTENTION_CLASSES, AttnState, EditMap, Pick
+from effvit.attention import ATTENTION_CLASSES, AttnState, Beside, EditMap, Pick
 from effvit.tokens import TokenMap, take_rows
 
-__all__ = ["BLOCK_CLASSES", "copy_shared", "rehouse", "set_child", "token_block"]
+__all__ = ["BLOCK_CLASSES", "call_block", "copy_shared", "rehouse", "set_child", "token_block"]
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -96,7 +96,9 @@ class _TokenBlock(nn.Module):
                 "a packed batch is one row, so drop_path cannot drop single images from it; "
                 "train with ragged='padded' or with drop_path_rate=0"
             )
-        y, state = self.attn(self.norm1(x), tokens, rope, pick, edit_map)
+        beside: Beside[AttnState] = Beside()
+        y = self.attn(self.norm1(x), tokens, rope, pick, edit_map, beside)
+        state = beside.value
         if state.rows is not None:
             x = take_rows(x, state.rows)
         return x + self._attention_branch(y), state
@@ -105,12 +107,41 @@ class _TokenBlock(nn.Module):
         """Second half of the block: x plus its MLP branch, (B, P+N, C) -> (B, P+N, C)."""
         return x + self._mlp_branch(self.mlp(self.norm2(x)))
 
-    def forward(self, x: Tensor, tokens: TokenMap, rope: Tensor | None = None) -> tuple[Tensor, TokenMap]:
-        """One block on the tokens x (B, P+N, C): returns (B, P+K, C) and the map of the K tokens left."""
+    def forward(
+        self,
+        x: Tensor,
+        tokens: TokenMap | None = None,
+        rope: Tensor | None = None,
+        beside: Beside[TokenMap] | None = None,
+    ) -> Tensor:
+        """One block on the tokens x (B, P+N, C), whose map is ``tokens``; see ``call_block``.
+
+        Args:
+            x: (B, P+N, C) tokens; (1, T, C) packed.
+            tokens: Their map.
+            rope: Rotary table of the full grid for this block.
+            beside: Takes the map of the K tokens left.
+
+        Returns:
+            (B, P+K, C).
+
+        Raises:
+            TypeError: No map, as in timm's ``model.blocks(x)``.
+        """
+        if tokens is None:
+            raise TypeError(
+                "a block of a reduced model needs the TokenMap of its tokens, so model.blocks(x) and loops over the "
+                "blocks do not work; call model.trace_tokens(images) for the tokens behind every block, "
+                "model.forward_tokens(images) for the last, or model.forward_intermediates(images) for maps"
+            )
         if self.reducer is not None:
-            return self.reducer(x, tokens, self, rope)
-        x = self.attend(x, tokens, rope)[0]  # dropping the state frees q, k and v before the MLP runs
-        return self.feedforward(x), tokens
+            x, tokens = self.reducer(x, tokens, self, rope)
+        else:
+            x = self.attend(x, tokens, rope)[0]  # dropping the state frees q, k and v before the MLP runs
+            x = self.feedforward(x)
+        if beside is not None:
+            beside.value = tokens
+        return x
 
 
 class TokenBlock(_TokenBlock, Block):
@@ -134,6 +165,13 @@ class EvaTokenBlock(_TokenBlock, EvaBlock):
 
 
 BLOCK_CLASSES: dict[type[nn.Module], type[_TokenBlock]] = {Block: TokenBlock, EvaBlock: EvaTokenBlock}
+
+
+def call_block(block: nn.Module, x: Tensor, tokens: TokenMap, rope: Tensor | None = None) -> tuple[Tensor, TokenMap]:
+    """One block on the tokens x (B, P+N, C) of the map: (B, P+K, C) and the map of the K tokens left."""
+    beside: Beside[TokenMap] = Beside()
+    x = block(x, tokens, rope, beside)
+    return x, beside.value
 
 
 def token_block(block: nn.Module, position: int) -> _TokenBlock:

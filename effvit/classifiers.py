@@ -6,6 +6,13 @@ itself has students with a distillation token, but no teacher.
 
 from __future__ import annotations
 
+from effvit.requirements import missing_package
+
+try:
+    import mmengine  # noqa: F401
+except ModuleNotFoundError as error:
+    raise missing_package("effvit.classifiers", "mmengine", "mm") from error
+
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any

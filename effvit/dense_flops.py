@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from effvit.requirements import missing_package
+
+try:
+    import mmengine  # noqa: F401
+except ModuleNotFoundError as error:
+    raise missing_package("effvit.dense_flops", "mmengine", "mm") from error
+
 from dataclasses import replace
 from typing import Any
 

@@ -6,6 +6,13 @@ Everything is registered in the root registries of mmengine, so mmdet, mmseg and
 
 from __future__ import annotations
 
+from effvit.requirements import missing_package
+
+try:
+    import mmengine  # noqa: F401
+except ModuleNotFoundError as error:
+    raise missing_package("effvit.openmmlab", "mmengine", "mm") from error
+
 import inspect
 import re
 from collections.abc import Iterator, Sequence

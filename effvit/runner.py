@@ -6,6 +6,13 @@ model, annotations that are checked before training, and bases of mmseg under th
 
 from __future__ import annotations
 
+from effvit.requirements import missing_package
+
+try:
+    import mmengine  # noqa: F401
+except ModuleNotFoundError as error:
+    raise missing_package("effvit.runner", "mmengine", "mm") from error
+
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path

@@ -26,6 +26,7 @@ from timm.models.eva import Eva
 from torch import Tensor
 
 import effvit
+from effvit.block import call_block
 from effvit.models.host import ReducedHost
 from effvit.recover import FILLS, to_grid
 from effvit.reducers import METHODS
@@ -134,18 +135,19 @@ class TestEveryPair:
         block = next(block for block in model.blocks if block.reducer is not None)
         index = list(model.blocks).index(block)
         for before in model.blocks[:index]:
-            x, tokens = before(x, tokens, model._block_rope(rope, index))
+            x, tokens = call_block(before, x, tokens, model._block_rope(rope, index))
         block_rope = model._block_rope(rope, index)
         entered: list[Tensor] = []
         hook = block.attn.register_forward_pre_hook(lambda _, arguments: entered.append(arguments[0]))
-        reduced, _ = block(x, tokens, block_rope)
+        reduced, _ = call_block(block, x, tokens, block_rope)
         hook.remove()
         prefix = model.num_prefix_tokens
         assert torch.allclose(entered[0][:, :prefix], block.norm1(x)[:, :prefix], rtol=1e-5, atol=1e-6)
         if entered[0].shape[1] < x.shape[1]:  # reduced before attention, which then has fewer keys
             return
         reducer, block.reducer = block.reducer, None
-        plain, _ = block(x, reducer.start(x, tokens) if tokens.carry is None else tokens, block_rope)
+        start = reducer.start(x, tokens) if tokens.carry is None else tokens
+        plain, _ = call_block(block, x, start, block_rope)
         block.reducer = reducer
         assert torch.allclose(reduced[:, :prefix], plain[:, :prefix], rtol=1e-5, atol=1e-6)
 

@@ -129,7 +129,7 @@ class TestModel:
         rope = model._embed(x)[1]
         full = type(trace[0].tokens).full(restored, trace[0].tokens.grid, *(trace[0].tokens.num_prefix,) * 2)
         reducer, model.blocks[3].reducer = model.blocks[3].reducer, None
-        expected = model.blocks[3](restored, full, model._block_rope(rope, 3))[0]
+        expected = model.blocks[3](restored, full, model._block_rope(rope, 3))
         model.blocks[3].reducer = reducer
         assert torch.allclose(trace[-1].x, expected, atol=1e-5)
         assert model.forward_features(x).shape[1] == model.num_prefix_tokens + number

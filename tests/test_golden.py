@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 import effvit
 from effvit.attention import AttnState
-from effvit.block import token_block
+from effvit.block import call_block, token_block
 from effvit.cli import main
 from effvit.models._checkpoint import official_state_dict
 from effvit.models.host import ReducedHost
@@ -178,7 +178,7 @@ class Trace:
     def __init__(self, model: ReducedHost, x: Tensor) -> None:
         self.states: list[AttnState] = []
         hooks = [
-            block.attn.register_forward_hook(lambda _m, _a, output: self.states.append(output[1]))
+            block.attn.register_forward_hook(lambda _m, args, _o: self.states.append(args[-1].value))
             for block in model.blocks
         ]
         with torch.no_grad():
@@ -526,9 +526,9 @@ def compare_ats_blocks(case: Case, config: dict[str, Any]) -> None:
             1, reduce_at=[0], num_tokens=count - 1, drop_tokens=config["drop_tokens"], compat=True
         )[0]
         states: list[AttnState] = []
-        hook = block.attn.register_forward_hook(lambda _m, _a, output, states=states: states.append(output[1]))
+        hook = block.attn.register_forward_hook(lambda _m, args, _o, states=states: states.append(args[-1].value))
         with torch.no_grad():
-            x, tokens = block(x, tokens)
+            x, tokens = call_block(block, x, tokens)
         hook.remove()
         compare_ats_output(case, i, x, tokens)
         compare_ats_stage(case, f"inter/stage{i}", states[0], tokens, count - 1)

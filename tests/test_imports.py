@@ -15,7 +15,7 @@ import effvit
 PACKAGE = Path(effvit.__file__).parent
 # Lower layers know nothing of higher ones; modules of one layer may know each other.
 LAYERS = (
-    ("recording",),
+    ("recording", "requirements"),
     ("tokens",),
     ("windows",),
     ("attention", "bidirectional_attention", "cross_attention", "super_tokens"),

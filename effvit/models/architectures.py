@@ -17,6 +17,7 @@ from effvit.models._surface import model_cfg
 from effvit.models.casvit import CASViT
 from effvit.models.feature_pyramid import feature_settings
 from effvit.models.lookupvit import LookupViT
+from effvit.models.refusals import name_arguments
 from effvit.models.sit import SiT
 from effvit.models.stvit import STViT
 from effvit.models.stvit_swin import STViTSwin
@@ -261,14 +262,15 @@ def _create(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
             f"{name} has no setting 'recover': no patch is dropped, so its maps are full as they are; leave it out"
         )
     feature_cfg = feature_settings(kwargs, variant.out_indices)
-    return build_model_with_cfg(
-        variant.model,
-        name,
-        pretrained,
-        pretrained_filter_fn=_own_names,
-        feature_cfg=feature_cfg,
-        **(variant.args | kwargs),
-    )
+    with name_arguments(name, variant.args.keys()):
+        return build_model_with_cfg(
+            variant.model,
+            name,
+            pretrained,
+            pretrained_filter_fn=_own_names,
+            feature_cfg=feature_cfg,
+            **(variant.args | kwargs),
+        )
 
 
 def _entry_point(name: str) -> Callable[..., nn.Module]:

@@ -26,7 +26,7 @@ from timm.models.tiny_vit import TinyVit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from effvit.block import copy_shared, rehouse, set_child, token_block
+from effvit.block import call_block, copy_shared, rehouse, set_child, token_block
 from effvit.models._surface import (
     SPARSIFIED,
     Reduced,
@@ -36,6 +36,7 @@ from effvit.models._surface import (
     refuse_mask,
     with_gradients,
 )
+from effvit.models.refusals import is_file_name, reason_against
 from effvit.models.tiny_vit import ReducedTinyViT, reduce_windows
 from effvit.recording import refuse_legacy_onnx
 from effvit.recover import AttentionRecovery, check_fill, restore, to_grid
@@ -181,10 +182,11 @@ class ReducedHost(Reduced):
                 tokens = tokens.remember(x)
             if reference and block.reducer is not None and tokens.reference is None:
                 tokens = tokens.refer(x)
+            block_rope = self._block_rope(rope, i)
             if self.grad_checkpointing:
-                x, tokens = checkpoint(block, x, tokens, self._block_rope(rope, i))
+                x, tokens = checkpoint(call_block, block, x, tokens, block_rope)
             else:
-                x, tokens = block(x, tokens, self._block_rope(rope, i))
+                x, tokens = call_block(block, x, tokens, block_rope)
             if i in take:
                 taken.append(TokenFeatures(x, tokens))
         return TokenFeatures(x, tokens), taken
@@ -212,8 +214,9 @@ class ReducedHost(Reduced):
         """Normalised tokens (B, P+N, C), made so that timm's ``forward_head`` is exact on them.
 
         With class-token pooling these are the tokens left. With any other pooling merged tokens are given back
-        once for each patch they stand for (of those that patch dropout left), so that a mean weights them by size; soft clusters give way to all
-        patches, reconstructed before the norm; padding of images with fewer tokens holds their mean.
+        once for each patch they stand for, so that a mean weights them by size (patches that patch dropout left out are
+        in no pool); soft clusters give way to all patches, reconstructed before the norm; padding of images with fewer
+        tokens holds their mean.
         """
         refuse_mask(self, attn_mask, is_causal)
         (x, tokens), _ = self._forward_blocks(x)
@@ -568,7 +571,7 @@ def sparsify(
     """
     check_settings(method, settings)
     check_switch("share", share)
-    dense: Any = _create_host(model) if isinstance(model, str) else model
+    dense: Any = _create_host(model) if isinstance(model, str) and not is_file_name(model) else model
     again = isinstance(dense, Reduced) and dense.method == method
     recover = (dense.recover if again else METHODS[method].recover) if recover is None else recover
     check_fill(recover)
@@ -582,10 +585,7 @@ def sparsify(
         return _described(reduced, dense, method, settings, recover)
     host_class = type(dense) if isinstance(dense, ReducedHost) else HOST_CLASSES.get(type(dense))
     if host_class is None:
-        raise TypeError(
-            f"cannot reduce the tokens of a {type(dense).__name__}; supported are plain vision transformers: "
-            f"{', '.join(cls.__name__ for cls in HOST_CLASSES)}; and TinyVit"
-        )
+        raise TypeError(reason_against(dense, {*HOST_CLASSES, TinyVit}))
     depth = dense._depth if isinstance(dense, ReducedHost) else len(dense.blocks)
     plan = METHODS[method].plan(depth, **settings)
 

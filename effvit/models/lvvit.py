@@ -20,6 +20,7 @@ from effvit.block import BLOCK_CLASSES, TokenBlock
 from effvit.models._surface import model_cfg
 from effvit.models.feature_pyramid import feature_settings
 from effvit.models.host import HOST_CLASSES, ReducedViT
+from effvit.models.refusals import name_arguments
 
 __all__ = ["LVViT"]
 
@@ -137,7 +138,8 @@ default_cfgs = generate_default_cfgs({"lvvit_small_patch16_224": _CFG, "lvvit_me
 
 def _create_lvvit(variant: str, pretrained: bool, **kwargs: Any) -> LVViT:
     feature_cfg = feature_settings(kwargs, out_indices=3)
-    return build_model_with_cfg(LVViT, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
+    with name_arguments(variant, ()):
+        return build_model_with_cfg(LVViT, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
 
 
 @register_model

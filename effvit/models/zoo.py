@@ -19,6 +19,7 @@ from effvit.models._checkpoint import host_state_dict
 from effvit.models._surface import SPARSIFIED, Reduced
 from effvit.models.feature_pyramid import feature_settings
 from effvit.models.host import check_model_name, check_settings, record_name, sparsify
+from effvit.models.refusals import name_arguments
 from effvit.reducers import METHODS
 
 __all__ = ["list_models", "register_pyramid"]
@@ -124,7 +125,9 @@ def _entry_point(method: str, host: str) -> Callable[..., nn.Module]:
         check_settings(method, {name: value for name, value in kwargs.items() if name in foreign})
         settings = {name: kwargs.pop(name) for name in own & kwargs.keys()}
         cfg = _resolved_cfg(variant, kwargs)
-        return _create(variant, cfg, host, method, kwargs.pop("recover", None), settings, pretrained, **kwargs)
+        recover = kwargs.pop("recover", None)
+        with name_arguments(variant, {*own, "recover"}):
+            return _create(variant, cfg, host, method, recover, settings, pretrained, **kwargs)
 
     create.__name__ = create.__qualname__ = variant
     create.__doc__ = f"{host} with {METHODS[method].name}: {METHODS[method].summary}."
