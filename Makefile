@@ -35,16 +35,36 @@ rm -f uv.lock
 $(FIND_LINKS) $(UV) sync --inexact --python '$(PYTHON)'
 endef
 
-.PHONY: help demo test lint format clean
+# The oldest and the newest versions that pyproject.toml allows, each in an environment of its own beside .venv: without
+# the constraints of `make test`, and with the tests that meet timm, torch, numpy and the plotting packages most. uv does
+# not look into pyenv's folders, so a Python of the wanted version there is named by its path.
+OLDEST_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python) 3.10)
+NEWEST_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.13.*/bin/python) 3.13)
+VERSION_TESTS ?= $(addprefix tests/test_,timm_contract.py tokens.py recording.py visualize.py plots.py)
+define test_versions
+$(UV) venv --quiet --clear --python '$(2)' .venv-$(1)
+$(UV) pip install --quiet --no-config --python .venv-$(1)/bin/python $(3) .
+$(UV) pip install --quiet --no-config --python .venv-$(1)/bin/python 'pytest>=8.4' 'hypothesis>=6.130' onnxruntime
+$(UV) pip list --quiet --python .venv-$(1)/bin/python | grep -E '^(torch|timm|numpy|pillow|matplotlib) '
+.venv-$(1)/bin/python -m pytest $(VERSION_TESTS) $(PYTEST_ARGS)
+endef
+
+.PHONY: help demo test test-oldest test-newest lint format clean
 
 help: ## show this list
-	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
 
 demo: .venv/.synced-demo ## install without OpenMMLab and run the demo into runs/demo
 	$(VENV)/effvit demo --out $(DEMO_OUT)
 
 test: .venv/.synced-test ## install everything and run the tests; PYTEST_ARGS="-k name -x" is handed on
 	$(VENV)/python -m pytest $(PYTEST_ARGS)
+
+test-oldest: | $(UV) ## run a part of the tests with the oldest versions allowed
+	$(call test_versions,oldest,$(OLDEST_PYTHON),--resolution lowest-direct)
+
+test-newest: | $(UV) ## run a part of the tests with the newest versions allowed
+	$(call test_versions,newest,$(NEWEST_PYTHON),)
 
 lint: .venv/.synced-dev ## ruff check, ruff format --check, mypy
 	$(VENV)/ruff check .
@@ -56,7 +76,7 @@ format: .venv/.synced-dev ## let ruff fix and format the code
 	$(VENV)/ruff format .
 
 clean: ## remove the environment, the lock and every cache
-	rm -rf .venv .uv-bootstrap uv.lock build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-oldest .venv-newest .uv-bootstrap uv.lock build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps lie inside .venv, so they go with it; each is renewed when pyproject.toml is newer.
