@@ -111,7 +111,7 @@ class TestChildren:
     def test_fvcore_prints_a_model_of_every_method(self, method: str) -> None:
         model = make_model(method, "class_token")
         counts = FlopCountAnalysis(model, make_images(model)).unsupported_ops_warnings(False)
-        assert "blocks.3" in flop_count_str(counts.uncalled_modules_warnings(False))
+        assert "(blocks)" in flop_count_str(counts.uncalled_modules_warnings(False))
 
     @pytest.mark.parametrize("case", SMALL)
     def test_none_is_no_child_of_an_architecture(self, case: str) -> None:
@@ -231,7 +231,7 @@ class TestHooks:
     @pytest.mark.parametrize("method", SETTINGS)
     def test_blocks_on_a_tensor_name_the_methods_that_give_tokens(self, method: str) -> None:
         model = make_model(method, "class_token")
-        with pytest.raises(TypeError, match=r"needs the TokenMap .* trace_tokens\(images\) .* forward_intermediates"):
+        with pytest.raises(TypeError, match=r"needs the TokenMap .*trace_tokens\(images\) .*forward_intermediates"):
             model.blocks(torch.zeros(1, 49, 32))
 
 
@@ -247,7 +247,7 @@ class TestRefusals:
         tower.trunk = vit
         getter = timm.models._features.FeatureGetterNet(make_host("class_token"), out_indices=[0])
         for model, part in (
-            (torch.compile(vit), "_orig_mod"),
+            (torch.compile(vit, backend="eager"), "_orig_mod"),
             (nn.DataParallel(vit), "module"),
             (nn.Sequential(vit, nn.Identity()), "0"),
             (tower, "trunk"),
@@ -289,7 +289,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("name", ["evit_deit_tiny_patch16_224", "casvit_xs_224", "lvvit_small_patch16_224"])
     def test_dilation_is_refused_with_what_to_use(self, name: str) -> None:
-        with pytest.raises(TypeError, match=rf"{name} has no output_stride: .* effvit\.register_pyramid"):
+        with pytest.raises(TypeError, match=rf"{name} has no output_stride: .*effvit\.register_pyramid"):
             timm.create_model(name, features_only=True, output_stride=16)
 
 
