@@ -51,9 +51,10 @@ class EffViTClassifier(StartsPretrained, TimmClassifier):
         model_name: A name of the zoo or of timm.
         pretrained: True for timm's weights (asks the network), or the path of a checkpoint of timm, of an official
             repository or of this package, which must fit the model.
+        pretrained_key: The entry of that file with the weights, where it has those of two networks, e.g. "teacher".
         sparsify: "method" and settings of ``effvit.sparsify``, for a host whose reduced form has no name.
-        teacher: ``model_name``, ``pretrained`` and keywords of ``timm.create_model`` of the teacher; it needs the
-            student's classes, and to take the student's images.
+        teacher: ``model_name``, ``pretrained``, perhaps ``pretrained_key``, and keywords of ``timm.create_model`` of
+            the teacher; it needs the student's classes, and to take the student's images.
         distill_weight: Weight of the divergence; DynamicViT (2106.02034) has 0.5.
         temperature: What both scores are divided by; DynamicViT has 1. DeiT's soft distillation (2012.12877) has 3, and
             weights of 0.1 for the divergence and 0.9 for the task.
@@ -75,6 +76,7 @@ class EffViTClassifier(StartsPretrained, TimmClassifier):
         model_name: str,
         pretrained: bool | str = False,
         *,
+        pretrained_key: str | None = None,
         sparsify: dict[str, Any] | None = None,
         teacher: dict[str, Any] | None = None,
         distill_weight: float = 0.5,
@@ -85,7 +87,8 @@ class EffViTClassifier(StartsPretrained, TimmClassifier):
         super().__init__(model_name, **kwargs)
         own = inspect.signature(TimmClassifier.__init__).parameters
         settings = {name: value for name, value in kwargs.items() if name not in own}
-        self._recipe = {"model_name": model_name, "pretrained": pretrained, "sparsify": sparsify, **settings}
+        weights = {"pretrained": pretrained, "pretrained_key": pretrained_key}
+        self._recipe = {"model_name": model_name, **weights, "sparsify": sparsify, **settings}
         self.pretrained = pretrained
         if sparsify is not None:
             self.model: Any = effvit.sparsify(self.model, **sparsify)
@@ -217,11 +220,17 @@ class SiTClassifier(EffViTClassifier):
         }
 
 
-def _create(model_name: str, pretrained: bool | str, sparsify: dict[str, Any] | None = None, **settings: Any) -> Any:
+def _create(
+    model_name: str,
+    pretrained: bool | str,
+    pretrained_key: str | None = None,
+    sparsify: dict[str, Any] | None = None,
+    **settings: Any,
+) -> Any:
     """A timm model with the weights of a config, reduced if asked."""
     model = timm.create_model(model_name, pretrained=pretrained is True, **settings)
     if isinstance(pretrained, str):
-        load_checkpoint(model, pretrained, get_torch_safe_globals())
+        load_checkpoint(model, pretrained, get_torch_safe_globals(), pretrained_key)
     return model if sparsify is None else effvit.sparsify(model, **sparsify)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 import time
@@ -26,10 +25,12 @@ import effvit
 from effvit.accuracy import add_accuracies, top1
 from effvit.costs import profile
 from effvit.demo import SEEING, SEEING_VARIANTS, SHOWN, VARIANTS
+from effvit.messages import plain, run_command, shown
 from effvit.models._checkpoint import convert_checkpoint
 from effvit.models.host import ReducedHost, check_model_name
 from effvit.pictures import Labelled, fashion_classes, fashion_pictures, find_pictures, photographs
 from effvit.plots import plot_accuracy, plot_costs
+from effvit.records import parse_json, read_json, write_json
 from effvit.reducers import METHODS
 from effvit.report import write_report
 from effvit.tables import describe, print_accuracies, print_record, print_tuning, write_csv
@@ -42,17 +43,14 @@ RANDOM_WEIGHTS = "random weights: token choices are not meaningful"
 IMAGES = "a file, or installed pictures by name: 'fashion_mnist:sneaker-*', photographs:coffee"
 DTYPES = ("float32", "bfloat16", "float16")
 PIPE_WIDTH = 200  # columns where the output is not a terminal
+MOST_DROPPED = 200  # entries of a checkpoint that are named without --keys; an official one drops less than 50
+LONGEST_LINE = 1000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status, 2 after an error the caller can mend."""
     arguments = parser().parse_args(argv)
-    try:
-        arguments.run(arguments)
-    except (ValueError, TypeError, OSError) as error:
-        print(f"effvit: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command("effvit", lambda: arguments.run(arguments))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -66,6 +64,10 @@ def parser() -> argparse.ArgumentParser:
     source.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights of the dense host")
     source.add_argument(
         "--pretrained", action="store_true", help="timm's weights (asks the network unless the package has them)"
+    )
+    entry = argparse.ArgumentParser(add_help=False)
+    entry.add_argument(
+        "--key", metavar="NAME", help="entry of the checkpoint with the weights, where it has several, e.g. teacher"
     )
     settings = argparse.ArgumentParser(add_help=False)
     settings.add_argument(
@@ -87,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "profile",
-        parents=[weights, settings, machine],
+        parents=[weights, entry, settings, machine],
         help="parameters, multiply-adds and speed",
         description="Compare each MODEL with its variants by --method; without one, all with the first.",
     )
@@ -110,7 +112,7 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(run=run_profile)
 
     command = commands.add_parser(
-        "visualize", parents=[weights, settings], help="pictures of the tokens that photographs leave"
+        "visualize", parents=[weights, entry, settings], help="pictures of the tokens that photographs leave"
     )
     command.add_argument("images", nargs="+", metavar="IMAGE", help=IMAGES)
     command.add_argument("--model", required=True, metavar="NAME", help="the dense host, or a model to show as it is")
@@ -126,7 +128,7 @@ def parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "tune",
-        parents=[weights, machine],
+        parents=[weights, entry, machine],
         help="the setting that reaches a speed-up here with the least change of the outputs",
         description="Measure settings of several methods on this machine, and compare their outputs on the IMAGEs.",
     )
@@ -144,7 +146,7 @@ def parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "convert",
-        parents=[settings],
+        parents=[entry, settings],
         help="an official checkpoint under our names, and what was left out of it",
         description="Read FILE (.pth without code, or .safetensors) into MODEL strictly, say what became of its "
         "entries, and write it as .safetensors.",
@@ -156,7 +158,7 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(run=run_convert)
 
     command = commands.add_parser(
-        "demo", parents=[weights], help="all methods on pictures that are installed already, offline"
+        "demo", parents=[weights, entry], help="all methods on pictures that are installed already, offline"
     )
     command.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR")
     command.add_argument("--model", default="deit_small_patch16_224", metavar="NAME")
@@ -264,7 +266,7 @@ def run_visualize(arguments: argparse.Namespace) -> None:
     if has_random_weights(arguments):
         console.print(RANDOM_WEIGHTS, style="yellow")
     for path in draw_figures(models, images, arguments):
-        console.print(str(path))
+        console.print(plain(path))
     if arguments.json is not None:
         host = arguments.model if variants else None
         note = RANDOM_WEIGHTS if has_random_weights(arguments) else None
@@ -279,7 +281,7 @@ def run_visualize(arguments: argparse.Namespace) -> None:
 def run_report(arguments: argparse.Namespace) -> None:
     """Write the report and print where it is."""
     write_report(arguments.results, arguments.out)
-    output().print(str(arguments.out))
+    output().print(plain(arguments.out))
 
 
 def run_convert(arguments: argparse.Namespace) -> None:
@@ -288,7 +290,7 @@ def run_convert(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--out must end in .safetensors, got {arguments.out}")
     options = dict(parse_setting(text) for text in arguments.settings)
     model = build(arguments.model, options)
-    conversion = convert_checkpoint(model, arguments.file)
+    conversion = convert_checkpoint(model, arguments.file, key=arguments.key)
     lines = [
         f"{len(conversion.state)} entries for {arguments.model}: {len(conversion.same)} under the file's names, "
         f"{len(conversion.renamed)} renamed, {len(conversion.made)} joined, split or new; "
@@ -304,10 +306,13 @@ def run_convert(arguments: argparse.Namespace) -> None:
         lines += [f"used: {name}" for name in conversion.same]
         lines += [f"renamed: {theirs} -> {ours}" for ours, theirs in conversion.renamed.items()]
         lines += [f"joined, split or new: {name}" for name in conversion.made]
-    lines += [f"dropped: {name}" for name in conversion.dropped]
+    dropped = conversion.dropped if arguments.keys else conversion.dropped[:MOST_DROPPED]
+    lines += [f"dropped: {name}" for name in dropped]
+    if len(dropped) < len(conversion.dropped):
+        lines.append(f"and {len(conversion.dropped) - len(dropped)} more dropped, which --keys names")
     console = output()
     for line in lines:
-        console.print(line)
+        console.print(plain(line, LONGEST_LINE))
 
 
 def run_demo(arguments: argparse.Namespace) -> None:
@@ -325,7 +330,7 @@ def run_demo(arguments: argparse.Namespace) -> None:
     write_report([out / name for name in numbers], out / "report.html")
     console.print(f"\nWritten in {time.perf_counter() - start:.0f} s:")
     for path in (*written, *sheets, *figures, *(out / name for name in numbers)):
-        console.print(f"  {path}")
+        console.print(f"  {plain(path, LONGEST_LINE)}")
 
 
 def demo_accuracy(console: Console, out: Path) -> tuple[dict[str, Any], list[dict[str, Any]], list[Path]]:
@@ -414,10 +419,10 @@ def parse_setting(text: str, option: str = "--set") -> tuple[str, Any]:
     if not key or not equals:
         raise ValueError(f"{option} takes KEY=VALUE, e.g. r=8, got {text!r}")
     try:
-        return key, json.loads(value)
-    except json.JSONDecodeError as error:
+        return key, parse_json(value)
+    except ValueError as error:
         raise ValueError(
-            f"{option} {text}: {value!r} is not JSON ({error.msg}); write numbers as r=8, lists as "
+            f"{option} {plain(text)}: {shown(value)} is not JSON ({plain(error)}); write numbers as r=8, lists as "
             f"reduce_at=[3,6,9], true, false, null, and text in double quotes: '{key}=\"...\"'"
         ) from error
 
@@ -469,7 +474,7 @@ def create(name: str, arguments: argparse.Namespace, img_size: tuple[int, int] |
     torch.manual_seed(0)
     model = build(name, options, arguments.pretrained)
     if arguments.checkpoint is not None:
-        effvit.load_checkpoint(model, arguments.checkpoint)
+        effvit.load_checkpoint(model, arguments.checkpoint, key=arguments.key)
     return model.eval()
 
 
@@ -545,15 +550,15 @@ def measure(
         )
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write the value, making the folder if there is none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=1) + "\n")
-
-
 def add_record(path: Path, record: Any) -> None:
-    """Write the record at the end of the list in the file, or as the first of a new one."""
-    records = json.loads(path.read_text()) if path.exists() else []
+    """Write the record at the end of the list in the file, or as the first of a new one.
+
+    Raises:
+        ValueError: A file that holds no list.
+    """
+    records = read_json(path) if path.exists() else []
+    if not isinstance(records, list):
+        raise ValueError(f"{plain(path)} must hold a list of records to add one, got {type(records).__name__}")
     write_json(path, [*records, record])
 
 

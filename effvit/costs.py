@@ -16,10 +16,10 @@ from effvit.ideal import IDEAL_HOSTS, IdealViT, mean_counts
 from effvit.models._surface import Reduced
 from effvit.models.host import HOST_CLASSES, ReducedHost
 from effvit.profiler import fill_batch, machine, median_ratio, noise, profile_models
+from effvit.records import SCHEMA
 
-__all__ = ["SCHEMA", "Cost", "profile"]
+__all__ = ["Cost", "profile"]
 
-SCHEMA = 1  # of the record; a change that breaks its readers raises it
 IDEAL = "ideal of "
 
 

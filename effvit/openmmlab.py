@@ -118,6 +118,7 @@ class EffViT(StartsPretrained, BaseModule):
         with_cp: Recompute the blocks in the backward pass.
         init_cfg: mmengine's; ``dict(type="Pretrained", checkpoint=..., prefix="backbone.")``, loaded strictly.
         sparsify: "method" and settings of ``effvit.sparsify``, for a host whose reduced form has no name.
+        pretrained_key: The entry of that file with the weights, where it has those of two networks, e.g. "teacher".
         settings: Keywords of ``timm.create_model``: those of the method (``keep_rate``, ``r``, ``recover`` ...) and
             of the model (``img_size``, ``drop_path_rate`` ...).
 
@@ -140,6 +141,7 @@ class EffViT(StartsPretrained, BaseModule):
         with_cp: bool = False,
         init_cfg: dict[str, Any] | list[dict[str, Any]] | None = None,
         sparsify: dict[str, Any] | None = None,
+        pretrained_key: str | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(init_cfg)
@@ -148,7 +150,7 @@ class EffViT(StartsPretrained, BaseModule):
         if out_indices is not None:
             out_indices = out_indices if isinstance(out_indices, int) else tuple(out_indices)
             _check_indices(out_indices, 4 if settings.get("pyramid") else len(whole.feature_info), model_name)
-        self.pretrained = pretrained
+        self.pretrained, self.pretrained_key = pretrained, pretrained_key
         self._recipe = (model_name, out_indices, sparsify, settings)
         self.features = _create_features(*self._recipe)
         self.channels: list[int] = self.features.feature_info.channels()
@@ -191,7 +193,8 @@ class EffViT(StartsPretrained, BaseModule):
             state = _create_features(*self._recipe, pretrained=True).model.state_dict()
         else:
             whole, _ = _whole_model(name, False, sparsify, settings)
-            state, _ = adapt_state(whole, read_checkpoint(str(source), get_torch_safe_globals())[0])
+            plain, _ = read_checkpoint(str(source), get_torch_safe_globals(), self.pretrained_key)
+            state, _ = adapt_state(whole, plain)
             check_state(state, self.model, str(source), known=whole.state_dict().keys())
         self.model.load_state_dict(state, strict=False)
 

@@ -253,7 +253,7 @@ function renderBreakdown(shown) {
   const options = [...conditions.map((text) => `all models, ${text}`), ...timed.map(full)].map((text) => [text, text]);
   const chosen = select("bars-of", options, state.bars, "bars");
   const sum = (row) => {
-    const parts = {};
+    const parts = Object.create(null); // a part may have any name
     for (const { seconds } of row.breakdown) {
       for (const [part, s] of Object.entries(seconds)) parts[part] = (parts[part] ?? 0) + s;
     }

@@ -10,7 +10,7 @@ const SHAPES = { // of side 2 around the origin
   plus: "M-.4,-1.1h.8v.7h.7v.8h-.7v.7h-.8v-.7h-.7v-.8h.7z",
 };
 const DASHES = ["", "7 4", "2 4", "10 3 2 3", "4 2"];
-const PARTS = { attention: "--c0", mlp: "--c1", reduction: "--c2" };
+const PARTS = { __proto__: null, attention: "--c0", mlp: "--c1", reduction: "--c2" };
 const OTHER_PARTS = ["--c5", "--c4", "--c3", "--c6", "--c7"];
 
 function make(name, attributes = {}, ...children) {
@@ -73,7 +73,11 @@ function ticks(low, high, count) {
   const step = [1, 2, 5, 10].map((k) => k * power).find((k) => k >= rough);
   const first = Math.ceil(low / step - 1e-9);
   const found = [];
-  for (let i = first; i * step <= high + step * 1e-9; i++) found.push(i * step);
+  for (let i = 0; i <= 2 * count + 2; i++) { // where numbers are too large to tell steps apart, adding never ends
+    const value = (first + i) * step;
+    if (!(value <= high + step * 1e-9)) break;
+    found.push(value);
+  }
   return found;
 }
 
@@ -189,10 +193,10 @@ function linePlot(svg, legend, rows) {
   const plane = frame(
     svg,
     { title: "block", span: [-0.3, Math.max(1, depth - 0.7)] },
-    { title: "patch tokens that leave it", span: [0, most * 1.06] },
+    { title: "patch tokens that leave it", span: [0, most * 1.06 || 1] },
     300,
   );
-  const seen = {};
+  const seen = Object.create(null);
   legend.replaceChildren();
   for (const row of rows) {
     const { colour, shape } = styleOf(row);

@@ -153,7 +153,7 @@ def print_tuning(console: Console, result: Mapping[str, Any]) -> None:
             f"{candidate['speedup']:.2f}{_interval(candidate['interval'])}",
             f"{candidate['fidelity']['divergence']:.4g}",
             f"{100 * candidate['fidelity']['agreement']:.0f}",
-            style="bold" if candidate["settings"] == result["best"]["settings"] else None,
+            style="bold" if candidate == result["best"] else None,
         )
     console.print(table)
     best = result["best"]

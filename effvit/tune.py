@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 import effvit
 from effvit.closed_form import closed_form_macs
-from effvit.costs import SCHEMA
 from effvit.fidelity import Fidelity, compare_outputs, outputs
 from effvit.ideal import mean_counts
 from effvit.models.host import ReducedHost
 from effvit.profiler import machine, profile_models
+from effvit.records import SCHEMA
 
 __all__ = ["Candidate", "Family", "families", "front", "tune"]
 

@@ -17,8 +17,8 @@ from PIL import Image, ImageDraw, ImageFont
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
-from effvit.costs import SCHEMA
 from effvit.models.host import ReducedHost, method_settings
+from effvit.records import SCHEMA
 from effvit.token_stages import ALONE, DROPPED, FUSED, MERGED, SOFT, Stage, map_stage, trace_stages
 from effvit.tokens import TokenMap
 

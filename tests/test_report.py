@@ -60,7 +60,7 @@ class TestRecords:
             read_records(results(tmp_path, made_up_profile(models={})))
 
     def test_picture_elsewhere_is_refused(self, tmp_path):
-        with pytest.raises(ValueError, match=r'"picture" must be a data URI, got .*photo.png'):
+        with pytest.raises(ValueError, match=r'"picture" must be a data URI of a PNG, JPEG.* got .*photo.png'):
             read_records(results(tmp_path, made_up_tokens(picture="photo.png")))
 
     def test_report_of_nothing_is_refused(self, tmp_path):

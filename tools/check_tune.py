@@ -11,7 +11,7 @@ reduces at the blocks of its paper. With --json the record is added to the file.
 from __future__ import annotations
 
 import argparse
-import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 from effvit.cli import add_record, build, open_images, reduced
+from effvit.messages import plain, run_command
 from effvit.profiler import machine, profile_models
+from effvit.records import check_record, read_json
 from effvit.tables import settings_of
 from effvit.visualize import load_images
 
@@ -60,8 +62,8 @@ def table(records: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measure and print the table."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and print the table; returns 2 after an error the caller can mend."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tuned", type=Path, help="file that `effvit tune --speedup --json` wrote")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="as given to `effvit tune`")
@@ -69,10 +71,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--json", type=Path, help="add the record, with machine and versions, to this file")
     args = parser.parse_args(argv)
+    return run_command("check_tune", lambda: check(args))
 
-    tuned = json.loads(args.tuned.read_text())
-    if "speedup" not in tuned.get("target", {}):
-        parser.error(f"{args.tuned} is not the result of `effvit tune --speedup`")
+
+def check(args: argparse.Namespace) -> None:
+    """Measure the contenders of a tuning again, print their table and write their record."""
+    tuned = read_json(args.tuned)
+    check_record(tuned, plain(args.tuned), ("tune",))
+    if "speedup" not in tuned["target"]:
+        raise ValueError(f"{plain(args.tuned)} is not the result of `effvit tune --speedup`")
     torch.manual_seed(0)  # as the command line does
     dense = build(tuned["host"], {}, args.pretrained).eval()
     rows = contenders(tuned)
@@ -102,4 +109,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -23,6 +23,7 @@ from mmengine.config import Config
 from mmengine.runner import find_latest_checkpoint
 
 from effvit.flops import count_flops
+from effvit.messages import one_line
 from effvit.profiler import machine
 from effvit.runner import build_runner, check_checkpoint, prepare_config
 from effvit.tables import mean_and_range
@@ -133,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         results = [run(path, arguments.work_dirs, seed) for path in arguments.configs for seed in arguments.seeds]
     except (ValueError, TypeError, OSError) as error:
-        print(f"compare_training: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"compare_training: error: {one_line(error)}", file=sys.stderr)
         return 2
     device = "cuda" if torch.cuda.is_available() else "cpu"
     record = {"machine": machine(device), "threads": arguments.threads, "results": results}

@@ -36,6 +36,8 @@ from effvit.accuracy import add_accuracies, shown_models, top1
 from effvit.cli import add_record, build, list_variants, parse_setting, reduced
 from effvit.costs import profile
 from effvit.data import PICTURES, load_pictures
+from effvit.messages import run_command
+from effvit.records import read_records
 from effvit.reducers import METHODS
 from effvit.tables import mean_and_range
 from effvit.visualize import data_config, image_transform
@@ -88,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, help="only so many pictures, evenly spread")
     parser.add_argument("--pretrained", action="store_true")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE")
+    parser.add_argument("--key", metavar="NAME", help="entry of the checkpoint with the weights, where it has several")
     parser.add_argument("--weights", metavar="TEXT", help="how the checkpoint was trained, to follow the models' names")
     parser.add_argument("--model-kwargs", nargs="+", default=[], metavar="KEY=VALUE", help="of timm.create_model")
     parser.add_argument("--baseline", metavar="NAME", help="pretrained model to compare with in place of MODEL")
@@ -99,15 +102,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, metavar="FILE", help="add the record to the list there")
     arguments = parser.parse_args(argv)
-    try:
-        record = evaluate(arguments)
-    except (ValueError, TypeError, OSError) as error:
-        print(f"evaluate: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    return run_command("evaluate", lambda: report(arguments))
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """Print the table of all variants and write their record."""
+    if arguments.json is not None and arguments.json.exists():
+        read_records(arguments.json)  # refused before the measurement, not after it
+    record = evaluate(arguments)
     print("\n".join(table([record])))
     if arguments.json is not None:
         add_record(arguments.json, record)
-    return 0
 
 
 def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -116,7 +121,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     options = dict(parse_setting(text, "--model-kwargs") for text in arguments.model_kwargs)
     dense = build(arguments.model, options, arguments.pretrained).eval()
     if arguments.checkpoint is not None:
-        effvit.load_checkpoint(dense, arguments.checkpoint, runner_types())
+        effvit.load_checkpoint(dense, arguments.checkpoint, runner_types(), arguments.key)
     variants = list_variants(arguments.method, [parse_setting(text) for text in arguments.settings])
     trained = "" if arguments.weights is None else f", {arguments.weights}"
     models = {name + trained: m for name, m in {arguments.model: dense, **reduced(dense, variants)}.items()}

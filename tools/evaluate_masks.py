@@ -31,10 +31,12 @@ from rich.progress import track
 from torch import Tensor, nn
 
 import effvit
-from effvit.cli import list_variants, parse_setting, reduced, write_json
+from effvit.cli import list_variants, parse_setting, reduced
 from effvit.costs import profile
+from effvit.messages import one_line, plain
 from effvit.models._checkpoint import read_file
 from effvit.pictures import photographs
+from effvit.records import write_json
 from effvit.sources import default_root
 
 __all__ = ["agreement", "main", "table"]
@@ -94,7 +96,10 @@ def load_sam(path: Path, size: int) -> Any:
         ) from error
     state = dict(read_file(path))
     sam = package.sam_model_registry["vit_t"]()
-    sam.load_state_dict(state)
+    try:
+        sam.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{plain(path)} is no checkpoint of MobileSAM ({plain(error)})") from error
     sam.prompt_encoder.input_image_size = (size, size)
     sam.prompt_encoder.image_embedding_size = (size // STRIDE, size // STRIDE)
     return sam.eval()
@@ -209,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         record = evaluate(arguments)
     except (ValueError, TypeError, OSError) as error:
-        print(f"evaluate_masks: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"evaluate_masks: error: {one_line(error)}", file=sys.stderr)
         return 2
     print("\n".join(table(record)))
     if arguments.json is not None:

@@ -15,7 +15,8 @@ from mmengine.runner.checkpoint import get_torch_safe_globals
 from safetensors.torch import save_file
 
 from effvit.cli import build
-from effvit.models._checkpoint import check_state, official_state_dict, read_file
+from effvit.messages import run_command
+from effvit.models._checkpoint import check_state, read_checkpoint
 
 __all__ = ["main"]
 
@@ -25,19 +26,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--model", required=True, help="name the checkpoint is of")
+    parser.add_argument("--key", metavar="NAME", help="entry of the checkpoint with the weights, where it has several")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE")
     arguments = parser.parse_args(argv)
-    try:
-        state, _ = official_state_dict(read_file(arguments.checkpoint, get_torch_safe_globals()))
-        check_state(state, build(arguments.model, {}), arguments.checkpoint)
-    except (ValueError, OSError) as error:
-        print(f"export_weights: error: {error}", file=sys.stderr)
-        return 2
+    return run_command("export_weights", lambda: export(arguments))
+
+
+def export(arguments: argparse.Namespace) -> None:
+    """Write the weights of the checkpoint."""
+    state, _ = read_checkpoint(arguments.checkpoint, get_torch_safe_globals(), arguments.key)
+    check_state(state, build(arguments.model, {}), arguments.checkpoint)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     halves = {name: value.half().contiguous() for name, value in state.items()}
     save_file(halves, arguments.out, {"format": "pt", "architecture": arguments.model})
     print(f"{arguments.out}: {sum(value.numel() for value in halves.values()) / 1e6:.2f} M parameters")
-    return 0
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from effvit.messages import one_line
 from effvit.sources import SOURCES, default_root, fetch
 
 __all__ = ["listing", "main"]
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             print(fetch(name, arguments.root), flush=True)
         except (ValueError, OSError, RuntimeError) as error:
-            print(f"get_data: error: {error}", file=sys.stderr)
+            print(f"get_data: error: {one_line(error)}", file=sys.stderr)
             return 2
     return 0
 

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from effvit.dense_flops import count_dense_flops, count_parts
+from effvit.messages import one_line
 from effvit.openmmlab import load_config
 from effvit.runner import without_pretrained
 
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = revert_sync_batchnorm(MODELS.build(config.model)).eval()
         report = count_dense_flops(model, size)
     except (ValueError, TypeError, KeyError, OSError) as error:
-        print(f"get_flops: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"get_flops: error: {one_line(error)}", file=sys.stderr)
         return 2
     parts = count_parts(model, report)
     table = Table(title=f"{Path(arguments.config).stem}, {size[0]} x {size[1]} pixels", title_justify="left")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,9 @@ from typing import Any
 from evaluate import table
 from marked_table import put_table
 
+from effvit.messages import run_command
 from effvit.plots import plot_accuracy
+from effvit.records import read_records
 
 __all__ = ["main", "origin", "page"]
 
@@ -38,17 +39,22 @@ def origin(records: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write or check the two files; returns 1 if one is stale."""
+    """Write or check the two files; returns 1 if one is stale, 2 after records that cannot be read."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing, name the files that are stale")
     arguments = parser.parse_args(argv)
+    return run_command("make_accuracy_page", lambda: write_page(arguments.check))
+
+
+def write_page(only_check: bool) -> int:
+    """Write the two files, or name those that are stale; returns 1 if one is."""
     path, plot = ROOT / PAGE, ROOT / PLOT
-    records = json.loads((ROOT / RECORDS).read_text())
+    records = read_records(ROOT / RECORDS, ("profile",))
     text, source = page(path.read_text(), records), origin(ROOT / RECORDS)
     # Another matplotlib draws other bytes, so that a plot is stale when its records have changed.
     stale = [PAGE] if path.read_text() != text else []
     stale += [PLOT] if not plot.is_file() or source not in plot.read_text() else []
-    if arguments.check:
+    if only_check:
         for name in stale:
             print(f"{name} is stale: run python tools/make_accuracy_page.py", file=sys.stderr)
         return int(bool(stale))

@@ -25,6 +25,7 @@ from rich.progress import Progress
 from effvit.coco import draw_objects, read_coco
 from effvit.composites import CLASSES, Settings, check_new, make_composites
 from effvit.garments import GARMENTS, read_garments
+from effvit.messages import one_line
 from effvit.sources import default_root
 
 __all__ = ["contact_sheet", "main"]
@@ -82,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(arguments)
     except (ValueError, OSError) as error:
-        print(f"make_composites: error: {error}", file=sys.stderr)
+        print(f"make_composites: error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from effvit.data import load_pictures
+from effvit.messages import one_line
 from effvit.pictures import SHEET
 
 __all__ = ["Sheet", "main", "make_sheet"]
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         sheet = make_sheet(load_pictures("fashion_mnist", "test", arguments.root), ROWS)
     except (ValueError, OSError) as error:
-        print(f"make_picture_sheet: error: {error}", file=sys.stderr)
+        print(f"make_picture_sheet: error: {one_line(error)}", file=sys.stderr)
         return 2
     sheet.image.save(arguments.out, optimize=True)
     facts = {"classes": sheet.classes, "indices": sheet.indices}

@@ -15,6 +15,7 @@ from pathlib import Path
 from mmengine.config import DictAction
 from mmengine.dist import is_main_process
 
+from effvit.messages import one_line
 from effvit.runner import LAUNCHERS, build_runner, prepare_config, without_pretrained
 
 __all__ = ["main"]
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             config.model.teacher = None  # it only trains
         runner = build_runner(config)
     except (ValueError, TypeError, OSError) as error:
-        print(f"test: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"test: error: {one_line(error)}", file=sys.stderr)
         return 2
     metrics = runner.test()
     if arguments.out is not None and is_main_process():

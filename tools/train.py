@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from mmengine.config import DictAction
 
+from effvit.messages import one_line
 from effvit.runner import LAUNCHERS, build_runner, prepare_config
 
 __all__ = ["main"]
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"{arguments.config} has no training data; it only evaluates, by tools/test.py")
         runner = build_runner(config)
     except (ValueError, TypeError, OSError) as error:
-        print(f"train: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"train: error: {one_line(error)}", file=sys.stderr)
         return 2
     runner.train()
     return 0

@@ -1,0 +1,69 @@
+"""Text from files, names and paths made safe to print, and errors of a command as one sentence."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from reprlib import Repr
+from typing import Any
+
+__all__ = ["one_line", "plain", "run_command", "shown"]
+
+# Terminals obey control characters, and bidirectional marks (Unicode 9, "Trojan source", CVE-2021-42574) reorder what
+# is read; half surrogates cannot be encoded at all.
+UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+LONGEST_NAME = 200
+LONGEST_ERROR = 2000
+BROKEN_PIPE, INTERRUPTED = 141, 130  # 128 + the number of the signal, as a shell has it
+
+_short = Repr()
+_short.maxstring = _short.maxother = _short.maxlong = 60
+_short.maxlevel = 3
+
+
+def plain(text: object, longest: int = LONGEST_NAME) -> str:
+    """The text with control characters written as escapes, and shortened in the middle to ``longest`` characters."""
+    whole = str(text)
+    if len(whole) > longest:
+        half = (longest - 5) // 2
+        whole = f"{whole[:half]} ... {whole[len(whole) - half :]}"
+    return UNSAFE.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode(), whole)
+
+
+def one_line(text: object, longest: int = LONGEST_ERROR) -> str:
+    """The text as one line that is safe to print: spaces for line breaks, else as ``plain``."""
+    return plain(" ".join(str(text).split()), longest)
+
+
+def shown(value: Any) -> str:
+    """A short repr of any value, however deep or large."""
+    return plain(_short.repr(value))
+
+
+def run_command(program: str, run: Callable[[], int | None]) -> int:
+    """The exit status of a command whose errors are one sentence on stderr.
+
+    Args:
+        program: What the sentence begins with.
+        run: The command; None stands for 0.
+
+    Returns:
+        The command's own status; 2 after an error the caller can mend, 130 after Ctrl-C, 141 if the reader of stdout
+        has gone.
+    """
+    try:
+        status = run() or 0
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes stdout once more when it ends, and would complain there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except (ValueError, TypeError, OSError) as error:
+        print(f"{program}: error: {one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return status

@@ -1,0 +1,189 @@
+"""Files of results from strangers: what is refused, field by field, and how. All numbers here are made up."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_up import made_up_model, made_up_profile, made_up_tokens
+
+from effvit.cli import add_record, main
+from effvit.records import LARGEST_FILE, check_record, read_json, read_records, write_json
+from effvit.report import write_report
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def made_up_tuning() -> dict[str, Any]:
+    candidate = {key: made_up_model("x", "evit", 1.5)[key] for key in ("method", "settings", "macs", "speedup")}
+    candidate |= {"interval": [1.4, 1.6], "fidelity": {"divergence": 0.1, "feature_distance": 0.1, "agreement": 1.0}}
+    record = {"schema": 1, "kind": "tune", "host": "host_a", "target": {"speedup": 1.4}, "best": candidate}
+    profile = made_up_profile()
+    return record | {"front": [candidate], "tried": [candidate]} | {k: profile[k] for k in ("machine", "conditions")}
+
+
+class TestFiles:
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ("[1e999]", "1e999 is not a number a page can read"),
+            ("[-Infinity]", "-Infinity is not a number a page can read"),
+            ("[" * 100_000, "its lists are nested too deep"),
+            ('{"a": ' * 100_000, "its lists are nested too deep"),
+            ('[{"macs": 1, "macs": 2}]', "an object has the name 'macs' twice"),
+            (f"[{'9' * 5000}]", "Exceeds the limit"),  # Python's own, CVE-2020-10735
+        ],
+    )
+    def test_json_that_no_reader_agrees_on_is_refused(self, content: str, message: str, tmp_path: Path) -> None:
+        path = tmp_path / "odd.json"
+        path.write_text(content)
+        with pytest.raises(ValueError, match=rf"odd.json is not a JSON file of results \({message}"):
+            read_json(path)
+
+    def test_other_encoding_folder_and_size_are_refused(self, tmp_path: Path) -> None:
+        latin, large = tmp_path / "latin.json", tmp_path / "large.json"
+        latin.write_bytes('["é"]'.encode("latin-1"))
+        with large.open("wb") as file:
+            file.truncate(LARGEST_FILE + 1)  # sparse: no byte is written
+        for path, message in (
+            (latin, "'utf-8' codec"),
+            (large, "a file of results at most"),
+            (tmp_path, "is a folder"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                read_json(path)
+
+    def test_number_that_is_not_finite_is_not_written(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="is not written: .*not JSON compliant"):
+            write_json(tmp_path / "out.json", {"divergence": float("nan")})
+        assert not (tmp_path / "out.json").exists()
+
+    def test_record_is_added_to_a_list_alone(self, tmp_path: Path) -> None:
+        path = tmp_path / "out.json"
+        add_record(path, {"a": 1})
+        add_record(path, {"a": 2})
+        assert json.loads(path.read_text()) == [{"a": 1}, {"a": 2}]
+        path.write_text("{}")
+        with pytest.raises(ValueError, match="must hold a list of records to add one, got dict"):
+            add_record(path, {"a": 3})
+
+    def test_records_measured_here_are_valid(self) -> None:
+        assert read_records(ROOT / "docs/benchmarks/fashion_accuracy_cpu.json", ("profile",))
+
+
+class TestFields:
+    @pytest.mark.parametrize(
+        ("place", "value", "message"),
+        [
+            (("models", 1, "macs"), "many", r'models 1: "macs" must be a whole number from 0 to 1e\+18, got \'many\''),
+            (("models", 1, "macs"), True, r'"macs" must be a whole number'),
+            (("models", 0, "speedup"), 1e300, r'models 0: "speedup" must be a number from 0 to 1e\+18, got 1e\+300'),
+            (("models", 0, "interval"), [1.0], r'"interval" must be a list of 2 to 2 entries, got \[1.0\]'),
+            (("models", 0, "seconds"), [], r'"seconds" must be a list of 1 to 10000 entries'),
+            (("models", 0, "latency", "p50"), None, r'models 0, latency: "p50" must be a number'),
+            (("models", 0, "accuracy"), {"value": 1}, r"models 0, accuracy lacks data, metric, origin"),
+            (("models", 0, "name"), "\x1b[31mred", r"without control characters, got '\\\\?x1b\[31mred'"),
+            (("models", 0, "name"), "a\u202eb", r"without control characters"),
+            (("models", 0, "name"), "x" * 100_000, r"of at most 10000 characters .*got 'x+\.\.\.x+'"),
+            (("models", 0, "settings"), {"\x1b": 1}, r'settings: "a name" must be a text'),
+            (("conditions", "input_size"), [3, 0, 64], r'"input_size 1" must be a whole number from 1'),
+            (("machine", "cores"), [2], r'machine: "cores" must be a whole number'),
+            (("machine", "more"), [[[[[[[[[[1]]]]]]]]]], r"at most 8 lists and objects inside each other"),
+        ],
+    )
+    def test_value_is_named_with_its_place_and_rule(self, place: tuple[Any, ...], value: Any, message: str) -> None:
+        record: Any = made_up_profile()
+        owner = record
+        for key in place[:-1]:
+            owner = owner[key]
+        owner[place[-1]] = value
+        with pytest.raises(ValueError, match=message) as caught:
+            check_record(record, "a.json, record 0")
+        assert len(str(caught.value)) < 400
+        assert str(caught.value).isprintable()
+
+    @pytest.mark.parametrize("grid", [[], [[]], [[0, 1], [0]], [[0.5]], [[-2]], [0], {"0": [0]}])
+    def test_labels_are_rows_of_one_length(self, grid: Any) -> None:
+        record = made_up_tokens()
+        record["stages"][0]["labels"] = grid
+        with pytest.raises(ValueError, match=r"stages 0.*labels"):
+            check_record(record, "a.json, record 0")
+
+    @pytest.mark.parametrize("kind", [[], {}, None, 1, "tune", "\x1b"])
+    def test_other_kind_is_named(self, kind: Any) -> None:
+        with pytest.raises(ValueError, match="must have \"schema\": 1 and \"kind\": 'profile' or 'tokens', got"):
+            check_record({"schema": 1, "kind": kind}, "a.json, record 0")
+
+    def test_tuning_is_checked_too(self) -> None:
+        check_record(made_up_tuning(), "a.json", ("tune",))
+        with pytest.raises(ValueError, match=r'best: "macs" must be'):
+            check_record(made_up_tuning() | {"best": {**made_up_tuning()["best"], "macs": None}}, "a.json", ("tune",))
+
+
+HOSTILE = (
+    *(None, True, -1, 0, 1e300, 10**30, "", "\x1b[2J", "\ud800", "a" * 20_000, "__proto__", [], {}, [[]]),
+    *([None], {"": {}}, [1, 2], {"a": "b"}, "data:image/svg+xml,<svg/>", 0.5, "</script>"),
+)
+
+
+def places_of(value: Any, place: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The places of all values inside the value."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [found for key, entry in inside for found in [(*place, key), *places_of(entry, (*place, key))]]
+
+
+def mutated(record: Any, draw: random.Random) -> Any:
+    """The record with one value dropped, replaced, nested or repeated."""
+    record = copy.deepcopy(record)
+    *path, last = draw.choice(places_of(record))
+    owner = record
+    for key in path:
+        owner = owner[key]
+    change = draw.randrange(4)
+    if change == 0:
+        del owner[last]
+    elif change == 1:
+        owner[last] = draw.choice(HOSTILE)
+    elif change == 2:
+        owner[last] = draw.choice([[owner[last]], {"x": owner[last]}])
+    else:
+        owner[last] = owner[last] * 3 if isinstance(owner[last], list) else draw.choice(HOSTILE)
+    return record
+
+
+class TestMutations:
+    def test_mutated_record_makes_a_page_or_a_value_error(self, tmp_path: Path) -> None:
+        draw, path, page = random.Random(0), tmp_path / "results.json", tmp_path / "report.html"
+        made = refused = 0
+        for _ in range(400):
+            record = mutated(draw.choice([made_up_profile(), made_up_tokens()]), draw)
+            path.write_text(json.dumps([record]))
+            try:
+                write_report([path], page)
+            except ValueError as error:
+                refused += 1
+                assert str(error).isprintable()
+                assert len(str(error)) < 1000
+            else:
+                made += 1
+                data = page.read_text(encoding="utf-8").rpartition('type="application/json">')[2].partition("<")[0]
+                assert json.loads(data, parse_constant=pytest.fail) == [record]
+        assert made > 20
+        assert refused > 200
+
+    def test_mutated_file_ends_the_command_in_one_sentence(self, tmp_path: Path, capsys: Any) -> None:
+        draw, path = random.Random(1), tmp_path / "results.json"
+        whole = json.dumps([made_up_profile()]).encode()
+        for _ in range(60):
+            damaged = bytearray(whole)
+            for _ in range(3):
+                damaged[draw.randrange(len(whole))] = draw.randrange(256)
+            path.write_bytes(damaged)
+            status = main(["report", str(path), "--out", str(tmp_path / "report.html")])
+            said = capsys.readouterr()
+            assert (status, said.err) == (0, "") or (status == 2 and said.err.count("\n") == 1)
+            assert said.err.removesuffix("\n").isprintable()
