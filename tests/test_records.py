@@ -58,7 +58,7 @@ class TestFiles:
                 read_json(path)
 
     def test_number_that_is_not_finite_is_not_written(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="is not written: .*not JSON compliant"):
+        with pytest.raises(ValueError, match=r"is not written: .*not JSON compliant"):
             write_json(tmp_path / "out.json", {"divergence": float("nan")})
         assert not (tmp_path / "out.json").exists()
 
@@ -158,22 +158,21 @@ def mutated(record: Any, draw: random.Random) -> Any:
 class TestMutations:
     def test_mutated_record_makes_a_page_or_a_value_error(self, tmp_path: Path) -> None:
         draw, path, page = random.Random(0), tmp_path / "results.json", tmp_path / "report.html"
-        made = refused = 0
+        made, refused = 0, []
         for _ in range(400):
             record = mutated(draw.choice([made_up_profile(), made_up_tokens()]), draw)
             path.write_text(json.dumps([record]))
             try:
                 write_report([path], page)
             except ValueError as error:
-                refused += 1
-                assert str(error).isprintable()
-                assert len(str(error)) < 1000
+                refused.append(str(error))
             else:
                 made += 1
                 data = page.read_text(encoding="utf-8").rpartition('type="application/json">')[2].partition("<")[0]
                 assert json.loads(data, parse_constant=pytest.fail) == [record]
         assert made > 20
-        assert refused > 200
+        assert len(refused) > 200
+        assert not [text for text in refused if not text.isprintable() or len(text) > 1000]
 
     def test_mutated_file_ends_the_command_in_one_sentence(self, tmp_path: Path, capsys: Any) -> None:
         draw, path = random.Random(1), tmp_path / "results.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,14 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from rich.console import Console
 
 import effvit
 import effvit.tune
 from effvit.cli import main
 from effvit.closed_form import closed_form_macs
 from effvit.profiler import measurement
+from effvit.tables import print_tuning
 from effvit.tune import Candidate, families, front, spread_evenly, tune, weakest
 
 SIZE = (3, 64, 64)
@@ -170,3 +173,18 @@ def test_command_writes_what_timm_takes(tmp_path: Path, capsys: Any) -> None:
     ready = json.loads(path.read_text())
     model = timm.create_model(ready["model_name"], **ready["settings"])
     assert model.settings["keep_rate"] == ready["best"]["settings"]["keep_rate"]
+
+
+def test_only_the_best_row_is_bold() -> None:
+    """Another method with the same settings is another candidate."""
+
+    def row(method: str) -> dict[str, Any]:
+        fidelity = {"divergence": 0.1, "agreement": 1.0}
+        numbers = {"macs": 10**9, "speedup": 1.5, "interval": (1.4, 1.6), "fidelity": fidelity}
+        return {"method": method, "settings": {"keep_rate": 0.7}, **numbers}
+
+    front = [row("evit"), row("ats")]
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    print_tuning(console, {"tried": front, "front": front, "best": row("evit")})
+    lines = [line for line in console.file.getvalue().splitlines() if "1.000" in line and "best" not in line]
+    assert ["\x1b[1m" in line for line in lines] == [True, False]

@@ -236,8 +236,8 @@ def read_file(path: str | Path, allowed: Sequence[Any] = ()) -> Mapping[str, Any
             _check_memory(content)
     except Exception as error:  # a damaged file makes the readers raise nearly anything: KeyError, struct.error ...
         raise ValueError(
-            f"{plain(path)} cannot be read as a checkpoint ({_reason(error)}); it is truncated, of another format, or holds code "
-            "besides weights, which is never run: get the file anew, or save its state_dict alone"
+            f"{plain(path)} cannot be read as a checkpoint ({_reason(error)}); it is truncated, of another format, "
+            "or holds code besides weights, which is never run: get the file anew, or save its state_dict alone"
         ) from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{plain(path)} holds a {type(content).__name__}, not a dict of weights")
@@ -374,8 +374,8 @@ def convert_checkpoint(
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: The file cannot be read, has two networks, or belongs to another architecture: missing, unexpected or
-            differently shaped parameters, of which the first are named.
+        ValueError: The file cannot be read, has two networks, or belongs to another architecture: missing, unexpected
+            or differently shaped parameters, of which the first are named.
     """
     given, dropped = read_checkpoint(path, allowed, key)
     state, unused = adapt_state(model, given)
