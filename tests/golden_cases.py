@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,61 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 SINGLE, DOUBLE = 1e-5, 1e-10
+# What a json says of where a case comes from and of how near its decisions are: nothing a comparison could follow.
+PROVENANCE = {
+    *("method", "case", "note", "notes", "legend", "summary", "source", "reference", "script", "formula", "weights"),
+    *("shims", "keys", "tensors", "file_bytes", "official", "repo", "official_repo", "commit", "official_commit"),
+    *("torch", "timm", "versions", "device", "threads", "seed", "seed_attempts", "accepted", "repeat_bit_equal"),
+    *("decisions_same_f64", "f64_same_decisions", "no_grad_diff", "grad_output_equals_eval", "qk", "cls_group_ok"),
+    *("min_margin", "min_gaps", "min_sparsity_threshold_rel_gap", "min_knn_cosine_gap", "smallest_decision_margin"),
+    *("decision_margin", "cut_margin", "variance_margin", "calibration_gaps", "max_abs_f32_f64", "f32_f64_max_diff"),
+    *("max_diff_exact_vs_expanded", "output_absmax", "out_absmax", "grad_absmax", "grad_max_abs_f32_f64"),
+    *("min_adjacent_rel_gap"),
+}
+# Names of the recorded input, whose first axis is the batch.
+INPUTS = ("input", "input_compressed", "attention", "importance", "cls/attn", "s0/x", "q")
+LOSS = "output.square().sum()"  # of the recorded gradients, summed over outputs
+
+
+class Record(Mapping[str, Any]):
+    """An object of a json that knows which of its entries were read; objects inside it do too."""
+
+    def __init__(self, content: Mapping[str, Any]) -> None:
+        self.content = {key: recorded(value) for key, value in content.items()}
+        self.unread = set(content) - PROVENANCE
+
+    def __getitem__(self, key: str) -> Any:
+        value = self.content[key]
+        self.unread.discard(key)
+        return value
+
+    def __contains__(self, key: object) -> bool:  # asking whether an entry is there is not reading it
+        return key in self.content
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.content)
+
+    def __len__(self) -> int:
+        return len(self.content)
+
+
+def recorded(value: Any) -> Any:
+    """A value of a json with each object in it as a ``Record``."""
+    if isinstance(value, list):
+        return [recorded(item) for item in value]
+    return Record(value) if isinstance(value, dict) else value
+
+
+def unread(value: Any, name: str = "") -> list[str]:
+    """Dotted names of the entries that nobody read, in a Record or a list; inside PROVENANCE there are none."""
+    if isinstance(value, list):
+        return [entry for i, item in enumerate(value) for entry in unread(item, f"{name}{i}.")]
+    if not isinstance(value, Record):
+        return []
+    inside = [
+        entry for key in value.content.keys() - PROVENANCE for entry in unread(value.content[key], f"{name}{key}.")
+    ]
+    return sorted([f"{name}{key}" for key in value.unread] + inside)
 
 
 @dataclass
@@ -30,8 +85,8 @@ class Case:
         return self.path.stem
 
     @cached_property
-    def config(self) -> dict[str, Any]:
-        return json.loads(self.path.read_text())
+    def config(self) -> Record:
+        return Record(json.loads(self.path.read_text()))
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
@@ -42,6 +97,44 @@ class Case:
 
     def __contains__(self, key: str) -> bool:
         return key in self.tensors
+
+    def check_conditions(self) -> None:
+        """Assert that batch, dtype and size of the recorded input are those the configuration names.
+
+        They are arguments of the script that made the case. What only some methods record is read by their readers.
+        """
+        given = next(self[key] for key in INPUTS if key in self)
+        inside = self.config.get("config", {})
+        for place in (self.config, inside):
+            for key in ("batch", "batch_size", "B"):
+                assert place.get(key, len(given)) == len(given), (
+                    f"{key} is {place[key]}, but the input has {len(given)}"
+                )
+            for key in ("img", "shape"):
+                if key in place and isinstance(place[key], list):
+                    size = [*given.shape] if key == "shape" else [*given.shape[2:]]
+                    assert place[key] == size, f"{key} is {place[key]}, but the input is {tuple(given.shape)}"
+            if str(place.get("dtype", "")).startswith("torch."):
+                assert place["dtype"] == str(given.dtype)
+        for key in ("grad_loss", "loss"):
+            stated = self.config.get(key)
+            assert stated is None or stated.startswith(LOSS), f"the gradients of {stated!r} are not compared"
+
+    @property
+    def training(self) -> bool:
+        """Whether the case was recorded in training mode; any other mode than that and "eval" is an error."""
+        mode = self.config.get("mode", "eval").split(",")[0]
+        assert mode in ("eval", "train"), f"mode {mode!r} is not compared"
+        return mode == "train"
+
+    def evaluated(self) -> None:
+        """Assert that the case was recorded in eval mode, the only one its reader compares."""
+        assert not self.training, "the case was recorded in training mode, but is compared in eval mode"
+
+    def finish(self) -> None:
+        """Raise an AssertionError that names the arguments which the comparison did not read."""
+        left = unread(self.config)
+        assert not left, f"{self.method}/{self.name}: recorded, but not read by the comparison: {', '.join(left)}"
 
     def state(self) -> dict[str, Tensor]:
         """The official weights, without the all-zero ``out_zero_mask`` of ATS, which is no weight."""
@@ -134,6 +227,13 @@ class Case:
         if "grad_input" in self:
             assert x.grad is not None
             self.close(x.grad, "grad_input", tolerance)
+
+
+def expect(record: Mapping[str, Any], **values: Any) -> None:
+    """Assert that arguments which the package has no counterpart of have the one value that needs none, if recorded."""
+    for key, value in values.items():
+        if key in record:
+            assert record[key] == value, f"{key}={record[key]!r} has no counterpart here, only {value!r}"
 
 
 def check_official_keys(

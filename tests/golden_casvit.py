@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from golden_cases import DOUBLE, SINGLE, Case, check_official_keys
+from golden_cases import DOUBLE, SINGLE, Case, check_official_keys, expect
 from torch import Tensor
 
 from effvit.models.casvit import CASViT
@@ -26,15 +26,17 @@ STAGES = (0, 1, 2, 3)
 
 
 def build(case: Case) -> CASViT:
-    kwargs = case.config["config"]["kwargs"]
-    model = CASViT(**{ARGUMENTS[key]: value for key, value in kwargs.items() if key in ARGUMENTS})
+    expect(case.config["config"], cls="RCViT")
+    kwargs = dict(case.config["config"]["kwargs"])
+    assert not set(kwargs) - set(ARGUMENTS), f"arguments without a counterpart: {sorted(set(kwargs) - set(ARGUMENTS))}"
+    model = CASViT(**{ARGUMENTS[key]: value for key, value in kwargs.items()})
     if model.out_norms is not None:
         model.prune_intermediate_layers(STAGES, prune_norm=True)
     state, dropped = model.adapt_state_dict(case.state())
     assert not dropped
     model.load_state_dict(state)
     model.to(case["input"].dtype)
-    return model.train(case.config["mode"] == "train")
+    return model.train(case.training)
 
 
 def outputs(model: CASViT, x: Tensor) -> list[Tensor]:

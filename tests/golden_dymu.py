@@ -6,9 +6,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
-from golden_cases import DOUBLE, SINGLE, Case
+from golden_cases import DOUBLE, SINGLE, Case, expect
 from timm.layers import apply_rot_embed
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
@@ -64,14 +65,18 @@ def build(case: Case) -> tuple[VisionTransformer, dict[str, Any]]:
     settings = {"r_total": config.pop("r_total"), "r_schedule": config.pop("r_schedule", "constant")}
     ratio = config.pop("max_r_per_instance_ratio", None)
     thresholds = config.pop("specified_thresholds", None)
+    expect(config, prop_attn=True, update_threshold=False)
+    assert config.get("merge_mode", "batch_level") in ("batch_level", "instance_level")
     for other in ("merge_mode", "update_threshold", "prop_attn"):
         config.pop(other, None)
     state = case.state()
+    assert case.config["kind"] in ("clip", "timm")
     if case.config["kind"] == "clip":
         config = {CLIP_NAMES.get(name, name): value for name, value in config.items()}
         act = "quick_gelu" if config.pop("quick_gelu", False) else "gelu"
         norm = partial(nn.LayerNorm, eps=1e-5)
-        host = VisionTransformer(**config, pre_norm=True, norm_layer=norm, act_layer=act)
+        config = {"pre_norm": True, **config}  # open_clip's tower has it unless the case says otherwise
+        host = VisionTransformer(**config, norm_layer=norm, act_layer=act)
         state = {f"visual.{name}": value for name, value in state.items()}
     else:
         host = VisionTransformer(**config)
@@ -89,6 +94,10 @@ def build(case: Case) -> tuple[VisionTransformer, dict[str, Any]]:
 
 def compare_model(case: Case) -> None:
     config = case.config
+    assert config["mode"] in ("batch", "single")
+    assert config["calibration_how"] in (
+        (None,) if not config["calibration_batches"] else ("train", "update_threshold")
+    )
     host, settings = build(case)
     state = settings.pop("state")
     depth = len(host.blocks)
@@ -112,7 +121,8 @@ def compare_model(case: Case) -> None:
     reloaded.load_state_dict(state)
     if config["calibration_batches"]:
         case.close(thresholds_of(reloaded, case), "thresholds", tolerance(case))
-    settings["thresholds"] = case["thresholds"].tolist()
+    if settings["thresholds"] is None:  # those given to the official model go before what its buffers hold
+        settings["thresholds"] = case["thresholds"].tolist()
     official = effvit.sparsify(host, "dymu", compat=True, **settings)
     if config["mode"] == "batch" and len(case["input"]) > 1:
         compare_run(case, official, "")
@@ -174,6 +184,7 @@ def compare_tokens(case: Case, features: TokenFeatures, key: str) -> None:
     tokens = features.tokens
     mask = tokens.sequence_mask()
     case.equal(mask.sum(1), f"{key}/count")
+    check_counts(case, key, mask.sum(1).tolist())
     case.equal(~mask, f"{key}/padding")
     group = torch.cat([torch.arange(tokens.num_prefix).expand(len(mask), -1), tokens.source + tokens.num_prefix], 1)
     case.equal(group, f"{key}/group")
@@ -181,11 +192,24 @@ def compare_tokens(case: Case, features: TokenFeatures, key: str) -> None:
     case.close(F.pad(size, (tokens.num_prefix, 0), value=1).to(case[f"{key}/size"].dtype), f"{key}/size")
 
 
+def check_counts(case: Case, key: str, own: Any) -> None:
+    """Assert that the configuration holds the same counts; ``key`` is layer0, img0/layer0 or calib0/layer0."""
+    *run, layer = key.split("/")
+    counts, block = case.config["counts"], int(layer.removeprefix("layer"))
+    if run and run[0].startswith("calib"):
+        counts = case.config["calibration_counts"][int(run[0].removeprefix("calib"))]
+    elif run:  # one image alone
+        counts, own = counts[int(run[0].removeprefix("img"))], own[0]
+    assert own == counts[block], f"{key}/count"
+
+
 # -- functions -------------------------------------------------------------------------------------------------
 
 
 def compare_functions(case: Case) -> None:
     for i, row in enumerate(case.config["sub"]):
+        assert row["path"] in ("batch", "inst")
+        assert case[f"s{i}/x"].shape[:2] == (row["B"], row["N"])
         compare_matching(case, f"s{i}", row)
 
 
@@ -194,8 +218,10 @@ def compare_matching(case: Case, key: str, row: dict[str, Any]) -> None:
     metric, x = case[f"{key}/metric"], case[f"{key}/x"]
     tokens = TokenMap.full(x, (1, row["N"] - prefix), prefix, prefix)
     valid = None
+    assert (row["padding"] is not None) == (f"{key}/padding_in" in case)
     if f"{key}/padding_in" in case:
         valid = case[f"{key}/padding_in"][:, prefix:] == 0
+        assert (~valid).sum(1).tolist() == row["padding"]
     size = case[f"{key}/size_in"].squeeze(-1)[:, prefix:]
     tokens = TokenMap(**(vars(tokens) | {"valid": valid, "size": size if valid is None else size * valid}))
     threshold = None if row["threshold"] is None else torch.tensor(row["threshold"])
@@ -204,6 +230,7 @@ def compare_matching(case: Case, key: str, row: dict[str, Any]) -> None:
     )
     if threshold is None:
         case.close(merge.threshold, f"{key}/batch_threshold")
+        assert float(merge.threshold) == pytest.approx(row["batch_threshold"], abs=SINGLE)
         pairs = (tokens.counts() + prefix + 1) // 2 - prefix  # that exist; the official code goes on with -inf
         if row["r"] * row["B"] > int(pairs.sum()):
             assert merge.merged.sum() <= pairs.sum()
@@ -236,6 +263,9 @@ def compare_virtual_unmerging(case: Case) -> None:
     q, k, v, group = case["q"], case["k"], case["v"], case["mapping"]
     cos, sin = case["cos"], case["sin"]
     causal = case.config["causal"]
+    sizes = [case.config[name] for name in ("B", "H", "N_un", "D")]
+    assert q.shape == k.shape == v.shape == torch.Size(sizes)
+    assert group.shape[-1] == case.config["N"]
     out = virtual_unmerged_attention(q, k, v, group, cos, sin, is_causal=causal)
     case.close(out, "attn_out_remerged", DOUBLE)
     full = [apply_rot_embed(virtual_unmerge(y, group), sin[:, None], cos[:, None], half=True) for y in (q, k)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from golden_cases import DOUBLE, SINGLE, Case
+from golden_cases import DOUBLE, SINGLE, Case, expect
 from timm.models.vision_transformer_sam import VisionTransformerSAM, window_partition, window_unpartition
 from torch import Tensor, nn
 
@@ -15,6 +15,7 @@ from effvit.tokens import flat_rows, take_rows
 
 
 def compare(case: Case) -> None:
+    case.evaluated()
     if "cls" in case.config["config"]:
         compare_encoder(case)
     else:
@@ -47,23 +48,23 @@ class HourglassEncoder(nn.Module):
 
     def __init__(self, kwargs: dict[str, Any]) -> None:
         super().__init__()
-        own = {key: value for key, value in kwargs.items() if not key.startswith("hourglass_")}
+        own = dict(kwargs)
         own["neck_chans"] = own.pop("out_chans")
         own.pop("rel_pos_zero_init", None)  # of no effect on loaded weights
-        self.sam = VisionTransformerSAM(**own, num_classes=0, global_pool="")
-        self.location = kwargs.get("hourglass_clustering_location", -1)
-        self.clusters = cluster_grid(kwargs.get("hourglass_num_cluster", 100))
-        temperature = kwargs.get("hourglass_temperture", 0.01)
+        self.location = own.pop("hourglass_clustering_location", -1)
+        self.clusters = cluster_grid(own.pop("hourglass_num_cluster", 100))
+        temperature = own.pop("hourglass_temperture", 0.01)
         self.clustering = {
-            "num_iters": kwargs.get("hourglass_cluster_iters", 5),
+            "num_iters": own.pop("hourglass_cluster_iters", 5),
             "temperature": temperature,
-            "window_size": kwargs.get("hourglass_cluster_window_size", 5),
+            "window_size": own.pop("hourglass_cluster_window_size", 5),
         }
         self.mixture = {
             "temperature": temperature,
-            "k": kwargs.get("hourglass_reconstruction_k", 20),
+            "k": own.pop("hourglass_reconstruction_k", 20),
             "norm": "official",
         }
+        self.sam = VisionTransformerSAM(**own, num_classes=0, global_pool="")
         self.window = kwargs["window_size"]
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
@@ -96,6 +97,7 @@ class HourglassEncoder(nn.Module):
 
 def compare_encoder(case: Case) -> None:
     dtype = case["input"].dtype
+    expect(case.config["config"], cls="HourglassImageEncoderViT")
     encoder = HourglassEncoder(case.config["config"]["kwargs"]).to(dtype).eval()
     state = {key.replace("mlp.lin", "mlp.fc"): value for key, value in case.state().items()}
     encoder.sam.load_state_dict(state)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from golden_cases import DOUBLE, SINGLE, Case
+from golden_cases import DOUBLE, SINGLE, Case, expect
 from timm.layers import LayerNorm
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -74,6 +74,8 @@ def own_names(state: dict[str, Any]) -> dict[str, Any]:
 
 def compare(case: Case) -> None:
     config, dtype, pooled = case.config["config"], case["input"].dtype, case["inter/pooled"]
+    case.evaluated()
+    expect(config, cls="mixste.hot_mixste.Model")
     limit = DOUBLE if dtype == torch.float64 else SINGLE
     # The last bits of the distances decide between frames that are nearest to each other: from recorded features.
     index = compare_clusters(case, pooled, config["kwargs"].get("token_num", 81), config.get("k", 2))

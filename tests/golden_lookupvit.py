@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from golden_cases import DOUBLE, SINGLE, Case
+from golden_cases import DOUBLE, SINGLE, Case, expect
 from timm.layers import to_2tuple
 from torch import Tensor
 
@@ -14,21 +14,39 @@ from effvit.models.lookupvit import LookupBlock, LookupViT
 __all__ = ["compare"]
 
 
+# The readings of the paper that a case may follow; where several are built, another entry says which it is.
+CHOICES = {
+    "antialias": "True default (jax.image.resize semantics); False = half-pixel bilinear",
+    "infusion": "transpose: post-softmax A^T, not renormalised",
+    "input_norm": "none after patch embedding",
+    "norms": "pre-norm everywhere, LN eps 1e-6",
+    "pool": "LN then mean over tokens; output=head on compressed, output_lookup=head_lookup on lookup tokens",
+    "mlp_lookup": "hidden D/2",
+    "heads": "same number in all attentions",
+}
+
+
 def compare(case: Case) -> None:
     """Compare one block or one whole model, in float32 and, since the records are float64, in float64."""
     config = case.config["config"]
-    run = compare_block if "block" in case.config["kind"] else compare_model
+    expect(case.config, dtype="weights/input float32 (exact), results float64")
+    choices = case.config["choices"]
+    assert not set(choices) - {*CHOICES, "qkv_bias"}, f"unknown readings: {sorted(set(choices) - set(CHOICES))}"
+    expect(choices, **CHOICES)
+    kinds = {"one LookupViT block": compare_block, "tiny whole model": compare_model}
+    run = kinds[case.config["kind"]]
     for dtype, tolerance in ((torch.float32, SINGLE), (torch.float64, DOUBLE)):
         run(case, config, dtype, tolerance)
 
 
 def options(case: Case, config: dict[str, Any]) -> dict[str, Any]:
-    """Settings a block and a model share; a bias or projection is there if the weights hold it."""
+    """Settings a block and a model share; the projection is there if the weights hold it."""
     state = case.state()
+    qkv_bias = config.get("qkv_bias", case.config["choices"].get("qkv_bias", True))
     return {
         "num_heads": config["heads"],
         "mlp_ratio": config["mlp_ratio"],
-        "qkv_bias": any(name.endswith("attn.qkv.bias") for name in state),
+        "qkv_bias": qkv_bias,
         "infuse_proj": config.get("infuse_proj", any(name.endswith("infuse.proj.weight") for name in state)),
         "infusion": config.get("infusion", config.get("mode")),
         "lookup_mlp_ratio": 1 / config["lookup_mlp_div"],
@@ -40,6 +58,7 @@ def compare_block(case: Case, config: dict[str, Any], dtype: torch.dtype, tolera
     block.load_state_dict(case.state())
     block.to(dtype)
     compressed, lookup = (case[f"input_{name}"].to(dtype).requires_grad_() for name in ("compressed", "lookup"))
+    assert (compressed.shape[1], lookup.shape[1]) == (config["M"], config["N"])
     seen: dict[str, Tensor] = {}
     watch(seen, block.norm1, "compressed_after_gather")
     watch(seen, block.norm2, "compressed_after_self")

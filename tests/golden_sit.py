@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import torch
-from golden_cases import DOUBLE, SINGLE, Case, check_official_keys
+from golden_cases import DOUBLE, SINGLE, Case, check_official_keys, expect
 from torch import Tensor
 
 from effvit.models.sit import LayerTokens, SiT
@@ -22,7 +22,9 @@ IGNORED = ("drop_path_decay", "with_cp")
 
 def build_model(case: Case) -> SiT:
     """The model of a case with its official weights, in the case's dtype and mode."""
-    official = {"stage_blocks": [1, 1, 1, 13], "distillation_type": None, "depth": 16} | case.config["config"]["kwargs"]
+    expect(case.config["config"], cls="LVViT")
+    given = case.config["config"]["kwargs"]
+    official = {"stage_blocks": [1, 1, 1, 13], "distillation_type": None, "depth": 16, **given}
     slimmed = official.pop("distillation_type") not in (None, "none")
     assert not official.pop("conv_distillation", False), "the official path with a CNN teacher does not run"
     assert official.pop("head_dim", None) is None, "heads of another width do not fit the official reshape"
@@ -50,7 +52,7 @@ def build_model(case: Case) -> SiT:
     if scale is not None:
         for block in model.blocks:
             block.attn.scale, block.attn.fused_attn = scale, False
-    return model.to(case["input"].dtype).train(case.config.get("mode", "eval") == "train")
+    return model.to(case["input"].dtype).train(case.training)
 
 
 def forward(model: SiT, x: Tensor) -> LayerTokens:
@@ -95,6 +97,10 @@ def compare(case: Case) -> None:
     if model.slimming and "keeped_patches" in case.config["config"]:
         assert model.num_tokens == case.config["config"]["keeped_patches"][1:]
     out, seen = intermediates(model, x)
+    if "layer_patches" in case.config["config"] and not model.training:
+        found = [tokens.shape[1] - 1 for tokens in out.tokens]  # without the class token
+        recorded = case.config["config"]["layer_patches"]  # names the last stage twice
+        assert found == recorded[: len(found)], f"patches of the layers {found}, recorded {recorded}"
     outputs = recorded_outputs(case, model, out)
     assert outputs, "the case records no output"
     for key, output in outputs.items():

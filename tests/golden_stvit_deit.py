@@ -7,10 +7,11 @@ reconstruction's and are mapped here, not in the model.
 from __future__ import annotations
 
 import re
+from functools import partial
 
 import torch
-from golden_cases import DOUBLE, SINGLE, Case
-from torch import Tensor
+from golden_cases import DOUBLE, SINGLE, Case, expect
+from torch import Tensor, nn
 
 from effvit.models.stvit import STViT
 
@@ -51,14 +52,19 @@ class Reference(STViT):
 
 def build(case: Case) -> Reference:
     """The model of a case; an argument of the reference that is not known here is an error."""
-    args = dict(case.config["config"]["kwargs"])
-    args.pop("restore", None)
+    case.evaluated()
+    config = case.config["config"]
+    expect(config, cls="STViTDeiTRef")
+    args = dict(config["kwargs"])
     recovery = any(key.startswith("state/restore.") for key in case.tensors)
+    for name in ("restore", "recover"):
+        assert bool(args.pop(name, recovery)) == recovery, f"{name} does not agree with the recorded weights"
+    norm = partial(nn.LayerNorm, eps=config["layernorm_eps"])
     semantic, stgm = args.pop("sem"), 2
     unknown = args.keys() - ARGUMENTS.keys() - set(SAME)
     assert not unknown, f"arguments of the reference without a counterpart: {sorted(unknown)}"
     own = {ARGUMENTS.get(name, name): value for name, value in args.items()}
-    model = Reference(depth=args["base"] + stgm + semantic, num_stgm=stgm, recovery=recovery, **own)
+    model = Reference(depth=args["base"] + stgm + semantic, num_stgm=stgm, recovery=recovery, norm_layer=norm, **own)
     model = model.eval().to(case["input"].dtype)
     model.load_state_dict(model.adapt_state_dict(case.state())[0])
     return model

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 import torch
-from golden_cases import DOUBLE, SINGLE, Case, check_official_keys
+from golden_cases import DOUBLE, SINGLE, Case, check_official_keys, expect
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
@@ -16,18 +16,15 @@ from effvit.models.semantic_tokens import max_seeds
 from effvit.models.stvit_swin import STViTSwin
 from effvit.windows import to_windows
 
-# Arguments of the official constructors that have the same name here, and those that have another.
+# Arguments of the official constructors that have the same name here, of both forms and of one of them.
 SAME = (
-    *("in_chans", "num_classes", "embed_dim", "depths", "num_heads", "mlp_ratio", "qkv_bias", "drop_rate"),
-    *("attn_drop_rate", "drop_path_rate", "relative_pos", "use_conv_pos", "use_global", "shortcut"),
+    *("in_chans", "embed_dim", "depths", "num_heads", "mlp_ratio", "qkv_bias", "drop_rate", "attn_drop_rate"),
+    *("drop_path_rate", "relative_pos", "use_conv_pos"),
 )
-SAMPLES = ("sample_window_size", "window_sample_size")
-# Without effect on the official result, or refused below unless they have none.
-WITHOUT_EFFECT = (
-    *("pretrain_img_size", "patch_norm", "use_checkpoint", "frozen_stages", "use_layer_scale", "multi_scale"),
-    *("patch_size", "ape", "qk_scale", "out_indices", "pad_mask", "window_size", "img_size"),
-    *("k_window_size_1", "k_window_size_2", "restore_k_window_size", "norm_layer"),
-)
+CLASSIFIER = ("num_classes", "use_global", "shortcut", "use_layer_scale")
+# Without effect on what is compared, whatever their value: both classes have their LayerNorm behind the stem commented
+# out, sizes of pretraining only shape the absolute positions, and the other two are of training.
+WITHOUT_EFFECT = ("pretrain_img_size", "patch_norm", "use_checkpoint", "frozen_stages")
 DROPPED = ("attn_mask", "relative_position_index")
 
 
@@ -37,38 +34,57 @@ def is_dense(case: Case) -> bool:
 
 def build(case: Case) -> STViTSwin:
     """The model of a configuration, whose every argument is used or known to have no effect."""
-    kwargs = case.config["config"]["kwargs"]
-    assert kwargs.get("patch_size", 4) == 4
-    assert not kwargs.get("ape")
-    assert kwargs.get("qk_scale") is None
-    assert kwargs.get("multi_scale", "multi_scale_semantic_token1") == "multi_scale_semantic_token1"
-    assert not kwargs.keys() - {*SAME, *SAMPLES, *WITHOUT_EFFECT}
-    args = {name: kwargs[name] for name in SAME if name in kwargs}
-    window = kwargs.get("window_size", 7)
-    samples = next((kwargs[name] for name in SAMPLES if name in kwargs), 3)
-    if is_dense(case):
-        keys = {"k_window_size_1": 14, "k_window_size_2": 21, "restore_k_window_size": 27}
-        args |= {
-            "num_classes": 0,
-            "window_size": window,
-            "key_windows": "dense",
-            "kernels": [kwargs.get(name, default) for name, default in keys.items()],
-            "mask_mode": "official" if kwargs.get("pad_mask", True) else "none",
-            "shortcut": True,
-            "shift_small": True,
-            "out_norm": True,
-        }
-    else:
-        size = case.config["config"]["img_size"]
-        side = min(to_2tuple(size))
-        args |= {
-            "use_global": kwargs.get("use_global", True),
-            "window_size": [min(side // 4 // 2**i, window) for i in range(4)],
-            "key_windows": "cls",
-            "mask_mode": "none",
-            "img_size": size,
-        }
-    return STViTSwin(window_samples=samples, **args).eval()
+    case.evaluated()
+    form = " (detection backbone)" if is_dense(case) else ""
+    expect(case.config["config"], cls=f"SwinTransformer{form}")
+    kwargs = dict(case.config["config"]["kwargs"])
+    expect(kwargs, patch_size=4, ape=False, multi_scale="multi_scale_semantic_token1")
+    for name in ("patch_size", "ape", "multi_scale", *WITHOUT_EFFECT):
+        kwargs.pop(name, None)
+    scale = kwargs.pop("qk_scale", None)
+    model = (dense_model if is_dense(case) else classifier)(kwargs, case)
+    assert not kwargs, f"arguments without a counterpart: {sorted(kwargs)}"
+    if scale is not None:
+        for i in (0, 1, 3):  # the released third stage does not get it
+            for block in model.stages[i].blocks:
+                block.attn.scale, block.attn.fused_attn = scale, False
+    return model.eval()
+
+
+def take(kwargs: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """The arguments of those names, taken out of ``kwargs``."""
+    return {name: kwargs.pop(name) for name in names if name in kwargs}
+
+
+def dense_model(kwargs: dict[str, Any], case: Case) -> STViTSwin:
+    kernels = {"k_window_size_1": 14, "k_window_size_2": 21, "restore_k_window_size": 27}
+    kwargs.pop("out_indices", None)  # read by ``load`` and ``compare``
+    return STViTSwin(
+        num_classes=0,
+        window_size=kwargs.pop("window_size", 7),
+        window_samples=kwargs.pop("window_sample_size", 3),
+        key_windows="dense",
+        kernels=[kwargs.pop(name, default) for name, default in kernels.items()],
+        mask_mode="official" if kwargs.pop("pad_mask", True) else "none",
+        shortcut=True,
+        shift_small=True,
+        out_norm=True,
+        **take(kwargs, SAME),
+    )
+
+
+def classifier(kwargs: dict[str, Any], case: Case) -> STViTSwin:
+    size = case.config["config"]["img_size"]
+    assert tuple(case["input"].shape[2:]) == to_2tuple(size)
+    side, window = min(to_2tuple(size)), kwargs.pop("window_size", 7)
+    return STViTSwin(
+        window_size=[min(side // 4 // 2**i, window) for i in range(4)],
+        window_samples=kwargs.pop("sample_window_size", 3),
+        key_windows="cls",
+        mask_mode="none",
+        img_size=size,
+        **({"use_global": True} | take(kwargs, (*SAME, *CLASSIFIER))),  # the release's default, not ours
+    )
 
 
 def load(model: STViTSwin, case: Case) -> None:

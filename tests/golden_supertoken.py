@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from golden_cases import DOUBLE, SINGLE, Case, check_official_keys
+from golden_cases import DOUBLE, SINGLE, Case, check_official_keys, expect
 from torch import Tensor
 
 from effvit.models.supertoken import SuperTokenViT
@@ -13,7 +13,7 @@ from effvit.super_tokens import associate, to_cells
 
 # Official argument -> ours, where the names differ; the rest have the same name.
 ARGUMENTS = {"embed_dim": "dims", "drop_rate": "proj_drop_rate"}
-# Without effect on the result of the official class.
+# Swallowed by the official ``**kwargs`` or accepted and never read: without effect on the result, whatever their value.
 IGNORED = {
     "use_checkpoint",
     "checkpoint_num",
@@ -26,13 +26,14 @@ IGNORED = {
 
 
 def build(case: Case) -> SuperTokenViT:
+    expect(case.config["config"], cls="STViT")
     kwargs = case.config["config"]["kwargs"]
     model = SuperTokenViT(**{ARGUMENTS.get(key, key): value for key, value in kwargs.items() if key not in IGNORED})
     state, dropped = model.adapt_state_dict(case.state())
     assert all("fold.weights" in name for name in dropped)
     model.load_state_dict(state)
     model.to(case["input"].dtype)
-    return model.train(case.config["mode"] == "train")
+    return model.train(case.training)
 
 
 def trace(model: SuperTokenViT, x: Tensor) -> tuple[dict[str, Tensor], Tensor]:

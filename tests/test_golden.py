@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -26,7 +26,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import golden_errors
-from golden_cases import DOUBLE, Case, find_cases, find_tables
+from golden_cases import DOUBLE, Case, expect, find_cases, find_tables
 from golden_dymu import compare as compare_dymu
 from golden_dymu import compare_schedule
 from timm.models import create_model
@@ -127,7 +127,9 @@ def test_folder_of_another_method_is_skipped_by_name(other_method: str) -> None:
 
 
 def test_case_agrees_with_the_official_code(case: Case) -> None:
+    case.check_conditions()
     COMPARE[case.method](case)
+    case.finish()
     golden_errors.setdefault(case.method, {})[case.name] = case.worst
 
 
@@ -145,7 +147,11 @@ def test_table_agrees_with_the_official_code(table: Path) -> None:
 
 def build_host(case: Case, cls: type[VisionTransformer] = VisionTransformer, **kwargs: Any) -> VisionTransformer:
     config = case.config
+    case.evaluated()
+    expect(config, act="gelu(exact)")
     size = config.get("input_size", config["img_size"])
+    if "qkv_bias" in config:
+        kwargs["qkv_bias"] = config["qkv_bias"]
     host = cls(
         img_size=size,
         patch_size=config["patch"],
@@ -154,6 +160,7 @@ def build_host(case: Case, cls: type[VisionTransformer] = VisionTransformer, **k
         num_heads=config["num_heads"],
         mlp_ratio=config["mlp_ratio"],
         num_classes=config["num_classes"],
+        norm_layer=partial(nn.LayerNorm, eps=config["norm_eps"]),
         **kwargs,
     )
     host.load_state_dict(case.state() | {"pos_embed": position_table(case, torch.float32)})
@@ -197,6 +204,15 @@ class Trace:
         return entering.gather(1, anchor)
 
 
+def compare_lengths(case: Case, trace: Trace) -> list[int]:
+    """Tokens that leave each block, in the tensors and in the configuration."""
+    lengths = [features.x.shape[1] for features in trace.blocks]
+    case.equal(torch.tensor(lengths), "tokens_per_layer")
+    for key in ("tokens_per_layer", "tokens_per_layer_incl_cls"):
+        assert case.config.get(key, lengths) == lengths
+    return lengths
+
+
 def check_double(case: Case, model: ReducedHost, tolerance: float = DOUBLE) -> None:
     if "output_f64" in case:
         model.double()
@@ -209,16 +225,18 @@ def check_double(case: Case, model: ReducedHost, tolerance: float = DOUBLE) -> N
 
 
 def compare_evit(case: Case) -> None:
-    config, calls = case.config, case.config["call_kwargs"]
+    config, calls = case.config, case.config.get("call_kwargs", {})
     tokens = calls.get("tokens") or [None] * config["depth"]
     rates = config["keep_rate"] * (config["depth"] if len(config["keep_rate"]) == 1 else 1)
+    assert not set(calls) - {"tokens", "keep_rate"}, f"unknown arguments of the call: {sorted(calls)}"
     blocks = [i for i in range(config["depth"]) if rates[i] < 1 or tokens[i] is not None]
+    blocks = blocks or [0]  # nothing is dropped at a keep rate of 1
     runtime = calls.get("keep_rate")
     settings: dict[str, Any] = {"keep_rate": [rates[i] for i in blocks], "fuse_token": config["fuse_token"]}
     if any(t is not None for t in tokens):
         assert all(tokens[i] is not None for i in blocks), "a mixture of rates and counts has no setting"
         settings["num_tokens"] = [tokens[i] for i in blocks]
-    host = build_host(case, qkv_bias=config["qkv_bias"])
+    host = build_host(case)
     model = effvit.sparsify(host, "evit", reduce_at=blocks, **settings)
     if runtime is not None:
         model.set_keep_rate([runtime[i] for i in blocks] if isinstance(runtime, list) else runtime)
@@ -226,7 +244,9 @@ def compare_evit(case: Case) -> None:
     trace = Trace(model, case["input"])
     case.close(trace.output, "output")
     case.close(trace.final, "final_norm")
-    case.equal(torch.tensor([features.x.shape[1] for features in trace.blocks]), "tokens_per_layer")
+    lengths = compare_lengths(case, trace)
+    for i, kept in config.get("kept_image_tokens_per_dropping_layer", {}).items():
+        assert lengths[int(i)] - model.num_prefix_tokens - config["fuse_token"] == kept
     for i, features in enumerate(trace.blocks):
         case.close(features.x, f"block{i}/out")
         if f"block{i}/idx" in case:
@@ -249,18 +269,21 @@ def compare_tome(case: Case) -> None:
         compare_matching_functions(case)
         return
     config = case.config
+    assert config["patch_fn"] in ("tome.patch.timm", "tome.patch.mae")
+    assert config["trace_source"] == ("source" in case)
+    assert config["r_is"] in ("int", "list", "tuple")
     r = config["r"]
     if config["r_is"] == "tuple":
         r = (r[0], float(r[1]))
     cls = VisionTransformerDistilled if config["distilled"] else VisionTransformer
     pool = {"global_pool": "avg"} if config["global_pool"] else {}
-    host = build_host(case, cls, qkv_bias=config["qkv_bias"], **pool)
+    host = build_host(case, cls, **pool)
     model = effvit.sparsify(host, "tome", r=r, prop_attn=config["prop_attn"])
     assert tome_r(r, config["depth"]) == config["r_per_layer_requested"][: config["depth"]]
 
     trace = Trace(model, case["input"])
     case.close(trace.output, "output")
-    case.equal(torch.tensor([features.x.shape[1] for features in trace.blocks]), "tokens_per_layer")
+    compare_lengths(case, trace)
     prefix = model.num_prefix_tokens
     for i, (x, tokens) in enumerate(trace.blocks):
         case.close(x, f"block{i}/out")
@@ -301,7 +324,14 @@ def compare_matching_functions(case: Case) -> None:
     for i, row in enumerate(case.config["soft"]):
         prefix = row["class_token"] + row["distill_token"]
         metric, x, size = case[f"s{i}/metric"], case[f"s{i}/x"], case[f"s{i}/size"].squeeze(-1)
+        assert metric.shape == (row["B"], row["N"], row["metric_dim"])
+        assert x.shape == (row["B"], row["N"], row["C"])
         r = min(row["r"], (row["N"] - prefix) // 2)
+        assert row["N_out"] == row["N"] - r
+        if r == 0:  # officially nothing happens, so that the order stays too
+            case.close(x, f"s{i}/merged_x")
+            case.close(size.unsqueeze(-1), f"s{i}/merged_size")
+            continue
         compare_matching(case, metric[:, prefix:], r, prefix, f"s{i}")
         matching = bipartite_soft_matching(metric[:, prefix:], r, prefix)
         like = torch.zeros(x.shape[0], x.shape[1] - prefix, dtype=torch.int64)
@@ -319,6 +349,8 @@ def compare_matching_functions(case: Case) -> None:
     for i, row in enumerate(case.config["kth"]):
         target = kth_bipartite_target(case[f"k{i}/metric"], row["k"])
         x = case[f"k{i}/x"][:, : target.shape[1]]
+        assert case[f"k{i}/metric"].shape[:2] == (row["B"], row["N"])
+        assert row["N_out"] == row["N"] // row["k"]
         compare_target(case, target, x, f"k{i}")
         summed = case[f"k{i}/merge_sum"]
         case.close(summed.gather(1, target.unsqueeze(-1).expand(-1, -1, x.shape[-1])), f"k{i}/unmerge")
@@ -346,7 +378,9 @@ def compare_gtp(case: Case) -> None:
     config = case.config
     options = dict(config["options"])
     lvvit = config["official_file"] == "lvvit.py"
+    assert lvvit or config["official_file"] == "models_v3.py", f"{config['official_file']} propagates nothing"
     if lvvit:
+        assert config["class_token"], "the official LV-ViT always has a class token"
         host = build_host(case, LVViT, qkv_bias=False)
         options.pop("sparsity", None)  # the official LV-ViT does not hand it to its attention
     else:
@@ -355,8 +389,6 @@ def compare_gtp(case: Case) -> None:
             "qkv_bias": "state/blocks.0.attn.qkv.bias" in case,
             "init_values": init_values,
         }
-        if config["norm_eps"] != 1e-6:
-            kwargs["norm_layer"] = partial(nn.LayerNorm, eps=config["norm_eps"])
         if not config["class_token"]:
             fc_norm = "state/fc_norm.weight" in case
             kwargs |= {"class_token": False, "global_pool": "avg", "fc_norm": fc_norm}
@@ -372,7 +404,7 @@ def compare_gtp(case: Case) -> None:
     trace = Trace(model, case["input"])
     case.close(trace.output, "output")
     case.close(trace.final, "final_norm")
-    case.equal(torch.tensor([features.x.shape[1] for features in trace.blocks]), "tokens_per_layer")
+    compare_lengths(case, trace)
     prefix = model.num_prefix_tokens
     for i, (x, tokens) in enumerate(trace.blocks):
         order = None
@@ -478,12 +510,21 @@ def compare_propagation(case: Case, split: str, prefix: int) -> None:
 
 def compare_ats(case: Case) -> None:
     config = case.config["config"]
-    if "n_in" in config:
+    expect(case.config, eval_mode=True)
+    whole = case.config["kind"].startswith("official code, whole model")
+    assert whole == ("n_in" not in config)
+    if not whole:
         compare_ats_blocks(case, config)
         return
+    expect(config, REPRESENTATION_SIZE=None, HYBRID_BACKBONE=None, NORM_LAYER=None)
     host = VisionTransformer(
         img_size=config["IMG_SIZE"],
         patch_size=config["PATCH_SIZE"],
+        in_chans=config["IN_CHANNELS"],
+        pos_drop_rate=config["DROP_RATE"],
+        proj_drop_rate=config["DROP_RATE"],
+        attn_drop_rate=config["ATTN_DROP_RATE"],
+        drop_path_rate=config["DROP_PATH_RATE"],
         embed_dim=config["EMBED_DIM"],
         depth=config["DEPTH"],
         num_heads=config["NUM_HEADS"],
@@ -492,6 +533,9 @@ def compare_ats(case: Case) -> None:
         num_classes=config["NUM_CLASSES"],
     )
     host.load_state_dict(case.state())
+    for block in host.blocks:
+        block.attn.scale = config["QK_SCALE"] or block.attn.scale
+        block.attn.fused_attn = config["QK_SCALE"] is None  # timm's fused call has the default scale
     blocks = config["ATS_BLOCKS"]
     points = [config["NUM_TOKENS"][i] - 1 for i in blocks]
     dtype = case["input"].dtype
@@ -505,6 +549,7 @@ def compare_ats(case: Case) -> None:
     )
     trace = Trace(model, case["input"])
     case.close(trace.output, "output")
+    assert set(case.config["token_counts_including_cls"]) == {f"stage{i}" for i in blocks}
     for i, (x, tokens) in enumerate(trace.blocks):
         compare_ats_output(case, i, x, tokens)
     for i in blocks:
@@ -515,9 +560,17 @@ def compare_ats(case: Case) -> None:
 def compare_ats_blocks(case: Case, config: dict[str, Any]) -> None:
     x = case["input"]
     state = case.state()
+    assert x.shape[1:] == (config["n_in"], config["dim"])
     tokens = TokenMap.full(x, (1, x.shape[1] - 1), num_prefix=1, num_class=1)
     for i, count in enumerate(config["n_tokens_and_n_ref_tokens_per_block"]):
-        block = Block(config["dim"], config["num_heads"], mlp_ratio=config["mlp_ratio"], qkv_bias=config["qkv_bias"])
+        norm = partial(nn.LayerNorm, eps=config["ln_eps"])
+        block = Block(
+            config["dim"],
+            config["num_heads"],
+            mlp_ratio=config["mlp_ratio"],
+            qkv_bias=config["qkv_bias"],
+            norm_layer=norm,
+        )
         block.load_state_dict(
             {k.removeprefix(f"blocks.{i}."): v for k, v in state.items() if k.startswith(f"blocks.{i}.")}
         )
@@ -558,6 +611,7 @@ def compare_ats_stage(case: Case, key: str, state: AttnState, left: TokenMap, nu
     assert torch.equal(sample.picked, picked), f"{key}/picked_indices differ"
     counts = left.sequence_mask().sum(1)
     case.equal(counts, f"{key}/token_counts")
+    assert counts.tolist() == case.config["token_counts_including_cls"][key.rpartition("/")[2]]
     ids = F.pad(left.anchor + 1, (1, 0)).masked_fill(~left.sequence_mask(), -1)
     official = case[f"{key}/kept_token_ids"]
     ids = ids[:, : official.shape[1]]
@@ -567,7 +621,23 @@ def compare_ats_stage(case: Case, key: str, state: AttnState, left: TokenMap, nu
 # -- Zero-TPrune -----------------------------------------------------------------------------------------------
 
 
+# The readings of the paper that the package has; a case that follows another one is none of its cases.
+ZERO_TPRUNE_CHOICES = {
+    "vhf_variance": "population variance of N*s (mean-one scale) over all nodes incl. CLS",
+    "no_head_passes": "use all heads",
+    "group_a": "floor(n/2) least important patch tokens",
+    "ties": "lower index first",
+    "features": "keys, heads concatenated",
+    "subgraph": "rows and columns of pruned nodes removed, rows renormalised",
+    "n_keep": "round half up of rho*n patch tokens",
+    "cls": "node 0, never pruned, part of the graph",
+}
+
+
 def compare_zero_tprune(case: Case) -> None:
+    expect(case.config, dtype="float64")
+    assert not set(case.config["choices"]) - set(ZERO_TPRUNE_CHOICES)
+    expect(case.config["choices"], **ZERO_TPRUNE_CHOICES)
     {"a": compare_page_rank, "b": compare_aggregation, "c": compare_similar, "d": compare_zero_tprune_model}[
         case.config["kind"].strip("(")[0]
     ](case)
@@ -577,8 +647,14 @@ def first_boost(init: str, number: int) -> float:
     return number**0.5 if init == "cls" else 1.0
 
 
+def check_graph(case: Case, config: Mapping[str, Any]) -> None:
+    """Assert that the attention is that of the recorded heads and nodes."""
+    assert case["attention"].shape == (config["B"], config["H"], config["N"], config["N"])
+
+
 def compare_page_rank(case: Case) -> None:
     config = case.config["config"]
+    check_graph(case, config)
     for init in config["inits"]:
         for iters in config["iters"]:
             scores = weighted_page_rank(case["attention"], iters, first_boost(init, config["N"]))
@@ -587,6 +663,7 @@ def compare_page_rank(case: Case) -> None:
 
 def compare_aggregation(case: Case) -> None:
     config = case.config["config"]
+    check_graph(case, config)
     boost = first_boost(config["init"], config["N"])
     scores = weighted_page_rank(case["attention"], config["iters"], boost)
     case.close(scores, "out/head_scores", DOUBLE)
@@ -600,6 +677,7 @@ def compare_aggregation(case: Case) -> None:
 
 def compare_similar(case: Case) -> None:
     config = case.config["config"]
+    assert case["features"].shape == (config["B"], config["n"], config["D"])
     groups = split_groups(case["importance"], config["partition"])
     case.same_sets(groups[0], "out/group_a")
     case.same_sets(groups[1], "out/group_b")
@@ -621,7 +699,9 @@ def compare_zero_tprune_model(case: Case) -> None:
         depth=config["depth"],
         num_heads=config["heads"],
         mlp_ratio=config["mlp_ratio"],
+        qkv_bias=config.get("qkv_bias", True),
         num_classes=config["num_classes"],
+        norm_layer=partial(nn.LayerNorm, eps=config["ln_eps"]),
     )
     host.load_state_dict(case.state())
     layers = {int(layer): row for layer, row in config["prune"].items()}  # numbered from 1
@@ -636,6 +716,7 @@ def compare_zero_tprune_model(case: Case) -> None:
         cls_boost=None if config["init"] == "cls" else 1.0,
         var_range=(config["vmin"], config["vmax"]),
         partition=config["mode"],
+        **({"metric": config["metric"]} if "metric" in config else {}),
     )
     trace = Trace(model, case["input"].double())
     case.close(trace.output, "output", DOUBLE)

@@ -318,3 +318,47 @@ def test_seed_blocks_and_group_blocks_are_modules_of_their_own() -> None:
     assert block(torch.randn(1, 11, 5, 8), s).shape == s.shape
     group: nn.Module = GroupBlock(8, 2, samples=2, bias_grid=(2, 2))
     assert group(s).shape == s.shape
+
+
+class TestLayerScale:
+    """``use_layer_scale`` of the released classification network (models/swin_transformer.py@b4a27a0)."""
+
+    def test_swin_blocks_of_all_stages_but_the_third_have_it_at_1e_5(self) -> None:
+        model = timm.create_model(CLASSIFICATION.format("tiny"), use_layer_scale=True, **SWIN)
+        scaled = {key: value for key, value in model.named_parameters() if key.endswith(("ls1.gamma", "ls2.gamma"))}
+        assert all(bool((value == 1e-5).all()) for value in scaled.values())
+        blocks = {key.rpartition(".ls")[0] for key in scaled}
+        for i, stage in enumerate(model.stages):
+            for j in range(len(stage.blocks)):
+                name = f"stages.{i}.blocks.{j}"
+                assert name in blocks or i == 2
+                assert f"{name}.block" not in blocks
+
+    def test_scale_of_one_is_the_network_without_and_of_zero_leaves_the_block_out(self) -> None:
+        plain, x = small(), images(64, 64, batch=1)
+        scaled = small(use_layer_scale=True)
+        scaled.load_state_dict(plain.state_dict(), strict=False)
+        assert torch.equal(scaled(x), plain(x))
+        block, y = scaled.stages[0].blocks[0], torch.randn(1, 16, 16, 16).double()
+        with torch.no_grad():
+            block.ls1.gamma.zero_()
+            block.ls2.gamma.zero_()
+        assert torch.equal(block(y), y)
+
+    def test_official_names_find_their_place(self) -> None:
+        model = small(use_layer_scale=True)
+        official = {
+            key.replace("stages.0.", "layers.0.").replace("ls1.gamma", "layer_scale_1"): torch.full_like(value, 0.5)
+            for key, value in model.state_dict().items()
+            if key == "stages.0.blocks.0.ls1.gamma"
+        }
+        state, dropped = model.adapt_state_dict(official)
+        assert (list(official), list(state), dropped) == (
+            ["layers.0.blocks.0.layer_scale_1"],
+            ["stages.0.blocks.0.ls1.gamma"],
+            [],
+        )
+
+    def test_other_value_than_a_switch_is_refused(self) -> None:
+        with pytest.raises(TypeError, match="use_layer_scale"):
+            small(use_layer_scale="yes")

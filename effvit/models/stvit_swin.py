@@ -42,6 +42,7 @@ from effvit.windows import live_cells, num_windows, resize_bias_table, spread_ce
 __all__ = ["STViTSwin"]
 
 STEMS = ("conv", "patch")
+LAYER_SCALE = 1e-5  # of the released blocks
 
 
 class STViTSwin(PyramidBackbone):
@@ -51,7 +52,7 @@ class STViTSwin(PyramidBackbone):
 
     With recovery, the third stage is a row of dumbbell units of six blocks (see ``effvit.models.dumbbell``), and the
     second unit pools fresh seeds from recovered tokens. Batch norm in the stem, LayerScale only around semantic
-    tokens and the drop path of each block are as released.
+    tokens (see ``use_layer_scale``) and the drop path of each block are as released.
 
     STViT (``recovery=False``). Certain, from the paper: the STGM replaces image tokens by 9 or 16 semantic tokens a
     window from some layer of the third stage on, with -24, -25 and -25 % of FLOPs on Swin-T, -S and -B with 9. Ours:
@@ -91,6 +92,9 @@ class STViTSwin(PyramidBackbone):
             size.
         use_conv_pos: A depth-wise convolution on the seeds of each window.
         seed_pool: "max", as released, or "learned" as the paper describes.
+        use_layer_scale: LayerScale, 1e-5 at first, in the Swin blocks of all stages but the third too, as the argument
+            of that name of the released classification network. Its training script never sets it, so that the
+            published weights have none, whatever the logs say.
         img_size: Image size that ``use_global`` and ``relative_pos`` are built for.
         out_norm: Normalise each map of ``forward_intermediates`` by a LayerNorm of its own, the last of which is
             that of the final features: the released dense backbone.
@@ -128,6 +132,7 @@ class STViTSwin(PyramidBackbone):
         relative_pos: bool = False,
         use_conv_pos: bool = False,
         seed_pool: str = "max",
+        use_layer_scale: bool = False,
         img_size: int | tuple[int, int] = 224,
         out_norm: bool = False,
         drop_rate: float = 0.0,
@@ -187,9 +192,12 @@ class STViTSwin(PyramidBackbone):
         }
         recover: Any = partial(RestoreBlock, **near) if key_windows == "dense" else TokenRecovery
 
+        scale = LAYER_SCALE if check_switch("use_layer_scale", use_layer_scale) else None
+
         def swin_blocks(i: int, stage_rates: Sequence[float]) -> list[nn.Module]:
+            form: dict[str, Any] = {"shift_small": shift_small, "init_values": None if i == 2 else scale, **block}
             return [
-                WindowBlock(dims[i], num_heads[i], windows[i], j % 2 == 1, shift_small, drop_path=rate, **block)
+                WindowBlock(dims[i], num_heads[i], windows[i], j % 2 == 1, drop_path=rate, **form)
                 for j, rate in enumerate(stage_rates)
             ]
 

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
-from timm.layers import ConvNormAct
+from timm.layers import ConvNormAct, LayerScale
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
@@ -48,11 +48,19 @@ class WindowBlock(SwinTransformerBlock):
         window_size: Side of a window.
         shifted: Shift the windows by half of one.
         shift_small: Shift sides that one window covers, too, as detection code does and classification does not.
+        init_values: Initial LayerScale of both branches; None for none, as in Swin.
         kwargs: Those of timm's block.
     """
 
     def __init__(
-        self, dim: int, num_heads: int, window_size: int, shifted: bool, shift_small: bool = False, **kwargs: Any
+        self,
+        dim: int,
+        num_heads: int,
+        window_size: int,
+        shifted: bool,
+        shift_small: bool = False,
+        init_values: float | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(
             dim,
@@ -65,6 +73,16 @@ class WindowBlock(SwinTransformerBlock):
             **kwargs,
         )
         self.shift_small = shift_small
+        scale: Any = nn.Identity
+        if init_values is not None:
+            dd = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
+            scale = partial(LayerScale, dim, init_values=init_values, **dd)
+        self.ls1, self.ls2 = scale(), scale()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A map (B, H, W, C) -> (B, H, W, C)."""
+        x = x + self.drop_path1(self.ls1(self._attn(self.norm1(x))))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
     def _attn(self, x: Tensor) -> Tensor:
         window, shift = self.window_size[0], self.shift_size[0]
