@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 
 import pytest
@@ -35,7 +36,10 @@ class Foreign(nn.Module):
 
 
 class TestProfile:
-    def test_record_is_json_and_holds_every_model(self):
+    def test_record_is_json_and_holds_every_model(self, monkeypatch):
+        # Speeds are those of the samples: seconds of a batch of 2 in two rounds, the ideal of ToMe included.
+        samples = {"dense": (4.0, 8.0), "tome": (2.0, 4.0), "foreign": (1.0, 1.0), "ideal of tome": (1.5, 3.0)}
+        monkeypatch.setattr("effvit.profiler.interleaved", lambda runs, *_: {name: samples[name] for name in runs})
         model = tiny_vit()
         models = {"dense": model, "tome": effvit.sparsify(model, "tome", r=3), "foreign": Foreign()}
         record = json.loads(json.dumps(profile(models, SIZE, 2, rounds=2, dtype=torch.float64)))
@@ -63,8 +67,11 @@ class TestProfile:
         assert dense["speedup"] == 1
         assert not dense["resolved"]
         assert dense["ideal_speedup"] is None
-        assert tome["efficiency"] == pytest.approx(tome["speedup"] / tome["ideal_speedup"], rel=0.5)
-        assert [len(m["seconds"]) for m in record["models"]] == [2, 2, 2]
+        assert (tome["speedup"], tome["ideal_speedup"], tome["efficiency"]) == (2, 4 / 1.5, 0.75)
+        assert (tome["interval"], tome["efficiency_interval"], tome["resolved"]) == ([2, 2], [0.75, 0.75], True)
+        assert foreign["speedup"] == 6  # the median of 4 and 8
+        assert [m["images_per_second"] for m in record["models"]] == [2 / 6, 2 / 3, 2]
+        assert [m["seconds"] for m in record["models"]] == [[4, 8], [2, 4], [1, 1]]
 
     def test_ideal_can_be_left_out(self):
         model = tiny_vit()
@@ -119,19 +126,25 @@ class TestIdeal:
 
 class TestBreakdown:
     @pytest.mark.parametrize("name", ["vit", "swin_tiny_patch4_window7_224", "tome"])
-    def test_parts_of_every_block_are_timed(self, name):
+    def test_parts_of_every_block_are_timed(self, name, monkeypatch):
         if name.startswith("swin"):
             model = timm.create_model(name, img_size=56, window_size=7, depths=(1, 1, 1, 1), embed_dim=32).eval()
             size, blocks = (1, 3, 56, 56), 4
         else:
             model = tiny_vit() if name == "vit" else effvit.sparsify(tiny_vit(), "tome", r=3)
             size, blocks = (1, *SIZE), 2
+        # The clock ticks at each look: a child takes 1, a block of n children 1 + 2n, n of it in and n + 1 beside them.
+        ticks = itertools.count()
+        monkeypatch.setattr("effvit.breakdown.now", lambda: float(next(ticks)))
         rows = time_by_block(model, torch.randn(size), rounds=2)
         assert len(rows) == blocks + 1
         for row in rows[:-1]:
-            assert set(row["seconds"]) == {"attention", "mlp", "norm", "reduction"}
-            assert min(row["seconds"]["attention"], row["seconds"]["mlp"]) > 0
-        assert set(rows[-1]["seconds"]) == {"rest"}
+            parts = row["seconds"]
+            assert set(parts) == {"attention", "mlp", "norm", "reduction"}
+            assert (parts["attention"], parts["mlp"]) == (1, 1)
+            assert parts["norm"] >= 2  # and LayerScale and DropPath, where there are any
+            assert parts["reduction"] == parts["attention"] + parts["mlp"] + parts["norm"] + 1
+        assert rows[-1] == {"block": "rest", "seconds": {"rest": blocks + 1}}
 
     def test_model_without_blocks_is_refused(self):
         with pytest.raises(ValueError, match="Foreign has no blocks with children named attn and mlp to time apart"):

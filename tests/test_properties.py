@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -166,3 +167,20 @@ def test_any_combination_is_right_or_refused(data: st.DataObject) -> None:
             assert_law(tokens)
             if tokens.size is not None:
                 assert torch.equal(tokens.size.sum(1), torch.full_like(tokens.size[:, 0], host.patch_embed.num_patches))
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_attention_under_autocast_is_that_in_float32_to_the_precision_of_bfloat16(method: str) -> None:
+    """Of the first block, which no decision precedes; bfloat16 keeps 8 bits, and a value goes through 3 products."""
+    host = VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=4, num_heads=3, num_classes=5)
+    model = effvit.sparsify(host, method).eval()
+    found: list[torch.Tensor] = []
+    model.blocks[0].attn.register_forward_hook(lambda _m, _a, out: found.append(out[0]))
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        model(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model(x)
+    exact, rounded = found[0], found[-1].float()
+    assert exact.norm() > 0
+    assert (rounded - exact).norm() <= 3 * 2**-7 * exact.norm()
