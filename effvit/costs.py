@@ -1,4 +1,4 @@
-"""What models cost beside each other, as one record: size, multiply-adds, tokens, speed, overhead and fidelity."""
+"""What models cost beside each other, as one record: size, multiply-adds, tokens, speed, efficiency and fidelity."""
 
 from __future__ import annotations
 

@@ -21,8 +21,8 @@ class IdealViT(nn.Module):
     """A timm ViT whose token count follows a list, at no cost.
 
     It runs timm's own blocks and shortens the sequence by a leading slice between attention and MLP, with no scores,
-    no matching and no index: what a method loses against it is its overhead. The blocks are given explicitly, so a
-    compiler cannot drop what a swapped buffer would cut off: every token that is left depends on the image.
+    no matching and no index: efficiency is the speed of a method over this one's. The blocks are given explicitly, so
+    a compiler cannot drop what a swapped buffer would cut off: every token that is left depends on the image.
 
     Args:
         dense: The ViT, of a class in ``IDEAL_HOSTS``.

@@ -188,7 +188,7 @@ const COLUMNS = [
   ["speed-up", (m) => m.speedup, (m) => (m.isBaseline ? "1" :
     `${m.speedup.toFixed(2)} (${range(m.interval)})`)],
   ["ideal", (m) => m.ideal_speedup],
-  ["of the ideal", (m) => m.efficiency, (m) => (m.efficiency == null ? "–" :
+  ["efficiency", (m) => m.efficiency, (m) => (m.efficiency == null ? "–" :
     `${m.efficiency.toFixed(2)}${m.efficiency_interval ? ` (${range(m.efficiency_interval)})` : ""}`)],
   ["GMACs", (m) => m.macs / 1e9],
   ["MAC ratio", (m) => m.mac_ratio],

@@ -53,7 +53,7 @@ def print_record(console: Console, record: Mapping[str, Any]) -> None:
     has_fidelity = any(model["fidelity"] for model in record["models"])
     headings = ["params (M)", "GMACs", "tokens left", "images/s", "p50 / p99 (ms)", "memory (MB)"]
     headings += ["speed-up", "MAC ratio"] if compared else []
-    headings += ["ideal", "of the ideal"] if has_ideal else []
+    headings += ["ideal", "efficiency"] if has_ideal else []
     headings += ["divergence"] if has_fidelity else []
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)

@@ -1,6 +1,6 @@
 """How near each method comes to its own ideal: the dense blocks on exactly the reduced token counts.
 
-What a method loses against the ideal (``effvit.ideal``) is its overhead.
+The efficiency of a method is its speed over that of the ideal (``effvit.ideal``); what it lacks of 1 is the overhead.
 All models run interleaved, each once a round in random order; a figure is the median over the rounds of the ratio
 within a round, with its bootstrap 95 % interval.
 
@@ -96,7 +96,7 @@ def main() -> None:
         "images/s",
         "speed-up",
         "ideal speed-up",
-        "of the ideal",
+        "efficiency",
         "95 % interval",
     ):
         table.add_column(column, justify="left" if column == "method" else "right")

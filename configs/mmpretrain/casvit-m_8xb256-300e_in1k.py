@@ -1,6 +1,7 @@
 # CAS-ViT-M (2408.03703): the command in the README and main.py of Tianfang-Zhang/CAS-ViT@041d2d6, which accumulates
 # two batches of 8 x 128: a rate of 6e-3, no Mixup, CutMix or erasing, one classifier, and a moving average of the
-# weights that is evaluated. mmpretrain has no sampler of several picture sizes (160 to 320 there): all are 224 here.
+# weights that is evaluated. The warm-up starts at 0 there; LinearLR multiplies the rate at hand and needs more than 0.
+# mmpretrain has no sampler of several picture sizes (160 to 320 there): all are 224 here.
 _base_ = "_base_/imagenet.py"
 
 model = dict(model_name="casvit_m_224", distilled=False, drop_path_rate=0.1, train_cfg=None)
@@ -26,7 +27,7 @@ train_dataloader = dict(
 )
 optim_wrapper = dict(optimizer=dict(lr=6e-3))
 param_scheduler = [
-    dict(type="LinearLR", start_factor=1e-3, by_epoch=True, end=20, convert_to_iter_based=True),
+    dict(type="LinearLR", start_factor=1e-6, by_epoch=True, end=20, convert_to_iter_based=True),
     dict(type="CosineAnnealingLR", eta_min=1e-6, by_epoch=True, begin=20, convert_to_iter_based=True),
 ]
 auto_scale_lr = dict(base_batch_size=2048)
