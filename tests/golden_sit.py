@@ -98,9 +98,9 @@ def compare(case: Case) -> None:
         assert model.num_tokens == case.config["config"]["keeped_patches"][1:]
     out, seen = intermediates(model, x)
     if "layer_patches" in case.config["config"] and not model.training:
-        found = [tokens.shape[1] - 1 for tokens in out.tokens]  # without the class token
-        recorded = case.config["config"]["layer_patches"]  # names the last stage twice
-        assert found == recorded[: len(found)], f"patches of the layers {found}, recorded {recorded}"
+        found = [tokens.shape[1] for tokens in out.tokens]
+        recorded = case.config["config"]["layer_patches"]  # before the first layer too, and the last stage twice
+        assert found == recorded[1 : 1 + len(found)], f"patches of the layers {found}, recorded {recorded}"
     outputs = recorded_outputs(case, model, out)
     assert outputs, "the case records no output"
     for key, output in outputs.items():
