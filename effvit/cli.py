@@ -224,8 +224,9 @@ def profile_options(arguments: argparse.Namespace) -> dict[str, Any]:
 def run_tune(arguments: argparse.Namespace) -> None:
     """Print the front of settings and the best one for the aim."""
     check_device(arguments.device)
+    photos = open_images(arguments.images)
     dense = create(arguments.model, arguments)
-    images = load_images(dense, list(open_images(arguments.images).values()))
+    images = load_images(dense, list(photos.values()))
     console = output()
     if has_random_weights(arguments):
         console.print(f"{arguments.model} has {RANDOM_WEIGHTS}", style="yellow")
@@ -563,14 +564,27 @@ def add_record(path: Path, record: Any) -> None:
 
 
 def open_images(texts: Sequence[str]) -> dict[str, Image.Image]:
-    """The pictures that the texts name, in RGB, by name; a ValueError if two have the same."""
+    """The images that the texts name, in RGB, by name.
+
+    Raises:
+        ValueError, OSError: As ``find_pictures``; of several that cannot be read, all are named. Or two have one name.
+    """
     images: dict[str, Image.Image] = {}
+    errors: list[ValueError | OSError] = []
     for text in texts:
-        found = find_pictures(text)
+        try:
+            found = find_pictures(text)
+        except (ValueError, OSError) as error:
+            errors.append(error)
+            continue
         again = [name for name in found if name in images]
         if again:
             raise ValueError(f"images must differ in name, which {text} does not: {', '.join(again)}")
         images |= found
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise ValueError(f"{len(errors)} of {len(texts)} images cannot be used: {'; '.join(map(str, errors))}")
     return images
 
 

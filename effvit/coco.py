@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from effvit.images import as_rgb
+
 __all__ = ["check_coco", "decode_rle", "describe_error", "draw_objects", "encode_rle", "read_coco"]
 
 
@@ -83,7 +85,7 @@ def check_coco(content: Mapping[str, Any]) -> None:
 
 def draw_objects(image: Image.Image, objects: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> Image.Image:
     """The picture with the masks tinted and the boxes and classes of COCO annotations drawn."""
-    pixels = np.array(image.convert("RGB"))
+    pixels = np.array(as_rgb(image))
     for entry in objects:
         mask = decode_rle(entry["segmentation"])
         pixels[mask] = (0.8 * pixels[mask] + 0.2 * np.array(colour(entry["category_id"]))).astype(np.uint8)

@@ -35,9 +35,10 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import PIL
-from PIL import Image
+from PIL import Image, ImageOps
 
 from effvit.coco import encode_rle
+from effvit.images import as_rgb, opened
 from effvit.schedule import check_count, check_fraction
 
 __all__ = [
@@ -200,10 +201,10 @@ def read_sprites(
 
 def cut_out(path: Path) -> Image.Image:
     """The picture in RGBA, cropped to what is opaque; (0, 0) in size if nothing is."""
-    with Image.open(path) as image:
+    with opened(path) as image:
         if not image.has_transparency_data:
             raise ValueError(f"{path} has no alpha channel, so nothing says where its object ends; leave it out")
-        image = image.convert("RGBA")
+        image = ImageOps.exif_transpose(image).convert("RGBA")
     opaque = image.getchannel("A").point(lambda alpha: 255 * (alpha >= OPAQUE))
     return image.crop(opaque.getbbox() or (0, 0, 0, 0))
 
@@ -222,13 +223,13 @@ def read_backgrounds(folder: str | os.PathLike[str], size: int) -> dict[str, Ima
         )
     backgrounds = {}
     for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp")):
-        with Image.open(path) as image:
+        with opened(path) as image:
             if min(image.size) < size:
                 raise ValueError(
                     f"backgrounds must be at least {size} x {size}, {path} is {image.width} x {image.height}"
                 )
             image.draft("RGB", (2 * size, 2 * size))
-            photograph = image.convert("RGB")
+            photograph = as_rgb(image)
         factor = min(1.0, 2 * size / min(photograph.size))
         backgrounds[path.name] = photograph.resize(
             (round(factor * photograph.width), round(factor * photograph.height)), Image.Resampling.LANCZOS

@@ -16,6 +16,7 @@ from PIL import Image
 from torchvision.datasets import CocoDetection, FashionMNIST, ImageFolder, VisionDataset
 
 from effvit.coco import check_coco, describe_error
+from effvit.images import open_image, opened
 from effvit.sources import default_root
 
 __all__ = ["SegmentationFolder", "load_pictures", "open_dataset"]
@@ -35,7 +36,10 @@ LONG = {"train": "training", "val": "validation"}  # ADE20K's folders, and those
 
 
 class SegmentationFolder(VisionDataset):
-    """Pictures and their label maps from two folders with the same file stems: (RGB picture, label map of mode L or P).
+    """Images and their label maps from two folders with the same file stems: (RGB image, label map of mode L or P).
+
+    Images are read by the rule of `effvit.images`, turned as EXIF says if the label map is. A file that cannot be read,
+    and a label map of another size than its image, raise a ValueError when they are asked for.
 
     Args:
         images: Folder of .jpg pictures.
@@ -70,8 +74,9 @@ class SegmentationFolder(VisionDataset):
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        with Image.open(self.images[index]) as image, Image.open(self.annotations[index]) as labels:
-            picture, target = image.convert("RGB"), labels.copy()
+        with opened(self.annotations[index]) as labels:
+            target = labels.copy()
+        picture = open_image(self.images[index], (target.height, target.width))
         return self.transforms(picture, target) if self.transforms is not None else (picture, target)
 
 
@@ -157,7 +162,15 @@ def open_classes(folder: Path) -> ImageFolder:
             f"{folder} must hold one folder a class, but {len(loose)} pictures lie in it ({min(loose)} ...); "
             "sort them into folders named after their classes"
         )
-    return ImageFolder(folder)
+    return ImageFolder(folder, loader=open_image)
+
+
+class AnnotatedImages(CocoDetection):
+    """torchvision's CocoDetection with images read by the rule of `effvit.images`, turned as their annotations are."""
+
+    def _load_image(self, id: int) -> Image.Image:
+        entry = self.coco.loadImgs(id)[0]
+        return open_image(Path(self.root, entry["file_name"]), (entry["height"], entry["width"]))
 
 
 def open_coco(images: Path, annotations: Path) -> CocoDetection:
@@ -170,7 +183,7 @@ def open_coco(images: Path, annotations: Path) -> CocoDetection:
     if not annotations.is_file():
         raise FileNotFoundError(f"there is no annotation file {annotations}")
     try:
-        dataset = CocoDetection(images, str(annotations))
+        dataset = AnnotatedImages(images, str(annotations))
         check_coco(dataset.coco.dataset)
     except (ValueError, KeyError, TypeError, AssertionError) as error:  # pycocotools has no errors of its own
         raise ValueError(f"{annotations} is no intact COCO annotation file: {describe_error(error)}") from error

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from effvit.images import open_image, opened
+
 __all__ = ["SHEET", "Labelled", "fashion_classes", "fashion_pictures", "find_pictures", "photographs"]
 
 SHEET = Path(__file__).with_name("sheets") / "fashion_mnist.png"
@@ -41,7 +43,7 @@ def fashion_classes() -> list[str]:
 def fashion_pictures() -> dict[str, Labelled]:
     """Fashion-MNIST's pictures in the package, grey, 28 x 28, by name: "t-shirt-0", "trouser-0" to "ankle-boot-5"."""
     classes = fashion_classes()
-    with Image.open(SHEET) as sheet:
+    with opened(SHEET) as sheet:
         side = sheet.width // len(classes)
         return {
             f"{name.partition('/')[0].lower().replace(' ', '-')}-{row}": Labelled(
@@ -66,8 +68,7 @@ def photographs() -> dict[str, Image.Image]:
                 f"the demo's photographs come with the package {package}, which is not installed; install effvit[demo]"
             )
         for file in files:
-            with Image.open(Path(spec.origin).parent / file) as image:
-                found[Path(file).stem] = image.convert("RGB")
+            found[Path(file).stem] = open_image(Path(spec.origin).parent / file)
     return found
 
 
@@ -78,14 +79,12 @@ def find_pictures(text: str) -> dict[str, Image.Image]:
         text: "fashion_mnist:PATTERN" or "photographs:PATTERN" with a shell-style pattern of their names, else a file.
 
     Raises:
-        ValueError: A pattern that matches none.
-        OSError: No such file, or one that is no image; for "photographs:" as ``photographs``.
+        ValueError: A pattern that matches none, or a file that is no image (``effvit.images.open_image``).
+        FileNotFoundError: No such file; for "photographs:" as ``photographs``.
     """
     kind, _, pattern = text.partition(":")
     if kind not in ("fashion_mnist", "photographs"):
-        path = Path(text)
-        with Image.open(path) as image:
-            return {path.stem: image.convert("RGB")}
+        return {Path(text).stem: open_image(text)}
     known = photographs() if kind == "photographs" else {n: p.image for n, p in fashion_pictures().items()}
     found = {name: image.convert("RGB") for name, image in known.items() if fnmatch.fnmatch(name, pattern)}
     if not found:

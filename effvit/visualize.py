@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
+from effvit.images import as_rgb
 from effvit.models.host import ReducedHost, method_settings
 from effvit.records import SCHEMA
 from effvit.token_stages import ALONE, DROPPED, FUSED, MERGED, SOFT, Stage, map_stage, trace_stages
@@ -75,11 +76,11 @@ def load_images(model: nn.Module, images: Sequence[Image.Image]) -> Tensor:
 
 
 def image_transform(model: nn.Module) -> Callable[[Image.Image], Tensor]:
-    """What makes of an image what the model takes, (3, H, W), or (1, H, W) grey."""
+    """What makes of an image, read as ``effvit.images`` says, what the model takes: (3, H, W), or (1, H, W) grey."""
     config = data_config(model)
     transform = create_transform(**config, is_training=False)
     mode = "L" if config["input_size"][0] == 1 else "RGB"
-    return lambda image: transform(image.convert(mode))
+    return lambda image: transform(as_rgb(image).convert(mode))
 
 
 def seen_by(model: nn.Module, x: Tensor) -> Image.Image:
@@ -123,7 +124,7 @@ def draw_tokens(image: Image.Image, tokens: TokenMap | Tensor) -> Image.Image:
 
 def paint(image: Image.Image, stage: Stage) -> Image.Image:
     """``draw_tokens`` for a stage."""
-    pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
+    pixels = np.asarray(as_rgb(image), dtype=np.float64)
     rows, columns = (patch_numbers(n, k) for n, k in zip(pixels.shape[:2], stage.labels.shape, strict=True))
     group = stage.labels[rows[:, None], columns]  # (height, width)
     state = stage.states[rows[:, None], columns]

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 import effvit
 from effvit.cli import list_variants, parse_setting, reduced
 from effvit.costs import profile
+from effvit.images import as_rgb, open_image
 from effvit.messages import one_line, plain
 from effvit.models._checkpoint import read_file
 from effvit.pictures import photographs
@@ -75,7 +76,7 @@ def prepare(picture: Image.Image, size: int, sam: Any) -> Photograph:
     """The picture with its longer side scaled to ``size``."""
     scale = size / max(picture.size)
     width, height = (round(side * scale) for side in picture.size)
-    resized = picture.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
+    resized = as_rgb(picture).resize((width, height), Image.Resampling.BILINEAR)
     pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1).float()
     pixels = (pixels - sam.pixel_mean) / sam.pixel_std
     return Photograph(F.pad(pixels, (0, size - width, 0, size - height)).unsqueeze(0), height, width)
@@ -163,8 +164,7 @@ def pictures(root: Path) -> dict[str, Image.Image]:
     """The photographs by name: those of installed packages, then the fetched ones."""
     found = photographs()
     for path in sorted((root / "photographs").glob("*.jpg")):
-        with Image.open(path) as image:
-            found[path.stem] = image.convert("RGB")
+        found[path.stem] = open_image(path)
     return found
 
 

@@ -25,6 +25,7 @@ from rich.progress import Progress
 from effvit.coco import draw_objects, read_coco
 from effvit.composites import CLASSES, Settings, check_new, make_composites
 from effvit.garments import GARMENTS, read_garments
+from effvit.images import open_image
 from effvit.messages import one_line
 from effvit.sources import default_root
 
@@ -40,8 +41,7 @@ def contact_sheet(root: Path, split: str = "validation", rows: int = 3, columns:
     sheet = Image.new("RGB", (columns * width, rows * height))
     for place, image in enumerate(images):
         objects = [entry for entry in content["annotations"] if entry["image_id"] == image["id"]]
-        with Image.open(root / "images" / split / image["file_name"]) as picture:
-            drawn = draw_objects(picture, objects, classes)
+        drawn = draw_objects(open_image(root / "images" / split / image["file_name"]), objects, classes)
         sheet.paste(drawn, (place % columns * width, place // columns * height))
     return sheet
 
