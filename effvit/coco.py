@@ -1,11 +1,13 @@
-"""COCO's annotations without pycocotools: run lengths of masks, the check of a file, and pictures with them drawn."""
+"""COCO's annotations without pycocotools: run lengths of masks, the check and repair of a file, and drawn objects."""
 
 from __future__ import annotations
 
 import colorsys
 import json
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,21 @@ from PIL import Image, ImageDraw
 
 from effvit.images import as_rgb
 
-__all__ = ["check_coco", "decode_rle", "describe_error", "draw_objects", "encode_rle", "read_coco"]
+__all__ = [
+    "Repairs",
+    "check_coco",
+    "decode_rle",
+    "draw_objects",
+    "encode_rle",
+    "load_coco",
+    "read_coco",
+    "repair_coco",
+    "run_lengths",
+]
+
+PARTS = ("images", "categories", "annotations")
+MIN_POINTS = 3  # of a polygon that has an area
+COUNT_BITS, COUNT_SIGN, COUNT_MORE, COUNT_ZERO = 5, 0x10, 0x20, 48  # of COCO's text of run lengths
 
 
 def encode_rle(mask: np.ndarray) -> dict[str, list[int]]:
@@ -25,62 +41,344 @@ def encode_rle(mask: np.ndarray) -> dict[str, list[int]]:
     return {"size": list(mask.shape), "counts": counts.tolist()}
 
 
-def decode_rle(rle: Mapping[str, Sequence[int]]) -> np.ndarray:
-    """The mask (H, W), bool, of run lengths: the inverse of `encode_rle`.
+def decode_rle(rle: Mapping[str, Any]) -> np.ndarray:
+    """The mask (H, W), bool, of run lengths, as numbers or as COCO's text: the inverse of `encode_rle`.
 
     Raises:
         ValueError: The runs do not add up to the size.
     """
     height, width = rle["size"]
-    counts = np.asarray(rle["counts"], np.int64)
+    counts = np.asarray(run_lengths(rle), np.int64)
     if counts.sum() != height * width or (counts < 0).any():
         raise ValueError(f"run lengths of a {height} x {width} mask must sum to {height * width}, got {counts.sum()}")
     values = np.arange(len(counts)) % 2 == 1
     return np.repeat(values, counts).reshape(width, height).T
 
 
-def read_coco(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The checked contents of a COCO annotation file; pycocotools is not needed.
+def run_lengths(rle: Mapping[str, Any]) -> list[int]:
+    """The runs of a mask as numbers, also where they are COCO's text (cocodataset/cocoapi, maskApi.c, rleFrString).
+
+    In the text, a number is a series of characters of five bits each, the lowest first; a sixth bit says that more
+    follow, the fifth of the last is the sign. From the fourth number on, each is the difference to the last but one.
 
     Raises:
-        ValueError: What `check_coco` refuses, or no JSON; the message names the file.
+        ValueError: A character that is not of the text, or a number that is cut off.
     """
+    text = rle["counts"]
+    if not isinstance(text, str):
+        return list(text)
+    counts: list[int] = []
+    value = shift = 0
+    for character in text:
+        bits = ord(character) - COUNT_ZERO
+        if not 0 <= bits < 2 * COUNT_MORE:
+            raise ValueError(f"run lengths have no character {character!r}")
+        value |= (bits & (COUNT_MORE - 1)) << shift
+        shift += COUNT_BITS
+        if not bits & COUNT_MORE:
+            if bits & COUNT_SIGN:
+                value -= 1 << shift
+            counts.append(value + counts[-2] if len(counts) > 2 else value)
+            value = shift = 0
+    if shift:
+        raise ValueError("run lengths end in the middle of a number")
+    return counts
+
+
+def load_coco(path: str | os.PathLike[str]) -> Any:
+    """What a JSON file holds; a mark of the byte order at its start is no part of it.
+
+    Raises:
+        OSError: The file cannot be opened.
+        ValueError: An empty file, one that is not UTF-8, or no JSON; the message names the file and a remedy.
+    """
+    path = Path(path)
+    content = path.read_bytes()
+    if not content.strip():
+        raise ValueError(f"{path} is no intact COCO annotation file: it is empty; write or fetch it again")
     try:
-        content = json.loads(Path(path).read_text())
+        return json.loads(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is no intact COCO annotation file: byte {error.start} is not UTF-8; convert it, e.g. by iconv"
+        ) from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is no intact COCO annotation file: it is nested too deep") from error
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is no intact COCO annotation file: {error}; if it is cut off, write or fetch it again"
+        ) from error
+
+
+def read_coco(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The checked contents of a COCO annotation file, without repairs; pycocotools is not needed.
+
+    Raises:
+        ValueError: What `load_coco` and `check_coco` refuse; the message names the file.
+    """
+    content: dict[str, Any] = load_coco(path)
+    try:
         check_coco(content)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no intact COCO annotation file: {describe_error(error)}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is no intact COCO annotation file: {error}") from error
     return content
 
 
-def describe_error(error: Exception) -> str:
-    """What a reader of annotations stumbled over, in words."""
-    return f"an entry lacks {error}" if isinstance(error, KeyError) else str(error)
+def check_coco(content: Any, *, masks: bool = False) -> None:
+    """Check what has only one reading: ids are unique, annotations refer to images and categories, boxes are numbers.
 
+    Boxes without area, missing `iscrowd` and missing `area` are no errors: `repair_coco` knows what they mean.
 
-def check_coco(content: Mapping[str, Any]) -> None:
-    """Check that ids are unique, that annotations refer to pictures and categories, and that boxes have an area.
+    Args:
+        content: What the file holds.
+        masks: Every annotation must have a mask, too: polygons, or run lengths of the image's size.
 
     Raises:
-        ValueError: The first thing that is wrong.
-        KeyError: A field that an entry lacks.
+        ValueError: What is wrong; the message names the first entry, how many are alike, and a remedy.
     """
     if not isinstance(content, Mapping):
         raise ValueError(f"it must hold an object, got a {type(content).__name__}")
-    ids: dict[str, set[int]] = {}
-    for part in ("images", "categories", "annotations"):
-        if not isinstance(content.get(part), list):
-            raise ValueError(f"it has no list of {part}")
-        ids[part] = {entry["id"] for entry in content[part]}
-        if len(ids[part]) < len(content[part]):
-            raise ValueError(f"ids of {part} must be unique, but {len(content[part]) - len(ids[part])} stand twice")
-    for entry in content["annotations"]:
-        for field, part in (("image_id", "images"), ("category_id", "categories")):
-            if entry[field] not in ids[part]:
-                raise ValueError(f"annotation {entry['id']} has {field} {entry[field]}, which is not among the {part}")
-        box = entry["bbox"]
-        if len(box) != 4 or box[2] <= 0 or box[3] <= 0:
-            raise ValueError(f"annotation {entry['id']} must have a box [x, y, width > 0, height > 0], got {box}")
+    ids = {part: check_ids(content, part) for part in PARTS}
+    entries = content["annotations"]
+    for field, part in (("image_id", "images"), ("category_id", "categories")):
+        known = ids[part]
+        wrong = [entry for entry in entries if not is_among(entry.get(field), known)]
+        if wrong:
+            value = wrong[0].get(field)
+            what = f"{field} {value!r}, which is not among the {part}{of_type(value, known)}"
+            raise ValueError(
+                f"{named(wrong)} has {what if field in wrong[0] else f'no {field}'}; correct it, or leave it out"
+            )
+    check_boxes(entries)
+    if masks:
+        sizes = {entry["id"]: (entry.get("height"), entry.get("width")) for entry in content["images"]}
+        check_masks(entries, sizes)
+
+
+def named(entries: Sequence[Mapping[str, Any]]) -> str:
+    """The subject of a sentence about annotations: "annotation 7 (the first of 3)"."""
+    return f"annotation {entries[0]['id']}" + (f" (the first of {len(entries)})" if len(entries) > 1 else "")
+
+
+def is_among(value: Any, known: set[Any]) -> bool:
+    """Whether the value is one of the known ones; lists and objects never are."""
+    return isinstance(value, (int, str, float)) and value in known
+
+
+def of_type(value: Any, known: set[Any]) -> str:
+    """A hint for ids that differ from the known ones in nothing but their type."""
+    kinds = sorted({type(entry).__name__ for entry in known})
+    return f" (a {type(value).__name__}, where theirs are {', '.join(kinds)})" if str(value) in map(str, known) else ""
+
+
+def check_ids(content: Mapping[str, Any], part: str) -> set[Any]:
+    """The ids of a part of the file; the error of `check_coco` if one is missing, odd, or stands twice."""
+    entries = content.get(part)
+    if not isinstance(entries, list):
+        raise ValueError(f"it has no list of {part}")
+    ids: set[Any] = set()
+    for number, entry in enumerate(entries):
+        if not isinstance(entry, Mapping):
+            raise ValueError(f"{part} must be objects, but number {number} is a {type(entry).__name__}")
+        key = entry.get("id")
+        if isinstance(key, bool) or (not isinstance(key, (int, str)) and not (isinstance(key, float) and key % 1 == 0)):
+            raise ValueError(f"{part} must have ids, whole numbers or text, but number {number} has {key!r}")
+        ids.add(key)
+    if len(ids) < len(entries):
+        seen: set[Any] = set()
+        twice = next(key for entry in entries if (key := entry["id"]) in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(
+            f"ids of {part} must be unique, but {len(entries) - len(ids)} stand twice, the first is {twice!r}; "
+            "number them anew, or leave the doubles out"
+        )
+    return ids
+
+
+def check_boxes(entries: Sequence[Mapping[str, Any]]) -> None:
+    """The error of `check_coco` unless every box is of four finite numbers, without a negative width or height."""
+    for entry in entries:
+        box = entry.get("bbox")
+        if (
+            not isinstance(box, list)
+            or len(box) != 4
+            or not all(type(value) in (int, float) for value in box)
+            or not all(map(is_finite, box))
+            or box[2] < 0
+            or box[3] < 0
+        ):
+            raise ValueError(
+                f"annotation {entry['id']} must have a box [x, y, width, height] of finite numbers, width and height "
+                f"not negative, got {str(box)[:100]}; correct it, or leave the annotation out"
+            )
+
+
+def is_finite(value: float) -> bool:
+    """Whether a number is finite as a float; JSON has whole numbers of any length."""
+    return -1e12 < value < 1e12
+
+
+def check_masks(entries: Sequence[Mapping[str, Any]], sizes: Mapping[Any, tuple[Any, Any]]) -> None:
+    """The error of `check_coco` unless every annotation with an area has a mask of its image."""
+    wrong = [entry for entry in entries if mask_fault(entry, sizes[entry["image_id"]]) is not None]
+    if wrong:
+        raise ValueError(
+            f"{named(wrong)} {mask_fault(wrong[0], sizes[wrong[0]['image_id']])}; correct its segmentation, leave the "
+            "annotation out, or train a model without masks"
+        )
+
+
+def mask_fault(entry: Mapping[str, Any], size: tuple[Any, Any]) -> str | None:
+    """What is wrong with the mask of an annotation whose box has an area, or None."""
+    mask = entry.get("segmentation")
+    if entry["bbox"][2] == 0 or entry["bbox"][3] == 0:
+        return None  # it is left out
+    if not mask:
+        return "has no mask" if mask is None else "has an empty mask"
+    if isinstance(mask, Mapping):
+        return run_fault(mask, size)
+    if not isinstance(mask, list) or not all(isinstance(polygon, list) for polygon in mask):
+        return "has a mask that is neither a list of polygons [x, y, x, y, ...] nor run lengths"
+    for polygon in mask:
+        if len(polygon) % 2:
+            return f"has a polygon of {len(polygon)} numbers, which are no pairs of x and y"
+        if not all(type(value) in (int, float) and is_finite(value) for value in polygon):
+            return "has a polygon with coordinates that are no finite numbers"
+    if all(len(polygon) < 2 * MIN_POINTS for polygon in mask):
+        return f"has no polygon of at least {MIN_POINTS} points"
+    return None
+
+
+def run_fault(rle: Mapping[str, Any], size: tuple[Any, Any]) -> str | None:
+    """What is wrong with run lengths of a mask on an image of size (height, width), or None."""
+    if not isinstance(rle.get("size"), list) or not isinstance(rle.get("counts"), (list, str)):
+        return "has run lengths without size and counts"
+    if tuple(rle["size"]) != size:
+        return f"has run lengths of size {rle['size']} on an image of {list(size)} (height, width)"
+    try:
+        counts = run_lengths(rle)
+    except ValueError as error:
+        return f"has broken {error}"
+    if not all(type(count) is int and count >= 0 for count in counts) or sum(counts) != math.prod(size):
+        return f"has run lengths that do not add up to the {math.prod(size)} pixels of its image"
+    return None
+
+
+@dataclass
+class Repairs:
+    """How many annotations and images a repair met, by what was done with them.
+
+    Attributes:
+        annotations: Of the file.
+        images: Of the file.
+        crowds: Regions of many objects (`iscrowd`), which no loss and no metric counts as an object.
+        no_area: Boxes without width or height, left out.
+        outside: Boxes that share no pixel with their image, left out.
+        thin: Boxes that are less than a pixel wide or high, which mmdet leaves out when it trains.
+        iscrowd: Annotations without `iscrowd`, which then is 0.
+        area: Annotations without a positive `area`, which then is that of the mask, or of the box where there is none.
+        polygons: Parts of masks with fewer than three points, left out.
+        ids: Ids that pycocotools' evaluation mistakes for "no match" (0) or cannot hold (text), numbered anew.
+        bare: Images without annotations, after what was left out.
+    """
+
+    annotations: int = 0
+    images: int = 0
+    crowds: int = 0
+    no_area: int = 0
+    outside: int = 0
+    thin: int = 0
+    iscrowd: int = 0
+    area: int = 0
+    polygons: int = 0
+    ids: int = 0
+    bare: int = 0
+
+    @property
+    def changes(self) -> bool:
+        """Whether the repaired content differs from the file."""
+        return any((self.no_area, self.outside, self.iscrowd, self.area, self.polygons, self.ids))
+
+    def __str__(self) -> str:
+        texts = {
+            "no_area": "boxes without area, left out",
+            "outside": "boxes outside their images, left out",
+            "thin": "boxes under a pixel, which mmdet does not train on",
+            "iscrowd": "iscrowd set to 0",
+            "area": "area computed",
+            "polygons": "polygons of fewer than three points, left out",
+            "ids": "annotation ids numbered anew",
+            "crowds": "crowd regions",
+            "bare": "images without annotations",
+        }
+        numbers = asdict(self)
+        found = [f"{text}: {numbers[name]}" for name, text in texts.items() if numbers[name]]
+        return "; ".join([f"annotations: {self.annotations}; images: {self.images}", *found])
+
+
+def repair_coco(content: Mapping[str, Any]) -> tuple[dict[str, Any], Repairs]:
+    """Checked content with everything mended that can only mean one thing, and what was done; changes nothing in place.
+
+    Args:
+        content: As `check_coco` lets it pass.
+    """
+    images, entries = content["images"], content["annotations"]
+    done = Repairs(annotations=len(entries), images=len(images))
+    sizes = {image["id"]: (image.get("width", math.inf), image.get("height", math.inf)) for image in images}
+    kept: list[dict[str, Any]] = []
+    for entry in entries:
+        x, y, width, height = entry["bbox"]
+        across, down = sizes[entry["image_id"]]
+        if width == 0 or height == 0:
+            done.no_area += 1
+        elif x >= across or y >= down or x + width <= 0 or y + height <= 0:
+            done.outside += 1
+        else:
+            done.thin += width < 1 or height < 1
+            kept.append(repair_entry(entry, done))
+    if any(isinstance(entry["id"], str) or entry["id"] == 0 for entry in kept):
+        done.ids = len(kept)
+        kept = [entry | {"id": number} for number, entry in enumerate(kept, 1)]
+    done.bare = len(sizes) - len({entry["image_id"] for entry in kept})
+    return {**content, "annotations": kept}, done
+
+
+def repair_entry(entry: dict[str, Any], done: Repairs) -> dict[str, Any]:
+    """An annotation with `iscrowd`, `area` and proper polygons; what was changed is counted in ``done``."""
+    changes: dict[str, Any] = {}
+    if entry.get("iscrowd") is None:
+        changes["iscrowd"] = 0
+        done.iscrowd += 1
+    elif entry["iscrowd"]:
+        done.crowds += 1
+    mask = entry.get("segmentation")
+    if isinstance(mask, list) and any(len(polygon) < 2 * MIN_POINTS for polygon in polygons_of(mask)):
+        changes["segmentation"] = [polygon for polygon in polygons_of(mask) if len(polygon) >= 2 * MIN_POINTS]
+        done.polygons += len(mask) - len(changes["segmentation"])
+    area = entry.get("area")
+    if not isinstance(area, (int, float)) or not 0 < area < math.inf:
+        changes["area"] = mask_area(changes.get("segmentation", mask)) or entry["bbox"][2] * entry["bbox"][3]
+        done.area += 1
+    return entry | changes if changes else entry
+
+
+def polygons_of(mask: Iterable[Any]) -> list[list[float]]:
+    """The polygons among the parts of a mask."""
+    return [part for part in mask if isinstance(part, list)]
+
+
+def mask_area(mask: Any) -> float:
+    """Pixels of run lengths, or the area of polygons by the shoelace formula; 0 without a mask that can be read."""
+    if isinstance(mask, Mapping):
+        try:
+            return float(sum(run_lengths(mask)[1::2]))
+        except (ValueError, KeyError, TypeError):
+            return 0.0
+    area = 0.0
+    for polygon in polygons_of(mask or ()):
+        if len(polygon) % 2 == 0:
+            x, y = np.asarray(polygon, np.float64).reshape(-1, 2).T
+            area += abs(float(x @ np.roll(y, -1) - y @ np.roll(x, -1))) / 2
+    return area
 
 
 def draw_objects(image: Image.Image, objects: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> Image.Image:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from torchvision.datasets import CocoDetection, FashionMNIST, ImageFolder, VisionDataset
 
-from effvit.coco import check_coco, describe_error
+from effvit.coco import read_coco, repair_coco
 from effvit.images import open_image, opened
 from effvit.sources import default_root
 
@@ -166,7 +167,21 @@ def open_classes(folder: Path) -> ImageFolder:
 
 
 class AnnotatedImages(CocoDetection):
-    """torchvision's CocoDetection with images read by the rule of `effvit.images`, turned as their annotations are."""
+    """torchvision's CocoDetection of read annotations, its images turned as those are and read as `effvit.images` says.
+
+    Args:
+        root: Folder of the images.
+        content: COCO's annotations.
+    """
+
+    def __init__(self, root: Path, content: dict[str, Any]) -> None:
+        from pycocotools.coco import COCO
+
+        VisionDataset.__init__(self, root)
+        self.coco = COCO()
+        self.coco.dataset = content
+        self.coco.createIndex()
+        self.ids = sorted(self.coco.imgs)
 
     def _load_image(self, id: int) -> Image.Image:
         entry = self.coco.loadImgs(id)[0]
@@ -174,22 +189,14 @@ class AnnotatedImages(CocoDetection):
 
 
 def open_coco(images: Path, annotations: Path) -> CocoDetection:
-    """torchvision's CocoDetection of checked annotations."""
-    try:
-        import pycocotools.coco  # noqa: F401
-    except ImportError as error:
-        raise ImportError("COCO annotations are read by pycocotools, which comes with the extra effvit[mm]") from error
+    """torchvision's CocoDetection of annotations that were checked, and repaired where they have one reading only."""
+    if find_spec("pycocotools") is None:
+        raise ImportError("COCO annotations are read by pycocotools, which comes with the extra effvit[mm]")
     existing(images)
     if not annotations.is_file():
         raise FileNotFoundError(f"there is no annotation file {annotations}")
-    try:
-        dataset = AnnotatedImages(images, str(annotations))
-        check_coco(dataset.coco.dataset)
-    except (ValueError, KeyError, TypeError, AssertionError) as error:  # pycocotools has no errors of its own
-        raise ValueError(f"{annotations} is no intact COCO annotation file: {describe_error(error)}") from error
-    missing = [
-        file for image in dataset.coco.dataset["images"] if not (images / (file := image["file_name"])).is_file()
-    ]
+    content, _ = repair_coco(read_coco(annotations))
+    missing = [file for image in content["images"] if not (images / (file := image["file_name"])).is_file()]
     if missing:
-        raise FileNotFoundError(f"{len(missing)} annotated pictures are not in {images}, the first is {missing[0]}")
-    return dataset
+        raise FileNotFoundError(f"{len(missing)} annotated images are not in {images}, the first is {missing[0]}")
+    return AnnotatedImages(images, content)

@@ -21,10 +21,12 @@ from contextlib import contextmanager
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-__all__ = ["as_rgb", "fit_size", "open_image", "opened", "turned_size"]
+__all__ = ["as_rgb", "check_whole", "fit_size", "open_image", "opened", "turned_size"]
 
 BACKGROUND = (255, 255, 255)
 EXIF_ORIENTATION = 0x0112
+END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
+TAIL = 64  # bytes at the end of a file that hold the mark; some writers pad
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
 SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")  # and "I" of PNG and PPM in older Pillows
 
@@ -89,6 +91,15 @@ def open_image(path: str | os.PathLike[str], size: tuple[int, int] | None = None
         if size is not None and not fit_size(image, size, path):
             image.getexif().pop(EXIF_ORIENTATION, None)
         return as_rgb(image)
+
+
+def check_whole(image: Image.Image, path: str | os.PathLike[str]) -> None:
+    """Decode an opened image whose file lacks the end of its format; the error of one that is cut off is Pillow's."""
+    end = END_MARKS.get(image.format or "")
+    with open(path, "rb") as file:
+        file.seek(-min(TAIL, os.path.getsize(path)), os.SEEK_END)
+        if end is None or end not in file.read():
+            image.load()
 
 
 def turned_size(image: Image.Image) -> tuple[int, int]:

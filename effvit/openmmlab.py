@@ -38,6 +38,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 import effvit
+import effvit.loading  # registers the transforms that data_checks puts into pipelines
 from effvit.models._checkpoint import adapt_state, check_state, read_checkpoint, read_file
 from effvit.models.feature_pyramid import PyramidFeatures, SimpleFeaturePyramid
 from effvit.models.host import ReducedHost, check_model_name

@@ -1,7 +1,8 @@
 """Training and testing configs of mmdet, mmseg and mmpretrain with mmengine's Runner (``tools/train.py``, ``test.py``).
 
 What mmengine's own scripts do, and besides: processes on machines without an accelerator, checkpoints that must fit the
-model, annotations that are checked before training, and bases of mmseg under the maintained fork's name.
+model, data that are checked and repaired before training (``effvit.data_checks``), and bases of mmseg under the
+maintained fork's name.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ except ModuleNotFoundError as error:
     raise missing_package("effvit.runner", "mmengine", "mm") from error
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,11 @@ import torch.distributed
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.model import BaseModule
-from mmengine.registry import DATASETS, RUNNERS
+from mmengine.registry import RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
 from mmengine.runner.checkpoint import get_torch_safe_globals
 
-from effvit.coco import read_coco
+from effvit.data_checks import check_annotations, nested_dicts
 from effvit.models._checkpoint import check_state, read_file
 from effvit.openmmlab import StartsPretrained, load_config
 
@@ -43,7 +44,6 @@ __all__ = [
 ]
 
 LAUNCHERS = ("none", "pytorch", "slurm", "mpi")
-SPLITS = ("train_dataloader", "val_dataloader", "test_dataloader")
 
 
 def read_launcher(launcher: str | None) -> str:
@@ -131,16 +131,6 @@ def _distribute_on_cpu(config: Config) -> None:
             part["type"] = "BN"
 
 
-def nested_dicts(value: Any) -> Iterator[dict[str, Any]]:
-    """All dicts inside nested dicts and sequences."""
-    if isinstance(value, dict):
-        yield value
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        for part in value:
-            yield from nested_dicts(part)
-
-
 def without_pretrained(config: Config) -> Config:
     """The config, changed so that its model asks for no weights."""
     for part in nested_dicts(config.model):
@@ -150,7 +140,7 @@ def without_pretrained(config: Config) -> Config:
 
 
 def build_runner(config: Config) -> Runner:
-    """The Runner of a prepared config, after a check of its annotations and of the weights it starts from.
+    """The Runner of a prepared config, after a check of its data and of the weights it starts from; it logs repairs.
 
     A model starts from the checkpoint alone if there is one: the network is not asked for weights that its config
     names. Without a checkpoint it has its pretrained weights already.
@@ -159,11 +149,13 @@ def build_runner(config: Config) -> Runner:
         ValueError, FileNotFoundError: As ``check_annotations`` and ``check_checkpoint``; pretrained weights that are
             not there or do not fit.
     """
-    check_annotations(config)
+    lines = check_annotations(config)
     if config.launcher == "pytorch" and get_device() == "cpu" and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo")
     runner = RUNNERS.build(config) if "runner_type" in config else Runner.from_cfg(config)
     checkpoint = config.get("load_from")
+    for line in lines:
+        runner.logger.info(line)
     if checkpoint is None and config.get("resume"):
         checkpoint = find_latest_checkpoint(config.work_dir)
     if checkpoint is not None:
@@ -208,47 +200,3 @@ def check_checkpoint(runner: Runner, path: str | Path) -> None:
     model: Any = getattr(runner.model, "module", runner.model)
     content = read_file(path, get_torch_safe_globals())
     check_state(content.get("state_dict", content), model, path)
-
-
-def check_annotations(config: Config) -> None:
-    """Check the annotations that a config names, so that a broken file stops a run before it begins.
-
-    COCO files must be intact (``effvit.coco.check_coco``), and every picture of a segmentation set must have its label
-    map.
-
-    Raises:
-        FileNotFoundError: A file or folder that is not there.
-        ValueError: A broken annotation file, or a picture without a label map.
-    """
-    seen: set[Path] = set()
-    for split in SPLITS:
-        for dataset in nested_dicts(config.get(split) or {}):
-            if dataset.get("type") == "CocoDataset":
-                path = Path(dataset.get("data_root") or "", dataset["ann_file"])
-                if not path.is_file():
-                    raise FileNotFoundError(
-                        f"{split} asks for {path}, which is not there; set data_root in the config or by --cfg-options"
-                    )
-                if path not in seen:
-                    seen.add(path)
-                    read_coco(path)
-            elif "seg_map_path" in dataset.get("data_prefix", {}):
-                _check_label_maps({**dataset, "_scope_": config.default_scope, "lazy_init": True}, split)
-
-
-def _check_label_maps(dataset: dict[str, Any], split: str) -> None:
-    """Raise an error of ``check_annotations`` unless each picture of a segmentation set has a label map."""
-    root = dataset.get("data_root") or "the working directory"
-    try:
-        entries: list[dict[str, Any]] = DATASETS.build(dataset).load_data_list()
-    except (OSError, AssertionError) as error:
-        raise FileNotFoundError(
-            f"{split} cannot list its pictures in {root}: {error}; set data_root in the config or by --cfg-options"
-        ) from error
-    if not entries:
-        raise FileNotFoundError(f"{split} finds no pictures in {root}; its data_prefix is {dataset['data_prefix']}")
-    missing = [entry["seg_map_path"] for entry in entries if not Path(entry["seg_map_path"]).is_file()]
-    if missing:
-        raise ValueError(
-            f"{split}: {len(missing)} of {len(entries)} pictures in {root} have no label map, the first is {missing[0]}"
-        )

@@ -335,14 +335,14 @@ class TestAnnotations:
         (tmp_path / "set" / "annotations" / "training" / "000003.png").unlink()
         config = prepare_config(segmenter)
         config.train_dataloader.dataset.data_root = str(tmp_path / "set")
-        with pytest.raises(ValueError, match=r"1 of 12 pictures in .*set have no label map, .*000003.png"):
+        with pytest.raises(ValueError, match=r"1 of 12 images in .*set have no label map, .*000003.png"):
             check_annotations(config)
         config.train_dataloader.dataset.data_root = str(tmp_path / "nothing")
-        with pytest.raises(FileNotFoundError, match=r"train_dataloader cannot list its pictures in .*nothing"):
+        with pytest.raises(FileNotFoundError, match=r"train_dataloader cannot list its images in .*nothing"):
             check_annotations(config)
         config.train_dataloader.dataset.img_suffix = ".webp"
         config.train_dataloader.dataset.data_root = str(drawn_set)
-        with pytest.raises(FileNotFoundError, match="train_dataloader finds no pictures"):
+        with pytest.raises(FileNotFoundError, match="train_dataloader finds no images"):
             check_annotations(config)
 
     def test_tool_ends_with_status_2_and_one_line(
