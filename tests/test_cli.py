@@ -246,7 +246,7 @@ class TestVisualize:
         path = tmp_path / "text.png"
         path.write_text("no picture")
         command = ["visualize", path, "--model", TINY, "--method", "tome", "--out", tmp_path]
-        assert "cannot identify image file" in failure(capsys, *command)
+        assert "text.png is no image of a format that Pillow reads" in failure(capsys, *command)
 
     def test_pictures_of_the_package_are_named_and_seen(self, capsys, tmp_path):
         command = ["visualize", "fashion_mnist:bag-[01]", "--model", "vit_nano_patch4_28", "--pretrained"]
