@@ -637,7 +637,7 @@ def _recorded_name(dense: Any) -> str | None:
     return dense.pretrained_cfg["architecture"] if hasattr(dense, "_model_args") else None
 
 
-def record_name(model: Reduced) -> None:
+def record_name(model: Any) -> None:
     """Let ``pretrained_cfg`` name what the model is, for timm's hub folders.
 
     The zoo's name, if its host has one under the method: keywords of ``timm.create_model`` cannot be None, so with a
@@ -647,9 +647,9 @@ def record_name(model: Reduced) -> None:
     unsaid = any(value is None and defaults[setting] is not None for setting, value in model._settings.items())
     cfg = getattr(model, "pretrained_cfg", None)
     if cfg is None:  # of a host that was built by its class
-        embed: Any = model.patch_embed
-        model._traits = {"img_size": embed.img_size}
-        cfg = PretrainedCfg(input_size=(model.in_chans, *embed.img_size), num_classes=model.num_classes).to_dict()
+        img_size = model.patch_embed.img_size
+        model._traits = {"img_size": img_size}
+        cfg = PretrainedCfg(input_size=(model.in_chans, *img_size), num_classes=model.num_classes).to_dict()
     architecture = name if model.host_name and timm.is_model(name) and not unsaid else SPARSIFIED
     model.pretrained_cfg = model.default_cfg = cfg | {"architecture": architecture}
 
