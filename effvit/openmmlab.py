@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
@@ -80,6 +80,10 @@ class StartsPretrained:
 
     pretrained: bool | str
     _is_init: bool
+
+    if TYPE_CHECKING:  # what mmengine's class brings along
+
+        def init_weights(self) -> None: ...
 
     def check_weights(self) -> None:
         """Raise a ValueError while the weights that ``pretrained`` names are not there, nor others in their place."""

@@ -174,7 +174,6 @@ def start_weights(model: torch.nn.Module, *, trained: bool) -> None:
         trained: A checkpoint that holds every weight is about to be loaded, so that none needs to start from others.
             Teachers, which no checkpoint holds, are loaded all the same.
     """
-    part: Any
     for part in model.modules():
         if trained and isinstance(part, BaseModule):
             part.is_init = True
