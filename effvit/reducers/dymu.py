@@ -340,6 +340,8 @@ class DyMU(Reducer):
             )
         if self.ranking:
             tokens = replace(tokens, carry=merge.threshold)
+        # A trace that is only counted goes on too: it would drop an unused matching as dead code.
+        recorded = recorded or torch.jit.is_tracing()
         if not (recorded or merge.official or merge.merged.any()):
             return x, tokens
         return apply_merge(x, tokens, merge, self.ragged == "packed")
