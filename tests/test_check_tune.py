@@ -9,18 +9,34 @@ from typing import Any
 import pytest
 from scripts import load_tool
 
+from effvit.records import SCHEMA
+
 TOOL = load_tool("check_tune")
 
 
 def candidate(method: str, speedup: float, divergence: float, **settings: Any) -> dict[str, Any]:
-    return {"method": method, "settings": settings, "speedup": speedup, "fidelity": {"divergence": divergence}}
+    return {
+        "method": method,
+        "settings": settings,
+        "macs": 30_000_000,
+        "speedup": speedup,
+        "interval": [speedup, speedup],
+        "fidelity": {"divergence": divergence, "feature_distance": 0.1},
+    }
 
 
 BEST = candidate("tome", 1.5, 0.1, r=2)
 TUNED = {
+    "schema": SCHEMA,
+    "kind": "tune",
+    "machine": {
+        **dict.fromkeys(("system", "processor", "device", "python", "torch", "timm", "effvit"), ""),
+        "cores": 2,
+    },
     "host": "vit_nano_patch4_28",
     "target": {"speedup": 1.5},
     "best": BEST,
+    "front": [BEST],
     "tried": [
         BEST,
         candidate("tome", 1.6, 0.2, r=3),
@@ -29,7 +45,7 @@ TUNED = {
         candidate("evit", 1.9, 0.6, keep_rate=0.5),
         candidate("evit", 1.5, 0.3, keep_rate=0.8, reduce_at=[2]),
     ],
-    "conditions": {"batch_size": 4, "input_size": [1, 28, 28], "threads": "1", "device": "cpu", "dtype": "float32"},
+    "conditions": {"batch_size": 4, "input_size": [1, 28, 28], "threads": 1, "device": "cpu", "dtype": "float32"},
 }
 
 
@@ -56,6 +72,11 @@ def test_all_are_measured_again_and_records_add_up(tmp_path: Path, capsys: pytes
 def test_a_result_of_another_kind_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tuned = tmp_path / "tuned.json"
     tuned.write_text(json.dumps({"kind": "profile"}))
-    with pytest.raises(SystemExit):
-        TOOL.main([str(tuned), "fashion_mnist:*"])
+    assert TOOL.main([str(tuned), "fashion_mnist:*"]) == 2
+    assert (
+        "must have \"schema\": 1 and \"kind\": 'tune', got {'schema': None, 'kind': 'profile'}"
+        in capsys.readouterr().err
+    )
+    tuned.write_text(json.dumps({**TUNED, "target": {"macs": 1e6}}))
+    assert TOOL.main([str(tuned), "fashion_mnist:*"]) == 2
     assert "is not the result of `effvit tune --speedup`" in capsys.readouterr().err
