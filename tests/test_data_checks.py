@@ -16,7 +16,7 @@ pytest.importorskip("mmseg")
 pytest.importorskip("mmpretrain")
 
 from mmengine.config import Config
-from mmengine.registry import DATASETS, init_default_scope
+from mmengine.registry import DATASETS
 
 import effvit.openmmlab  # noqa: F401  (registers the transforms)
 from effvit.data_checks import check_annotations
@@ -86,8 +86,8 @@ def detection(tmp_path: Path) -> Detection:
 
 def loaded(config: Config, split: str = "train_dataloader") -> Any:
     """The data set of a checked config, as mmdet or mmseg builds it."""
-    init_default_scope(config.default_scope)
-    return DATASETS.build(config[split].dataset)
+    with DATASETS.switch_scope_and_registry(config.default_scope):  # what it leaves behind is that of before
+        return DATASETS.build({**config[split].dataset, "_scope_": config.default_scope})
 
 
 def instances(config: Config) -> list[dict[str, Any]]:
