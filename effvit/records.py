@@ -288,6 +288,8 @@ def read_json(path: Path) -> Any:
     """
     if path.is_dir():
         raise ValueError(f"{plain(path)} is a folder, not a JSON file of results")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{plain(path)} is a pipe, socket or device, not a JSON file of results")
     if path.stat().st_size > LARGEST_FILE:
         raise ValueError(
             f"{plain(path)} has {path.stat().st_size} bytes, a file of results at most {LARGEST_FILE}; "

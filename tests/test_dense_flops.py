@@ -19,6 +19,7 @@ from mmengine.registry import MODELS, init_default_scope
 from effvit.dense_flops import count_dense_flops, count_parts
 from effvit.flops import count_flops
 from effvit.openmmlab import load_config
+from effvit.runner import without_pretrained
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = (96, 128)
@@ -28,7 +29,7 @@ def build(config: str, **changes: Any) -> nn.Module:
     content = load_config(ROOT / "configs" / config)
     content.merge_from_dict(changes)
     init_default_scope(content.default_scope)
-    return MODELS.build(content.model)
+    return MODELS.build(without_pretrained(content).model)
 
 
 def convolution(module: nn.Module) -> int:

@@ -15,7 +15,7 @@ import effvit
 PACKAGE = Path(effvit.__file__).parent
 # Lower layers know nothing of higher ones; modules of one layer of the core may know each other.
 LAYERS = (
-    ("recording", "requirements"),
+    ("messages", "recording", "requirements"),
     ("tokens",),
     ("windows",),
     ("attention", "bidirectional_attention", "cross_attention", "super_tokens"),
@@ -29,14 +29,11 @@ CORE = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # They look at models, nothing in the core knows them. Those of one row do not know each other: the row of a module is
 # the length of its longest way down to the core, so that a new import that climbs or closes a circle fails.
 ABOVE = (
-    (
-        *("accuracy", "breakdown", "classifiers", "closed_form", "coco", "demo", "flops", "openmmlab", "pictures"),
-        *("profiler", "sources", "tables"),
-    ),
-    ("composites", "data", "dense_flops", "fidelity", "ideal", "plots", "runner", "token_stages"),
-    ("costs", "garments"),
-    ("report", "tune", "visualize"),
-    ("cli",),
+    ("accuracy", "breakdown", "closed_form", "demo", "flops", "images", "profiler", "records", "sources", "tables"),
+    ("coco", "dense_flops", "fidelity", "ideal", "label_maps", "pictures", "plots", "report", "token_stages"),
+    ("composites", "costs", "data", "data_checks", "loading", "tune", "visualize"),
+    ("cli", "garments", "openmmlab"),
+    ("classifiers", "runner"),
 )
 TOOLS = len(LAYERS)  # rank of the lowest of them
 RANKS = CORE | {name: TOOLS + row for row, names in enumerate(ABOVE) for name in names}
