@@ -186,3 +186,9 @@ class TestMutations:
             said = capsys.readouterr()
             assert (status, said.err) == (0, "") or (status == 2 and said.err.count("\n") == 1)
             assert said.err.removesuffix("\n").isprintable()
+
+
+def test_device_is_refused_before_it_is_read() -> None:
+    """/dev/zero has no end and a size of 0."""
+    with pytest.raises(ValueError, match="/dev/zero is a pipe, socket or device, not a JSON file of results"):
+        read_json(Path("/dev/zero"))
