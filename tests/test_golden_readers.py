@@ -40,8 +40,16 @@ def dense_case(folder: Path, method: str, **config: Any) -> Case:
     ).eval()  # fmt: skip
     x = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
+        y, blocks = model._pos_embed(model.patch_embed(x)), {}
+        for i, block in enumerate(model.blocks):
+            y = blocks[f"block{i}/out"] = block(y)
         tokens = model.forward_features(x)
-        tensors = {"input": x, "output": model(x), "final_norm": tokens, "tokens_per_layer": torch.tensor([17, 17])}
+        tensors = blocks | {
+            "input": x,
+            "output": model(x),
+            "final_norm": tokens,
+            "tokens_per_layer": torch.tensor([17, 17]),
+        }
     return write(folder, method, config, tensors | {f"state/{key}": value for key, value in model.state_dict().items()})
 
 
