@@ -32,7 +32,7 @@ def _fresh_state():
 
 @pytest.fixture(scope="session", autouse=True)
 def _threads():
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    torch.set_num_threads(min(2, torch.get_num_threads()))  # OMP_NUM_THREADS=1 holds
 
 
 @pytest.fixture(scope="session")

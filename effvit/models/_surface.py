@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from timm.models._manipulate import reinit_non_persistent_buffers
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from effvit.recording import is_recorded
 from effvit.tokens import autocast_enabled, fix_traced_size, fx_leaf
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "check_output_fmt",
     "hand_out",
     "model_cfg",
+    "record_args",
     "refuse_mask",
 ]
 
@@ -107,9 +109,12 @@ class Reduced(nn.Module):
         self._placement = (weight.dtype, weight.device)
 
     def check_whole(self) -> None:
-        """Warn if a model that shares the weights was moved or cast, which leaves the buffers of this one behind."""
+        """Warn if a model that shares the weights was moved or cast, which leaves the buffers of this one behind.
+
+        Not while the model is recorded, where dtypes and devices may be those of a simulation.
+        """
         weight = next(self.parameters())
-        if (weight.dtype, weight.device) == self._placement:
+        if is_recorded(weight) or (weight.dtype, weight.device) == self._placement:
             return
         left = [
             name
@@ -187,6 +192,19 @@ def model_cfg(**kwargs: Any) -> dict[str, Any]:
         "classifier": "head",
         **kwargs,
     }
+
+
+# Keywords of a builder that say where weights are from and where they go, and nothing about the model.
+_LOADING = {"pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "cache_dir", "device", "dtype"}
+
+
+def record_args(model: Any, kwargs: Mapping[str, Any]) -> None:
+    """Let a model tell the keywords that its builder got, for the folders of timm's ``save_for_hf``.
+
+    ``timm.create_model`` does so by itself. Without a record, the folder of a model whose builder was called alone
+    would give back one of the default sizes and options.
+    """
+    model._model_args = {name: value for name, value in kwargs.items() if name not in _LOADING}
 
 
 def check_output_fmt(output_fmt: str, known: Sequence[str] = ("NCHW", "NLC")) -> None:

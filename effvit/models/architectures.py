@@ -13,7 +13,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from effvit.models._checkpoint import official_state_dict
-from effvit.models._surface import model_cfg
+from effvit.models._surface import model_cfg, record_args
 from effvit.models.casvit import CASViT
 from effvit.models.feature_pyramid import feature_settings
 from effvit.models.lookupvit import LookupViT
@@ -261,9 +261,10 @@ def _create(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
         raise ValueError(
             f"{name} has no setting 'recover': no patch is dropped, so its maps are full as they are; leave it out"
         )
+    args = dict(kwargs)
     feature_cfg = feature_settings(kwargs, variant.out_indices)
     with name_arguments(name, variant.args.keys()):
-        return build_model_with_cfg(
+        model = build_model_with_cfg(
             variant.model,
             name,
             pretrained,
@@ -271,6 +272,8 @@ def _create(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
             feature_cfg=feature_cfg,
             **(variant.args | kwargs),
         )
+    record_args(model, args)
+    return model
 
 
 def _entry_point(name: str) -> Callable[..., nn.Module]:

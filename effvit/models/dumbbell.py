@@ -206,8 +206,9 @@ class GroupBlock(CrossBlock):
         old: Any = self.rel_pos
         table = old.relative_position_bias_table
         new = RelPosBias(grid, self.attn.num_heads, device=table.device, dtype=table.dtype)
+        # Contiguous, as .safetensors asks for.
         resized = resize_bias_table(table.detach(), old.window_size, grid)
-        new.relative_position_bias_table = nn.Parameter(resized, requires_grad=table.requires_grad)
+        new.relative_position_bias_table = nn.Parameter(resized.contiguous(), requires_grad=table.requires_grad)
         self.rel_pos = new
 
     def forward(self, s: Tensor) -> Tensor:  # type: ignore[override]  # one map, queries and keys

@@ -17,7 +17,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from effvit.block import BLOCK_CLASSES, TokenBlock
-from effvit.models._surface import model_cfg
+from effvit.models._surface import model_cfg, record_args
 from effvit.models.feature_pyramid import feature_settings
 from effvit.models.host import HOST_CLASSES, ReducedViT
 from effvit.models.refusals import name_arguments
@@ -137,9 +137,12 @@ default_cfgs = generate_default_cfgs({"lvvit_small_patch16_224": _CFG, "lvvit_me
 
 
 def _create_lvvit(variant: str, pretrained: bool, **kwargs: Any) -> LVViT:
+    args = dict(kwargs)
     feature_cfg = feature_settings(kwargs, out_indices=3)
     with name_arguments(variant, ()):
-        return build_model_with_cfg(LVViT, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
+        model = build_model_with_cfg(LVViT, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
+    record_args(model, args)
+    return model
 
 
 @register_model

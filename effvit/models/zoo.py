@@ -12,11 +12,11 @@ import timm
 from timm.models import build_model_with_cfg, get_arch_pretrained_cfgs, model_entrypoint, register_model
 from timm.models._builder import resolve_pretrained_cfg
 from timm.models._pretrained import DefaultCfg, PretrainedCfg
-from torch import nn
+from torch import Tensor, nn
 
 from effvit.models import architectures, lvvit, vit_nano
 from effvit.models._checkpoint import host_state_dict
-from effvit.models._surface import SPARSIFIED, Reduced
+from effvit.models._surface import SPARSIFIED, Reduced, record_args
 from effvit.models.feature_pyramid import feature_settings
 from effvit.models.host import check_model_name, check_settings, record_name, sparsify
 from effvit.models.refusals import name_arguments
@@ -62,6 +62,13 @@ def _host_cfgs(host: str, variant: str) -> DefaultCfg:
     return DefaultCfg(tags=deque(cfgs), cfgs=cfgs, is_pretrained=any(cfg.has_weights for cfg in cfgs.values()))
 
 
+def _host_or_own_file(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Weights under the model's names; the recovery of the model stays new if the file is one of the plain host."""
+    new = {name: value for name, value in model.state_dict().items() if name.startswith("recovery.")}
+    state = host_state_dict(state, model)
+    return state if new.keys() & state.keys() else new | state
+
+
 def _create(
     variant: str,
     cfg: PretrainedCfg,
@@ -84,18 +91,18 @@ def _create(
         pretrained: Load the weights of the configuration.
         kwargs: Keywords of the host and of ``build_model_with_cfg``.
     """
-    # A folder of ``save_for_hf``, or a file of a method that learns, may hold more than the host: load it at the end.
+    # A folder of ``save_for_hf``, or the file of a model that learns, may hold more than the host: load it at the end.
     saved = cfg.source in ("hf-hub", "local-dir")
-    behind = saved or METHODS[method].learns
+    behind = saved or METHODS[method].learns or recover == "attention"
     strict = saved or "siglip" not in host or kwargs.get("global_pool", "map") == "map"  # timm's rule for SigLIP
     loading = {name: kwargs.pop(name) for name in ("cache_dir", "pretrained_model_args") if name in kwargs}
-    args = {name: value for name, value in kwargs.items() if name not in ("device", "dtype")}
+    args = dict(kwargs)
     feature_cfg = feature_settings(kwargs, out_indices=3)
 
     def reduced_host(**host_kwargs: Any) -> nn.Module:
         as_timm = pretrained and not behind
         dense = model_entrypoint(host)(pretrained=as_timm, pretrained_cfg=cfg, **loading, **host_kwargs)
-        dense._model_args = args
+        record_args(dense, args)
         reduced = sparsify(dense, method, recover=recover, **settings)
         reduced.host_name = host
         return reduced
@@ -105,7 +112,7 @@ def _create(
         variant,
         pretrained=pretrained and behind,
         pretrained_cfg=cfg,
-        pretrained_filter_fn=host_state_dict,
+        pretrained_filter_fn=host_state_dict if saved else _host_or_own_file,
         pretrained_strict=strict,
         feature_cfg=feature_cfg,
         **loading,
@@ -151,20 +158,27 @@ def sparsified(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
     Raises:
         ValueError: No host or method; or as ``effvit.sparsify``.
+        TypeError: One of them of another type, or a keyword that the host does not have.
     """
+    own = {name: kwargs.pop(name) for name in ("host", "method", "recover", "settings") if name in kwargs}
     for name in ("host", "method"):
-        if name not in kwargs:
+        if name not in own:
             raise ValueError(
                 f"{SPARSIFIED!r} needs {name!r}; give host=, the name of a timm model, method=, settings=dict(...) and "
                 "the keywords the host was made with"
             )
-    method, recover, settings = kwargs.pop("method"), kwargs.pop("recover", None), kwargs.pop("settings", {})
-    tagged = kwargs.pop("host")
-    check_model_name(tagged)
-    host, _, tag = tagged.partition(".")
+    for name, value in own.items():
+        if not isinstance(value, dict if name == "settings" else str):
+            wanted = "a dict of the method's settings" if name == "settings" else "a string"
+            raise TypeError(f"{SPARSIFIED!r} takes {name} as {wanted}, got {value!r}")
+    check_model_name(own["host"])
+    host, _, tag = own["host"].partition(".")
     kwargs["pretrained_cfg"] = kwargs.get("pretrained_cfg") or tag or None
     cfg = replace(_resolved_cfg(host, kwargs), architecture=SPARSIFIED)
-    return _create(SPARSIFIED, cfg, host, method, recover, settings, pretrained, **kwargs)
+    with name_arguments(f"{SPARSIFIED} {host}", ("host", "method", "recover", "settings")):
+        return _create(
+            SPARSIFIED, cfg, host, own["method"], own.get("recover"), own.get("settings", {}), pretrained, **kwargs
+        )
 
 
 def _register() -> None:
@@ -216,6 +230,9 @@ def register_pyramid(name: str, **settings: Any) -> str:
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Names of the zoo's models that match a shell-style pattern."""
+    """Names of the zoo's models that match a shell-style pattern.
+
+    ``sparsified`` is not among them: timm lists it, but it makes a model only together with a host and a method.
+    """
     own = {*default_cfgs, *lvvit.default_cfgs, *vit_nano.default_cfgs, *architectures.default_cfgs}
     return [name for name in timm.list_models() if name in own and fnmatch.fnmatch(name, pattern)]
