@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
+import pytest
 import torch
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
@@ -76,6 +77,25 @@ OFF: dict[str, dict[str, Any]] = {
 }
 NO_CLASS_TOKEN = {"average_pool", "register_no_class", "attention_pool"}
 PAIRS = [(m, h) for m in SETTINGS for h in HOSTS if not (m in ("evit", "ats") and h in NO_CLASS_TOKEN)]
+
+
+Pair = tuple[str, str]
+
+
+def covering(pairs: Sequence[Pair]) -> set[Pair]:
+    """A third of the pairs in which every first and every second member is, for tests of which some are enough."""
+    firsts, seconds = (list(dict.fromkeys(members)) for members in zip(*pairs, strict=True))
+    kept = {(a, b) for a, b in pairs if (firsts.index(a) + seconds.index(b)) % 3 == 1}
+    for a, b in pairs:
+        if a not in {first for first, _ in kept} or b not in {second for _, second in kept}:
+            kept.add((a, b))
+    return kept
+
+
+def covered(pairs: Sequence[Pair]) -> list[Any]:
+    """The pairs as parameters of a test, of which those that are not ``covering`` run for a release alone."""
+    kept = covering(pairs)
+    return [pair if pair in kept else pytest.param(*pair, marks=pytest.mark.release) for pair in pairs]
 
 
 def make_host(name: str, **kwargs: Any) -> nn.Module:

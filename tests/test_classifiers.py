@@ -84,6 +84,13 @@ class TestTeacher:
         assert all(p.grad is None and not p.requires_grad for p in model.teacher.parameters())
         assert not any(module.training for module in model.teacher.modules())
 
+    def test_student_and_teacher_share_no_weight(self) -> None:
+        method = {"method": "evit", "keep_rate": 0.5}
+        for model in (build(teacher=TEACHER), build(HOST, sparsify=method, teacher=TEACHER), sit()):
+            model.init_weights()
+            own, taught = ({t.data_ptr() for t in m.state_dict().values()} for m in (model.model, model.teacher))
+            assert not own & taught
+
     def test_neither_checkpoints_nor_optimizers_see_the_teacher(self) -> None:
         plain, taught = build(), build(teacher=TEACHER)
         assert taught.state_dict().keys() == plain.state_dict().keys() == plain.model.state_dict().keys()

@@ -21,7 +21,7 @@ pytest.importorskip("mmengine", reason="the mm extra is not installed")
 from architectures import SMALL as ARCHITECTURES
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
-from mmengine.runner.checkpoint import load_state_dict
+from mmengine.runner.checkpoint import load_checkpoint, load_state_dict, save_checkpoint
 from safetensors.torch import save_file
 
 import effvit
@@ -242,6 +242,34 @@ class TestWeights:
         model = backbone(init_cfg=cfg)
         model.init_weights()
         assert torch.equal(model.model.pos_embed, trained.model.pos_embed + 1)
+
+    @pytest.mark.parametrize(
+        "reduction",
+        [
+            {"model_name": "hot_deit_tiny_patch16_224", "keep_rate": 0.4},
+            {"sparsify": {"method": "hot", "keep_rate": 0.4, "reduce_at": (1,)}},
+            {"sparsify": {"method": "evit", "keep_rate": 0.4, "reduce_at": (1,), "recover": "attention"}},
+            {"sparsify": {"method": "dymu", "r_total": 6}},
+        ],
+        ids=["named", "live", "trained recovery", "dymu"],
+    )
+    def test_backbone_comes_back_from_its_config_and_a_checkpoint_of_mmengine(
+        self, reduction: dict[str, Any], tmp_path: Path
+    ) -> None:
+        model = backbone(**({"model_name": "deit_tiny_patch16_224"} | reduction), out_indices=(2, 3))
+        reduced = model.features.model
+        if reduced.method == "dymu":
+            effvit.calibrate(reduced, [images(64, 64)])
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        save_checkpoint({"state_dict": model.state_dict()}, str(tmp_path / "epoch_1.pth"))
+        other = backbone(**({"model_name": "deit_tiny_patch16_224"} | reduction), out_indices=(2, 3))
+        load_checkpoint(other, str(tmp_path / "epoch_1.pth"), strict=True)
+        assert other.features.model.settings == reduced.settings
+        x = images(64, 64)
+        for a, b in zip(other.eval()(x), model.eval()(x), strict=True):
+            assert torch.equal(a, b)
 
     def test_checkpoint_of_another_model_is_refused(self, tmp_path: Path) -> None:
         other = timm.create_model("deit_tiny_patch16_224", **(SMALL | {"embed_dim": 24}))

@@ -20,7 +20,7 @@ import torchvision
 from architectures import SMALL, make_architecture
 from architectures import make_images as architecture_images
 from fvcore.nn import FlopCountAnalysis, flop_count_str
-from hosts import HOSTS, OFF, PAIRS, SETTINGS, make_host, make_images, make_model
+from hosts import HOSTS, OFF, PAIRS, SETTINGS, covered, make_host, make_images, make_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -45,8 +45,7 @@ def seeded(model: nn.Module, x: Tensor) -> Tensor:
 
 
 class TestPatchDropout:
-    @pytest.mark.parametrize("pool", POOLS)
-    @pytest.mark.parametrize("method", DROPPING)
+    @pytest.mark.parametrize(("method", "pool"), covered([(method, pool) for method in DROPPING for pool in POOLS]))
     def test_nothing_reduced_pools_as_the_dense_host(self, method: str, pool: str) -> None:
         if method == "ats" and pool in ("map", "prr"):
             with pytest.raises(ValueError, match="attention pooling"):
@@ -95,7 +94,7 @@ def children_that_are_none(model: nn.Module) -> list[str]:
 
 
 class TestChildren:
-    @pytest.mark.parametrize(("method", "host"), PAIRS)
+    @pytest.mark.parametrize(("method", "host"), covered(PAIRS))
     def test_none_is_no_child(self, method: str, host: str) -> None:
         model = make_model(method, host)
         model.reset_classifier(3, "token" if model.num_class_tokens else "avg")

@@ -219,7 +219,8 @@ class ATS(Reducer):
         return min(self.num_points(num_patches), num_tokens)
 
     def forward(self, x: Tensor, tokens: TokenMap, block: _TokenBlock, rope: Tensor | None) -> tuple[Tensor, TokenMap]:
-        x, state = block.attend(x, tokens, rope, pick=self.pick)
+        pick = None if self.keep_rate == 1 else self.pick  # off by set_keep_rate, as ``plan`` leaves such a block out
+        x, state = block.attend(x, tokens, rope, pick=pick)
         tokens = state.tokens
         del state  # queries, keys and values need not stay in memory while the MLP runs
         return block.feedforward(x), tokens
