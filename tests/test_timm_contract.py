@@ -102,7 +102,8 @@ class TestChildren:
 
     def test_slot_that_was_filled_is_empty_again(self) -> None:
         model = effvit.sparsify(make_host("class_token"), "evit", recover="attention")
-        again = effvit.sparsify(model, "evit", keep_rate=0.8, reduce_at=(2,), recover="last")
+        with pytest.warns(UserWarning, match="evit had learnt recovery"):
+            again = effvit.sparsify(model, "evit", keep_rate=0.8, reduce_at=(2,), recover="last")
         assert not children_that_are_none(again)
         assert list(again.reducers) == [2]
 
