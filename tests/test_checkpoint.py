@@ -129,9 +129,10 @@ class TestTwoNetworks:
         state = timm.create_model("vit_nano_patch4_28").state_dict()
         torch.save({"student": {k: v + 1 for k, v in state.items()}, "teacher": state}, path)
         with pytest.raises(ValueError, match="pretrained_key in a config"):
-            backbone("vit_nano_patch4_28", **settings)
-        model = backbone("vit_nano_patch4_28", pretrained_key="teacher", **settings).model
-        assert torch.equal(model.cls_token, state["cls_token"])
+            backbone("vit_nano_patch4_28", **settings).init_weights()
+        model = backbone("vit_nano_patch4_28", pretrained_key="teacher", **settings)
+        model.init_weights()
+        assert torch.equal(model.model.cls_token, state["cls_token"])
 
     def test_names_that_become_one_are_refused(self) -> None:
         with pytest.raises(ValueError, match=r"holds head\.bias of several networks"):
@@ -215,7 +216,7 @@ class Code:
 
 def test_advice_to_switch_protection_off_is_not_passed_on(tmp_path: Path) -> None:
     torch.save({**TRAINED, "extra": Code()}, tmp_path / "file.pth")
-    with pytest.raises(ValueError, match=r"it asks for (__builtin__|builtins)\.eval\)") as caught:
+    with pytest.raises(ValueError, match=r"it asks for (\w+\.)?eval\)") as caught:
         effvit.load_checkpoint(small(), tmp_path / "file.pth")
     assert not re.search("weights_only|safe_globals|trust", str(caught.value))
 
@@ -271,7 +272,7 @@ def test_mutated_checkpoint_loads_or_is_a_value_error(case: str, tmp_path: Path)
             if draw.random() < 0.1:
                 changed[f"{key}\x1b"] = changed.pop(key)
             else:
-                changed[key] = draw.choice(ODD_TENSORS)(state[key].float())
+                changed[key] = draw.choice(ODD_TENSORS)(torch.atleast_1d(state[key]).float())
         torch.save(changed, tmp_path / "file.pth")
         try:
             convert_checkpoint(model, tmp_path / "file.pth")
