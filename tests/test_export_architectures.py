@@ -15,7 +15,10 @@ CASES = (
     *("stvit", "stvit_r_swin", "stvit_r_swin tables", "stvit_r_swin dense", "stvit_swin", "stvit_swin 16"),
     *("supertoken_options", "casvit", "sit", "lookupvit"),
 )
-pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # checks of shapes are constants of a trace
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),  # checks of shapes are constants of a trace
+    pytest.mark.filterwarnings("ignore:.torch.jit.trace.* is deprecated:DeprecationWarning"),  # and still supported
+]
 
 
 @pytest.mark.parametrize("case", CASES)
