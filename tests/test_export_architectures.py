@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from architectures import make_architecture, make_images
@@ -19,6 +21,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),  # checks of shapes are constants of a trace
     pytest.mark.filterwarnings("ignore:.torch.jit.trace.* is deprecated:DeprecationWarning"),  # and still supported
 ]
+
+
+@pytest.fixture(autouse=True)
+def interpreted() -> Iterator[None]:
+    """Traces are run as recorded: the same operations, without the time that optimising the graph takes."""
+    with torch.jit.optimized_execution(False):
+        yield
 
 
 @pytest.mark.parametrize("case", CASES)
