@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from hosts import make_images, make_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_contract import assert_law
@@ -172,11 +173,9 @@ def test_any_combination_is_right_or_refused(data: st.DataObject) -> None:
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_attention_under_autocast_is_that_in_float32_to_the_precision_of_bfloat16(method: str) -> None:
     """Of the first block, which no decision precedes; bfloat16 keeps 8 bits, and a value goes through 3 products."""
-    host = VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=4, num_heads=3, num_classes=5)
-    model = effvit.sparsify(host, method).eval()
-    found: list[torch.Tensor] = []
-    model.blocks[0].attn.register_forward_hook(lambda _m, _a, out: found.append(out[0]))
-    x = torch.randn(2, 3, 32, 32)
+    model, found = make_model(method, "class_token"), []
+    model.blocks[0].attn.register_forward_hook(lambda _m, _a, out: found.append(out))
+    x = make_images(model)
     with torch.no_grad():
         model(x)
         with torch.autocast("cpu", dtype=torch.bfloat16):
