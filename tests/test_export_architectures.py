@@ -20,6 +20,7 @@ CASES = (
 pytestmark = [
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),  # checks of shapes are constants of a trace
     pytest.mark.filterwarnings("ignore:.torch.jit.trace.* is deprecated:DeprecationWarning"),  # and still supported
+    pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented"),
 ]
 
 
