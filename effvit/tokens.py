@@ -179,6 +179,12 @@ def compact(order: Tensor, kept: Tensor, width: int, trim: bool, keep_mask: bool
 
 
 @fx_leaf
+def _rotary_rows(table: Tensor, anchor: Tensor) -> Tensor:
+    heads_last = table.unsqueeze(1) if table.ndim == 2 else table.transpose(0, 1)  # (H*W, heads or 1, D)
+    return heads_last[anchor].transpose(1, 2)  # (B, heads or 1, N, D)
+
+
+@fx_leaf
 def _pack(x: Tensor, mask: Tensor) -> Tensor:
     return x.flatten(0, 1)[mask.flatten()].unsqueeze(0)  # (1, T, C)
 
@@ -405,10 +411,7 @@ class TokenMap:
         Returns:
             The table itself while nothing moved, else (B, 1, N, D) or (B, heads, N, D).
         """
-        if not self.moved:
-            return table
-        heads_last = table.unsqueeze(1) if table.ndim == 2 else table.transpose(0, 1)  # (H*W, heads or 1, D)
-        return heads_last[self.anchor].transpose(1, 2)
+        return _rotary_rows(table, self.anchor) if self.moved else table
 
     def carriers(self) -> Tensor:
         """(B, K) token that carries each of the K patches that entered the first block, in their order there."""

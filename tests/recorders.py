@@ -428,6 +428,13 @@ METHOD_CASES = "|".join((*SETTINGS, "tiny_vit"))
 REFUSALS = (
     Refusal(
         r"torch\.onnx, dynamo=False.*",
+        r"(stvit|stvit_r_swin|stvit_swin|lookupvit).*",
+        "dynamo=True",
+        "The exporter by way of a trace gives graphs of these architectures that do not load or compute something "
+        "else: use `torch.onnx.export(..., dynamo=True)`.",
+    ),
+    Refusal(
+        r"torch\.onnx, dynamo=False.*",
         rf"({METHOD_CASES})\b.*",
         "dynamo=True",
         "The exporter by way of a trace fixes batch sizes that were asked to be dynamic and adds rows of equal number "

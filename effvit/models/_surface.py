@@ -464,6 +464,10 @@ class PyramidBackbone(nn.Module):
         """Linear layers drawn from N(0, 0.02) truncated, with zero biases; all else starts as its class does it."""
         return [module for module in self.head.modules() if isinstance(module, nn.Linear)]
 
+    def _check_input(self, x: Tensor) -> None:
+        """Raise a named error unless x is a batch of images (B, in_chans, H, W) that can be run, or recorded, here."""
+        check_batch(x, self, self.in_chans)
+
     def _finish(self, x: Tensor) -> Tensor:
         """Output of the last stage -> final features, both (B, C, H, W)."""
         return x
@@ -482,7 +486,7 @@ class PyramidBackbone(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Final features (B, num_features, ceil(H/32), ceil(W/32)) of images (B, in_chans, H, W)."""
-        check_batch(x, self, self.in_chans)
+        self._check_input(x)
         return self._finish(self._to_maps(self.stages(self.stem(x))))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -523,7 +527,7 @@ class PyramidBackbone(nn.Module):
                 f"the stages of this {type(self).__name__} have no norm of their own to apply; "
                 "create the model with out_norm=True, or use norm=False"
             )
-        check_batch(x, self, self.in_chans)
+        self._check_input(x)
         take, last = feature_take_indices(len(self.stages), indices)
         images, x = x, self.stem(x)
         maps = []

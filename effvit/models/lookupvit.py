@@ -43,6 +43,7 @@ from torch import Tensor, nn
 from effvit.bidirectional_attention import GatherAttention, InfuseAttention
 from effvit.models._checkpoint import official_state_dict
 from effvit.models._surface import SoftTokenViT, check_images, refuse_mask
+from effvit.recording import refuse_legacy_onnx
 from effvit.resize import resize_map
 from effvit.tokens import fix_traced_size, fx_leaf
 
@@ -295,6 +296,7 @@ class LookupViT(SoftTokenViT):
     def _run(
         self, x: Tensor, take: Sequence[int] = (), num_blocks: int | None = None
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        refuse_legacy_onnx("a LookupViT")
         compressed, lookup = self._tokenise(x)
         blocks = self.blocks[:num_blocks]
         taken = []

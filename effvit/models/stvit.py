@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from effvit.block import set_child
 from effvit.models._surface import SoftTokenViT
 from effvit.models.semantic_tokens import SeedBlock, SemanticBlock, check_seed_grid
+from effvit.recording import refuse_legacy_onnx
 from effvit.recover import TokenRecovery
 from effvit.schedule import check_count, check_switch
 
@@ -199,6 +200,7 @@ class STViT(SoftTokenViT):
     def _run(
         self, x: Tensor, take: Sequence[int] = (), num_blocks: int | None = None
     ) -> tuple[Any, list[tuple[Tensor, Tensor]]]:
+        refuse_legacy_onnx("an STViT")
         grid = self._grid(x)
         x = self._pos_embed(self.patch_embed(x))  # (B, H*W, C)
         s = assignment = None

@@ -35,6 +35,7 @@ from effvit.models.dumbbell import (
     check_key_windows,
 )
 from effvit.models.swin_parts import ConvStem, WindowBlock
+from effvit.recording import refuse_legacy_onnx
 from effvit.recover import RestoreBlock, TokenRecovery
 from effvit.schedule import check_count, check_switch
 from effvit.windows import live_cells, num_windows, resize_bias_table, spread_cells
@@ -260,6 +261,10 @@ class STViTSwin(PyramidBackbone):
             module.set_grid(self._semantic_grid(img_size))
         if layers:
             update_model_input_size(self, to_2tuple(img_size))
+
+    def _check_input(self, x: Tensor) -> None:
+        super()._check_input(x)
+        refuse_legacy_onnx("an STViT on Swin")
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """As of any pyramid; the blocks inside a dumbbell unit and those on semantic tokens count one by one."""
