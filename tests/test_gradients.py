@@ -96,7 +96,7 @@ def test_backbones_of_detectors(case: str) -> None:
     name, args = SMALL[case]
     settings = {key: value for key, value in args.items() if key != "num_classes"}
     for out_norm in (False, True):
-        model = openmmlab.EffViT(name, out_indices=(0, 1), out_norm=out_norm, **settings).train()
+        model = openmmlab.EffViT(name, out_indices=(0, 1), **({"out_norm": out_norm} | settings)).train()
         assert without_gradient(model, model(torch.randn(2, args.get("in_chans", 3), *SIZES[case][0]))) == []
 
 
@@ -114,7 +114,7 @@ DDP = """
 import os, sys, timm, torch, effvit
 from torch.nn.parallel import DistributedDataParallel
 os.environ.update(RANK="0", WORLD_SIZE="1")
-torch.distributed.init_process_group("gloo", init_method="file://" + sys.argv[1])
+torch.distributed.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
 
 class Maps(torch.nn.Module):
     def __init__(self, model):

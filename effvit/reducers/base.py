@@ -43,9 +43,15 @@ def check_finite(scores: Tensor, origin: str, x: Tensor | None) -> Tensor:
 
 @fx_leaf
 def refuse_recording(x: Tensor, cause: str, remedy: str) -> None:
-    """Raise a ValueError if ``x`` is recorded or transformed: for shapes or results that depend on values."""
-    if is_recorded(x):
-        raise ValueError(f"{cause}, so it cannot be compiled into one graph, exported, traced or transformed; {remedy}")
+    """Raise a ValueError if ``x`` is recorded or transformed: for shapes or results that depend on values.
+
+    Under ``torch.compile`` the graph breaks here, and only ``fullgraph=True`` meets the refusal.
+    """
+    message = f"{cause}, so it cannot be compiled into one graph, exported, traced or transformed; {remedy}"
+    if torch.compiler.is_dynamo_compiling():
+        torch._dynamo.graph_break(message)
+    elif is_recorded(x):
+        raise ValueError(message)
 
 
 class Reducer(nn.Module):
