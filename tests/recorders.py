@@ -166,6 +166,8 @@ CASES |= {
 
 def _takes_any_size(name: str) -> bool:
     options = architectures.SMALL[name][1]
+    if "tables" in name:  # of one size
+        return False
     return options.get("dynamic_img_size", False) or name.startswith(
         ("supertoken", "casvit", "stvit_r_swin", "stvit_swin")
     )
@@ -478,9 +480,25 @@ def refusal(recorder: str, case: str) -> Refusal | None:
     return None
 
 
+# Pairs of which nobody has settled yet whether they are right, to be mended or to be refused. The page claims nothing
+# about them; known so far: Zero-TPrune with a dynamic size fails in a guard, ToMe and GTP take minutes to export so.
+UNSETTLED = (
+    (r"torch\.export, dynamic size|make_fx, symbolic", r"(tome|gtp|zero_tprune) dynamic_img_size"),
+    (r"torch\.fx", r"tiny_vit expedite|stvit_r_swin.*|stvit_swin.*"),
+    (r"torch\.fx|make_fx.*|meta device|fake tensors|vmap|per-sample gradients", r"(stvit_r_swin|stvit_swin|sit).*"),
+    (r"torch\.onnx, dynamo=True.*|torch\.export.*|torch\.compile.*|torch\.jit\.trace", r"stvit_r_swin tables"),
+)
+
+
 def pairs() -> list[tuple[str, str]]:
-    """Every recorder with every case it is for, by cases."""
-    return [(r, c) for c in CASES for r in RECORDERS if CASES[c].other or not RECORDERS[r].needs_sizes]
+    """Every recorder with every case it is for, by cases, but for ``UNSETTLED``."""
+    return [
+        (r, c)
+        for c in CASES
+        for r in RECORDERS
+        if (CASES[c].other or not RECORDERS[r].needs_sizes)
+        and not any(re.fullmatch(recorders, r) and re.fullmatch(cases, c) for recorders, cases in UNSETTLED)
+    ]
 
 
 INTRODUCTION = """# Exporting, compiling and transforming models

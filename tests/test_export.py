@@ -39,6 +39,9 @@ def chosen() -> list[tuple[str, str]]:
         quick = recorder not in SLOW
         if (quick and (case in SETTINGS or place % 5 == 0)) or (not quick and place % 40 == 0):
             part.append((recorder, case))
+    for pair in sorted(pairs(), key=lambda pair: pair[0] in SLOW):  # of what the choice by places left out, one each
+        if any(pair[i] not in {chosen[i] for chosen in part} for i in (0, 1)):
+            part.append(pair)
     return part
 
 

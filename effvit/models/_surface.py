@@ -379,7 +379,7 @@ class ChannelsLastStem(nn.Sequential):
 @fx_leaf
 def channels_last(x: Tensor) -> Tensor:
     """x (B, C, H, W) with its channels last in memory; as it is inside ``torch.vmap``, which knows no such order."""
-    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x):
         return x
     return x.contiguous(memory_format=torch.channels_last)
 
