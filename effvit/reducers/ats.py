@@ -244,11 +244,7 @@ class ATS(Reducer):
     def check_recordable(self, q: Tensor) -> None:
         """Raise a ValueError where a graph of fixed shapes would differ from a plain run, or cannot be made."""
         if self.ragged == "packed":
-            refuse_recording(
-                q,
-                f"{self.name} in block {self.block}: a batch with ragged='packed' is as long as its images need",
-                "use ragged='padded', which gives the same result",
-            )
+            self.refuse_packed_recording(q)
         if self.compat and self.drop_tokens:
             refuse_recording(
                 q,

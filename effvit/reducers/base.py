@@ -139,6 +139,14 @@ class Reducer(nn.Module):
                 "dynamic)"
             )
 
+    def refuse_packed_recording(self, x: Tensor) -> None:
+        """Raise a ValueError if x is recorded, for a block that packs its batch."""
+        refuse_recording(
+            x,
+            f"{self.name} in block {self.block}: a batch with ragged='packed' is as long as its images need",
+            "use ragged='padded', which gives the same result",
+        )
+
     def start(self, x: Tensor, tokens: TokenMap) -> TokenMap:
         """The map to begin with, given the embedded tokens x (B, P+H*W, C) of the full grid."""
         return tokens

@@ -13,7 +13,7 @@ from torch import Tensor
 from effvit.attention import AttnState
 from effvit.matching import alternating_match
 from effvit.recording import is_recorded
-from effvit.reducers.base import Reducer, check_finite, refuse_recording
+from effvit.reducers.base import Reducer, check_finite
 from effvit.schedule import check_count, check_number, check_switch, dymu_r, per_block
 from effvit.tokens import (
     RAGGED,
@@ -318,11 +318,7 @@ class DyMU(Reducer):
     def reduce(self, x: Tensor, tokens: TokenMap, state: AttnState) -> tuple[Tensor, TokenMap]:
         self.check_ready()
         if self.ragged == "packed":
-            refuse_recording(
-                x,
-                f"{self.name} in block {self.block}: a batch with ragged='packed' is as long as its images need",
-                "use ragged='padded', which gives the same result",
-            )
+            self.refuse_packed_recording(x)
         recorded = is_recorded(x)  # a graph keeps its way, whatever the image
         with torch.no_grad():
             metric = state.k.mean(dim=1, dtype=wide_dtype(state.k.dtype))
