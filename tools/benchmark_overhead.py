@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,11 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 import effvit
 from effvit.ideal import IdealViT, mean_counts
-from effvit.profiler import machine, median_ratio, noise, profile_models
+from effvit.profiler import Measurement, machine, median_ratio, noise, profile_models
 
 CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "EViT 0.7": ("evit", {"keep_rate": 0.7}),
@@ -44,6 +45,23 @@ def sharpen(dense: nn.Module, factor: float) -> None:
         for block in dense.blocks:
             width = block.attn.qkv.weight.shape[1]
             block.attn.qkv.weight[:width] *= factor
+
+
+def measure(
+    console: Console, models: Mapping[str, nn.Module], images: Tensor, rounds: int, **options: Any
+) -> list[Measurement]:
+    """``profile_models`` on images (B, 3, H, W), with a progress bar."""
+    with Progress(console=console) as progress:
+        task = progress.add_task("measuring", total=len(models) * (rounds + 2))
+        return profile_models(
+            models,
+            tuple(images.shape[1:]),
+            len(images),
+            rounds=rounds,
+            images=images,
+            on_run=lambda _: progress.advance(task),
+            **options,
+        )
 
 
 def main() -> None:
@@ -74,19 +92,9 @@ def main() -> None:
             models[name] = model
             models[f"ideal {name}"] = IdealViT(dense, counts[name])
 
-    with Progress(console=console) as progress:
-        task = progress.add_task("measuring", total=len(models) * (args.rounds + 2))
-        measured = profile_models(
-            models,
-            size,
-            args.batch_size,
-            rounds=args.rounds,
-            threads=args.threads,
-            device=args.device,
-            dtype=getattr(torch, args.dtype),
-            images=images,
-            on_run=lambda _: progress.advance(task),
-        )
+    measured = measure(
+        console, models, images, args.rounds, threads=args.threads, device=args.device, dtype=getattr(torch, args.dtype)
+    )
     by_name = {m.name: m for m in measured}
 
     table = Table(title=f"{args.model}, batch {args.batch_size}, {args.dtype}, {args.device}, {args.threads} thread(s)")

@@ -23,15 +23,14 @@ from typing import Any
 
 import timm
 import torch
-from benchmark_overhead import CONFIGURATIONS, sharpen
+from benchmark_overhead import CONFIGURATIONS, measure, sharpen
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from torch import nn
 
 import effvit
 from effvit.ideal import IDEAL_HOSTS, IdealViT, mean_counts
-from effvit.profiler import machine, median_ratio, noise, profile_models
+from effvit.profiler import machine, median_ratio, noise
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = CONFIGURATIONS | {
     "DyMU": ("dymu", {}),
@@ -71,8 +70,7 @@ def main() -> None:
         before = package_of(args.revision, Path(folder))
     dense = timm.create_model(args.model).eval()
     sharpen(dense, 12.0)
-    size = (3, *dense.patch_embed.img_size)
-    images = noise(size, args.batch_size)
+    images = noise((3, *dense.patch_embed.img_size), args.batch_size)
     models: dict[str, nn.Module] = {"dense": dense}
     names = [name for name in METHODS if args.only.lower() in name.lower()]
     for name in names:
@@ -89,17 +87,7 @@ def main() -> None:
             models[f"ideal {name}"] = IdealViT(dense, [round(count) for count in mean_counts(now, images)])
 
     console = Console()
-    with Progress(console=console) as progress:
-        task = progress.add_task("measuring", total=len(models) * (args.rounds + 2))
-        measured = profile_models(
-            models,
-            size,
-            args.batch_size,
-            rounds=args.rounds,
-            threads=args.threads,
-            images=images,
-            on_run=lambda _: progress.advance(task),
-        )
+    measured = measure(console, models, images, args.rounds, threads=args.threads)
     seconds = {m.name: m.seconds for m in measured}
     table = Table("method", "before / now", "95 % interval", "share of the ideal before", "now")
     rows = []
