@@ -114,7 +114,7 @@ class Reduced(nn.Module):
         Not while the model is recorded, where dtypes and devices may be those of a simulation.
         """
         weight = next(self.parameters())
-        if is_recorded(weight) or (weight.dtype, weight.device) == self._placement:
+        if (weight.dtype, weight.device) == self._placement or is_recorded(weight):
             return
         left = [
             name

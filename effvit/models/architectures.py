@@ -9,15 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from effvit.models._builder import build_model
 from effvit.models._checkpoint import official_state_dict
-from effvit.models._surface import model_cfg, record_args
+from effvit.models._surface import model_cfg
 from effvit.models.casvit import CASViT
-from effvit.models.feature_pyramid import feature_settings
 from effvit.models.lookupvit import LookupViT
-from effvit.models.refusals import name_arguments
 from effvit.models.sit import SiT
 from effvit.models.stvit import STViT
 from effvit.models.stvit_swin import STViTSwin
@@ -261,19 +260,15 @@ def _create(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
         raise ValueError(
             f"{name} has no setting 'recover': no patch is dropped, so its maps are full as they are; leave it out"
         )
-    args = dict(kwargs)
-    feature_cfg = feature_settings(kwargs, variant.out_indices)
-    with name_arguments(name, variant.args.keys()):
-        model = build_model_with_cfg(
-            variant.model,
-            name,
-            pretrained,
-            pretrained_filter_fn=_own_names,
-            feature_cfg=feature_cfg,
-            **(variant.args | kwargs),
-        )
-    record_args(model, args)
-    return model
+    return build_model(
+        variant.model,
+        name,
+        pretrained,
+        kwargs,
+        variant.args,
+        variant.out_indices,
+        pretrained_filter_fn=_own_names,
+    )
 
 
 def _entry_point(name: str) -> Callable[..., nn.Module]:

@@ -622,11 +622,7 @@ def _described(host: ReducedT, dense: nn.Module, method: str, settings: dict[str
     host.method = method
     host._settings = {name: _plain(value) for name, value in (METHODS[method].defaults() | settings).items()}
     host.recover = recover
-    args = getattr(dense, "_model_args", None)  # of timm.create_model; a builder of timm called alone sets none
-    cfg = getattr(dense, "pretrained_cfg", None)
-    host.host_name = (
-        dense.host_name if isinstance(dense, Reduced) else cfg["architecture"] if cfg and args is not None else None
-    )
+    host.host_name = dense.host_name if isinstance(dense, Reduced) else _recorded_name(dense)
     record_name(host)
     host.note_placement()
     return host
@@ -634,7 +630,8 @@ def _described(host: ReducedT, dense: nn.Module, method: str, settings: dict[str
 
 def _recorded_name(dense: Any) -> str | None:
     """timm's name of a model that ``timm.create_model`` made; None for others, whose keywords nobody has recorded."""
-    return dense.pretrained_cfg["architecture"] if hasattr(dense, "_model_args") else None
+    cfg = getattr(dense, "pretrained_cfg", None)
+    return cfg["architecture"] if cfg and getattr(dense, "_model_args", None) is not None else None
 
 
 def record_name(model: Any) -> None:

@@ -12,15 +12,14 @@ from typing import Any
 
 import torch
 from timm.layers import PatchEmbed, get_device_dtype
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from effvit.block import BLOCK_CLASSES, TokenBlock
-from effvit.models._surface import model_cfg, record_args
-from effvit.models.feature_pyramid import feature_settings
+from effvit.models._builder import build_model
+from effvit.models._surface import model_cfg
 from effvit.models.host import HOST_CLASSES, ReducedViT
-from effvit.models.refusals import name_arguments
 
 __all__ = ["LVViT"]
 
@@ -136,13 +135,8 @@ _CFG = model_cfg(
 default_cfgs = generate_default_cfgs({"lvvit_small_patch16_224": _CFG, "lvvit_medium_patch16_224": _CFG})
 
 
-def _create_lvvit(variant: str, pretrained: bool, **kwargs: Any) -> LVViT:
-    args = dict(kwargs)
-    feature_cfg = feature_settings(kwargs, out_indices=3)
-    with name_arguments(variant, ()):
-        model = build_model_with_cfg(LVViT, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
-    record_args(model, args)
-    return model
+def _create_lvvit(variant: str, pretrained: bool, **kwargs: Any) -> Any:
+    return build_model(LVViT, variant, pretrained, kwargs)
 
 
 @register_model

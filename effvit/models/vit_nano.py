@@ -9,13 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 
+from effvit.models._builder import build_model
 from effvit.models._checkpoint import host_state_dict
-from effvit.models._surface import model_cfg, record_args
-from effvit.models.feature_pyramid import feature_settings
-from effvit.models.refusals import name_arguments
+from effvit.models._surface import model_cfg
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
 
@@ -48,16 +47,6 @@ def vit_nano_patch4_28(pretrained: bool = False, **kwargs: Any) -> VisionTransfo
         "depth": 12,
         "num_heads": 3,
     }
-    own = dict(kwargs)
-    feature_cfg = feature_settings(kwargs, out_indices=3)
-    with name_arguments("vit_nano_patch4_28", args.keys()):
-        model = build_model_with_cfg(
-            VisionTransformer,
-            "vit_nano_patch4_28",
-            pretrained,
-            pretrained_filter_fn=host_state_dict,
-            feature_cfg=feature_cfg,
-            **(args | kwargs),
-        )
-    record_args(model, own)
-    return model
+    return build_model(
+        VisionTransformer, "vit_nano_patch4_28", pretrained, kwargs, args, pretrained_filter_fn=host_state_dict
+    )
