@@ -503,10 +503,11 @@ def pairs() -> list[tuple[str, str]]:
 
 INTRODUCTION = """# Exporting, compiling and transforming models
 
-A recorded model equals the plain one on other images, batches and sizes, or recording it is an error that names what
-works. `EFFVIT_EXPORT=all pytest tests/test_export.py` runs all combinations, and `python tests/test_export.py RECORDER
-MODEL`, with patterns for both, runs some and puts what it finds into `tests/export_verdicts.json` and this page. A dot
-marks a combination with no verdict there yet.
+Where the table has a verdict, a recorded model equals the plain one on other images, batches and sizes, or recording it
+is an error that names what works. A dot claims nothing: that combination has no verdict yet, and those of `UNSETTLED`
+in `tests/recorders.py` may be wrong. `EFFVIT_EXPORT=all pytest tests/test_export.py` runs all others, and
+`python tests/test_export.py RECORDER MODEL`, with patterns for both, runs some and puts what it finds into
+`tests/export_verdicts.json` and this page.
 
 Recorded are small models with random weights, on two images of one size. A ✓ says that scores (or dense maps, where
 the row names a fill) agree with the plain run on other images; and on batches of five and one and, for models that take

@@ -22,6 +22,7 @@ from architectures import make_images as architecture_images
 from fvcore.nn import FlopCountAnalysis, flop_count_str
 from hosts import HOSTS, OFF, PAIRS, SETTINGS, covered, make_host, make_images, make_model
 from timm.models.vision_transformer import VisionTransformer
+from timm.utils import AttentionExtract
 from torch import Tensor, nn
 
 import effvit
@@ -212,6 +213,20 @@ class TestHooks:
         model.blocks[-1].register_forward_hook(lambda _m, _a, output: torch.zeros_like(output))
         expected = model.head(model.norm(torch.zeros(1, model.embed_dim)))
         torch.testing.assert_close(model(x), expected.expand(2, -1))
+
+    @pytest.mark.parametrize("method", ["fx", "hook"])
+    def test_attention_extract_of_timm_finds_the_softmax_maps(self, method: str) -> None:
+        """They are those of the dense host as far as nothing is reduced: rows of every query sum to 1."""
+        model = make_model("evit", "class_token")
+        for block in model.blocks:
+            block.attn.fused_attn = False  # as ``timm.layers.set_fused_attn(False)`` before the model was made
+        x = make_images(model)
+        maps = AttentionExtract(model, method=method)(x)
+        assert len(maps) == len(model.blocks)
+        for weights, (tokens, _) in zip(maps.values(), [(None, None), *model.trace_tokens(x)[:-1]], strict=True):
+            length = 1 + model.patch_embed.num_patches if tokens is None else tokens.shape[1]
+            assert weights.shape == (2, model.blocks[0].attn.num_heads, length, length)
+            torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
 
     def test_wrapper_that_knows_nothing_of_token_maps_fits_around_block_and_attention(self) -> None:
         class Wrapped(nn.Module):
