@@ -85,7 +85,7 @@ def inverse_transform_sample(
             depends on its neighbours; with fewer points than tokens the lowest are cropped beforehand.
 
     Returns:
-        The sample. The highest score is always in it.
+        The sample. The highest score is always in it for the official grid, whose last point is 1.
     """
     keyed = scores if valid is None else scores.masked_fill(~valid, -1)
     ascending, order = keyed.sort(dim=1)
