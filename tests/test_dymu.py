@@ -99,6 +99,15 @@ class TestMatching:
             x[1:3, :, :, 32:] = x[1:3, :, :, :32]
             assert counts(model, x) == [counts(model, image[None])[0] for image in x] == [48] * 5
 
+    @pytest.mark.parametrize(("above", "compat", "merged"), [(5e-7, False, 0), (5e-7, True, 2), (2e-6, False, 2)])
+    def test_similarity_within_a_millionth_of_the_threshold_is_not_above_it(
+        self, above: float, compat: bool, merged: int
+    ) -> None:
+        """The deviation that the class names, and tome.py@c57d75a, which merges all that is larger; cosine 3/5."""
+        metric = torch.tensor([[[1.0, 0.0], [0.6, 0.8]]] * 2, dtype=torch.float64)
+        threshold = torch.tensor(0.6 - above, dtype=torch.float64)
+        assert int(plan_merge(metric, None, 0, threshold, compat=compat).merged.sum()) == merged
+
     def test_limit_for_each_image_is_a_multiple_of_r(self) -> None:
         model = uncalibrated(thresholds=[-1.0] * 4, r_total=[5, 0, 0, 0], max_r_per_instance_ratio=1.5)
         assert counts(model, make_images(model)) == [48 - 7, 48 - 7]

@@ -70,6 +70,10 @@ class TestClusters:
         row, column = middles // grid[1] * clusters[0] // grid[0], middles % grid[1] * clusters[1] // grid[1]
         assert torch.equal(row * clusters[1] + column, torch.arange(clusters[0] * clusters[1]))
 
+    def test_middle_of_an_even_cell_is_the_first_of_the_two_in_it(self) -> None:
+        """Rows 0 to 3 and 4 to 7, of three columns each: rows 1 and 5, column 1."""
+        assert cell_middles((8, 3), (2, 1), torch.zeros(1)).tolist() == [1 * 3 + 1, 5 * 3 + 1]
+
     @pytest.mark.parametrize("clusters", [(5, 2), (2, 0)])
     def test_more_clusters_than_tokens_or_none(self, clusters: tuple[int, int]) -> None:
         message = rf"clusters must be at least 1 x 1 .* got {clusters[0]} x {clusters[1]} for a grid of 4 x 4; use"

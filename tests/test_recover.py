@@ -88,6 +88,12 @@ class TestNearest:
         assert nearest.tolist() == slow_nearest(tokens)
         assert nearest[1].eq(0).all()
 
+    def test_padding_is_not_even_near_to_the_farthest_corner(self) -> None:
+        """The only token stands in one corner of a 3 x 5 grid, and the padding in the other."""
+        valid = torch.tensor([[True, False]])
+        tokens = full_map(batch=1).keep(torch.tensor([[0, NUM_PATCHES - 1]]), 2, valid=valid)
+        assert nearest_token(tokens).tolist() == [[0] * NUM_PATCHES]
+
     def test_anchor_is_nearest_to_itself(self) -> None:
         tokens = full_map().keep(random_order(2, 7), 7)
         assert torch.equal(nearest_token(tokens).gather(1, tokens.anchor), torch.arange(7).expand(2, -1))
@@ -338,9 +344,15 @@ class TestReconstruction:
         nearest = (x[:, :, None] - c[:, None]).square().sum(-1).argmin(-1)
         assert torch.allclose(reconstruct_tokens(z, x, c, 1.0, 2, norm)[0], z[0, nearest[0]], atol=1e-5)
 
+    @pytest.mark.parametrize("number", [3, 20, 30])
+    def test_default_is_twenty_tokens_or_all_of_fewer(self, number: int) -> None:
+        """scripts/amg.py@75a1c30 reconstructs from 20 at a temperature of 5e-3."""
+        z, x, c = (torch.randn(1, n, 6, dtype=torch.float64) for n in (number, 9, number))
+        expected = self.official(z, x, c, 5e-3, min(20, number))
+        assert torch.allclose(reconstruct_tokens(z, x, c), expected, atol=1e-12)
+
     def test_more_neighbours_than_tokens_or_an_unknown_norm(self) -> None:
         z, x, c = torch.randn(1, 3, 4), torch.randn(1, 5, 4), torch.randn(1, 3, 4)
-        assert reconstruct_tokens(z, x, c).shape == (1, 5, 4)  # 20 at most by default
         for k in (0, 4):
             with pytest.raises(
                 ValueError, match=f"k must be at least 1 and at most the number of tokens, got {k} for 3"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -212,6 +214,20 @@ class TestKeyBias:
         assert bias is not None
         assert torch.equal(bias[:, 0, 0, PREFIX:], weight.log())
         assert not bias[..., :PREFIX].any()
+
+    def test_bias_of_a_float64_model_is_exact_for_weights_of_float32(self) -> None:
+        weight, place = torch.full((1, NUM_PATCHES), 3.0), torch.arange(NUM_PATCHES).unsqueeze(0)
+        bias = full_map(batch=1).relabel(place, place, NUM_PATCHES, key_weight=weight).key_bias(torch.float64)
+        assert bias is not None
+        assert bias[0, 0, 0, PREFIX:].tolist() == pytest.approx([math.log(3)] * NUM_PATCHES, rel=1e-15)
+
+    def test_weighted_padding_receives_no_attention(self) -> None:
+        weight, target = torch.tensor([[2.0, 3.0]]), torch.arange(NUM_PATCHES).clamp(max=1).unsqueeze(0)
+        valid = torch.tensor([[True, False]])
+        tokens = full_map(batch=1).relabel(target, torch.tensor([[0, 1]]), 2, key_weight=weight, valid=valid)
+        bias = tokens.key_bias(torch.float32)
+        assert bias is not None
+        assert torch.allclose(bias.softmax(-1).flatten(), torch.tensor([1.0, 1.0, 2.0, 0.0]) / 4)
 
     def test_padding_receives_no_attention(self) -> None:
         valid = torch.tensor([[True, False], [True, True]])
