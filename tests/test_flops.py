@@ -115,6 +115,12 @@ class Attention(nn.Module):
         return F.scaled_dot_product_attention(q[:, :, :2], q[:, :, :5], q[:, :, :5, :3])
 
 
+def test_attention_of_narrow_values_counts_both_widths():
+    """2 heads of 2 queries and 5 keys, 8 wide, and values, 3 wide: by hand."""
+    macs = 2 * 2 * 5 * (8 + 3)
+    assert count_flops(Attention(), (1, 12, 8)).by_operator == {"scaled_dot_product_attention": macs}
+
+
 class GroupedQueries(nn.Module):
     def forward(self, x):
         q = x.reshape(1, 4, 6, 4)
@@ -138,14 +144,23 @@ class TorchAttention(nn.Module):
         return self.layer(self.attn(x, x, x, need_weights=False)[0]), self.attn(x, x, x)[0]
 
 
-def test_torchs_transformer_layers_are_counted_inside_and_their_fast_path_is_put_back():
-    before = torch.backends.mha.get_fastpath_enabled()
+def test_torchs_transformer_layers_are_counted_inside():
     report = count_flops(TorchAttention(), (5, 2, 4), strict=True)
     n, c = 5, 8
     attention = 4 * n * c**2 + 2 * n**2 * c
     assert report.by_module["attn"] == 2 * attention
     assert report.by_module["layer"] == attention + 2 * n * c * 16 + 2 * 5 * n * c
-    assert torch.backends.mha.get_fastpath_enabled() == before
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_fast_path_of_torchs_transformer_layers_is_put_back(enabled):
+    before = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+        count_flops(TorchAttention(), (5, 2, 4))
+        assert torch.backends.mha.get_fastpath_enabled() == enabled
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 class Products(nn.Module):
@@ -215,19 +230,37 @@ class Conventions(nn.Module):
     def forward(self, x):
         sizes = {"size": (3, 4), "mode": "bicubic"}
         resized = F.interpolate(x, **sizes), F.interpolate(x, **sizes, antialias=True)
-        return self.lstm(x[0])[0], self.pool(x), F.avg_pool1d(x[0], 2), *resized, self.norm(x), F.rms_norm(x, (8,))
+        return (
+            self.lstm(x[0])[0],
+            self.pool(x),
+            F.avg_pool2d(x, (2,)),
+            F.avg_pool1d(x[0], 2),
+            *resized,
+            self.norm(x),
+            F.rms_norm(x, (8,)),
+        )
 
 
 def test_other_layers_are_counted_in_fvcores_manner():
     steps, elements = 3 * 6, 3 * 6 * 8
     assert count_flops(Conventions(), (3, 6, 8), strict=True).by_operator == {
         "lstm": steps * 2 * 4 * (5 * 8 + 5 * 5 + 5 * 10 + 5 * 5),
-        "avg_pool2d": 3 * 3 * 4 * 9,
+        "avg_pool2d": 3 * 3 * 4 * 9 + 3 * 3 * 4 * 4,
         "avg_pool1d": 3 * 6 * 4 * 2,
         "upsample_bicubic2d": 3 * 3 * 4 * 16,
         "_upsample_bicubic2d_aa": 3 * 3 * 4 * 16 * 2 * 2,  # both sides shrink by two
         "rms_norm": elements * 3 + elements * 2,
     }
+
+
+class Resized(nn.Module):
+    def forward(self, x):
+        return F.interpolate(x, size=(12, 4), mode="bilinear", antialias=True)
+
+
+def test_antialiased_kernel_is_no_narrower_where_a_side_grows():
+    """From 6 x 8 to 12 x 4 pixels: two taps along the side that doubles, twice two along the side that halves."""
+    assert count_flops(Resized(), (3, 6, 8), strict=True).by_operator == {"_upsample_bilinear2d_aa": 3 * 12 * 4 * 2 * 4}
 
 
 class Square(torch.autograd.Function):
