@@ -1,8 +1,10 @@
-"""The check of the profiler, on durations that are known."""
+"""The check of the profiler, on durations that are known; none is measured."""
 
 from __future__ import annotations
 
+import itertools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,11 +25,21 @@ def test_findings_are_the_truth_that_was_put_in():
     assert found["overhead"] == pytest.approx(1e-4 / np.median(model))
 
 
-def test_script_measures_and_writes(tmp_path, capsys):
-    path = tmp_path / "check.json"
-    tool = load_tool("check_profiler")
-    tool.main(["--rounds", "3", "--batch-size", "1", "--delay", "2", "--json", str(path)])
+def test_script_writes_what_a_clock_tells_that_goes_on_by_a_second_a_look(tmp_path, capsys, monkeypatch):
+    """A run takes the second between two looks. The delayed one takes four: the two of the delay, and one look more."""
+    path, tool = tmp_path / "check.json", load_tool("check_profiler")
+    clock = SimpleNamespace(perf_counter=itertools.count(0.0).__next__)
+    monkeypatch.setattr("effvit.profiler.time", clock)
+    monkeypatch.setattr(tool, "time", clock)
+    tool.main(["--model", "test_vit", "--rounds", "3", "--batch-size", "1", "--delay", "2", "--json", str(path)])
     record = json.loads(path.read_text())
-    assert record["findings"]["delay"] >= record["conditions"]["inserted_delay"] / 2
-    assert [len(seconds) for seconds in record["seconds"].values()] == [3, 3, 3, 3]
+    assert record["conditions"]["inserted_delay"] == 2
+    assert record["seconds"] == {"model": [1] * 3, "twin": [1] * 3, "delayed": [4] * 3, "nothing": [1] * 3}
+    assert record["findings"] == {
+        "twin_speedup": 1,
+        "twin_interval": [1, 1],
+        "delay": 3,
+        "delay_interval": [3, 3],
+        "overhead": 1,
+    }
     assert capsys.readouterr().out.splitlines() == tool.table(record)
