@@ -7,6 +7,9 @@ all of them in a run with ``-m release``. Configs without an optimizer evaluate.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
+from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ pytest.importorskip("mmdet", reason="the mm extra is not installed")
 pytest.importorskip("mmseg")
 pytest.importorskip("mmpretrain")
 
+from mmcv.image import rescale_size
 from mmdet.testing import demo_mm_inputs
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
@@ -52,8 +56,12 @@ SMALL = {
     *(f"mmpretrain/fashion-mnist/finetune_{name}" for name in ("ats", "evit_distilled", "gtp", "tome")),
     *(f"mmpretrain/fashion-mnist/scratch_{name}" for name in ("lookupvit", "sit", "stvit", "supertoken")),
 }
-# Patch grids of the smallest images, of a single row or column, of COCO at its common size and of a square.
-GRIDS = [(1, 1), (1, 2), (1, 84), (84, 1), (2, 84), (9, 84), (50, 84), (32, 32)]
+# (H, W) that a pipeline may be given: one pixel, a row and a column of COCO's longest side, and a square.
+SOURCES = {(1, 1), (1, 640), (640, 1), (640, 640)}
+SAME_SIZE = {
+    *("LoadImageFromFile", "LoadAnnotations", "RandomFlip", "PhotoMetricDistortion", "RandAugment", "RandomErasing"),
+    *("PackDetInputs", "PackSegInputs", "PackInputs"),
+}
 # What takes no weight decay, by recipe: detectron2's ViTDet (weight_decay_norm and the override of pos_embed in
 # mask_rcnn_vitdet_b_100ep.py), mmdet's and mmseg's Swin and ViT, timm's rule in DeiT's and Swin's classifiers, and none
 # in those of PVT, CAS-ViT, SETR and Segmenter. A class token counts as a position embedding: ViTDet has none.
@@ -86,6 +94,52 @@ def read(path: Path) -> Config:
 
 def name(path: Path) -> str:
     return path.relative_to(ROOT / "configs").with_suffix("").as_posix()
+
+
+def resized(sizes: set[tuple[int, int]], scales: Iterable[tuple[int, int]]) -> set[tuple[int, int]]:
+    """(H, W) of pictures of those sizes, made as large as each of the scales holds, as mmcv rounds them."""
+    return {rescale_size(size[::-1], scale)[::-1] for size in sizes for scale in scales}
+
+
+def made(pipeline: Sequence[Any], sizes: set[tuple[int, int]]) -> set[tuple[int, int]]:
+    """(H, W) at both ends of every random choice that a pipeline makes of pictures of those sizes."""
+    for step in pipeline:
+        kind = step["type"]
+        if kind == "RandomChoice":
+            sizes = set().union(*(made(branch, sizes) for branch in step["transforms"]))
+        elif kind in ("Resize", "RandomChoiceResize") and step["keep_ratio"]:
+            sizes = resized(sizes, step.get("scales") or [step["scale"]])
+        elif kind == "RandomResize" and step["keep_ratio"]:
+            sizes = resized(sizes, [tuple(int(side * r) for side in step["scale"]) for r in step["ratio_range"]])
+        elif kind == "RandomCrop":
+            ranged = step.get("crop_type") == "absolute_range"
+            crops = product(step["crop_size"], repeat=2) if ranged else [step["crop_size"]]
+            sides = [(crop, crop) if isinstance(crop, int) else crop for crop in crops]
+            margin = 2 * step.get("padding", 0)
+            sizes = {(min(h + margin, a), min(w + margin, b)) for h, w in sizes for a, b in sides}
+        elif kind == "RandomResizedCrop":
+            sizes = {(step["scale"], step["scale"])}
+        else:
+            assert kind in SAME_SIZE, f"{kind} may change the size of a picture: say here to what"
+    return sizes
+
+
+def pictures(config: Config) -> list[tuple[int, int]]:
+    """(H, W) of the smallest, the lowest and the narrowest picture that the model of a config trains on."""
+    dataset = config.train_dataloader.dataset
+    while "dataset" in dataset:
+        dataset = dataset.dataset
+    known = PICTURES.get(Path(str(config.filename)).parent.name)
+    sizes = made(dataset.pipeline, SOURCES if known is None else {known[1:]})
+    preprocessor = config.model.get("data_preprocessor", {})
+    least, divisor = preprocessor.get("size", (1, 1)), preprocessor.get("pad_size_divisor", 1)
+    padded = {tuple(ceil_div(max(sides), divisor) * divisor for sides in zip(s, least, strict=True)) for s in sizes}
+    keys = (prod, lambda size: (size[0] / size[1], prod(size)), lambda size: (size[1] / size[0], prod(size)))
+    return list(dict.fromkeys(min(padded, key=key) for key in keys))
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 def undecayed(model: nn.Module, tables: str, kinds: tuple[str, ...]) -> set[str]:
@@ -149,13 +203,19 @@ def train_a_step(model: Any, config: Config) -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name)
 def test_config_builds_as_it_ships_for_images_of_any_size(path: Path) -> None:
-    """No pipeline makes less than one pixel, which is one patch; each block must leave a token of any grid."""
+    """Each block must leave a token of one patch, and of the extremes that the pipeline of the config makes."""
     config = read(path)
     with torch.device("cpu" if "segmenter" in name(path) else "meta"):  # mmseg's mask head reads values as it is made
         model = MODELS.build(config.model)
+    sizes = pictures(config) if config.get("train_dataloader") else []
     for host in (module for module in model.modules() if isinstance(module, ReducedHost)):
-        grids = GRIDS if host.dynamic_img_size else [host.patch_embed.grid_size]  # classifiers crop to one size
-        assert host.dynamic_img_size or config.default_scope == "mmpretrain"
+        grids = [tuple(map(ceil_div, size, host.patch_embed.patch_size)) for size in sizes]
+        if host.dynamic_img_size:
+            grids.append((1, 1))
+        else:
+            assert config.default_scope == "mmpretrain"
+            assert grids in ([], [host.patch_embed.grid_size])  # classifiers crop to one size
+            grids = [host.patch_embed.grid_size]
         assert all(min(host.token_counts(grid)) >= 1 for grid in grids)
     if "optim_wrapper" not in config or name(path).count("/") > 1:  # recipes of the small sets are our own
         return
@@ -190,6 +250,27 @@ def test_config_trains_and_predicts(path: Path) -> None:
     with torch.no_grad():
         predictions = model.test_step(inputs(config))
     assert len(predictions) == 2
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=[] if name(path) in SMALL else pytest.mark.release)
+        for path in CONFIGS
+        if not name(path).startswith("mmpretrain/")
+    ],
+    ids=name,
+)
+def test_backbone_gives_whole_maps_of_the_extremes_of_its_pipeline(path: Path) -> None:
+    """A map has a row for each stride begun: by the strides the model tells, on the meta device."""
+    config = read(path)
+    with torch.device("meta"):
+        backbone = MODELS.build(config.model.backbone)
+        strides = backbone.features.feature_info.reduction()
+        for size in pictures(config):
+            maps = backbone(torch.empty(2, len(config.model.data_preprocessor.mean), *size))
+            expected = [tuple(ceil_div(side, stride) for side in size) for stride in strides]
+            assert [tuple(x.shape[2:]) for x in maps] == expected
 
 
 def test_missing_weights_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from effvit.attention import AttnState
-from effvit.reducers.zero_tprune import ZeroTPrune, aggregate_heads, split_groups
+from effvit.reducers.zero_tprune import PARTITIONS, ZeroTPrune, aggregate_heads, split_groups
 from effvit.tokens import TokenMap
 
 # Times four tokens: (1, 1, 1, 1) and (2, 1, 0.5, 0.5), of variance 0 and (1 + 0 + 0.25 + 0.25) / 4 = 0.375.
@@ -45,19 +45,14 @@ def test_groups_are_those_of_the_paper(partition: str, group_a: list[int], group
     assert (a.tolist(), b.tolist()) == ([group_a], [group_b])
 
 
-def test_pruned_look_alikes_do_not_come_back_where_no_patch_gathers_importance() -> None:
+@pytest.mark.parametrize("partition", PARTITIONS)
+def test_pruned_look_alikes_do_not_come_back_where_no_patch_gathers_importance(partition: str) -> None:
     """All attention goes to the class token, so all patches tie at zero; pruned ones must stay out of the choice."""
     x, weights = torch.randn(16, 9, 8), torch.zeros(16, 1, 9, 9)
     weights[..., 0] = 1
     tokens, k = TokenMap.full(x, (2, 4), 1, 1), torch.randn(16, 1, 9, 8)
     state = AttnState(k, k, k, 1.0, tokens=tokens, keys=tokens, x=x, weights=weights)
-    left, kept = (
-        ZeroTPrune.plan(1, reduce_at=(0,), r=3, keep_rate=rate, num_iters=2, var_range=None)[0].reduce(
-            x, tokens, state
-        )[1]
-        for rate in (1.0, 0.4)
-    )
+    settings = {"reduce_at": (0,), "r": 3, "num_iters": 2, "var_range": None, "partition": partition}
+    left, kept = (ZeroTPrune.plan(1, keep_rate=rate, **settings)[0].reduce(x, tokens, state)[1] for rate in (1.0, 0.4))
     assert (left.num_tokens, kept.num_tokens) == (5, 2)
-    assert all(
-        set(some.tolist()) <= set(all_left.tolist()) for some, all_left in zip(kept.anchor, left.anchor, strict=True)
-    )
+    assert all(set(few.tolist()) <= set(more.tolist()) for few, more in zip(kept.anchor, left.anchor, strict=True))
