@@ -130,7 +130,8 @@ class TestTeacher:
         trained = build()
         model = build(pretrained="no/such/file.pth", teacher=teacher)
         model.load_state_dict(trained.state_dict())
-        assert model.eval().predict(batch()[0])[0].pred_score.shape == (7,)
+        scores = [m.eval().predict(batch()[0])[0].pred_score for m in (model, trained)]
+        assert torch.equal(*scores)
         with pytest.raises(
             ValueError, match=r"the teacher has random weights: .*teacher.pth' is loaded by init_weights"
         ):
@@ -244,7 +245,8 @@ class TestSiT:
 
     def test_without_teacher_it_predicts(self) -> None:
         model = sit(teacher=None).eval()
-        assert model.predict(batch()[0])[0].pred_score.shape == (7,)
+        x = batch()[0]
+        assert torch.allclose(model.predict(x)[0].pred_score, model.model(x)[0].softmax(0), atol=1e-6)
 
     def test_teacher_that_is_no_sit_is_refused(self) -> None:
         with pytest.raises(ValueError, match="the teacher is a VisionTransformer and no SiT"):
@@ -252,5 +254,6 @@ class TestSiT:
 
 
 def test_effvit_classifier_is_mmpretrains() -> None:
-    assert isinstance(build(), EffViTClassifier)
-    assert build().eval().predict(batch()[0])[0].pred_label.shape == (1,)
+    model, x = build().eval(), batch()[0]
+    assert isinstance(model, EffViTClassifier)
+    assert [sample.pred_label.item() for sample in model.predict(x)] == model.model(x).argmax(1).tolist()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from hosts import HOSTS, make_host, make_images, make_model
 from safetensors.torch import save_file
 from timm.models import save_for_hf
@@ -288,9 +289,10 @@ def test_packed_batches_run_in_bfloat16() -> None:
     for host in ("attention_pool", "dinov3"):
         model = make_model("dymu", host, ragged="packed")
         x = make_images(model, batch=3)
+        expected = model(x)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert model(x).isfinite().all()
-        assert model.bfloat16()(x.bfloat16()).isfinite().all()
+            assert F.cosine_similarity(model(x).float(), expected).min() > 0.9
+        assert F.cosine_similarity(model.bfloat16()(x.bfloat16()).float(), expected).min() > 0.9
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
