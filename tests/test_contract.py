@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hosts import (
     HOSTS,
     MERGE,
@@ -50,6 +51,11 @@ def assert_law(tokens: TokenMap) -> None:
     assert torch.equal(tokens.source.gather(1, tokens.anchor)[valid], place[valid])
     assert tokens.source.min() >= -1
     assert (tokens.source < tokens.counts().unsqueeze(1)).all()
+
+
+def maps_and_scores(model: ReducedHost, x: Tensor) -> list[Tensor]:
+    """The maps of all blocks and the scores."""
+    return [*model.forward_intermediates(x, intermediates_only=True), model(x)]
 
 
 @pytest.mark.parametrize(("method", "host"), PAIRS)
@@ -166,26 +172,28 @@ class TestEveryPair:
         buffer.seek(0)
         assert torch.equal(torch.load(buffer, weights_only=False)(x), model(x))
 
-    def test_bf16_autocast_gives_finite_output_near_the_full_one(self, method: str, host: str) -> None:
+    def test_bf16_gives_scores_near_those_of_float32(self, method: str, host: str) -> None:
+        """Under autocast and as a whole; near alone, since tokens of almost equal scores may change places."""
         model = make_model(method, host)
         x = make_images(model)
+        expected = model(x)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            out = model(x)
-        assert out.isfinite().all()
-        assert out.shape == (2, 7)
-
-    def test_half_precision_weights_run(self, method: str, host: str) -> None:
-        model = copy.deepcopy(make_model(method, host)).bfloat16()
-        assert model(make_images(model).bfloat16()).isfinite().all()
+            assert F.cosine_similarity(model(x).float(), expected).min() > 0.9
+        half = copy.deepcopy(model).bfloat16()
+        assert F.cosine_similarity(half(x.bfloat16()).float(), expected).min() > 0.9
 
     def test_other_input_sizes_after_set_input_size(self, method: str, host: str) -> None:
+        """The expectation is a model made for that size, with the weights that the other one has then."""
         model = make_model(method, host)
         patch = model.patch_embed.patch_size[0]
-        model.set_input_size((3 * patch, 7 * patch))
-        final, maps = model.forward_intermediates(make_images(model))
-        assert final.isfinite().all()
-        assert maps[-1].shape == (2, 32, 3, 7)
-        assert model(make_images(model)).isfinite().all()
+        size = (3 * patch, 7 * patch)
+        model.set_input_size(size)
+        made = effvit.sparsify(make_host(host, img_size=size), method, **SETTINGS[method]).eval()
+        made.load_state_dict(model.state_dict())
+        x = make_images(model)
+        assert maps_and_scores(model, x)[-2].shape == (2, 32, 3, 7)
+        for own, expected in zip(maps_and_scores(model, x), maps_and_scores(made, x), strict=True):
+            assert torch.allclose(own, expected, rtol=1e-5, atol=1e-5)
 
     def test_dynamic_sizes_equal_a_model_of_that_size(self, method: str, host: str) -> None:
         dynamic = effvit.sparsify(make_host(host, dynamic_img_size=True), method, **SETTINGS[method])
@@ -196,9 +204,11 @@ class TestEveryPair:
             assert torch.allclose(dynamic(x), fixed(x), rtol=1e-5, atol=1e-5)
         patch = dynamic.patch_embed.patch_size[0]
         for size in ((3 * patch, 5 * patch), (5 * patch, 4 * patch)):
-            final, maps = dynamic.forward_intermediates(torch.randn(2, 3, *size))
-            assert maps[-1].shape[2:] == (size[0] // patch, size[1] // patch)
-            assert final.isfinite().all()
+            x, resized = torch.randn(2, 3, *size), make_model(method, host)
+            resized.load_state_dict(dynamic.state_dict())
+            resized.set_input_size(size)
+            for own, expected in zip(maps_and_scores(dynamic, x), maps_and_scores(resized, x), strict=True):
+                assert torch.allclose(own, expected, rtol=1e-5, atol=1e-5)
 
     def test_original_model_is_left_alone_and_shares_the_weights(self, method: str, host: str) -> None:
         dense = make_host(host)
