@@ -235,25 +235,6 @@ def test_config_builds_as_it_ships_for_images_of_any_size(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    [pytest.param(path, marks=[] if name(path) in SMALL else pytest.mark.release) for path in CONFIGS],
-    ids=name,
-)
-def test_config_trains_and_predicts(path: Path) -> None:
-    config = read(path)
-    if config.default_scope == "mmseg":
-        config.model.data_preprocessor.size = (SIDE, SIDE)
-    torch.manual_seed(0)
-    model = revert_sync_batchnorm(MODELS.build(config.model))
-    if "optim_wrapper" in config:
-        train_a_step(model, config)
-    model.eval()
-    with torch.no_grad():
-        predictions = model.test_step(inputs(config))
-    assert len(predictions) == 2
-
-
-@pytest.mark.parametrize(
-    "path",
     [
         pytest.param(path, marks=[] if name(path) in SMALL else pytest.mark.release)
         for path in CONFIGS
@@ -271,6 +252,25 @@ def test_backbone_gives_whole_maps_of_the_extremes_of_its_pipeline(path: Path) -
             maps = backbone(torch.empty(2, len(config.model.data_preprocessor.mean), *size))
             expected = [tuple(ceil_div(side, stride) for side in size) for stride in strides]
             assert [tuple(x.shape[2:]) for x in maps] == expected
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[] if name(path) in SMALL else pytest.mark.release) for path in CONFIGS],
+    ids=name,
+)
+def test_config_trains_and_predicts(path: Path) -> None:
+    config = read(path)
+    if config.default_scope == "mmseg":
+        config.model.data_preprocessor.size = (SIDE, SIDE)
+    torch.manual_seed(0)
+    model = revert_sync_batchnorm(MODELS.build(config.model))
+    if "optim_wrapper" in config:
+        train_a_step(model, config)
+    model.eval()
+    with torch.no_grad():
+        predictions = model.test_step(inputs(config))
+    assert len(predictions) == 2
 
 
 def test_missing_weights_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
