@@ -24,12 +24,11 @@ from mmengine.runner.checkpoint import get_torch_safe_globals
 from mmpretrain.models import TimmClassifier
 from torch import Tensor, nn
 
-import effvit
 from effvit.models._checkpoint import load_checkpoint
 from effvit.models.host import check_model_name
 from effvit.models.sit import SiT
 from effvit.models.sit_distillation import check_pair, score_loss, token_loss
-from effvit.openmmlab import StartsPretrained
+from effvit.openmmlab import StartsPretrained, reduce_as
 from effvit.schedule import check_number
 
 __all__ = ["EffViTClassifier", "SiTClassifier"]
@@ -68,6 +67,7 @@ class EffViTClassifier(StartsPretrained, TimmClassifier):
         FileNotFoundError: From ``init_weights``, no checkpoint where ``pretrained`` says.
     """
 
+    model: Any
     teacher: Any = None
     _teacher_recipe: dict[str, Any] | None = None  # until it has its weights
 
@@ -90,8 +90,7 @@ class EffViTClassifier(StartsPretrained, TimmClassifier):
         weights = {"pretrained": pretrained, "pretrained_key": pretrained_key}
         self._recipe = {"model_name": model_name, **weights, "sparsify": sparsify, **settings}
         self.pretrained = pretrained
-        if sparsify is not None:
-            self.model: Any = effvit.sparsify(self.model, **sparsify)
+        self.model = reduce_as(sparsify, self.model)
         self.model.is_init = True  # or mmengine's Runner would call timm's `init_weights` before it trains
         self.distill_weight = check_number("distill_weight", distill_weight)
         self.temperature = check_number("temperature", temperature, "positive")
@@ -231,7 +230,7 @@ def _create(
     model = timm.create_model(model_name, pretrained=pretrained is True, **settings)
     if isinstance(pretrained, str):
         load_checkpoint(model, pretrained, get_torch_safe_globals(), pretrained_key)
-    return model if sparsify is None else effvit.sparsify(model, **sparsify)
+    return reduce_as(sparsify, model)
 
 
 def _create_teacher(settings: dict[str, Any], student: Any) -> Any:

@@ -15,7 +15,7 @@ except ModuleNotFoundError as error:
 
 import inspect
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,6 +52,7 @@ __all__ = [
     "LayerDecayOptimWrapperConstructor",
     "StartsPretrained",
     "load_config",
+    "reduce_as",
 ]
 
 MODELS.register_module(name="SimpleFeaturePyramid", module=SimpleFeaturePyramid)
@@ -65,6 +66,23 @@ def load_config(path: str | Path) -> Config:
     """
     MODULE2PACKAGE["mmseg"] = "mmseg"
     return Config.fromfile(str(path))
+
+
+def reduce_as(sparsify: Any, model: nn.Module) -> nn.Module:
+    """The model reduced as the entry ``sparsify`` of a config says: "method" and its settings, or None for not at all.
+
+    Raises:
+        TypeError: Another kind of entry.
+        ValueError: An entry without "method", or as ``effvit.sparsify``.
+    """
+    if sparsify is None:
+        return model
+    form = 'sparsify must be None or a dict of "method" and its settings, e.g. dict(method="evit", keep_rate=0.5)'
+    if not isinstance(sparsify, Mapping):
+        raise TypeError(f"{form}, got {sparsify!r}")
+    if "method" not in sparsify:
+        raise ValueError(f"{form}, got {dict(sparsify)}; add the method")
+    return effvit.sparsify(model, **sparsify)
 
 
 class StartsPretrained:
@@ -325,7 +343,7 @@ def _timm_features(
                 name, **features, **(settings | {"pretrained": False})
             ).out_indices
     own = {key: value for key, value in settings.items() if key != "pyramid"}
-    return getter(effvit.sparsify(timm.create_model(name, **own), **sparsify), **indices)
+    return getter(reduce_as(sparsify, timm.create_model(name, **own)), **indices)
 
 
 def _whole_model(
@@ -341,7 +359,7 @@ def _whole_model(
         if out_norm and "out_norm" in accepted:
             extra["out_norm"] = True
         whole = timm.create_model(name, **(extra | own))
-        return whole if sparsify is None else effvit.sparsify(whole, **sparsify), extra | settings
+        return reduce_as(sparsify, whole), extra | settings
 
 
 def _host(name: str, settings: dict[str, Any]) -> tuple[str, dict[str, Any]]:

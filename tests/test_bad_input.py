@@ -28,6 +28,7 @@ from torch import nn
 
 import effvit
 from effvit.models.host import ReducedHost
+from effvit.reducers import ToMe
 from effvit.reducers.gtp import CLASS_SCORES
 
 SIZE: dict[str, Any] = {
@@ -77,6 +78,16 @@ class TestNames:
     def test_unknown_method_that_is_near_none_is_answered_with_all(self) -> None:
         with pytest.raises(ValueError, match="unknown method 'x'; known are evit, tome, gtp, ats, zero_tprune"):
             effvit.sparsify(vit(), "x")
+
+    @pytest.mark.parametrize("method", [["tome"], ToMe, None])
+    def test_method_that_is_no_name_is_answered_with_all(self, method: Any) -> None:
+        with pytest.raises(TypeError, match=r"method must be a name, one of evit, tome, gtp.*, got "):
+            effvit.sparsify(vit(), method)
+
+    @pytest.mark.parametrize("name", ["hf-hub:me/vit", "local-dir:runs/vit"])
+    def test_folder_of_timm_is_to_be_read_by_timm(self, name: str) -> None:
+        with pytest.raises(TypeError, match=rf"names a folder that timm reads; give timm\.create_model\('{name}'"):
+            effvit.sparsify(name, "tome")
 
     def test_unknown_host_is_answered_with_the_nearest(self) -> None:
         with pytest.raises(ValueError, match=r"unknown model 'deit_smal_patch16_224'; did you mean deit_small_p"):

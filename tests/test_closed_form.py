@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import effvit
 from effvit.closed_form import closed_form_macs
 from effvit.flops import FlopReport, count_flops
 from effvit.models.host import ReducedHost
+from effvit.reducers import METHODS, EViT
 
 # What torch does not count, and we do as fvcore does.
 NOT_PRODUCTS = {"layer_norm", "batch_norm", "adaptive_avg_pool2d", "grid_sampler"}
@@ -173,6 +175,13 @@ def test_other_image_sizes_are_padded_to_whole_patches() -> None:
 def test_model_without_closed_form_is_refused() -> None:
     with pytest.raises(TypeError, match=r"a Linear has no closed form, only VisionTransformer, .* have; use effvit"):
         closed_form_macs(nn.Linear(3, 4), (3, 224, 224))
+
+
+def test_method_without_closed_form_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "mine", type("Mine", (EViT,), {"name": "mine"}))
+    model = effvit.sparsify(make_host("class_token"), "mine")
+    with pytest.raises(TypeError, match=r"the method 'mine' has no closed form, only evit, .* have; use effvit\.count"):
+        closed_form_macs(model, (3, 32, 32))
 
 
 def test_blocks_and_norms_without_closed_form_are_refused() -> None:

@@ -360,9 +360,10 @@ class TestNames:
         save_for_hf(model, str(tmp_path), model_args=args)
         assert_same(model, timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval(), images_of(model))
 
-    def test_generic_name_without_a_host_says_what_to_pass(self) -> None:
-        with pytest.raises(ValueError, match="needs 'host'; give host="):
-            timm.create_model(SPARSIFIED, method="tome")
+    @pytest.mark.parametrize(("missing", "given"), [("host", {"method": "tome"}), ("method", {"host": DEIT})])
+    def test_generic_name_without_one_of_its_parts_says_what_to_pass(self, missing: str, given: dict[str, Any]) -> None:
+        with pytest.raises(ValueError, match=f"needs '{missing}'; give host="):
+            timm.create_model(SPARSIFIED, **given)
 
     @pytest.mark.parametrize(
         ("wrong", "message"),
@@ -375,6 +376,34 @@ class TestNames:
     def test_keyword_of_the_generic_name_is_refused_in_its_words(self, wrong: dict[str, Any], message: str) -> None:
         with pytest.raises(TypeError, match=message):
             timm.create_model(SPARSIFIED, **({"host": DEIT, "method": "tome"} | NARROW | wrong))
+
+    @pytest.mark.parametrize(
+        ("wrong", "message"),
+        [
+            ({"method": "tom"}, r"unknown method 'tom'; did you mean tome\?"),
+            ({"method": "tom", "features_only": True}, r"unknown method 'tom'; did you mean tome\?"),
+            ({"method": "x"}, "unknown method 'x'; known are evit, tome"),
+            ({"settings": {"rr": 2}}, r"tome has no setting 'rr'; did you mean r\?"),
+            ({"settings": {"keep_rate": 0.5}}, "tome has no setting 'keep_rate'; it belongs to evit"),
+            ({"settings": {1: 2}}, "tome has no setting 1; tome takes r, prop_attn"),
+            ({"host": "deit_tinny_patch16_224"}, "unknown model 'deit_tinny_patch16_224'; did you mean deit_tiny_p"),
+            ({"host": "zzz"}, r"unknown model 'zzz'; timm\.list_models\(\) has those that there are"),
+            ({"host": "last.pth"}, "'last.pth' names a file or a folder, not an architecture; give a name of timm"),
+            ({"host": "hf-hub:me/vit"}, "'hf-hub:me/vit' names a file or a folder, not an architecture"),
+            ({"host": SPARSIFIED}, "host must name the model to reduce, got 'sparsified'"),
+        ],
+    )
+    def test_wrong_part_of_the_generic_name_is_answered_as_by_sparsify(
+        self, wrong: dict[str, Any], message: str
+    ) -> None:
+        with pytest.raises(ValueError, match=message):
+            timm.create_model(SPARSIFIED, **({"host": DEIT, "method": "tome"} | NARROW | wrong))
+
+    def test_setting_beside_the_settings_of_the_generic_name_is_refused(self) -> None:
+        with pytest.raises(
+            TypeError, match=r"takes the settings of tome as a dict, got r beside it; give settings=dict\(r=\.\.\.\)"
+        ):
+            timm.create_model(SPARSIFIED, host=DEIT, method="tome", r=2, **NARROW)
 
     def test_generic_name_is_listed_by_timm_alone(self) -> None:
         assert SPARSIFIED in timm.list_models(SPARSIFIED)

@@ -319,6 +319,18 @@ class TestBadArguments:
         with pytest.raises(ValueError, match="evit scores patches by the class token"):
             backbone(PLAIN, class_token=False, global_pool="avg")
 
+    @pytest.mark.parametrize(
+        ("entry", "error", "message"),
+        [
+            ("tome", TypeError, "sparsify must be None or a dict .*, got 'tome'"),
+            ({"r": 2}, ValueError, r"sparsify must be None or a dict .*, got \{'r': 2\}; add the method"),
+            ({"method": "tom"}, ValueError, r"unknown method 'tom'; did you mean tome\?"),
+        ],
+    )
+    def test_wrong_entry_sparsify(self, entry: Any, error: type[Exception], message: str) -> None:
+        with pytest.raises(error, match=message):
+            backbone(PLAIN, sparsify=entry)
+
     def test_unknown_setting(self) -> None:
         with pytest.raises(ValueError, match="evit has no setting 'r'; it belongs to tome"):
             backbone(r=8)

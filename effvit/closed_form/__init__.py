@@ -18,6 +18,7 @@ from torch import nn
 
 from effvit.block import BLOCK_CLASSES
 from effvit.closed_form import architectures, hosts
+from effvit.closed_form.methods import METHOD_COSTS
 from effvit.closed_form.terms import Size, Terms
 from effvit.models.casvit import CASViT
 from effvit.models.host import ReducedHost
@@ -57,7 +58,7 @@ def closed_form_macs(
         MACs of "embedding", "norm", "projection", "attention", "mlp", "reduction", "head" and what else there is.
 
     Raises:
-        TypeError: A class of model, block or norm without a closed form.
+        TypeError: A class of model, block or norm, or a method, without a closed form.
         ValueError: ``token_counts`` missing, not needed or not one for each block.
     """
     size = (input_size[1], input_size[2])
@@ -74,6 +75,11 @@ def closed_form_macs(
         foreign = {type(block).__name__ for block in blocks if not isinstance(block, tuple(BLOCK_CLASSES))}
         if foreign:
             raise TypeError(f"blocks of the class {', '.join(foreign)} have no closed form; use effvit.count_flops")
+        if isinstance(model, ReducedHost) and model.method not in METHOD_COSTS:
+            raise TypeError(
+                f"the method {model.method!r} has no closed form, only {', '.join(METHOD_COSTS)} have; use "
+                "effvit.count_flops instead"
+            )
         if token_counts is not None and len(token_counts) != len(blocks):
             raise ValueError(f"token_counts needs one value for each of {len(blocks)} blocks, got {len(token_counts)}")
         return dict(+hosts.host(model, size, token_counts))

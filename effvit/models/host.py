@@ -478,7 +478,7 @@ def list_methods(pattern: str = "*") -> list[str]:
 
 def _nearest(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, known, n=3)
-    return f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(list(known)[:12])}"
+    return f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(known)}"
 
 
 def method_settings(method: str) -> dict[str, Any]:
@@ -486,9 +486,12 @@ def method_settings(method: str) -> dict[str, Any]:
 
     Raises:
         ValueError: An unknown method; the message names the nearest.
+        TypeError: No name.
     """
+    if not isinstance(method, str):
+        raise TypeError(f"method must be a name, one of {', '.join(METHODS)}, got {method!r}")
     if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; {_nearest(str(method), tuple(METHODS))}")
+        raise ValueError(f"unknown method {method!r}; {_nearest(method, tuple(METHODS))}")
     return METHODS[method].defaults()
 
 
@@ -499,7 +502,7 @@ def check_settings(method: str, settings: dict[str, Any]) -> None:
         if name in known:
             continue
         owners = [other for other in METHODS if name in METHODS[other].defaults()]
-        close = difflib.get_close_matches(name, known, n=1)
+        close = difflib.get_close_matches(str(name), known, n=1)
         owned = f"it belongs to {', '.join(owners)}; " if owners else ""
         if close and not owners:
             owned = f"did you mean {close[0]}? "
@@ -654,8 +657,16 @@ def record_name(model: Any) -> None:
 def check_model_name(name: str) -> None:
     """Raise a ValueError, which names the nearest, unless timm knows the model; a tag may follow the name."""
     architecture = name.partition(".")[0]
-    if not timm.is_model(architecture):
-        raise ValueError(f"unknown model {name!r}; {_nearest(architecture, timm.list_models())}")
+    if timm.is_model(architecture):
+        return
+    if is_file_name(name):
+        raise ValueError(
+            f"{name!r} names a file or a folder, not an architecture; give a name of timm.list_models(), and the "
+            "weights apart"
+        )
+    close = difflib.get_close_matches(architecture, timm.list_models(), n=3)
+    advice = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() has those that there are"
+    raise ValueError(f"unknown model {name!r}; {advice}")
 
 
 def _create_host(name: str) -> nn.Module:

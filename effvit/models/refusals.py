@@ -22,8 +22,8 @@ RECORDED = ("GraphModule", "ScriptModule", "RecursiveScriptModule", "TopLevelTra
 
 
 def is_file_name(name: str) -> bool:
-    """Whether a string names a file rather than a model: no registered name has a separator or such an ending."""
-    return os.sep in name or name.endswith((".pth", ".pt", ".bin", ".safetensors", ".tar", ".onnx"))
+    """Whether a string names a file or folder rather than a model: no registered name has such signs or endings."""
+    return os.sep in name or ":" in name or name.endswith((".pth", ".pt", ".bin", ".safetensors", ".tar", ".onnx"))
 
 
 def _path_of(cls: type) -> str:
@@ -48,6 +48,8 @@ def reason_against(model: Any, supported: Collection[type]) -> str:
         supported: The classes.
     """
     kind, known = type(model), f"supported are {_listed(supported)}"
+    if isinstance(model, str) and model.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+        return f"{model} names a folder that timm reads; give timm.create_model({model!r}, pretrained=True)"
     if isinstance(model, (str, os.PathLike)):
         return (
             f"{os.fspath(model)} names a file, not a model; create the model with timm.create_model, read the file "

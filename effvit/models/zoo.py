@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
@@ -147,6 +147,36 @@ def _resolved_cfg(variant: str, kwargs: dict[str, Any]) -> PretrainedCfg:
     return resolve_pretrained_cfg(variant, **own)
 
 
+def _check_recipe(own: dict[str, Any], others: Collection[str]) -> None:
+    """Raise an error unless ``own`` names a host and a method that there are, with settings that the method has.
+
+    Args:
+        own: ``host``, ``method``, ``recover`` and ``settings`` as far as they were given.
+        others: Names of the other keywords, which are the host's.
+    """
+    for name in ("host", "method"):
+        if own.get(name) is None:
+            raise ValueError(
+                f"{SPARSIFIED!r} needs {name!r}; give host=, the name of a timm model, method=, settings=dict(...) and "
+                "the keywords the host was made with"
+            )
+    for name, value in own.items():
+        if not isinstance(value, dict if name == "settings" else str):
+            wanted = "a dict of the method's settings" if name == "settings" else "a string"
+            raise TypeError(f"{SPARSIFIED!r} takes {name} as {wanted}, got {value!r}")
+    check_model_name(own["host"])
+    if own["host"] == SPARSIFIED:
+        raise ValueError(f"host must name the model to reduce, got {SPARSIFIED!r}, which is one reduced already")
+    method = own["method"]
+    check_settings(method, own.get("settings", {}))
+    beside = sorted(METHODS[method].defaults().keys() & set(others))
+    if beside:
+        raise TypeError(
+            f"{SPARSIFIED!r} takes the settings of {method} as a dict, got {', '.join(beside)} beside it; give "
+            f"settings=dict({', '.join(f'{name}=...' for name in beside)})"
+        )
+
+
 @register_model
 def sparsified(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Any host of timm with any method, for folders of timm's ``save_for_hf`` whose model has no name of its own.
@@ -160,18 +190,10 @@ def sparsified(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         ValueError: No host or method; or as ``effvit.sparsify``.
         TypeError: One of them of another type, or a keyword that the host does not have.
     """
-    own = {name: kwargs.pop(name) for name in ("host", "method", "recover", "settings") if name in kwargs}
-    for name in ("host", "method"):
-        if name not in own:
-            raise ValueError(
-                f"{SPARSIFIED!r} needs {name!r}; give host=, the name of a timm model, method=, settings=dict(...) and "
-                "the keywords the host was made with"
-            )
-    for name, value in own.items():
-        if not isinstance(value, dict if name == "settings" else str):
-            wanted = "a dict of the method's settings" if name == "settings" else "a string"
-            raise TypeError(f"{SPARSIFIED!r} takes {name} as {wanted}, got {value!r}")
-    check_model_name(own["host"])
+    own: dict[str, Any] = {
+        name: kwargs.pop(name) for name in ("host", "method", "recover", "settings") if name in kwargs
+    }
+    _check_recipe(own, kwargs)
     host, _, tag = own["host"].partition(".")
     kwargs["pretrained_cfg"] = kwargs.get("pretrained_cfg") or tag or None
     cfg = replace(_resolved_cfg(host, kwargs), architecture=SPARSIFIED)
