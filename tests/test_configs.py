@@ -25,7 +25,7 @@ from mmdet.testing import demo_mm_inputs
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS, PARAM_SCHEDULERS, init_default_scope
 from mmengine.structures import PixelData
 from mmpretrain.structures import DataSample
 from mmseg.structures import SegDataSample
@@ -271,6 +271,21 @@ def test_config_trains_and_predicts(path: Path) -> None:
     with torch.no_grad():
         predictions = model.test_step(inputs(config))
     assert len(predictions) == 2
+
+
+def test_warm_up_of_casvit_is_the_official_line_from_zero_but_for_its_first_rate() -> None:
+    """numpy.linspace from --warmup_start_lr 0 to --lr (main.py of Tianfang-Zhang/CAS-ViT@041d2d6)."""
+    config = load_config(ROOT / "configs/mmpretrain/casvit-m_8xb256-300e_in1k.py")
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.optim_wrapper.optimizer.lr)
+    warm_up = PARAM_SCHEDULERS.build(
+        config.param_scheduler[0], default_args={"optimizer": optimizer, "epoch_length": (length := 5)}
+    )
+    rates = []
+    for _ in range(20 * length):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        warm_up.step()
+    assert torch.allclose(torch.tensor(rates), torch.linspace(0, 6e-3, 20 * length), rtol=0, atol=6.1e-9)
 
 
 def test_missing_weights_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 # CAS-ViT-M (2408.03703): the command in the README and main.py of Tianfang-Zhang/CAS-ViT@041d2d6, which accumulates
 # two batches of 8 x 128: a rate of 6e-3, no Mixup, CutMix or erasing, one classifier, and a moving average of the
-# weights that is evaluated. The warm-up starts at 0 there; LinearLR multiplies the rate at hand and needs more than 0.
+# weights that is evaluated. The warm-up starts at 0 there; mmengine's LinearLR takes a start_factor of 0 but divides by
+# it at its second step, so the first step has a rate of 6e-9 here in place of 0, and later ones differ by less.
 # mmpretrain has no sampler of several picture sizes (160 to 320 there): all are 224 here.
 _base_ = "_base_/imagenet.py"
 
