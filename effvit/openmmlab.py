@@ -201,8 +201,8 @@ class EffViT(StartsPretrained, BaseModule):
         for cfg in [self.init_cfg] if isinstance(self.init_cfg, dict) else self.init_cfg or []:
             if cfg["type"] != "Pretrained":
                 raise ValueError(
-                    f"EffViT takes only an init_cfg of type 'Pretrained', got {cfg['type']!r}; its models initialise "
-                    "themselves as published"
+                    f"EffViT takes only an init_cfg of type 'Pretrained', got {cfg['type']!r}; its models "
+                    "initialise themselves"
                 )
             own = _weights_under(cfg["checkpoint"], cfg.get("prefix", "").rstrip("."))
             check_state(own, self, cfg["checkpoint"])

@@ -1,5 +1,5 @@
-# LookupViT-B (2407.12753) with 10 x 10 compressed tokens, its largest setting; maps are its lookup tokens. The paper
-# has no dense tasks and no weights: the recipe is that of plain ViTs.
+# LookupViT-B (2407.12753) with 10 x 10 compressed tokens, its largest setting; maps are its lookup tokens. Its
+# abstract names no dense task, and no weights are public: the recipe is that of plain ViTs.
 _base_ = "_base_/mask-rcnn_vit.py"
 
 model = dict(

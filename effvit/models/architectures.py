@@ -1,6 +1,6 @@
-"""The architectures with weights of their own: one table of published sizes, and their names in timm.
+"""The architectures with weights of their own: one table of sizes, and their names in timm.
 
-Each row gives the class, the arguments of the published size and where they are from. No pretrained file is
+Each row gives the class, the arguments of the size and where they are from. No pretrained file is
 named where none is known to be public; ``effvit.load_checkpoint`` reads the official ones from a path.
 """
 
@@ -26,7 +26,7 @@ __all__ = ["VARIANTS", "Variant"]
 
 
 class Variant(NamedTuple):
-    """One published size.
+    """One size.
 
     Attributes:
         model: The class.

@@ -5,9 +5,9 @@ a coarser grid of M = m * m. Self-attention and the wide MLP run on the compress
 cross-attention gathers from the patches and infuses back into them, and the patches have a small MLP of their own.
 Nothing is pruned, so the lookup tokens are the dense feature map. The largest attention map is M x N.
 
-There is no official code, and no public weights. What follows is our reading of the method; parameter names are ours.
-Where the paper's text leaves a point open, one option settles it, and checkpoints of different choices are not
-interchangeable:
+There is no official code, and no public weights. What follows is our reading of the method from its abstract, what we
+recall of the paper, and implementations by others, which disagree; parameter names are ours. Where these leave a point
+open, one option settles it, and checkpoints of different choices are not interchangeable:
 
 ==================== ========================================================================================
 ``antialias``        whether shrinking to the compressed grid widens the bilinear kernel; on, as JAX resizes
@@ -128,8 +128,8 @@ class LookupLoss(nn.Module):
     """One criterion on the class scores of both token sets: ``weights[0] * compressed + weights[1] * lookup``.
 
     Takes what a ``LookupViT`` returns: a pair in train mode, the compressed tokens' scores alone in eval mode or
-    without a second head, to which the plain criterion is applied. The weight of the second loss is open in the
-    paper's text; 1:1 is ours.
+    without a second head, to which the plain criterion is applied. No source we know of names the weight of
+    the second loss; 1:1 is ours.
 
     Args:
         criterion: Called with scores (B, classes) and the target; cross-entropy if None.

@@ -1,8 +1,8 @@
 """LV-ViT (arXiv 2104.10858): a plain ViT with a convolutional stem, damped residuals and a head on every token.
 
-GTP, ATS and Zero-TPrune all report on it, and timm does not have it. Parameter names are the official ones
-(models/lvvit.py of Ackesnal/GTP-ViT@97a1178), so its checkpoints load unchanged. SiT's variant, with another stem
-and without the head on every token, is in ``sit.py``.
+GTP's code runs on it, Zero-TPrune's project page reports on it, and timm does not have it. Parameter names are those
+of GTP's copy (models/lvvit.py of Ackesnal/GTP-ViT@97a1178), so its checkpoints load unchanged. SiT's variant, with
+another stem and without the head on every token, is in ``sit.py``.
 """
 
 from __future__ import annotations

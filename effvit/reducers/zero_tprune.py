@@ -105,9 +105,9 @@ def weighted_page_rank(
 def aggregate_heads(signal: Tensor, var_range: tuple[float, float] | None, kept: Tensor | None = None) -> Tensor:
     """Root mean square of the head scores over the heads whose variance is in range (EIR and VHF, section 3.2).
 
-    The variance is that of N * s over the N tokens (mean one): the only scale on which the published range of
-    0.01 to 0.7 can accept anything, since scores that sum to one never vary by 0.01. If no head is in range,
-    all are used.
+    The variance is that of N * s over the N tokens (mean one): the published range of 0.01 to 0.7
+    does not say on which scale, and scores of 197 tokens that sum to one vary by 0.005 at most. If no head is in
+    range, all are used.
 
     Args:
         signal: (B, heads, N) from weighted_page_rank.
