@@ -6,12 +6,10 @@ itself has students with a distillation token, but no teacher.
 
 from __future__ import annotations
 
-from effvit.requirements import missing_package
+from effvit.requirements import optional
 
-try:
+with optional("mmengine", "mm", "effvit.classifiers"):
     import mmengine  # noqa: F401
-except ModuleNotFoundError as error:
-    raise missing_package("effvit.classifiers", "mmengine", "mm") from error
 
 import inspect
 from collections.abc import Callable, Sequence

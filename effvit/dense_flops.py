@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from effvit.requirements import missing_package
+from effvit.requirements import optional
 
-try:
+with optional("mmengine", "mm", "effvit.dense_flops"):
     import mmengine  # noqa: F401
-except ModuleNotFoundError as error:
-    raise missing_package("effvit.dense_flops", "mmengine", "mm") from error
 
 from dataclasses import replace
 from typing import Any

@@ -6,12 +6,10 @@ Everything is registered in the root registries of mmengine, so mmdet, mmseg and
 
 from __future__ import annotations
 
-from effvit.requirements import missing_package
+from effvit.requirements import optional
 
-try:
+with optional("mmengine", "mm", "effvit.openmmlab"):
     import mmengine  # noqa: F401
-except ModuleNotFoundError as error:
-    raise missing_package("effvit.openmmlab", "mmengine", "mm") from error
 
 import inspect
 import re

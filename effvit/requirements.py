@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-__all__ = ["TIMM", "check_timm", "missing_package"]
+__all__ = ["TIMM", "check_timm", "optional"]
 
 TIMM = (1, 0, 31), (1, 1, 0)  # from, and below: as in pyproject.toml
 
@@ -26,9 +28,18 @@ def check_timm() -> None:
         )
 
 
-def missing_package(module: str, package: str, extra: str) -> ImportError:
-    """The error of a module of this package that needs an optional one."""
-    return ImportError(
-        f"{module} needs {package}, which comes with the extra {extra}: install effvit[{extra}] "
-        "(README, section on OpenMMLab, has the steps), or use the models without it"
-    )
+@contextmanager
+def optional(package: str, extra: str, module: str) -> Iterator[None]:
+    """Where a module of this package imports an optional one: an ImportError that names the extra if it is missing.
+
+    What the package itself misses is not ours to name, so that error stays as it is.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name != package:
+            raise
+        raise ImportError(
+            f"{module} needs {package}, which comes with the extra {extra}: install effvit[{extra}] "
+            "(README, sections Set-up and Dense prediction), or use the models without it"
+        ) from error

@@ -7,12 +7,10 @@ maintained fork's name.
 
 from __future__ import annotations
 
-from effvit.requirements import missing_package
+from effvit.requirements import optional
 
-try:
+with optional("mmengine", "mm", "effvit.runner"):
     import mmengine  # noqa: F401
-except ModuleNotFoundError as error:
-    raise missing_package("effvit.runner", "mmengine", "mm") from error
 
 import os
 from collections.abc import Mapping

@@ -332,6 +332,10 @@ class TestRequirements:
         with pytest.raises(ImportError, match=rf"effvit\.{module} needs mmengine, .* install effvit\[mm\]"):
             runpy.run_path(str(Path(effvit.__file__).parent / f"{module}.py"))
 
+    def test_what_the_optional_package_misses_itself_is_not_put_down_to_it(self) -> None:
+        with pytest.raises(ModuleNotFoundError, match="No module named 'addict'"), requirements.optional("a", "b", "c"):
+            raise ModuleNotFoundError("No module named 'addict'", name="addict")
+
 
 @pytest.mark.parametrize("case", SMALL)
 def test_fvcore_prints_every_architecture(case: str) -> None:
