@@ -274,10 +274,12 @@ def class_names(dataset: dict[str, Any], kind: Any, categories: Sequence[Mapping
         )
     if strange:
         near = difflib.get_close_matches(strange[0], [name for name in known if name not in names] or known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = (
+            f"did you mean {near[0]!r}?" if near else "leave them out of metainfo and num_classes, or correct the file"
+        )
         raise ValueError(
             f"{len(strange)} of {len(names)} classes of the config are not among the categories of {path} "
-            f"({shown(known)}): {shown(strange)}{hint}"
+            f"({shown(known)}): {shown(strange)}; {hint}"
         )
     return names
 

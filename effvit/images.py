@@ -57,7 +57,8 @@ def opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
     except Exception as error:  # decoders fail with SyntaxError, struct.error, EOFError, zlib.error and others
         if isinstance(error, ValueError) and str(path) in str(error):
             raise
-        raise ValueError(f"{path} cannot be read as an image: {str(error) or type(error).__name__}") from error
+        remedy = "" if isinstance(error, ValueError) else "; write or fetch it again"  # ours bring theirs along
+        raise ValueError(f"{path} cannot be read as an image: {str(error) or type(error).__name__}{remedy}") from error
 
 
 def check_regular(path: str | os.PathLike[str]) -> None:
@@ -74,7 +75,7 @@ def check_regular(path: str | os.PathLike[str]) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise ValueError(f"{path} is a pipe, socket or device, not a file; write the image to a file")
     if status.st_size == 0:
-        raise ValueError(f"{path} is empty")
+        raise ValueError(f"{path} is empty; write or fetch it again")
 
 
 def open_image(path: str | os.PathLike[str], size: tuple[int, int] | None = None) -> Image.Image:

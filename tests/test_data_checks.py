@@ -104,6 +104,7 @@ class TestCocoRefusals:
                 ("kitty", "doggy"),
                 r"no class of the config \(kitty, doggy\) is among .* \(cat, dog, bird\); set metainfo",
             ),
+            (("cat", "zebra", "bird"), r"\(cat, dog, bird\): zebra; leave them out of metainfo and num_classes"),
             (("cat", "dgo", "bird"), r"1 of 3 classes .* \(cat, dog, bird\): dgo; did you mean 'dog'\?"),
             ("cta", r"no class of the config \(cta\) is among"),
             (("cat", "dog", "cat"), "the class 'cat' stands twice"),

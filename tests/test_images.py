@@ -137,7 +137,7 @@ class TestRefusals:
         os.mkfifo(tmp_path / "pipe.png")  # opening it would wait for a writer
         for name, message in {
             "none.png": r"there is no file .*none\.png",
-            "empty.png": r"empty\.png is empty",
+            "empty.png": r"empty\.png is empty; write or fetch it again",
             "text.png": r"text\.png is no image of a format that Pillow reads",
             "loop.png": r"loop\.png cannot be opened: Too many levels of symbolic links",
             "pipe.png": r"pipe\.png is a pipe, socket or device, not a file",
@@ -152,7 +152,8 @@ class TestRefusals:
         rng = np.random.default_rng(0)
         path = save(tmp_path / f"cut.{suffix}", rng.integers(0, 255, (64, 64), dtype=np.uint8))
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-        with pytest.raises(ValueError, match=rf"cut\.{suffix} (cannot be read as an image|is no image of a format)"):
+        message = "cannot be read as an image: .*; write or fetch it again|is no image of a format"
+        with pytest.raises(ValueError, match=rf"cut\.{suffix} ({message})"):
             open_image(path)
 
     def test_image_of_too_many_pixels_is_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +172,7 @@ class TestRefusals:
         assert main(["visualize", *names, "--model", "no_such_model", "--out", str(tmp_path / "out")]) == 2
         message = capsys.readouterr().err
         assert message.startswith("effvit: error: 2 of 3 images cannot be used: ")
-        assert "empty.png is empty; there is no file " in message
+        assert "empty.png is empty; write or fetch it again; there is no file " in message
         assert message.count("\n") == 1
         with pytest.raises(FileNotFoundError, match=r"there is no file .*none\.png"):
             open_images(names[1:])
