@@ -174,6 +174,24 @@ class TestInitialisation:
         name, small = SMALL[case]
         assert_distributed_alike(*initialised(lambda: timm.create_model(name, **({"num_classes": 7} | small))))
 
+    @pytest.mark.parametrize("case", SMALL)
+    def test_architecture_from_meta_filled_by_assignment_is_right_or_refused(self, case: str) -> None:
+        """A state_dict lacks the buffers that are not persistent; timm's Swin ends in an error of torch then."""
+        name, small = SMALL[case]
+        reference = timm.create_model(name, **small).eval()
+        with torch.device("meta"):
+            model = timm.create_model(name, **small).eval()
+        model.load_state_dict(reference.state_dict(), assign=True)
+        x = architecture_images(case)
+        if not any(buffer.is_meta for buffer in model.buffers()):
+            assert torch.equal(model(x), reference(x))
+            return
+        with pytest.raises(ValueError, match=r"relative_position_index.* call model\.init_weights\(\), and load"):
+            model(x)
+        model.to_empty(device="cpu").init_weights()
+        model.load_state_dict(reference.state_dict())
+        assert torch.equal(model(x), reference(x))
+
     # timm itself leaves the learned frequencies of a mixed RoPE as they were, in its dense models too.
     @pytest.mark.parametrize("host", [host for host in HOSTS if host != "rope_mixed"])
     def test_host_after_to_empty_is_as_new(self, host: str) -> None:

@@ -85,6 +85,13 @@ class WindowBlock(SwinTransformerBlock):
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
     def _attn(self, x: Tensor) -> Tensor:
+        attn: Any = self.attn
+        if attn.relative_position_index.is_meta and not attn.relative_position_bias_table.is_meta:
+            # torch 2.11 gathers rows of a CPU table by a meta index without a word: they hold whatever memory held.
+            raise ValueError(
+                "relative_position_index, which no state_dict holds, is still on the meta device; after "
+                "model.to_empty(device=...) call model.init_weights(), and load the weights after that"
+            )
         window, shift = self.window_size[0], self.shift_size[0]
         mask = shift_mask(x, window, shift, self.shift_small) if shift else None
         y = self.attn(to_windows(x, window, shift, self.shift_small), mask=mask)
