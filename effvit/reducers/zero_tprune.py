@@ -265,7 +265,8 @@ class ZeroTPrune(Reducer):
 
     def after_similar(self, num_tokens: int) -> int:
         """Patch tokens the S-stage leaves of ``num_tokens``."""
-        return num_tokens - min(self.r, num_tokens // 2)
+        # By floats as the rate: torch.export would fix the parity that // 2 has at the traced size.
+        return num_tokens - min(self.r, math.floor(num_tokens / 2))
 
     def count(self, num_tokens: int, num_patches: int) -> int:
         left = math.floor(self.keep_rate * self.after_similar(num_tokens) + 0.5)
