@@ -209,9 +209,9 @@ def _rotate(x: Tensor, tokens: TokenMap, rope: Tensor, half: bool) -> Tensor:
     """Apply the rotary table of the full grid to the patch tokens of x (B, heads, P+N, D)."""
     table = tokens.position_table(rope)
     if tokens.packed:  # prefix tokens lie between the images: give them the identity rotation (sin 0, cos 1)
-        prefix = torch.zeros_like(table[:, :, :1]).expand(-1, -1, tokens.num_prefix, -1).clone()
-        prefix[..., table.shape[-1] // 2 :] = 1
-        table = tokens.pack(torch.cat([prefix, table], dim=2).transpose(1, 2)).transpose(1, 2)
+        sin, cos = torch.zeros_like(table[:, :, :1]).expand(-1, -1, tokens.num_prefix, -1).chunk(2, dim=-1)
+        still = torch.cat([sin, cos + 1], dim=-1)
+        table = tokens.pack(torch.cat([still, table], dim=2).transpose(1, 2)).transpose(1, 2)
         return apply_rot_embed_cat(x, table, half=half)
     prefix, patches = x[:, :, : tokens.num_prefix], x[:, :, tokens.num_prefix :]
     return torch.cat([prefix, apply_rot_embed_cat(patches, table, half=half)], dim=2)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-__all__ = ["has_open_side", "is_legacy_onnx", "is_recorded", "refuse_legacy_onnx", "traced_once"]
+__all__ = ["has_open_side", "is_legacy_onnx", "is_recorded", "refuse_fx", "refuse_legacy_onnx", "traced_once"]
 
 _TRACED_ONCE: ContextVar[bool] = ContextVar("traced_once", default=False)
 
@@ -59,6 +59,12 @@ def refuse_legacy_onnx(name: str) -> None:
             f"{name} cannot be exported by torch.onnx.export with dynamo=False, whose graphs compute something else; "
             "use torch.onnx.export(..., dynamo=True)"
         )
+
+
+def refuse_fx(x: Tensor, cause: str, remedy: str) -> None:
+    """Raise a TypeError if ``x`` is a placeholder of ``torch.fx``, for shapes that are known only at run time."""
+    if isinstance(x, torch.fx.Proxy):
+        raise TypeError(f"{cause}, so torch.fx cannot trace it; {remedy}")
 
 
 def is_recorded(x: Tensor) -> bool:

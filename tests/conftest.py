@@ -32,7 +32,8 @@ def _fresh_state():
 
 @pytest.fixture(scope="session", autouse=True)
 def _threads():
-    torch.set_num_threads(min(2, torch.get_num_threads()))  # OMP_NUM_THREADS=1 holds
+    several = "PYTEST_XDIST_WORKER" in os.environ  # one core for each process of `pytest -n`
+    torch.set_num_threads(1 if several else min(2, torch.get_num_threads()))  # OMP_NUM_THREADS=1 holds
 
 
 @pytest.fixture(scope="session")
@@ -49,6 +50,13 @@ def drawn_set(drawn_sources: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     out = tmp_path_factory.mktemp("drawn_set") / "set"
     drawn.make(drawn_sources, out)
     return out
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    for name, value in report.user_properties if report.when == "call" else ():
+        if name == "golden error":
+            method, case, error = value
+            golden_errors.setdefault(method, {})[case] = error
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

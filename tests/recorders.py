@@ -166,11 +166,10 @@ CASES |= {
 
 def _takes_any_size(name: str) -> bool:
     options = architectures.SMALL[name][1]
-    if "tables" in name:  # of one size
-        return False
-    return options.get("dynamic_img_size", False) or name.startswith(
-        ("supertoken", "casvit", "stvit_r_swin", "stvit_swin")
-    )
+    if name.startswith(("supertoken", "casvit", "stvit_r_swin", "stvit_swin")):
+        tables = options.get("relative_pos") or options.get("use_global", name.startswith("stvit_swin"))
+        return not tables  # which have one size
+    return options.get("dynamic_img_size", False)
 
 
 CASES |= {
@@ -280,8 +279,8 @@ def _fx(model: nn.Module, x: Tensor) -> Recorded:
     return torch.fx.symbolic_trace(model.model) if not model.maps else torch.fx.symbolic_trace(model)
 
 
-def _make_fx(model: nn.Module, x: Tensor, mode: str) -> Recorded:
-    return make_fx(model, tracing_mode=mode, _allow_non_fake_inputs=True)(x)
+def _make_fx(model: nn.Module, x: Tensor) -> Recorded:
+    return make_fx(model)(x)
 
 
 def _vmap(model: nn.Module, x: Tensor) -> Recorded:
@@ -349,8 +348,7 @@ RECORDERS: dict[str, Recorder] = {
     "torch.onnx, dynamo=False, dynamic batch": Recorder(partial(_onnx_legacy, dynamic=True), ("batch",), torch.float32),
     "torch.jit.trace": Recorder(_trace),
     "torch.fx": Recorder(_fx, ("batch",)),
-    "make_fx": Recorder(partial(_make_fx, mode="real")),
-    "make_fx, symbolic": Recorder(partial(_make_fx, mode="symbolic")),
+    "make_fx": Recorder(_make_fx),
     "vmap": Recorder(_vmap, ("batch", "size"), expected=_one_by_one),
     "per-sample gradients": Recorder(_per_sample_grad, ("batch", "size"), expected=_gradients_one_by_one),
     "fake tensors": Recorder(_fake, ("batch", "size"), torch.float32, expected=_shape),
@@ -444,10 +442,17 @@ REFUSALS = (
     ),
     Refusal(
         r"torch\.fx",
-        r".*dynamic_img_size.*",
+        r".*dynamic_img_size.*|stvit dynamic",
         "torch.fx cannot trace it",
         "Token counts follow the image, which `torch.fx` does not have while it traces: create the model with "
         "`dynamic_img_size=False`, or use `torch.export`.",
+    ),
+    Refusal(
+        r"torch\.fx",
+        r"tiny_vit .*",
+        "torch.fx cannot trace it",
+        "A TinyViT, timm's own too, pads its windows as the size of a map asks: use `torch.export`, or timm's "
+        "`create_feature_extractor`, which does not look into its blocks.",
     ),
     Refusal(
         r"(?!torch\.fx).*",
@@ -463,11 +468,11 @@ REFUSALS = (
         "`compat=True` depends on how much padding is cut off: use `drop_tokens=False`, or `compat=False`.",
     ),
     Refusal(
-        r"torch\.export, dynamic size|make_fx, symbolic",
-        r"expedite dynamic_img_size",
+        r"torch\.export, dynamic size",
+        r"(tome|gtp|zero_tprune|expedite) dynamic_img_size",
         "once for every size",
-        "The grid of clusters is computed for one image size: export with a fixed height and width, once for every "
-        "size.",
+        "The token counts follow the image in a way that `torch.export` does not get through in reasonable time, or "
+        "not at all: export with height and width fixed, once for every size; the batch may be dynamic.",
     ),
 )
 
@@ -480,25 +485,9 @@ def refusal(recorder: str, case: str) -> Refusal | None:
     return None
 
 
-# Pairs of which nobody has settled yet whether they are right, to be mended or to be refused. The page claims nothing
-# about them; known so far: Zero-TPrune with a dynamic size fails in a guard, ToMe and GTP take minutes to export so.
-UNSETTLED = (
-    (r"torch\.export, dynamic size|make_fx, symbolic", r"(tome|gtp|zero_tprune) dynamic_img_size"),
-    (r"torch\.fx", r"tiny_vit expedite|stvit_r_swin.*|stvit_swin.*"),
-    (r"torch\.fx|make_fx.*|meta device|fake tensors|vmap|per-sample gradients", r"(stvit_r_swin|stvit_swin|sit).*"),
-    (r"torch\.onnx, dynamo=True.*|torch\.export.*|torch\.compile.*|torch\.jit\.trace", r"stvit_r_swin tables"),
-)
-
-
 def pairs() -> list[tuple[str, str]]:
-    """Every recorder with every case it is for, by cases, but for ``UNSETTLED``."""
-    return [
-        (r, c)
-        for c in CASES
-        for r in RECORDERS
-        if (CASES[c].other or not RECORDERS[r].needs_sizes)
-        and not any(re.fullmatch(recorders, r) and re.fullmatch(cases, c) for recorders, cases in UNSETTLED)
-    ]
+    """Every recorder with every case it is for, by cases."""
+    return [(r, c) for c in CASES for r in RECORDERS if (CASES[c].other or not RECORDERS[r].needs_sizes)]
 
 
 INTRODUCTION = """# Exporting, compiling and transforming models
@@ -526,7 +515,6 @@ COLUMNS = {
     "torch.jit.trace": "`torch.jit.trace`",
     "torch.fx": "`torch.fx.symbolic_trace`, any batch",
     "make_fx": "`make_fx`, shapes fixed",
-    "make_fx, symbolic": '`make_fx(..., tracing_mode="symbolic")`',
     "vmap": "`torch.func.vmap` over images",
     "per-sample gradients": "`vmap(grad(...))` over images",
     "fake tensors": "`FakeTensorMode`: shapes of the result",

@@ -25,7 +25,6 @@ import golden_supertoken
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import golden_errors
 from golden_cases import DOUBLE, Case, expect, find_cases, find_tables
 from golden_dymu import compare as compare_dymu
 from golden_dymu import compare_schedule
@@ -126,11 +125,11 @@ def test_folder_of_another_method_is_skipped_by_name(other_method: str) -> None:
     pytest.skip(f"{other_method} is not a method of this package")
 
 
-def test_case_agrees_with_the_official_code(case: Case) -> None:
+def test_case_agrees_with_the_official_code(case: Case, record_property: Callable[[str, object], None]) -> None:
     case.check_conditions()
     COMPARE[case.method](case)
     case.finish()
-    golden_errors.setdefault(case.method, {})[case.name] = case.worst
+    record_property("golden error", (case.method, case.name, case.worst))
 
 
 def test_table_agrees_with_the_official_code(table: Path) -> None:

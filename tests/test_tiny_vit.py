@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.models._features_fx import create_feature_extractor
 from torch import Tensor, nn
 
 import effvit
@@ -292,3 +293,15 @@ class TestClusters:
     def test_too_many_clusters_for_a_window_are_refused(self) -> None:
         with pytest.raises(ValueError, match="got 9 x 9 for a grid of 7 x 7"):
             effvit.sparsify(small(), "expedite", num_clusters=81, cluster_at=1)
+
+
+@pytest.mark.parametrize(("method", "settings"), [("tome", {"r": 3}), ("expedite", {"keep_rate": 0.5})])
+def test_timms_feature_extractor_by_fx_gives_the_maps_of_a_plain_run(method: str, settings: dict[str, object]) -> None:
+    """timm traces around the blocks of a TinyViT; its own ``forward_intermediates`` is the expectation."""
+    model = effvit.sparsify(small(), method, **settings).eval()
+    x = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        extracted = create_feature_extractor(model, {f"stages.{i}": str(i) for i in (1, 2, 3)})(x)
+        maps = model.forward_intermediates(x, indices=[1, 2, 3], intermediates_only=True)
+    for taken, expected in zip(extracted.values(), maps, strict=True):
+        assert torch.allclose(taken, expected, rtol=1e-4, atol=1e-5)

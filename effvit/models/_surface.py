@@ -16,7 +16,7 @@ from timm.models._manipulate import reinit_non_persistent_buffers
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from effvit.recording import is_recorded
+from effvit.recording import is_recorded, refuse_fx
 from effvit.tokens import autocast_enabled, fix_traced_size, fx_leaf
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "check_output_fmt",
     "hand_out",
     "model_cfg",
+    "patch_grid",
     "record_args",
     "refuse_mask",
 ]
@@ -155,6 +156,18 @@ def check_batch(x: Tensor, model: nn.Module, in_chans: int) -> bool:
             "convert the images or the model, or run under torch.autocast"
         )
     return True
+
+
+def patch_grid(x: Tensor, model: Any) -> tuple[int, int]:
+    """(H, W) patch grid of images x in a model with ``patch_embed``."""
+    if not getattr(model, "dynamic_img_size", False):
+        return tuple(model.patch_embed.grid_size)
+    refuse_fx(
+        x,
+        "token counts of a model with dynamic_img_size=True are known only at run time",
+        "create it with dynamic_img_size=False, or use torch.export",
+    )
+    return model.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
 
 
 def check_images(x: Tensor, model: Any) -> None:
@@ -300,12 +313,6 @@ class SoftTokenViT(VisionTransformer):
         """The norm of intermediate patch features (B, H*W, C), where it is asked for."""
         return self.norm(x)
 
-    def _grid(self, x: Tensor) -> tuple[int, int]:
-        """(H, W) patch grid of images x."""
-        if self.dynamic_img_size:
-            return self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
-        return tuple(self.patch_embed.grid_size)
-
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Normalised final tokens (B, P+M, C) of images (B, 3, H, W); a mask is refused."""
         refuse_mask(self, attn_mask, is_causal)
@@ -350,7 +357,7 @@ class SoftTokenViT(VisionTransformer):
         return hand_out(
             [self._norm_patches(y) if norm else y for y, _ in taken],
             [self.norm(prefix) if norm else prefix for _, prefix in taken] if with_prefix else None,
-            self._grid(x),
+            patch_grid(x, self),
             lambda: self._finish(state),
             output_fmt,
             intermediates_only,

@@ -33,6 +33,7 @@ from effvit.models._surface import (
     check_images,
     check_output_fmt,
     hand_out,
+    patch_grid,
     refuse_mask,
     with_gradients,
 )
@@ -42,7 +43,7 @@ from effvit.recording import refuse_legacy_onnx
 from effvit.recover import AttentionRecovery, check_fill, restore, to_grid
 from effvit.reducers import METHODS, Reducer
 from effvit.schedule import check_fraction, check_switch, per_block
-from effvit.tokens import TokenMap, flat_rows, take_rows
+from effvit.tokens import TokenMap, fix_traced_size, flat_rows, take_rows
 
 __all__ = [
     "HOST_CLASSES",
@@ -123,23 +124,13 @@ class ReducedHost(Reduced):
     def _block_rope(self, rope: Tensor | None, block: int) -> Tensor | None:
         return rope
 
-    def _grid(self, x: Tensor) -> tuple[int, int]:
-        if getattr(self, "dynamic_img_size", False):
-            return self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
-        return tuple(self.patch_embed.grid_size)
-
     def _start(self, x: Tensor, memory: bool, reference: bool = False) -> tuple[Tensor, Tensor | None, TokenMap]:
         self.check_whole()
         check_images(x, self)
         if self.reducers:
             refuse_legacy_onnx(f"a model reduced by {self.method}")
-        grid = self._grid(x)
+        grid = patch_grid(x, self)
         if getattr(self, "dynamic_img_size", False):
-            if isinstance(x, torch.fx.Proxy):
-                raise TypeError(
-                    "token counts of a model with dynamic_img_size=True are known only at run time, so torch.fx "
-                    "cannot trace it; create it with dynamic_img_size=False, or use torch.export"
-                )
             for reducer in self.reducers.values():
                 reducer.check_size(grid)
             check_counts(self, grid)
@@ -435,7 +426,7 @@ class ReducedEva(ReducedHost, Eva):
 
     def _embed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         x, rope = self._pos_embed(self.patch_embed(x))
-        return self.norm_pre(x), rope
+        return self.norm_pre(fix_traced_size(x, 1)), rope  # a trace holds the rotary table of one grid
 
     def _block_rope(self, rope: Tensor | None, block: int) -> Tensor | None:
         return rope[block] if self.rope_mixed and rope is not None else rope

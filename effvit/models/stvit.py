@@ -20,7 +20,7 @@ from timm.models.vision_transformer import Block, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from effvit.block import set_child
-from effvit.models._surface import SoftTokenViT
+from effvit.models._surface import SoftTokenViT, patch_grid
 from effvit.models.semantic_tokens import SeedBlock, SemanticBlock, check_seed_grid
 from effvit.recording import refuse_legacy_onnx
 from effvit.recover import TokenRecovery
@@ -201,7 +201,7 @@ class STViT(SoftTokenViT):
         self, x: Tensor, take: Sequence[int] = (), num_blocks: int | None = None
     ) -> tuple[Any, list[tuple[Tensor, Tensor]]]:
         refuse_legacy_onnx("an STViT")
-        grid = self._grid(x)
+        grid = patch_grid(x, self)
         x = self._pos_embed(self.patch_embed(x))  # (B, H*W, C)
         s = assignment = None
         first, last = self.num_base, self.num_base + self.num_stgm - 1

@@ -18,16 +18,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
+from timm.models import register_notrace_module
 from timm.models.tiny_vit import Attention, TinyVit, TinyVitBlock, TinyVitStage
 from torch import Tensor
 
 from effvit.block import copy_shared, rehouse
 from effvit.models._surface import Reduced
-from effvit.recording import refuse_legacy_onnx
+from effvit.recording import refuse_fx, refuse_legacy_onnx
 from effvit.recover import reconstruct_tokens
 from effvit.reducers import METHODS, Reducer
 from effvit.reducers.base import check_finite
@@ -46,16 +47,24 @@ class ReducedTinyViT(Reduced, TinyVit):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Final map (B, C, H/32, W/32) of images (B, 3, H, W)."""
-        self._check_run()
+        self._check_run(x)
         return super().forward_features(x)
 
     def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """timm's method, with its arguments."""
-        self._check_run()
+        self._check_run(x)
         return super().forward_intermediates(x, *args, **kwargs)
 
-    def _check_run(self) -> None:
+    def _check_run(self, x: Tensor) -> None:
         self.check_whole()
+        if isinstance(x, torch.fx.Proxy):
+            tracer, stages = cast(Any, x.tracer), cast(Any, self.stages)
+            if not tracer.is_leaf_module(stages[1].blocks[0], "stages.1.blocks.0"):
+                refuse_fx(
+                    x,
+                    "a TinyViT, timm's own too, pads its windows as the size of a map asks",
+                    "use torch.export, or timm's create_feature_extractor, which does not look into its blocks",
+                )
         refuse_legacy_onnx(f"a model reduced by {self.method}")
 
 
@@ -220,6 +229,9 @@ class ClusteredStage(TinyVitStage):
         z = to_windows(z, cells)  # (B*nW, cells², C)
         x = reconstruct_tokens(z, patches, centres, reducer.temperature, reducer.k, reducer.norm)
         return from_windows(x, window, size)
+
+
+register_notrace_module(ClusteredStage)  # as timm does with its block, which torch.fx cannot trace either
 
 
 # -- the whole model -------------------------------------------------------------------------------------

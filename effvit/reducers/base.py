@@ -66,7 +66,7 @@ class Reducer(nn.Module):
         needs_class_token: The method scores patches by the class token.
         variable_length: The method keeps a different number of tokens for each image.
         keeps_every_patch: No patch is dropped: each is part of a merged token or of a cluster.
-        takes_any_size: The token counts can follow the image size in an exported program; see ``check_size``.
+        takes_any_size: ``torch.export`` can follow the token counts of an image of unknown size; see ``check_size``.
         learns: The method learns something beside the weights, which state_dict holds.
         recover: The fill of dense maps unless another is asked for, one of ``effvit.recover.FILLS``.
         block: The block this reducer sits in, for messages.
@@ -134,9 +134,8 @@ class Reducer(nn.Module):
         """Raise a ValueError if a patch grid of unknown size, as ``torch.export`` has it, would be fixed silently."""
         if not self.takes_any_size and has_open_side(grid):
             raise ValueError(
-                f"{self.name} in block {self.block} computes its counts for one image size, so it cannot be exported "
-                "with a dynamic height or width; export it with both fixed, once for every size (the batch may be "
-                "dynamic)"
+                f"{self.name} in block {self.block} has token counts that torch.export cannot follow where height or "
+                "width is dynamic; export it with both fixed, once for every size (the batch may be dynamic)"
             )
 
     def refuse_packed_recording(self, x: Tensor) -> None:

@@ -19,6 +19,7 @@ from effvit.tokens import (
     RAGGED,
     TokenMap,
     compact,
+    fix_traced_size,
     fx_leaf,
     packed_rows,
     position_of,
@@ -122,6 +123,8 @@ def plan_merge(
         trim: Cut the padding to the longest image.
         keep_mask: Return the mask even if no slot is empty.
     """
+    if compat:
+        metric = fix_traced_size(metric, 0)  # one image is merged otherwise than several
     batch, number = metric.shape[:2]
     official = compat and (threshold is None or batch > 1)
     patch = torch.arange(number, device=metric.device).expand(batch, -1)  # (B, N)

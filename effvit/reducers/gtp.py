@@ -57,6 +57,7 @@ ROW_SCORES: dict[str, Callable[[Tensor], Tensor]] = {
 SELECTIONS = (*MAP_SCORES, *CLASS_SCORES, *ROW_SCORES, "Random")
 
 
+@fx_leaf
 def sparsify_map(weights: Tensor, sparsity: float) -> Tensor:
     """The softmax map (B, heads, N, N) with all but about ``sparsity * N * N`` largest entries of each head zero.
 
@@ -144,6 +145,7 @@ class GTP(Reducer):
 
     name = "gtp"
     summary = "propagate the least informative tokens to their graph neighbours (2311.03035)"
+    takes_any_size = False
 
     def __init__(
         self,
