@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from effvit.tokens import TokenMap, flat_rows, position_of, take_rows, wide_dtype
+from effvit.tokens import TokenMap, fix_traced_size, flat_rows, position_of, take_rows, wide_dtype
 
 GRID = (3, 4)
 NUM_PATCHES = 12
@@ -309,3 +309,11 @@ class TestMemory:
         prefix, patches = kept_map(5).split(x)
         assert torch.equal(torch.cat([prefix, patches], dim=1), x)
         assert prefix.shape[1] == PREFIX
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace.* is deprecated:DeprecationWarning")
+def test_traced_size_is_fixed_in_the_dimensions_named_only() -> None:
+    traced = torch.jit.trace(lambda x: fix_traced_size(x, 1) + 1, torch.zeros(2, 3, 4))
+    assert traced(torch.zeros(5, 3, 6)).shape == (5, 3, 6)
+    with pytest.raises(RuntimeError, match=r"expanded size of the tensor \(3\) must match the existing size \(4\)"):
+        traced(torch.zeros(2, 4, 4))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -127,11 +128,12 @@ class TestOverlappingWindows:
 
 
 class TestCells:
-    def test_live_cells_are_those_whose_bin_holds_a_position(self) -> None:
-        for window, samples in ((7, 3), (7, 4), (5, 5), (8, 3), (4, 1)):
-            for side in range(1, 3 * window):
-                starts = [w * window + i * window // samples for w in range(3) for i in range(samples)]
-                assert live_cells(side, window, samples) == sum(start < side for start in starts)
+    @pytest.mark.parametrize("window", [3, 4, 7, 8])
+    def test_live_cells_are_those_whose_bin_holds_a_position(self, window: int) -> None:
+        """Cell i of s in a window of side w covers floor(i w / s) to ceil((i + 1) w / s), as in adaptive pooling."""
+        for samples, side in itertools.product(range(1, window + 1), range(1, 3 * window + 1)):
+            starts = [n * window + i * window // samples for n in range(4) for i in range(samples)]
+            assert live_cells(side, window, samples) == sum(start < side for start in starts)
 
     def test_every_position_lies_in_a_live_cell(self) -> None:
         for side in range(1, 30):
