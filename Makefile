@@ -58,7 +58,7 @@ demo: .venv/.synced-demo ## install without OpenMMLab and run the demo into runs
 	$(VENV)/effvit demo --out $(DEMO_OUT)
 
 test: .venv/.synced-test ## install everything and run the tests; PYTEST_ARGS="-k name -x" is handed on
-	$(VENV)/python -m pytest $(PYTEST_ARGS)
+	$(VENV)/python -m pytest -n $(MAX_JOBS) --dist worksteal $(PYTEST_ARGS)
 
 test-oldest: | $(UV) ## run a part of the tests with the oldest versions allowed
 	$(call test_versions,oldest,$(OLDEST_PYTHON),--resolution lowest-direct)

@@ -492,10 +492,10 @@ def pairs() -> list[tuple[str, str]]:
 
 INTRODUCTION = """# Exporting, compiling and transforming models
 
-Where the table has a verdict, a recorded model equals the plain one on other images, batches and sizes, or recording it
-is an error that names what works. A dot claims nothing: that combination has no verdict yet, and those of `UNSETTLED`
-in `tests/recorders.py` may be wrong. `EFFVIT_EXPORT=all pytest tests/test_export.py` runs all others, and
-`python tests/test_export.py RECORDER MODEL`, with patterns for both, runs some and puts what it finds into
+A recorded model equals the plain one on other images, batches and sizes, or recording it is an error that names what
+works. The table says which, as it was run: {right} combinations were right, {refused} refused, none wrong; the {open}
+with a dot were not run for this page. `make test` runs a part of them, `EFFVIT_EXPORT=all pytest tests/test_export.py`
+all; `python tests/test_export.py RECORDER MODEL`, with patterns for both, runs some and puts what it finds into
 `tests/export_verdicts.json` and this page.
 
 Recorded are small models with random weights, on two images of one size. A ✓ says that scores (or dense maps, where
@@ -526,10 +526,12 @@ def export_page(verdicts: dict[str, dict[str, str]]) -> str:
     """docs/export.md of the outcomes {case: {recorder: outcome}}."""
     numbered = {name: str(i) for i, name in enumerate(COLUMNS, start=1)}
     letters = {entry: chr(ord("a") + i) for i, entry in enumerate(REFUSALS)}
-    lines = [INTRODUCTION, "Columns:", ""]
+    wanted = set(pairs())
+    outcomes = [verdicts.get(case, {}).get(recorder) for recorder, case in wanted]
+    counts = {"right": outcomes.count("right"), "refused": outcomes.count("refused"), "open": outcomes.count(None)}
+    lines = [INTRODUCTION.format(**counts), "Columns:", ""]
     lines += [f"{numbered[name]}. {meaning}" for name, meaning in COLUMNS.items()]
     lines += ["", f"| model | {' | '.join(numbered.values())} |", f"|---|{':-:|' * len(numbered)}"]
-    wanted = set(pairs())
     for case in CASES:
         cells = []
         for recorder in COLUMNS:

@@ -6,7 +6,6 @@ import copy
 import io
 import pickle
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +16,6 @@ from hosts import (
     OFF,
     PAIRS,
     SETTINGS,
-    assert_exports,
-    assert_onnx_agrees,
     make_host,
     make_images,
     make_model,
@@ -34,8 +31,6 @@ from effvit.reducers import METHODS
 from effvit.tokens import TokenMap
 
 LEARNT = {"dymu": {"threshold", "num_batches"}}
-ONNX_PAIRS = [(method, "class_token") for method in SETTINGS] + [("tome", "average_pool"), ("evit", "dinov3")]
-EXPORT_HOSTS = ("class_token", "average_pool", "dinov3")
 
 
 def double(model: ReducedHost) -> ReducedHost:
@@ -255,20 +250,6 @@ class TestEveryPair:
         maps = model.forward_intermediates(make_images(model), indices=2, intermediates_only=True, norm=True)
         assert len(maps) == 2
         assert all(m.isfinite().all() for m in maps)
-
-
-class TestExport:
-    """Exporters take long, so a few pairs stand for all: every method, no class token, RoPE with five prefixes."""
-
-    @pytest.mark.parametrize(("method", "host"), [pair for pair in PAIRS if pair[1] in EXPORT_HOSTS])
-    def test_exports_with_a_dynamic_batch(self, method: str, host: str) -> None:
-        model = make_model(method, host)
-        assert_exports(model, make_images(model), make_images(model, batch=5))
-
-    @pytest.mark.parametrize(("method", "host"), ONNX_PAIRS)
-    def test_onnx_runs_in_onnxruntime_and_agrees(self, method: str, host: str, tmp_path: Path) -> None:
-        model = make_model(method, host)
-        assert_onnx_agrees(model, make_images(model), make_images(model, batch=3), tmp_path / "model.onnx")
 
 
 @pytest.mark.parametrize("host", ["average_pool", "attention_pool", "register_no_class", "class_token"])
