@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from effvit.bidirectional_attention import GatherAttention
 from effvit.flops import eval_twin
+from effvit.models._surface import patch_grid
 from effvit.models.dumbbell import SemanticLayers
 from effvit.models.host import ReducedHost
 from effvit.models.lookupvit import LookupViT
@@ -133,7 +134,7 @@ def _stvit(model: STViT, x: Tensor) -> list[Stage]:
     calls = _calls(block for block in model.blocks if isinstance(block, (SeedBlock, SemanticBlock)))
     model.forward_features(x)
     numbers = {block: i for i, block in enumerate(model.blocks)}
-    grid = model._grid(x)
+    grid = patch_grid(x, model)
     return [_soft(numbers[block], _assignment(block, given), grid) for block, (given, _) in list(calls.items())]
 
 
@@ -182,7 +183,7 @@ def _lookupvit(model: LookupViT, x: Tensor) -> list[Stage]:
     for i, (gather, (given, _)) in enumerate(list(calls.items())):
         weights = gather(*given[:2], True)[1][0].double().mean(0).T  # (N, M); the last block has none without infusion
         weights = weights + torch.finfo(weights.dtype).tiny  # float32 weights of a patch may all have underflown
-        stages.append(_soft(i, weights / weights.sum(-1, keepdim=True), model._grid(x)))
+        stages.append(_soft(i, weights / weights.sum(-1, keepdim=True), patch_grid(x, model)))
     return stages
 
 
@@ -193,7 +194,7 @@ def _sit(model: SiT, x: Tensor) -> list[Stage]:
     for block, number in model.slim_before.items():
         step = unpooling(calls[model.slimming[number]][1][1])[0]
         way_up = step if way_up is None else wide_product(way_up, step)  # (H*W, K)
-        stages.append(_soft(block, way_up, model._grid(x)))
+        stages.append(_soft(block, way_up, patch_grid(x, model)))
     return stages
 
 

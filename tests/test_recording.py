@@ -66,7 +66,6 @@ def meta(model: Asker, x: Tensor) -> None:
     model(x.to("meta"))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace(_method)?` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize(
     "recorder",
     [compiled, exported, traced, symbolically_traced, made_fx, batched, differentiated, fake, meta],

@@ -311,7 +311,6 @@ class TestMemory:
         assert prefix.shape[1] == PREFIX
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.trace.* is deprecated:DeprecationWarning")
 def test_traced_size_is_fixed_in_the_dimensions_named_only() -> None:
     traced = torch.jit.trace(lambda x: fix_traced_size(x, 1) + 1, torch.zeros(2, 3, 4))
     assert traced(torch.zeros(5, 3, 6)).shape == (5, 3, 6)
