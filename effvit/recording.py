@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-__all__ = ["has_open_side", "is_legacy_onnx", "is_recorded", "refuse_fx", "refuse_legacy_onnx", "traced_once"]
+__all__ = ["is_legacy_onnx", "is_recorded", "num_open_sides", "refuse_fx", "refuse_legacy_onnx", "traced_once"]
 
 _TRACED_ONCE: ContextVar[bool] = ContextVar("traced_once", default=False)
 
@@ -36,14 +36,14 @@ def is_legacy_onnx() -> bool:
     return not torch.compiler.is_compiling() and torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()
 
 
-def has_open_side(grid: tuple[int, int]) -> bool:
-    """Whether an exporter leaves a side of the patch grid open, so that a count read from it would fix the size.
+def num_open_sides(grid: tuple[int, int]) -> int:
+    """Sides of the patch grid, 0 to 2, that an exporter leaves open, so that a count read from them is an expression.
 
-    Not under ``torch.compile``, which makes another graph for another size.
+    0 under ``torch.compile``, which makes another graph for another size.
     """
     if torch.compiler.is_dynamo_compiling():
-        return False
-    return any(isinstance(side, torch.SymInt) for side in grid)
+        return 0
+    return sum(isinstance(side, torch.SymInt) for side in grid)
 
 
 def refuse_legacy_onnx(name: str) -> None:

@@ -194,14 +194,16 @@ def images(batch: int, size: tuple[int, int], seed: int) -> Tensor:
     return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(seed))
 
 
-def others(case: Case) -> dict[str, Tensor]:
+def others(case: Case, height_only: bool) -> dict[str, Tensor]:
     """What a recorded model is held to: other images than it was recorded with, other batches, another size."""
     batches = {
         "image": images(2, case.size, 2),
         "batch": images(5, case.size, 3),
         "batch of 1": images(1, case.size, 4),
     }
-    return batches | ({"size": images(2, case.other, 5)} if case.other else {})
+    if case.other is None:
+        return batches
+    return batches | {"size": images(2, (case.other[0], case.size[1]) if height_only else case.other, 5)}
 
 
 # -- recorders ---------------------------------------------------------------------------------------------------
@@ -216,6 +218,7 @@ class Recorder(NamedTuple):
             own error at run time is as good as the right result.
         dtype: Dtype of model and images: float64, so that no tie is decided by rounding, where the recorder has it.
         needs_sizes: Only for models that take other sizes.
+        height_only: Another size differs in its height alone.
         compares: What ``expected`` says.
     """
 
@@ -223,6 +226,7 @@ class Recorder(NamedTuple):
     promises: tuple[str, ...] = ()
     dtype: torch.dtype = torch.float64
     needs_sizes: bool = False
+    height_only: bool = False
     expected: Callable[[nn.Module, Tensor], Tensor] = lambda model, x: model(x)
 
 
@@ -244,6 +248,11 @@ def _export(model: nn.Module, x: Tensor) -> Recorded:
 
 def _export_batch(model: nn.Module, x: Tensor) -> Recorded:
     shapes = {"x": {0: torch.export.Dim.DYNAMIC}}
+    return torch.export.export(model, (x,), dynamic_shapes=shapes, strict=False).module()
+
+
+def _export_height(model: nn.Module, x: Tensor) -> Recorded:
+    shapes = {"x": {2: torch.export.Dim.DYNAMIC}}
     return torch.export.export(model, (x,), dynamic_shapes=shapes, strict=False).module()
 
 
@@ -342,6 +351,7 @@ RECORDERS: dict[str, Recorder] = {
     "torch.compile, dynamic": Recorder(_compile_dynamic, ("batch", "size")),
     "torch.export": Recorder(_export),
     "torch.export, dynamic batch": Recorder(_export_batch, ("batch",)),
+    "torch.export, dynamic height": Recorder(_export_height, ("size",), needs_sizes=True, height_only=True),
     "torch.export, dynamic size": Recorder(_export_size, ("size",), needs_sizes=True),
     "torch.onnx, dynamo=True": Recorder(_onnx, ("batch",), torch.float32),
     "torch.onnx, dynamo=False": Recorder(partial(_onnx_legacy, dynamic=False), (), torch.float32),
@@ -384,7 +394,7 @@ def judge(recorder_name: str, case_name: str) -> Verdict:
         finally:
             logging.disable(logging.NOTSET)
         fixed = []
-        for what, x in others(case).items():
+        for what, x in others(case, recorder.height_only).items():
             x = x.to(recorder.dtype)
             expected = recorder.expected(model, x)
             try:
@@ -468,11 +478,18 @@ REFUSALS = (
         "`compat=True` depends on how much padding is cut off: use `drop_tokens=False`, or `compat=False`.",
     ),
     Refusal(
+        r"torch\.export, dynamic (height|size)",
+        r"expedite dynamic_img_size",
+        "neither height nor width",
+        "The grid of clusters is computed for one image size: export with height and width fixed, once for every size; "
+        "the batch may be dynamic.",
+    ),
+    Refusal(
         r"torch\.export, dynamic size",
-        r"(tome|gtp|zero_tprune|expedite) dynamic_img_size",
-        "once for every size",
-        "The token counts follow the image in a way that `torch.export` does not get through in reasonable time, or "
-        "not at all: export with height and width fixed, once for every size; the batch may be dynamic.",
+        r"(tome|gtp|zero_tprune) dynamic_img_size",
+        "only one of height and width",
+        "The token counts are expressions of two sides that `torch.export` does not get through in minutes: export "
+        "with one of height and width dynamic, or none, once for every size; the batch may be dynamic.",
     ),
 )
 
@@ -508,6 +525,7 @@ COLUMNS = {
     "torch.compile, dynamic": "the same with `dynamic=True`",
     "torch.export": "`torch.export`, shapes fixed",
     "torch.export, dynamic batch": "`torch.export` with a dynamic batch",
+    "torch.export, dynamic height": "`torch.export` with a dynamic height; models that take any size",
     "torch.export, dynamic size": "`torch.export` with dynamic height and width; models that take any size",
     "torch.onnx, dynamo=True": "`torch.onnx.export(..., dynamo=True)` with a dynamic batch, run by onnxruntime",
     "torch.onnx, dynamo=False": "`torch.onnx.export(..., dynamo=False)`, shapes fixed",

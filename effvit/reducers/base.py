@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from effvit.attention import AttnState, EditMap
-from effvit.recording import has_open_side, is_recorded
+from effvit.recording import is_recorded, num_open_sides
 from effvit.tokens import TokenMap, fx_leaf
 
 if TYPE_CHECKING:
@@ -66,7 +66,8 @@ class Reducer(nn.Module):
         needs_class_token: The method scores patches by the class token.
         variable_length: The method keeps a different number of tokens for each image.
         keeps_every_patch: No patch is dropped: each is part of a merged token or of a cluster.
-        takes_any_size: ``torch.export`` can follow the token counts of an image of unknown size; see ``check_size``.
+        open_sides: Sides of the patch grid, 0 to 2, of which ``torch.export`` can follow the token counts where they
+            are unknown; see ``check_size``.
         learns: The method learns something beside the weights, which state_dict holds.
         recover: The fill of dense maps unless another is asked for, one of ``effvit.recover.FILLS``.
         block: The block this reducer sits in, for messages.
@@ -80,7 +81,7 @@ class Reducer(nn.Module):
     needs_class_token = False
     variable_length = False
     keeps_every_patch = False
-    takes_any_size = True
+    open_sides = 2
     learns = False
     recover = "last"
     block: int = -1
@@ -131,12 +132,14 @@ class Reducer(nn.Module):
         return self.count(num_tokens, grid[0] * grid[1])
 
     def check_size(self, grid: tuple[int, int]) -> None:
-        """Raise a ValueError if a patch grid of unknown size, as ``torch.export`` has it, would be fixed silently."""
-        if not self.takes_any_size and has_open_side(grid):
-            raise ValueError(
-                f"{self.name} in block {self.block} has token counts that torch.export cannot follow where height or "
-                "width is dynamic; export it with both fixed, once for every size (the batch may be dynamic)"
-            )
+        """Raise a ValueError where ``torch.export`` would fix a size silently, or compute on counts for hours."""
+        if num_open_sides(grid) <= self.open_sides:
+            return
+        allowed = "neither height nor width" if self.open_sides == 0 else "only one of height and width"
+        raise ValueError(
+            f"{self.name} in block {self.block} has token counts that torch.export can follow where {allowed} is "
+            "dynamic; fix the others, and export once for every size (the batch may be dynamic)"
+        )
 
     def refuse_packed_recording(self, x: Tensor) -> None:
         """Raise a ValueError if x is recorded, for a block that packs its batch."""

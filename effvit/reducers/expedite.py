@@ -160,7 +160,7 @@ class Expedite(Reducer):
 
     name = "expedite"
     keeps_every_patch = True
-    takes_any_size = False
+    open_sides = 0
     summary = "soft clusters in the middle blocks, all patches reconstructed afterwards (2210.01035)"
     recover = "reconstruct"
 

@@ -145,7 +145,7 @@ class GTP(Reducer):
 
     name = "gtp"
     summary = "propagate the least informative tokens to their graph neighbours (2311.03035)"
-    takes_any_size = False
+    open_sides = 1
 
     def __init__(
         self,

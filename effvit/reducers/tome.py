@@ -139,7 +139,7 @@ class ToMe(Reducer):
 
     name = "tome"
     summary = "merge the r most similar tokens of every block (2210.09461)"
-    takes_any_size = False
+    open_sides = 1
     keeps_every_patch = True
 
     def __init__(self, r: int, prop_attn: bool) -> None:

@@ -178,7 +178,7 @@ class ZeroTPrune(Reducer):
 
     name = "zero_tprune"
     summary = "page rank on the attention graph, after removing look-alikes (2305.17328)"
-    takes_any_size = False
+    open_sides = 1
 
     def __init__(
         self,
