@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnxruntime
 import pytest
 import torch
 from timm.models.deit import VisionTransformerDistilled
@@ -115,41 +111,3 @@ def make_model(method: str, host: str, **settings: Any) -> ReducedHost:
 def make_images(model: nn.Module, batch: int = 2) -> Tensor:
     size = model.patch_embed.img_size
     return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(1))
-
-
-class Logits(nn.Module):
-    """A model whose positional signature is one image batch, for the exporters."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x)
-
-
-def assert_exports(model: nn.Module, x: Tensor, other: Tensor) -> None:
-    """``torch.export`` with a dynamic batch: traced on x, it agrees with the model on another batch."""
-    logits = Logits(model)
-    batch = torch.export.Dim("batch", min=2, max=64)
-    program = torch.export.export(logits, (x,), dynamic_shapes={"x": {0: batch}}, strict=False)
-    assert torch.allclose(program.module()(other), logits(other), rtol=1e-4, atol=1e-5)
-
-
-def assert_onnx_agrees(model: nn.Module, x: Tensor, other: Tensor, path: Path) -> None:
-    """ONNX with a dynamic batch: exported on x, onnxruntime agrees with the model on another batch."""
-    logits = Logits(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            logits,
-            (x,),
-            path,
-            input_names=["x"],
-            dynamic_shapes={"x": {0: torch.export.Dim("batch", min=2, max=64)}},
-            dynamo=True,
-            verbose=False,
-        )
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    (out,) = session.run(None, {"x": other.numpy()})
-    assert np.allclose(out, logits(other).detach().numpy(), rtol=1e-3, atol=1e-4)

@@ -16,7 +16,6 @@ import pytest
 import timm
 import torch
 from architectures import SIZES, SMALL, make_architecture, make_images
-from hosts import assert_exports, assert_onnx_agrees
 from safetensors.torch import save_file
 from timm.layers import get_notrace_functions, get_notrace_modules
 from timm.models import save_for_hf
@@ -124,17 +123,6 @@ class TestEveryArchitecture:
         assert final.isfinite().all()
         assert [m.shape[-2] for m in maps] == [math.ceil(x.shape[-2] / i["reduction"]) for i in model.feature_info]
         assert model(x).shape == (2, 7)
-
-    def test_compiles_as_one_graph(self, case: str) -> None:
-        model, x = make_architecture(case), make_images(case)
-        compiled = torch.compile(model, fullgraph=True, backend="eager")
-        assert torch.allclose(compiled(x), model(x), rtol=1e-5, atol=1e-5)
-
-    def test_exports_with_a_dynamic_batch(self, case: str) -> None:
-        assert_exports(make_architecture(case), make_images(case), make_images(case, batch=5))
-
-    def test_onnx_runs_in_onnxruntime_and_agrees(self, case: str, tmp_path: Path) -> None:
-        assert_onnx_agrees(make_architecture(case), make_images(case), make_images(case, batch=3), tmp_path / "m.onnx")
 
     def test_fx_traces_it_exactly(self, case: str) -> None:
         model, x = make_architecture(case), make_images(case)

@@ -39,9 +39,11 @@ def chosen() -> list[tuple[str, str]]:
     for recorder, case in pairs():
         place = recorders.index(recorder) + cases.index(case)
         quick = recorder not in SLOW
-        every = 1 if case in SETTINGS else 3 if case in SMALL else 12
-        always = case in SETTINGS and recorder in ("torch.export, dynamic batch", "torch.onnx, dynamo=True")
-        if always or place % (every if quick else 40) == 0:
+        if case in SETTINGS:
+            every = 1 if quick or recorder in ("torch.export, dynamic batch", "torch.onnx, dynamo=True") else 40
+        else:
+            every = (3 if case in SMALL else 12) if quick else (6 if case in SMALL else 40)
+        if place % every == 0:
             part.append((recorder, case))
     for pair in sorted(pairs(), key=lambda pair: pair[0] in SLOW):  # of what the choice by places left out, one each
         if any(pair[i] not in {chosen[i] for chosen in part} for i in (0, 1)):
