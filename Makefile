@@ -5,6 +5,8 @@ SHELL := /bin/bash
 .NOTPARALLEL:  # two syncs at once would fight over one .venv
 
 PYTEST_ARGS ?=
+# One process a core, neighbouring tests in the same one, so that their models are made once.
+PARALLEL = -n $(MAX_JOBS) --dist worksteal
 # A version or a path; uv looks for it and fetches one if there is none. The range is that of `environments` in
 # pyproject.toml.
 PYTHON ?= >=3.10,<3.14
@@ -44,9 +46,9 @@ VERSION_TESTS ?= $(addprefix tests/test_,timm_contract.py tokens.py recording.py
 define test_versions
 $(UV) venv --quiet --clear --python '$(2)' .venv-$(1)
 $(UV) pip install --quiet --no-config --python .venv-$(1)/bin/python $(3) .
-$(UV) pip install --quiet --no-config --python .venv-$(1)/bin/python 'pytest>=8.4' 'hypothesis>=6.130' onnxruntime
+$(UV) pip install --quiet --no-config --python .venv-$(1)/bin/python 'pytest>=8.4' pytest-xdist 'hypothesis>=6.130' onnxruntime
 $(UV) pip list --quiet --python .venv-$(1)/bin/python | grep -E '^(torch|timm|numpy|pillow|matplotlib) '
-.venv-$(1)/bin/python -m pytest $(VERSION_TESTS) $(PYTEST_ARGS)
+.venv-$(1)/bin/python -m pytest $(PARALLEL) $(VERSION_TESTS) $(PYTEST_ARGS)
 endef
 
 .PHONY: help demo test test-oldest test-newest lint format clean
@@ -58,7 +60,7 @@ demo: .venv/.synced-demo ## install without OpenMMLab and run the demo into runs
 	$(VENV)/effvit demo --out $(DEMO_OUT)
 
 test: .venv/.synced-test ## install everything and run the tests; PYTEST_ARGS="-k name -x" is handed on
-	$(VENV)/python -m pytest -n $(MAX_JOBS) --dist worksteal $(PYTEST_ARGS)
+	$(VENV)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
 
 test-oldest: | $(UV) ## run a part of the tests with the oldest versions allowed
 	$(call test_versions,oldest,$(OLDEST_PYTHON),--resolution lowest-direct)
