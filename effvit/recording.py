@@ -16,7 +16,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-__all__ = ["is_legacy_onnx", "is_recorded", "num_open_sides", "refuse_fx", "refuse_legacy_onnx", "traced_once"]
+__all__ = [
+    "is_legacy_onnx",
+    "is_recorded",
+    "num_open_sides",
+    "refuse_fx",
+    "refuse_legacy_onnx",
+    "traced_once",
+]
 
 _TRACED_ONCE: ContextVar[bool] = ContextVar("traced_once", default=False)
 
@@ -61,9 +68,16 @@ def refuse_legacy_onnx(name: str) -> None:
         )
 
 
-def refuse_fx(x: Tensor, cause: str, remedy: str) -> None:
-    """Raise a TypeError if ``x`` is a placeholder of ``torch.fx``, for shapes that are known only at run time."""
-    if isinstance(x, torch.fx.Proxy):
+def refuse_fx(x: Tensor, cause: str, remedy: str, extractors: bool = True) -> None:
+    """Raise a TypeError if ``x`` is a placeholder of ``torch.fx``, for shapes that are known only at run time.
+
+    Args:
+        x: What enters the model.
+        cause: Why it cannot be traced, for the message.
+        remedy: What to do.
+        extractors: Feature extractors too, which know the modules and functions of timm that must not be traced.
+    """
+    if isinstance(x, torch.fx.Proxy) and (extractors or type(x.tracer) is torch.fx.Tracer):
         raise TypeError(f"{cause}, so torch.fx cannot trace it; {remedy}")
 
 

@@ -71,7 +71,7 @@ class TestNothingReduced:
     @pytest.mark.parametrize("method", NOTHING_REDUCED)
     def test_case_that_reduces_nothing_is_timms_own_model(self, method: str, qkv_bias: bool, tmp_path: Path) -> None:
         case = dense_case(tmp_path, method, qkv_bias=qkv_bias, **NOTHING_REDUCED[method])
-        test_golden.test_case_agrees_with_the_official_code(case)
+        test_golden.compare_case(case)
 
     def test_matching_of_no_token_keeps_tokens_and_order(self, tmp_path: Path) -> None:
         row = {"B": 1, "N": 5, "metric_dim": 4, "C": 2, "r": 0, "class_token": True, "distill_token": False, "N_out": 5}
@@ -80,7 +80,7 @@ class TestNothingReduced:
         case = write(tmp_path, "tome", {"soft": [row], "kth": []}, tensors | {"s0/merged_size": size})
         case = Case("tome", case.path.rename(tmp_path / "f_none.json"))
         (tmp_path / "case.safetensors").rename(tmp_path / "f_none.safetensors")
-        test_golden.test_case_agrees_with_the_official_code(case)
+        test_golden.compare_case(case)
 
 
 class TestArguments:
@@ -94,7 +94,7 @@ class TestArguments:
     def test_argument_that_no_reader_knows_is_an_error(self, method: str, tmp_path: Path) -> None:
         case = dense_case(tmp_path, method, **NOTHING_REDUCED[method], layer_norm_first=True)
         with pytest.raises(AssertionError, match="recorded, but not read by the comparison: layer_norm_first"):
-            test_golden.test_case_agrees_with_the_official_code(case)
+            test_golden.compare_case(case)
 
     @pytest.mark.parametrize(
         ("changed", "message"),
@@ -109,7 +109,7 @@ class TestArguments:
     ) -> None:
         case = dense_case(tmp_path, "evit", **(NOTHING_REDUCED["evit"] | changed))
         with pytest.raises(AssertionError, match=message):
-            test_golden.test_case_agrees_with_the_official_code(case)
+            test_golden.compare_case(case)
 
     def test_one_value_without_counterpart_passes_and_another_does_not(self) -> None:
         expect({"a": 1}, a=1, b=2)

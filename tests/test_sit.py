@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from architectures import SIZES, make_architecture
 from timm.models import group_parameters, save_for_hf
 
 import effvit
@@ -304,3 +305,17 @@ def test_keep_rate_1_slims_to_as_many_tokens() -> None:
     model = make(keep_rate=1, reverse=True)
     assert model.num_tokens == [16, 16, 16]
     assert not list(model.reverse.parameters())  # officially too, nothing is rebuilt while no token was dropped
+
+
+@pytest.mark.parametrize("case", ["sit", "sit_6c", "sit_dense"])
+def test_gradients_of_one_image_are_those_of_it_twice_over_two(case: str) -> None:
+    """By linearity; torch's own BatchNorm in eval mode gets them wrong for one image behind a transposition."""
+    model = make_architecture(case).double().eval()
+    image = torch.randn(1, 3, *SIZES[case][0], generator=torch.Generator().manual_seed(0)).double()
+    found = []
+    for batch in (1, 2):
+        model.zero_grad()
+        (model(image.repeat(batch, 1, 1, 1)).square().sum() / batch).backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+    for one, two in zip(*found, strict=True):
+        assert torch.allclose(one, two, rtol=1e-8, atol=1e-10)

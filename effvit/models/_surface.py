@@ -16,7 +16,7 @@ from timm.models._manipulate import reinit_non_persistent_buffers
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from effvit.recording import is_recorded, refuse_fx
+from effvit.recording import is_recorded
 from effvit.tokens import autocast_enabled, fix_traced_size, fx_leaf
 
 __all__ = [
@@ -162,11 +162,6 @@ def patch_grid(x: Tensor, model: Any) -> tuple[int, int]:
     """(H, W) patch grid of images x in a model with ``patch_embed``."""
     if not getattr(model, "dynamic_img_size", False):
         return tuple(model.patch_embed.grid_size)
-    refuse_fx(
-        x,
-        "token counts of a model with dynamic_img_size=True are known only at run time",
-        "create it with dynamic_img_size=False, or use torch.export",
-    )
     return model.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
 
 

@@ -39,7 +39,7 @@ from effvit.models._surface import (
 )
 from effvit.models.refusals import is_file_name, reason_against
 from effvit.models.tiny_vit import ReducedTinyViT, reduce_windows
-from effvit.recording import refuse_legacy_onnx
+from effvit.recording import refuse_fx, refuse_legacy_onnx
 from effvit.recover import AttentionRecovery, check_fill, restore, to_grid
 from effvit.reducers import METHODS, Reducer
 from effvit.schedule import check_fraction, check_switch, per_block
@@ -131,6 +131,11 @@ class ReducedHost(Reduced):
             refuse_legacy_onnx(f"a model reduced by {self.method}")
         grid = patch_grid(x, self)
         if getattr(self, "dynamic_img_size", False):
+            refuse_fx(
+                x,
+                "token counts of a model with dynamic_img_size=True are known only at run time",
+                "create it with dynamic_img_size=False, or use torch.export",
+            )
             for reducer in self.reducers.values():
                 reducer.check_size(grid)
             check_counts(self, grid)

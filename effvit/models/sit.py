@@ -58,6 +58,19 @@ RENAMED = (
 )
 
 
+class Convolutions(nn.Sequential):
+    """Convolutions with BatchNorm, of one image as right as of several.
+
+    For a batch of one, an eval-mode BatchNorm whose output is transposed gets wrong gradients on a CPU (torch 2.11), in
+    plain training and under ``vmap(grad(...))``. Those of a slice are contiguous and right, here of the whole map.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, 3, H, W) -> map (B, C, H', W')."""
+        x = super().forward(x)
+        return x.narrow(2, 0, x.shape[2])
+
+
 class ConvStem(FixedPatchEmbed):
     """Patch embedding by 3x3 convolutions with BatchNorm, GELU between them; ``layers`` is an entry of STEMS.
 
@@ -79,7 +92,7 @@ class ConvStem(FixedPatchEmbed):
         if self.patch_size != (stride, stride):
             raise ValueError(f"a stem of {len(layers)} convolutions has a stride of {stride}, got {patch_size=}")
         widths = [in_chans, *(embed_dim // divisor for divisor, _ in layers)]
-        self.proj = nn.Sequential(
+        self.proj = Convolutions(
             *(
                 ConvNormAct(widths[i], widths[i + 1], 3, s, act_layer=nn.GELU, apply_act=i + 1 < len(layers), **dd)
                 for i, (_, s) in enumerate(layers)

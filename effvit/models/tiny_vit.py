@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -57,14 +57,12 @@ class ReducedTinyViT(Reduced, TinyVit):
 
     def _check_run(self, x: Tensor) -> None:
         self.check_whole()
-        if isinstance(x, torch.fx.Proxy):
-            tracer, stages = cast(Any, x.tracer), cast(Any, self.stages)
-            if not tracer.is_leaf_module(stages[1].blocks[0], "stages.1.blocks.0"):
-                refuse_fx(
-                    x,
-                    "a TinyViT, timm's own too, pads its windows as the size of a map asks",
-                    "use torch.export, or timm's create_feature_extractor, which does not look into its blocks",
-                )
+        refuse_fx(
+            x,
+            "a TinyViT, timm's own too, pads its windows as the size of a map asks",
+            "use torch.export, or timm's create_feature_extractor, which does not look into its blocks",
+            extractors=False,
+        )
         refuse_legacy_onnx(f"a model reduced by {self.method}")
 
 
