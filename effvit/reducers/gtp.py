@@ -110,7 +110,7 @@ def propagation_graph(
     Returns:
         (B, N, N), entry [b, r, i] the share of r that goes to i, i.e. the transpose of the paper's G.
     """
-    patches = x[:, num_prefix:].to(wide_dtype(x.dtype))
+    patches = x[:, num_prefix:].detach().to(wide_dtype(x.dtype))  # only compared: nothing for autograd to keep
     neighbours = num_neighbours if num_prefix else num_neighbours + 1
     if graph_type != "Spatial" and not 0 < neighbours < patches.shape[1]:
         raise ValueError(
