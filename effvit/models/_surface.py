@@ -16,7 +16,7 @@ from timm.models._manipulate import reinit_non_persistent_buffers
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from effvit.recording import is_recorded
+from effvit.recording import is_recorded, refuse_fx
 from effvit.tokens import autocast_enabled, fix_traced_size, fx_leaf
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "patch_grid",
     "record_args",
     "refuse_mask",
+    "refuse_open_sizes",
 ]
 
 
@@ -156,6 +157,17 @@ def check_batch(x: Tensor, model: nn.Module, in_chans: int) -> bool:
             "convert the images or the model, or run under torch.autocast"
         )
     return True
+
+
+def refuse_open_sizes(x: Tensor, model: Any, extractors: bool = True) -> None:
+    """Raise a TypeError where ``torch.fx`` traces a model that takes any size; ``extractors`` as in ``refuse_fx``."""
+    if getattr(model, "dynamic_img_size", False):
+        refuse_fx(
+            x,
+            "sizes in a model with dynamic_img_size=True are known only at run time",
+            "create it with dynamic_img_size=False, or use torch.export",
+            extractors,
+        )
 
 
 def patch_grid(x: Tensor, model: Any) -> tuple[int, int]:

@@ -35,11 +35,12 @@ from effvit.models._surface import (
     hand_out,
     patch_grid,
     refuse_mask,
+    refuse_open_sizes,
     with_gradients,
 )
 from effvit.models.refusals import is_file_name, reason_against
 from effvit.models.tiny_vit import ReducedTinyViT, reduce_windows
-from effvit.recording import refuse_fx, refuse_legacy_onnx
+from effvit.recording import refuse_legacy_onnx
 from effvit.recover import AttentionRecovery, check_fill, restore, to_grid
 from effvit.reducers import METHODS, Reducer
 from effvit.schedule import check_fraction, check_switch, per_block
@@ -127,15 +128,11 @@ class ReducedHost(Reduced):
     def _start(self, x: Tensor, memory: bool, reference: bool = False) -> tuple[Tensor, Tensor | None, TokenMap]:
         self.check_whole()
         check_images(x, self)
+        refuse_open_sizes(x, self)
         if self.reducers:
             refuse_legacy_onnx(f"a model reduced by {self.method}")
         grid = patch_grid(x, self)
         if getattr(self, "dynamic_img_size", False):
-            refuse_fx(
-                x,
-                "token counts of a model with dynamic_img_size=True are known only at run time",
-                "create it with dynamic_img_size=False, or use torch.export",
-            )
             for reducer in self.reducers.values():
                 reducer.check_size(grid)
             check_counts(self, grid)
@@ -472,9 +469,9 @@ def list_methods(pattern: str = "*") -> list[str]:
     return [name for name in METHODS if fnmatch.fnmatch(name, pattern)]
 
 
-def _nearest(name: str, known: Sequence[str]) -> str:
+def _nearest(name: str, known: Sequence[str], otherwise: str) -> str:
     close = difflib.get_close_matches(name, known, n=3)
-    return f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(known)}"
+    return f"did you mean {' or '.join(close)}?" if close else otherwise
 
 
 def method_settings(method: str) -> dict[str, Any]:
@@ -487,7 +484,8 @@ def method_settings(method: str) -> dict[str, Any]:
     if not isinstance(method, str):
         raise TypeError(f"method must be a name, one of {', '.join(METHODS)}, got {method!r}")
     if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; {_nearest(method, tuple(METHODS))}")
+        known = f"known are {', '.join(METHODS)}"
+        raise ValueError(f"unknown method {method!r}; {_nearest(method, tuple(METHODS), known)}")
     return METHODS[method].defaults()
 
 
@@ -660,8 +658,7 @@ def check_model_name(name: str) -> None:
             f"{name!r} names a file or a folder, not an architecture; give a name of timm.list_models(), and the "
             "weights apart"
         )
-    close = difflib.get_close_matches(architecture, timm.list_models(), n=3)
-    advice = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() has those that there are"
+    advice = _nearest(architecture, timm.list_models(), "timm.list_models() has those that there are")
     raise ValueError(f"unknown model {name!r}; {advice}")
 
 

@@ -20,9 +20,9 @@ from timm.models.vision_transformer import Block, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from effvit.block import set_child
-from effvit.models._surface import SoftTokenViT, patch_grid
+from effvit.models._surface import SoftTokenViT, patch_grid, refuse_open_sizes
 from effvit.models.semantic_tokens import SeedBlock, SemanticBlock, check_seed_grid
-from effvit.recording import refuse_fx, refuse_legacy_onnx
+from effvit.recording import refuse_legacy_onnx
 from effvit.recover import TokenRecovery
 from effvit.schedule import check_count, check_switch
 
@@ -201,13 +201,7 @@ class STViT(SoftTokenViT):
         self, x: Tensor, take: Sequence[int] = (), num_blocks: int | None = None
     ) -> tuple[Any, list[tuple[Tensor, Tensor]]]:
         refuse_legacy_onnx("an STViT")
-        if self.dynamic_img_size:
-            refuse_fx(
-                x,
-                "sizes of a model with dynamic_img_size=True are known only at run time",
-                "create it with dynamic_img_size=False, or use torch.export or timm's create_feature_extractor",
-                extractors=False,
-            )
+        refuse_open_sizes(x, self, extractors=False)
         grid = patch_grid(x, self)
         x = self._pos_embed(self.patch_embed(x))  # (B, H*W, C)
         s = assignment = None
