@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -88,10 +88,15 @@ def covering(pairs: Sequence[Pair]) -> set[Pair]:
     return kept
 
 
+def released(items: Iterable[Any], kept: Container[Any]) -> list[Any]:
+    """The items as parameters of a test, of which those that are not kept run for a release alone."""
+    rows = [(item, item if isinstance(item, tuple) else (item,)) for item in items]
+    return [pytest.param(*row, marks=[] if item in kept else pytest.mark.release) for item, row in rows]
+
+
 def covered(pairs: Sequence[Pair]) -> list[Any]:
     """The pairs as parameters of a test, of which those that are not ``covering`` run for a release alone."""
-    kept = covering(pairs)
-    return [pair if pair in kept else pytest.param(*pair, marks=pytest.mark.release) for pair in pairs]
+    return released(pairs, covering(pairs))
 
 
 def make_host(name: str, **kwargs: Any) -> nn.Module:

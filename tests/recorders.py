@@ -137,7 +137,8 @@ CASES |= {
     for method in ("tome", "gtp", "zero_tprune", "dymu", "expedite", "hot")
     for host in ("average_pool", "attention_pool")
 }
-CASES |= {f"ats {host}": host_case("ats", host) for host in ("registers", "gated_grouped", "dinov3")}
+CASES |= {f"ats {host}": host_case("ats", host) for host in ("registers", "gated_grouped")}
+CASES |= {f"{method} dinov3": host_case(method, "dinov3") for method in SETTINGS}
 CASES |= {f"{method} packed eva02": host_case(method, "eva02", ragged="packed") for method in ("ats", "dymu")}
 # dense maps, one fill after another
 CASES |= {
@@ -219,7 +220,7 @@ class Recorder(NamedTuple):
         dtype: Dtype of model and images: float64, so that no tie is decided by rounding, where the recorder has it.
         needs_sizes: Only for models that take other sizes.
         height_only: Another size differs in its height alone.
-        compares: What ``expected`` says.
+        expected: What the recorded model is held to; the plain run of the model.
     """
 
     record: Callable[[nn.Module, Tensor], Recorded]
@@ -406,7 +407,7 @@ def judge(recorder_name: str, case_name: str) -> Verdict:
                 fixed.append(what)
                 continue
             tolerance = (
-                {"rtol": 1e-3, "atol": 1e-3} if recorder.dtype == torch.float32 else {"rtol": 1e-6, "atol": 1e-8}
+                {"rtol": 1e-3, "atol": 1e-4} if recorder.dtype == torch.float32 else {"rtol": 1e-6, "atol": 1e-8}
             )
             if got.shape != expected.shape or not torch.allclose(got.to(expected.dtype), expected, **tolerance):
                 far = f"{(got - expected).abs().max():.2g}" if got.shape == expected.shape else f"{tuple(got.shape)}"
@@ -511,8 +512,8 @@ INTRODUCTION = """# Exporting, compiling and transforming models
 
 A recorded model equals the plain one on other images, batches and sizes, or recording it is an error that names what
 works. The table says which, as it was run: {right} combinations were right, {refused} refused, none wrong; the {open}
-with a dot were not run for this page. `make test` runs a part of them, `EFFVIT_EXPORT=all pytest tests/test_export.py`
-all; `python tests/test_export.py RECORDER MODEL`, with patterns for both, runs some and puts what it finds into
+with a dot were not run for this page. `make test` runs a part of them, `pytest -m release tests/test_export.py` the
+others; `python tests/test_export.py RECORDER MODEL`, with patterns for both, runs some and puts what it finds into
 `tests/export_verdicts.json` and this page.
 
 Recorded are small models with random weights, on two images of one size. A ✓ says that scores (or dense maps, where

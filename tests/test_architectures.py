@@ -124,6 +124,11 @@ class TestEveryArchitecture:
         assert [m.shape[-2] for m in maps] == [math.ceil(x.shape[-2] / i["reduction"]) for i in model.feature_info]
         assert model(x).shape == (2, 7)
 
+    def test_compiles_as_one_graph(self, case: str) -> None:
+        model, x = make_architecture(case), make_images(case)
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        assert torch.allclose(compiled(x), model(x), rtol=1e-5, atol=1e-5)
+
     def test_fx_traces_it_exactly(self, case: str) -> None:
         model, x = make_architecture(case), make_images(case)
         tracer = {

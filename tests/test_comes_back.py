@@ -23,7 +23,7 @@ import pytest
 import timm
 import torch
 from architectures import SIZES, SMALL, make_architecture
-from hosts import PAIRS, SETTINGS, covered, covering, make_host, make_model
+from hosts import PAIRS, SETTINGS, covered, covering, make_host, make_model, released
 from hosts import make_images as images_of
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
@@ -259,7 +259,7 @@ def is_covering(kind: str) -> bool:
 
 
 COVERING = [kind for kind in KINDS if is_covering(kind)]
-EACH = [kind if kind in COVERING else pytest.param(kind, marks=pytest.mark.release) for kind in KINDS]
+EACH = released(KINDS, COVERING)
 
 
 def test_every_method_and_host_comes_back_in_every_run() -> None:

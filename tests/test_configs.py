@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from itertools import product
-from math import prod
+from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ pytest.importorskip("mmdet", reason="the mm extra is not installed")
 pytest.importorskip("mmseg")
 pytest.importorskip("mmpretrain")
 
+from hosts import released
 from mmcv.image import rescale_size
 from mmdet.testing import demo_mm_inputs
 from mmengine.config import Config
@@ -96,6 +97,9 @@ def name(path: Path) -> str:
     return path.relative_to(ROOT / "configs").with_suffix("").as_posix()
 
 
+SMALL_CONFIGS = [path for path in CONFIGS if name(path) in SMALL]
+
+
 def resized(sizes: set[tuple[int, int]], scales: Iterable[tuple[int, int]]) -> set[tuple[int, int]]:
     """(H, W) of pictures of those sizes, made as large as each of the scales holds, as mmcv rounds them."""
     return {rescale_size(size[::-1], scale)[::-1] for size in sizes for scale in scales}
@@ -133,13 +137,9 @@ def pictures(config: Config) -> list[tuple[int, int]]:
     sizes = made(dataset.pipeline, SOURCES if known is None else {known[1:]})
     preprocessor = config.model.get("data_preprocessor", {})
     least, divisor = preprocessor.get("size", (1, 1)), preprocessor.get("pad_size_divisor", 1)
-    padded = {tuple(ceil_div(max(sides), divisor) * divisor for sides in zip(s, least, strict=True)) for s in sizes}
+    padded = {tuple(ceil(max(sides) / divisor) * divisor for sides in zip(s, least, strict=True)) for s in sizes}
     keys = (prod, lambda size: (size[0] / size[1], prod(size)), lambda size: (size[1] / size[0], prod(size)))
     return list(dict.fromkeys(min(padded, key=key) for key in keys))
-
-
-def ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def undecayed(model: nn.Module, tables: str, kinds: tuple[str, ...]) -> set[str]:
@@ -209,7 +209,7 @@ def test_config_builds_as_it_ships_for_images_of_any_size(path: Path) -> None:
         model = MODELS.build(config.model)
     sizes = pictures(config) if config.get("train_dataloader") else []
     for host in (module for module in model.modules() if isinstance(module, ReducedHost)):
-        grids = [tuple(map(ceil_div, size, host.patch_embed.patch_size)) for size in sizes]
+        grids = [tuple(ceil(s / p) for s, p in zip(size, host.patch_embed.patch_size, strict=True)) for size in sizes]
         if host.dynamic_img_size:
             grids.append((1, 1))
         else:
@@ -235,11 +235,7 @@ def test_config_builds_as_it_ships_for_images_of_any_size(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    [
-        pytest.param(path, marks=[] if name(path) in SMALL else pytest.mark.release)
-        for path in CONFIGS
-        if not name(path).startswith("mmpretrain/")
-    ],
+    released((path for path in CONFIGS if not name(path).startswith("mmpretrain/")), SMALL_CONFIGS),
     ids=name,
 )
 def test_backbone_gives_whole_maps_of_the_extremes_of_its_pipeline(path: Path) -> None:
@@ -250,13 +246,13 @@ def test_backbone_gives_whole_maps_of_the_extremes_of_its_pipeline(path: Path) -
         strides = backbone.features.feature_info.reduction()
         for size in pictures(config):
             maps = backbone(torch.empty(2, len(config.model.data_preprocessor.mean), *size))
-            expected = [tuple(ceil_div(side, stride) for side in size) for stride in strides]
+            expected = [tuple(ceil(side / stride) for side in size) for stride in strides]
             assert [tuple(x.shape[2:]) for x in maps] == expected
 
 
 @pytest.mark.parametrize(
     "path",
-    [pytest.param(path, marks=[] if name(path) in SMALL else pytest.mark.release) for path in CONFIGS],
+    released(CONFIGS, SMALL_CONFIGS),
     ids=name,
 )
 def test_config_trains_and_predicts(path: Path) -> None:
