@@ -7,7 +7,7 @@ result with counts fixed by the shapes alone, or raises an error that names the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -19,9 +19,9 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 __all__ = [
     "is_legacy_onnx",
     "is_recorded",
-    "num_open_sides",
     "refuse_fx",
     "refuse_legacy_onnx",
+    "refuse_open_sides",
     "traced_once",
 ]
 
@@ -43,14 +43,31 @@ def is_legacy_onnx() -> bool:
     return not torch.compiler.is_compiling() and torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()
 
 
-def num_open_sides(grid: tuple[int, int]) -> int:
-    """Sides of the patch grid, 0 to 2, that an exporter leaves open, so that a count read from them is an expression.
+def num_open_sides(grid: Iterable[int]) -> int:
+    """Sides of a grid, 0 to 2, that an exporter leaves open, so that a count read from them is an expression.
 
     0 under ``torch.compile``, which makes another graph for another size.
     """
     if torch.compiler.is_dynamo_compiling():
         return 0
     return sum(isinstance(side, torch.SymInt) for side in grid)
+
+
+def refuse_open_sides(sides: Iterable[int], follows: int, name: str, cause: str) -> None:
+    """Raise a ValueError where ``torch.export`` would fix a size silently, or compute on counts for hours.
+
+    Args:
+        sides: Height and width, of images or of a patch grid.
+        follows: Sides of the two that may be open.
+        name: What is exported, for the message.
+        cause: What depends on the sides, in the plural.
+    """
+    if num_open_sides(sides) > follows:
+        limit = ("a dynamic height or width; fix both", "both height and width dynamic; fix one of them")[follows]
+        raise ValueError(
+            f"{name} has {cause} that torch.export cannot follow with {limit}, and export once for every size "
+            "(the batch may be dynamic)"
+        )
 
 
 def refuse_legacy_onnx(name: str) -> None:

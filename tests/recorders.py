@@ -481,14 +481,21 @@ REFUSALS = (
     Refusal(
         r"torch\.export, dynamic (height|size)",
         r"expedite dynamic_img_size",
-        "neither height nor width",
+        "a dynamic height or width",
         "The grid of clusters is computed for one image size: export with height and width fixed, once for every size; "
         "the batch may be dynamic.",
     ),
     Refusal(
+        r"torch\.export, dynamic (height|size)",
+        r"stvit_(r_)?swin.*|supertoken.*",
+        "a dynamic height or width",
+        "How windows and cells are padded and masked depends on the size in more ways than `torch.export` gets through "
+        "in minutes: export with height and width fixed, once for every size; the batch may be dynamic.",
+    ),
+    Refusal(
         r"torch\.export, dynamic size",
         r"(tome|gtp|zero_tprune) dynamic_img_size",
-        "only one of height and width",
+        "both height and width",
         "The token counts are expressions of two sides that `torch.export` does not get through in minutes: export "
         "with one of height and width dynamic, or none, once for every size; the batch may be dynamic.",
     ),

@@ -27,6 +27,7 @@ from timm.models._input import update_model_args
 from torch import Tensor, nn
 
 from effvit.models._surface import ChannelsLastStem, PyramidBackbone, PyramidStage, check_batch
+from effvit.recording import refuse_open_sides
 from effvit.super_tokens import SuperTokenAttention, associate, from_cells, nearest_super_token, to_cells
 
 __all__ = ["SuperTokenViT", "SuperTokens"]
@@ -241,6 +242,10 @@ class SuperTokenViT(PyramidBackbone):
         self.proj: nn.Module = nn.Conv2d(dims[-1], projection, 1, **dd)
         self.norm: nn.Module = nn.BatchNorm2d(projection, **dd)
         self.init_weights(needs_reset=False)
+
+    def _check_input(self, x: Tensor) -> None:
+        super()._check_input(x)
+        refuse_open_sides(x.shape[-2:], 0, "a super-token SViT", "token counts")
 
     def _finish(self, x: Tensor) -> Tensor:
         return F.silu(self.norm(self.proj(x)))

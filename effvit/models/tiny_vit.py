@@ -133,7 +133,7 @@ class MergingBlock(TinyVitBlock):
         y = self.attn(merged, merging.matching.order, weight if self.reducer.prop_attn else None)
         x = x + self.drop_path1(from_windows(merging.spread(y), window, size))
         x = self.local_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        if merged.shape[:2].numel() >= x.shape[:3].numel():  # of a small map in padded windows
+        if merged.shape[0] * merged.shape[1] >= x.shape[0] * size[0] * size[1]:  # of a small map in padded windows
             return x + self.drop_path2(self.mlp(x))
         y = self.mlp(merging.merge(to_windows(x, window))[0])
         return x + self.drop_path2(from_windows(merging.spread(y), window, size))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from effvit.attention import AttnState, EditMap
-from effvit.recording import is_recorded, num_open_sides
+from effvit.recording import is_recorded, refuse_open_sides
 from effvit.tokens import TokenMap, fx_leaf
 
 if TYPE_CHECKING:
@@ -133,13 +133,7 @@ class Reducer(nn.Module):
 
     def check_size(self, grid: tuple[int, int]) -> None:
         """Raise a ValueError where ``torch.export`` would fix a size silently, or compute on counts for hours."""
-        if num_open_sides(grid) <= self.open_sides:
-            return
-        allowed = "neither height nor width" if self.open_sides == 0 else "only one of height and width"
-        raise ValueError(
-            f"{self.name} in block {self.block} has token counts that torch.export can follow where {allowed} is "
-            "dynamic; fix the others, and export once for every size (the batch may be dynamic)"
-        )
+        refuse_open_sides(grid, self.open_sides, f"{self.name} in block {self.block}", "token counts")
 
     def refuse_packed_recording(self, x: Tensor) -> None:
         """Raise a ValueError if x is recorded, for a block that packs its batch."""
