@@ -46,9 +46,9 @@ def is_legacy_onnx() -> bool:
 def num_open_sides(grid: Iterable[int]) -> int:
     """Sides of a grid, 0 to 2, that an exporter leaves open, so that a count read from them is an expression.
 
-    0 under ``torch.compile``, which makes another graph for another size.
+    0 under ``torch.compile``, which makes another graph for another size, and for placeholders of ``torch.fx``.
     """
-    if torch.compiler.is_dynamo_compiling():
+    if torch.compiler.is_dynamo_compiling() or isinstance(grid, torch.fx.Proxy):
         return 0
     return sum(isinstance(side, torch.SymInt) for side in grid)
 

@@ -20,6 +20,16 @@ from effvit.models.lvvit import LVViT
 SIZE = {"img_size": (48, 64), "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 7}
 ROPE = {"use_rot_pos_emb": True, "use_abs_pos_emb": False, "num_heads": 2}
 
+
+def _gated(**kwargs: Any) -> Eva:
+    """A host whose attention has gates, which timm's blocks take as an argument and its models do not hand on."""
+    host = Eva(**kwargs)
+    for block in host.blocks:
+        block.attn.gate = nn.Linear(host.embed_dim, block.attn.attn_dim)
+    host.init_weights()
+    return host
+
+
 HOSTS: dict[str, Callable[..., nn.Module]] = {
     "class_token": partial(VisionTransformer, **SIZE),
     "distilled": partial(VisionTransformerDistilled, **SIZE),
@@ -39,7 +49,7 @@ HOSTS: dict[str, Callable[..., nn.Module]] = {
     "dinov3": partial(Eva, **(SIZE | ROPE), rope_type="dinov3", num_reg_tokens=4, init_values=0.1, global_pool="token"),
     "rope_mixed": partial(Eva, **(SIZE | ROPE), rope_type="mixed", attn_type="rope", global_pool="token"),
     "gated_grouped": partial(
-        Eva,
+        _gated,
         **(SIZE | ROPE),
         attn_type="rope",
         qkv_fused=False,

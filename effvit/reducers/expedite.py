@@ -152,6 +152,7 @@ class Expedite(Reducer):
     needs all patches gets them reconstructed: dense maps, and heads that pool anything but the class token. No
     parameters, no training. Clusters take the position of the middle of their cell (RoPE, pictures), and hard
     labels say which patch is whose, except that this middle always belongs to its own cluster, so that none is empty.
+    ``torch.compile`` makes a graph for every grid of clusters that a schedule of keep rates passes through.
 
     The official code does this inside the windows of SAM (hourglass_image_encoder.py@75a1c30); here, in a plain
     vision transformer, the window is the whole image. For windows use ``cluster_tokens`` and
