@@ -43,11 +43,10 @@ NAMED = {
 
 def stride(recorder: str, case: str) -> int:
     """One of how many pairs like this one runs by default."""
-    if recorder == "torch.export, dynamic batch" and (case in SETTINGS or case in SMALL):
+    base = case in SETTINGS or case in SMALL
+    if recorder == "torch.export, dynamic batch" and (base or case.endswith((" average_pool", " dinov3"))):
         return 1
-    if recorder == "torch.export, dynamic batch" and case.endswith((" average_pool", " dinov3")):
-        return 1
-    if recorder == "torch.onnx, dynamo=True" and (case in SETTINGS or case in SMALL):
+    if recorder == "torch.onnx, dynamo=True" and base:
         return 1 if case in SETTINGS else 4
     if recorder in SLOW:
         return 40
