@@ -47,9 +47,9 @@ def stride(recorder: str, case: str) -> int:
     if recorder == "torch.export, dynamic batch" and (base or case.endswith((" average_pool", " dinov3"))):
         return 1
     if recorder == "torch.onnx, dynamo=True" and base:
-        return 1 if case in SETTINGS else 4
+        return 6
     if recorder in SLOW:
-        return 40
+        return 80
     return 1 if case in SETTINGS else 3 if case in SMALL else 12
 
 
