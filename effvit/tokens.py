@@ -358,6 +358,20 @@ class TokenMap:
             packed=packed,
         )
 
+    def select(self, x: Tensor, index: Tensor, num_tokens: int) -> tuple[Tensor, TokenMap]:
+        """Keep the prefix tokens and some patch tokens of x (B, P+N, C).
+
+        Args:
+            x: The tokens of this map.
+            index: (B, num_tokens) patch tokens to keep, in their new order.
+            num_tokens: How many.
+
+        Returns:
+            (B, P+num_tokens, C) and their map.
+        """
+        rows = flat_rows(index, self.num_prefix + self.num_tokens, self.num_prefix)
+        return take_rows(x, rows), self.keep(index, num_tokens)
+
     def fuse(self, ranked: Tensor, kept: int) -> TokenMap:
         """The map after ``ranked[:, :kept]`` were kept and all other tokens fused into one more, the last.
 

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from effvit.attention import AttnState, Selection
+from effvit.attention import AttnState, Pick, Selection
 from effvit.recording import is_recorded
 from effvit.reducers.base import Reducer, check_finite, refuse_recording
 from effvit.schedule import check_blocks, check_count, check_fraction, check_switch, per_block
-from effvit.tokens import RAGGED, TokenMap, compact, flat_rows, fx_leaf, packed_rows
-
-if TYPE_CHECKING:
-    from effvit.block import _TokenBlock
+from effvit.tokens import RAGGED, compact, flat_rows, fx_leaf, packed_rows
 
 __all__ = ["ATS", "GRIDS", "inverse_transform_sample", "significance"]
 
@@ -218,15 +215,11 @@ class ATS(Reducer):
     def count(self, num_tokens: int, num_patches: int) -> int:
         return min(self.num_points(num_patches), num_tokens)
 
-    def forward(self, x: Tensor, tokens: TokenMap, block: _TokenBlock, rope: Tensor | None) -> tuple[Tensor, TokenMap]:
-        pick = None if self.keep_rate == 1 else self.pick  # off by set_keep_rate, as ``plan`` leaves such a block out
-        x, state = block.attend(x, tokens, rope, pick=pick)
-        tokens = state.tokens
-        del state  # queries, keys and values need not stay in memory while the MLP runs
-        return block.feedforward(x), tokens
+    def pick(self) -> Pick | None:
+        return None if self.keep_rate == 1 else self.sample  # off by set_keep_rate, as ``plan`` leaves such a block out
 
     @torch.no_grad()
-    def pick(self, state: AttnState) -> Selection:
+    def sample(self, state: AttnState) -> Selection:
         """Sample the query rows that are computed from the scores of all tokens."""
         tokens = state.keys
         self.check_recordable(state.q)

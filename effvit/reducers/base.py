@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from effvit.attention import AttnState, EditMap
+from effvit.attention import AttnState, EditMap, Pick
 from effvit.recording import is_recorded, refuse_open_sides
 from effvit.tokens import TokenMap, fx_leaf
 
@@ -55,10 +55,11 @@ def refuse_recording(x: Tensor, cause: str, remedy: str) -> None:
 
 
 class Reducer(nn.Module):
-    """One block's share of a method. It has no parameters and sees patches only through the TokenMap.
+    """One block's share of a method. It sees patches only through the TokenMap.
 
-    A method is a subclass with ``plan``, whose keyword arguments are the method's settings, and ``reduce``;
-    a method that does not act between attention and MLP overrides ``forward``.
+    A method is a subclass with ``plan``, whose keyword arguments are the method's settings, ``count``, and the places
+    of a block at which it acts: ``before`` it; inside attention, on the query rows (``pick``) or on the softmax map
+    (``map_edit``); between attention and MLP (``reduce``); and ``after`` the block.
 
     Attributes:
         name: The method's name, as in ``effvit.list_methods()``.
@@ -148,19 +149,40 @@ class Reducer(nn.Module):
         return tokens
 
     def forward(self, x: Tensor, tokens: TokenMap, block: _TokenBlock, rope: Tensor | None) -> tuple[Tensor, TokenMap]:
-        """Run the block with this reducer between attention and MLP."""
-        x, state = block.attend(x, tokens, rope, edit_map=self.map_edit())
-        x, tokens = self.reduce(x, tokens, state)
+        """Run the block, and the method at its places in it: x (B, P+N, C) -> (B, P+K, C) and the map of the K tokens.
+
+        A method fills the places it needs and leaves this one alone.
+        """
+        x, tokens = self.before(x, tokens)
+        x, state = block.attend(x, tokens, rope, self.pick(), self.map_edit())
+        x, tokens = self.reduce(x, state.tokens, state)
+        note = self.note(state)
         del state  # queries, keys and values need not stay in memory while the MLP runs
-        return block.feedforward(x), tokens
+        return self.after(block.feedforward(x), tokens, note)
+
+    def before(self, x: Tensor, tokens: TokenMap) -> tuple[Tensor, TokenMap]:
+        """Before the block: x (B, P+N, C) -> (B, P+K, C) that enter it, and their map."""
+        return x, tokens
+
+    def pick(self) -> Pick | None:
+        """What chooses the query rows that attention computes, see ``effvit.attention``; None for all."""
+        return None
 
     def map_edit(self) -> EditMap | None:
         """What to do with the softmax map before it is applied; None if the method needs no map at all."""
         return None
 
     def reduce(self, x: Tensor, tokens: TokenMap, state: AttnState) -> tuple[Tensor, TokenMap]:
-        """x (B, P+N, C) after the attention residual -> (B, P+K, C) and the map of the K tokens left."""
-        raise NotImplementedError
+        """x (B, P+N, C) after the attention residual -> (B, P+K, C) that enter the MLP, and their map."""
+        return x, tokens
+
+    def note(self, state: AttnState) -> Any:
+        """What ``after`` needs to know of the attention, whose queries, keys and values are freed before the MLP."""
+        return None
+
+    def after(self, x: Tensor, tokens: TokenMap, note: Any) -> tuple[Tensor, TokenMap]:
+        """Behind the block: x (B, P+N, C) -> (B, P+K, C) that leave it, and their map."""
+        return x, tokens
 
     def origin(self, scores: str) -> str:
         """Who computed the scores, for messages."""

@@ -89,9 +89,7 @@ class EViT(Reducer):
             return x, tokens
         scores = check_finite(class_attention(state), self.origin("class-token scores"), state.x)  # (B, N)
         if not self.fuse_token:
-            index = scores.topk(kept, dim=1).indices
-            rows = flat_rows(index, tokens.num_prefix + tokens.num_tokens, tokens.num_prefix)
-            return take_rows(x, rows), tokens.keep(index, kept)
+            return tokens.select(x, scores.topk(kept, dim=1).indices, kept)
 
         ranked = scores.topk(kept + 1, dim=1).indices
         index = ranked[:, :kept]

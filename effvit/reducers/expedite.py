@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +14,6 @@ from effvit.recover import NORMS, closeness, restore
 from effvit.reducers.base import Reducer, check_finite
 from effvit.schedule import check_blocks, check_count, check_fraction, check_number
 from effvit.tokens import Reference, TokenMap, fx_leaf, wide_dtype, wide_product, without_autocast
-
-if TYPE_CHECKING:
-    from effvit.block import _TokenBlock
 
 __all__ = ["Expedite", "Restore", "cell_middles", "cluster_centres", "cluster_tokens", "local_mask", "nearest_centre"]
 
@@ -268,12 +264,9 @@ class Expedite(Reducer):
             )
         return number
 
-    def forward(self, x: Tensor, tokens: TokenMap, block: _TokenBlock, rope: Tensor | None) -> tuple[Tensor, TokenMap]:
+    def before(self, x: Tensor, tokens: TokenMap) -> tuple[Tensor, TokenMap]:
         clusters = self.clusters(tokens.grid)
-        if clusters != tokens.grid:
-            x, tokens = self.cluster(x, tokens, clusters)
-        x = block.attend(x, tokens, rope)[0]
-        return block.feedforward(x), tokens
+        return (x, tokens) if clusters == tokens.grid else self.cluster(x, tokens, clusters)
 
     def cluster(self, x: Tensor, tokens: TokenMap, clusters: tuple[int, int]) -> tuple[Tensor, TokenMap]:
         """Patches of the full grid in x (B, P + H*W, C) -> (B, P + h*w, C) centres and their map."""
@@ -325,7 +318,5 @@ class Restore(Reducer):
     def count_on(self, num_tokens: int, grid: tuple[int, int]) -> int:
         return grid[0] * grid[1]
 
-    def forward(self, x: Tensor, tokens: TokenMap, block: _TokenBlock, rope: Tensor | None) -> tuple[Tensor, TokenMap]:
-        x, tokens = restore(x, tokens)
-        x = block.attend(x, tokens, rope)[0]
-        return block.feedforward(x), tokens
+    def before(self, x: Tensor, tokens: TokenMap) -> tuple[Tensor, TokenMap]:
+        return restore(x, tokens)

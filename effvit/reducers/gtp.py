@@ -282,19 +282,19 @@ class GTP(Reducer):
         scores = check_finite(self.scores(state), self.origin(f"{self.selection} scores"), state.x)
         ranked = scores.argsort(dim=-1, descending=True)  # (B, N)
         index, removed = ranked[:, :kept], ranked[:, kept:]
-        length = tokens.num_prefix + tokens.num_tokens
-        x_kept = take_rows(x, flat_rows(index, length, tokens.num_prefix))
         if self.propagation == "None":
-            return x_kept, tokens.keep(index, kept)
+            return tokens.select(x, index, kept)
+        length = tokens.num_prefix + tokens.num_tokens
         x_removed = take_rows(x, flat_rows(removed + tokens.num_prefix, length))  # (B, num_prop, C)
         if self.propagation == "Mean":
+            x_kept = take_rows(x, flat_rows(index, length, tokens.num_prefix))
             mean = x_removed.mean(dim=1, keepdim=True)
             return torch.cat([x_kept, mean], dim=1), tokens.fuse(ranked[:, : kept + 1], kept)
 
         assert tokens.carry is not None
         share = kept_shares(tokens.carry, tokens.anchor, index, removed)  # (B, num_prop, kept)
+        x_kept, left = tokens.select(x, index, kept)
         x = propagate(x_kept, x_removed, F.pad(share, (tokens.num_prefix, 0)), self.alpha)
-        left = tokens.keep(index, kept)
         if tokens.key_weight is not None and left.key_weight is not None:
             given = wide_product(share.transpose(1, 2), tokens.key_weight.gather(1, removed).unsqueeze(-1))
             left = replace(left, key_weight=left.key_weight + self.alpha * given.squeeze(-1))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,9 +12,6 @@ from effvit.recover import closeness
 from effvit.reducers.base import Reducer, check_finite
 from effvit.schedule import check_blocks, check_count, check_fraction, per_block
 from effvit.tokens import TokenMap, flat_rows, fx_leaf, take_rows, wide_dtype, wide_product
-
-if TYPE_CHECKING:
-    from effvit.block import _TokenBlock
 
 __all__ = ["HoT", "assign_to_peaks", "density_peaks", "peak_scores", "squared_distances"]
 
@@ -139,17 +135,13 @@ class HoT(Reducer):
             return min(self.num_tokens, num_tokens)
         return math.ceil(self.keep_rate * num_tokens)
 
-    def forward(self, x: Tensor, tokens: TokenMap, block: _TokenBlock, rope: Tensor | None) -> tuple[Tensor, TokenMap]:
+    def before(self, x: Tensor, tokens: TokenMap) -> tuple[Tensor, TokenMap]:
         kept = self.count(tokens.num_tokens, tokens.num_patches)
-        if kept < tokens.num_tokens:
-            x, tokens = self.prune(x, tokens, kept)
-        x = block.attend(x, tokens, rope)[0]
-        return block.feedforward(x), tokens
+        return (x, tokens) if kept >= tokens.num_tokens else self.prune(x, tokens, kept)
 
     def prune(self, x: Tensor, tokens: TokenMap, kept: int) -> tuple[Tensor, TokenMap]:
         """x (B, P+N, C) -> (B, P+kept, C) and the map of the kept tokens."""
         k = min(self.k, tokens.num_tokens) if self.any_size else self.k
         scores = check_finite(peak_scores(tokens.split(x)[1], k), self.origin("peak scores"), x)
         index = scores.topk(kept, dim=1).indices.sort(dim=1).values
-        rows = flat_rows(index, tokens.num_prefix + tokens.num_tokens, tokens.num_prefix)
-        return take_rows(x, rows), tokens.keep(index, kept)
+        return tokens.select(x, index, kept)

@@ -307,9 +307,7 @@ class ZeroTPrune(Reducer):
             )
             best = scores.masked_fill(left == 0, -1).topk(number, dim=1).indices
             left = torch.zeros_like(left).scatter(1, best, 1)
-        index = image_order(left, number)
-        length = num_prefix + tokens.num_tokens
-        return take_rows(x, flat_rows(index, length, num_prefix)), tokens.keep(index, number)
+        return tokens.select(x, image_order(left, number), number)
 
 
 def image_order(left: Tensor, number: int) -> Tensor:
