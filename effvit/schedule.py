@@ -18,8 +18,11 @@ __all__ = [
     "check_switch",
     "cosine_keep_rate",
     "dymu_r",
+    "keep_rate_ladder",
     "per_block",
     "spread_blocks",
+    "spread_evenly",
+    "spread_ladder",
     "tome_r",
 ]
 
@@ -95,6 +98,23 @@ def per_block(name: str, value: ValueT | Sequence[ValueT], blocks: tuple[int, ..
             )
         return dict(zip(blocks, value, strict=True))
     return dict.fromkeys(blocks, value)  # type: ignore[arg-type]
+
+
+def keep_rate_ladder() -> list[dict[str, float]]:
+    """The keep rates 0.98, 0.96 ... 0.2, as settings."""
+    return [{"keep_rate": round(0.98 - 0.02 * step, 2)} for step in range(40)]
+
+
+def spread_evenly(total: int, blocks: int) -> list[int]:
+    """``total`` whole tokens over the blocks, the larger shares first."""
+    share, rest = divmod(total, blocks)
+    return [share + 1] * rest + [share] * (blocks - rest)
+
+
+def spread_ladder(depth: int, num_patches: int) -> list[list[int]]:
+    """About 50 growing totals of tokens to take away of ``num_patches``, each spread over ``depth`` blocks."""
+    totals = range(depth // 2, num_patches, max(1, num_patches // 50))
+    return [spread_evenly(total, depth) for total in totals]
 
 
 def tome_r(r: int | Sequence[int] | tuple[int, float], depth: int) -> list[int]:

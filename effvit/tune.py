@@ -19,11 +19,11 @@ from effvit.ideal import mean_counts
 from effvit.models.host import ReducedHost
 from effvit.profiler import machine, profile_models
 from effvit.records import SCHEMA
+from effvit.reducers import METHODS
 
 __all__ = ["Candidate", "Family", "families", "front", "tune"]
 
-TUNED = ("evit", "tome", "gtp", "ats", "zero_tprune", "expedite")  # DyMU and HoT need calibration or training
-RATES = tuple(round(0.98 - 0.02 * step, 2) for step in range(40))
+TUNED = tuple(name for name, method in METHODS.items() if method.ladders(12, 196))
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,6 @@ class Candidate:
     fidelity: Fidelity
 
 
-def spread_evenly(total: int, blocks: int) -> list[int]:
-    """``total`` whole tokens over the blocks, the larger shares first."""
-    share, rest = divmod(total, blocks)
-    return [share + 1] * rest + [share] * (blocks - rest)
-
-
 def families(dense: nn.Module, methods: Sequence[str] = TUNED) -> list[Family]:
     """Ladders of settings of the methods for a plain ViT; settings the model cannot take are left out.
 
@@ -80,19 +74,9 @@ def families(dense: nn.Module, methods: Sequence[str] = TUNED) -> list[Family]:
     if not hasattr(host, "blocks"):
         raise TypeError(f"tuned are plain ViTs, whose blocks follow each other in 'blocks', not {type(dense).__name__}")
     depth, patches = len(host.blocks), host.patch_embed.num_patches
-    early = sorted({max(1, depth // 6), max(1, depth // 3), max(1, depth // 2)})
-    totals = range(depth // 2, patches, max(1, patches // 50))
-    ladders: dict[str, list[list[dict[str, Any]]]] = {
-        "evit": [[{"keep_rate": r} for r in RATES], [{"keep_rate": r, "reduce_at": early} for r in RATES]],
-        "tome": [[{"r": spread_evenly(total, depth)} for total in totals]],
-        "gtp": [[{"num_prop": spread_evenly(total, depth)} for total in totals]],
-        "ats": [[{"keep_rate": r} for r in RATES]],
-        "zero_tprune": [[{"keep_rate": r} for r in RATES]],
-        "expedite": [[{"keep_rate": r} for r in RATES]],
-    }
     found = []
     for method in methods:
-        for ladder in ladders[method]:
+        for ladder in METHODS[method].ladders(depth, patches):
             usable = usable_part(dense, method, ladder)
             if usable:
                 found.append(Family(method, tuple(usable)))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import effvit
 from effvit.models.host import ReducedHost
 from effvit.models.lvvit import LVViT
+from effvit.reducers import METHODS
 
 SIZE = {"img_size": (48, 64), "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 7}
 ROPE = {"use_rot_pos_emb": True, "use_abs_pos_emb": False, "num_heads": 2}
@@ -71,16 +72,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "expedite": {"keep_rate": 0.5, "cluster_at": 1, "num_iters": 3, "window_size": 3, "temperature": 0.05, "k": 4},
     "hot": {"keep_rate": 0.5, "reduce_at": (1, 3)},
 }
-OFF: dict[str, dict[str, Any]] = {
-    "evit": {"keep_rate": 1.0},
-    "tome": {"r": 0},
-    "gtp": {"num_prop": 0},
-    "ats": {"keep_rate": 1.0},
-    "zero_tprune": {"keep_rate": 1.0},
-    "dymu": {"r_total": 0},
-    "expedite": {"keep_rate": 1.0},
-    "hot": {"keep_rate": 1.0},
-}
+OFF = {name: method.off() for name, method in METHODS.items()}
 NO_CLASS_TOKEN = {"average_pool", "register_no_class", "attention_pool"}
 PAIRS = [(m, h) for m in SETTINGS for h in HOSTS if not (m in ("evit", "ats") and h in NO_CLASS_TOKEN)]
 

@@ -22,7 +22,7 @@ import effvit
 from effvit.closed_form import closed_form_macs
 from effvit.flops import FlopReport, count_flops
 from effvit.models.host import ReducedHost
-from effvit.reducers import METHODS, EViT
+from effvit.reducers import METHODS, EViT, Reducer
 
 # What torch does not count, and we do as fvcore does.
 NOT_PRODUCTS = {"layer_norm", "batch_norm", "adaptive_avg_pool2d", "grid_sampler"}
@@ -178,9 +178,9 @@ def test_model_without_closed_form_is_refused() -> None:
 
 
 def test_method_without_closed_form_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(METHODS, "mine", type("Mine", (EViT,), {"name": "mine"}))
+    monkeypatch.setitem(METHODS, "mine", type("Mine", (EViT,), {"name": "mine", "cost": Reducer.cost}))
     model = effvit.sparsify(make_host("class_token"), "mine")
-    with pytest.raises(TypeError, match=r"the method 'mine' has no closed form, only evit, .* have; use effvit\.count"):
+    with pytest.raises(TypeError, match=r"the method 'mine' has no closed form, only evit, .* have; give it a cost"):
         closed_form_macs(model, (3, 32, 32))
 
 

@@ -20,8 +20,9 @@ import effvit.tune
 from effvit.cli import main
 from effvit.closed_form import closed_form_macs
 from effvit.profiler import measurement
+from effvit.schedule import spread_evenly
 from effvit.tables import print_tuning
-from effvit.tune import Candidate, families, front, spread_evenly, tune, weakest
+from effvit.tune import Candidate, families, front, tune, weakest
 
 SIZE = (3, 64, 64)
 

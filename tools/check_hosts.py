@@ -29,22 +29,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import effvit
+from effvit.reducers import METHODS
 
-__all__ = ["OFF", "REASONS", "Outcome", "build", "check", "find_hosts", "main", "report", "summary"]
+__all__ = ["REASONS", "Outcome", "build", "check", "find_hosts", "main", "report", "summary"]
 
 PLAIN_CLASSES = (VisionTransformer, VisionTransformerDistilled, Eva)
 DEPTH = 2
 GRID = (5, 6)  # not square, so that swapped rows and columns show
-OFF: dict[str, dict[str, Any]] = {
-    "evit": {"keep_rate": 1.0},
-    "tome": {"r": 0},
-    "gtp": {"num_prop": 0},
-    "ats": {"keep_rate": 1.0},
-    "zero_tprune": {"keep_rate": 1.0},
-    "dymu": {"r_total": 0},
-    "expedite": {"keep_rate": 1.0},
-    "hot": {"keep_rate": 1.0},
-}
 # What a pair may be refused for: a word for the table, and the message that says so.
 REASONS = {
     "block class": r"^blocks\.\d+ is an? \w+, which token reduction does not know",
@@ -120,7 +111,7 @@ def everything(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 def check_off(dense: nn.Module, method: str, x: Tensor, expected: list[Tensor]) -> Outcome:
     """Whether the method gives timm's numbers bit for bit when it reduces nothing."""
-    own = everything(effvit.sparsify(dense, method, **OFF[method]), x)
+    own = everything(effvit.sparsify(dense, method, **METHODS[method].off()), x)
     if not all(torch.equal(a, b) for a, b in zip(own, expected, strict=True)):
         return Outcome("wrong", "differs from timm although nothing is reduced")
     return Outcome("good")
@@ -207,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the checks; returns 1 if anything is wrong."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--pattern", default="*", help="shell-style pattern of timm names")
-    parser.add_argument("--methods", nargs="+", default=list(OFF), choices=list(OFF), metavar="METHOD")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
     parser.add_argument("--json", type=Path, help="file to write every outcome to")
     args = parser.parse_args(argv)
 

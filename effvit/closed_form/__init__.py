@@ -18,7 +18,6 @@ from torch import nn
 
 from effvit.block import BLOCK_CLASSES
 from effvit.closed_form import architectures, hosts
-from effvit.closed_form.methods import METHOD_COSTS
 from effvit.closed_form.terms import Size, Terms
 from effvit.models.casvit import CASViT
 from effvit.models.host import ReducedHost
@@ -28,6 +27,7 @@ from effvit.models.sit import SiT
 from effvit.models.stvit import STViT
 from effvit.models.stvit_swin import STViTSwin
 from effvit.models.supertoken import SuperTokenViT
+from effvit.reducers import METHODS, Reducer
 
 __all__ = ["closed_form_macs"]
 
@@ -75,9 +75,10 @@ def closed_form_macs(
         foreign = {type(block).__name__ for block in blocks if not isinstance(block, tuple(BLOCK_CLASSES))}
         if foreign:
             raise TypeError(f"blocks of the class {', '.join(foreign)} have no closed form; use effvit.count_flops")
-        if isinstance(model, ReducedHost) and model.method not in METHOD_COSTS:
+        if isinstance(model, ReducedHost) and METHODS[model.method].cost is Reducer.cost:
+            known = ", ".join(name for name, method in METHODS.items() if method.cost is not Reducer.cost)
             raise TypeError(
-                f"the method {model.method!r} has no closed form, only {', '.join(METHOD_COSTS)} have; use "
+                f"the method {model.method!r} has no closed form, only {known} have; give it a cost, or use "
                 "effvit.count_flops instead"
             )
         if token_counts is not None and len(token_counts) != len(blocks):

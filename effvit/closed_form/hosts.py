@@ -8,9 +8,10 @@ from typing import Any
 from timm.layers import AttentionPoolLatent
 from torch import nn
 
-from effvit.closed_form.methods import METHOD_COSTS, Change, Setting, graph_macs
 from effvit.closed_form.terms import Size, Terms, attention, convolutions, layers, norm, windows
 from effvit.models.lvvit import ConvStemEmbed
+from effvit.reducers import METHODS
+from effvit.reducers.cost import BlockSizes, Change
 
 __all__ = ["attend", "classifier", "embedding", "feedforward", "host", "plain_block", "swin", "window_block"]
 
@@ -58,15 +59,15 @@ def host(model: Any, size: Size, counts: Sequence[int] | None) -> Terms:
     terms += norm(model.norm_pre, prefix + patches)
     reducers = getattr(model, "reducers", {})
     for reducer in list(reducers.values())[:1]:
-        terms["reduction"] += graph_macs(reducer, patches, dim)
+        terms["reduction"] += reducer.start_cost(patches, dim)
     for i, block in enumerate(model.blocks):
         change = Change(left, left, left, 0)
         if i in reducers:
             attn = block.attn
             leaving = left if counts is None else counts[i]
             last = i == len(model.blocks) - 1
-            at = Setting(left, leaving, prefix, model.num_class_tokens, grid, dim, attn.num_heads, attn.head_dim, last)
-            change = METHOD_COSTS[model.method](reducers[i], at)
+            sizes = (left, leaving, prefix, model.num_class_tokens, grid, dim, attn.num_heads, attn.head_dim, last)
+            change = reducers[i].cost(BlockSizes(*sizes))
         left = change.left
         keys, queries = prefix + change.keys, prefix + change.queries
         terms += norm(block.norm1, keys) + attend(block.attn, keys, queries) + feedforward(block, prefix + left)
@@ -79,13 +80,13 @@ def classifier(model: Any, left: int, patches: int) -> Terms:
     prefix, terms = model.num_prefix_tokens, Terms()
     token_head = getattr(model, "aux_head", None)  # LV-ViT's, on every patch
     pools = model.global_pool != "token" or token_head is not None
-    method = getattr(model, "method", None)
-    if method == "expedite" and pools and left < patches:
+    method = METHODS.get(getattr(model, "method", ""))
+    if method is not None and method.soft and pools and left < patches:
         terms["reduction"] += 2 * patches * left * model.embed_dim  # distances, and mixtures of the centres
         left = patches
     terms += norm(model.norm, prefix + left) + norm(getattr(model, "fc_norm", nn.Identity()), 1)
     if token_head is not None:
-        terms += layers("head", token_head, patches if method in ("tome", "dymu") else left)
+        terms += layers("head", token_head, patches if method is not None and method.keeps_every_patch else left)
     if model.global_pool == "map":
         include = getattr(model, "pool_include_prefix", True)
         terms += attention_pool(model.attn_pool, left + (prefix if include else 0))

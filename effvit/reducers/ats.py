@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,8 @@ from torch import Tensor
 from effvit.attention import AttnState, Pick, Selection
 from effvit.recording import is_recorded
 from effvit.reducers.base import Reducer, check_finite, refuse_recording
-from effvit.schedule import check_blocks, check_count, check_fraction, check_switch, per_block
+from effvit.reducers.cost import BlockSizes, Change
+from effvit.schedule import check_blocks, check_count, check_fraction, check_switch, keep_rate_ladder, per_block
 from effvit.tokens import RAGGED, compact, flat_rows, fx_leaf, packed_rows
 
 __all__ = ["ATS", "GRIDS", "inverse_transform_sample", "significance"]
@@ -206,6 +207,14 @@ class ATS(Reducer):
         options = (grid, value_norm, ragged, drop_tokens, compat)
         return {b: cls(rates[b], points[b], *options) for b in blocks if rates[b] != 1}
 
+    @classmethod
+    def off(cls) -> dict[str, Any]:
+        return {"keep_rate": 1.0}
+
+    @classmethod
+    def ladders(cls, depth: int, num_patches: int) -> list[list[dict[str, Any]]]:
+        return [keep_rate_ladder()]
+
     def num_points(self, num_patches: int) -> int:
         """Sampling points for an image of so many patches."""
         if self.num_tokens is not None:
@@ -214,6 +223,9 @@ class ATS(Reducer):
 
     def count(self, num_tokens: int, num_patches: int) -> int:
         return min(self.num_points(num_patches), num_tokens)
+
+    def cost(self, at: BlockSizes) -> Change:
+        return Change(at.tokens, at.left, at.left, at.class_rows)
 
     def pick(self) -> Pick | None:
         return None if self.keep_rate == 1 else self.sample  # off by set_keep_rate, as ``plan`` leaves such a block out

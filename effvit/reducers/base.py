@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from effvit.attention import AttnState, EditMap, Pick
 from effvit.recording import is_recorded, refuse_open_sides
+from effvit.reducers.cost import BlockSizes, Change
 from effvit.tokens import TokenMap, fx_leaf
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class Reducer(nn.Module):
         open_sides: Sides of the patch grid, 0 to 2, of which ``torch.export`` can follow the token counts where they
             are unknown; see ``check_size``.
         learns: The method learns something beside the weights, which state_dict holds.
+        soft: Its tokens stand for soft clusters; what needs all patches gets them reconstructed.
         recover: The fill of dense maps unless another is asked for, one of ``effvit.recover.FILLS``.
         block: The block this reducer sits in, for messages.
         any_size: The host takes images of any size (``dynamic_img_size``), so that absolute numbers meet grids they
@@ -84,6 +86,7 @@ class Reducer(nn.Module):
     keeps_every_patch = False
     open_sides = 2
     learns = False
+    soft = False
     recover = "last"
     block: int = -1
     any_size: bool = False
@@ -92,6 +95,23 @@ class Reducer(nn.Module):
     def plan(cls, depth: int, *args: Any, **settings: Any) -> dict[int, Reducer]:
         """{block: reducer} for a model of ``depth`` blocks; blocks where nothing is reduced are left out."""
         raise NotImplementedError
+
+    @classmethod
+    def off(cls) -> dict[str, Any]:
+        """Settings under which nothing is reduced, so that the model is its host."""
+        raise NotImplementedError
+
+    @classmethod
+    def ladders(cls, depth: int, num_patches: int) -> list[list[dict[str, Any]]]:
+        """Settings from weak to strong for ``effvit.tune``, one list for each way to spread the reduction over blocks.
+
+        None for a method that must be calibrated or trained before its outputs say anything.
+
+        Args:
+            depth: Blocks of the host.
+            num_patches: Patches of its images.
+        """
+        return []
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
@@ -131,6 +151,20 @@ class Reducer(nn.Module):
     def count_on(self, num_tokens: int, grid: tuple[int, int]) -> int:
         """``count`` for an image of that patch grid (H, W), for a method whose count depends on its shape."""
         return self.count(num_tokens, grid[0] * grid[1])
+
+    def cost(self, at: BlockSizes) -> Change:
+        """The block's closed form: what enters its two halves, and the MACs of the method beside them.
+
+        It restates the arithmetic of the paper and not that of ``count``; the tests hold the two together.
+
+        Raises:
+            NotImplementedError: The method has no closed form.
+        """
+        raise NotImplementedError
+
+    def start_cost(self, num_patches: int, dim: int) -> int:
+        """MACs of ``start`` on patches of ``dim`` channels."""
+        return 0
 
     def check_size(self, grid: tuple[int, int]) -> None:
         """Raise a ValueError where ``torch.export`` would fix a size silently, or compute on counts for hours."""

@@ -14,6 +14,7 @@ from effvit.attention import AttnState
 from effvit.matching import alternating_match
 from effvit.recording import is_recorded
 from effvit.reducers.base import Reducer, check_finite
+from effvit.reducers.cost import BlockSizes, Change, alternating_pairs
 from effvit.schedule import check_count, check_number, check_switch, dymu_r, per_block
 from effvit.tokens import (
     RAGGED,
@@ -315,8 +316,15 @@ class DyMU(Reducer):
         limits = [None] * depth if max_r_per_instance_ratio is None else check_limits(max_r_per_instance_ratio, rs)
         return {b: cls(rs[b], given[b], limits[b], ragged, compat) for b in blocks if rs[b] > 0}
 
+    @classmethod
+    def off(cls) -> dict[str, Any]:
+        return {"r_total": 0}
+
     def count(self, num_tokens: int, num_patches: int) -> int:
         return num_tokens
+
+    def cost(self, at: BlockSizes) -> Change:
+        return Change(at.tokens, at.tokens, at.left, alternating_pairs(at.tokens, at.head_dim))
 
     def reduce(self, x: Tensor, tokens: TokenMap, state: AttnState) -> tuple[Tensor, TokenMap]:
         self.check_ready()

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from effvit.attention import AttnState
 from effvit.reducers.base import Reducer, check_finite
-from effvit.schedule import check_blocks, check_count, check_fraction, check_switch, per_block, spread_blocks
+from effvit.reducers.cost import BlockSizes, Change
+from effvit.schedule import (
+    check_blocks,
+    check_count,
+    check_fraction,
+    check_switch,
+    keep_rate_ladder,
+    per_block,
+    spread_blocks,
+)
 from effvit.tokens import TokenMap, flat_rows, take_rows
 
 __all__ = ["EViT", "class_attention"]
@@ -73,6 +83,16 @@ class EViT(Reducer):
             }
         return {b: cls(rates[b], fuse_token, counts[b]) for b in blocks if rates[b] < 1 or counts[b] is not None}
 
+    @classmethod
+    def off(cls) -> dict[str, Any]:
+        return {"keep_rate": 1.0}
+
+    @classmethod
+    def ladders(cls, depth: int, num_patches: int) -> list[list[dict[str, Any]]]:
+        early = sorted({max(1, depth // 6), max(1, depth // 3), max(1, depth // 2)})
+        rates = keep_rate_ladder()
+        return [rates, [{**rung, "reduce_at": early} for rung in rates]]
+
     def num_kept(self, num_tokens: int) -> int:
         """Attentive tokens that stay of ``num_tokens``."""
         if self.num_tokens is not None:
@@ -82,6 +102,13 @@ class EViT(Reducer):
     def count(self, num_tokens: int, num_patches: int) -> int:
         kept = self.num_kept(num_tokens)
         return kept + int(self.fuse_token and kept < num_tokens)
+
+    def cost(self, at: BlockSizes) -> Change:
+        kept = math.ceil(self.keep_rate * at.tokens) if self.num_tokens is None else self.num_tokens
+        if kept >= at.tokens:
+            return Change(at.tokens, at.tokens, at.tokens, 0)
+        fused = at.tokens * at.dim if self.fuse_token else 0  # a weighted sum of all tokens
+        return Change(at.tokens, at.tokens, kept + bool(fused), at.class_rows + fused)
 
     def reduce(self, x: Tensor, tokens: TokenMap, state: AttnState) -> tuple[Tensor, TokenMap]:
         kept = self.num_kept(tokens.num_tokens)

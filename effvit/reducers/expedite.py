@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from effvit.recover import NORMS, closeness, restore
 from effvit.reducers.base import Reducer, check_finite
-from effvit.schedule import check_blocks, check_count, check_fraction, check_number
+from effvit.reducers.cost import BlockSizes, Change
+from effvit.schedule import check_blocks, check_count, check_fraction, check_number, keep_rate_ladder
 from effvit.tokens import Reference, TokenMap, fx_leaf, wide_dtype, wide_product, without_autocast
 
 __all__ = ["Expedite", "Restore", "cell_middles", "cluster_centres", "cluster_tokens", "local_mask", "nearest_centre"]
@@ -158,6 +160,7 @@ class Expedite(Reducer):
     name = "expedite"
     keeps_every_patch = True
     open_sides = 0
+    soft = True
     summary = "soft clusters in the middle blocks, all patches reconstructed afterwards (2210.01035)"
     recover = "reconstruct"
 
@@ -243,6 +246,14 @@ class Expedite(Reducer):
             plan[restore_at] = Restore()
         return plan
 
+    @classmethod
+    def off(cls) -> dict[str, Any]:
+        return {"keep_rate": 1.0}
+
+    @classmethod
+    def ladders(cls, depth: int, num_patches: int) -> list[list[dict[str, Any]]]:
+        return [keep_rate_ladder()]
+
     def clusters(self, grid: tuple[int, int]) -> tuple[int, int]:
         """(h, w) clusters for an image of that patch grid."""
         if self.num_clusters is not None:
@@ -263,6 +274,17 @@ class Expedite(Reducer):
                 f"a {grid[0]} x {grid[1]} grid; use a smaller k, None for 20 at most, or more clusters"
             )
         return number
+
+    def cost(self, at: BlockSizes) -> Change:
+        patches = at.grid[0] * at.grid[1]
+        side = math.sqrt(self.keep_rate or 0)
+        clusters = math.prod(self.num_clusters or (max(1, math.floor(n * side + 0.5)) for n in at.grid))
+        if clusters == patches:
+            return Change(patches, patches, patches, 0)
+        # Hard labels of the patches, patches * clusters * dim, are for maps and pictures alone: no score needs them.
+        # Means of cells to start from; in each iteration the distances, then the new means, with a feature of ones.
+        macs = patches * at.dim + self.num_iters * 2 * patches * clusters * (at.dim + 1)
+        return Change(clusters, clusters, clusters, macs)
 
     def before(self, x: Tensor, tokens: TokenMap) -> tuple[Tensor, TokenMap]:
         clusters = self.clusters(tokens.grid)
@@ -317,6 +339,10 @@ class Restore(Reducer):
 
     def count_on(self, num_tokens: int, grid: tuple[int, int]) -> int:
         return grid[0] * grid[1]
+
+    def cost(self, at: BlockSizes) -> Change:
+        patches = at.grid[0] * at.grid[1]
+        return Change(patches, patches, patches, 2 * patches * at.tokens * at.dim)
 
     def before(self, x: Tensor, tokens: TokenMap) -> tuple[Tensor, TokenMap]:
         return restore(x, tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,16 @@ from torch import Tensor
 
 from effvit.attention import AttnState, EditMap
 from effvit.reducers.base import Reducer, check_finite
-from effvit.schedule import check_blocks, check_count, check_fraction, check_number, check_switch, per_block
+from effvit.reducers.cost import BlockSizes, Change
+from effvit.schedule import (
+    check_blocks,
+    check_count,
+    check_fraction,
+    check_number,
+    check_switch,
+    per_block,
+    spread_ladder,
+)
 from effvit.tokens import TokenMap, flat_rows, fx_leaf, take_rows, wide_dtype, wide_product, without_autocast
 
 __all__ = ["GRAPH_TYPES", "GTP", "PROPAGATIONS", "SELECTIONS", "propagation_graph", "sparsify_map"]
@@ -150,7 +160,7 @@ class GTP(Reducer):
     def __init__(
         self,
         num_prop: int,
-        selection: str | None,
+        selection: str,
         propagation: str,
         graph_type: str,
         num_neighbours: int,
@@ -228,6 +238,14 @@ class GTP(Reducer):
         options = (selection, propagation, graph_type, num_neighbours, alpha, sparsity, scale)
         return {b: cls(n, *options) for b, n in counts.items() if n > 0}
 
+    @classmethod
+    def off(cls) -> dict[str, Any]:
+        return {"num_prop": 0}
+
+    @classmethod
+    def ladders(cls, depth: int, num_patches: int) -> list[list[dict[str, Any]]]:
+        return [[{"num_prop": number} for number in spread_ladder(depth, num_patches)]]
+
     def num_removed(self, num_tokens: int) -> int:
         """Patch tokens that leave of ``num_tokens``."""
         return min(self.num_prop, num_tokens - 1) if self.any_size else self.num_prop
@@ -235,6 +253,26 @@ class GTP(Reducer):
     def count(self, num_tokens: int, num_patches: int) -> int:
         removed = self.num_removed(num_tokens)
         return num_tokens - removed + int(self.propagation == "Mean" and removed > 0)
+
+    def start_cost(self, num_patches: int, dim: int) -> int:
+        if self.propagation != "GraphProp" or self.graph_type == "Spatial":
+            return 0
+        return num_patches**2 * dim  # cosines of all pairs, for the semantic graph
+
+    def cost(self, at: BlockSizes) -> Change:
+        removed = self.num_removed(at.tokens)
+        kept = at.tokens - removed
+        macs = 0
+        if self.selection.startswith("CLS"):
+            macs += at.class_rows
+        elif self.selection.startswith("CosSim"):
+            macs += at.tokens * (at.prefix + at.tokens)  # each row times the sum of all
+        if self.token_scale and (self.sparsity < 1 or not self.selection.startswith(("CLS", "Random"))):
+            macs += at.map_entries  # the bias of the keys is one more feature of q k^T
+        if self.propagation == "GraphProp":
+            macs += (at.prefix + kept) * removed * at.dim  # G times the removed tokens
+            macs += kept * removed if self.token_scale and not at.last else 0  # scales for the next block
+        return Change(at.tokens, at.tokens, kept + (self.propagation == "Mean" and removed > 0), macs)
 
     def start(self, x: Tensor, tokens: TokenMap) -> TokenMap:
         if self.propagation != "GraphProp":
@@ -273,7 +311,7 @@ class GTP(Reducer):
         assert state.weights is not None
         if self.selection in ROW_SCORES:
             return ROW_SCORES[self.selection](state.weights[:, :, num_prefix:])
-        return MAP_SCORES[str(self.selection)](state.weights)[:, num_prefix:]
+        return MAP_SCORES[self.selection](state.weights)[:, num_prefix:]
 
     def reduce(self, x: Tensor, tokens: TokenMap, state: AttnState) -> tuple[Tensor, TokenMap]:
         kept = tokens.num_tokens - self.num_removed(tokens.num_tokens)

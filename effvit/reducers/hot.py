@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from effvit.recover import closeness
 from effvit.reducers.base import Reducer, check_finite
+from effvit.reducers.cost import BlockSizes, Change
 from effvit.schedule import check_blocks, check_count, check_fraction, per_block
 from effvit.tokens import TokenMap, flat_rows, fx_leaf, take_rows, wide_dtype, wide_product
 
@@ -130,10 +132,20 @@ class HoT(Reducer):
             }
         return {b: cls(rates[b], k, counts[b]) for b in blocks if rates[b] < 1 or counts[b] is not None}
 
+    @classmethod
+    def off(cls) -> dict[str, Any]:
+        return {"keep_rate": 1.0}
+
     def count(self, num_tokens: int, num_patches: int) -> int:
         if self.num_tokens is not None:
             return min(self.num_tokens, num_tokens)
         return math.ceil(self.keep_rate * num_tokens)
+
+    def cost(self, at: BlockSizes) -> Change:
+        kept = math.ceil(self.keep_rate * at.tokens) if self.num_tokens is None else self.num_tokens
+        if kept >= at.tokens:
+            return Change(at.tokens, at.tokens, at.tokens, 0)
+        return Change(kept, kept, kept, at.tokens**2 * at.dim)  # distances of all pairs
 
     def before(self, x: Tensor, tokens: TokenMap) -> tuple[Tensor, TokenMap]:
         kept = self.count(tokens.num_tokens, tokens.num_patches)

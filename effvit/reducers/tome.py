@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,8 @@ from torch import Tensor
 from effvit.attention import AttnState
 from effvit.matching import alternating_match
 from effvit.reducers.base import Reducer, check_finite
-from effvit.schedule import check_switch, tome_r
+from effvit.reducers.cost import BlockSizes, Change, alternating_pairs
+from effvit.schedule import check_switch, spread_ladder, tome_r
 from effvit.tokens import TokenMap, flat_rows, take_rows, wide_dtype, wide_product
 
 __all__ = [
@@ -163,12 +164,24 @@ class ToMe(Reducer):
         check_switch("prop_attn", prop_attn)
         return {block: cls(value, prop_attn) for block, value in enumerate(tome_r(r, depth)) if value > 0}
 
+    @classmethod
+    def off(cls) -> dict[str, Any]:
+        return {"r": 0}
+
+    @classmethod
+    def ladders(cls, depth: int, num_patches: int) -> list[list[dict[str, Any]]]:
+        return [[{"r": r} for r in spread_ladder(depth, num_patches)]]
+
     def num_merged(self, num_tokens: int) -> int:
         """Tokens that are merged away of ``num_tokens``."""
         return min(self.r, num_tokens // 2)
 
     def count(self, num_tokens: int, num_patches: int) -> int:
         return num_tokens - self.num_merged(num_tokens)
+
+    def cost(self, at: BlockSizes) -> Change:
+        merged = min(self.r, at.tokens // 2)
+        return Change(at.tokens, at.tokens, at.tokens - merged, alternating_pairs(at.tokens, at.head_dim))
 
     def reduce(self, x: Tensor, tokens: TokenMap, state: AttnState) -> tuple[Tensor, TokenMap]:
         r = self.num_merged(tokens.num_tokens)

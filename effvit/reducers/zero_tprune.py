@@ -15,7 +15,16 @@ from torch import Tensor
 
 from effvit.attention import AttnState, EditMap
 from effvit.reducers.base import Reducer, check_finite
-from effvit.schedule import check_blocks, check_count, check_fraction, check_number, per_block, spread_blocks
+from effvit.reducers.cost import BlockSizes, Change, alternating_pairs
+from effvit.schedule import (
+    check_blocks,
+    check_count,
+    check_fraction,
+    check_number,
+    keep_rate_ladder,
+    per_block,
+    spread_blocks,
+)
 from effvit.tokens import TokenMap, flat_rows, take_rows, wide_dtype, wide_product
 
 __all__ = [
@@ -264,6 +273,14 @@ class ZeroTPrune(Reducer):
             if rates[b] < 1 or pairs[b] > 0
         }
 
+    @classmethod
+    def off(cls) -> dict[str, Any]:
+        return {"keep_rate": 1.0}
+
+    @classmethod
+    def ladders(cls, depth: int, num_patches: int) -> list[list[dict[str, Any]]]:
+        return [keep_rate_ladder()]
+
     def after_similar(self, num_tokens: int) -> int:
         """Patch tokens the S-stage leaves of ``num_tokens``."""
         # By floats as the rate: torch.export would fix the parity that // 2 has at the traced size.
@@ -272,6 +289,17 @@ class ZeroTPrune(Reducer):
     def count(self, num_tokens: int, num_patches: int) -> int:
         left = math.floor(self.keep_rate * self.after_similar(num_tokens) + 0.5)
         return max(1, left) if self.any_size else left
+
+    def cost(self, at: BlockSizes) -> Change:
+        similar = min(self.r, at.tokens // 2)
+        left = math.floor(self.keep_rate * (at.tokens - similar) + 0.5)
+        votes = matching = 0
+        if similar:
+            votes += 1
+            matching = alternating_pairs(at.tokens, at.heads * at.head_dim)
+        if left < at.tokens - similar:
+            votes += self.num_iters + bool(similar)  # the sub-graph's rows are summed anew
+        return Change(at.tokens, at.tokens, left, votes * at.map_entries + matching)
 
     def map_edit(self) -> EditMap | None:
         return lambda weights: weights
