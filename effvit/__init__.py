@@ -18,6 +18,8 @@ from effvit.models.calibration import calibrate
 from effvit.models.host import TokenFeatures, list_methods, method_settings, sparsify
 from effvit.models.zoo import list_models, register_pyramid
 from effvit.recover import to_map
+from effvit.reducers import Reducer, register_method
+from effvit.reducers.registry import load_entry_points
 from effvit.schedule import cosine_keep_rate
 from effvit.tokens import TokenMap
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Reducer",
     "TokenFeatures",
     "TokenMap",
     "calibrate",
@@ -35,10 +38,13 @@ __all__ = [
     "list_models",
     "load_checkpoint",
     "method_settings",
+    "register_method",
     "register_pyramid",
     "sparsify",
     "to_map",
 ]
+
+load_entry_points()
 
 
 def __getattr__(name: str) -> Any:

@@ -42,7 +42,7 @@ from effvit.models.refusals import is_file_name, reason_against
 from effvit.models.tiny_vit import ReducedTinyViT, reduce_windows
 from effvit.recording import refuse_legacy_onnx
 from effvit.recover import AttentionRecovery, check_fill, restore, to_grid
-from effvit.reducers import METHODS, Reducer
+from effvit.reducers import METHODS, Reducer, register_method
 from effvit.schedule import check_fraction, check_switch, per_block
 from effvit.tokens import TokenMap, fix_traced_size, flat_rows, take_rows
 
@@ -534,7 +534,12 @@ def _is_idle(reducer: Any) -> bool:
 
 
 def sparsify(
-    model: nn.Module | str, method: str, *, recover: str | None = None, share: bool = True, **settings: Any
+    model: nn.Module | str,
+    method: str | type[Reducer],
+    *,
+    recover: str | None = None,
+    share: bool = True,
+    **settings: Any,
 ) -> ReducedHost | ReducedTinyViT:
     """A cheaper version of a timm vision transformer that drops, merges or samples tokens as it goes.
 
@@ -544,7 +549,7 @@ def sparsify(
             reduced already: its method is replaced. What the reducers have learnt (DyMU's thresholds, parameters of
             a method of your own) and the module ``recovery`` stay where the new ones are of the same method and
             shapes; otherwise a warning names what the new model is without.
-        method: One of ``effvit.list_methods()``.
+        method: One of ``effvit.list_methods()``, or the class of a method, which is registered if it was not.
         recover: How dense maps (``forward_intermediates``, ``features_only``) fill dropped patches, one of
             ``effvit.recover.FILLS``: "last", "nearest", "zero", "reconstruct" or "attention", which is trained and
             adds a module ``recovery``, which a classifier carries along unused. None means what the model has if it is
@@ -566,6 +571,8 @@ def sparsify(
             a method that needs a class token on a host without one.
         TypeError: A model, block or attention class whose tokens cannot be reduced correctly.
     """
+    if isinstance(method, type):
+        method = register_method(method).name
     check_settings(method, settings)
     check_switch("share", share)
     dense: Any = _create_host(model) if isinstance(model, str) and not is_file_name(model) else model
@@ -599,8 +606,7 @@ def sparsify(
         former = block.reducer
         set_child(block, "reducer", plan.get(i))
         if block.reducer is not None:
-            block.reducer.block = i
-            block.reducer.any_size = getattr(host, "dynamic_img_size", False)
+            block.reducer.settle(host, i)
         if former is not None and former.has_learnt and not (block.reducer and block.reducer.take_over(former)):
             lost += [f"blocks.{i}.reducer.{name}" for name in former.state_dict()]
     _check_host(host)

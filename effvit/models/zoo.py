@@ -20,7 +20,8 @@ from effvit.models._surface import SPARSIFIED, Reduced, record_args
 from effvit.models.feature_pyramid import feature_settings
 from effvit.models.host import check_model_name, check_settings, record_name, sparsify
 from effvit.models.refusals import name_arguments
-from effvit.reducers import METHODS
+from effvit.reducers import METHODS, Reducer
+from effvit.reducers.registry import on_registration
 
 __all__ = ["list_models", "register_pyramid"]
 
@@ -203,16 +204,19 @@ def sparsified(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         )
 
 
-def _register() -> None:
-    for method, reducer in METHODS.items():
-        hosts = CLASS_TOKEN_HOSTS + (() if reducer.needs_class_token else NO_CLASS_TOKEN_HOSTS)
-        for host in hosts:
-            variant = f"{method}_{host}"
-            default_cfgs[variant] = _host_cfgs(host, variant)
-            globals()[variant] = register_model(_entry_point(method, host))  # listed in __all__ by timm
+def _register_names(method: type[Reducer]) -> None:
+    """Names for ``timm.create_model``: the method with each of the hosts it can have."""
+    hosts = CLASS_TOKEN_HOSTS + (() if method.needs_class_token else NO_CLASS_TOKEN_HOSTS)
+    variants = {f"{method.name}_{host}": host for host in hosts}
+    taken = next((variant for variant in variants if timm.is_model(variant)), None)
+    if taken is not None:
+        raise ValueError(f"timm knows a model {taken!r} already; give the method {method.name!r} another name")
+    for variant, host in variants.items():
+        default_cfgs[variant] = _host_cfgs(host, variant)
+        globals()[variant] = register_model(_entry_point(method.name, host))  # listed in __all__ by timm
 
 
-_register()
+on_registration(_register_names)
 
 
 def register_pyramid(name: str, **settings: Any) -> str:

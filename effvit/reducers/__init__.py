@@ -1,4 +1,4 @@
-"""The reduction methods. A new method is one file here and one line in METHODS."""
+"""The reduction methods. A new method is one file here and one line below."""
 
 from effvit.reducers.ats import ATS
 from effvit.reducers.base import Reducer
@@ -7,11 +7,23 @@ from effvit.reducers.evit import EViT
 from effvit.reducers.expedite import Expedite
 from effvit.reducers.gtp import GTP
 from effvit.reducers.hot import HoT
+from effvit.reducers.registry import METHODS, register_method
 from effvit.reducers.tome import ToMe
 from effvit.reducers.zero_tprune import ZeroTPrune
 
-__all__ = ["ATS", "GTP", "METHODS", "DyMU", "EViT", "Expedite", "HoT", "Reducer", "ToMe", "ZeroTPrune"]
+__all__ = [
+    "ATS",
+    "GTP",
+    "METHODS",
+    "DyMU",
+    "EViT",
+    "Expedite",
+    "HoT",
+    "Reducer",
+    "ToMe",
+    "ZeroTPrune",
+    "register_method",
+]
 
-METHODS: dict[str, type[Reducer]] = {
-    method.name: method for method in (EViT, ToMe, GTP, ATS, ZeroTPrune, DyMU, Expedite, HoT)
-}
+for _method in (EViT, ToMe, GTP, ATS, ZeroTPrune, DyMU, Expedite, HoT):
+    register_method(_method)

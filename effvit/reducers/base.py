@@ -139,6 +139,17 @@ class Reducer(nn.Module):
         """Settings that stand for what the reducers {block: reducer} of a model have learnt; none for most methods."""
         return {}
 
+    def settle(self, host: Any, block: int) -> None:
+        """Take a place in a host; the method's own parameters are made here, at the host's widths.
+
+        Args:
+            host: The ReducedHost, whose ``blocks`` are in place: ``embed_dim``, ``num_prefix_tokens`` and
+                ``blocks[block].attn.num_heads`` give the sizes, its parameters device and dtype.
+            block: Number of the block.
+        """
+        self.block = block
+        self.any_size = getattr(host, "dynamic_img_size", False)
+
     def count(self, num_tokens: int, num_patches: int) -> int:
         """Patch tokens left of ``num_tokens``; an upper bound for a method whose count depends on the image.
 

@@ -1,0 +1,148 @@
+"""Methods from outside the package: those of docs/write_a_method.md, from a folder that is installed beside effvit."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import effvit
+from effvit.reducers import METHODS, EViT
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "write_a_method.md"
+ENTRY_POINTS = """[effvit.methods]
+normdrop = outside:NormDrop
+learneddrop = outside:LearnedDrop
+broken = outside:Missing
+"""
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of packages that holds the methods of the page, with their entry points."""
+    folder = tmp_path_factory.mktemp("site")
+    code = "\n".join(re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL))
+    (folder / "outside.py").write_text(code)
+    info = folder / "outside-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(ENTRY_POINTS)
+    return folder
+
+
+def run(site: Path, code: str) -> str:
+    """What a fresh interpreter prints that sees the folder."""
+    path = os.pathsep.join([str(site), str(PAGE.parents[1]), str(Path(__file__).parent)])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "default", "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_installed_methods_are_there_after_import_and_a_broken_one_is_named(site: Path) -> None:
+    out = run(
+        site, "import effvit, timm; print(effvit.list_methods()[-2:], timm.is_model('normdrop_deit_tiny_patch16_224'))"
+    )
+    assert "['normdrop', 'learneddrop'] True" in out
+    assert "the method 'broken' of outside:Missing is left out: AttributeError" in out
+
+
+EVERYTHING = """
+import timm, torch, effvit
+from pathlib import Path
+from effvit.closed_form import closed_form_macs
+from effvit.tune import families
+from effvit.visualize import token_figure
+from PIL import Image
+host = timm.create_model("vit_tiny_patch16_224", depth=4, embed_dim=48, num_heads=3, img_size=64, num_classes=5).eval()
+images = torch.randn(2, 3, 64, 64)
+model = effvit.sparsify(host, "normdrop", keep_rate=0.5).eval()
+assert model.token_counts() == [16, 8, 8, 8]
+assert model.settings == {"keep_rate": 0.5}
+assert [tuple(y.shape) for y in model.forward_intermediates(images, intermediates_only=True)] == [(2, 48, 4, 4)] * 4
+report = effvit.count_flops(model, (3, 64, 64), strict=True)
+assert sum(closed_form_macs(model, (3, 64, 64)).values()) == report.macs
+assert torch.equal(effvit.sparsify(host, "normdrop", keep_rate=1.0).eval()(images), host(images))
+assert families(host, ["normdrop"])[0].ladder[0] == {"keep_rate": 0.9}
+assert token_figure(model, Image.new("RGB", (64, 64), "red")).width > 64
+model.set_keep_rate(0.25)
+assert model.settings == {"keep_rate": 0.25}
+named = timm.create_model("normdrop_deit_tiny_patch16_224", depth=4, keep_rate=0.5, features_only=True)
+assert named(torch.randn(1, 3, 224, 224))[-1].shape == (1, 192, 14, 14)
+"""
+
+
+def test_all_that_the_package_offers_works_for_a_method_from_outside(site: Path) -> None:
+    """Expected are the numbers of the page's class: ceil(0.5 * 16) tokens from block 1 on."""
+    run(site, EVERYTHING)
+
+
+LEARNING = """
+import copy, timm, torch, effvit
+host = timm.create_model("vit_tiny_patch16_224", depth=4, embed_dim=48, num_heads=3, img_size=64, num_classes=5)
+model = effvit.sparsify(host, "learneddrop").train()
+images = torch.randn(2, 3, 64, 64)
+model.set_grad_checkpointing()
+model(images).sum().backward()
+score = model.blocks[2].reducer.score
+assert score.weight.grad.abs().sum() > 0
+with torch.no_grad():
+    score.weight.sub_(score.weight.grad)
+model.eval()
+other = effvit.sparsify(effvit.sparsify(timm.create_model("vit_tiny_patch16_224", depth=4, embed_dim=48, num_heads=3,
+    img_size=64, num_classes=5), "learneddrop"), "learneddrop").eval()
+other.load_state_dict(model.state_dict())
+again = effvit.sparsify(model, "learneddrop").eval()
+for same in (copy.deepcopy(model), other, again):
+    assert torch.equal(same(images), model(images))
+assert again.blocks[2].reducer.score.weight is score.weight
+timm.models.save_for_hf(model, "saved")
+back = timm.create_model("local-dir:saved", pretrained=True).eval()
+assert torch.equal(back(images), model(images))
+assert back.blocks[2].reducer.score.weight.equal(score.weight)
+"""
+
+
+def test_a_method_with_parameters_trains_and_comes_back(site: Path, tmp_path: Path) -> None:
+    run(site, f"import os; os.chdir({str(tmp_path)!r})\n{LEARNING}")
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            ({"name": "evit"}, ValueError, r"the method 'evit' is registered already, as effvit\.reducers\.evit\.EViT"),
+            ({"name": "My Method"}, ValueError, "a word in lower case, got 'My Method'"),
+            ({"name": "mine", "forward": lambda self: None}, TypeError, "overrides forward"),
+            ({"name": "mine", "off": effvit.Reducer.off}, TypeError, "does not define off"),
+            ({"name": "mine", "summary": None}, TypeError, "has no summary"),
+        ],
+    )
+    def test_what_is_no_method_is_named(self, change: dict[str, Any], error: type[Exception], message: str) -> None:
+        before = dict(METHODS)
+        with pytest.raises(error, match=message):
+            effvit.register_method(type("Mine", (EViT,), change))
+        assert before == METHODS
+
+    def test_a_setting_that_means_something_else_is_named(self) -> None:
+        class Mine(EViT):
+            name = "mine"
+
+            @classmethod
+            def plan(cls, depth: int, *, img_size: int = 3) -> Any:  # type: ignore[override]
+                return {}
+
+        with pytest.raises(ValueError, match="has a setting 'img_size', which effvit"):
+            effvit.register_method(Mine)
+        with pytest.raises(TypeError, match=r"a method is a subclass of effvit\.Reducer, got 'evit'"):
+            effvit.register_method("evit")  # type: ignore[type-var]
+
+    def test_the_same_class_may_come_again(self) -> None:
+        assert effvit.register_method(EViT) is EViT
