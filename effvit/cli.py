@@ -24,14 +24,14 @@ from torch import Tensor, nn
 import effvit
 from effvit.accuracy import add_accuracies, top1
 from effvit.costs import profile
-from effvit.demo import SEEING, SEEING_VARIANTS, SHOWN, VARIANTS
+from effvit.demo import SEEING, SHOWN, demo_variants
 from effvit.messages import plain, run_command, shown
 from effvit.models._checkpoint import convert_checkpoint
 from effvit.models.host import ReducedHost, check_model_name
 from effvit.pictures import Labelled, fashion_classes, fashion_pictures, find_pictures, photographs
 from effvit.plots import plot_accuracy, plot_costs
 from effvit.records import parse_json, read_json, write_json
-from effvit.reducers import METHODS
+from effvit.reducers import METHODS, DyMU
 from effvit.report import write_report
 from effvit.tables import describe, print_accuracies, print_record, print_tuning, write_csv
 from effvit.tune import TUNED, tune
@@ -341,7 +341,7 @@ def demo_accuracy(console: Console, out: Path) -> tuple[dict[str, Any], list[dic
     dense = build(SEEING, {}, pretrained=True).eval()
     images = load_images(dense, [picture.image for picture in pictures.values()])
     labels = torch.tensor([picture.label for picture in pictures.values()])
-    variants = reduced(dense, SEEING_VARIANTS)
+    variants = reduced(dense, demo_variants(dense))
     calibrate_all(console, variants, images)
     models = {SEEING: dense, **variants}
     data = f"{len(pictures)} test pictures of Fashion-MNIST"
@@ -378,7 +378,7 @@ def demo_costs(
 ) -> tuple[dict[str, Any], list[Path]]:
     """What all methods cost on the photographs; returns the record, and figures of the tokens if weights were given."""
     host = create(arguments.model, arguments)
-    variants = reduced(host, VARIANTS)
+    variants = reduced(host, demo_variants(host))
     images = load_images(host, list(photos.values()))
     calibrate_all(console, variants, images)
     is_random = has_random_weights(arguments)
@@ -396,7 +396,7 @@ def demo_costs(
 
 def calibrate_all(console: Console, models: Mapping[str, ReducedHost], images: Tensor) -> None:
     """Let those of the models that learn from pictures without labels do so on these, and say so."""
-    learning = [name for name, model in models.items() if METHODS[model.method].learns]
+    learning = [name for name, model in models.items() if issubclass(METHODS[model.method], DyMU)]
     for name in learning:
         effvit.calibrate(models[name], [images])
     if learning:

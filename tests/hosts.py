@@ -61,20 +61,11 @@ HOSTS: dict[str, Callable[..., nn.Module]] = {
     ),
     "lvvit": partial(LVViT, **(SIZE | {"patch_size": 16, "img_size": (64, 80)})),
 }
-MERGE = {"tome", "dymu", "expedite"}  # methods under which no patch is without a token
-SETTINGS: dict[str, dict[str, Any]] = {
-    "evit": {"keep_rate": 0.6, "reduce_at": (1, 2)},
-    "tome": {"r": 3},
-    "gtp": {"num_prop": 2, "num_neighbours": 3},
-    "ats": {"reduce_at": (1, 2, 3)},
-    "zero_tprune": {"keep_rate": 0.7, "reduce_at": (0, 2), "r": 2, "num_iters": 3},
-    "dymu": {"thresholds": (0.9, 0.8, 0.7, 0.6)},
-    "expedite": {"keep_rate": 0.5, "cluster_at": 1, "num_iters": 3, "window_size": 3, "temperature": 0.05, "k": 4},
-    "hot": {"keep_rate": 0.5, "reduce_at": (1, 3)},
-}
+MERGE = {name for name, method in METHODS.items() if method.keeps_every_patch}  # no patch is without a token
+SETTINGS = {name: method.example() for name, method in METHODS.items()}
 OFF = {name: method.off() for name, method in METHODS.items()}
 NO_CLASS_TOKEN = {"average_pool", "register_no_class", "attention_pool"}
-PAIRS = [(m, h) for m in SETTINGS for h in HOSTS if not (m in ("evit", "ats") and h in NO_CLASS_TOKEN)]
+PAIRS = [(m, h) for m in SETTINGS for h in HOSTS if not (METHODS[m].needs_class_token and h in NO_CLASS_TOKEN)]
 
 
 Pair = tuple[str, str]

@@ -261,15 +261,17 @@ class TestVisualize:
 
 class TestDemo:
     def test_every_method_is_among_the_variants(self):
-        for variants in (demo.VARIANTS, demo.SEEING_VARIANTS):
+        for host in (demo.SEEING, TINY):
+            variants = demo.demo_variants(timm.create_model(host))
             assert {method for method, _ in variants} == set(effvit.list_methods())
 
     def test_demo_writes_accuracies_costs_pictures_and_the_report(self, capsys, monkeypatch, tmp_path):
         photos, clothes = pictures.photographs(), pictures.fashion_pictures()
         monkeypatch.setattr(cli, "photographs", lambda: {"coffee": photos["coffee"]})
         monkeypatch.setattr(cli, "fashion_pictures", lambda: {name: clothes[name] for name in demo.SHOWN})
-        monkeypatch.setattr(cli, "SEEING_VARIANTS", (("tome", {"r": 2}), ("tome", {"r": 4}), ("dymu", {})))
-        monkeypatch.setattr(cli, "VARIANTS", (("evit", {"keep_rate": 0.5}), ("dymu", {})))
+        of_49 = (("tome", {"r": 2}), ("tome", {"r": 4}), ("dymu", {}))
+        variants = {49: of_49, 196: (("evit", {"keep_rate": 0.5}), ("dymu", {}))}
+        monkeypatch.setattr(cli, "demo_variants", lambda host: variants[host.patch_embed.num_patches])
         out = tmp_path / "demo"
         assert main(["demo", "--model", TINY, "--out", str(out)]) == 0
         printed = capsys.readouterr().out
@@ -291,7 +293,7 @@ class TestDemo:
 
     def test_weights_that_were_given_have_token_figures(self, capsys, monkeypatch, tmp_path, image):
         torch.save(timm.create_model(TINY).state_dict(), tmp_path / "weights.pth")
-        monkeypatch.setattr(cli, "VARIANTS", (("tome", {"r": 8}), ("tome", {"r": 13})))
+        monkeypatch.setattr(cli, "demo_variants", lambda host: (("tome", {"r": 8}), ("tome", {"r": 13})))
         command = ["demo", "--model", TINY, "--checkpoint", str(tmp_path / "weights.pth"), "--out", str(tmp_path)]
         photos = pictures.find_pictures(str(image))
         record, figures = cli.demo_costs(cli.output(), cli.parser().parse_args(command), photos)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from effvit.attention import AttnState, Pick, Selection
 from effvit.recording import is_recorded
-from effvit.reducers.base import Reducer, check_finite, refuse_recording
+from effvit.reducers.base import FEW_PATCHES, Reducer, check_finite, refuse_recording
 from effvit.reducers.cost import BlockSizes, Change
 from effvit.schedule import check_blocks, check_count, check_fraction, check_switch, keep_rate_ladder, per_block
 from effvit.tokens import RAGGED, compact, flat_rows, fx_leaf, packed_rows
@@ -210,6 +210,14 @@ class ATS(Reducer):
     @classmethod
     def off(cls) -> dict[str, Any]:
         return {"keep_rate": 1.0}
+
+    @classmethod
+    def example(cls) -> dict[str, Any]:
+        return {"reduce_at": (1, 2, 3)}
+
+    @classmethod
+    def demo(cls, num_patches: int) -> list[dict[str, Any]]:
+        return [{"keep_rate": 0.8} if num_patches < FEW_PATCHES else {}]
 
     @classmethod
     def ladders(cls, depth: int, num_patches: int) -> list[list[dict[str, Any]]]:

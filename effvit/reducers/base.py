@@ -55,6 +55,9 @@ def refuse_recording(x: Tensor, cause: str, remedy: str) -> None:
         raise ValueError(message)
 
 
+FEW_PATCHES = 100  # below it, defaults that are meant for 196 patches take too much (docs/accuracy.md)
+
+
 class Reducer(nn.Module):
     """One block's share of a method. It sees patches only through the TokenMap.
 
@@ -102,6 +105,14 @@ class Reducer(nn.Module):
         raise NotImplementedError
 
     @classmethod
+    def example(cls) -> dict[str, Any]:
+        """Settings under which every part of the method acts on a host of four blocks and 20 to 40 patches.
+
+        The tests of the contract run the method with them, those of ``effvit.testing`` too.
+        """
+        return {}
+
+    @classmethod
     def ladders(cls, depth: int, num_patches: int) -> list[list[dict[str, Any]]]:
         """Settings from weak to strong for ``effvit.tune``, one list for each way to spread the reduction over blocks.
 
@@ -112,6 +123,15 @@ class Reducer(nn.Module):
             num_patches: Patches of its images.
         """
         return []
+
+    @classmethod
+    def demo(cls, num_patches: int) -> list[dict[str, Any]]:
+        """Settings that ``effvit demo`` compares on images of so many patches; none leave the method out.
+
+        Unless a method says otherwise, that of the middle of its first ladder.
+        """
+        rungs = next(iter(cls.ladders(12, num_patches)), [])
+        return rungs[len(rungs) // 2 :][:1]
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from effvit.attention import AttnState
 from effvit.matching import alternating_match
 from effvit.recording import is_recorded
-from effvit.reducers.base import Reducer, check_finite
+from effvit.reducers.base import FEW_PATCHES, Reducer, check_finite
 from effvit.reducers.cost import BlockSizes, Change, alternating_pairs
 from effvit.schedule import check_count, check_number, check_switch, dymu_r, per_block
 from effvit.tokens import (
@@ -319,6 +319,14 @@ class DyMU(Reducer):
     @classmethod
     def off(cls) -> dict[str, Any]:
         return {"r_total": 0}
+
+    @classmethod
+    def example(cls) -> dict[str, Any]:
+        return {"thresholds": (0.9, 0.8, 0.7, 0.6)}
+
+    @classmethod
+    def demo(cls, num_patches: int) -> list[dict[str, Any]]:
+        return [{"r_total": 28 if num_patches < FEW_PATCHES else 96}]
 
     def count(self, num_tokens: int, num_patches: int) -> int:
         return num_tokens

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from effvit.attention import AttnState
-from effvit.reducers.base import Reducer, check_finite
+from effvit.reducers.base import FEW_PATCHES, Reducer, check_finite
 from effvit.reducers.cost import BlockSizes, Change
 from effvit.schedule import (
     check_blocks,
@@ -86,6 +86,14 @@ class EViT(Reducer):
     @classmethod
     def off(cls) -> dict[str, Any]:
         return {"keep_rate": 1.0}
+
+    @classmethod
+    def example(cls) -> dict[str, Any]:
+        return {"keep_rate": 0.6, "reduce_at": (1, 2)}
+
+    @classmethod
+    def demo(cls, num_patches: int) -> list[dict[str, Any]]:
+        return [{"keep_rate": 0.9}, {"keep_rate": 0.7}] if num_patches < FEW_PATCHES else [{"keep_rate": 0.5}]
 
     @classmethod
     def ladders(cls, depth: int, num_patches: int) -> list[list[dict[str, Any]]]:

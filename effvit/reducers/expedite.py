@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effvit.recover import NORMS, closeness, restore
-from effvit.reducers.base import Reducer, check_finite
+from effvit.reducers.base import FEW_PATCHES, Reducer, check_finite
 from effvit.reducers.cost import BlockSizes, Change
 from effvit.schedule import check_blocks, check_count, check_fraction, check_number, keep_rate_ladder
 from effvit.tokens import Reference, TokenMap, fx_leaf, wide_dtype, wide_product, without_autocast
@@ -249,6 +249,21 @@ class Expedite(Reducer):
     @classmethod
     def off(cls) -> dict[str, Any]:
         return {"keep_rate": 1.0}
+
+    @classmethod
+    def example(cls) -> dict[str, Any]:
+        return {
+            "keep_rate": 0.5,
+            "cluster_at": 1,
+            "num_iters": 3,
+            "window_size": 3,
+            "temperature": 0.05,
+            "k": 4,
+        }
+
+    @classmethod
+    def demo(cls, num_patches: int) -> list[dict[str, Any]]:
+        return [{"keep_rate": 0.8} if num_patches < FEW_PATCHES else {}]
 
     @classmethod
     def ladders(cls, depth: int, num_patches: int) -> list[list[dict[str, Any]]]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effvit.attention import AttnState, EditMap
-from effvit.reducers.base import Reducer, check_finite
+from effvit.reducers.base import FEW_PATCHES, Reducer, check_finite
 from effvit.reducers.cost import BlockSizes, Change
 from effvit.schedule import (
     check_blocks,
@@ -241,6 +241,14 @@ class GTP(Reducer):
     @classmethod
     def off(cls) -> dict[str, Any]:
         return {"num_prop": 0}
+
+    @classmethod
+    def example(cls) -> dict[str, Any]:
+        return {"num_prop": 2, "num_neighbours": 3}
+
+    @classmethod
+    def demo(cls, num_patches: int) -> list[dict[str, Any]]:
+        return [{"num_prop": 2 if num_patches < FEW_PATCHES else 8}]
 
     @classmethod
     def ladders(cls, depth: int, num_patches: int) -> list[list[dict[str, Any]]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from effvit.recover import closeness
-from effvit.reducers.base import Reducer, check_finite
+from effvit.reducers.base import FEW_PATCHES, Reducer, check_finite
 from effvit.reducers.cost import BlockSizes, Change
 from effvit.schedule import check_blocks, check_count, check_fraction, per_block
 from effvit.tokens import TokenMap, flat_rows, fx_leaf, take_rows, wide_dtype, wide_product
@@ -135,6 +135,14 @@ class HoT(Reducer):
     @classmethod
     def off(cls) -> dict[str, Any]:
         return {"keep_rate": 1.0}
+
+    @classmethod
+    def example(cls) -> dict[str, Any]:
+        return {"keep_rate": 0.5, "reduce_at": (1, 3)}
+
+    @classmethod
+    def demo(cls, num_patches: int) -> list[dict[str, Any]]:
+        return [{"keep_rate": 0.8} if num_patches < FEW_PATCHES else {}]
 
     def count(self, num_tokens: int, num_patches: int) -> int:
         if self.num_tokens is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from effvit.attention import AttnState
 from effvit.matching import alternating_match
-from effvit.reducers.base import Reducer, check_finite
+from effvit.reducers.base import FEW_PATCHES, Reducer, check_finite
 from effvit.reducers.cost import BlockSizes, Change, alternating_pairs
 from effvit.schedule import check_switch, spread_ladder, tome_r
 from effvit.tokens import TokenMap, flat_rows, take_rows, wide_dtype, wide_product
@@ -167,6 +167,14 @@ class ToMe(Reducer):
     @classmethod
     def off(cls) -> dict[str, Any]:
         return {"r": 0}
+
+    @classmethod
+    def example(cls) -> dict[str, Any]:
+        return {"r": 3}
+
+    @classmethod
+    def demo(cls, num_patches: int) -> list[dict[str, Any]]:
+        return [{"r": 2}, {"r": 4}] if num_patches < FEW_PATCHES else [{"r": 13}]
 
     @classmethod
     def ladders(cls, depth: int, num_patches: int) -> list[list[dict[str, Any]]]:

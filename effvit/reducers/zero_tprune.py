@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effvit.attention import AttnState, EditMap
-from effvit.reducers.base import Reducer, check_finite
+from effvit.reducers.base import FEW_PATCHES, Reducer, check_finite
 from effvit.reducers.cost import BlockSizes, Change, alternating_pairs
 from effvit.schedule import (
     check_blocks,
@@ -276,6 +276,14 @@ class ZeroTPrune(Reducer):
     @classmethod
     def off(cls) -> dict[str, Any]:
         return {"keep_rate": 1.0}
+
+    @classmethod
+    def example(cls) -> dict[str, Any]:
+        return {"keep_rate": 0.7, "reduce_at": (0, 2), "r": 2, "num_iters": 3}
+
+    @classmethod
+    def demo(cls, num_patches: int) -> list[dict[str, Any]]:
+        return [{"keep_rate": 0.98} if num_patches < FEW_PATCHES else {}]
 
     @classmethod
     def ladders(cls, depth: int, num_patches: int) -> list[list[dict[str, Any]]]:
