@@ -6,8 +6,9 @@ source"); the fills differ in what a patch gets that no token stands for any mor
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,18 +21,20 @@ __all__ = [
     "FILLS",
     "NORMS",
     "AttentionRecovery",
+    "Fill",
     "RestoreBlock",
     "TokenRecoveringAttention",
     "TokenRecovery",
     "check_fill",
     "closeness",
     "reconstruct_tokens",
+    "register_fill",
     "restore",
     "to_grid",
     "to_map",
+    "unpacked",
 ]
 
-FILLS = ("last", "nearest", "zero", "reconstruct", "attention")
 NORMS = ("l2", "l1", "official")
 
 
@@ -154,6 +157,11 @@ def _reconstruct(patches: Tensor, tokens: TokenMap) -> Tensor:
     return torch.where(tokens.on_its_own().unsqueeze(-1), carried, mixture)
 
 
+def unpacked(x: Tensor, tokens: TokenMap) -> tuple[Tensor, TokenMap]:
+    """Padded tokens (B, P+N, C) of x, which may be packed (1, T, C), and their map."""
+    return (tokens.unpack(x), replace(tokens, packed=False)) if tokens.packed else (x, tokens)
+
+
 def restore(x: Tensor, tokens: TokenMap) -> tuple[Tensor, TokenMap]:
     """The full sequence (B, P + H*W, C), reconstructed, and its map, as if nothing had been reduced before.
 
@@ -163,8 +171,8 @@ def restore(x: Tensor, tokens: TokenMap) -> tuple[Tensor, TokenMap]:
     """
     if not tokens.moved:
         return x, tokens
-    x = tokens.unpack(x) if tokens.packed else x
-    x = torch.cat([tokens.split(x)[0], to_grid(x, replace(tokens, packed=False), "reconstruct")], dim=1)
+    x, tokens = unpacked(x, tokens)
+    x = torch.cat([tokens.split(x)[0], to_grid(x, tokens, "reconstruct")], dim=1)
     return x, TokenMap.full(x, tokens.grid, tokens.num_prefix, tokens.num_class)
 
 
@@ -189,36 +197,102 @@ def to_grid(x: Tensor, tokens: TokenMap, fill: str = "last", recovery: Attention
             reference, "attention" without ``recovery``.
     """
     check_fill(fill)
-    if tokens.moved and not tokens.complete and fill in ("last", "attention"):
-        return _former(x, tokens, fill, recovery)
-    _, patches = tokens.split(tokens.unpack(x) if tokens.packed else x)
     if not tokens.moved:
-        return patches
-    if fill == "reconstruct":
-        return _reconstruct(patches, tokens)
-    source = tokens.source
-    if fill == "nearest" and not tokens.complete:
-        source = torch.where(source < 0, nearest_token(tokens), source)
-    grid = take_rows(patches, flat_rows(source.clamp(min=0), patches.shape[1]))  # (B, H*W, C)
-    if fill == "zero" and not tokens.complete:
-        grid = grid.masked_fill((source < 0).unsqueeze(-1), 0)
-    return grid
+        return _patches(x, tokens)
+    if tokens.complete and not FILLS[fill].reference:
+        return _carried(x, tokens)
+    return FILLS[fill].grid(x, tokens, recovery)
 
 
-def _former(x: Tensor, tokens: TokenMap, fill: str, recovery: AttentionRecovery | None) -> Tensor:
-    """Fills "last" and "attention" of to_grid where patches were dropped."""
+def _patches(x: Tensor, tokens: TokenMap) -> Tensor:
+    """(B, N, C) patch tokens of x, which may be packed."""
+    x, tokens = unpacked(x, tokens)
+    return tokens.split(x)[1]
+
+
+def _carried(x: Tensor, tokens: TokenMap) -> Tensor:
+    """(B, H*W, C) the token that stands for each patch; any for a patch that has none."""
+    patches = _patches(x, tokens)
+    return take_rows(patches, flat_rows(tokens.source.clamp(min=0), patches.shape[1]))
+
+
+def _fill_nearest(x: Tensor, tokens: TokenMap, recovery: AttentionRecovery | None) -> Tensor:
+    patches = _patches(x, tokens)
+    source = torch.where(tokens.source < 0, nearest_token(tokens), tokens.source)
+    return take_rows(patches, flat_rows(source, patches.shape[1]))
+
+
+def _fill_zero(x: Tensor, tokens: TokenMap, recovery: AttentionRecovery | None) -> Tensor:
+    return _carried(x, tokens).masked_fill((tokens.source < 0).unsqueeze(-1), 0)
+
+
+def _fill_reconstruct(x: Tensor, tokens: TokenMap, recovery: AttentionRecovery | None) -> Tensor:
+    return _reconstruct(_patches(x, tokens), tokens)
+
+
+def _fill_last(x: Tensor, tokens: TokenMap, recovery: AttentionRecovery | None) -> Tensor:
+    return _recalled(x, tokens, "last")
+
+
+def _fill_attention(x: Tensor, tokens: TokenMap, recovery: AttentionRecovery | None) -> Tensor:
+    grid = _recalled(x, tokens, "attention")
+    if recovery is None:
+        raise ValueError("recover 'attention' is trained: give its module, model.recovery, to to_grid or to_map")
+    return torch.where(tokens.on_its_own().unsqueeze(-1), grid, recovery(grid, _patches(x, tokens), tokens.valid))
+
+
+def _recalled(x: Tensor, tokens: TokenMap, fill: str) -> Tensor:
+    """(B, H*W, C) every patch as it was last part of the sequence."""
     if tokens.memory is None:
         raise ValueError(
             f"recover {fill!r} needs the features the dropped patches had, but this TokenMap holds no memory; "
             "get it from forward_tokens(x, memory=True) or use recover 'nearest' or 'zero'"
         )
-    grid = tokens.recall(x).features()
-    if fill == "last":
-        return grid
-    if recovery is None:
-        raise ValueError("recover 'attention' is trained: give its module, model.recovery, to to_grid or to_map")
-    _, patches = tokens.split(tokens.unpack(x) if tokens.packed else x)
-    return torch.where(tokens.on_its_own().unsqueeze(-1), grid, recovery(grid, patches, tokens.valid))
+    return tokens.recall(x).features()
+
+
+class Fill(NamedTuple):
+    """What dropped patches get on the full grid.
+
+    Attributes:
+        grid: (x (B, P+N, C), tokens, recovery) -> (B, H*W, C); x is packed if the tokens are, ``recovery`` is None but
+            for "attention". Called for maps with dropped patches, and for all reduced ones with ``reference``.
+        memory: It needs ``tokens.memory``, the features that dropped patches had.
+        reference: It needs ``tokens.reference``, the full grid from before the first reduction.
+    """
+
+    grid: Callable[[Tensor, TokenMap, AttentionRecovery | None], Tensor]
+    memory: bool = False
+    reference: bool = False
+
+
+FILLS: dict[str, Fill] = {
+    "last": Fill(_fill_last, memory=True),
+    "nearest": Fill(_fill_nearest),
+    "zero": Fill(_fill_zero),
+    "reconstruct": Fill(_fill_reconstruct, reference=True),
+    "attention": Fill(_fill_attention, memory=True),
+}
+
+
+def register_fill(
+    name: str, grid: Callable[[Tensor, TokenMap], Tensor], *, memory: bool = False, reference: bool = False
+) -> None:
+    """Add a fill, so that ``sparsify(..., recover=name)`` and ``to_map`` know it.
+
+    Args:
+        name: A word that is no fill yet.
+        grid: (x (B, P+N, C), tokens) -> (B, H*W, C). ``tokens.split(x)`` gives prefix and patch tokens,
+            ``tokens.source`` (B, H*W) the patch token that stands for each patch, -1 for a dropped one.
+        memory: ``tokens.recall(x).features()``, the features that dropped patches had, are needed.
+        reference: ``tokens.reference``, the patches from before the first reduction, is needed.
+
+    Raises:
+        ValueError: A fill of that name is known.
+    """
+    if name in FILLS:
+        raise ValueError(f"the fill {name!r} is known already; give it another name than {', '.join(FILLS)}")
+    FILLS[name] = Fill(lambda x, tokens, recovery: grid(*unpacked(x, tokens)), memory, reference)
 
 
 def to_map(x: Tensor, tokens: TokenMap, fill: str = "last", recovery: AttentionRecovery | None = None) -> Tensor:

@@ -9,6 +9,8 @@ import drawn_set as drawn
 import pytest
 import torch
 
+pytest.register_assert_rewrite("effvit.testing")
+
 DEFAULT_GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 golden_errors: dict[str, dict[str, float]] = {}
 

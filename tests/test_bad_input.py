@@ -28,7 +28,7 @@ from torch import nn
 
 import effvit
 from effvit.models.host import ReducedHost
-from effvit.reducers import ToMe
+from effvit.reducers import METHODS, Reducer
 from effvit.reducers.gtp import CLASS_SCORES
 
 SIZE: dict[str, Any] = {
@@ -39,7 +39,7 @@ SIZE: dict[str, Any] = {
     "num_heads": 2,
     "num_classes": 5,
 }
-# Settings that fit a grid of 4 x 4 patches and 3 blocks.
+# Settings that fit a grid of 4 x 4 patches and 3 blocks, in which those that reduce at one block do so at block 1.
 SETTINGS: dict[str, dict[str, Any]] = {
     "evit": {"reduce_at": (1,)},
     "tome": {"r": 2},
@@ -47,9 +47,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ats": {"reduce_at": (1,)},
     "zero_tprune": {"keep_rate": 0.7, "r": 2, "reduce_at": (1,)},
     "dymu": {"thresholds": (0.5, 0.5, 0.5)},
+    "expedite": {"keep_rate": 0.5, "cluster_at": 1, "window_size": 3},
+    "hot": {"reduce_at": (1,)},
 }
-WITH_KEEP_RATE = ("evit", "ats", "zero_tprune")
-WITH_BLOCKS = ("evit", "gtp", "ats", "zero_tprune")
+WITH_KEEP_RATE = [name for name, method in METHODS.items() if "keep_rate" in method.defaults()]
+WITH_BLOCKS = [name for name, method in METHODS.items() if "reduce_at" in method.defaults()]
+WITH_RATES = [name for name in WITH_BLOCKS if name in WITH_KEEP_RATE]  # one for each block
+IN_ATTENTION = [name for name, method in METHODS.items() if method.before is Reducer.before]
 NAN = float("nan")
 
 
@@ -79,10 +83,14 @@ class TestNames:
         with pytest.raises(ValueError, match="unknown method 'x'; known are evit, tome, gtp, ats, zero_tprune"):
             effvit.sparsify(vit(), "x")
 
-    @pytest.mark.parametrize("method", [["tome"], ToMe, None])
+    @pytest.mark.parametrize("method", [["tome"], None])
     def test_method_that_is_no_name_is_answered_with_all(self, method: Any) -> None:
         with pytest.raises(TypeError, match=r"method must be a name, one of evit, tome, gtp.*, got "):
             effvit.sparsify(vit(), method)
+
+    def test_class_that_is_no_method_is_named(self) -> None:
+        with pytest.raises(TypeError, match=r"a method is a subclass of effvit.Reducer, got <class 'dict'>"):
+            effvit.sparsify(vit(), dict)
 
     @pytest.mark.parametrize("name", ["hf-hub:me/vit", "local-dir:runs/vit"])
     def test_folder_of_timm_is_to_be_read_by_timm(self, name: str) -> None:
@@ -117,14 +125,20 @@ class TestNames:
 
 
 class TestSettingsOutOfRange:
-    @pytest.mark.parametrize("method", WITH_KEEP_RATE)
-    @pytest.mark.parametrize("rate", [0, -0.1, 1.3, NAN, float("inf"), [0.0]])
+    @pytest.mark.parametrize(
+        ("method", "rate"),
+        [(method, rate) for method in WITH_KEEP_RATE for rate in (0, -0.1, 1.3, NAN, float("inf"))]
+        + [(method, [0.0]) for method in WITH_RATES],
+    )
     def test_keep_rate_outside_zero_to_one(self, method: str, rate: Any) -> None:
         with pytest.raises(ValueError, match=r"keep_rate must be in \(0, 1\], got (0|-0.1|1.3|nan|inf|0.0)$"):
             reduced(method, keep_rate=rate)
 
-    @pytest.mark.parametrize("method", WITH_KEEP_RATE)
-    @pytest.mark.parametrize("rate", [True, "0.5", [None]])
+    @pytest.mark.parametrize(
+        ("method", "rate"),
+        [(method, rate) for method in WITH_KEEP_RATE for rate in (True, "0.5")]
+        + [(method, [None]) for method in WITH_RATES],
+    )
     def test_keep_rate_that_is_no_number(self, method: str, rate: Any) -> None:
         with pytest.raises(TypeError, match=r"keep_rate must be a number in \(0, 1\], got (True|'0.5'|None)$"):
             reduced(method, keep_rate=rate)
@@ -616,18 +630,18 @@ class TestNaN:
         with pytest.raises(ValueError, match=message):
             reduced(method)(x)
 
-    @pytest.mark.parametrize("attention", [None, "eager"])
-    def test_nan_in_the_keys_of_a_block_names_the_block_and_its_weights(
-        self, method: str, attention: str | None
-    ) -> None:
-        model = reduced(method)
-        block = model.blocks[1]
-        block.attn.fused_attn = attention is None
-        with torch.no_grad():
-            block.attn.qkv.weight[SIZE["embed_dim"]] = NAN  # the first row of the keys
-        message = rf"{method} in block 1: .* are NaN for image 0 .* are finite: its own weights hold NaN"
-        with pytest.raises(ValueError, match=message):
-            model(images())
+
+@pytest.mark.parametrize("method", IN_ATTENTION)
+@pytest.mark.parametrize("attention", [None, "eager"])
+def test_nan_in_the_keys_of_a_block_names_the_block_and_its_weights(method: str, attention: str | None) -> None:
+    model = reduced(method)
+    block = model.blocks[1]
+    block.attn.fused_attn = attention is None
+    with torch.no_grad():
+        block.attn.qkv.weight[SIZE["embed_dim"]] = NAN  # the first row of the keys
+    message = rf"{method} in block 1: .* are NaN for image 0 .* are finite: its own weights hold NaN"
+    with pytest.raises(ValueError, match=message):
+        model(images())
 
 
 @pytest.mark.parametrize("selection", ["CLSAttnMean", "CosSimMax", "IMGAttnMean"])

@@ -41,7 +41,7 @@ from effvit.models._surface import (
 from effvit.models.refusals import is_file_name, reason_against
 from effvit.models.tiny_vit import ReducedTinyViT, reduce_windows
 from effvit.recording import refuse_legacy_onnx
-from effvit.recover import AttentionRecovery, check_fill, restore, to_grid
+from effvit.recover import FILLS, AttentionRecovery, check_fill, restore, to_grid, unpacked
 from effvit.reducers import METHODS, Reducer, register_method
 from effvit.schedule import check_fraction, check_switch, per_block
 from effvit.tokens import TokenMap, fix_traced_size, flat_rows, take_rows
@@ -196,12 +196,12 @@ class ReducedHost(Reduced):
             Normalised tokens (B, P+N, C) as the last block left them, and where they are.
         """
         (x, tokens), _ = self._forward_blocks(x, memory=memory, reference=memory)
-        return TokenFeatures(*_unpacked(self.norm(x), tokens))
+        return TokenFeatures(*unpacked(self.norm(x), tokens))
 
     def trace_tokens(self, x: Tensor, memory: bool = False) -> list[TokenFeatures]:
         """Tokens (not normalised) and TokenMap after every block, for pictures and statistics."""
         _, taken = self._forward_blocks(x, take=range(len(self.blocks)), memory=memory, reference=memory)
-        return [TokenFeatures(*_unpacked(*features)) for features in taken]
+        return [TokenFeatures(*unpacked(*features)) for features in taken]
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Normalised tokens (B, P+N, C), made so that timm's ``forward_head`` is exact on them.
@@ -223,7 +223,7 @@ class ReducedHost(Reduced):
         """Normalised tokens and their map, soft clusters restored to all patches if the head pools them."""
         if tokens.soft and self._pools_patches:
             x, tokens = restore(x, tokens)
-        return _unpacked(self.norm(x), tokens)
+        return unpacked(self.norm(x), tokens)
 
     def _poolable(self, x: Tensor, tokens: TokenMap) -> Tensor:
         if not self._pools_patches:
@@ -295,7 +295,7 @@ class ReducedHost(Reduced):
         refuse_mask(self, attn_mask, is_causal)
         take, last = feature_take_indices(len(self.blocks), indices)
         num_blocks = last + 1 if stop_early or intermediates_only else None
-        memory, reference = self.recover in ("last", "attention"), self.recover == "reconstruct"
+        _, memory, reference = FILLS[self.recover]
         final, taken = self._forward_blocks(x, take, num_blocks, memory, reference)
 
         patches: list[Tensor] = []
@@ -303,7 +303,7 @@ class ReducedHost(Reduced):
         for features in taken:
             tokens = features.tokens
             y = to_grid(features.x, tokens, self.recover, self.recovery)  # (B, H*W, C)
-            prefix, _ = tokens.split(tokens.unpack(features.x) if tokens.packed else features.x)
+            prefix, _ = tokens.split(unpacked(features.x, tokens)[0])
             y, prefix = (self.norm(y), self.norm(prefix)) if norm else (y, prefix)
             patches.append(y)
             prefixes.append(prefix)
@@ -439,12 +439,6 @@ HOST_CLASSES: dict[type[nn.Module], type[ReducedHost]] = {
     VisionTransformerDistilled: ReducedDistilled,
     Eva: ReducedEva,
 }
-
-
-def _unpacked(x: Tensor, tokens: TokenMap) -> tuple[Tensor, TokenMap]:
-    if not tokens.packed:
-        return x, tokens
-    return tokens.unpack(x), replace(tokens, packed=False)
 
 
 def check_counts(model: ReducedHost, grid: tuple[int, int]) -> None:
