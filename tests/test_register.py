@@ -20,14 +20,22 @@ normdrop = outside:NormDrop
 learneddrop = outside:LearnedDrop
 broken = outside:Missing
 """
+LEARNT_CONTRACT = """
+@effvit.testing.parametrize("learneddrop", hosts=["class_token"])
+class TestLearnedDrop(effvit.testing.Contract):
+    pass
+"""
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of packages that holds the methods of the page, with their entry points."""
     folder = tmp_path_factory.mktemp("site")
-    code = "\n".join(re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL))
-    (folder / "outside.py").write_text(code)
+    methods, tests = [], []
+    for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL):
+        (tests if "Contract" in block else methods).append(block)
+    (folder / "outside.py").write_text("\n".join(methods))
+    (folder / "test_outside.py").write_text("\n".join([*tests, LEARNT_CONTRACT]))
     info = folder / "outside-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside\nVersion: 1.0\n")
@@ -68,7 +76,7 @@ assert model.token_counts() == [16, 8, 8, 8]
 assert model.settings == {"keep_rate": 0.5}
 assert [tuple(y.shape) for y in model.forward_intermediates(images, intermediates_only=True)] == [(2, 48, 4, 4)] * 4
 report = effvit.count_flops(model, (3, 64, 64), strict=True)
-assert sum(closed_form_macs(model, (3, 64, 64)).values()) == report.macs
+assert sum(closed_form_macs(model, (3, 64, 64)).values()) == report.total
 assert torch.equal(effvit.sparsify(host, "normdrop", keep_rate=1.0).eval()(images), host(images))
 assert families(host, ["normdrop"])[0].ladder[0] == {"keep_rate": 0.9}
 assert token_figure(model, Image.new("RGB", (64, 64), "red")).width > 64
@@ -112,6 +120,13 @@ assert back.blocks[2].reducer.score.weight.equal(score.weight)
 
 def test_a_method_with_parameters_trains_and_comes_back(site: Path, tmp_path: Path) -> None:
     run(site, f"import os; os.chdir({str(tmp_path)!r})\n{LEARNING}")
+
+
+def test_the_contract_runs_on_methods_from_outside(site: Path) -> None:
+    """The page's test class, and one for the method with parameters, on one of the hosts."""
+    arguments = ["-q", "-p", "no:cacheprovider", "-k", "class_token", str(site)]
+    out = run(site, f"import pytest, sys; sys.exit(pytest.main({arguments!r}))")
+    assert re.search(r"^[1-9]\d+ passed, ", out, re.MULTILINE), out
 
 
 class TestRefused:
