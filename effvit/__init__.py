@@ -15,9 +15,9 @@ check_timm()  # before the first class of timm is extended: an older one lacks s
 
 from effvit.models._checkpoint import load_checkpoint
 from effvit.models.calibration import calibrate
-from effvit.models.host import TokenFeatures, list_methods, method_settings, sparsify
+from effvit.models.host import TokenFeatures, list_methods, method_settings, register_host, sparsify
 from effvit.models.zoo import list_models, register_pyramid
-from effvit.recover import to_map
+from effvit.recover import register_fill, to_map
 from effvit.reducers import Reducer, register_method
 from effvit.reducers.registry import load_entry_points
 from effvit.schedule import cosine_keep_rate
@@ -38,6 +38,8 @@ __all__ = [
     "list_models",
     "load_checkpoint",
     "method_settings",
+    "register_fill",
+    "register_host",
     "register_method",
     "register_pyramid",
     "sparsify",

@@ -557,7 +557,7 @@ class TestHosts:
         class Custom(VisionTransformer):
             pass
 
-        message = r"Custom is a subclass of timm.*VisionTransformer and may compute something else, .*HOST_CLASSES"
+        message = r"Custom is a subclass of timm.*VisionTransformer and may compute something else, .*register_host"
         with pytest.raises(TypeError, match=message):
             effvit.sparsify(Custom(**SIZE), "tome")
 

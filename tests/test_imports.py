@@ -29,7 +29,19 @@ CORE = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # They look at models, nothing in the core knows them. Those of one row do not know each other: the row of a module is
 # the length of its longest way down to the core, so that a new import that climbs or closes a circle fails.
 ABOVE = (
-    ("accuracy", "breakdown", "closed_form", "demo", "flops", "images", "profiler", "records", "sources", "tables"),
+    (
+        "accuracy",
+        "breakdown",
+        "closed_form",
+        "demo",
+        "flops",
+        "images",
+        "profiler",
+        "records",
+        "sources",
+        "tables",
+        "testing",
+    ),
     ("coco", "dense_flops", "fidelity", "ideal", "label_maps", "pictures", "plots", "report", "token_stages"),
     ("composites", "costs", "data", "data_checks", "loading", "tune", "visualize"),
     ("cli", "garments", "openmmlab"),
@@ -119,6 +131,8 @@ def test_reducers_do_not_know_each_other() -> None:
     methods = {module for module in MODULES if module.startswith("reducers/")} - {
         "reducers/__init__",
         "reducers/base",
+        "reducers/cost",
+        "reducers/registry",
     }
     names = {module_name(module) for module in methods}
     for module in methods:

@@ -6,12 +6,20 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from hosts import make_images, make_model
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
 import effvit
+from effvit.closed_form import closed_form_macs
+from effvit.models.host import HOST_CLASSES, ReducedEva, ReducedViT
+from effvit.recover import FILLS
 from effvit.reducers import METHODS, EViT
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "write_a_method.md"
@@ -127,6 +135,68 @@ def test_the_contract_runs_on_methods_from_outside(site: Path) -> None:
     arguments = ["-q", "-p", "no:cacheprovider", "-k", "class_token", str(site)]
     out = run(site, f"import pytest, sys; sys.exit(pytest.main({arguments!r}))")
     assert re.search(r"^[1-9]\d+ passed, ", out, re.MULTILINE), out
+
+
+class TestHosts:
+    @pytest.fixture
+    def host_class(self) -> Iterator[type[VisionTransformer]]:
+        """A host of one's own, forgotten afterwards."""
+
+        class Mine(VisionTransformer):
+            def _pos_embed(self, x: Tensor) -> Tensor:
+                return super()._pos_embed(x) * 2
+
+        yield Mine
+        HOST_CLASSES.pop(Mine, None)
+
+    def test_a_host_that_adds_to_its_base_is_reduced_with_what_it_adds(self, host_class: Any) -> None:
+        small = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
+        assert effvit.register_host(host_class) is effvit.register_host(host_class) is host_class
+        mine = host_class(**small).eval()
+        x = torch.randn(2, 3, 32, 32)
+        assert torch.equal(effvit.sparsify(mine, "tome", r=0)(x), mine(x))
+        plain = VisionTransformer(**small).eval()
+        plain.load_state_dict(mine.state_dict())
+        with torch.no_grad():
+            assert not torch.equal(effvit.sparsify(mine, "tome", r=2)(x), effvit.sparsify(plain, "tome", r=2)(x))
+        with pytest.raises(TypeError, match=r"ReducedMine has no closed form"):
+            closed_form_macs(effvit.sparsify(mine, "tome", r=2), (3, 32, 32))
+
+    def test_a_forward_pass_of_its_own_needs_a_reduced_class(self) -> None:
+        class Other(VisionTransformer):
+            def forward_features(self, x: Tensor) -> Tensor:
+                return x
+
+        with pytest.raises(TypeError, match="Other overrides forward_features, which a reduced model runs in its own"):
+            effvit.register_host(Other)
+        with pytest.raises(TypeError, match=r"must be a subclass of ReducedViT and .*Other, got ReducedViT"):
+            effvit.register_host(Other, ReducedViT)
+        with pytest.raises(TypeError, match=r"cannot reduce the tokens of a torch\.nn.*Linear"):
+            effvit.register_host(torch.nn.Linear)
+        with pytest.raises(ValueError, match="VisionTransformer is registered already, with ReducedViT"):
+            effvit.register_host(VisionTransformer, ReducedEva)
+
+
+def test_a_registered_fill_gives_the_dropped_patches_of_maps() -> None:
+    def mean(x: Tensor, tokens: effvit.TokenMap) -> Tensor:
+        _, patches = tokens.split(x)
+        carried = patches.gather(1, tokens.source.clamp(min=0).unsqueeze(-1).expand(-1, -1, x.shape[2]))
+        return torch.where((tokens.source < 0).unsqueeze(-1), patches.mean(1, keepdim=True), carried)
+
+    try:
+        effvit.register_fill("mean", mean)
+        with pytest.raises(ValueError, match="the fill 'mean' is known already"):
+            effvit.register_fill("mean", mean)
+        model = make_model("evit", "class_token", recover="mean", fuse_token=False)
+        x = make_images(model)
+        features, tokens = model.trace_tokens(x)[-1]
+        last = model.forward_intermediates(x, indices=1, intermediates_only=True)[0]  # (B, C, H, W)
+        average = features[:, 1:].mean(1)  # (B, C)
+        dropped = (tokens.source < 0).unflatten(1, tokens.grid)  # (B, H, W)
+        assert dropped.any()
+        assert torch.allclose(last.permute(0, 2, 3, 1)[dropped], average[:, None, None].expand(-1, 6, 8, -1)[dropped])
+    finally:
+        FILLS.pop("mean", None)
 
 
 class TestRefused:

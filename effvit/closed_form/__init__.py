@@ -20,7 +20,7 @@ from effvit.block import BLOCK_CLASSES
 from effvit.closed_form import architectures, hosts
 from effvit.closed_form.terms import Size, Terms
 from effvit.models.casvit import CASViT
-from effvit.models.host import ReducedHost
+from effvit.models.host import HOST_CLASSES, ReducedHost
 from effvit.models.lookupvit import LookupViT
 from effvit.models.lvvit import LVViT
 from effvit.models.sit import SiT
@@ -70,7 +70,7 @@ def closed_form_macs(
             if adaptive
             else "token_counts follow from the sizes of this model; leave them out"
         )
-    if isinstance(model, ReducedHost) or type(model) in PLAIN:
+    if type(model) in (*PLAIN, *(HOST_CLASSES[cls] for cls in PLAIN)):
         blocks: Any = model.blocks
         foreign = {type(block).__name__ for block in blocks if not isinstance(block, tuple(BLOCK_CLASSES))}
         if foreign:

@@ -38,7 +38,7 @@ from effvit.models._surface import (
     refuse_open_sizes,
     with_gradients,
 )
-from effvit.models.refusals import is_file_name, reason_against
+from effvit.models.refusals import is_file_name, reason_against, reason_against_class
 from effvit.models.tiny_vit import ReducedTinyViT, reduce_windows
 from effvit.recording import refuse_legacy_onnx
 from effvit.recover import FILLS, AttentionRecovery, check_fill, restore, to_grid, unpacked
@@ -56,10 +56,12 @@ __all__ = [
     "list_methods",
     "method_settings",
     "record_name",
+    "register_host",
     "sparsify",
 ]
 
 ReducedT = TypeVar("ReducedT", bound=Reduced)
+HostT = TypeVar("HostT", bound=nn.Module)
 
 
 class TokenFeatures(NamedTuple):
@@ -439,6 +441,51 @@ HOST_CLASSES: dict[type[nn.Module], type[ReducedHost]] = {
     VisionTransformerDistilled: ReducedDistilled,
     Eva: ReducedEva,
 }
+
+
+def register_host(host_class: type[HostT], reduced_class: type[ReducedHost] | None = None) -> type[HostT]:
+    """Let ``sparsify`` take models of a class of your own. It can stand above the class as a decorator.
+
+    Args:
+        host_class: A subclass of a class that ``sparsify`` takes, such as timm's ``VisionTransformer``.
+        reduced_class: Subclass of ``host_class`` and of the base's reduced class, which runs the blocks. None: it is
+            made of the two, which needs a class that leaves the forward pass of its base alone.
+
+    Returns:
+        The class.
+
+    Raises:
+        TypeError: No subclass of a class that ``sparsify`` takes, a class that overrides what a reduced model runs in
+            its own way, or a ``reduced_class`` that is no subclass of both.
+        ValueError: The class is registered already, with another ``reduced_class``.
+    """
+    base = next((cls for cls in host_class.__mro__ if cls in HOST_CLASSES), None)
+    if base is None:
+        raise TypeError(reason_against_class(host_class, HOST_CLASSES))
+    known = HOST_CLASSES[base]
+    if base is host_class:
+        if reduced_class not in (None, known):
+            raise ValueError(f"{host_class.__qualname__} is registered already, with {known.__qualname__}")
+        return host_class
+    if reduced_class is None:
+        own = {name for cls in host_class.__mro__[: host_class.__mro__.index(base)] for name in vars(cls)}
+        run = {name for cls in known.__mro__[: known.__mro__.index(base)] for name in vars(cls) if hasattr(base, name)}
+        clash = sorted(name for name in own & run if not name.startswith("__"))
+        if clash:
+            raise TypeError(
+                f"{host_class.__qualname__} overrides {', '.join(clash)}, which a reduced model runs in its own way, "
+                "so that its tokens would not be computed as you wrote; give reduced_class, a subclass of "
+                f"{known.__qualname__} and {host_class.__qualname__} that does both"
+            )
+        module = {"__module__": host_class.__module__}
+        reduced_class = type(f"Reduced{host_class.__name__}", (known, host_class), module)
+    elif not issubclass(reduced_class, known) or not issubclass(reduced_class, host_class):
+        raise TypeError(
+            f"reduced_class must be a subclass of {known.__qualname__} and {host_class.__qualname__}, got "
+            f"{reduced_class.__qualname__}"
+        )
+    HOST_CLASSES[host_class] = reduced_class
+    return host_class
 
 
 def check_counts(model: ReducedHost, grid: tuple[int, int]) -> None:

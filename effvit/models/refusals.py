@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["is_file_name", "name_arguments", "reason_against"]
+__all__ = ["is_file_name", "name_arguments", "reason_against", "reason_against_class"]
 
 UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
 # Classes that hold a program recorded from a model, without its blocks.
@@ -77,17 +77,16 @@ def reason_against(model: Any, supported: Collection[type]) -> str:
             f"a {_path_of(kind)} only holds the parts that its maps need; create the model without features_only, "
             "sparsify it and call forward_intermediates, or create a registered name with features_only=True"
         )
-    return _reason_against_class(kind, supported)
+    return reason_against_class(kind, supported)
 
 
-def _reason_against_class(kind: type, supported: Collection[type]) -> str:
+def reason_against_class(kind: type, supported: Collection[type]) -> str:
     """The reason against a model of a class that is not supported and holds none that is."""
     base = next((cls for cls in kind.__mro__ if cls in supported), None)
     if base is not None:
         return (
             f"{_path_of(kind)} is a subclass of {_path_of(base)} and may compute something else, so it is not reduced "
-            "as one; if it only adds to it, register it: effvit.models.host.HOST_CLASSES[cls] = "
-            "type('ReducedCls', (reduced_class_of_its_base, cls), {})"
+            "as one; if it only adds to it, register it: effvit.register_host(cls)"
         )
     library = kind.__module__.partition(".")[0]
     advice = ""
