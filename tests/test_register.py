@@ -12,14 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from hosts import make_images, make_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 import effvit
 from effvit.closed_form import closed_form_macs
 from effvit.models.host import HOST_CLASSES, ReducedEva, ReducedViT
-from effvit.recover import FILLS
 from effvit.reducers import METHODS, EViT
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "write_a_method.md"
@@ -90,6 +88,14 @@ assert families(host, ["normdrop"])[0].ladder[0] == {"keep_rate": 0.9}
 assert token_figure(model, Image.new("RGB", (64, 64), "red")).width > 64
 model.set_keep_rate(0.25)
 assert model.settings == {"keep_rate": 0.25}
+import outside
+scaled = outside.ScaledViT(img_size=64, embed_dim=48, depth=4, num_heads=3, num_classes=5).eval()
+mean = effvit.sparsify(scaled, "normdrop", keep_rate=0.5, recover="mean")
+features, tokens = mean.trace_tokens(images)[-1]
+last = mean.forward_intermediates(images, indices=1, intermediates_only=True)[0].flatten(2).transpose(1, 2)
+dropped = tokens.source < 0
+assert dropped.sum(1).tolist() == [8, 8]
+assert torch.allclose(last[dropped], features[:, 1:].mean(1).repeat_interleave(8, 0))
 named = timm.create_model("normdrop_deit_tiny_patch16_224", depth=4, keep_rate=0.5, features_only=True)
 assert named(torch.randn(1, 3, 224, 224))[-1].shape == (1, 192, 14, 14)
 """
@@ -177,26 +183,9 @@ class TestHosts:
             effvit.register_host(VisionTransformer, ReducedEva)
 
 
-def test_a_registered_fill_gives_the_dropped_patches_of_maps() -> None:
-    def mean(x: Tensor, tokens: effvit.TokenMap) -> Tensor:
-        _, patches = tokens.split(x)
-        carried = patches.gather(1, tokens.source.clamp(min=0).unsqueeze(-1).expand(-1, -1, x.shape[2]))
-        return torch.where((tokens.source < 0).unsqueeze(-1), patches.mean(1, keepdim=True), carried)
-
-    try:
-        effvit.register_fill("mean", mean)
-        with pytest.raises(ValueError, match="the fill 'mean' is known already"):
-            effvit.register_fill("mean", mean)
-        model = make_model("evit", "class_token", recover="mean", fuse_token=False)
-        x = make_images(model)
-        features, tokens = model.trace_tokens(x)[-1]
-        last = model.forward_intermediates(x, indices=1, intermediates_only=True)[0]  # (B, C, H, W)
-        average = features[:, 1:].mean(1)  # (B, C)
-        dropped = (tokens.source < 0).unflatten(1, tokens.grid)  # (B, H, W)
-        assert dropped.any()
-        assert torch.allclose(last.permute(0, 2, 3, 1)[dropped], average[:, None, None].expand(-1, 6, 8, -1)[dropped])
-    finally:
-        FILLS.pop("mean", None)
+def test_a_fill_of_a_known_name_is_refused() -> None:
+    with pytest.raises(ValueError, match="the fill 'last' is known already; give it another name than last, nearest"):
+        effvit.register_fill("last", effvit.to_map)
 
 
 class TestRefused:
