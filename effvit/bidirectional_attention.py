@@ -11,6 +11,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from effvit.schedule import check_choice
 from effvit.tokens import wide_dtype, wide_product
 
 __all__ = ["INFUSIONS", "GatherAttention", "InfuseAttention", "exchange_weights"]
@@ -27,19 +28,14 @@ def exchange_weights(logits: Tensor, infusion: str) -> tuple[Tensor, Tensor]:
     - "transpose_normalized": A over its sum for each patch, without a division that could underflow.
     - "softmax": a softmax of the logits over the compressed tokens.
     """
+    check_choice("infusion", infusion, INFUSIONS)
     if infusion == "transpose":
         weights = logits.softmax(-1)
         return weights, weights
     if infusion == "transpose_normalized":
         log_weights = logits.log_softmax(-1)
         return log_weights.exp(), log_weights.softmax(-2)
-    if infusion == "softmax":
-        return logits.softmax(-1), logits.softmax(-2)
-    raise ValueError(_unknown(infusion))
-
-
-def _unknown(infusion: str) -> str:
-    return f"infusion must be one of {', '.join(map(repr, INFUSIONS))}, got {infusion!r}"
+    return logits.softmax(-1), logits.softmax(-2)
 
 
 class GatherAttention(nn.Module):
@@ -63,8 +59,7 @@ class GatherAttention(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        if infusion not in INFUSIONS:
-            raise ValueError(_unknown(infusion))
+        check_choice("infusion", infusion, INFUSIONS)
         self.num_heads, self.infusion = num_heads, infusion
         self.scale = (dim // num_heads) ** -0.5
         self.q = nn.Linear(dim, dim, bias=qkv_bias, **dd)

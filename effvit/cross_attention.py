@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath, LayerScale, Mlp
 from torch import Tensor, nn
 
+from effvit.schedule import check_choice
 from effvit.tokens import fx_leaf
 from effvit.windows import (
     MASK_MODES,
@@ -237,8 +238,7 @@ class WindowCrossBlock(CrossBlock):
         self, dim: int, num_heads: int, window: int, stride: int, kernel: int, mask_mode: str = "correct", **kwargs: Any
     ) -> None:
         super().__init__(dim, num_heads, **kwargs)
-        if mask_mode not in MASK_MODES:
-            raise ValueError(f"mask_mode must be one of {', '.join(MASK_MODES)}, got {mask_mode!r}")
+        check_choice("mask_mode", mask_mode, MASK_MODES)
         if kernel < stride:
             raise ValueError(f"key windows must be at least as large as what they surround, got {kernel} for {stride}")
         self.window, self.stride, self.kernel, self.mask_mode = window, stride, kernel, mask_mode

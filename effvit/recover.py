@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effvit.cross_attention import CrossAttention, CrossBlock, WindowCrossBlock
+from effvit.schedule import check_choice
 from effvit.tokens import TokenMap, flat_rows, fx_leaf, take_rows, wide_dtype, without_autocast
 
 __all__ = [
@@ -40,8 +41,7 @@ NORMS = ("l2", "l1", "official")
 
 def check_fill(fill: str) -> None:
     """Raise a ValueError unless ``fill`` names one of FILLS."""
-    if fill not in FILLS:
-        raise ValueError(f"recover must be one of {', '.join(FILLS)}, got {fill!r}")
+    check_choice("recover", fill, FILLS)
 
 
 def nearest_token(tokens: TokenMap) -> Tensor:
@@ -114,8 +114,7 @@ def reconstruct_tokens(
     Raises:
         ValueError: k larger than M, or an unknown norm.
     """
-    if norm not in NORMS:
-        raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
+    check_choice("norm", norm, NORMS)
     number = centres.shape[1]
     if k is not None and not 1 <= k <= number:
         raise ValueError(

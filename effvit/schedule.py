@@ -6,12 +6,13 @@ All checks of schedules live here, so that every method reports a bad one in the
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 __all__ = [
     "R_SCHEDULES",
     "check_blocks",
+    "check_choice",
     "check_count",
     "check_fraction",
     "check_number",
@@ -46,6 +47,13 @@ def check_count(name: str, value: int, minimum: int = 0) -> int:
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
     return value
+
+
+def check_choice(name: str, value: object, known: Iterable[str]) -> None:
+    """Raise a ValueError unless the value is one of those known."""
+    choices = tuple(known)
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def check_switch(name: str, value: bool) -> bool:
@@ -158,8 +166,7 @@ def dymu_r(r_total: int, depth: int, r_schedule: str = "constant") -> list[int]:
         few tokens, on which the official code does not end), the rest is spread as in "constant".
     """
     check_count("r_total", r_total)
-    if r_schedule not in R_SCHEDULES:
-        raise ValueError(f"r_schedule must be one of {', '.join(R_SCHEDULES)}, got {r_schedule!r}")
+    check_choice("r_schedule", r_schedule, R_SCHEDULES)
     values = [0] * depth
     if r_schedule != "constant":
         first = 2 * r_total // depth

@@ -15,12 +15,12 @@ import effvit
 PACKAGE = Path(effvit.__file__).parent
 # Lower layers know nothing of higher ones; modules of one layer of the core may know each other.
 LAYERS = (
-    ("messages", "recording", "requirements"),
+    ("messages", "recording", "requirements", "schedule"),
     ("tokens",),
     ("windows",),
     ("attention", "bidirectional_attention", "cross_attention", "super_tokens"),
     ("block",),
-    ("schedule", "recover", "matching", "resize", "unmerge"),
+    ("recover", "matching", "resize", "unmerge"),
     ("reducers",),
     ("models",),
     ("",),  # effvit itself, the public surface

@@ -259,7 +259,7 @@ def test_start_from_another_kind_of_vit_is_refused() -> None:
         ({"compressed_grid": 0}, ValueError, "compressed_grid must be a number of tokens a side"),
         ({"compressed_grid": (2, 3, 4)}, ValueError, "compressed_grid must be a number of tokens a side"),
         ({"compressed_pos_grid": 2.5}, ValueError, "compressed_pos_grid must be a number of tokens a side"),
-        ({"infusion": "mean"}, ValueError, "infusion must be one of 'transpose', .*got 'mean'"),
+        ({"infusion": "mean"}, ValueError, "infusion must be one of transpose, .*got 'mean'"),
         ({"lookup_mlp_ratio": 0.01}, ValueError, "at least one of 48 channels, got 0.01"),
         ({"global_pool": "token"}, ValueError, "global_pool must be one of .*got 'token': LookupViT has no class"),
         ({"reg_tokens": 4}, TypeError, "LookupViT takes no reg_tokens, .*it takes attn_drop_rate"),

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from effvit.cross_attention import CrossBlock, WindowCrossBlock
 from effvit.models.semantic_tokens import SEED_POOLS, LearnedSeeds, SemanticBlock, max_seeds
 from effvit.recover import RestoreBlock, TokenRecovery
+from effvit.schedule import check_choice
 from effvit.tokens import fx_leaf
 from effvit.windows import (
     from_windows,
@@ -49,8 +50,7 @@ KEY_WINDOWS = ("inside", "cls", "dense")
 
 def check_key_windows(key_windows: str, use_global: bool, relative_pos: bool) -> None:
     """Raise a ValueError for an unknown form, or for settings that need a grid of fixed size where none is."""
-    if key_windows not in KEY_WINDOWS:
-        raise ValueError(f"key_windows must be one of {', '.join(KEY_WINDOWS)}, got {key_windows!r}")
+    check_choice("key_windows", key_windows, KEY_WINDOWS)
     for name, value in (("use_global", use_global), ("relative_pos", relative_pos)):
         if value and key_windows == "dense":
             raise ValueError(

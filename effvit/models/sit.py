@@ -34,7 +34,7 @@ from effvit.block import set_child
 from effvit.models._surface import SoftTokenViT, check_images
 from effvit.models.lvvit import DampedBlock, FixedPatchEmbed
 from effvit.models.token_slimming import ReverseTokenSlimming, TokenSlimming, unpooling
-from effvit.schedule import check_count, check_fraction
+from effvit.schedule import check_choice, check_count, check_fraction
 from effvit.tokens import fix_traced_size, wide_product
 
 __all__ = ["LayerTokens", "SiT"]
@@ -179,8 +179,7 @@ class SiT(SoftTokenViT):
         norm_layer: Any = None,
         **kwargs: Any,
     ):
-        if stem not in STEMS:
-            raise ValueError(f"stem must be one of {', '.join(STEMS)}, got {stem!r}")
+        check_choice("stem", stem, STEMS)
         if kwargs.get("patch_drop_rate"):
             raise ValueError("SiT mixes all patch tokens into fewer and takes no patch_drop_rate; leave it at 0")
         super().__init__(

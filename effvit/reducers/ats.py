@@ -14,7 +14,15 @@ from effvit.attention import AttnState, Pick, Selection
 from effvit.recording import is_recorded
 from effvit.reducers.base import FEW_PATCHES, Reducer, check_finite, refuse_recording
 from effvit.reducers.cost import BlockSizes, Change
-from effvit.schedule import check_blocks, check_count, check_fraction, check_switch, keep_rate_ladder, per_block
+from effvit.schedule import (
+    check_blocks,
+    check_choice,
+    check_count,
+    check_fraction,
+    check_switch,
+    keep_rate_ladder,
+    per_block,
+)
 from effvit.tokens import RAGGED, compact, flat_rows, fx_leaf, packed_rows
 
 __all__ = ["ATS", "GRIDS", "inverse_transform_sample", "significance"]
@@ -185,8 +193,7 @@ class ATS(Reducer):
             ("value_norm", value_norm, VALUE_NORMS),
             ("ragged", ragged, RAGGED),
         ):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+            check_choice(name, value, known)
         if compat and ragged == "packed":
             raise ValueError("compat=True reproduces the official padded batch; it needs ragged='padded'")
         check_switch("drop_tokens", drop_tokens)

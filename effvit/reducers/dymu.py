@@ -15,7 +15,7 @@ from effvit.matching import alternating_match
 from effvit.recording import is_recorded
 from effvit.reducers.base import FEW_PATCHES, Reducer, check_finite
 from effvit.reducers.cost import BlockSizes, Change, alternating_pairs
-from effvit.schedule import check_count, check_number, check_switch, dymu_r, per_block
+from effvit.schedule import check_choice, check_count, check_number, check_switch, dymu_r, per_block
 from effvit.tokens import (
     RAGGED,
     TokenMap,
@@ -301,8 +301,7 @@ class DyMU(Reducer):
                 "padded" can be exported.
             compat: Reproduce the official padded batch, in which an image is merged otherwise than alone.
         """
-        if ragged not in RAGGED:
-            raise ValueError(f"ragged must be one of {', '.join(RAGGED)}, got {ragged!r}")
+        check_choice("ragged", ragged, RAGGED)
         check_switch("compat", compat)
         if compat and ragged == "packed":
             raise ValueError("compat=True reproduces the official padded batch; it needs ragged='padded'")

@@ -14,7 +14,7 @@ from torch import Tensor
 from effvit.recover import NORMS, closeness, restore
 from effvit.reducers.base import FEW_PATCHES, Reducer, check_finite
 from effvit.reducers.cost import BlockSizes, Change
-from effvit.schedule import check_blocks, check_count, check_fraction, check_number, keep_rate_ladder
+from effvit.schedule import check_blocks, check_choice, check_count, check_fraction, check_number, keep_rate_ladder
 from effvit.tokens import Reference, TokenMap, fx_leaf, wide_dtype, wide_product, without_autocast
 
 __all__ = ["Expedite", "Restore", "cell_middles", "cluster_centres", "cluster_tokens", "local_mask", "nearest_centre"]
@@ -228,8 +228,7 @@ class Expedite(Reducer):
             raise ValueError(
                 f"keep_rate and num_clusters both set the clusters, got {keep_rate} and {num_clusters}; give one"
             )
-        if norm not in NORMS:
-            raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
+        check_choice("norm", norm, NORMS)
         check_number("temperature", temperature, "positive")
         check_window(window_size)
         check_count("num_iters", num_iters)

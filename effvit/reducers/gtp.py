@@ -15,6 +15,7 @@ from effvit.reducers.base import FEW_PATCHES, Reducer, check_finite
 from effvit.reducers.cost import BlockSizes, Change
 from effvit.schedule import (
     check_blocks,
+    check_choice,
     check_count,
     check_fraction,
     check_number,
@@ -223,8 +224,7 @@ class GTP(Reducer):
             ("propagation", propagation, PROPAGATIONS),
             ("graph_type", graph_type, GRAPH_TYPES),
         ):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+            check_choice(name, value, known)
         check_fraction("sparsity", sparsity)
         check_number("alpha", alpha)
         if token_scale is not None:

@@ -18,6 +18,7 @@ from effvit.reducers.base import FEW_PATCHES, Reducer, check_finite
 from effvit.reducers.cost import BlockSizes, Change, alternating_pairs
 from effvit.schedule import (
     check_blocks,
+    check_choice,
     check_count,
     check_fraction,
     check_number,
@@ -242,8 +243,8 @@ class ZeroTPrune(Reducer):
             partition: How the S-stage splits the tokens, one of PARTITIONS.
             similarity: How it compares them, one of SIMILARITIES.
         """
-        if preset is not None and preset not in PRESETS:
-            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+        if preset is not None:
+            check_choice("preset", preset, PRESETS)
         chosen = PRESETS[preset or "quoted_deit_small"]
         published = spread_blocks(chosen["reduce_at"], depth)
         blocks = check_blocks("reduce_at", published if reduce_at is None else reduce_at, depth)
@@ -254,10 +255,8 @@ class ZeroTPrune(Reducer):
             keep_rate = chosen["keep_rate"] if as_preset else 0.8
         if num_iters is None:
             num_iters = chosen["num_iters"] if as_preset else tuple((30, 5, 1)[3 * b // depth] for b in blocks)
-        if partition not in PARTITIONS:
-            raise ValueError(f"partition must be one of {', '.join(PARTITIONS)}, got {partition!r}")
-        if similarity not in SIMILARITIES:
-            raise ValueError(f"similarity must be one of {', '.join(SIMILARITIES)}, got {similarity!r}")
+        check_choice("partition", partition, PARTITIONS)
+        check_choice("similarity", similarity, SIMILARITIES)
         if cls_boost is not None:
             check_number("cls_boost", cls_boost, "positive")
         pair = isinstance(var_range, (list, tuple)) and len(var_range) == 2
