@@ -12,15 +12,8 @@ from torch import Tensor
 from effvit.attention import AttnState
 from effvit.reducers.base import FEW_PATCHES, Reducer, check_finite
 from effvit.reducers.cost import BlockSizes, Change
-from effvit.schedule import (
-    check_blocks,
-    check_count,
-    check_fraction,
-    check_switch,
-    keep_rate_ladder,
-    per_block,
-    spread_blocks,
-)
+from effvit.reducers.keep_rate import KeepRate, kept_in_blocks
+from effvit.schedule import check_blocks, check_switch, keep_rate_ladder, spread_blocks
 from effvit.tokens import TokenMap, flat_rows, take_rows
 
 __all__ = ["EViT", "class_attention"]
@@ -35,7 +28,7 @@ def class_attention(state: AttnState) -> Tensor:
     return state.class_rows().mean(dim=(1, 2))[:, state.keys.num_prefix :]
 
 
-class EViT(Reducer):
+class EViT(KeepRate):
     """Keep the K patches the class token attends to most (EViT, 2202.07800, section 3.1, eq. 3 and 4).
 
     Between attention and MLP of a reducing block, the ceil(keep_rate * N) most attended tokens stay, in
@@ -48,11 +41,8 @@ class EViT(Reducer):
     needs_class_token = True
 
     def __init__(self, keep_rate: float, fuse_token: bool, num_tokens: int | None) -> None:
-        super().__init__()
-        self.keep_rate = keep_rate
-        self.base_keep_rate = keep_rate
+        super().__init__(keep_rate, num_tokens)
         self.fuse_token = fuse_token
-        self.num_tokens = num_tokens
 
     @classmethod
     def plan(
@@ -75,17 +65,8 @@ class EViT(Reducer):
         """
         check_switch("fuse_token", fuse_token)
         blocks = check_blocks("reduce_at", spread_blocks((3, 6, 9), depth) if reduce_at is None else reduce_at, depth)
-        rates = {b: check_fraction("keep_rate", r) for b, r in per_block("keep_rate", keep_rate, blocks).items()}
-        counts: dict[int, int | None] = dict.fromkeys(blocks)
-        if num_tokens is not None:
-            counts = {
-                b: check_count("num_tokens", n, 1) for b, n in per_block("num_tokens", num_tokens, blocks).items()
-            }
-        return {b: cls(rates[b], fuse_token, counts[b]) for b in blocks if rates[b] < 1 or counts[b] is not None}
-
-    @classmethod
-    def off(cls) -> dict[str, Any]:
-        return {"keep_rate": 1.0}
+        kept = kept_in_blocks(blocks, keep_rate, num_tokens)
+        return {b: cls(rate, fuse_token, number) for b, (rate, number) in kept.items()}
 
     @classmethod
     def example(cls) -> dict[str, Any]:
@@ -100,12 +81,6 @@ class EViT(Reducer):
         early = sorted({max(1, depth // 6), max(1, depth // 3), max(1, depth // 2)})
         rates = keep_rate_ladder()
         return [rates, [{**rung, "reduce_at": early} for rung in rates]]
-
-    def num_kept(self, num_tokens: int) -> int:
-        """Attentive tokens that stay of ``num_tokens``."""
-        if self.num_tokens is not None:
-            return min(self.num_tokens, num_tokens)
-        return math.ceil(self.keep_rate * num_tokens)
 
     def count(self, num_tokens: int, num_patches: int) -> int:
         kept = self.num_kept(num_tokens)

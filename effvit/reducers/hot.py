@@ -12,7 +12,8 @@ from torch import Tensor
 from effvit.recover import closeness
 from effvit.reducers.base import FEW_PATCHES, Reducer, check_finite
 from effvit.reducers.cost import BlockSizes, Change
-from effvit.schedule import check_blocks, check_count, check_fraction, per_block
+from effvit.reducers.keep_rate import KeepRate, kept_in_blocks
+from effvit.schedule import check_blocks, check_count
 from effvit.tokens import TokenMap, flat_rows, fx_leaf, take_rows, wide_dtype, wide_product
 
 __all__ = ["HoT", "assign_to_peaks", "density_peaks", "peak_scores", "squared_distances"]
@@ -83,7 +84,7 @@ def assign_to_peaks(x: Tensor, index: Tensor) -> Tensor:
     return nearest.scatter(1, index, torch.arange(index.shape[1], device=index.device).expand_as(index))
 
 
-class HoT(Reducer):
+class HoT(KeepRate):
     """Keep the K patches that are peaks of density before a block, in image order (HoT, 2311.12028).
 
     The token pruning cluster of the Hourglass Tokenizer, made for frames of a pose sequence and applied to
@@ -95,11 +96,8 @@ class HoT(Reducer):
     summary = "keep the peaks of density among the patches, drop the rest (2311.12028)"
 
     def __init__(self, keep_rate: float, k: int, num_tokens: int | None) -> None:
-        super().__init__()
-        self.keep_rate = keep_rate
-        self.base_keep_rate = keep_rate
+        super().__init__(keep_rate, num_tokens)
         self.k = k
-        self.num_tokens = num_tokens
 
     @classmethod
     def plan(
@@ -124,17 +122,8 @@ class HoT(Reducer):
         """
         check_count("k", k, 2)
         blocks = check_blocks("reduce_at", (3 * depth // 8,) if reduce_at is None else reduce_at, depth)
-        rates = {b: check_fraction("keep_rate", r) for b, r in per_block("keep_rate", keep_rate, blocks).items()}
-        counts: dict[int, int | None] = dict.fromkeys(blocks)
-        if num_tokens is not None:
-            counts = {
-                b: check_count("num_tokens", n, 1) for b, n in per_block("num_tokens", num_tokens, blocks).items()
-            }
-        return {b: cls(rates[b], k, counts[b]) for b in blocks if rates[b] < 1 or counts[b] is not None}
-
-    @classmethod
-    def off(cls) -> dict[str, Any]:
-        return {"keep_rate": 1.0}
+        kept = kept_in_blocks(blocks, keep_rate, num_tokens)
+        return {b: cls(rate, k, number) for b, (rate, number) in kept.items()}
 
     @classmethod
     def example(cls) -> dict[str, Any]:
@@ -145,9 +134,7 @@ class HoT(Reducer):
         return [{"keep_rate": 0.8} if num_patches < FEW_PATCHES else {}]
 
     def count(self, num_tokens: int, num_patches: int) -> int:
-        if self.num_tokens is not None:
-            return min(self.num_tokens, num_tokens)
-        return math.ceil(self.keep_rate * num_tokens)
+        return self.num_kept(num_tokens)
 
     def cost(self, at: BlockSizes) -> Change:
         kept = math.ceil(self.keep_rate * at.tokens) if self.num_tokens is None else self.num_tokens
@@ -156,7 +143,7 @@ class HoT(Reducer):
         return Change(kept, kept, kept, at.tokens**2 * at.dim)  # distances of all pairs
 
     def before(self, x: Tensor, tokens: TokenMap) -> tuple[Tensor, TokenMap]:
-        kept = self.count(tokens.num_tokens, tokens.num_patches)
+        kept = self.num_kept(tokens.num_tokens)
         return (x, tokens) if kept >= tokens.num_tokens else self.prune(x, tokens, kept)
 
     def prune(self, x: Tensor, tokens: TokenMap, kept: int) -> tuple[Tensor, TokenMap]:

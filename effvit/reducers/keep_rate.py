@@ -1,0 +1,54 @@
+"""What methods share that keep a fraction of the tokens, or an absolute number of them, block by block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from effvit.reducers.base import Reducer
+from effvit.schedule import check_count, check_fraction, per_block
+
+__all__ = ["KeepRate", "kept_in_blocks"]
+
+
+def kept_in_blocks(
+    blocks: tuple[int, ...], keep_rate: float | Sequence[float], num_tokens: int | Sequence[int] | None
+) -> dict[int, tuple[float, int | None]]:
+    """{block: (rate, absolute number or None)} of the blocks that drop anything, checked.
+
+    Args:
+        blocks: The blocks the settings are for.
+        keep_rate: Fraction of the patch tokens that stay, in (0, 1]; one value, or one for each block.
+        num_tokens: Absolute numbers in place of a rate; one value, or one for each block.
+    """
+    rates = {b: check_fraction("keep_rate", r) for b, r in per_block("keep_rate", keep_rate, blocks).items()}
+    numbers: dict[int, int | None] = dict.fromkeys(blocks)
+    if num_tokens is not None:
+        numbers |= {b: check_count("num_tokens", n, 1) for b, n in per_block("num_tokens", num_tokens, blocks).items()}
+    return {b: (rates[b], numbers[b]) for b in blocks if rates[b] < 1 or numbers[b] is not None}
+
+
+class KeepRate(Reducer):
+    """One block's share of a method that keeps ceil(keep_rate * N) of N tokens, or ``num_tokens`` of them.
+
+    Attributes:
+        keep_rate: The rate now, which ``set_keep_rate`` changes.
+        base_keep_rate: The rate the model was made with.
+        num_tokens: The absolute number in place of a rate, or None.
+    """
+
+    def __init__(self, keep_rate: float, num_tokens: int | None) -> None:
+        super().__init__()
+        self.keep_rate = self.base_keep_rate = keep_rate
+        self.num_tokens = num_tokens
+
+    @classmethod
+    def off(cls) -> dict[str, Any]:
+        return {"keep_rate": 1.0}
+
+    def num_kept(self, num_tokens: int) -> int:
+        """Tokens that stay of ``num_tokens``."""
+        if self.num_tokens is not None:
+            return min(self.num_tokens, num_tokens)
+        return math.ceil(self.keep_rate * num_tokens)
