@@ -6,15 +6,14 @@ stage through and merge patches at the end of a stage, where timm and we do it a
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
+from effvit.models._names import Rules, renamed
 
 __all__ = ["UNIT", "official_name"]
 
 # What the six blocks of a unit are called here, in the order of the released code.
 UNIT = ("block", "semantic.stgm1", "semantic.stgm2", "semantic.blocks.0", "semantic.blocks.1", "recover")
 CONV = {"c": "conv", "bn": "bn"}
-RENAMED: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
+RENAMED: Rules = (
     (r"^patch_embed\.proj\.([02])\.(c|bn)\.", lambda m: f"stem.conv{1 + int(m[1]) // 2}.{CONV[m[2]]}."),
     (r"^patch_embed\.", "stem."),
     (r"^norm(\d)\.", r"out_norms.\1."),
@@ -33,6 +32,4 @@ def official_name(name: str) -> str | None:
     """Our name of an entry of an official file, or of our own; None for tables that are computed."""
     if name.endswith(("attn_mask", "relative_position_index")):
         return None
-    for pattern, replacement in RENAMED:
-        name = re.sub(pattern, replacement, name)
-    return name
+    return renamed(name, RENAMED)

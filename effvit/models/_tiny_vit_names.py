@@ -6,12 +6,11 @@ next.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
+from effvit.models._names import Rules, renamed
 
 __all__ = ["timm_name"]
 
-RENAMED: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
+RENAMED: Rules = (
     (r"^patch_embed\.seq\.([02])\.", lambda m: f"patch_embed.conv{1 + int(m[1]) // 2}."),
     (r"^layers\.(\d)\.downsample\.", lambda m: f"stages.{int(m[1]) + 1}.downsample."),
     (r"^layers\.", "stages."),
@@ -23,6 +22,4 @@ RENAMED: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
 
 def timm_name(name: str) -> str:
     """timm's name of an entry of an official file; timm's own names stay."""
-    for pattern, replacement in RENAMED:
-        name = re.sub(pattern, replacement, name)
-    return name
+    return renamed(name, RENAMED)

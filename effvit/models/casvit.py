@@ -7,13 +7,13 @@ values: no softmax and no product of all pairs of pixels. Facts from Tianfang-Zh
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
 from timm.layers import ClassifierHead, ConvNormAct, DropPath, Mlp, calculate_drop_path_rates
 from torch import Tensor, nn
 
+from effvit.models._names import renamed
 from effvit.models._surface import ChannelsLastStem, PyramidBackbone, PyramidStage
 
 __all__ = ["AdditiveAttention", "CASViT", "DistilledHead"]
@@ -260,10 +260,6 @@ class CASViT(PyramidBackbone):
 
         Nothing is dropped but what lies behind the stages of a model without it.
         """
-        adapted = {}
-        for name, value in state.items():
-            for pattern, replacement in RENAMED:
-                name = re.sub(pattern, replacement, name)
-            adapted[name] = value
+        adapted = {renamed(name, RENAMED): value for name, value in state.items()}
         unused = self.pruned_names(adapted)
         return {name: value for name, value in adapted.items() if name not in unused}, unused

@@ -16,7 +16,6 @@ same class without ``stage_blocks``. Deviations:
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate
@@ -31,6 +30,7 @@ from timm.models.vision_transformer import get_init_weights_vit
 from torch import Tensor, nn
 
 from effvit.block import set_child
+from effvit.models._names import Rules, renamed
 from effvit.models._surface import SoftTokenViT, check_images
 from effvit.models.lvvit import DampedBlock, FixedPatchEmbed
 from effvit.models.token_slimming import ReverseTokenSlimming, TokenSlimming, unpooling
@@ -46,15 +46,15 @@ STEMS: dict[str, tuple[tuple[int, int], ...]] = {
     "patch": (),
 }
 # Official parameter names -> ours; ``rtsm`` is train-only.
-RENAMED = (
-    (re.compile(r"^patch_embed\.(conv|bn)(\d+)\."), lambda m: f"patch_embed.proj.{int(m[2]) - 1}.{m[1]}."),
-    (re.compile(r"^tsm\.(\d+)\.weight\.0\."), r"slimming.\1.norm."),
-    (re.compile(r"^tsm\.(\d+)\.weight\.1\."), r"slimming.\1.mlp.fc1."),
-    (re.compile(r"^tsm\.(\d+)\.weight\.3\."), r"slimming.\1.mlp.fc2."),
-    (re.compile(r"^tsm\.(\d+)\.scale$"), r"slimming.\1.scale"),
-    (re.compile(r"^rtsm\.(\d+)\.mlp1\."), r"reverse.\1.mlp_tokens."),
-    (re.compile(r"^rtsm\.(\d+)\.mlp2\."), r"reverse.\1.mlp_channels."),
-    (re.compile(r"^rtsm\."), "reverse."),
+RENAMED: Rules = (
+    (r"^patch_embed\.(conv|bn)(\d+)\.", lambda m: f"patch_embed.proj.{int(m[2]) - 1}.{m[1]}."),
+    (r"^tsm\.(\d+)\.weight\.0\.", r"slimming.\1.norm."),
+    (r"^tsm\.(\d+)\.weight\.1\.", r"slimming.\1.mlp.fc1."),
+    (r"^tsm\.(\d+)\.weight\.3\.", r"slimming.\1.mlp.fc2."),
+    (r"^tsm\.(\d+)\.scale$", r"slimming.\1.scale"),
+    (r"^rtsm\.(\d+)\.mlp1\.", r"reverse.\1.mlp_tokens."),
+    (r"^rtsm\.(\d+)\.mlp2\.", r"reverse.\1.mlp_channels."),
+    (r"^rtsm\.", "reverse."),
 )
 
 
@@ -331,9 +331,7 @@ class SiT(SoftTokenViT):
         """
         adapted, dropped = {}, []
         for official, value in state.items():
-            name = official
-            for pattern, ours in RENAMED:
-                name = pattern.sub(ours, name)
+            name = renamed(official, RENAMED)
             if name.startswith("aux_head.") or (name.startswith("reverse.") and self.reverse is None):
                 dropped.append(official)
             else:

@@ -26,6 +26,7 @@ from timm.layers import (
 from timm.models._input import update_model_args
 from torch import Tensor, nn
 
+from effvit.models._names import renamed
 from effvit.models._surface import ChannelsLastStem, PyramidBackbone, PyramidStage, check_batch
 from effvit.recording import refuse_open_sides
 from effvit.super_tokens import SuperTokenAttention, associate, from_cells, nearest_super_token, to_cells
@@ -304,9 +305,7 @@ class SuperTokenViT(PyramidBackbone):
         """
         adapted, dropped = {}, []
         for official, value in state.items():
-            name = official
-            for pattern, replacement in RENAMED:
-                name = re.sub(pattern, replacement, name)
+            name = renamed(official, RENAMED)
             if re.search(r"\.attn\.(un)?fold\.weights$", name):
                 dropped.append(official)
                 continue
