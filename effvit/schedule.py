@@ -108,9 +108,12 @@ def per_block(name: str, value: ValueT | Sequence[ValueT], blocks: tuple[int, ..
     return dict.fromkeys(blocks, value)  # type: ignore[arg-type]
 
 
+LADDER_RATES = tuple(round(0.98 - 0.02 * step, 2) for step in range(40))
+
+
 def keep_rate_ladder() -> list[dict[str, float]]:
     """The keep rates 0.98, 0.96 ... 0.2, as settings."""
-    return [{"keep_rate": round(0.98 - 0.02 * step, 2)} for step in range(40)]
+    return [{"keep_rate": rate} for rate in LADDER_RATES]
 
 
 def spread_evenly(total: int, blocks: int) -> list[int]:

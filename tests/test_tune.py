@@ -29,7 +29,7 @@ SIZE = (3, 64, 64)
 
 @pytest.fixture(autouse=True)
 def _few_rates(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("effvit.tune.RATES", (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4))
+    monkeypatch.setattr("effvit.schedule.LADDER_RATES", (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4))
 
 
 @pytest.fixture(scope="module")
