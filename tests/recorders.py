@@ -526,7 +526,7 @@ others; `python tests/test_export.py RECORDER MODEL`, with patterns for both, ru
 Recorded are small models with random weights, on two images of one size. A ✓ says that scores (or dense maps, where
 the row names a fill) agree with the plain run on other images; and on batches of five and one and, for models that take
 them, on images of another size, unless the recorder fixes the shapes, as its column says. Where it does, other shapes
-end in torch's own error. The row of a method alone has the settings of `tests/hosts.py`; others name what differs.
+end in torch's own error. The row of a method alone has the settings of its `example`; others name what differs.
 """
 COLUMNS = {
     "torch.compile": "`torch.compile` with `fullgraph=True`, any batch and size",
