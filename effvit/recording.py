@@ -7,6 +7,7 @@ result with counts fixed by the shapes alone, or raises an error that names the 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,6 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 __all__ = [
+    "compile_each_size",
+    "is_exported",
     "is_legacy_onnx",
     "is_recorded",
     "refuse_fx",
@@ -41,6 +44,14 @@ def traced_once() -> Iterator[None]:
 def is_legacy_onnx() -> bool:
     """Whether ``torch.onnx.export`` with ``dynamo=False``, the exporter by way of a trace, is at work."""
     return not torch.compiler.is_compiling() and torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()
+
+
+def is_exported() -> bool:
+    """Whether ``torch.export`` records in its default mode, which runs the model; False under ``torch.compile``.
+
+    ``torch.compiler.is_exporting`` is True under ``torch.compile`` too.
+    """
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
 
 
 def num_open_sides(grid: Iterable[int]) -> int:
@@ -68,6 +79,17 @@ def refuse_open_sides(sides: Iterable[int], follows: int, name: str, cause: str)
             f"{name} has {cause} that torch.export cannot follow with {limit}, and export once for every size "
             "(the batch may be dynamic)"
         )
+
+
+def compile_each_size(sides: Iterable[int]) -> None:
+    """Let ``torch.compile`` make a graph for every height and width, not one for all after many minutes of algebra.
+
+    Args:
+        sides: Height and width of images.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        for side in sides:
+            operator.index(side)  # a Python number is asked for, so dynamo guards on its value
 
 
 def refuse_legacy_onnx(name: str) -> None:

@@ -42,6 +42,7 @@ from effvit.tokens import TokenMap
 __all__ = [
     "HOSTS",
     "Contract",
+    "assert_equal_scores_and_gradients",
     "assert_law",
     "double",
     "make_host",
@@ -164,6 +165,21 @@ def assert_law(tokens: TokenMap) -> None:
 def maps_and_scores(model: ReducedHost, x: Tensor) -> list[Tensor]:
     """The maps of all blocks and the scores."""
     return [*model.forward_intermediates(x, intermediates_only=True), model(x)]
+
+
+def assert_equal_scores_and_gradients(other: Any, model: Any, x: Tensor) -> None:
+    """``other`` runs ``model`` in another way: it gives the same scores, and the parameters the same gradients."""
+    gradients = []
+    for run in (model, other):
+        model.zero_grad()
+        scores = run(x)
+        scores.square().sum().backward()
+        gradients.append((scores, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    (expected, own), (scores, recorded) = gradients
+    assert torch.allclose(scores, expected, rtol=1e-5, atol=1e-5)
+    assert recorded.keys() == own.keys()
+    for name, gradient in own.items():
+        assert torch.allclose(recorded[name], gradient, rtol=1e-3, atol=1e-4 * gradient.abs().max().item()), name
 
 
 class Contract:
@@ -351,8 +367,7 @@ class Contract:
     def test_compiles_as_one_graph(self, method: str, host: str) -> None:
         model = make_model(method, host)
         x = make_images(model)
-        compiled = torch.compile(model, fullgraph=True, backend="eager")
-        assert torch.allclose(compiled(x), model(x), rtol=1e-5, atol=1e-5)
+        assert_equal_scores_and_gradients(torch.compile(model, fullgraph=True, backend="eager"), model, x)
 
     @pytest.mark.parametrize("fill", FILLS)
     def test_every_fill_gives_full_finite_maps(self, method: str, host: str, fill: str) -> None:

@@ -26,6 +26,7 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 import effvit
 from effvit.flops import count_flops
 from effvit.models.architectures import VARIANTS
+from effvit.testing import assert_equal_scores_and_gradients
 
 
 def total(out: Tensor | tuple[Tensor, ...]) -> Tensor:
@@ -126,8 +127,7 @@ class TestEveryArchitecture:
 
     def test_compiles_as_one_graph(self, case: str) -> None:
         model, x = make_architecture(case), make_images(case)
-        compiled = torch.compile(model, fullgraph=True, backend="eager")
-        assert torch.allclose(compiled(x), model(x), rtol=1e-5, atol=1e-5)
+        assert_equal_scores_and_gradients(torch.compile(model, fullgraph=True, backend="eager"), model, x)
 
     def test_fx_traces_it_exactly(self, case: str) -> None:
         model, x = make_architecture(case), make_images(case)

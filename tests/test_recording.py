@@ -6,11 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from effvit.recording import is_recorded
+from effvit.recording import compile_each_size, is_exported, is_recorded
 
 
 class Asker(nn.Module):
@@ -22,7 +24,7 @@ class Asker(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         recorded = is_recorded(x)
-        if not torch.compiler.is_dynamo_compiling():  # the graph cannot append
+        if not torch.compiler.is_compiling():  # graphs cannot append, what they compute tells
             self.answers.append(recorded)
         return x + 1 if recorded else x
 
@@ -34,7 +36,7 @@ def compiled(model: Asker, x: Tensor) -> None:
 
 def exported(model: Asker, x: Tensor) -> None:
     program = torch.export.export(model, (x,), strict=False)
-    model.answers = [bool((program.module()(x) == x + 1).all())]  # export gives the list back as it was
+    model.answers.append(bool((program.module()(x) == x + 1).all()))
 
 
 def traced(model: Asker, x: Tensor) -> None:
@@ -76,6 +78,31 @@ def test_recorders_and_transforms_count(recorder: Callable[[Asker, Tensor], None
     recorder(model, torch.randn(2, 3))
     assert model.answers
     assert all(model.answers)
+
+
+def test_torch_export_is_told_from_torch_compile() -> None:
+    class Asks(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + 1 if is_exported() else x
+
+    x = torch.zeros(2)
+    assert torch.equal(torch.export.export(Asks(), (x,), strict=False).module()(x), x + 1)
+    assert torch.equal(torch.compile(Asks(), backend="eager", fullgraph=True)(x), x)
+    assert torch.equal(Asks()(x), x)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_sizes_that_are_not_followed_have_a_graph_each(dynamic: bool | None) -> None:
+    def padded(x: Tensor) -> Tensor:
+        compile_each_size(x.shape[-2:])
+        return F.pad(x, (0, -x.shape[3] % 7))
+
+    counter = CompileCounter()
+    compiled = torch.compile(padded, backend=counter, fullgraph=True, dynamic=dynamic)
+    for height, width in ((8, 9), (9, 10), (12, 10)):
+        x = torch.randn(2, 3, height, width)
+        assert torch.equal(compiled(x), padded(x))
+    assert counter.frame_count == 3
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from effvit.cross_attention import CrossBlock, WindowCrossBlock
 from effvit.models.semantic_tokens import SEED_POOLS, LearnedSeeds, SemanticBlock, max_seeds
+from effvit.recording import is_exported
 from effvit.recover import RestoreBlock, TokenRecovery
 from effvit.schedule import check_choice
 from effvit.tokens import fx_leaf
@@ -216,7 +217,7 @@ class GroupBlock(CrossBlock):
         y = self.norm1(s)
         q, kv = self.attn.q(y), self.attn.kv(y)
         bias = None if self.rel_pos is None else self.rel_pos.get_bias()
-        if bias is not None and torch.compiler.is_exporting():
+        if bias is not None and is_exported():
             bias = bias.detach()  # for a mask with gradient, torch 2.11 traces one kernel and exports another's layout
         if self.samples is None:
             y = self.attn.mix(q.flatten(1, 2), kv.flatten(1, 2), bias).view_as(q)

@@ -35,7 +35,7 @@ from effvit.models.dumbbell import (
     check_key_windows,
 )
 from effvit.models.swin_parts import ConvStem, WindowBlock
-from effvit.recording import refuse_legacy_onnx, refuse_open_sides
+from effvit.recording import compile_each_size, refuse_legacy_onnx, refuse_open_sides
 from effvit.recover import RestoreBlock, TokenRecovery
 from effvit.schedule import check_count, check_switch
 from effvit.windows import live_cells, num_windows, resize_bias_table, spread_cells
@@ -266,6 +266,7 @@ class STViTSwin(PyramidBackbone):
         super()._check_input(x)
         refuse_legacy_onnx("an STViT on Swin")
         refuse_open_sides(x.shape[-2:], 0, "an STViT on Swin", "window counts")
+        compile_each_size(x.shape[-2:])
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """As of any pyramid; the blocks inside a dumbbell unit and those on semantic tokens count one by one."""

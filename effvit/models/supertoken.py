@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from effvit.models._names import renamed
 from effvit.models._surface import ChannelsLastStem, PyramidBackbone, PyramidStage, check_batch
-from effvit.recording import refuse_open_sides
+from effvit.recording import compile_each_size, refuse_open_sides
 from effvit.super_tokens import SuperTokenAttention, associate, from_cells, nearest_super_token, to_cells
 
 __all__ = ["SuperTokenViT", "SuperTokens"]
@@ -247,6 +247,7 @@ class SuperTokenViT(PyramidBackbone):
     def _check_input(self, x: Tensor) -> None:
         super()._check_input(x)
         refuse_open_sides(x.shape[-2:], 0, "a super-token SViT", "token counts")
+        compile_each_size(x.shape[-2:])
 
     def _finish(self, x: Tensor) -> Tensor:
         return F.silu(self.norm(self.proj(x)))
