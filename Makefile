@@ -51,7 +51,12 @@ $(UV) pip list --quiet --python .venv-$(1)/bin/python | grep -E '^(torch|timm|nu
 .venv-$(1)/bin/python -m pytest $(PARALLEL) $(VERSION_TESTS) $(PYTEST_ARGS)
 endef
 
-.PHONY: help demo test test-oldest test-newest lint format clean
+define where_installed
+@if $(UV) python find --no-python-downloads '$(1)' > /dev/null; then $(MAKE) --no-print-directory $(2); \
+else echo '$(2) is left out: no Python $(1) is installed'; fi
+endef
+
+.PHONY: help demo test test-oldest test-newest test-versions lint format clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -67,6 +72,10 @@ test-oldest: | $(UV) ## run a part of the tests with the oldest versions allowed
 
 test-newest: | $(UV) ## run a part of the tests with the newest versions allowed
 	$(call test_versions,newest,$(NEWEST_PYTHON),)
+
+test-versions: | $(UV) ## both of these, each where its Python is installed
+	$(call where_installed,$(OLDEST_PYTHON),test-oldest)
+	$(call where_installed,$(NEWEST_PYTHON),test-newest)
 
 lint: .venv/.synced-dev ## ruff check, ruff format --check, mypy
 	$(VENV)/ruff check .

@@ -529,7 +529,10 @@ them, on images of another size, unless the recorder fixes the shapes, as its co
 end in torch's own error. The row of a method alone has the settings of its `example`; others name what differs.
 """
 COLUMNS = {
-    "torch.compile": "`torch.compile` with `fullgraph=True`, any batch and size",
+    "torch.compile": (
+        "`torch.compile` with `fullgraph=True`, any batch and size; STViT on Swin and super-token SViT: "
+        "a graph for each size"
+    ),
     "torch.compile, dynamic": "the same with `dynamic=True`",
     "torch.export": "`torch.export`, shapes fixed",
     "torch.export, dynamic batch": "`torch.export` with a dynamic batch",
