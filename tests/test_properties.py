@@ -132,7 +132,7 @@ def methods(draw: st.DrawFn, depth: int) -> tuple[str, dict[str, Any]]:
             "partition": draw(st.sampled_from(PARTITIONS)),
             "similarity": draw(st.sampled_from(sorted(SIMILARITIES))),
         }
-    return method, drawn | {"recover": draw(st.sampled_from(FILLS))}
+    return method, drawn | {"recover": draw(st.sampled_from(tuple(FILLS)))}
 
 
 @settings(max_examples=1000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

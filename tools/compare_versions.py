@@ -26,6 +26,7 @@ import torch
 from benchmark_overhead import CONFIGURATIONS, measure, sharpen
 from rich.console import Console
 from rich.table import Table
+from timm.models._registry import _model_entrypoints
 from torch import nn
 
 import effvit
@@ -49,9 +50,13 @@ def package_of(revision: str, folder: Path, name: str = "effvit_before") -> Any:
     for path in (folder / name).rglob("*.py"):
         path.write_text(re.sub(r"\beffvit\b", name, path.read_text()))
     sys.path.insert(0, str(folder))
+    # Both versions register the same names: timm forgets those of this one for as long as the other needs.
+    own = {model: _model_entrypoints.pop(model) for model in effvit.list_models()}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Overwriting .* in registry")  # both versions register the same names
-        return importlib.import_module(name)
+        warnings.filterwarnings("ignore", "Overwriting .* in registry")
+        before = importlib.import_module(name)
+    _model_entrypoints.update(own)
+    return before
 
 
 def main() -> None:
