@@ -12,15 +12,15 @@ from torch import Tensor
 
 from effvit.attention import AttnState, Pick, Selection
 from effvit.recording import is_recorded
-from effvit.reducers.base import FEW_PATCHES, Reducer, check_finite, refuse_recording
+from effvit.reducers.base import Reducer, check_finite, refuse_recording
 from effvit.reducers.cost import BlockSizes, Change
+from effvit.reducers.keep_rate import Rated
 from effvit.schedule import (
     check_blocks,
     check_choice,
     check_count,
     check_fraction,
     check_switch,
-    keep_rate_ladder,
     per_block,
 )
 from effvit.tokens import RAGGED, compact, flat_rows, fx_leaf, packed_rows
@@ -120,7 +120,7 @@ def inverse_transform_sample(
     return Sample(order, reached & real)
 
 
-class ATS(Reducer):
+class ATS(Rated):
     """Adaptive token sampling (ATS, 2111.15667): how many tokens stay depends on the image.
 
     Tokens are sampled before attention, whose keys still cover all of them; only the sampled query rows are
@@ -215,20 +215,8 @@ class ATS(Reducer):
         return {b: cls(rates[b], points[b], *options) for b in blocks if rates[b] != 1}
 
     @classmethod
-    def off(cls) -> dict[str, Any]:
-        return {"keep_rate": 1.0}
-
-    @classmethod
     def example(cls) -> dict[str, Any]:
         return {"reduce_at": (1, 2, 3)}
-
-    @classmethod
-    def demo(cls, num_patches: int) -> list[dict[str, Any]]:
-        return [{"keep_rate": 0.8} if num_patches < FEW_PATCHES else {}]
-
-    @classmethod
-    def ladders(cls, depth: int, num_patches: int) -> list[list[dict[str, Any]]]:
-        return [keep_rate_ladder()]
 
     def num_points(self, num_patches: int) -> int:
         """Sampling points for an image of so many patches."""

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effvit.recover import NORMS, closeness, restore
-from effvit.reducers.base import FEW_PATCHES, Reducer, check_finite
+from effvit.reducers.base import Reducer, check_finite
 from effvit.reducers.cost import BlockSizes, Change
-from effvit.schedule import check_blocks, check_choice, check_count, check_fraction, check_number, keep_rate_ladder
+from effvit.reducers.keep_rate import Rated
+from effvit.schedule import check_blocks, check_choice, check_count, check_fraction, check_number
 from effvit.tokens import Reference, TokenMap, fx_leaf, wide_dtype, wide_product, without_autocast
 
 __all__ = ["Expedite", "Restore", "cell_middles", "cluster_centres", "cluster_tokens", "local_mask", "nearest_centre"]
@@ -143,7 +144,7 @@ def check_window(window_size: int) -> None:
         raise ValueError(f"window_size must be odd, so that a cluster is in its middle, got {window_size}")
 
 
-class Expedite(Reducer):
+class Expedite(Rated):
     """Replace the patches by the centres of soft clusters before one block (Expedite, 2210.01035).
 
     The blocks behind work on the centres, as on patches of a coarser grid; sizes do not enter attention. What
@@ -246,10 +247,6 @@ class Expedite(Reducer):
         return plan
 
     @classmethod
-    def off(cls) -> dict[str, Any]:
-        return {"keep_rate": 1.0}
-
-    @classmethod
     def example(cls) -> dict[str, Any]:
         return {
             "keep_rate": 0.5,
@@ -259,14 +256,6 @@ class Expedite(Reducer):
             "temperature": 0.05,
             "k": 4,
         }
-
-    @classmethod
-    def demo(cls, num_patches: int) -> list[dict[str, Any]]:
-        return [{"keep_rate": 0.8} if num_patches < FEW_PATCHES else {}]
-
-    @classmethod
-    def ladders(cls, depth: int, num_patches: int) -> list[list[dict[str, Any]]]:
-        return [keep_rate_ladder()]
 
     def clusters(self, grid: tuple[int, int]) -> tuple[int, int]:
         """(h, w) clusters for an image of that patch grid."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from effvit.recover import closeness
-from effvit.reducers.base import FEW_PATCHES, Reducer, check_finite
+from effvit.reducers.base import Reducer, check_finite
 from effvit.reducers.cost import BlockSizes, Change
 from effvit.reducers.keep_rate import KeepRate, kept_in_blocks
 from effvit.schedule import check_blocks, check_count
@@ -130,8 +130,8 @@ class HoT(KeepRate):
         return {"keep_rate": 0.5, "reduce_at": (1, 3)}
 
     @classmethod
-    def demo(cls, num_patches: int) -> list[dict[str, Any]]:
-        return [{"keep_rate": 0.8} if num_patches < FEW_PATCHES else {}]
+    def ladders(cls, depth: int, num_patches: int) -> list[list[dict[str, Any]]]:
+        return []  # published for pose sequences: effvit.tune does not try it
 
     def count(self, num_tokens: int, num_patches: int) -> int:
         return self.num_kept(num_tokens)

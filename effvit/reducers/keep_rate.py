@@ -1,4 +1,4 @@
-"""What methods share that keep a fraction of the tokens, or an absolute number of them, block by block."""
+"""What methods share that have the setting ``keep_rate``, and those of them that keep so many tokens block by block."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from effvit.reducers.base import Reducer
-from effvit.schedule import check_count, check_fraction, per_block
+from effvit.reducers.base import FEW_PATCHES, Reducer
+from effvit.schedule import check_count, check_fraction, keep_rate_ladder, per_block
 
-__all__ = ["KeepRate", "kept_in_blocks"]
+__all__ = ["KeepRate", "Rated", "kept_in_blocks"]
 
 
 def kept_in_blocks(
@@ -29,7 +29,29 @@ def kept_in_blocks(
     return {b: (rates[b], numbers[b]) for b in blocks if rates[b] < 1 or numbers[b] is not None}
 
 
-class KeepRate(Reducer):
+class Rated(Reducer):
+    """One block's share of a method with the setting ``keep_rate``, of which 1 turns it off.
+
+    Attributes:
+        rate_of_few: The rate that ``effvit demo`` shows where the default, meant for 196 patches, takes too much.
+    """
+
+    rate_of_few = 0.8
+
+    @classmethod
+    def off(cls) -> dict[str, Any]:
+        return {"keep_rate": 1.0}
+
+    @classmethod
+    def demo(cls, num_patches: int) -> list[dict[str, Any]]:
+        return [{"keep_rate": cls.rate_of_few} if num_patches < FEW_PATCHES else {}]
+
+    @classmethod
+    def ladders(cls, depth: int, num_patches: int) -> list[list[dict[str, Any]]]:
+        return [keep_rate_ladder()]
+
+
+class KeepRate(Rated):
     """One block's share of a method that keeps ceil(keep_rate * N) of N tokens, or ``num_tokens`` of them.
 
     Attributes:
@@ -42,10 +64,6 @@ class KeepRate(Reducer):
         super().__init__()
         self.keep_rate = self.base_keep_rate = keep_rate
         self.num_tokens = num_tokens
-
-    @classmethod
-    def off(cls) -> dict[str, Any]:
-        return {"keep_rate": 1.0}
 
     def num_kept(self, num_tokens: int) -> int:
         """Tokens that stay of ``num_tokens``."""

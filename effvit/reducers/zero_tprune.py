@@ -14,15 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effvit.attention import AttnState, EditMap
-from effvit.reducers.base import FEW_PATCHES, Reducer, check_finite
+from effvit.reducers.base import Reducer, check_finite
 from effvit.reducers.cost import BlockSizes, Change, alternating_pairs
+from effvit.reducers.keep_rate import Rated
 from effvit.schedule import (
     check_blocks,
     check_choice,
     check_count,
     check_fraction,
     check_number,
-    keep_rate_ladder,
     per_block,
     spread_blocks,
 )
@@ -174,7 +174,7 @@ def match_groups(
     return best, group_b.gather(1, place)
 
 
-class ZeroTPrune(Reducer):
+class ZeroTPrune(Rated):
     """Prune at the end of a block: look-alikes first, then the least important tokens (Zero-TPrune, 2305.17328).
 
     Importance is a page rank on the attention of the block that has just run. A single vote (stage I') only
@@ -188,6 +188,7 @@ class ZeroTPrune(Reducer):
 
     name = "zero_tprune"
     summary = "page rank on the attention graph, after removing look-alikes (2305.17328)"
+    rate_of_few = 0.98
     open_sides = 1
 
     def __init__(
@@ -273,20 +274,8 @@ class ZeroTPrune(Reducer):
         }
 
     @classmethod
-    def off(cls) -> dict[str, Any]:
-        return {"keep_rate": 1.0}
-
-    @classmethod
     def example(cls) -> dict[str, Any]:
         return {"keep_rate": 0.7, "reduce_at": (0, 2), "r": 2, "num_iters": 3}
-
-    @classmethod
-    def demo(cls, num_patches: int) -> list[dict[str, Any]]:
-        return [{"keep_rate": 0.98} if num_patches < FEW_PATCHES else {}]
-
-    @classmethod
-    def ladders(cls, depth: int, num_patches: int) -> list[list[dict[str, Any]]]:
-        return [keep_rate_ladder()]
 
     def after_similar(self, num_tokens: int) -> int:
         """Patch tokens the S-stage leaves of ``num_tokens``."""
