@@ -152,8 +152,12 @@ def _reconstruct(patches: Tensor, tokens: TokenMap) -> Tensor:
     mixture = reconstruct_tokens(patches, reference.patches, centres, *options, usable)
     if tokens.soft:
         return mixture
-    carried = take_rows(patches, flat_rows(tokens.source.clamp(min=0), patches.shape[1]))
-    return torch.where(tokens.on_its_own().unsqueeze(-1), carried, mixture)
+    return torch.where(tokens.on_its_own().unsqueeze(-1), _spread(patches, tokens.source), mixture)
+
+
+def _spread(patches: Tensor, source: Tensor) -> Tensor:
+    """Patch tokens (B, N, C) at the places whose source (B, H*W) they are: (B, H*W, C), the first one at -1."""
+    return take_rows(patches, flat_rows(source.clamp(min=0), patches.shape[1]))
 
 
 def unpacked(x: Tensor, tokens: TokenMap) -> tuple[Tensor, TokenMap]:
@@ -199,7 +203,7 @@ def to_grid(x: Tensor, tokens: TokenMap, fill: str = "last", recovery: Attention
     if not tokens.moved:
         return _patches(x, tokens)
     if tokens.complete and not FILLS[fill].reference:
-        return _carried(x, tokens)
+        return _spread(_patches(x, tokens), tokens.source)
     return FILLS[fill].grid(x, tokens, recovery)
 
 
@@ -209,20 +213,13 @@ def _patches(x: Tensor, tokens: TokenMap) -> Tensor:
     return tokens.split(x)[1]
 
 
-def _carried(x: Tensor, tokens: TokenMap) -> Tensor:
-    """(B, H*W, C) the token that stands for each patch; any for a patch that has none."""
-    patches = _patches(x, tokens)
-    return take_rows(patches, flat_rows(tokens.source.clamp(min=0), patches.shape[1]))
-
-
 def _fill_nearest(x: Tensor, tokens: TokenMap, recovery: AttentionRecovery | None) -> Tensor:
-    patches = _patches(x, tokens)
     source = torch.where(tokens.source < 0, nearest_token(tokens), tokens.source)
-    return take_rows(patches, flat_rows(source, patches.shape[1]))
+    return _spread(_patches(x, tokens), source)
 
 
 def _fill_zero(x: Tensor, tokens: TokenMap, recovery: AttentionRecovery | None) -> Tensor:
-    return _carried(x, tokens).masked_fill((tokens.source < 0).unsqueeze(-1), 0)
+    return _spread(_patches(x, tokens), tokens.source).masked_fill((tokens.source < 0).unsqueeze(-1), 0)
 
 
 def _fill_reconstruct(x: Tensor, tokens: TokenMap, recovery: AttentionRecovery | None) -> Tensor:
