@@ -9,22 +9,24 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from effvit.compat import install
 from effvit.requirements import check_timm
 
 check_timm()  # before the first class of timm is extended: an older one lacks some
+install()
 
-from effvit.models._checkpoint import load_checkpoint
-from effvit.models.calibration import calibrate
-from effvit.models.host import TokenFeatures, list_methods, method_settings, register_host, sparsify
-from effvit.models.zoo import list_models, register_pyramid
+from effvit.hosts._checkpoint import load_checkpoint
+from effvit.hosts.calibration import calibrate
+from effvit.hosts.host import TokenFeatures, list_methods, method_settings, register_host, sparsify
 from effvit.recover import register_fill, to_map
 from effvit.reducers import Reducer, register_method
 from effvit.reducers.registry import load_entry_points
 from effvit.schedule import cosine_keep_rate
 from effvit.tokens import TokenMap
+from effvit.zoo import list_models, register_pyramid
 
 if TYPE_CHECKING:
-    from effvit.flops import count_flops
+    from effvit.measure.flops import count_flops
 
 __version__ = "0.1.0"
 __all__ = [
@@ -51,5 +53,5 @@ load_entry_points()
 
 def __getattr__(name: str) -> Any:
     if name == "count_flops":  # on demand, since nothing else here needs fvcore
-        return importlib.import_module("effvit.flops").count_flops
+        return importlib.import_module("effvit.measure.flops").count_flops
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

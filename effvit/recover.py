@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effvit.cross_attention import CrossAttention, CrossBlock, WindowCrossBlock
+from effvit.layers.cross_attention import CrossAttention, CrossBlock, WindowCrossBlock
 from effvit.schedule import check_choice
 from effvit.tokens import TokenMap, flat_rows, fx_leaf, take_rows, wide_dtype, without_autocast
 

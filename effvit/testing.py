@@ -33,8 +33,8 @@ from torch import Tensor, nn
 
 import effvit
 from effvit.block import call_block
-from effvit.models.host import ReducedHost
-from effvit.models.lvvit import LVViT
+from effvit.hosts.host import ReducedHost
+from effvit.hosts.lvvit import LVViT
 from effvit.recover import FILLS
 from effvit.reducers import METHODS
 from effvit.tokens import TokenMap

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from data.composites import Settings, make_composites
 from PIL import Image, ImageDraw
-
-from effvit.composites import Settings, make_composites
 
 SIZE = 64
 PATTERNS = {"disc": ("disc/*.png",), "cross": ("cross/*.png",), "bar": ("bar/*.png",)}

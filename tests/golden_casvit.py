@@ -8,7 +8,7 @@ import torch
 from golden_cases import DOUBLE, SINGLE, Case, check_official_keys, expect
 from torch import Tensor
 
-from effvit.models.casvit import CASViT
+from effvit.architectures.casvit import CASViT
 
 # Official argument -> ours.
 ARGUMENTS = {

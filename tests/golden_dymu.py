@@ -16,17 +16,17 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import effvit
-from effvit.models._checkpoint import official_state_dict, place_thresholds
-from effvit.models.calibration import ranking
-from effvit.models.host import ReducedHost, TokenFeatures
+from effvit.hosts._checkpoint import official_state_dict, place_thresholds
+from effvit.hosts.calibration import ranking
+from effvit.hosts.host import ReducedHost, TokenFeatures
 from effvit.reducers.dymu import (
     OFFICIAL_EPS,
     apply_merge,
     plan_merge,
 )
+from effvit.reducers.unmerge import remerge, virtual_unmerge, virtual_unmerged_attention
 from effvit.schedule import dymu_r
 from effvit.tokens import TokenMap
-from effvit.unmerge import remerge, virtual_unmerge, virtual_unmerged_attention
 
 CLIP_NAMES = {
     "image_size": "img_size",

@@ -9,7 +9,7 @@ from golden_cases import DOUBLE, SINGLE, Case, expect
 from timm.layers import to_2tuple
 from torch import Tensor
 
-from effvit.models.lookupvit import LookupBlock, LookupViT
+from effvit.architectures.lookupvit import LookupBlock, LookupViT
 
 __all__ = ["compare"]
 

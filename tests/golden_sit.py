@@ -9,7 +9,7 @@ import torch
 from golden_cases import DOUBLE, SINGLE, Case, check_official_keys, expect
 from torch import Tensor
 
-from effvit.models.sit import LayerTokens, SiT
+from effvit.architectures.sit import LayerTokens, SiT
 
 NAMES = {
     **{f"sit_lvvit_{size}": f"sit_lvvit_{size}_224" for size in ("tiny", "xsmall", "small", "medium")},

@@ -13,7 +13,7 @@ import torch
 from golden_cases import DOUBLE, SINGLE, Case, expect
 from torch import Tensor, nn
 
-from effvit.models.stvit import STViT
+from effvit.architectures.stvit import STViT
 
 # Arguments of the reference that are ours under another name.
 ARGUMENTS = {

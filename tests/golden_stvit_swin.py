@@ -10,11 +10,11 @@ from golden_cases import DOUBLE, SINGLE, Case, check_official_keys, expect
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
-from effvit.models._stvit_r_names import UNIT
-from effvit.models.dumbbell import DumbbellUnit
-from effvit.models.semantic_tokens import max_seeds
-from effvit.models.stvit_swin import STViTSwin
-from effvit.windows import to_windows
+from effvit.architectures._stvit_r_names import UNIT
+from effvit.architectures.dumbbell import DumbbellUnit
+from effvit.architectures.semantic_tokens import max_seeds
+from effvit.architectures.stvit_swin import STViTSwin
+from effvit.layers.windows import to_windows
 
 # Arguments of the official constructors that have the same name here, of both forms and of one of them.
 SAME = (

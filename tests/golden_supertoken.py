@@ -8,8 +8,8 @@ import torch
 from golden_cases import DOUBLE, SINGLE, Case, check_official_keys, expect
 from torch import Tensor
 
-from effvit.models.supertoken import SuperTokenViT
-from effvit.super_tokens import associate, to_cells
+from effvit.architectures.supertoken import SuperTokenViT
+from effvit.layers.super_tokens import associate, to_cells
 
 # Official argument -> ours, where the names differ; the rest have the same name.
 ARGUMENTS = {"embed_dim": "dims", "drop_rate": "proj_drop_rate"}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from made_up import made_up_model, made_up_profile
 
-from effvit.accuracy import add_accuracies, shown_models, top1
+from effvit.measure.accuracy import add_accuracies, shown_models, top1
 
 
 def test_accuracy_is_the_share_of_right_answers() -> None:

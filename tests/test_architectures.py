@@ -24,8 +24,8 @@ from torch import Tensor
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 import effvit
-from effvit.flops import count_flops
-from effvit.models.architectures import VARIANTS
+from effvit.architectures.variants import VARIANTS
+from effvit.measure.flops import count_flops
 from effvit.testing import assert_equal_scores_and_gradients
 
 

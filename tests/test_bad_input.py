@@ -27,7 +27,7 @@ from timm.models.vision_transformer import (
 from torch import nn
 
 import effvit
-from effvit.models.host import ReducedHost
+from effvit.hosts.host import ReducedHost
 from effvit.reducers import METHODS, Reducer
 from effvit.reducers.gtp import CLASS_SCORES
 

@@ -8,7 +8,7 @@ import timm
 import torch
 from scripts import load_tool
 
-from effvit.models import host
+from effvit.hosts import host
 from effvit.recover import to_grid
 from effvit.tokens import TokenMap
 

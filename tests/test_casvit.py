@@ -8,8 +8,8 @@ import torch
 from architectures import make_architecture, make_images
 from torch import Tensor, nn
 
-from effvit.flops import count_flops
-from effvit.models.casvit import AdditiveAttention, CASViT
+from effvit.architectures.casvit import AdditiveAttention, CASViT
+from effvit.measure.flops import count_flops
 
 # Tianfang-Zhang/CAS-ViT@041d2d6 with fvcore: GMACs at 224 and 384, parameters; then the detectors' backbone at 512.
 OFFICIAL = {

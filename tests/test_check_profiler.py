@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scripts import load_tool
 
-from effvit.profiler import measurement
+from effvit.measure.profiler import measurement
 
 
 def test_findings_are_the_truth_that_was_put_in():
@@ -29,7 +29,7 @@ def test_script_writes_what_a_clock_tells_that_goes_on_by_a_second_a_look(tmp_pa
     """A run takes the second between two looks. The delayed one takes four: the two of the delay, and one look more."""
     path, tool = tmp_path / "check.json", load_tool("check_profiler")
     clock = SimpleNamespace(perf_counter=itertools.count(0.0).__next__)
-    monkeypatch.setattr("effvit.profiler.time", clock)
+    monkeypatch.setattr("effvit.measure.profiler.time", clock)
     monkeypatch.setattr(tool, "time", clock)
     tool.main(["--model", "test_vit", "--rounds", "3", "--batch-size", "1", "--delay", "2", "--json", str(path)])
     record = json.loads(path.read_text())

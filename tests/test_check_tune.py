@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from scripts import load_tool
 
-from effvit.records import SCHEMA
+from effvit.measure.records import SCHEMA
 
 TOOL = load_tool("check_tune")
 

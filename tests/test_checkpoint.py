@@ -19,7 +19,7 @@ from torch import Tensor
 
 import effvit
 from effvit.cli import main
-from effvit.models._checkpoint import convert_checkpoint, official_state_dict
+from effvit.hosts._checkpoint import convert_checkpoint, official_state_dict
 
 
 def small(**changes: Any) -> VisionTransformer:
@@ -124,7 +124,7 @@ class TestTwoNetworks:
         assert main([*command, "--key", "teacher"]) == 0
 
     def test_mmengine_has_the_choice(self, path: Path) -> None:
-        backbone = pytest.importorskip("effvit.openmmlab").EffViT
+        backbone = pytest.importorskip("effvit.dense.openmmlab").EffViT
         settings = {"img_size": 28, "pretrained": str(path)}
         state = timm.create_model("vit_nano_patch4_28").state_dict()
         torch.save({"student": {k: v + 1 for k, v in state.items()}, "teacher": state}, path)

@@ -19,9 +19,9 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS
 from mmpretrain.structures import DataSample
 
-from effvit.classifiers import EffViTClassifier, SiTClassifier
-from effvit.models.sit_distillation import SiTDistillation
-from effvit.openmmlab import KeepRateHook
+from effvit.architectures.sit_distillation import SiTDistillation
+from effvit.dense.classifiers import EffViTClassifier, SiTClassifier
+from effvit.dense.openmmlab import KeepRateHook
 
 SMALL: dict[str, Any] = {"depth": 4, "embed_dim": 48, "num_heads": 3, "img_size": 64, "num_classes": 7}
 HOST = "deit_tiny_patch16_224"

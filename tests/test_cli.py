@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 import effvit
-from effvit import cli, demo, pictures
-from effvit.cli import list_variants, main, parse_setting
+from effvit import cli
+from effvit.cli import demo, list_variants, main, parse_setting
+from effvit.show import pictures
 
 TINY = "deit_tiny_patch16_224"
 SMALL = ["--img-size", "64"]  # 16 patches

@@ -19,9 +19,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import effvit
-from effvit.closed_form import closed_form_macs
-from effvit.flops import FlopReport, count_flops
-from effvit.models.host import ReducedHost
+from effvit.hosts.host import ReducedHost
+from effvit.measure.closed_form import closed_form_macs
+from effvit.measure.flops import FlopReport, count_flops
 from effvit.reducers import METHODS, EViT, Reducer
 
 # What torch does not count, and we do as fvcore does.

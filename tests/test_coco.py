@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from effvit.coco import check_coco, colour, decode_rle, draw_objects, encode_rle, read_coco, repair_coco, run_lengths
+from effvit.dense.coco import (
+    check_coco,
+    colour,
+    decode_rle,
+    draw_objects,
+    encode_rle,
+    read_coco,
+    repair_coco,
+    run_lengths,
+)
 
 
 def annotations(**changes: Any) -> dict[str, Any]:

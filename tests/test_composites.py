@@ -8,13 +8,8 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from drawn_set import NAMES, PATTERNS, SIZE, draw_sprite, make
-from PIL import Image
-from scripts import load_tool
-
-from effvit import composites
-from effvit.coco import decode_rle, read_coco
-from effvit.composites import (
+from data import composites
+from data.composites import (
     CLASSES,
     EXCLUDED,
     Settings,
@@ -26,7 +21,12 @@ from effvit.composites import (
     read_sprites,
     split_families,
 )
-from effvit.data import open_dataset
+from data.datasets import open_dataset
+from drawn_set import NAMES, PATTERNS, SIZE, draw_sprite, make
+from PIL import Image
+from scripts import load_tool
+
+from effvit.dense.coco import decode_rle, read_coco
 
 
 def files(root: Path) -> dict[str, bytes]:

@@ -20,6 +20,7 @@ pytest.importorskip("mmdet", reason="the mm extra is not installed")
 pytest.importorskip("mmseg")
 pytest.importorskip("mmpretrain")
 
+from data.garments import GARMENTS
 from hosts import released
 from mmcv.image import rescale_size
 from mmdet.testing import demo_mm_inputs
@@ -32,10 +33,9 @@ from mmpretrain.structures import DataSample
 from mmseg.structures import SegDataSample
 from torch import nn
 
-from effvit.garments import GARMENTS
-from effvit.models.host import ReducedHost
-from effvit.openmmlab import load_config
-from effvit.runner import without_pretrained
+from effvit.dense.openmmlab import load_config
+from effvit.dense.runner import without_pretrained
+from effvit.hosts.host import ReducedHost
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.py") if "_base_" not in path.parts)

@@ -13,12 +13,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import effvit
-from effvit.breakdown import time_by_block
-from effvit.costs import profile, tokens_by_block
-from effvit.fidelity import compare_outputs, fidelity, outputs
-from effvit.flops import count_flops
-from effvit.ideal import IdealViT
-from effvit.tables import write_csv
+from effvit.measure.breakdown import time_by_block
+from effvit.measure.costs import profile, tokens_by_block
+from effvit.measure.fidelity import compare_outputs, fidelity, outputs
+from effvit.measure.flops import count_flops
+from effvit.measure.ideal import IdealViT
+from effvit.show.tables import write_csv
 
 SIZE = (3, 64, 64)
 
@@ -39,7 +39,9 @@ class TestProfile:
     def test_record_is_json_and_holds_every_model(self, monkeypatch):
         # Speeds are those of the samples: seconds of a batch of 2 in two rounds, the ideal of ToMe included.
         samples = {"dense": (4.0, 8.0), "tome": (2.0, 4.0), "foreign": (1.0, 1.0), "ideal of tome": (1.5, 3.0)}
-        monkeypatch.setattr("effvit.profiler.interleaved", lambda runs, *_: {name: samples[name] for name in runs})
+        monkeypatch.setattr(
+            "effvit.measure.profiler.interleaved", lambda runs, *_: {name: samples[name] for name in runs}
+        )
         model = tiny_vit()
         models = {"dense": model, "tome": effvit.sparsify(model, "tome", r=3), "foreign": Foreign()}
         record = json.loads(json.dumps(profile(models, SIZE, 2, rounds=2, dtype=torch.float64)))
@@ -135,7 +137,7 @@ class TestBreakdown:
             size, blocks = (1, *SIZE), 2
         # The clock ticks at each look: a child takes 1, a block of n children 1 + 2n, n of it in and n + 1 beside them.
         ticks = itertools.count()
-        monkeypatch.setattr("effvit.breakdown.now", lambda: float(next(ticks)))
+        monkeypatch.setattr("effvit.measure.breakdown.now", lambda: float(next(ticks)))
         rows = time_by_block(model, torch.randn(size), rounds=2)
         assert len(rows) == blocks + 1
         for row in rows[:-1]:

@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from data.datasets import SegmentationFolder, load_pictures, open_dataset
 from PIL import Image
-
-from effvit.data import SegmentationFolder, load_pictures, open_dataset
 
 
 def picture(path: Path, colour: int = 0) -> None:
@@ -171,6 +170,6 @@ class TestCoco:
             open_dataset("coco", root)
 
     def test_missing_pycocotools_is_named_with_the_extra(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("effvit.data.find_spec", lambda name: None)
+        monkeypatch.setattr("data.datasets.find_spec", lambda name: None)
         with pytest.raises(ImportError, match=r"pycocotools, which comes with the extra effvit\[mm\]"):
             open_dataset("coco", root)

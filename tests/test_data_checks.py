@@ -18,8 +18,8 @@ pytest.importorskip("mmpretrain")
 from mmengine.config import Config
 from mmengine.registry import DATASETS
 
-import effvit.openmmlab  # noqa: F401  (registers the transforms)
-from effvit.data_checks import check_annotations
+import effvit.dense.openmmlab  # noqa: F401  (registers the transforms)
+from effvit.dense.data_checks import check_annotations
 
 CLASSES = ("cat", "dog", "bird")
 SIZES = [(20, 30), (30, 20), (24, 24)]  # (height, width)

@@ -16,10 +16,10 @@ pytest.importorskip("mmseg")
 
 from mmengine.registry import MODELS, init_default_scope
 
-from effvit.dense_flops import count_dense_flops, count_parts
-from effvit.flops import count_flops
-from effvit.openmmlab import load_config
-from effvit.runner import without_pretrained
+from effvit.dense.dense_flops import count_dense_flops, count_parts
+from effvit.dense.openmmlab import load_config
+from effvit.dense.runner import without_pretrained
+from effvit.measure.flops import count_flops
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = (96, 128)

@@ -15,15 +15,15 @@ from timm.models import save_for_hf
 from torch import Tensor
 
 import effvit
-from effvit.models.calibration import ranking
-from effvit.models.host import ReducedHost
+from effvit.hosts.calibration import ranking
+from effvit.hosts.host import ReducedHost
 from effvit.reducers.dymu import (
     descending_rank,
     plan_merge,
     top_of_batch,
 )
+from effvit.reducers.unmerge import remerge, virtual_unmerge, virtual_unmerged_attention
 from effvit.schedule import R_SCHEDULES, dymu_r
-from effvit.unmerge import remerge, virtual_unmerge, virtual_unmerged_attention
 
 
 def uncalibrated(host: str = "class_token", **settings: object) -> ReducedHost:

@@ -15,8 +15,8 @@ from scripts import load_tool
 from torchvision.datasets import FakeData
 
 import effvit
-from effvit.tables import mean_and_range
-from effvit.visualize import data_config, load_images, token_figure
+from effvit.show.tables import mean_and_range
+from effvit.show.visualize import data_config, load_images, token_figure
 
 NANO = "vit_nano_patch4_28"
 

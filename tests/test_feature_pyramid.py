@@ -11,7 +11,7 @@ from torchvision.models.detection.backbone_utils import LastLevelMaxPool
 from torchvision.ops import FeaturePyramidNetwork
 
 import effvit
-from effvit.models.feature_pyramid import FeaturePyramid, SimpleFeaturePyramid
+from effvit.hosts.feature_pyramid import FeaturePyramid, SimpleFeaturePyramid
 
 TINY = "evit_deit_tiny_patch16_224"
 

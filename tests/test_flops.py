@@ -17,7 +17,7 @@ from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import nn
 
 import effvit
-from effvit.flops import HANDLES, IGNORED_OPERATORS, count_flops, eval_twin
+from effvit.measure.flops import HANDLES, IGNORED_OPERATORS, count_flops, eval_twin
 
 IMAGE = (3, 224, 224)
 

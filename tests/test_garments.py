@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from data.composites import OPAQUE, Settings, make_composites
+from data.datasets import load_pictures
+from data.garments import GARMENTS, outline, read_garments
 from PIL import Image
 from scripts import load_tool
 
-from effvit.coco import decode_rle, read_coco
-from effvit.composites import OPAQUE, Settings, make_composites
-from effvit.data import load_pictures
-from effvit.garments import GARMENTS, outline, read_garments
+from effvit.dense.coco import decode_rle, read_coco
 
 
 def write_idx(path: Path, values: np.ndarray) -> None:

@@ -37,9 +37,9 @@ import effvit
 from effvit.attention import AttnState
 from effvit.block import call_block, token_block
 from effvit.cli import main
-from effvit.models._checkpoint import official_state_dict
-from effvit.models.host import ReducedHost
-from effvit.models.lvvit import LVViT
+from effvit.hosts._checkpoint import official_state_dict
+from effvit.hosts.host import ReducedHost
+from effvit.hosts.lvvit import LVViT
 from effvit.reducers import METHODS
 from effvit.reducers.ats import inverse_transform_sample, significance
 from effvit.reducers.evit import class_attention

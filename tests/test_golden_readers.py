@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from effvit.models.stvit_swin import STViTSwin
+from effvit.architectures.stvit_swin import STViTSwin
 
 PLAIN = {
     **{"img_size": 32, "patch": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "mlp_ratio": 2.0, "num_classes": 5},

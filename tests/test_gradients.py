@@ -20,7 +20,7 @@ from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 import effvit
-from effvit.models._surface import with_gradients
+from effvit.hosts._surface import with_gradients
 
 HOST_METHODS = [
     ("class_token", "evit", "last"),
@@ -92,7 +92,7 @@ def test_dense_stvit_r_as_a_classifier_and_as_a_backbone() -> None:
 
 @pytest.mark.parametrize("case", SMALL)
 def test_backbones_of_detectors(case: str) -> None:
-    openmmlab = pytest.importorskip("effvit.openmmlab", reason="the mm extra is not installed")
+    openmmlab = pytest.importorskip("effvit.dense.openmmlab", reason="the mm extra is not installed")
     name, args = SMALL[case]
     settings = {key: value for key, value in args.items() if key != "num_classes"}
     for out_norm in (False, True):

@@ -14,7 +14,7 @@ from PIL import Image
 
 from effvit.cli import main, open_images
 from effvit.images import as_rgb, open_image
-from effvit.visualize import draw_tokens, load_images
+from effvit.show.visualize import draw_tokens, load_images
 
 RAMP = np.array([[0, 1, 2], [50, 128, 255]], np.uint8)  # (2, 3), so that a turn shows
 

@@ -1,4 +1,7 @@
-"""Imports point downward only, and what a module offers is written down and there."""
+"""Imports point downward only, in no circle; the table of docs/ARCHITECTURE.md and what a module offers are true.
+
+``python tests/test_imports.py`` writes the table anew.
+"""
 
 from __future__ import annotations
 
@@ -6,56 +9,42 @@ import ast
 import importlib
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 import effvit
+from effvit.reducers import METHODS
 
 PACKAGE = Path(effvit.__file__).parent
-# Lower layers know nothing of higher ones; modules of one layer of the core may know each other.
-LAYERS = (
-    ("messages", "recording", "requirements", "schedule"),
+PAGE = PACKAGE.parent / "docs" / "ARCHITECTURE.md"
+BEGIN, END = "<!-- modules: written by tests/test_imports.py -->\n", "<!-- end of modules -->"
+# Files and folders of the package: each knows only those of rows above its own. The core ends with effvit itself, the
+# public surface, and knows nothing of what comes behind.
+ROWS = (
+    ("compat", "messages", "recording", "requirements", "schedule"),
     ("tokens",),
-    ("windows",),
-    ("attention", "bidirectional_attention", "cross_attention", "super_tokens"),
-    ("block",),
-    ("recover", "matching", "resize", "unmerge"),
+    ("attention", "layers"),
+    ("block", "recover"),
     ("reducers",),
-    ("models",),
-    ("",),  # effvit itself, the public surface
+    ("hosts",),
+    ("architectures",),
+    ("zoo",),
+    ("",),
+    ("images", "measure", "testing"),
+    ("dense", "show"),
+    ("cli",),
 )
-CORE = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-# They look at models, nothing in the core knows them. Those of one row do not know each other: the row of a module is
-# the length of its longest way down to the core, so that a new import that climbs or closes a circle fails.
-ABOVE = (
-    (
-        "accuracy",
-        "breakdown",
-        "closed_form",
-        "demo",
-        "flops",
-        "images",
-        "profiler",
-        "records",
-        "sources",
-        "tables",
-        "testing",
-    ),
-    ("coco", "dense_flops", "fidelity", "ideal", "label_maps", "pictures", "plots", "report", "token_stages"),
-    ("composites", "costs", "data", "data_checks", "loading", "tune", "visualize"),
-    ("cli", "garments", "openmmlab"),
-    ("classifiers", "runner"),
-)
-TOOLS = len(LAYERS)  # rank of the lowest of them
-RANKS = CORE | {name: TOOLS + row for row, names in enumerate(ABOVE) for name in names}
+RANKS = {part: row for row, parts in enumerate(ROWS) for part in parts}
+SURFACE = RANKS[""]
 MODULES = sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py"))
 
 
 def rank(module: str) -> int:
-    """Layer of a module given as "effvit.models.host"."""
+    """Layer of a module given as "effvit.hosts.host"."""
     part = part_of(module)
-    assert part in RANKS, f"{module} has no rank: add {part} to LAYERS, or to the lowest row of ABOVE its imports allow"
+    assert part in RANKS, f"{module} has no rank: add {part} to the first of ROWS that its imports allow"
     return RANKS[part]
 
 
@@ -108,36 +97,62 @@ def test_imports_point_downward(module: str) -> None:
 
 
 def may_know(own: str, other: str) -> bool:
-    """Whether a module may import another: one below it, of its own part, or of its own layer in the core."""
-    if part_of(own) == part_of(other) or rank(own) > rank(other):
-        return True
-    return rank(own) == rank(other) < TOOLS
+    """Whether a module may import another: one of a lower row, or of its own folder."""
+    return part_of(own) == part_of(other) or rank(own) > rank(other)
 
 
 @pytest.mark.parametrize(
     ("own", "other"),
-    [("effvit.flops", "effvit.cli"), ("effvit.flops", "effvit.tables"), ("effvit.tokens", "effvit.flops")],
+    [
+        ("effvit.measure.flops", "effvit.cli"),
+        ("effvit.measure.flops", "effvit.show.tables"),
+        ("effvit.tokens", "effvit.measure.flops"),
+    ],
 )
 def test_climb_or_circle_is_told(own: str, other: str) -> None:
     assert not may_know(own, other)
 
 
-def test_order_of_layers_is_that_of_the_files() -> None:
+def test_every_file_and_folder_has_a_rank() -> None:
     parts = {module.split("/")[0] for module in MODULES} - {"__init__"}
     assert set(RANKS) - {""} == parts
 
 
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    graph = {module_name(module): imported(PACKAGE / f"{module}.py") for module in MODULES}
+    tuple(TopologicalSorter(graph).static_order())  # raises a CycleError that names the circle
+
+
+def test_few_modules_lie_outside_of_the_folders() -> None:
+    flat = [module for module in MODULES if "/" not in module]
+    assert len(flat) <= 12
+
+
+def table() -> str:
+    """The modules in the order of their ranks, each with the first paragraph of its docstring."""
+    lines = ["| module | what it holds |", "|---|---|"]
+    for part in [part for row in ROWS for part in row]:
+        inside = [module for module in MODULES if (part_of(module_name(module)) or "__init__") == (part or "__init__")]
+        for module in sorted(inside, key=lambda name: (not name.endswith("__init__"), name)):
+            text = ast.get_docstring(ast.parse((PACKAGE / f"{module}.py").read_text())) or ""
+            name = module.removesuffix("__init__") if module.endswith("/__init__") else f"{module}.py"
+            lines.append(f"| `effvit/{name}` | {' '.join(text.partition(chr(10) * 2)[0].split())} |".replace("``", "`"))
+    return "\n".join(lines) + "\n"
+
+
+def page_with(lines: str) -> str:
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    return before + BEGIN + lines + END + rest.partition(END)[2]
+
+
+def test_table_of_modules_is_that_of_the_files() -> None:
+    assert PAGE.read_text() == page_with(table()), "run python tests/test_imports.py"
+
+
 def test_reducers_do_not_know_each_other() -> None:
-    methods = {module for module in MODULES if module.startswith("reducers/")} - {
-        "reducers/__init__",
-        "reducers/base",
-        "reducers/cost",
-        "reducers/keep_rate",
-        "reducers/registry",
-    }
-    names = {module_name(module) for module in methods}
-    for module in methods:
-        assert not imported(PACKAGE / f"{module}.py") & (names - {module_name(module)}), module
+    names = {method.__module__ for method in METHODS.values()}
+    for name in names:
+        assert not imported(PACKAGE / f"{name.removeprefix('effvit.').replace('.', '/')}.py") & (names - {name}), name
 
 
 @pytest.mark.parametrize("module", [module for module in MODULES if is_public(module)])
@@ -145,7 +160,10 @@ def test_public_names_are_listed_and_exist(module: str) -> None:
     loaded = importlib.import_module(module_name(module))
     documented = ast.get_docstring(ast.parse((PACKAGE / f"{module}.py").read_text()))
     assert documented, f"{module} has no docstring"
-    if module in ("models/__init__", "__main__"):
+    if not hasattr(loaded, "__all__") and module.endswith(
+        "__init__"
+    ):  # a folder of modules, which offers nothing itself
+        assert len(ast.parse((PACKAGE / f"{module}.py").read_text()).body) == 1
         return
     assert len(set(loaded.__all__)) == len(loaded.__all__) > 0
     for name in loaded.__all__:
@@ -161,6 +179,10 @@ def test_importing_the_package_loads_none_of_the_tools() -> None:
         cwd=PACKAGE.parent,
     ).stdout.split()
     own = [name for name in loaded if name.split(".")[0] == "effvit"]
-    assert "effvit.models.host" in own
-    assert not [name for name in own if rank(name) >= TOOLS]
+    assert "effvit.hosts.host" in own
+    assert not [name for name in own if rank(name) > SURFACE]
     assert not {"matplotlib", "fvcore", "mmengine", "rich"} & set(loaded)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page_with(table()))

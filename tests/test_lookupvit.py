@@ -17,10 +17,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import effvit
-from effvit.bidirectional_attention import INFUSIONS, exchange_weights
-from effvit.flops import count_flops
-from effvit.models.lookupvit import LookupBlock, LookupLoss, LookupViT
-from effvit.resize import resize_map, resize_weights
+from effvit.architectures.lookupvit import LookupBlock, LookupLoss, LookupViT
+from effvit.layers.bidirectional_attention import INFUSIONS, exchange_weights
+from effvit.layers.resize import resize_map, resize_weights
+from effvit.measure.flops import count_flops
 
 LOOKUP = {"img_size": 48, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 7}
 

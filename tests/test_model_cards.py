@@ -18,8 +18,9 @@ from scripts import TOOLS, load_tool
 
 import effvit
 from effvit import method_settings
-from effvit.flops import count_flops
-from effvit.models import architectures, lvvit, vit_nano
+from effvit.architectures import variants
+from effvit.hosts import lvvit, vit_nano
+from effvit.measure.flops import count_flops
 
 ROOT = Path(__file__).resolve().parents[1]
 CARDS = sorted((ROOT / "model_cards").glob("[!R]*.md"))
@@ -58,7 +59,7 @@ def test_recorded_counts_are_what_the_models_cost(tool: ModuleType) -> None:
     assert settings.keys() == recorded.keys(), "run python tools/make_model_cards.py --measure"
     first_of_each_model = {setting["model"]: name for name, setting in reversed(settings.items())}.values()
     names = {name for name, counts in recorded.items() if "macs" in counts}
-    names |= {name for name in first_of_each_model if settings[name]["model"] in architectures.VARIANTS}
+    names |= {name for name in first_of_each_model if settings[name]["model"] in variants.VARIANTS}
     stale = [name for name in sorted(names) if tool.count(settings[name]) != recorded[name]]
     assert not stale, "run python tools/make_model_cards.py --measure"
 
@@ -73,7 +74,7 @@ def test_recorded_counts_are_those_of_a_trace(tool: ModuleType, name: str) -> No
 
 def test_every_architecture_has_its_figures_in_exactly_one_card() -> None:
     rows = [line for card in CARDS for line in set(re.findall(r"^\| `(\w+)` \|", card.read_text(), re.MULTILINE))]
-    for name in (*architectures.VARIANTS, *lvvit.default_cfgs, *vit_nano.default_cfgs):
+    for name in (*variants.VARIANTS, *lvvit.default_cfgs, *vit_nano.default_cfgs):
         assert rows.count(name) == 1, name
 
 

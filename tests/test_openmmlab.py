@@ -26,7 +26,7 @@ from mmengine.runner.checkpoint import load_checkpoint, load_state_dict, save_ch
 from safetensors.torch import save_file
 
 import effvit
-from effvit.openmmlab import EffViT, load_config
+from effvit.dense.openmmlab import EffViT, load_config
 
 PLAIN = "evit_deit_tiny_patch16_224"
 SWIN: dict[str, Any] = {"embed_dim": 24, "depths": (1, 2, 1, 1), "num_heads": (1, 2, 2, 4)}

@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from scripts import load_tool
 
-from effvit import pictures
-from effvit.accuracy import top1
-from effvit.demo import SEEING, SHOWN
-from effvit.visualize import load_images
+from effvit.cli.demo import SEEING, SHOWN
+from effvit.measure.accuracy import top1
+from effvit.show import pictures
+from effvit.show.visualize import load_images
 
 
 class TestFashion:

@@ -10,8 +10,8 @@ from made_up import made_up_model, made_up_profile
 from matplotlib.figure import Figure
 from PIL import Image
 
-from effvit.plots import accuracy_lines, look, plot_accuracy, plot_costs, scale_by_errors
 from effvit.reducers import METHODS
+from effvit.show.plots import accuracy_lines, look, plot_accuracy, plot_costs, scale_by_errors
 
 
 def model(name: str, method: str | None, speedup: float, accuracy: float | None) -> dict[str, Any]:

@@ -10,17 +10,17 @@ from architectures import make_architecture
 from architectures import make_images as architecture_images
 from torch import Tensor
 
+from effvit.architectures.semantic_tokens import soft_assignment
 from effvit.attention import AttnState
-from effvit.bidirectional_attention import GatherAttention, exchange_weights
-from effvit.cross_attention import CrossAttention
-from effvit.matching import alternating_match
-from effvit.models.semantic_tokens import soft_assignment
+from effvit.layers.bidirectional_attention import GatherAttention, exchange_weights
+from effvit.layers.cross_attention import CrossAttention
+from effvit.layers.super_tokens import associate
 from effvit.reducers.expedite import cluster_centres, nearest_centre
 from effvit.reducers.gtp import GTP, SELECTIONS, propagation_graph
 from effvit.reducers.hot import peak_scores
+from effvit.reducers.matching import alternating_match
 from effvit.reducers.tome import bipartite_soft_matching, kth_bipartite_target
 from effvit.reducers.zero_tprune import SIMILARITIES, match_groups, weighted_page_rank
-from effvit.super_tokens import associate
 from effvit.tokens import TokenMap, wide_product
 
 HALVES = (torch.bfloat16, torch.float16)

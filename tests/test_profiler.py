@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import effvit
-from effvit.profiler import (
+from effvit.measure.profiler import (
     Measurement,
     measurement,
     median_interval,
@@ -50,7 +50,7 @@ def tiny_vit() -> VisionTransformer:
 def _fixed_warm_up(request, monkeypatch):
     """Models that take microseconds would be warmed up for a number of rounds that no test can know."""
     if "warm_up" not in request.node.name:
-        monkeypatch.setattr("effvit.profiler.still_faster", lambda _: False)
+        monkeypatch.setattr("effvit.measure.profiler.still_faster", lambda _: False)
 
 
 def test_every_model_runs_once_in_every_round():
@@ -208,7 +208,7 @@ def test_options_that_cannot_work_are_refused(settings, message):
 def test_memory_freed_in_one_run_serves_the_next():
     count = """
 import resource, torch
-from effvit.profiler import keep_freed_memory
+from effvit.measure.profiler import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -12,8 +12,8 @@ import pytest
 from made_up import made_up_model, made_up_profile, made_up_tokens
 
 from effvit.cli import add_record, main
-from effvit.records import LARGEST_FILE, check_record, read_json, read_records, write_json
-from effvit.report import write_report
+from effvit.measure.records import LARGEST_FILE, check_record, read_json, read_records, write_json
+from effvit.show.report import write_report
 
 ROOT = Path(__file__).resolve().parents[1]
 

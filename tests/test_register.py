@@ -16,8 +16,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 import effvit
-from effvit.closed_form import closed_form_macs
-from effvit.models.host import HOST_CLASSES, ReducedEva, ReducedViT
+from effvit.hosts.host import HOST_CLASSES, ReducedEva, ReducedViT
+from effvit.measure.closed_form import closed_form_macs
 from effvit.reducers import METHODS, EViT
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "write_a_method.md"
@@ -71,9 +71,9 @@ def test_installed_methods_are_there_after_import_and_a_broken_one_is_named(site
 EVERYTHING = """
 import timm, torch, effvit
 from pathlib import Path
-from effvit.closed_form import closed_form_macs
-from effvit.tune import families
-from effvit.visualize import token_figure
+from effvit.measure.closed_form import closed_form_macs
+from effvit.measure.tune import families
+from effvit.show.visualize import token_figure
 from PIL import Image
 host = timm.create_model("vit_tiny_patch16_224", depth=4, embed_dim=48, num_heads=3, img_size=64, num_classes=5).eval()
 images = torch.randn(2, 3, 64, 64)

@@ -15,7 +15,7 @@ from made_up import made_up_model, made_up_profile, made_up_tokens
 from PIL import Image
 
 from effvit.cli import main
-from effvit.report import read_records, write_report
+from effvit.show.report import read_records, write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(
@@ -270,7 +270,7 @@ class TestBrowser:
         state, output, fused, dropped = re.search(r'data-seen="([^"]*)"', dom).group(1).split(" | ")
         assert state == "#method=none&amp;method=tome&amp;sort=GMACs+up&amp;theme=dark"
         assert output == "block 1: 2 tokens — patch (0, 3) dropped"
-        # Grey 100 mixed with the tint as effvit.visualize mixes it; the fused patch is dimmed beside the chosen ones.
+        # Grey 100 mixed with the tint as effvit.show.visualize does; the fused patch is dimmed beside the chosen ones.
         assert dropped == ",".join(str(round(0.34 * 100 + 0.66 * tint)) for tint in (120, 46, 40))
         assert fused == ",".join(str(round(0.35 * (0.38 * 100 + 0.62 * tint))) for tint in (96, 84, 152))
 

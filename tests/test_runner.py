@@ -26,7 +26,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 from mmseg.apis import init_model
 
-from effvit.runner import build_runner, check_annotations, prepare_config, read_launcher
+from effvit.dense.runner import build_runner, check_annotations, prepare_config, read_launcher
 
 # Every Runner of a process after the first, and one that draws nothing, make mmengine say so.
 pytestmark = pytest.mark.filterwarnings("ignore:.*(instance named of|The draw is False).*:UserWarning")
@@ -218,7 +218,7 @@ class TestSettings:
         assert config.work_dir == "work_dirs/upernet_evit"
         assert config.train_cfg.max_iters == 7
         assert (config.resume, config.load_from) == (True, "some.pth")
-        monkeypatch.setattr("effvit.runner.get_device", lambda: "cuda")
+        monkeypatch.setattr("effvit.dense.runner.get_device", lambda: "cuda")
         amp = prepare_config(segmenter, amp=True)
         assert (amp.optim_wrapper.type, amp.optim_wrapper.loss_scale) == ("AmpOptimWrapper", "dynamic")
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from effvit.cross_attention import CrossAttention
-from effvit.models.semantic_tokens import LearnedSeeds, SeedBlock, SemanticBlock, max_seeds, soft_assignment
+from effvit.architectures.semantic_tokens import LearnedSeeds, SeedBlock, SemanticBlock, max_seeds, soft_assignment
+from effvit.layers.cross_attention import CrossAttention
 
 DIM = 12
 # Divisible, overlapping in one or both directions (7 in 3 is a Swin's window, 14 in 4 DeiT's grid), equal, one token.

@@ -12,9 +12,9 @@ from architectures import SIZES, make_architecture
 from timm.models import group_parameters, save_for_hf
 
 import effvit
-from effvit.flops import count_flops
-from effvit.models.sit import SiT
-from effvit.models.token_slimming import TokenSlimming, unpooling
+from effvit.architectures.sit import SiT
+from effvit.architectures.token_slimming import TokenSlimming, unpooling
+from effvit.measure.flops import count_flops
 
 TINY: dict[str, Any] = {"img_size": 64, "embed_dim": 32, "depth": 5, "num_heads": 2, "num_classes": 7}
 

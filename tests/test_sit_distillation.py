@@ -11,8 +11,8 @@ import torch.distributed as dist
 from test_sit import images, make
 from torch import nn
 
-from effvit.models.sit import LayerTokens
-from effvit.models.sit_distillation import FeatureRecalibrationLoss, SiTDistillation, token_loss
+from effvit.architectures.sit import LayerTokens
+from effvit.architectures.sit_distillation import FeatureRecalibrationLoss, SiTDistillation, token_loss
 
 TEACHER = "lvvit_tiny_4c_224"
 TARGETS = torch.tensor([3, 5])

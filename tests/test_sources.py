@@ -16,11 +16,10 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+from data import sources
+from data.sources import SOURCES, default_root, fetch
 from PIL import Image
 from scripts import load_tool
-
-from effvit import sources
-from effvit.sources import SOURCES, default_root, fetch
 
 
 def png(pixels: np.ndarray) -> bytes:

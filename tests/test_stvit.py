@@ -14,10 +14,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import effvit
-from effvit.flops import count_flops
-from effvit.models import semantic_tokens
-from effvit.models.semantic_tokens import soft_assignment
-from effvit.models.stvit import STViT
+from effvit.architectures import semantic_tokens
+from effvit.architectures.semantic_tokens import soft_assignment
+from effvit.architectures.stvit import STViT
+from effvit.measure.flops import count_flops
 from effvit.recover import TokenRecovery
 
 NAME = "stvit_deit_{}_patch16_224"

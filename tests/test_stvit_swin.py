@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import effvit
-from effvit.flops import count_flops
-from effvit.models.dumbbell import DumbbellUnit, GroupBlock, SemanticLayers, WindowSeedBlock
-from effvit.models.stvit_swin import STViTSwin
-from effvit.models.swin_parts import WindowBlock
+from effvit.architectures.dumbbell import DumbbellUnit, GroupBlock, SemanticLayers, WindowSeedBlock
+from effvit.architectures.stvit_swin import STViTSwin
+from effvit.architectures.swin_parts import WindowBlock
+from effvit.layers.windows import spread_cells
+from effvit.measure.flops import count_flops
 from effvit.recover import RestoreBlock
-from effvit.windows import spread_cells
 
 CLASSIFICATION, DENSE, STVIT = (
     f"{name}_swin_{{}}_patch4_window7_{kind}" for name, kind in (("stvit_r", 224), ("stvit_r", "dense"), ("stvit", 224))

@@ -11,9 +11,8 @@ import torch
 from architectures import SUPERTOKEN, make_architecture, make_images
 from scripts import load_tool
 
-from effvit.flops import count_flops
-from effvit.models.supertoken import SuperTokenViT
-from effvit.super_tokens import (
+from effvit.architectures.supertoken import SuperTokenViT
+from effvit.layers.super_tokens import (
     SuperTokenAttention,
     associate,
     from_cells,
@@ -24,6 +23,7 @@ from effvit.super_tokens import (
     to_pixels,
     to_super_tokens,
 )
+from effvit.measure.flops import count_flops
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import effvit
 from effvit import requirements
-from effvit.models.lvvit import LVViT
+from effvit.hosts.lvvit import LVViT
 
 POOLS = ("token", "avg", "avgmax", "max", "map", "prr")
 DROPPING = [m for m in SETTINGS if m != "expedite"]  # which clusters the full grid and says so

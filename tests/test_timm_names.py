@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 import effvit
-from effvit.models.host import ReducedHost
-from effvit.models.zoo import default_cfgs
+from effvit.hosts.host import ReducedHost
+from effvit.zoo import default_cfgs
 
 METHODS = effvit.list_methods()
 # One small name of every kind of host; the other sizes differ in numbers only.

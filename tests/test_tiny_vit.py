@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import timm
 import torch
+from data.sources import default_root
 from timm.models._features_fx import create_feature_extractor
 from torch import Tensor, nn
 
 import effvit
 from effvit.block import rehouse
-from effvit.costs import profile
-from effvit.models._checkpoint import convert_checkpoint
-from effvit.models.tiny_vit import MergedAttention, cluster_biases
-from effvit.sources import default_root
+from effvit.hosts._checkpoint import convert_checkpoint
+from effvit.hosts.tiny_vit import MergedAttention, cluster_biases
+from effvit.measure.costs import profile
 
 SMALL = {"embed_dims": (8, 16, 24, 32), "num_heads": (1, 2, 3, 4), "depths": (1, 1, 2, 1)}
 MOBILE_SAM = default_root() / "mobile_sam" / "mobile_sam.pt"

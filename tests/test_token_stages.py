@@ -9,7 +9,7 @@ import torch
 from architectures import make_architecture, make_images
 
 import effvit
-from effvit.token_stages import ALONE, DROPPED, FUSED, MERGED, SOFT, Stage, trace_stages
+from effvit.show.token_stages import ALONE, DROPPED, FUSED, MERGED, SOFT, Stage, trace_stages
 
 # Case -> (block, tokens) of its stages, from the arguments of the small models.
 SOFT_CASES = {

@@ -16,13 +16,13 @@ from PIL import Image
 from rich.console import Console
 
 import effvit
-import effvit.tune
+import effvit.measure.tune
 from effvit.cli import main
-from effvit.closed_form import closed_form_macs
-from effvit.profiler import measurement
+from effvit.measure.closed_form import closed_form_macs
+from effvit.measure.profiler import measurement
+from effvit.measure.tune import Candidate, families, front, tune, weakest
 from effvit.schedule import spread_evenly
-from effvit.tables import print_tuning
-from effvit.tune import Candidate, families, front, tune, weakest
+from effvit.show.tables import print_tuning
 
 SIZE = (3, 64, 64)
 
@@ -55,7 +55,7 @@ def speed_of_macs(monkeypatch: pytest.MonkeyPatch) -> None:
             seconds[name] = sum(closed_form_macs(model, size, token_counts=counts).values()) * np.ones(rounds)
         return [measurement(name, own, seconds["dense"], batch_size) for name, own in seconds.items()]
 
-    monkeypatch.setattr("effvit.tune.profile_models", profile_models)
+    monkeypatch.setattr("effvit.measure.tune.profile_models", profile_models)
 
 
 def test_totals_are_spread_over_the_blocks() -> None:
@@ -110,13 +110,13 @@ class TestTune:
     def test_a_search_misled_by_noise_goes_on_to_stronger_settings(
         self, dense: Any, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        exact = effvit.tune.profile_models
+        exact = effvit.measure.tune.profile_models
 
         def flattering(*args: Any, rounds: int, **kwargs: Any) -> list[Any]:
             factor = 1.2 if rounds == 3 else 1.0
             return [replace(m, speedup=factor * m.speedup) for m in exact(*args, rounds=rounds, **kwargs)]
 
-        monkeypatch.setattr("effvit.tune.profile_models", flattering)
+        monkeypatch.setattr("effvit.measure.tune.profile_models", flattering)
         result = tune(dense, images, speedup=1.5, methods=["tome"], rounds=3, final_rounds=4)
         assert 1.5 <= result["best"]["speedup"] < 1.65
 
@@ -124,7 +124,7 @@ class TestTune:
         self, dense: Any, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The one of many that noise favoured does not reach the aim when it is measured alone."""
-        exact = effvit.tune.profile_models
+        exact = effvit.measure.tune.profile_models
         alone: list[float] = []
 
         def lucky(models: Any, *args: Any, **kwargs: Any) -> list[Any]:
@@ -136,7 +136,7 @@ class TestTune:
             changed = zip(others, interval, strict=True)
             return [dense_speed, *(replace(m, speedup=1.2 * m.speedup, interval=i) for m, i in changed)]
 
-        monkeypatch.setattr("effvit.tune.profile_models", lucky)
+        monkeypatch.setattr("effvit.measure.tune.profile_models", lucky)
         result = tune(dense, images, speedup=1.5, methods=["evit", "tome"], rounds=3, final_rounds=4)
         assert len(alone) > 1
         assert alone[0] < 1.5

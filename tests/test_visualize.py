@@ -15,9 +15,8 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
 import effvit
-from effvit.token_stages import Stage
-from effvit.tokens import TokenMap
-from effvit.visualize import (
+from effvit.show.token_stages import Stage
+from effvit.show.visualize import (
     BORDER,
     DROPPED,
     FUSED,
@@ -35,6 +34,7 @@ from effvit.visualize import (
     token_record,
     token_stages,
 )
+from effvit.tokens import TokenMap
 
 SETTINGS = {
     "evit": {"reduce_at": [1, 2], "keep_rate": 0.5},

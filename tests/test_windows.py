@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor
 
-from effvit.cross_attention import WindowCrossBlock
-from effvit.models.swin_parts import WindowBlock
-from effvit.windows import (
+from effvit.architectures.swin_parts import WindowBlock
+from effvit.layers.cross_attention import WindowCrossBlock
+from effvit.layers.windows import (
     cell_of_position,
     from_windows,
     inside_windows,

@@ -24,9 +24,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import effvit  # noqa: F401  registers the names
-from effvit.flops import count_flops
-from effvit.profiler import machine, profile_models
-from effvit.super_tokens import SuperTokenAttention
+from effvit.layers.super_tokens import SuperTokenAttention
+from effvit.measure.flops import count_flops
+from effvit.measure.profiler import machine, profile_models
 
 
 def unfold_super_tokens(attn: SuperTokenAttention, x: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """How near each method comes to its own ideal: the dense blocks on exactly the reduced token counts.
 
-The efficiency of a method is its speed over that of the ideal (``effvit.ideal``); what it lacks of 1 is the overhead.
-All models run interleaved, each once a round in random order; a figure is the median over the rounds of the ratio
-within a round, with its bootstrap 95 % interval.
+The efficiency of a method is its speed over that of the ideal (``effvit.measure.ideal``); what it lacks of 1 is the
+overhead. All models run interleaved, each once a round in random order; a figure is the median over the rounds of the
+ratio within a round, with its bootstrap 95 % interval.
 
     python tools/benchmark_overhead.py --rounds 40 --json overhead.json
     python tools/benchmark_overhead.py --device cuda --dtype bfloat16 --batch-size 128
@@ -24,8 +24,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import effvit
-from effvit.ideal import IdealViT, mean_counts
-from effvit.profiler import Measurement, machine, median_ratio, noise, profile_models
+from effvit.measure.ideal import IdealViT, mean_counts
+from effvit.measure.profiler import Measurement, machine, median_ratio, noise, profile_models
 
 CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "EViT 0.7": ("evit", {"keep_rate": 0.7}),

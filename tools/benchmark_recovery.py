@@ -25,9 +25,9 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from effvit.breakdown import now
-from effvit.models import host as reduced_host
-from effvit.profiler import keep_freed_memory, machine, median_interval, noise
+from effvit.hosts import host as reduced_host
+from effvit.measure.breakdown import now
+from effvit.measure.profiler import keep_freed_memory, machine, median_interval, noise
 from effvit.recover import FILLS
 from effvit.tokens import TokenMap
 

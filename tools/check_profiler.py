@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from effvit.profiler import Measurement, machine, median_interval, profile_models
+from effvit.measure.profiler import Measurement, machine, median_interval, profile_models
 
 __all__ = ["findings", "main", "table"]
 

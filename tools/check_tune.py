@@ -21,11 +21,11 @@ from rich.console import Console
 from rich.progress import Progress
 
 from effvit.cli import add_record, build, open_images, reduced
+from effvit.measure.profiler import machine, profile_models
+from effvit.measure.records import check_record, read_json
 from effvit.messages import plain, run_command
-from effvit.profiler import machine, profile_models
-from effvit.records import check_record, read_json
-from effvit.tables import settings_of
-from effvit.visualize import load_images
+from effvit.show.tables import settings_of
+from effvit.show.visualize import load_images
 
 __all__ = ["contenders", "main", "table"]
 

@@ -22,8 +22,8 @@ from rich.progress import track
 from torch import nn
 
 import effvit
-from effvit.closed_form import closed_form_macs
-from effvit.flops import count_flops
+from effvit.measure.closed_form import closed_form_macs
+from effvit.measure.flops import count_flops
 
 __all__ = ["build", "closed_form", "deviation", "key", "main", "table"]
 

@@ -22,11 +22,11 @@ import torch
 from mmengine.config import Config
 from mmengine.runner import find_latest_checkpoint
 
-from effvit.flops import count_flops
+from effvit.dense.runner import build_runner, check_checkpoint, prepare_config
+from effvit.measure.flops import count_flops
+from effvit.measure.profiler import machine
 from effvit.messages import one_line
-from effvit.profiler import machine
-from effvit.runner import build_runner, check_checkpoint, prepare_config
-from effvit.tables import mean_and_range
+from effvit.show.tables import mean_and_range
 
 __all__ = ["main", "table"]
 

@@ -30,8 +30,8 @@ from timm.models._registry import _model_entrypoints
 from torch import nn
 
 import effvit
-from effvit.ideal import IDEAL_HOSTS, IdealViT, mean_counts
-from effvit.profiler import machine, median_ratio, noise
+from effvit.measure.ideal import IDEAL_HOSTS, IdealViT, mean_counts
+from effvit.measure.profiler import machine, median_ratio, noise
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = CONFIGURATIONS | {
     "DyMU": ("dymu", {}),

@@ -26,21 +26,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from data.datasets import PICTURES, load_pictures
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import effvit
-from effvit.accuracy import add_accuracies, shown_models, top1
 from effvit.cli import add_record, build, list_variants, parse_setting, reduced
-from effvit.costs import profile
-from effvit.data import PICTURES, load_pictures
+from effvit.measure.accuracy import add_accuracies, shown_models, top1
+from effvit.measure.costs import profile
+from effvit.measure.records import read_records
 from effvit.messages import run_command
-from effvit.records import read_records
 from effvit.reducers import METHODS
-from effvit.tables import mean_and_range
-from effvit.visualize import data_config, image_transform
+from effvit.show.tables import mean_and_range
+from effvit.show.visualize import data_config, image_transform
 
 __all__ = ["main", "table"]
 

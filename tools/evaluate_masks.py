@@ -5,9 +5,9 @@
     python tools/evaluate_masks.py --size 448
     python tools/evaluate_masks.py --method tome --set "r=[0, 0, 98, 98, 98, 98, 98, 98]"
 
-Photographs are those of installed packages (effvit.pictures) and those that get_data.py fetched. Each is asked for the
-mask at every point of a grid; agreement is the mean intersection over union of the masks, thresholded as SAM's are. It
-says how much the reduction changes, not whether the masks are right. Whole windows need a size of 448 or 896 pixels; at
+Photographs are those of installed packages (effvit.show.pictures) and those that get_data.py fetched. Each is asked for
+the mask at every point of a grid; agreement is the mean intersection over union of the masks, thresholded as SAM's are.
+It says how much the reduction changes, not whether the masks are right. Whole windows need a size of 448 or 896 pixels; at
 1024, where the encoder was trained, a sixth of the tokens of the third stage are padding.
 """
 
@@ -25,6 +25,7 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
+from data.sources import default_root
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
@@ -32,13 +33,12 @@ from torch import Tensor, nn
 
 import effvit
 from effvit.cli import list_variants, parse_setting, reduced
-from effvit.costs import profile
+from effvit.hosts._checkpoint import read_file
 from effvit.images import as_rgb, open_image
+from effvit.measure.costs import profile
+from effvit.measure.records import write_json
 from effvit.messages import one_line, plain
-from effvit.models._checkpoint import read_file
-from effvit.pictures import photographs
-from effvit.records import write_json
-from effvit.sources import default_root
+from effvit.show.pictures import photographs
 
 __all__ = ["agreement", "main", "table"]
 

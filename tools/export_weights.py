@@ -15,8 +15,8 @@ from mmengine.runner.checkpoint import get_torch_safe_globals
 from safetensors.torch import save_file
 
 from effvit.cli import build
+from effvit.hosts._checkpoint import check_state, read_checkpoint
 from effvit.messages import run_command
-from effvit.models._checkpoint import check_state, read_checkpoint
 
 __all__ = ["main"]
 

@@ -15,8 +15,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from data.sources import SOURCES, default_root, fetch
+
 from effvit.messages import one_line
-from effvit.sources import SOURCES, default_root, fetch
 
 __all__ = ["listing", "main"]
 

@@ -18,10 +18,10 @@ from mmengine.registry import MODELS, init_default_scope
 from rich.console import Console
 from rich.table import Table
 
-from effvit.dense_flops import count_dense_flops, count_parts
+from effvit.dense.dense_flops import count_dense_flops, count_parts
+from effvit.dense.openmmlab import load_config
+from effvit.dense.runner import without_pretrained
 from effvit.messages import one_line
-from effvit.openmmlab import load_config
-from effvit.runner import without_pretrained
 
 __all__ = ["main"]
 

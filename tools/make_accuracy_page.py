@@ -16,9 +16,9 @@ from typing import Any
 from evaluate import table
 from marked_table import put_table
 
+from effvit.measure.records import read_records
 from effvit.messages import run_command
-from effvit.plots import plot_accuracy
-from effvit.records import read_records
+from effvit.show.plots import plot_accuracy
 
 __all__ = ["main", "origin", "page"]
 

@@ -1,11 +1,11 @@
-"""Make a labelled detection and segmentation set by pasting cut-outs on photographs (`effvit.composites`).
+"""Make a labelled detection and segmentation set by pasting cut-outs on photographs (`data.composites`).
 
 Without --sprites and --backgrounds it takes what tools/get_data.py fetches:
 
     python tools/get_data.py stamps photographs
     python tools/make_composites.py --out runs/composites --train 2000 --val 500 --sheet runs/sheet.png
 
-With --garments the cut-outs are the 70 000 of Fashion-MNIST (`effvit.garments`), which keep their own division:
+With --garments the cut-outs are the 70 000 of Fashion-MNIST (`data.garments`), which keep their own division:
 
     python tools/get_data.py fashion_mnist photographs
     python tools/make_composites.py --garments --out runs/garments --size 96 --scale 0.2 0.6
@@ -19,15 +19,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from data.composites import CLASSES, Settings, check_new, make_composites
+from data.garments import GARMENTS, read_garments
+from data.sources import default_root
 from PIL import Image
 from rich.progress import Progress
 
-from effvit.coco import draw_objects, read_coco
-from effvit.composites import CLASSES, Settings, check_new, make_composites
-from effvit.garments import GARMENTS, read_garments
+from effvit.dense.coco import draw_objects, read_coco
 from effvit.images import open_image
 from effvit.messages import one_line
-from effvit.sources import default_root
 
 __all__ = ["contact_sheet", "main"]
 

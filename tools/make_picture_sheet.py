@@ -1,4 +1,4 @@
-"""Write the pictures of Fashion-MNIST that come with the package: effvit/sheets/fashion_mnist.png and .json.
+"""Write the pictures of Fashion-MNIST that come with the package: effvit/show/sheets/fashion_mnist.png and .json.
 
     python tools/get_data.py fashion_mnist
     python tools/make_picture_sheet.py
@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data.datasets import load_pictures
 from PIL import Image
 
-from effvit.data import load_pictures
 from effvit.messages import one_line
-from effvit.pictures import SHEET
+from effvit.show.pictures import SHEET
 
 __all__ = ["Sheet", "main", "make_sheet"]
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from mmengine.config import DictAction
 from mmengine.dist import is_main_process
 
+from effvit.dense.runner import LAUNCHERS, build_runner, prepare_config, without_pretrained
 from effvit.messages import one_line
-from effvit.runner import LAUNCHERS, build_runner, prepare_config, without_pretrained
 
 __all__ = ["main"]
 

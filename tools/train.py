@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 from mmengine.config import DictAction
 
+from effvit.dense.runner import LAUNCHERS, build_runner, prepare_config
 from effvit.messages import one_line
-from effvit.runner import LAUNCHERS, build_runner, prepare_config
 
 __all__ = ["main"]
 

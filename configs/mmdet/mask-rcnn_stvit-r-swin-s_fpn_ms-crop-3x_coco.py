@@ -1,7 +1,7 @@
 # STViT-R on Swin-S (2303.08685) with mmdet's 3x recipe for Swin.
 _base_ = "mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco.py"
 
-custom_imports = dict(imports=["effvit.openmmlab"], allow_failed_imports=False)
+custom_imports = dict(imports=["effvit.dense.openmmlab"], allow_failed_imports=False)
 
 model = dict(
     backbone=dict(

@@ -2,7 +2,7 @@
 # the drop path of the classifier (README of hhb072/STViT@c9ed9a4).
 _base_ = "mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py"
 
-custom_imports = dict(imports=["effvit.openmmlab"], allow_failed_imports=False)
+custom_imports = dict(imports=["effvit.dense.openmmlab"], allow_failed_imports=False)
 
 model = dict(
     backbone=dict(

@@ -1,7 +1,7 @@
 # Dense DeiT-S (2012.12877) with mmseg's recipe for it, the baseline of the methods on it.
 _base_ = "mmseg::vit/vit_deit-s16_mln_upernet_8xb2-160k_ade20k-512x512.py"
 
-custom_imports = dict(imports=["effvit.openmmlab"], allow_failed_imports=False)
+custom_imports = dict(imports=["effvit.dense.openmmlab"], allow_failed_imports=False)
 
 model = dict(
     pretrained=None,

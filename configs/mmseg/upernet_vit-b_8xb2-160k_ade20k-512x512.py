@@ -2,7 +2,7 @@
 # on it.
 _base_ = "mmseg::vit/vit_vit-b16_mln_upernet_8xb2-160k_ade20k-512x512.py"
 
-custom_imports = dict(imports=["effvit.openmmlab"], allow_failed_imports=False)
+custom_imports = dict(imports=["effvit.dense.openmmlab"], allow_failed_imports=False)
 
 model = dict(
     data_preprocessor=dict(mean=[127.5, 127.5, 127.5], std=[127.5, 127.5, 127.5]),

@@ -114,7 +114,7 @@ class Reducer(nn.Module):
 
     @classmethod
     def ladders(cls, depth: int, num_patches: int) -> list[list[dict[str, Any]]]:
-        """Settings from weak to strong for ``effvit.tune``, one list for each way to spread the reduction over blocks.
+        """Settings from weak to strong for ``effvit.measure.tune``, a list for each way to spread them over the blocks.
 
         None for a method that must be calibrated or trained before its outputs say anything.
 

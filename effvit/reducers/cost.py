@@ -1,4 +1,4 @@
-"""What a method does to the sizes of a block, and what that costs: the terms of ``effvit.closed_form``."""
+"""What a method does to the sizes of a block, and what that costs: the terms of ``effvit.measure.closed_form``."""
 
 from __future__ import annotations
 

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effvit.attention import AttnState
-from effvit.matching import alternating_match
 from effvit.recording import is_recorded
 from effvit.reducers.base import FEW_PATCHES, Reducer, check_finite
 from effvit.reducers.cost import BlockSizes, Change, alternating_pairs
+from effvit.reducers.matching import alternating_match
 from effvit.schedule import check_choice, check_count, check_number, check_switch, dymu_r, per_block
 from effvit.tokens import (
     RAGGED,

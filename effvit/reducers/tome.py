@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effvit.attention import AttnState
-from effvit.matching import alternating_match
 from effvit.reducers.base import FEW_PATCHES, Reducer, check_finite
 from effvit.reducers.cost import BlockSizes, Change, alternating_pairs
+from effvit.reducers.matching import alternating_match
 from effvit.schedule import check_switch, spread_ladder, tome_r
 from effvit.tokens import TokenMap, flat_rows, take_rows, wide_dtype, wide_product
 

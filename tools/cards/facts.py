@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import timm
 import yaml
 
-from effvit.models import lvvit, vit_nano
-from effvit.models.architectures import VARIANTS
+from effvit.architectures.variants import VARIANTS
+from effvit.hosts import lvvit, vit_nano
 from effvit.reducers import METHODS
 
 __all__ = ["ARCHITECTURES", "BENCHMARKS", "ROOT", "Result", "belongs", "configs", "facts_of_all", "read", "results_of"]

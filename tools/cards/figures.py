@@ -25,8 +25,8 @@ from cards.facts import (
     words,
 )
 from cards.speeds import Speed, accuracies_of, profiles, speeds_of
-from effvit.closed_form import closed_form_macs
-from effvit.models.architectures import VARIANTS
+from effvit.architectures.variants import VARIANTS
+from effvit.measure.closed_form import closed_form_macs
 from effvit.reducers import METHODS
 
 __all__ = ["MODELS", "Family", "Row", "count", "families", "settings_to_count"]

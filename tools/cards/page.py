@@ -206,7 +206,7 @@ def _use(family: Family) -> list[str]:
         "In a config of mmdet or mmseg:",
         "",
         "```python",
-        'custom_imports = dict(imports=["effvit.openmmlab"], allow_failed_imports=False)',
+        'custom_imports = dict(imports=["effvit.dense.openmmlab"], allow_failed_imports=False)',
         f'backbone = dict(type="EffViT", model_name="{backbone["model"]}"{_call(in_backbone)})',
         "```",
         "",

@@ -12,7 +12,7 @@ import timm
 from benchmark_overhead import CONFIGURATIONS
 
 from cards.facts import BENCHMARKS, Result, belongs, native_size, read, words
-from effvit.profiler import median_ratio
+from effvit.measure.profiler import median_ratio
 from effvit.reducers import METHODS
 
 __all__ = ["Speed", "accuracies_of", "of_profiles", "profiles", "speeds_of"]

@@ -7,7 +7,7 @@ _base_ = [
     "multiscale_3x.py",
 ]
 
-custom_imports = dict(imports=["effvit.openmmlab"], allow_failed_imports=False)
+custom_imports = dict(imports=["effvit.dense.openmmlab"], allow_failed_imports=False)
 
 box_heads = [
     dict(

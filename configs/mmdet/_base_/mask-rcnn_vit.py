@@ -7,7 +7,7 @@ _base_ = [
     "vitdet_recipe.py",
 ]
 
-custom_imports = dict(imports=["effvit.openmmlab"], allow_failed_imports=False)
+custom_imports = dict(imports=["effvit.dense.openmmlab"], allow_failed_imports=False)
 
 model = dict(
     backbone={{_base_.vit_backbone}},

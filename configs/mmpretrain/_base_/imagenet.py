@@ -7,7 +7,7 @@ _base_ = [
     "mmpretrain::_base_/default_runtime.py",
 ]
 
-custom_imports = dict(imports=["effvit.openmmlab", "effvit.classifiers"], allow_failed_imports=False)
+custom_imports = dict(imports=["effvit.dense.openmmlab", "effvit.dense.classifiers"], allow_failed_imports=False)
 
 model = dict(
     type="EffViTClassifier",

@@ -2,7 +2,7 @@
 # and cropped to 224, as DeiT is evaluated.
 _base_ = ["mmpretrain::_base_/datasets/imagenet_bs64_swin_224.py", "mmpretrain::_base_/default_runtime.py"]
 
-custom_imports = dict(imports=["effvit.classifiers"], allow_failed_imports=False)
+custom_imports = dict(imports=["effvit.dense.classifiers"], allow_failed_imports=False)
 
 model = dict(
     type="EffViTClassifier",

@@ -1,7 +1,7 @@
 # LookupViT (2407.12753) on the shape of vit-nano: 9 compressed tokens; a loss for each of its two classifiers.
 _base_ = "_base_/three-epochs.py"
 
-custom_imports = dict(imports=["effvit.openmmlab", "effvit.classifiers"], allow_failed_imports=False)
+custom_imports = dict(imports=["effvit.dense.openmmlab", "effvit.dense.classifiers"], allow_failed_imports=False)
 
 model = dict(
     type="EffViTClassifier",

@@ -7,7 +7,7 @@ _base_ = [
     "mmseg::_base_/schedules/schedule_80k.py",
 ]
 
-custom_imports = dict(imports=["effvit.openmmlab"], allow_failed_imports=False)
+custom_imports = dict(imports=["effvit.dense.openmmlab"], allow_failed_imports=False)
 
 model = dict(
     data_preprocessor=dict(size=(512, 512)),

@@ -1,7 +1,7 @@
 # Segmenter with a mask transformer (2105.05633) on ViT-B, mmseg's recipe.
 _base_ = "mmseg::segmenter/segmenter_vit-b_mask_8xb1-160k_ade20k-512x512.py"
 
-custom_imports = dict(imports=["effvit.openmmlab"], allow_failed_imports=False)
+custom_imports = dict(imports=["effvit.dense.openmmlab"], allow_failed_imports=False)
 
 model = dict(
     pretrained=None,

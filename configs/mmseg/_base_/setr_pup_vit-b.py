@@ -1,7 +1,7 @@
 # SETR (2012.15840) with the progressive upsampling decoder, mmseg's recipe for ViT-L, on ViT-B.
 _base_ = "mmseg::setr/setr_vit-l_pup_8xb2-160k_ade20k-512x512.py"
 
-custom_imports = dict(imports=["effvit.openmmlab"], allow_failed_imports=False)
+custom_imports = dict(imports=["effvit.dense.openmmlab"], allow_failed_imports=False)
 
 norm_cfg = dict(type="SyncBN", requires_grad=True)
 model = dict(

@@ -5,7 +5,7 @@
 # Widths, learning rate and schedule are our choice; a leaf adds the backbone and what it needs.
 _base_ = ["mmdet::_base_/models/mask-rcnn_r50_fpn.py", "mmdet::_base_/default_runtime.py"]
 
-custom_imports = dict(imports=["effvit.openmmlab"], allow_failed_imports=False)
+custom_imports = dict(imports=["effvit.dense.openmmlab"], allow_failed_imports=False)
 classes = ("fruit", "flower", "coin", "sign", "vehicle")
 channels = 64
 

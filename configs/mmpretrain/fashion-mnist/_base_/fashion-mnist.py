@@ -3,7 +3,7 @@
 # rate are our choice.
 _base_ = ["mmpretrain::_base_/schedules/imagenet_bs1024_adamw_swin.py", "mmpretrain::_base_/default_runtime.py"]
 
-custom_imports = dict(imports=["effvit.openmmlab"], allow_failed_imports=False)
+custom_imports = dict(imports=["effvit.dense.openmmlab"], allow_failed_imports=False)
 
 model = dict(
     type="TimmClassifier",

@@ -2,7 +2,7 @@
 # cores allow: our choice. The leaf names the method.
 _base_ = "fashion-mnist.py"
 
-custom_imports = dict(imports=["effvit.openmmlab", "effvit.classifiers"], allow_failed_imports=False)
+custom_imports = dict(imports=["effvit.dense.openmmlab", "effvit.dense.classifiers"], allow_failed_imports=False)
 
 model = dict(type="EffViTClassifier", pretrained=True, train_cfg=None)
 optim_wrapper = dict(optimizer=dict(lr=1e-4))

@@ -2,7 +2,7 @@
 # minutes. Class 0 is the background. Widths, learning rate and schedule are our choice.
 _base_ = ["mmseg::_base_/models/upernet_swin.py", "mmseg::_base_/default_runtime.py"]
 
-custom_imports = dict(imports=["effvit.openmmlab"], allow_failed_imports=False)
+custom_imports = dict(imports=["effvit.dense.openmmlab"], allow_failed_imports=False)
 classes = ("background", "fruit", "flower", "coin", "sign", "vehicle")
 # Nine tenths of the pixels are background.
 loss = dict(type="CrossEntropyLoss", class_weight=[0.5, 1.0, 1.0, 1.0, 1.0, 1.0])

@@ -1,0 +1,1 @@
+"""Architectures with weights of their own, one file each, and their parts."""

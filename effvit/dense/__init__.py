@@ -1,0 +1,1 @@
+"""Backbones in detectors and segmenters, and their data checked before training."""

@@ -1,0 +1,758 @@
+"""Hosts: timm's plain vision transformers with a reduction method in their blocks, and ``sparsify``.
+
+A host is a subclass of the timm class that adds methods only; an existing model becomes one by copying its
+module objects around the same parameters. So state_dict keys, heads, resizing, layer decay and everything else
+that timm does with the class go on working, and the model that was given stays as it is.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import timm
+import torch
+from timm.layers import PatchDropout, PatchDropoutWithIndices, to_2tuple
+from timm.models import checkpoint
+from timm.models._features import feature_take_indices
+from timm.models._pretrained import PretrainedCfg
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
+from timm.models.tiny_vit import TinyVit
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from effvit.block import call_block, copy_shared, rehouse, set_child, token_block
+from effvit.hosts._surface import (
+    SPARSIFIED,
+    Reduced,
+    check_images,
+    check_output_fmt,
+    hand_out,
+    patch_grid,
+    refuse_mask,
+    refuse_open_sizes,
+    with_gradients,
+)
+from effvit.hosts.refusals import is_file_name, reason_against, reason_against_class
+from effvit.hosts.tiny_vit import ReducedTinyViT, reduce_windows
+from effvit.recording import refuse_legacy_onnx
+from effvit.recover import FILLS, AttentionRecovery, check_fill, restore, to_grid, unpacked
+from effvit.reducers import METHODS, Reducer, register_method
+from effvit.schedule import check_fraction, check_switch, per_block
+from effvit.tokens import TokenMap, fix_traced_size, flat_rows, take_rows
+
+__all__ = [
+    "HOST_CLASSES",
+    "ReducedDistilled",
+    "ReducedEva",
+    "ReducedViT",
+    "TokenFeatures",
+    "check_model_name",
+    "list_methods",
+    "method_settings",
+    "record_name",
+    "register_host",
+    "sparsify",
+]
+
+ReducedT = TypeVar("ReducedT", bound=Reduced)
+HostT = TypeVar("HostT", bound=nn.Module)
+
+
+class TokenFeatures(NamedTuple):
+    """Tokens and where they are.
+
+    Attributes:
+        x: (B, P+N, C) tokens; padded to the longest image for a method with variable counts.
+        tokens: Their TokenMap.
+    """
+
+    x: Tensor
+    tokens: TokenMap
+
+
+class ReducedHost(Reduced):
+    """What all hosts share: the loop over the blocks and everything that must know the tokens moved.
+
+    Attributes:
+        recovery: The trained module of the fill "attention", else None.
+        head_reads_patches: The head reads patch tokens although it pools the class token.
+    """
+
+    recovery: AttentionRecovery | None
+    head_reads_patches = False
+    _depth: int  # blocks of the whole host, of which features_only may leave some out
+    token_drop: PatchDropoutWithIndices | None
+
+    blocks: Any
+    patch_embed: Any
+    norm: Any
+    norm_pre: Any
+    cls_token: Any
+    attn_pool: Any
+    num_prefix_tokens: int
+    global_pool: str
+    grad_checkpointing: bool
+
+    if TYPE_CHECKING:  # what timm's class brings along
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    @property
+    def num_class_tokens(self) -> int:
+        """Class-like tokens: 1 with a class token, 2 with a distillation token too, else 0."""
+        return 0 if self.cls_token is None else 1
+
+    @property
+    def reducers(self) -> dict[int, Reducer]:
+        """{block: reducer} of the blocks that reduce."""
+        return {i: block.reducer for i, block in enumerate(self.blocks) if block.reducer is not None}
+
+    @property
+    def variable_length(self) -> bool:
+        """Token counts depend on the image."""
+        return any(reducer.variable_length for reducer in self.reducers.values())
+
+    # -- what one forward pass does ----------------------------------------------------------------------------
+
+    def _embed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Images (B, 3, H, W) -> tokens (B, P+N, C) and the rotary table, None without RoPE."""
+        raise NotImplementedError
+
+    def _block_rope(self, rope: Tensor | None, block: int) -> Tensor | None:
+        return rope
+
+    def _start(self, x: Tensor, memory: bool, reference: bool = False) -> tuple[Tensor, Tensor | None, TokenMap]:
+        self.check_whole()
+        check_images(x, self)
+        refuse_open_sizes(x, self)
+        if self.reducers:
+            refuse_legacy_onnx(f"a model reduced by {self.method}")
+        grid = patch_grid(x, self)
+        if getattr(self, "dynamic_img_size", False):
+            for reducer in self.reducers.values():
+                reducer.check_size(grid)
+            check_counts(self, grid)
+        x, rope = self._embed(x)
+        tokens = TokenMap.full(x, grid, self.num_prefix_tokens, self.num_class_tokens)
+        tokens = tokens.remember(x) if memory else tokens
+        for reducer in list(self.reducers.values())[:1]:
+            tokens = reducer.start(x, tokens)
+        if self.token_drop is not None:
+            full, (x, index) = x, self.token_drop(x)
+            if index is not None:
+                tokens = tokens.refer(full) if reference else tokens
+                tokens = replace(tokens.keep(index, index.shape[1]), present=index)
+        return x, rope, tokens
+
+    def _forward_blocks(
+        self,
+        x: Tensor,
+        take: Sequence[int] = (),
+        num_blocks: int | None = None,
+        memory: bool = False,
+        reference: bool = False,
+    ) -> tuple[TokenFeatures, list[TokenFeatures]]:
+        """The one loop over the blocks.
+
+        Args:
+            x: Images (B, 3, H, W).
+            take: Blocks whose output is returned too.
+            num_blocks: Blocks to run, None for all.
+            memory: Let the maps remember dropped patches, for dense recovery by "last" or "attention".
+            reference: Let the maps keep the full grid from before the first reduction, for "reconstruct".
+
+        Returns:
+            Output of the last block run, and of the blocks in ``take``; packed where the method packs.
+        """
+        x, rope, tokens = self._start(x, memory, reference)
+        taken = []
+        for i, block in enumerate(self.blocks[:num_blocks]):
+            if memory and block.reducer is not None and not block.reducer.keeps_every_patch:
+                tokens = tokens.remember(x)
+            if reference and block.reducer is not None and tokens.reference is None:
+                tokens = tokens.refer(x)
+            block_rope = self._block_rope(rope, i)
+            if self.grad_checkpointing:
+                x, tokens = checkpoint(call_block, block, x, tokens, block_rope)
+            else:
+                x, tokens = call_block(block, x, tokens, block_rope)
+            if i in take:
+                taken.append(TokenFeatures(x, tokens))
+        return TokenFeatures(x, tokens), taken
+
+    def forward_tokens(self, x: Tensor, memory: bool = False) -> TokenFeatures:
+        """Final tokens and their TokenMap.
+
+        Args:
+            x: Images (B, 3, H, W).
+            memory: Let the map remember the features of dropped patches, which the fills "last" and "attention" need,
+                and those of all patches before the first reduction, which "reconstruct" needs.
+
+        Returns:
+            Normalised tokens (B, P+N, C) as the last block left them, and where they are.
+        """
+        (x, tokens), _ = self._forward_blocks(x, memory=memory, reference=memory)
+        return TokenFeatures(*unpacked(self.norm(x), tokens))
+
+    def trace_tokens(self, x: Tensor, memory: bool = False) -> list[TokenFeatures]:
+        """Tokens (not normalised) and TokenMap after every block, for pictures and statistics."""
+        _, taken = self._forward_blocks(x, take=range(len(self.blocks)), memory=memory, reference=memory)
+        return [TokenFeatures(*unpacked(*features)) for features in taken]
+
+    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Normalised tokens (B, P+N, C), made so that timm's ``forward_head`` is exact on them.
+
+        With class-token pooling these are the tokens left. With any other pooling merged tokens are given back
+        once for each patch they stand for, so that a mean weights them by size (patches that patch dropout left out are
+        in no pool); soft clusters give way to all patches, reconstructed before the norm; padding of images with fewer
+        tokens holds their mean.
+        """
+        refuse_mask(self, attn_mask, is_causal)
+        (x, tokens), _ = self._forward_blocks(x)
+        return self._poolable(*self._normalised(x, tokens))
+
+    @property
+    def _pools_patches(self) -> bool:
+        return self.global_pool != "token" or self.head_reads_patches
+
+    def _normalised(self, x: Tensor, tokens: TokenMap) -> tuple[Tensor, TokenMap]:
+        """Normalised tokens and their map, soft clusters restored to all patches if the head pools them."""
+        if tokens.soft and self._pools_patches:
+            x, tokens = restore(x, tokens)
+        return unpacked(self.norm(x), tokens)
+
+    def _poolable(self, x: Tensor, tokens: TokenMap) -> Tensor:
+        if not self._pools_patches:
+            return x
+        if tokens.size is not None:
+            prefix, patches = tokens.split(x)
+            return torch.cat([prefix, take_rows(patches, flat_rows(tokens.carriers(), patches.shape[1]))], dim=1)
+        if tokens.valid is not None:
+            with_prefix = getattr(self, "pool_include_prefix", False)
+            pooled = tokens.sequence_mask()
+            if not with_prefix:
+                pooled = pooled & (pooled.cumsum(1) > tokens.num_prefix)
+            weight = pooled.unsqueeze(-1).to(x.dtype)
+            mean = (x * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
+            return torch.where(tokens.sequence_mask().unsqueeze(-1), x, mean)
+        return x
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Class scores (B, num_classes) of images (B, 3, H, W)."""
+        scores = self._class_scores(x, attn_mask, is_causal)
+        return with_gradients(scores, self.recovery) if self.training else scores  # only maps need the recovery
+
+    def _class_scores(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        if self.global_pool != "map" or self.attn_pool is None:
+            return self.forward_head(self.forward_features(x, attn_mask, is_causal))
+        refuse_mask(self, attn_mask, is_causal)
+        (x, tokens), _ = self._forward_blocks(x)
+        x, tokens = self._normalised(x, tokens)
+        if tokens.size is None:
+            return self.forward_head(x)
+        # Attention pooling over merged tokens: a bias of log size equals pooling the un-merged sequence.
+        bias: Any = replace(tokens, key_weight=tokens.size).key_bias(x.dtype)
+        if isinstance(self, VisionTransformer) and not self.pool_include_prefix:
+            x, bias = x[:, tokens.num_prefix :], bias[..., tokens.num_prefix :]
+        return self.head(self.head_drop(self.fc_norm(self.attn_pool(x, attn_mask=bias))))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Any:
+        """Features of several blocks on the full patch grid; arguments and returns as timm's method.
+
+        Args:
+            x: Images (B, 3, H, W).
+            indices: The last n blocks if an int, all if None, or block numbers.
+            return_prefix_tokens: Return (map, prefix tokens) pairs.
+            norm: Apply the final norm to the intermediates.
+            stop_early: Do not run the blocks behind the last one asked for.
+            output_fmt: "NCHW" for maps (B, C, H/patch, W/patch), "NLC" for sequences (B, N, C) of all patches.
+            intermediates_only: Return only the list of intermediates.
+            output_dict: Return a dict with image_features and image_intermediates.
+            attn_mask: Refused: a mask over the full sequence has no meaning once tokens have moved.
+            is_causal: Refused.
+
+        Returns:
+            (final features, intermediates), the intermediates, or the dict. Patches that were dropped are filled
+            as ``self.recover`` says.
+        """
+        check_output_fmt(output_fmt)
+        refuse_mask(self, attn_mask, is_causal)
+        take, last = feature_take_indices(len(self.blocks), indices)
+        num_blocks = last + 1 if stop_early or intermediates_only else None
+        _, memory, reference = FILLS[self.recover]
+        final, taken = self._forward_blocks(x, take, num_blocks, memory, reference)
+
+        patches: list[Tensor] = []
+        prefixes: list[Tensor] = []
+        for features in taken:
+            tokens = features.tokens
+            y = to_grid(features.x, tokens, self.recover, self.recovery)  # (B, H*W, C)
+            prefix, _ = tokens.split(unpacked(features.x, tokens)[0])
+            y, prefix = (self.norm(y), self.norm(prefix)) if norm else (y, prefix)
+            patches.append(y)
+            prefixes.append(prefix)
+        return hand_out(
+            patches,
+            prefixes if return_prefix_tokens and self.num_prefix_tokens > 0 else None,
+            final.tokens.grid,
+            lambda: self._poolable(*self._normalised(*final)),
+            output_fmt,
+            intermediates_only,
+            output_dict,
+        )
+
+    # -- settings ----------------------------------------------------------------------------------------------
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the method does, as settings: JSON-plain, defaults included, a copy.
+
+        They follow ``set_keep_rate``, any other change of the reducers, and what ``effvit.calibrate`` learnt.
+
+        Raises:
+            ValueError: Reducers changed by hand so that no settings describe them.
+        """
+        return self._recorded_settings() | METHODS[self.method].learnt_settings(self.reducers, self._depth)
+
+    def _recorded_settings(self) -> dict[str, Any]:
+        """``settings`` without what ``state_dict`` holds."""
+        given = super().settings
+        planned = METHODS[self.method].plan(self._depth, **given)
+        behind = {b: reducer for b, reducer in planned.items() if b >= len(self.blocks)}  # cut off by features_only
+        now = self.reducers | behind
+        values = {name: _values(now, name) for name in given}
+        changed = {name: value for name, value in values.items() if value != _values(planned, name)}
+        if not changed and now.keys() == planned.keys():
+            return given
+        spelt_out = given | {name: _one_or_each(value) for name, value in values.items() if value}
+        spelt_out |= {"reduce_at": list(now)} if "reduce_at" in given else {}
+        for settings in (given | {name: _one_or_each(value) for name, value in changed.items()}, spelt_out):
+            if _describes(self.method, self._depth, settings, now):
+                return settings
+        raise ValueError(
+            f"the reducers of this model were changed by hand, and no settings of {self.method} describe them; "
+            "make the model you want by effvit.sparsify"
+        )
+
+    def token_counts(self, grid: tuple[int, int] | None = None) -> list[int]:
+        """Patch tokens leaving each block for an image of that patch grid, largest possible if they depend on it."""
+        height, width = grid or self.patch_embed.grid_size
+        counts, left = [], height * width
+        for block in self.blocks:
+            if block.reducer is not None:
+                left = block.reducer.count_on(left, (height, width))
+            counts.append(left)
+        return counts
+
+    def set_keep_rate(self, keep_rate: float | Sequence[float] | None) -> None:
+        """Change the keep rate of the reducing blocks, e.g. by a schedule over training.
+
+        Args:
+            keep_rate: One rate in (0, 1] for all reducing blocks, or one for each, which ``settings`` then tell; None
+                restores the rates the model was made with.
+
+        Raises:
+            ValueError: A rate out of range, or a method that has no keep rate.
+        """
+        if "keep_rate" not in self._settings:
+            raise ValueError(f"{self.method} has no keep rate to set; its settings are {', '.join(self._settings)}")
+        reducers: dict[int, Any] = {b: r for b, r in self.reducers.items() if hasattr(r, "base_keep_rate")}
+        absolute = [name for name in ("num_tokens", "num_clusters") if self._settings.get(name) is not None]
+        if not reducers or absolute:
+            cause = f"its {absolute[0]} are absolute" if absolute else "its settings let no block reduce"
+            raise ValueError(f"{self.method}: a keep rate would have no effect, no block uses one ({cause})")
+        before = {block: reducer.keep_rate for block, reducer in reducers.items()}
+        rates = per_block("keep_rate", keep_rate, tuple(reducers))
+        rates = {
+            b: reducers[b].base_keep_rate if r is None else check_fraction("keep_rate", r) for b, r in rates.items()
+        }
+        try:
+            for block, rate in rates.items():
+                reducers[block].keep_rate = rate
+            check_counts(self, self.patch_embed.grid_size)
+        except ValueError:
+            for block, rate in before.items():
+                reducers[block].keep_rate = rate
+            raise
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """timm's new classifier, and pooling if one is given that can be applied to the tokens left."""
+        super().reset_classifier(num_classes, global_pool)  # type: ignore[misc]
+        if self.attn_pool is None:
+            set_child(self, "attn_pool", None)
+
+    def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
+        """timm's resize, if the settings leave tokens on the new grid."""
+        new_patch = to_2tuple(patch_size or self.patch_embed.patch_size)
+        size = to_2tuple(img_size or self.patch_embed.img_size)
+        check_counts(self, (size[0] // new_patch[0], size[1] // new_patch[1]))
+        super().set_input_size(img_size, patch_size)  # type: ignore[misc]
+        check_counts(self, self.patch_embed.grid_size)  # a hybrid embedding has another grid than its patch size says
+
+
+class ReducedViT(ReducedHost, VisionTransformer):
+    """timm's ``VisionTransformer`` with a reduction method."""
+
+    def _embed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.norm_pre(self._pos_embed(self.patch_embed(x))), None
+
+
+class ReducedDistilled(ReducedHost, VisionTransformerDistilled):
+    """timm's ``VisionTransformerDistilled`` with a reduction method."""
+
+    _embed = ReducedViT._embed
+
+    @property
+    def num_class_tokens(self) -> int:
+        return 2
+
+
+class ReducedEva(ReducedHost, Eva):
+    """timm's ``Eva`` (EVA, EVA02, DINOv3, PE, rope ViTs) with a reduction method."""
+
+    def _embed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, rope = self._pos_embed(self.patch_embed(x))
+        return self.norm_pre(fix_traced_size(x, 1)), rope  # a trace holds the rotary table of one grid
+
+    def _block_rope(self, rope: Tensor | None, block: int) -> Tensor | None:
+        return rope[block] if self.rope_mixed and rope is not None else rope
+
+
+HOST_CLASSES: dict[type[nn.Module], type[ReducedHost]] = {
+    VisionTransformer: ReducedViT,
+    VisionTransformerDistilled: ReducedDistilled,
+    Eva: ReducedEva,
+}
+
+
+def register_host(host_class: type[HostT], reduced_class: type[ReducedHost] | None = None) -> type[HostT]:
+    """Let ``sparsify`` take models of a class of your own. It can stand above the class as a decorator.
+
+    Args:
+        host_class: A subclass of a class that ``sparsify`` takes, such as timm's ``VisionTransformer``.
+        reduced_class: Subclass of ``host_class`` and of the base's reduced class, which runs the blocks. None: it is
+            made of the two, which needs a class that leaves the forward pass of its base alone.
+
+    Returns:
+        The class.
+
+    Raises:
+        TypeError: No subclass of a class that ``sparsify`` takes, a class that overrides what a reduced model runs in
+            its own way, or a ``reduced_class`` that is no subclass of both.
+        ValueError: The class is registered already, with another ``reduced_class``.
+    """
+    base = next((cls for cls in host_class.__mro__ if cls in HOST_CLASSES), None)
+    if base is None:
+        raise TypeError(reason_against_class(host_class, HOST_CLASSES))
+    known = HOST_CLASSES[base]
+    if base is host_class:
+        if reduced_class not in (None, known):
+            raise ValueError(f"{host_class.__qualname__} is registered already, with {known.__qualname__}")
+        return host_class
+    if reduced_class is None:
+        own = {name for cls in host_class.__mro__[: host_class.__mro__.index(base)] for name in vars(cls)}
+        run = {name for cls in known.__mro__[: known.__mro__.index(base)] for name in vars(cls) if hasattr(base, name)}
+        clash = sorted(name for name in own & run if not name.startswith("__"))
+        if clash:
+            raise TypeError(
+                f"{host_class.__qualname__} overrides {', '.join(clash)}, which a reduced model runs in its own way, "
+                "so that its tokens would not be computed as you wrote; give reduced_class, a subclass of "
+                f"{known.__qualname__} and {host_class.__qualname__} that does both"
+            )
+        module = {"__module__": host_class.__module__}
+        reduced_class = type(f"Reduced{host_class.__name__}", (known, host_class), module)
+    elif not issubclass(reduced_class, known) or not issubclass(reduced_class, host_class):
+        raise TypeError(
+            f"reduced_class must be a subclass of {known.__qualname__} and {host_class.__qualname__}, got "
+            f"{reduced_class.__qualname__}"
+        )
+    HOST_CLASSES[host_class] = reduced_class
+    return host_class
+
+
+def check_counts(model: ReducedHost, grid: tuple[int, int]) -> None:
+    """Raise a ValueError if the settings leave no token in some block for an image of that patch grid.
+
+    On a host that takes images of any size only an image without patches can fail.
+    """
+    left = grid[0] * grid[1]
+    if left < 1:
+        raise ValueError(f"the patch grid is {grid[0]} x {grid[1]}: images must hold at least one patch")
+    for block, count in enumerate(model.token_counts(grid)):
+        if count < 1:
+            raise ValueError(
+                f"{model.method} would leave {count} of {left} patch tokens in block {block} "
+                f"for a patch grid of {grid[0]} x {grid[1]}; reduce less or in fewer blocks"
+            )
+        left = count
+
+
+def list_methods(pattern: str = "*") -> list[str]:
+    """Names of the reduction methods that match a shell-style pattern."""
+    return [name for name in METHODS if fnmatch.fnmatch(name, pattern)]
+
+
+def _nearest(name: str, known: Sequence[str], otherwise: str) -> str:
+    close = difflib.get_close_matches(name, known, n=3)
+    return f"did you mean {' or '.join(close)}?" if close else otherwise
+
+
+def method_settings(method: str) -> dict[str, Any]:
+    """The settings of a method and their defaults.
+
+    Raises:
+        ValueError: An unknown method; the message names the nearest.
+        TypeError: No name.
+    """
+    if not isinstance(method, str):
+        raise TypeError(f"method must be a name, one of {', '.join(METHODS)}, got {method!r}")
+    if method not in METHODS:
+        known = f"known are {', '.join(METHODS)}"
+        raise ValueError(f"unknown method {method!r}; {_nearest(method, tuple(METHODS), known)}")
+    return METHODS[method].defaults()
+
+
+def check_settings(method: str, settings: dict[str, Any]) -> None:
+    """Raise a ValueError for a setting the method does not have, naming the methods that do."""
+    known = method_settings(method)
+    for name in settings:
+        if name in known:
+            continue
+        owners = [other for other in METHODS if name in METHODS[other].defaults()]
+        close = difflib.get_close_matches(str(name), known, n=1)
+        owned = f"it belongs to {', '.join(owners)}; " if owners else ""
+        if close and not owners:
+            owned = f"did you mean {close[0]}? "
+        raise ValueError(f"{method} has no setting {name!r}; {owned}{method} takes {', '.join(known)}")
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(v) for v in value] if isinstance(value, (tuple, list, range)) else value
+
+
+def _values(reducers: Mapping[int, Reducer], name: str) -> dict[int, Any]:
+    """{block: value} of a setting that reducers hold under its own name."""
+    return {b: _plain(getattr(reducer, name)) for b, reducer in reducers.items() if hasattr(reducer, name)}
+
+
+def _one_or_each(values: Mapping[int, Any]) -> Any:
+    """One value if all blocks have the same, else the list of them."""
+    first, *others = values.values()
+    return first if all(value == first for value in others) else [first, *others]
+
+
+def _describes(method: str, depth: int, settings: dict[str, Any], reducers: Mapping[int, Reducer]) -> bool:
+    """True if a model made with the settings does what the reducers {block: reducer} do."""
+    try:
+        planned = METHODS[method].plan(depth, **settings)
+    except (TypeError, ValueError):  # a list whose length is not that of the blocks
+        return False
+    active = {b: r for b, r in reducers.items() if b in planned or not _is_idle(r)}
+    return active.keys() == planned.keys() and all(_values(active, n) == _values(planned, n) for n in settings)
+
+
+def _is_idle(reducer: Any) -> bool:
+    """True if all tokens stay, so that ``plan`` would leave the block out."""
+    return getattr(reducer, "keep_rate", None) == 1 and getattr(reducer, "r", 0) == 0
+
+
+def sparsify(
+    model: nn.Module | str,
+    method: str | type[Reducer],
+    *,
+    recover: str | None = None,
+    share: bool = True,
+    **settings: Any,
+) -> ReducedHost | ReducedTinyViT:
+    """A cheaper version of a timm vision transformer that drops, merges or samples tokens as it goes.
+
+    Args:
+        model: A timm model or the name of one (then created without pretrained weights; for others call
+            ``timm.create_model`` and give the model), plain or a TinyVit (``effvit.hosts.tiny_vit``). It may be
+            reduced already: its method is replaced. What the reducers have learnt (DyMU's thresholds, parameters of
+            a method of your own) and the module ``recovery`` stay where the new ones are of the same method and
+            shapes; otherwise a warning names what the new model is without.
+        method: One of ``effvit.list_methods()``, or the class of a method, which is registered if it was not.
+        recover: How dense maps (``forward_intermediates``, ``features_only``) fill dropped patches, one of
+            ``effvit.recover.FILLS``: "last", "nearest", "zero", "reconstruct" or "attention", which is trained and
+            adds a module ``recovery``, which a classifier carries along unused. None means what the model has if it is
+            reduced by the same method already, else "reconstruct" for Expedite and "last" for the other methods.
+            Stages of a TinyViT end with full maps: there is nothing to choose.
+        share: Share every parameter and buffer with the given model: training either one trains both, and moving or
+            casting the new one moves or casts both. False gives the new model copies, as a student needs that learns
+            from its teacher.
+        settings: Settings of the method in its paper's words, e.g. ``keep_rate`` and ``reduce_at`` for EViT, ATS
+            and Zero-TPrune, ``r`` for ToMe, ``num_prop`` for GTP. See ``effvit.method_settings(method)``.
+
+    Returns:
+        A new model, on the same parameters and buffers or on copies of them; the given one is left unchanged. timm's
+        ``save_for_hf`` and ``push_to_hf_hub`` write what was done to the host, so that ``timm.create_model`` makes the
+        same model from the folder, if the host was made by ``timm.create_model``.
+
+    Raises:
+        ValueError: Unknown method, model name or setting; a value out of range; a schedule that leaves no token;
+            a method that needs a class token on a host without one.
+        TypeError: A model, block or attention class whose tokens cannot be reduced correctly.
+    """
+    if isinstance(method, type):
+        method = register_method(method).name
+    check_settings(method, settings)
+    check_switch("share", share)
+    dense: Any = _create_host(model) if isinstance(model, str) and not is_file_name(model) else model
+    again = isinstance(dense, Reduced) and dense.method == method
+    recover = (dense.recover if again else METHODS[method].recover) if recover is None else recover
+    check_fill(recover)
+    if type(dense) in (TinyVit, ReducedTinyViT):
+        if recover != METHODS[method].recover:
+            raise ValueError(
+                f"every stage of a TinyVit ends with full maps, so there is nothing to fill by recover {recover!r}; "
+                "leave recover out"
+            )
+        reduced = reduce_windows(dense, method, settings, share)
+        return _described(reduced, dense, method, settings, recover)
+    host_class = type(dense) if isinstance(dense, ReducedHost) else HOST_CLASSES.get(type(dense))
+    if host_class is None:
+        raise TypeError(reason_against(dense, {*HOST_CLASSES, TinyVit}))
+    depth = dense._depth if isinstance(dense, ReducedHost) else len(dense.blocks)
+    plan = METHODS[method].plan(depth, **settings)
+
+    host = rehouse(copy_shared(dense, share), host_class)
+    host._depth = depth
+    _described(host, dense, method, settings, recover)
+    set_child(host, "recovery", _recovery(host) if recover == "attention" else None)
+    if not isinstance(dense, ReducedHost):
+        _keep_drop_indices(host)
+        for i, block in enumerate(host.blocks):
+            host.blocks[i] = token_block(block, i)
+    lost = ["recovery"] if host.recovery is None and getattr(dense, "recovery", None) is not None else []
+    for i, block in enumerate(host.blocks):
+        former = block.reducer
+        set_child(block, "reducer", plan.get(i))
+        if block.reducer is not None:
+            block.reducer.settle(host, i)
+        if former is not None and former.has_learnt and not (block.reducer and block.reducer.take_over(former)):
+            lost += [f"blocks.{i}.reducer.{name}" for name in former.state_dict()]
+    _check_host(host)
+    check_counts(host, host.patch_embed.grid_size)
+    if lost:
+        warnings.warn(
+            f"{dense.method} had learnt {', '.join(lost[:4])}{' ...' if len(lost) > 4 else ''}, which the new model is "
+            f"without: {method} with these settings and recover {recover!r} cannot hold it; the given model keeps it",
+            stacklevel=2,
+        )
+    return host
+
+
+def _described(host: ReducedT, dense: nn.Module, method: str, settings: dict[str, Any], recover: str) -> ReducedT:
+    """The host, which now says what was done to the dense model."""
+    host.method = method
+    host._settings = {name: _plain(value) for name, value in (METHODS[method].defaults() | settings).items()}
+    host.recover = recover
+    host.host_name = dense.host_name if isinstance(dense, Reduced) else _recorded_name(dense)
+    record_name(host)
+    host.note_placement()
+    return host
+
+
+def _recorded_name(dense: Any) -> str | None:
+    """timm's name of a model that ``timm.create_model`` made; None for others, whose keywords nobody has recorded."""
+    cfg = getattr(dense, "pretrained_cfg", None)
+    return cfg["architecture"] if cfg and getattr(dense, "_model_args", None) is not None else None
+
+
+def record_name(model: Any) -> None:
+    """Let ``pretrained_cfg`` name what the model is, for timm's hub folders.
+
+    The zoo's name, if its host has one under the method: keywords of ``timm.create_model`` cannot be None, so with a
+    setting that is, and with any other host, the name is SPARSIFIED and ``_model_args`` tells the rest.
+    """
+    name, defaults = f"{model.method}_{model.host_name}", METHODS[model.method].defaults()
+    unsaid = any(value is None and defaults[setting] is not None for setting, value in model._settings.items())
+    cfg = getattr(model, "pretrained_cfg", None)
+    if cfg is None:  # of a host that was built by its class
+        img_size = model.patch_embed.img_size
+        model._traits = {"img_size": img_size}
+        cfg = PretrainedCfg(input_size=(model.in_chans, *img_size), num_classes=model.num_classes).to_dict()
+    architecture = name if model.host_name and timm.is_model(name) and not unsaid else SPARSIFIED
+    model.pretrained_cfg = model.default_cfg = cfg | {"architecture": architecture}
+
+
+def check_model_name(name: str) -> None:
+    """Raise a ValueError, which names the nearest, unless timm knows the model; a tag may follow the name."""
+    architecture = name.partition(".")[0]
+    if timm.is_model(architecture):
+        return
+    if is_file_name(name):
+        raise ValueError(
+            f"{name!r} names a file or a folder, not an architecture; give a name of timm.list_models(), and the "
+            "weights apart"
+        )
+    advice = _nearest(architecture, timm.list_models(), "timm.list_models() has those that there are")
+    raise ValueError(f"unknown model {name!r}; {advice}")
+
+
+def _create_host(name: str) -> nn.Module:
+    check_model_name(name)
+    return timm.create_model(name)
+
+
+def _recovery(host: ReducedHost) -> AttentionRecovery:
+    """The module of the fill "attention": the one the model has, or a new one with a quarter of its heads."""
+    known: AttentionRecovery | None = getattr(host, "recovery", None)
+    if known is not None:
+        return known
+    weight, heads = next(host.parameters()), host.blocks[-1].attn.num_heads
+    return AttentionRecovery(
+        host.embed_dim, max(1, heads // 4), host.embed_dim // heads, device=weight.device, dtype=weight.dtype
+    ).train(host.training)
+
+
+def _keep_drop_indices(host: ReducedHost) -> None:
+    """Move timm's patch dropout behind the embedding, where its choice can enter the TokenMap."""
+    drop: Any = host.patch_drop
+    token_drop = None
+    if isinstance(drop, (PatchDropout, PatchDropoutWithIndices)):
+        token_drop = PatchDropoutWithIndices(drop.prob, drop.num_prefix_tokens, drop.ordered).train(drop.training)
+    set_child(host, "token_drop", token_drop)
+    set_child(host, "patch_drop", None if isinstance(host, Eva) else nn.Identity().train(host.training))
+
+
+def _check_host(host: ReducedHost) -> None:
+    """Raise a ValueError if the host lacks what the method's scores or its kind of sequence need."""
+    if host.recover == "attention" and all(reducer.keeps_every_patch for reducer in host.reducers.values()):
+        raise ValueError(
+            f"{host.method} with these settings drops no patch, so recover 'attention' would have nothing to learn; "
+            f"use recover {METHODS[host.method].recover!r}"
+        )
+    for reducer in host.reducers.values():
+        if reducer.needs_class_token and host.num_class_tokens == 0:
+            raise ValueError(
+                f"{host.method} scores patches by the class token, but this {type(host).__bases__[1].__name__} has "
+                f"none (num_prefix_tokens={host.num_prefix_tokens}); use a host with one, or a method without that "
+                "need such as 'tome' or 'zero_tprune'"
+            )
+        dropping = reducer.variable_length and not reducer.keeps_every_patch
+        if dropping and host.global_pool in ("map", "prr"):
+            raise ValueError(
+                f"{host.method} keeps a different number of tokens for each image, which attention pooling "
+                f"(global_pool={host.global_pool!r}) cannot tell from padding; "
+                "call reset_classifier(num_classes, 'token') on the host first, or use another method"
+            )

@@ -1,0 +1,93 @@
+"""Multiply-adds of a model from its sizes alone: a second opinion on what ``effvit.measure.flops`` counts on a trace.
+
+Nothing is run, so a model on the meta device will do, of any size. What a method leaves of the tokens, and every
+product it makes, is written down from the papers' equations a second time. The two counts agree exactly, but for what
+a trace does not see because no output depends on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from effvit.architectures.casvit import CASViT
+from effvit.architectures.lookupvit import LookupViT
+from effvit.architectures.sit import SiT
+from effvit.architectures.stvit import STViT
+from effvit.architectures.stvit_swin import STViTSwin
+from effvit.architectures.supertoken import SuperTokenViT
+from effvit.block import BLOCK_CLASSES
+from effvit.hosts.host import HOST_CLASSES, ReducedHost
+from effvit.hosts.lvvit import LVViT
+from effvit.measure.closed_form import architectures, hosts
+from effvit.measure.closed_form.terms import Size, Terms
+from effvit.reducers import METHODS, Reducer
+
+__all__ = ["closed_form_macs"]
+
+FORMS: dict[type[nn.Module], Callable[[Any, Size], Terms]] = {
+    SwinTransformer: hosts.swin,
+    STViT: architectures.stvit,
+    STViTSwin: architectures.stvit_swin,
+    SuperTokenViT: architectures.supertoken,
+    LookupViT: architectures.lookupvit,
+    SiT: architectures.sit,
+    CASViT: architectures.casvit,
+}
+PLAIN = (VisionTransformer, VisionTransformerDistilled, Eva, LVViT)
+
+
+def closed_form_macs(
+    model: nn.Module, input_size: tuple[int, int, int], *, token_counts: Sequence[int] | None = None
+) -> dict[str, int]:
+    """Multiply-accumulates (MACs) of one image in eval mode, term by term; the sum of the values is the total.
+
+    Args:
+        model: A model of this package, or a plain ViT, Eva or Swin of timm; on any device, also meta.
+        input_size: (channels, H, W) of an image.
+        token_counts: Patch tokens that leave each block. Needed for ATS and DyMU, whose numbers depend on the image,
+            and refused for all others.
+
+    Returns:
+        MACs of "embedding", "norm", "projection", "attention", "mlp", "reduction", "head" and what else there is.
+
+    Raises:
+        TypeError: A class of model, block or norm, or a method, without a closed form.
+        ValueError: ``token_counts`` missing, not needed or not one for each block.
+    """
+    size = (input_size[1], input_size[2])
+    adaptive = isinstance(model, ReducedHost) and model.variable_length
+    if adaptive != (token_counts is not None):
+        raise ValueError(
+            f"{model.method} keeps as many tokens as the image needs; give token_counts, the patch tokens that leave "
+            "each block, for instance from model.trace_tokens"
+            if adaptive
+            else "token_counts follow from the sizes of this model; leave them out"
+        )
+    if type(model) in (*PLAIN, *(HOST_CLASSES[cls] for cls in PLAIN)):
+        blocks: Any = model.blocks
+        foreign = {type(block).__name__ for block in blocks if not isinstance(block, tuple(BLOCK_CLASSES))}
+        if foreign:
+            raise TypeError(f"blocks of the class {', '.join(foreign)} have no closed form; use effvit.count_flops")
+        if isinstance(model, ReducedHost) and METHODS[model.method].cost is Reducer.cost:
+            known = ", ".join(name for name, method in METHODS.items() if method.cost is not Reducer.cost)
+            raise TypeError(
+                f"the method {model.method!r} has no closed form, only {known} have; give it a cost, or use "
+                "effvit.count_flops instead"
+            )
+        if token_counts is not None and len(token_counts) != len(blocks):
+            raise ValueError(f"token_counts needs one value for each of {len(blocks)} blocks, got {len(token_counts)}")
+        return dict(+hosts.host(model, size, token_counts))
+    form = FORMS.get(type(model))
+    if form is None:
+        known = ", ".join(cls.__name__ for cls in (*PLAIN, *FORMS))
+        raise TypeError(
+            f"a {type(model).__name__} has no closed form, only {known} have; use effvit.count_flops instead"
+        )
+    return dict(+form(model, size))

@@ -1,0 +1,127 @@
+"""Closed forms of plain vision transformers, with and without a reduction method, and of Swin."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from timm.layers import AttentionPoolLatent
+from torch import nn
+
+from effvit.hosts.lvvit import ConvStemEmbed
+from effvit.measure.closed_form.terms import Size, Terms, attention, convolutions, layers, norm, windows
+from effvit.reducers import METHODS
+from effvit.reducers.cost import BlockSizes, Change
+
+__all__ = ["attend", "classifier", "embedding", "feedforward", "host", "plain_block", "swin", "window_block"]
+
+
+def attend(attn: Any, keys: int, queries: int, pairs: int | None = None) -> Terms:
+    """Projections and products of a self-attention module; ``pairs`` if not every query sees every key."""
+    terms = attention(queries * keys if pairs is None else pairs, attn.proj.in_features)
+    for name, layer in attn.named_children():
+        if name in ("proj", "norm"):
+            terms += layers("projection", layer, queries)
+        elif name in ("q_norm", "k_norm"):
+            groups = getattr(attn, "num_kv_groups", 1) if name == "k_norm" else 1
+            terms += norm(layer, keys * attn.num_heads // groups)
+        else:
+            terms += layers("projection", layer, keys)
+    return terms
+
+
+def feedforward(block: Any, rows: int) -> Terms:
+    """Second half of a transformer block."""
+    return norm(block.norm2, rows) + layers("mlp", block.mlp, rows)
+
+
+def plain_block(block: Any, rows: int) -> Terms:
+    """A transformer block in which all tokens attend to all."""
+    return norm(block.norm1, rows) + attend(block.attn, rows, rows) + feedforward(block, rows)
+
+
+def embedding(patch_embed: Any, size: Size) -> tuple[Terms, Size]:
+    """The patch embedding of images of that size, and the grid of patches."""
+    if isinstance(patch_embed, ConvStemEmbed):  # its layers in the order they are applied
+        names = ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3", "proj")
+        return convolutions("embedding", nn.Sequential(*(getattr(patch_embed, name) for name in names)), size)
+    if patch_embed.dynamic_img_pad:
+        patch = patch_embed.patch_size
+        size = -(-size[0] // patch[0]) * patch[0], -(-size[1] // patch[1]) * patch[1]
+    return convolutions("embedding", patch_embed, size)
+
+
+def host(model: Any, size: Size, counts: Sequence[int] | None) -> Terms:
+    """A plain ViT; ``counts`` are the patch tokens that leave each block of a method that adapts to the image."""
+    terms, grid = embedding(model.patch_embed, size)
+    patches = left = grid[0] * grid[1]
+    prefix, dim = model.num_prefix_tokens, model.embed_dim
+    terms += norm(model.norm_pre, prefix + patches)
+    reducers = getattr(model, "reducers", {})
+    for reducer in list(reducers.values())[:1]:
+        terms["reduction"] += reducer.start_cost(patches, dim)
+    for i, block in enumerate(model.blocks):
+        change = Change(left, left, left, 0)
+        if i in reducers:
+            attn = block.attn
+            leaving = left if counts is None else counts[i]
+            last = i == len(model.blocks) - 1
+            sizes = (left, leaving, prefix, model.num_class_tokens, grid, dim, attn.num_heads, attn.head_dim, last)
+            change = reducers[i].cost(BlockSizes(*sizes))
+        left = change.left
+        keys, queries = prefix + change.keys, prefix + change.queries
+        terms += norm(block.norm1, keys) + attend(block.attn, keys, queries) + feedforward(block, prefix + left)
+        terms["reduction"] += change.macs
+    return terms + classifier(model, left, patches)
+
+
+def classifier(model: Any, left: int, patches: int) -> Terms:
+    """Final norm, pooling and heads of a plain ViT that ends with ``left`` of its patch tokens."""
+    prefix, terms = model.num_prefix_tokens, Terms()
+    token_head = getattr(model, "aux_head", None)  # LV-ViT's, on every patch
+    pools = model.global_pool != "token" or token_head is not None
+    method = METHODS.get(getattr(model, "method", ""))
+    if method is not None and method.soft and pools and left < patches:
+        terms["reduction"] += 2 * patches * left * model.embed_dim  # distances, and mixtures of the centres
+        left = patches
+    terms += norm(model.norm, prefix + left) + norm(getattr(model, "fc_norm", nn.Identity()), 1)
+    if token_head is not None:
+        terms += layers("head", token_head, patches if method is not None and method.keeps_every_patch else left)
+    if model.global_pool == "map":
+        include = getattr(model, "pool_include_prefix", True)
+        terms += attention_pool(model.attn_pool, left + (prefix if include else 0))
+    for head in (model.head, getattr(model, "head_dist", None)):
+        terms += layers("head", head, 1) if head is not None else Terms()
+    return terms
+
+
+def attention_pool(pool: AttentionPoolLatent, keys: int) -> Terms:
+    """timm's pooling by the attention of learned queries."""
+    queries, heads = pool.latent_len, pool.num_heads
+    terms = attention(queries * keys, heads * pool.head_dim)
+    for name, layer in pool.named_children():
+        if name in ("q_norm", "k_norm"):
+            terms += norm(layer, heads * (queries if name == "q_norm" else keys))
+        else:
+            terms += layers("pooling", layer, keys if name == "kv" else queries)
+    return terms
+
+
+def window_block(block: Any, size: Size) -> Terms:
+    """A Swin block: attention inside the windows that cover the padded map."""
+    window, tokens = block.window_size, size[0] * size[1]
+    area = window[0] * window[1]
+    padded = windows(size, window) * area
+    return norm(block.norm1, tokens) + attend(block.attn, padded, padded, padded * area) + feedforward(block, tokens)
+
+
+def swin(model: Any, size: Size) -> Terms:
+    """timm's Swin transformer (2103.14030)."""
+    terms, (height, width) = convolutions("embedding", model.patch_embed, size)
+    for stage in model.layers:
+        if not isinstance(stage.downsample, nn.Identity):
+            height, width = -(-height // 2), -(-width // 2)
+            terms += layers("embedding", stage.downsample, height * width)
+        for block in stage.blocks:
+            terms += window_block(block, (height, width))
+    return terms + norm(model.norm, height * width) + layers("head", model.head, 1)

@@ -1,0 +1,78 @@
+"""How near a reduced model's outputs are to the dense model's, on pictures without labels."""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from effvit.measure.flops import eval_twin
+
+__all__ = ["Fidelity", "Outputs", "compare_outputs", "fidelity", "outputs"]
+
+Outputs = tuple[Tensor, Tensor]  # scores (B, classes) and features in front of the classifier (B, C)
+
+
+class Fidelity(TypedDict):
+    """Distances from the dense model.
+
+    Attributes:
+        divergence: Kullback-Leibler divergence of the class probabilities from the dense model's, nats, mean over
+            images.
+        feature_distance: One less the cosine of the features in front of the classifier, mean over images.
+        agreement: Share of the images with the same first class.
+        images: Number of images.
+    """
+
+    divergence: float
+    feature_distance: float
+    agreement: float
+    images: int
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, images: Tensor, batch_size: int = 32) -> Outputs:
+    """Scores (B, classes) and features in front of the classifier (B, C), float32.
+
+    Args:
+        model: A classifier with timm's ``forward_features`` and ``forward_head``.
+        images: (B, channels, H, W), in the dtype of the model.
+        batch_size: Images at a time.
+
+    Raises:
+        TypeError: A model without these methods, or without a classifier.
+    """
+    if not hasattr(model, "forward_head"):
+        raise TypeError(f"{type(model).__name__} has no forward_features and forward_head, whose outputs are compared")
+    if getattr(model, "num_classes", 0) < 1:
+        raise TypeError(f"{type(model).__name__} has no classifier (num_classes=0), whose outputs are compared")
+    twin: Any = eval_twin(model)
+    scores, features = [], []
+    for chunk in images.split(batch_size):
+        y = twin.forward_features(chunk)
+        scores.append(twin.forward_head(y))
+        features.append(twin.forward_head(y, pre_logits=True))
+    return torch.cat(scores).float(), torch.cat(features).float()
+
+
+def compare_outputs(dense: Outputs, own: Outputs) -> Fidelity:
+    """The distances of one model's ``outputs`` from the dense model's, on the same images."""
+    (dense_scores, dense_features), (scores, features) = dense, own
+    expected = functional.log_softmax(dense_scores, dim=-1)
+    divergence = functional.kl_div(
+        functional.log_softmax(scores, dim=-1), expected, reduction="batchmean", log_target=True
+    )
+    cosine = functional.cosine_similarity(dense_features, features, dim=-1)
+    return {
+        "divergence": max(0.0, float(divergence)),
+        "feature_distance": max(0.0, float(1 - cosine.mean())),
+        "agreement": float((scores.argmax(-1) == dense_scores.argmax(-1)).float().mean()),
+        "images": len(scores),
+    }
+
+
+def fidelity(dense: nn.Module, model: nn.Module, images: Tensor) -> Fidelity:
+    """Distances of a model from the dense one on images (B, channels, H, W); see ``outputs`` and ``Fidelity``."""
+    return compare_outputs(outputs(dense, images), outputs(model, images))

@@ -1,0 +1,1 @@
+"""Records and tokens as tables, plots, pictures and one page."""

@@ -1,0 +1,196 @@
+"""Records of ``effvit.measure.costs.profile`` as plots: speed against multiply-adds, accuracy against both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from effvit.measure.accuracy import shown_models
+from effvit.reducers import METHODS
+
+__all__ = ["Line", "accuracy_lines", "plot_accuracy", "plot_costs"]
+
+DENSE_COLOUR = "#343a40"
+COLOURS = ("#1c7ed6", "#e8590c", "#2f9e44", "#ae3ec9", "#e03131", "#0c8599", "#b08900", "#74512d", "#d6336c", "#5c940d")
+MARKERS = "osD^vPXph<>"
+OWN_MARKERS = "*Hd8p>X<"  # of models without a method
+DASHES = ("-", "--", ":", "-.")  # for each way the weights were trained
+FAINT, GRID = "#adb5bd", "#f1f3f5"
+ACCURACY_TICKS = (10, 20, 30, 40, 50, 60, 70, 80, 85, 90, 92, 94, 96, 97, 98, 98.5, 99, 99.3, 99.5)
+LEAST_ERROR = 0.1  # percent; the axis ends there
+TEXT: dict[Any, Any] = {"font.family": "DejaVu Sans", "font.size": 10}  # comes with matplotlib
+# Text stays text: half the size, and where another font takes its place it is narrower.
+VECTORS: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "effvit"}
+
+
+@dataclass
+class Line:
+    """Models of one method whose weights were trained in one way.
+
+    Attributes:
+        method: Name of the method; None for models that are what they are.
+        weights: How the weights were trained where they are not those of the first record's models.
+        models: Entries of the records, by multiply-adds.
+    """
+
+    method: str | None
+    weights: str | None
+    models: list[Mapping[str, Any]] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """Text of the legend; a model without a method has a line of its own."""
+        if self.method is None:
+            return str(self.models[0]["name"])
+        return self.method if self.weights is None else f"{self.method}, {self.weights}"
+
+
+def accuracy_lines(records: Iterable[Mapping[str, Any]]) -> list[Line]:
+    """The lines of ``plot_accuracy``: all models that have an accuracy, the dense host first, then by method.
+
+    Raises:
+        ValueError: The first model, or all others, have no accuracy.
+    """
+    lines: dict[tuple[str, str | None], Line] = {}
+    shown = shown_models(records)
+    for model, weights, _ in shown:
+        if model["accuracy"] is not None:
+            key = model["method"] or model["name"], weights
+            lines.setdefault(key, Line(model["method"], weights)).models.append(model)
+    if not shown or shown[0].model["accuracy"] is None or len(lines) < 2:
+        raise ValueError("a plot needs the accuracy of the first model and of one more; tools/evaluate.py measures it")
+    for line in lines.values():
+        line.models.sort(key=lambda model: model["macs"])
+    places = [None, *METHODS]
+    return sorted(lines.values(), key=lambda line: places.index(line.method))
+
+
+def look(method: str | None, number: int) -> dict[str, Any]:
+    """Colour and marker of a method, the same in every plot; ``number`` tells models without one apart."""
+    if method is None:
+        return {"color": DENSE_COLOUR, "marker": OWN_MARKERS[number % len(OWN_MARKERS)], "markersize": 11}
+    place = list(METHODS).index(method)
+    return {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)], "markersize": 6}
+
+
+def plot_accuracy(records: Sequence[Mapping[str, Any]], title: str, path: Path, note: str | None = None) -> None:
+    """Draw accuracy against multiply-adds and against measured speed-up, a line for each method.
+
+    The axis of accuracies is logarithmic in the errors, so that one point more counts more where few are missing.
+
+    Args:
+        records: Of ``effvit.measure.costs.profile`` with accuracies; the first model of the first is the dense
+            host, and of each the speed-ups refer to its own first model.
+        title: Text above the plot.
+        path: .svg or .png to write; the same records give the same bytes with the same matplotlib.
+        note: What the file says of its origin.
+
+    Raises:
+        ValueError: As ``accuracy_lines``.
+    """
+    lines = accuracy_lines(records)
+    ways = list(dict.fromkeys(line.weights for line in lines))
+    dense = lines[0].models[0]
+    unit, letter = (1e9, "G") if dense["macs"] >= 1e9 else (1e6, "M")
+    with matplotlib.rc_context(TEXT | VECTORS):
+        figure = Figure(figsize=(11.6, 4.8), layout="constrained")
+        FigureCanvasAgg(figure)
+        by_macs, by_speed = figure.subplots(1, 2, sharey=True)
+        for axes in (by_macs, by_speed):
+            axes.axhline(dense["accuracy"]["value"], color=FAINT, linestyle=":", linewidth=1, zorder=1)
+        for number, line in enumerate(lines):
+            way = ways.index(line.weights)
+            style = look(line.method, number) | {"linestyle": DASHES[way % len(DASHES)], "linewidth": 1.4}
+            style |= {"markerfacecolor": "white"} if way else {}
+            values = [model["accuracy"]["value"] for model in line.models]
+            by_macs.plot([model["macs"] / unit for model in line.models], values, label=line.name, zorder=3, **style)
+            speeds = np.array([model["speedup"] for model in line.models])
+            bounds = np.array([model["interval"] for model in line.models])
+            errors = np.maximum(0, [speeds - bounds[:, 0], bounds[:, 1] - speeds])
+            by_speed.errorbar(speeds, values, xerr=errors, elinewidth=0.8, zorder=3, **style)
+        scale_by_errors(by_macs, [model["accuracy"]["value"] for line in lines for model in line.models])
+        by_macs.set_ylabel("top-1 accuracy, %")
+        by_macs.set_xlabel(f"{letter}MACs of one picture")
+        by_speed.set_xlabel("speed-up over the dense model")
+        for axes in (by_macs, by_speed):
+            tidy(axes)
+        figure.suptitle(title, fontsize=11)
+        figure.legend(loc="outside right center", frameon=False)
+        save(figure, path, note)
+
+
+def scale_by_errors(axes: Axes, values: Sequence[float]) -> None:
+    """Make the vertical axis of accuracies in percent logarithmic in the errors, around the values."""
+
+    def up(accuracy: np.ndarray) -> np.ndarray:
+        return -np.log(np.maximum(100 - np.asarray(accuracy), LEAST_ERROR))
+
+    axes.set_yscale("function", functions=(up, lambda height: 100 - np.exp(-np.asarray(height))))
+    largest, smallest = (100 - value for value in (min(values), max(values)))  # errors
+    low = 100 - min(100, max(largest * 1.2, 10 * LEAST_ERROR))
+    high = 100 - max(smallest * 0.78, LEAST_ERROR)  # there is a tick between them
+    axes.set_ylim(low, high)
+    axes.yaxis.set_major_locator(FixedLocator([tick for tick in ACCURACY_TICKS if low <= tick <= high]))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda tick, _: f"{tick:g}"))
+
+
+def plot_costs(costs: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
+    """Draw GMACs against images/s: up and left is better; the dashed line is what fewer MACs alone promise.
+
+    Args:
+        costs: The models of a record of ``effvit.measure.costs.profile``, the dense host first.
+        title: Text above the plot.
+        path: .svg or .png to write.
+
+    Raises:
+        ValueError: No models.
+    """
+    if not costs:
+        raise ValueError("a plot of costs needs the models of a record, got none; effvit profile --json writes one")
+    baseline = costs[0]["images_per_second"]
+    gmacs = [cost["macs"] / 1e9 for cost in costs]
+    promised = np.linspace(min(gmacs), max(gmacs))
+    seen: dict[str | None, int] = {}
+    with matplotlib.rc_context(TEXT):
+        figure = Figure(figsize=(9, 5.4), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        for cost, x in zip(costs, gmacs, strict=True):
+            again = seen[cost["method"]] = seen.get(cost["method"], -1) + 1
+            style = look(cost["method"], 0) | {"markersize": 8, "label": cost["name"], "linestyle": "none"}
+            style |= {"markerfacecolor": "white"} if again else {}
+            speed = cost["speedup"] * baseline
+            low, high = (bound * baseline for bound in cost["interval"])
+            errors = [[max(0.0, speed - low)], [max(0.0, high - speed)]]
+            axes.errorbar(x, speed, yerr=errors, capsize=3, zorder=3, **style)
+        ideal = baseline * gmacs[0] / promised
+        axes.plot(promised, ideal, "--", color=FAINT, label="speed if only MACs counted", zorder=1)
+        axes.set_xlabel("GMACs of one image")
+        axes.set_ylabel("images/s (speed-up over dense with 95 % interval)")
+        figure.suptitle(title, fontsize=10)
+        tidy(axes)
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+        save(figure, path)
+
+
+def tidy(axes: Axes) -> None:
+    """A faint grid, and no frame above and to the right."""
+    axes.grid(color=GRID)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def save(figure: Figure, path: Path, note: str | None = None) -> None:
+    """Write the figure without what changes from run to run."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    blank = {"Date": None, "Creator": None} if path.suffix == ".svg" else {"Software": None}
+    figure.savefig(path, dpi=130, metadata=blank | ({"Description": note} if note else {}))
