@@ -7,8 +7,8 @@
 
 Photographs are those of installed packages (effvit.show.pictures) and those that get_data.py fetched. Each is asked for
 the mask at every point of a grid; agreement is the mean intersection over union of the masks, thresholded as SAM's are.
-It says how much the reduction changes, not whether the masks are right. Whole windows need a size of 448 or 896 pixels; at
-1024, where the encoder was trained, a sixth of the tokens of the third stage are padding.
+It says how much the reduction changes, not whether the masks are right. Whole windows need a size of 448 or 896 pixels;
+at 1024, where the encoder was trained, a sixth of the tokens of the third stage are padding.
 """
 
 from __future__ import annotations
