@@ -13,7 +13,10 @@ from PIL import Image
 
 import effvit
 from effvit import cli
-from effvit.cli import demo, list_variants, main, parse_setting
+from effvit.cli import demo, main
+from effvit.cli.models import RANDOM_WEIGHTS
+from effvit.cli.output import output
+from effvit.measure.variants import list_variants, parse_setting
 from effvit.show import pictures
 
 TINY = "deit_tiny_patch16_224"
@@ -211,7 +214,7 @@ class TestVisualize:
         command = ["visualize", str(image), "--model", TINY, "--method", "evit", "gtp"]
         assert main([*command, "--set", "keep_rate=0.5", "--out", str(tmp_path / "out")]) == 0
         printed = capsys.readouterr().out
-        assert cli.RANDOM_WEIGHTS in printed
+        assert RANDOM_WEIGHTS in printed
         names = {"gradient-evit-keep_rate-0.5.png", "gradient-gtp.png"}
         assert {path.name for path in (tmp_path / "out").iterdir()} == names
         assert all(name in printed for name in names)
@@ -221,7 +224,7 @@ class TestVisualize:
         torch.save(timm.create_model(TINY).state_dict(), path)
         command = ["visualize", str(image), "--model", TINY, "--method", "tome", "--out", str(tmp_path)]
         assert main([*command, "--checkpoint", str(path)]) == 0
-        assert cli.RANDOM_WEIGHTS not in capsys.readouterr().out
+        assert RANDOM_WEIGHTS not in capsys.readouterr().out
 
     def test_architecture_is_shown_as_it_is(self, capsys, tmp_path, image):
         name, tokens = "lookupvit_small_patch16_224", tmp_path / "tokens.json"
@@ -229,7 +232,7 @@ class TestVisualize:
         assert (tmp_path / f"gradient-{name}.png").is_file()
         (record,) = json.loads(tokens.read_text())
         assert (record["model"], record["host"], record["method"]) == (name, None, None)
-        assert record["note"] == cli.RANDOM_WEIGHTS
+        assert record["note"] == RANDOM_WEIGHTS
 
     def test_model_without_tokens_to_show_is_refused(self, capsys, tmp_path, image):
         message = failure(capsys, "visualize", image, "--model", TINY, "--out", tmp_path)
@@ -253,7 +256,7 @@ class TestVisualize:
         command = ["visualize", "fashion_mnist:bag-[01]", "--model", "vit_nano_patch4_28", "--pretrained"]
         assert main([*command, "--method", "tome", "--set", "r=4", "--out", str(tmp_path)]) == 0
         assert {path.name for path in tmp_path.iterdir()} == {"bag-0-tome-r-4.png", "bag-1-tome-r-4.png"}
-        assert cli.RANDOM_WEIGHTS not in capsys.readouterr().out
+        assert RANDOM_WEIGHTS not in capsys.readouterr().out
 
     def test_images_of_the_same_name_are_refused(self, capsys, tmp_path, image):
         command = ["visualize", image, image, "--model", TINY, "--method", "tome", "--out", tmp_path]
@@ -268,11 +271,11 @@ class TestDemo:
 
     def test_demo_writes_accuracies_costs_pictures_and_the_report(self, capsys, monkeypatch, tmp_path):
         photos, clothes = pictures.photographs(), pictures.fashion_pictures()
-        monkeypatch.setattr(cli, "photographs", lambda: {"coffee": photos["coffee"]})
-        monkeypatch.setattr(cli, "fashion_pictures", lambda: {name: clothes[name] for name in demo.SHOWN})
+        monkeypatch.setattr(demo, "photographs", lambda: {"coffee": photos["coffee"]})
+        monkeypatch.setattr(demo, "fashion_pictures", lambda: {name: clothes[name] for name in demo.SHOWN})
         of_49 = (("tome", {"r": 2}), ("tome", {"r": 4}), ("dymu", {}))
         variants = {49: of_49, 196: (("evit", {"keep_rate": 0.5}), ("dymu", {}))}
-        monkeypatch.setattr(cli, "demo_variants", lambda host: variants[host.patch_embed.num_patches])
+        monkeypatch.setattr(demo, "demo_variants", lambda host: variants[host.patch_embed.num_patches])
         out = tmp_path / "demo"
         assert main(["demo", "--model", TINY, "--out", str(out)]) == 0
         printed = capsys.readouterr().out
@@ -294,10 +297,10 @@ class TestDemo:
 
     def test_weights_that_were_given_have_token_figures(self, capsys, monkeypatch, tmp_path, image):
         torch.save(timm.create_model(TINY).state_dict(), tmp_path / "weights.pth")
-        monkeypatch.setattr(cli, "demo_variants", lambda host: (("tome", {"r": 8}), ("tome", {"r": 13})))
+        monkeypatch.setattr(demo, "demo_variants", lambda host: (("tome", {"r": 8}), ("tome", {"r": 13})))
         command = ["demo", "--model", TINY, "--checkpoint", str(tmp_path / "weights.pth"), "--out", str(tmp_path)]
         photos = pictures.find_pictures(str(image))
-        record, figures = cli.demo_costs(cli.output(), cli.parser().parse_args(command), photos)
+        record, figures = demo.demo_costs(output(), cli.parser().parse_args(command), photos)
         assert figures == [tmp_path / "gradient-tome-r-13.png"]
         assert figures[0].is_file()
         assert record["conditions"]["weights"] is None

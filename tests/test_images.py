@@ -12,8 +12,9 @@ import timm
 import torch
 from PIL import Image
 
-from effvit.cli import main, open_images
+from effvit.cli import main
 from effvit.images import as_rgb, open_image
+from effvit.show.pictures import open_images
 from effvit.show.visualize import draw_tokens, load_images
 
 RAMP = np.array([[0, 1, 2], [50, 128, 255]], np.uint8)  # (2, 3), so that a turn shows

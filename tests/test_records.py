@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from made_up import made_up_model, made_up_profile, made_up_tokens
 
-from effvit.cli import add_record, main
-from effvit.measure.records import LARGEST_FILE, check_record, read_json, read_records, write_json
+from effvit.cli import main
+from effvit.measure.records import LARGEST_FILE, add_record, check_record, read_json, read_records, write_json
 from effvit.show.report import write_report
 
 ROOT = Path(__file__).resolve().parents[1]

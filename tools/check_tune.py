@@ -20,10 +20,11 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from effvit.cli import add_record, build, open_images, reduced
 from effvit.measure.profiler import machine, profile_models
-from effvit.measure.records import check_record, read_json
+from effvit.measure.records import add_record, check_record, read_json
+from effvit.measure.variants import build, reduced
 from effvit.messages import plain, run_command
+from effvit.show.pictures import open_images
 from effvit.show.tables import settings_of
 from effvit.show.visualize import load_images
 

@@ -33,10 +33,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import effvit
-from effvit.cli import add_record, build, list_variants, parse_setting, reduced
 from effvit.measure.accuracy import add_accuracies, shown_models, top1
 from effvit.measure.costs import profile
-from effvit.measure.records import read_records
+from effvit.measure.records import add_record, read_records
+from effvit.measure.variants import build, list_variants, parse_setting, reduced
 from effvit.messages import run_command
 from effvit.reducers import METHODS
 from effvit.show.tables import mean_and_range

@@ -32,11 +32,11 @@ from rich.progress import track
 from torch import Tensor, nn
 
 import effvit
-from effvit.cli import list_variants, parse_setting, reduced
 from effvit.hosts._checkpoint import read_file
 from effvit.images import as_rgb, open_image
 from effvit.measure.costs import profile
 from effvit.measure.records import write_json
+from effvit.measure.variants import list_variants, parse_setting, reduced
 from effvit.messages import one_line, plain
 from effvit.show.pictures import photographs
 

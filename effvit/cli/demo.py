@@ -1,15 +1,137 @@
-"""What ``effvit demo`` compares, and the pictures whose tokens it shows."""
+"""``effvit demo``: all methods on pictures that are installed already, offline."""
 
 from __future__ import annotations
 
+import argparse
+import time
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from effvit.reducers import METHODS
+import torch
+from PIL import Image
+from rich.console import Console
+from torch import Tensor, nn
 
-__all__ = ["SEEING", "SHOWN", "demo_variants"]
+import effvit
+from effvit.cli import options
+from effvit.cli.models import create, has_random_weights
+from effvit.cli.output import LONGEST_LINE, draw_figures, file_stem, measure, output
+from effvit.hosts.host import ReducedHost
+from effvit.measure.accuracy import add_accuracies, top1
+from effvit.measure.records import write_json
+from effvit.measure.variants import build, reduced
+from effvit.messages import plain
+from effvit.reducers import METHODS, DyMU
+from effvit.show.pictures import Labelled, fashion_classes, fashion_pictures, photographs
+from effvit.show.plots import plot_accuracy, plot_costs
+from effvit.show.report import write_report
+from effvit.show.tables import describe, print_accuracies, print_record
+from effvit.show.visualize import load_images, stack, token_figure, token_record
+
+__all__ = ["SEEING", "SHOWN", "add_command", "demo_variants"]
 
 SEEING = "vit_nano_patch4_28"  # its weights come with the package
 SHOWN = ("pullover-0", "sandal-1", "sneaker-0", "bag-1")  # clothes of four shapes
+
+
+def add_command(commands: options.Commands) -> None:
+    """Add the command's arguments; ``run`` of what is parsed is the function to call."""
+    command = commands.add_parser(
+        "demo",
+        parents=[options.weights(), options.entry()],
+        help="all methods on pictures that are installed already, offline",
+    )
+    command.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR")
+    command.add_argument("--model", default="deit_small_patch16_224", metavar="NAME")
+    command.set_defaults(run=run_demo)
+
+
+def run_demo(arguments: argparse.Namespace) -> None:
+    """Show what a model with weights sees under each method, and what the methods cost at the usual size."""
+    start = time.perf_counter()
+    console, out = output(), arguments.out
+    photos = photographs()
+    out.mkdir(parents=True, exist_ok=True)
+    seen, tokens, sheets = demo_accuracy(console, out)
+    costs, figures = demo_costs(console, arguments, photos)
+    written = [out / name for name in ("report.html", "accuracy.png", "costs.png")]
+    numbers = {"costs.json": [seen, costs], "tokens.json": tokens}
+    for name, records in numbers.items():
+        write_json(out / name, records)
+    write_report([out / name for name in numbers], out / "report.html")
+    console.print(f"\nWritten in {time.perf_counter() - start:.0f} s:")
+    for path in (*written, *sheets, *figures, *(out / name for name in numbers)):
+        console.print(f"  {plain(path, LONGEST_LINE)}")
+
+
+def demo_accuracy(console: Console, out: Path) -> tuple[dict[str, Any], list[dict[str, Any]], list[Path]]:
+    """Classify the pictures of the package by all methods; returns the record, the tokens and their sheets."""
+    pictures = fashion_pictures()
+    torch.manual_seed(0)
+    dense = build(SEEING, {}, pretrained=True).eval()
+    images = load_images(dense, [picture.image for picture in pictures.values()])
+    labels = torch.tensor([picture.label for picture in pictures.values()])
+    variants = reduced(dense, demo_variants(dense))
+    calibrate_all(console, variants, images)
+    models = {SEEING: dense, **variants}
+    data = f"{len(pictures)} test pictures of Fashion-MNIST"
+    record = measure(models, len(images), images, [data], rounds=4, warmup=1, ideal=False)
+    add_accuracies(record, top1(models, [(images, labels)]), data)
+    print_accuracies(console, record)
+    plot_accuracy([record], f"{SEEING} with its trained weights, on {data} only", out / "accuracy.png")
+    shown = {name: pictures[name] for name in SHOWN}
+    sheets, tokens = [], []
+    for name, model in strongest(variants).items():
+        sheets.append(out / f"{file_stem(name)}.png")
+        stack([answer_figure(dense, model, name, picture) for picture in shown.values()]).save(sheets[-1])
+        tokens += [token_record(model, p.image, name=n, model_name=name, host=SEEING) for n, p in shown.items()]
+    return record, tokens, sheets
+
+
+def answer_figure(dense: nn.Module, model: ReducedHost, name: str, picture: Labelled) -> Image.Image:
+    """The picture's tokens under the answers of the dense model and of the reduced one."""
+    classes, x = fashion_classes(), load_images(dense, [picture.image])
+    with torch.inference_mode():
+        said, dense_said = (classes[int(m(x).argmax())] for m in (model, dense))
+    title = f"{name}: {said}; the dense model: {dense_said}; it is: {classes[picture.label]}"
+    return token_figure(model, picture.image, title=title)
+
+
+def strongest(variants: Mapping[str, ReducedHost]) -> dict[str, ReducedHost]:
+    """The last variant of each method."""
+    last = {model.method: name for name, model in variants.items()}
+    return {name: variants[name] for name in last.values()}
+
+
+def demo_costs(
+    console: Console, arguments: argparse.Namespace, photos: Mapping[str, Image.Image]
+) -> tuple[dict[str, Any], list[Path]]:
+    """What all methods cost on the photographs; returns the record, and figures of the tokens if weights were given."""
+    host = create(arguments.model, arguments)
+    variants = reduced(host, demo_variants(host))
+    images = load_images(host, list(photos.values()))
+    calibrate_all(console, variants, images)
+    is_random = has_random_weights(arguments)
+    weights = f"{arguments.model} with random weights: for its costs alone" if is_random else ""
+    if is_random:
+        console.print(f"\n{weights}; --checkpoint or --pretrained loads some", style="yellow")
+    models = {arguments.model: host, **variants}
+    record = measure(models, len(photos), images, list(photos), rounds=3, warmup=1, ideal=False)
+    record["conditions"]["weights"] = "random weights" if is_random else None
+    print_record(console, record)
+    title = "\n".join([weights or arguments.model, describe(record["conditions"])])
+    plot_costs(record["models"], title, arguments.out / "costs.png")
+    return record, [] if is_random else draw_figures(strongest(variants), photos, arguments)
+
+
+def calibrate_all(console: Console, models: Mapping[str, ReducedHost], images: Tensor) -> None:
+    """Let those of the models that learn from pictures without labels do so on these, and say so."""
+    learning = [name for name, model in models.items() if issubclass(METHODS[model.method], DyMU)]
+    for name in learning:
+        effvit.calibrate(models[name], [images])
+    if learning:
+        console.print(f"{', '.join(learning)}: calibrated on these very pictures, without their labels")
 
 
 def demo_variants(host: Any) -> list[tuple[str, dict[str, Any]]]:

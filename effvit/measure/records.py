@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from effvit.messages import UNSAFE, plain, shown
 
-__all__ = ["SCHEMA", "check_record", "parse_json", "read_json", "read_records", "write_json"]
+__all__ = ["SCHEMA", "add_record", "check_record", "parse_json", "read_json", "read_records", "write_json"]
 
 SCHEMA = 1  # of the records; a change that breaks their readers raises it
 LARGEST_FILE = 64 << 20  # bytes; a record of ten models has 10 kB, a picture of tokens 200 kB
@@ -355,3 +355,15 @@ def write_json(path: Path, value: Any) -> None:
         raise ValueError(f"{plain(path)} is not written: {error}; the outputs of a model are not finite") from error
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(content + "\n", encoding="utf-8")
+
+
+def add_record(path: Path, record: Any) -> None:
+    """Write the record at the end of the list in the file, or as the first of a new one.
+
+    Raises:
+        ValueError: A file that holds no list.
+    """
+    records = read_json(path) if path.exists() else []
+    if not isinstance(records, list):
+        raise ValueError(f"{plain(path)} must hold a list of records to add one, got {type(records).__name__}")
+    write_json(path, [*records, record])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from PIL import Image
 
 from effvit.images import open_image, opened
 
-__all__ = ["SHEET", "Labelled", "fashion_classes", "fashion_pictures", "find_pictures", "photographs"]
+__all__ = ["SHEET", "Labelled", "fashion_classes", "fashion_pictures", "find_pictures", "open_images", "photographs"]
 
 SHEET = Path(__file__).with_name("sheets") / "fashion_mnist.png"
 # Package -> files of its wheel; all are public domain, CC0 or CC BY photographs. Read from the folder: the
@@ -90,3 +91,28 @@ def find_pictures(text: str) -> dict[str, Image.Image]:
     if not found:
         raise ValueError(f"{text} names no picture; {kind}: has {', '.join(known)}")
     return found
+
+
+def open_images(texts: Sequence[str]) -> dict[str, Image.Image]:
+    """The images that the texts name, in RGB, by name.
+
+    Raises:
+        ValueError, OSError: As ``find_pictures``; of several that cannot be read, all are named. Or two have one name.
+    """
+    images: dict[str, Image.Image] = {}
+    errors: list[ValueError | OSError] = []
+    for text in texts:
+        try:
+            found = find_pictures(text)
+        except (ValueError, OSError) as error:
+            errors.append(error)
+            continue
+        again = [name for name in found if name in images]
+        if again:
+            raise ValueError(f"images must differ in name, which {text} does not: {', '.join(again)}")
+        images |= found
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise ValueError(f"{len(errors)} of {len(texts)} images cannot be used: {'; '.join(map(str, errors))}")
+    return images

@@ -1,0 +1,55 @@
+"""Models as commands are asked for them: with weights or without, at one size."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+import effvit
+from effvit.measure.variants import build
+from effvit.show.visualize import data_config
+
+__all__ = ["RANDOM_WEIGHTS", "check_device", "create", "has_random_weights", "shared_input_size"]
+
+RANDOM_WEIGHTS = "random weights: token choices are not meaningful"
+
+
+def create(name: str, arguments: argparse.Namespace, img_size: tuple[int, int] | None = None) -> nn.Module:
+    """The named model in eval mode, with the weights and image size asked for, else seeded random weights."""
+    options: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
+    torch.manual_seed(0)
+    model = build(name, options, arguments.pretrained)
+    if arguments.checkpoint is not None:
+        effvit.load_checkpoint(model, arguments.checkpoint, key=arguments.key)
+    return model.eval()
+
+
+def has_random_weights(arguments: argparse.Namespace) -> bool:
+    """True if the command was given no weights to load."""
+    return arguments.checkpoint is None and not arguments.pretrained
+
+
+def check_device(name: str) -> None:
+    """Raise a ValueError unless torch knows a device of that name."""
+    try:
+        torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {name!r}; use e.g. cpu, cuda or cuda:1") from error
+
+
+def shared_input_size(models: Mapping[str, nn.Module]) -> tuple[int, int, int]:
+    """The input size of all the models.
+
+    Raises:
+        ValueError: They differ.
+    """
+    sizes = {name: tuple(data_config(model)["input_size"]) for name, model in models.items()}
+    if len(set(sizes.values())) > 1:
+        text = ", ".join(f"{name} {' x '.join(map(str, size))}" for name, size in sizes.items())
+        raise ValueError(f"one batch cannot serve several input sizes ({text}); give --img-size")
+    channels, height, width = next(iter(sizes.values()))
+    return channels, height, width

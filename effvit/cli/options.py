@@ -1,0 +1,65 @@
+"""Options that several commands share, as parents of their parsers."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import TypeAlias
+
+__all__ = ["DTYPES", "IMAGES", "Commands", "entry", "machine", "parse_size", "settings", "weights"]
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+IMAGES = "a file, or installed pictures by name: 'fashion_mnist:sneaker-*', photographs:coffee"
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def weights() -> argparse.ArgumentParser:
+    """Where the weights of the dense host come from."""
+    parent = argparse.ArgumentParser(add_help=False)
+    source = parent.add_mutually_exclusive_group()
+    source.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights of the dense host")
+    source.add_argument(
+        "--pretrained", action="store_true", help="timm's weights (asks the network unless the package has them)"
+    )
+    return parent
+
+
+def entry() -> argparse.ArgumentParser:
+    """Which entry of a checkpoint has the weights."""
+    parent = argparse.ArgumentParser(add_help=False)
+    parent.add_argument(
+        "--key", metavar="NAME", help="entry of the checkpoint with the weights, where it has several, e.g. teacher"
+    )
+    return parent
+
+
+def settings() -> argparse.ArgumentParser:
+    """Settings of methods."""
+    parent = argparse.ArgumentParser(add_help=False)
+    parent.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="settings",
+        metavar="KEY=VALUE",
+        help="a setting for every method that has it, in JSON; given again: a variant for each value",
+    )
+    return parent
+
+
+def machine() -> argparse.ArgumentParser:
+    """What the models run on, and in which dtype."""
+    parent = argparse.ArgumentParser(add_help=False)
+    parent.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parent.add_argument("--device", default="cpu")
+    parent.add_argument("--dtype", default="float32", choices=DTYPES, help="of weights and images")
+    return parent
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """(height, width) of "SIDE" or "HEIGHTxWIDTH"."""
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a side such as 224 nor HxW such as 224x320")
+    return int(match[1]), int(match[2] or match[1])

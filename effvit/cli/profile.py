@@ -1,0 +1,82 @@
+"""``effvit profile``: what models and their reduced variants cost."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from effvit.cli import options
+from effvit.cli.models import check_device, create
+from effvit.cli.output import measure, output
+from effvit.measure.records import write_json
+from effvit.measure.variants import list_variants, parse_setting, reduced
+from effvit.show.pictures import open_images
+from effvit.show.tables import print_record, write_csv
+from effvit.show.visualize import load_images
+
+__all__ = ["add_command"]
+
+
+def add_command(commands: options.Commands) -> None:
+    """Add the command's arguments; ``run`` of what is parsed is the function to call."""
+    command = commands.add_parser(
+        "profile",
+        parents=[options.weights(), options.entry(), options.settings(), options.machine()],
+        help="parameters, multiply-adds and speed",
+        description="Compare each MODEL with its variants by --method; without one, all with the first.",
+    )
+    command.add_argument("models", nargs="+", metavar="MODEL", help="any name of timm or of the zoo")
+    command.add_argument("--method", nargs="+", default=[], metavar="NAME", help="methods to reduce each MODEL with")
+    command.add_argument("--keep-rate", nargs="+", type=float, default=[], metavar="RATE", help="one variant for each")
+    command.add_argument(
+        "--img-size", nargs="+", type=options.parse_size, metavar="SIZE", help="side or HxW; each is measured"
+    )
+    command.add_argument("--batch-size", nargs="+", type=int, default=[8], metavar="N", help="each is measured")
+    command.add_argument("--images", nargs="+", metavar="IMAGE", help=f"pictures in place of noise: {options.IMAGES}")
+    command.add_argument("--rounds", type=int, default=10)
+    command.add_argument(
+        "--precision", type=float, metavar="SHARE", help="more rounds until every interval is narrower, e.g. 0.02"
+    )
+    command.add_argument("--max-rounds", type=int, default=200, help="limit for --precision")
+    command.add_argument("--compile", action="store_true", help="run through torch.compile")
+    command.add_argument("--cuda-graphs", action="store_true", help="replay CUDA graphs")
+    command.add_argument("--breakdown", action="store_true", help="time attention, MLP and reduction of every block")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there too")
+    command.add_argument("--csv", type=Path, metavar="FILE", help="write the table there too")
+    command.set_defaults(run=run_profile)
+
+
+def run_profile(arguments: argparse.Namespace) -> None:
+    """Print what models and their reduced variants cost."""
+    assignments = [parse_setting(text) for text in arguments.settings]
+    assignments += [("keep_rate", rate) for rate in arguments.keep_rate]
+    if assignments and not arguments.method:
+        raise ValueError("settings belong to a method: name one with --method")
+    variants = list_variants(arguments.method, assignments)
+    check_device(arguments.device)
+    photos = open_images(arguments.images or [])
+    records = []
+    for size in arguments.img_size or [None]:
+        hosts = {name: create(name, arguments, size) for name in arguments.models}
+        groups = [hosts]
+        if variants:
+            groups = [{name: host, **reduced(host, variants)} for name, host in hosts.items()]
+        for models in groups:
+            dense = next(iter(models.values()))
+            images = load_images(dense, list(photos.values())) if photos else None
+            for batch_size in arguments.batch_size:
+                records.append(measure(models, batch_size, images, list(photos), **profile_options(arguments)))
+                print_record(output(), records[-1])
+    if arguments.json is not None:
+        write_json(arguments.json, records)
+    if arguments.csv is not None:
+        write_csv(arguments.csv, records)
+
+
+def profile_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Keywords of ``effvit.measure.costs.profile`` from the command line."""
+    names = ("rounds", "precision", "max_rounds", "threads", "device", "compile", "cuda_graphs", "breakdown")
+    return {name: getattr(arguments, name) for name in names} | {"dtype": getattr(torch, arguments.dtype)}

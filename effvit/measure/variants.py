@@ -1,0 +1,72 @@
+"""Models and their reduced variants, as users name them: a name, a method, KEY=VALUE."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import product
+from typing import Any
+
+import timm
+from torch import nn
+
+import effvit
+from effvit.hosts.host import ReducedHost, check_model_name
+from effvit.measure.records import parse_json
+from effvit.messages import plain, shown
+
+__all__ = ["build", "list_variants", "parse_setting", "reduced"]
+
+
+def parse_setting(text: str, option: str = "--set") -> tuple[str, Any]:
+    """("key", value) of "key=value" with the value in JSON; errors name the option it was given to."""
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise ValueError(f"{option} takes KEY=VALUE, e.g. r=8, got {text!r}")
+    try:
+        return key, parse_json(value)
+    except ValueError as error:
+        raise ValueError(
+            f"{option} {plain(text)}: {shown(value)} is not JSON ({plain(error)}); write numbers as r=8, lists as "
+            f"reduce_at=[3,6,9], true, false, null, and text in double quotes: '{key}=\"...\"'"
+        ) from error
+
+
+def list_variants(methods: Sequence[str], assignments: Sequence[tuple[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """(method, settings) for every method and combination of values of the settings it has.
+
+    Raises:
+        ValueError: An unknown method, or a setting that none of them has.
+    """
+    values: dict[str, list[Any]] = {}
+    for key, value in assignments:
+        values.setdefault(key, []).append(value)
+    taken = {method: [key for key in values if key in effvit.method_settings(method)] for method in methods}
+    for key in values:
+        if not any(key in keys for keys in taken.values()):
+            known = "; ".join(f"{method} takes {', '.join(effvit.method_settings(method))}" for method in methods)
+            raise ValueError(f"no method named here has a setting {key!r}: {known}")
+    return [
+        (method, dict(zip(keys, combination, strict=True)))
+        for method, keys in taken.items()
+        for combination in product(*(values[key] for key in keys))
+    ]
+
+
+def reduced(host: nn.Module, variants: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, ReducedHost]:
+    """Name -> the host with that method and those settings."""
+    models = {}
+    for method, settings in variants:
+        name = " ".join([method, *(f"{key}={value}" for key, value in settings.items())])
+        models[name] = effvit.sparsify(host, method, **settings)
+    return models
+
+
+def build(name: str, options: Mapping[str, Any], pretrained: bool = False) -> nn.Module:
+    """The named model; a ValueError for an unknown name, which names the nearest."""
+    check_model_name(name)
+    try:
+        return timm.create_model(name, pretrained=pretrained, **options)
+    except Exception as error:  # downloads fail with the exceptions of several libraries
+        if not pretrained and not isinstance(error, RuntimeError):
+            raise
+        raise ValueError(f"cannot create {name}: {error}") from error
