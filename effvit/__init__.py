@@ -15,8 +15,8 @@ from effvit.requirements import check_timm
 check_timm()  # before the first class of timm is extended: an older one lacks some
 install()
 
-from effvit.hosts._checkpoint import load_checkpoint
 from effvit.hosts.calibration import calibrate
+from effvit.hosts.checkpoints import load_checkpoint
 from effvit.hosts.host import TokenFeatures, list_methods, method_settings, register_host, sparsify
 from effvit.recover import register_fill, to_map
 from effvit.reducers import Reducer, register_method

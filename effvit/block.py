@@ -56,7 +56,7 @@ def set_child(parent: nn.Module, name: str, child: nn.Module | None) -> None:
     setattr(parent, name, child)
 
 
-class _TokenBlock(nn.Module):
+class ReducibleBlock(nn.Module):
     """The forward pass shared by the block classes; a subclass supplies the two residual branches."""
 
     reducer: Any
@@ -144,7 +144,7 @@ class _TokenBlock(nn.Module):
         return x
 
 
-class TokenBlock(_TokenBlock, Block):
+class TokenBlock(ReducibleBlock, Block):
     """timm's ViT ``Block`` for token maps."""
 
     def _attention_branch(self, y: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ class TokenBlock(_TokenBlock, Block):
         return self.drop_path2(self.ls2(y))
 
 
-class EvaTokenBlock(_TokenBlock, EvaBlock):
+class EvaTokenBlock(ReducibleBlock, EvaBlock):
     """timm's ``EvaBlock`` (LayerScale as plain parameters) for token maps."""
 
     def _attention_branch(self, y: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ class EvaTokenBlock(_TokenBlock, EvaBlock):
         return self.drop_path2(y if self.gamma_2 is None else self.gamma_2 * y)
 
 
-BLOCK_CLASSES: dict[type[nn.Module], type[_TokenBlock]] = {Block: TokenBlock, EvaBlock: EvaTokenBlock}
+BLOCK_CLASSES: dict[type[nn.Module], type[ReducibleBlock]] = {Block: TokenBlock, EvaBlock: EvaTokenBlock}
 
 
 def call_block(block: nn.Module, x: Tensor, tokens: TokenMap, rope: Tensor | None = None) -> tuple[Tensor, TokenMap]:
@@ -174,7 +174,7 @@ def call_block(block: nn.Module, x: Tensor, tokens: TokenMap, rope: Tensor | Non
     return x, beside.value
 
 
-def token_block(block: nn.Module, position: int) -> _TokenBlock:
+def token_block(block: nn.Module, position: int) -> ReducibleBlock:
     """The block rehoused for token maps, with an empty reducer slot.
 
     Raises:

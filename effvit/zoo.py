@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from effvit.architectures import variants
 from effvit.hosts import lvvit, vit_nano
-from effvit.hosts._checkpoint import host_state_dict
-from effvit.hosts._surface import SPARSIFIED, Reduced, record_args
+from effvit.hosts.checkpoints import host_state_dict
 from effvit.hosts.feature_pyramid import feature_settings
 from effvit.hosts.host import check_model_name, check_settings, record_name, sparsify
 from effvit.hosts.refusals import name_arguments
+from effvit.hosts.surface import SPARSIFIED, Reduced, record_args
 from effvit.reducers import METHODS, Reducer
 from effvit.reducers.registry import on_registration
 

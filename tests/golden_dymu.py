@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import effvit
-from effvit.hosts._checkpoint import official_state_dict, place_thresholds
 from effvit.hosts.calibration import ranking
+from effvit.hosts.checkpoints import official_state_dict, place_thresholds
 from effvit.hosts.host import ReducedHost, TokenFeatures
 from effvit.reducers.dymu import (
     OFFICIAL_EPS,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import effvit
 from effvit.cli import main
-from effvit.hosts._checkpoint import convert_checkpoint, official_state_dict
+from effvit.hosts.checkpoints import convert_checkpoint, official_state_dict
 
 
 def small(**changes: Any) -> VisionTransformer:

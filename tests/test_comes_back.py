@@ -30,8 +30,8 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 import effvit
-from effvit.hosts._surface import SPARSIFIED, Reduced
 from effvit.hosts.host import HOST_CLASSES
+from effvit.hosts.surface import SPARSIFIED, Reduced
 from effvit.reducers import METHODS, Reducer
 
 # timm's names of hosts; the numbers make them small. Half have a name under each method in the zoo, half have none.

@@ -37,7 +37,7 @@ import effvit
 from effvit.attention import AttnState
 from effvit.block import call_block, token_block
 from effvit.cli import main
-from effvit.hosts._checkpoint import official_state_dict
+from effvit.hosts.checkpoints import official_state_dict
 from effvit.hosts.host import ReducedHost
 from effvit.hosts.lvvit import LVViT
 from effvit.reducers import METHODS

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import effvit
 from effvit.block import rehouse
-from effvit.hosts._checkpoint import convert_checkpoint
+from effvit.hosts.checkpoints import convert_checkpoint
 from effvit.hosts.tiny_vit import MergedAttention, cluster_biases
 from effvit.measure.costs import profile
 

@@ -32,7 +32,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 import effvit
-from effvit.hosts._checkpoint import read_file
+from effvit.hosts.checkpoints import read_file
 from effvit.images import as_rgb, open_image
 from effvit.measure.costs import profile
 from effvit.measure.records import write_json

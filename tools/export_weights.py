@@ -14,7 +14,7 @@ from pathlib import Path
 from mmengine.runner.checkpoint import get_torch_safe_globals
 from safetensors.torch import save_file
 
-from effvit.hosts._checkpoint import check_state, read_checkpoint
+from effvit.hosts.checkpoints import check_state, read_checkpoint
 from effvit.measure.variants import build
 from effvit.messages import run_command
 

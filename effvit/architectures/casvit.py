@@ -13,8 +13,8 @@ from typing import Any
 from timm.layers import ClassifierHead, ConvNormAct, DropPath, Mlp, calculate_drop_path_rates
 from torch import Tensor, nn
 
+from effvit.architectures.base import ChannelsLastStem, PyramidBackbone, PyramidStage
 from effvit.hosts._names import renamed
-from effvit.hosts._surface import ChannelsLastStem, PyramidBackbone, PyramidStage
 
 __all__ = ["AdditiveAttention", "CASViT", "DistilledHead"]
 

@@ -40,8 +40,9 @@ from timm.models._input import update_model_args
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from effvit.hosts._checkpoint import official_state_dict
-from effvit.hosts._surface import SoftTokenViT, check_images, refuse_mask
+from effvit.architectures.base import SoftTokenViT
+from effvit.hosts.checkpoints import official_state_dict
+from effvit.hosts.surface import check_images, refuse_mask
 from effvit.layers.bidirectional_attention import GatherAttention, InfuseAttention
 from effvit.layers.resize import resize_map
 from effvit.recording import refuse_legacy_onnx

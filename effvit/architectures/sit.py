@@ -29,11 +29,12 @@ from timm.models._input import update_model_args
 from timm.models.vision_transformer import get_init_weights_vit
 from torch import Tensor, nn
 
+from effvit.architectures.base import SoftTokenViT
 from effvit.architectures.token_slimming import ReverseTokenSlimming, TokenSlimming, unpooling
 from effvit.block import set_child
 from effvit.hosts._names import Rules, renamed
-from effvit.hosts._surface import SoftTokenViT, check_images
 from effvit.hosts.lvvit import DampedBlock, FixedPatchEmbed
+from effvit.hosts.surface import check_images
 from effvit.schedule import check_choice, check_count, check_fraction
 from effvit.tokens import fix_traced_size, wide_product
 

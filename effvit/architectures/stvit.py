@@ -19,9 +19,10 @@ from timm.models import checkpoint
 from timm.models.vision_transformer import Block, checkpoint_filter_fn
 from torch import Tensor, nn
 
+from effvit.architectures.base import SoftTokenViT
 from effvit.architectures.semantic_tokens import SeedBlock, SemanticBlock, check_seed_grid
 from effvit.block import set_child
-from effvit.hosts._surface import SoftTokenViT, patch_grid, refuse_open_sizes
+from effvit.hosts.surface import patch_grid, refuse_open_sizes
 from effvit.recording import refuse_legacy_onnx
 from effvit.recover import TokenRecovery
 from effvit.schedule import check_count, check_switch

@@ -27,6 +27,7 @@ from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
 from effvit.architectures._stvit_r_names import official_name
+from effvit.architectures.base import PyramidBackbone, PyramidStage
 from effvit.architectures.dumbbell import (
     DumbbellUnit,
     GroupBlock,
@@ -34,7 +35,6 @@ from effvit.architectures.dumbbell import (
     check_key_windows,
 )
 from effvit.architectures.swin_parts import ConvStem, WindowBlock
-from effvit.hosts._surface import PyramidBackbone, PyramidStage
 from effvit.layers.windows import live_cells, num_windows, resize_bias_table, spread_cells
 from effvit.recording import compile_each_size, refuse_legacy_onnx, refuse_open_sides
 from effvit.recover import RestoreBlock, TokenRecovery

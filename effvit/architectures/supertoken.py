@@ -26,8 +26,9 @@ from timm.layers import (
 from timm.models._input import update_model_args
 from torch import Tensor, nn
 
+from effvit.architectures.base import ChannelsLastStem, PyramidBackbone, PyramidStage
 from effvit.hosts._names import renamed
-from effvit.hosts._surface import ChannelsLastStem, PyramidBackbone, PyramidStage, check_batch
+from effvit.hosts.surface import check_batch
 from effvit.layers.super_tokens import SuperTokenAttention, associate, from_cells, nearest_super_token, to_cells
 from effvit.recording import compile_each_size, refuse_open_sides
 

@@ -19,8 +19,8 @@ from effvit.architectures.stvit import STViT
 from effvit.architectures.stvit_swin import STViTSwin
 from effvit.architectures.supertoken import SuperTokenViT
 from effvit.hosts._builder import build_model
-from effvit.hosts._checkpoint import official_state_dict
-from effvit.hosts._surface import model_cfg
+from effvit.hosts.checkpoints import official_state_dict
+from effvit.hosts.surface import model_cfg
 
 __all__ = ["VARIANTS", "Variant"]
 

@@ -9,7 +9,7 @@ from safetensors.torch import save
 
 from effvit.cli import options
 from effvit.cli.output import LONGEST_LINE, output
-from effvit.hosts._checkpoint import convert_checkpoint
+from effvit.hosts.checkpoints import convert_checkpoint
 from effvit.measure.variants import build, parse_setting
 from effvit.messages import plain
 

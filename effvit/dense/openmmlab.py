@@ -37,7 +37,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 import effvit
 import effvit.dense.loading  # registers the transforms that data_checks puts into pipelines
-from effvit.hosts._checkpoint import adapt_state, check_state, read_checkpoint, read_file
+from effvit.hosts.checkpoints import adapt_state, check_state, read_checkpoint, read_file
 from effvit.hosts.feature_pyramid import PyramidFeatures, SimpleFeaturePyramid
 from effvit.hosts.host import ReducedHost, check_model_name
 from effvit.reducers import METHODS

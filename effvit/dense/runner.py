@@ -27,7 +27,7 @@ from mmengine.runner.checkpoint import get_torch_safe_globals
 
 from effvit.dense.data_checks import check_annotations, nested_dicts
 from effvit.dense.openmmlab import StartsPretrained, load_config
-from effvit.hosts._checkpoint import check_state, read_file
+from effvit.hosts.checkpoints import check_state, read_file
 
 __all__ = [
     "LAUNCHERS",

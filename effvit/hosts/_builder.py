@@ -8,9 +8,9 @@ from typing import Any
 from timm.models import build_model_with_cfg
 from torch import nn
 
-from effvit.hosts._surface import record_args
 from effvit.hosts.feature_pyramid import feature_settings
 from effvit.hosts.refusals import name_arguments
+from effvit.hosts.surface import record_args
 
 __all__ = ["build_model"]
 

@@ -27,7 +27,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from effvit.block import call_block, copy_shared, rehouse, set_child, token_block
-from effvit.hosts._surface import (
+from effvit.hosts.refusals import is_file_name, reason_against, reason_against_class
+from effvit.hosts.surface import (
     SPARSIFIED,
     Reduced,
     check_images,
@@ -38,7 +39,6 @@ from effvit.hosts._surface import (
     refuse_open_sizes,
     with_gradients,
 )
-from effvit.hosts.refusals import is_file_name, reason_against, reason_against_class
 from effvit.hosts.tiny_vit import ReducedTinyViT, reduce_windows
 from effvit.recording import refuse_legacy_onnx
 from effvit.recover import FILLS, AttentionRecovery, check_fill, restore, to_grid, unpacked

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from effvit.block import BLOCK_CLASSES, TokenBlock
 from effvit.hosts._builder import build_model
-from effvit.hosts._surface import model_cfg
 from effvit.hosts.host import HOST_CLASSES, ReducedViT
+from effvit.hosts.surface import model_cfg
 
 __all__ = ["LVViT"]
 

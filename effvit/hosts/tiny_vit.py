@@ -27,7 +27,7 @@ from timm.models.tiny_vit import Attention, TinyVit, TinyVitBlock, TinyVitStage
 from torch import Tensor
 
 from effvit.block import copy_shared, rehouse
-from effvit.hosts._surface import Reduced
+from effvit.hosts.surface import Reduced
 from effvit.layers.windows import from_windows, num_windows, to_windows
 from effvit.recording import refuse_fx, refuse_legacy_onnx
 from effvit.recover import reconstruct_tokens

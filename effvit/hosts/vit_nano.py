@@ -13,8 +13,8 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 
 from effvit.hosts._builder import build_model
-from effvit.hosts._checkpoint import host_state_dict
-from effvit.hosts._surface import model_cfg
+from effvit.hosts.checkpoints import host_state_dict
+from effvit.hosts.surface import model_cfg
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
 

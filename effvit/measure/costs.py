@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effvit.hosts._surface import Reduced
 from effvit.hosts.host import HOST_CLASSES, ReducedHost
+from effvit.hosts.surface import Reduced
 from effvit.measure.breakdown import time_by_block
 from effvit.measure.fidelity import Fidelity, compare_outputs, outputs
 from effvit.measure.flops import count_flops

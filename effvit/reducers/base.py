@@ -14,7 +14,7 @@ from effvit.reducers.cost import BlockSizes, Change
 from effvit.tokens import TokenMap, fx_leaf
 
 if TYPE_CHECKING:
-    from effvit.block import _TokenBlock
+    from effvit.block import ReducibleBlock
 
 __all__ = ["Reducer", "check_finite", "refuse_recording"]
 
@@ -213,7 +213,9 @@ class Reducer(nn.Module):
         """The map to begin with, given the embedded tokens x (B, P+H*W, C) of the full grid."""
         return tokens
 
-    def forward(self, x: Tensor, tokens: TokenMap, block: _TokenBlock, rope: Tensor | None) -> tuple[Tensor, TokenMap]:
+    def forward(
+        self, x: Tensor, tokens: TokenMap, block: ReducibleBlock, rope: Tensor | None
+    ) -> tuple[Tensor, TokenMap]:
         """Run the block, and the method at its places in it: x (B, P+N, C) -> (B, P+K, C) and the map of the K tokens.
 
         A method fills the places it needs and leaves this one alone.

@@ -18,8 +18,8 @@ from effvit.architectures.stvit import STViT
 from effvit.architectures.stvit_swin import STViTSwin
 from effvit.architectures.supertoken import SuperTokens, SuperTokenViT
 from effvit.architectures.token_slimming import unpooling
-from effvit.hosts._surface import patch_grid
 from effvit.hosts.host import ReducedHost
+from effvit.hosts.surface import patch_grid
 from effvit.layers.bidirectional_attention import GatherAttention
 from effvit.layers.super_tokens import from_cells, neighbours
 from effvit.measure.flops import eval_twin
