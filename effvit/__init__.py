@@ -7,7 +7,7 @@ zoo's names with ``timm.create_model``.
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from effvit.compat import install
 from effvit.requirements import check_timm
@@ -51,7 +51,7 @@ __all__ = [
 load_entry_points()
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name == "count_flops":  # on demand, since nothing else here needs fvcore
         return importlib.import_module("effvit.measure.flops").count_flops
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,8 +7,8 @@ the softmax map; what a method scores tokens with (the class token's row, the ke
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from timm.layers.attention import Attention, AttentionRope
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
+from effvit.protocols import Layer
 from effvit.tokens import TokenMap, fx_leaf, take_rows, wide_dtype, wide_product
 
 __all__ = ["ATTENTION_CLASSES", "AttnState", "Beside", "Selection"]
@@ -159,7 +160,9 @@ def variable_length_attention(
     """
     query_lengths, key_lengths = query_mask.sum(1), key_mask.sum(1)
     if q.device.type == "cpu" or torch.jit.is_tracing():
-        q_rows, k_rows = query_lengths.tolist(), key_lengths.tolist()
+        q_rows: list[int] = query_lengths.tolist()
+        k_rows: list[int] = key_lengths.tolist()
+        masks: Sequence[Tensor | None]
         masks = [None] * len(k_rows) if key_bias is None else key_bias[:, None, None].to(q.dtype).split(k_rows, dim=3)
         images = zip(q.split(q_rows, dim=2), k.split(k_rows, dim=2), v.split(k_rows, dim=2), masks, strict=True)
         outputs = [F.scaled_dot_product_attention(qi, ki, vi, mask, dropout_p) for qi, ki, vi, mask in images]
@@ -217,16 +220,25 @@ def _rotate(x: Tensor, tokens: TokenMap, rope: Tensor, half: bool) -> Tensor:
     return torch.cat([prefix, apply_rot_embed_cat(patches, table, half=half)], dim=2)
 
 
-class _TokenAttention(nn.Module):
+class TokenAttention(nn.Module):
     """The forward pass shared by the three attention modules; a subclass supplies ``_project``.
 
     The one entry point is ``forward``, so that hooks, FSDP wrapping and FLOP attribution of the attention
     module hold for everything it computes.
     """
 
-    if TYPE_CHECKING:  # what timm's class brings along
-
-        def __getattr__(self, name: str) -> Any: ...
+    # What timm's class brings along.
+    num_heads: int
+    head_dim: int
+    scale: float
+    fused_attn: bool
+    attn_drop: nn.Dropout
+    gate: Layer | None
+    q_norm: Layer
+    k_norm: Layer
+    norm: Layer
+    proj: Layer
+    proj_drop: Layer
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens (B, N, C) -> q, k, v, each (B, heads, N, D)."""
@@ -263,10 +275,10 @@ class _TokenAttention(nn.Module):
         q, k, v = self._project(x)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
-            half = getattr(self, "rotate_half", False)
+            half = bool(getattr(self, "rotate_half", False))
             q = _rotate(q, tokens, rope, half).type_as(v)
             k = _rotate(k, tokens, rope, half).type_as(v)
-        groups = getattr(self, "num_kv_groups", 1)
+        groups: int = getattr(self, "num_kv_groups", 1)
         if groups > 1:
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
 
@@ -279,7 +291,8 @@ class _TokenAttention(nn.Module):
         if edit_map is not None:
             weights = edit_map(state.softmax_map())
             state = state._replace(weights=weights)
-            out = self.attn_drop(weights.to(v.dtype)) @ v
+            dropped: Tensor = self.attn_drop(weights.to(v.dtype))
+            out = dropped @ v
         elif state.tokens.packed:
             if not tokens.packed:
                 k, v = (tokens.pack(y.transpose(1, 2)).transpose(1, 2) for y in (k, v))
@@ -294,7 +307,8 @@ class _TokenAttention(nn.Module):
             bias = tokens.key_bias(q.dtype)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p)
         else:
-            out = self.attn_drop(biased_logits(q, k, self.scale, tokens).softmax(dim=-1)) @ v
+            dropped = self.attn_drop(biased_logits(q, k, self.scale, tokens).softmax(dim=-1))
+            out = dropped @ v
 
         out = self.norm(out.transpose(1, 2).flatten(2))  # (B, P+K, heads * D)
         if gate is not None:
@@ -304,15 +318,22 @@ class _TokenAttention(nn.Module):
         return self.proj_drop(self.proj(out))
 
 
-class PlainTokenAttention(_TokenAttention, Attention):
+class PlainTokenAttention(TokenAttention, Attention):
     """timm's ``Attention`` (ViT, DeiT, DINOv2, SigLIP ...) for token maps."""
+
+    qkv: Layer
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self._split_heads(x, self.qkv(x))
 
 
-class RopeTokenAttention(_TokenAttention, AttentionRope):
+class RopeTokenAttention(TokenAttention, AttentionRope):
     """timm's ``AttentionRope`` (PE, rope ViTs, grouped-query attention) for token maps."""
+
+    qkv: Layer | None
+    q_proj: Layer
+    k_proj: Layer
+    v_proj: Layer
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.qkv is not None:
@@ -320,21 +341,31 @@ class RopeTokenAttention(_TokenAttention, AttentionRope):
         return _project_apart(self, x)
 
 
-class EvaTokenAttention(_TokenAttention, EvaAttention):
+class EvaTokenAttention(TokenAttention, EvaAttention):
     """timm's ``EvaAttention`` (EVA, EVA02, DINOv3: no key bias) for token maps."""
+
+    qkv: nn.Linear | None
+    q_proj: Layer
+    k_proj: Layer
+    v_proj: Layer
+    q_bias: Tensor | None
+    k_bias: Tensor
+    v_bias: Tensor
+    qkv_bias_separate: bool
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.qkv is None:
             return _project_apart(self, x)
+        project: Layer = self.qkv
         if self.q_bias is None:
-            return self._split_heads(x, self.qkv(x))
+            return self._split_heads(x, project(x))
         bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
         if self.qkv_bias_separate:
-            return self._split_heads(x, self.qkv(x) + bias)
+            return self._split_heads(x, project(x) + bias)
         return self._split_heads(x, F.linear(x, self.qkv.weight, bias))
 
 
-def _project_apart(attn: AttentionRope | EvaAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _project_apart(attn: RopeTokenAttention | EvaTokenAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v of a module with three projections; with grouped queries k and v have fewer heads."""
 
     def heads(y: Tensor) -> Tensor:
@@ -343,7 +374,7 @@ def _project_apart(attn: AttentionRope | EvaAttention, x: Tensor) -> tuple[Tenso
     return heads(attn.q_proj(x)), heads(attn.k_proj(x)), heads(attn.v_proj(x))
 
 
-ATTENTION_CLASSES: dict[type[nn.Module], type[_TokenAttention]] = {
+ATTENTION_CLASSES: dict[type[nn.Module], type[TokenAttention]] = {
     Attention: PlainTokenAttention,
     AttentionRope: RopeTokenAttention,
     EvaAttention: EvaTokenAttention,

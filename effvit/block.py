@@ -6,19 +6,49 @@ A block offers a reducer its two halves, ``attend`` and ``feedforward``, and kno
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Protocol, TypeVar, overload
 
 from timm.layers import DropPath
 from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from effvit.attention import ATTENTION_CLASSES, AttnState, Beside, EditMap, Pick
+from effvit.attention import ATTENTION_CLASSES, AttnState, Beside, EditMap, Pick, TokenAttention
+from effvit.protocols import Layer
 from effvit.tokens import TokenMap, take_rows
 
-__all__ = ["BLOCK_CLASSES", "call_block", "copy_shared", "rehouse", "set_child", "token_block"]
+if TYPE_CHECKING:
+    from effvit.reducers.base import Reducer
+
+__all__ = [
+    "BLOCK_CLASSES",
+    "BlockList",
+    "ReducibleBlock",
+    "call_block",
+    "copy_shared",
+    "rehouse",
+    "set_child",
+    "token_block",
+]
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+class BlockList(Protocol):
+    """The blocks of a reduced model, in order."""
+
+    def __iter__(self) -> Iterator[ReducibleBlock]: ...
+
+    @overload
+    def __getitem__(self, i: int, /) -> ReducibleBlock: ...
+
+    @overload
+    def __getitem__(self, i: slice, /) -> BlockList: ...
+
+    def __setitem__(self, i: int, block: nn.Module, /) -> None: ...
+
+    def __len__(self) -> int: ...
 
 
 def copy_shared(model: ModuleT, share: bool = True) -> ModuleT:
@@ -27,7 +57,7 @@ def copy_shared(model: ModuleT, share: bool = True) -> ModuleT:
     The position biases that timm's TinyViT and LeViT keep between forward passes are left out: they may have gradients,
     and then cannot be copied.
     """
-    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())} if share else {}
+    memo: dict[int, object] = {id(t): t for t in (*model.parameters(), *model.buffers())} if share else {}
     for module in model.modules():
         if hasattr(module, "attention_bias_cache"):
             memo[id(module.attention_bias_cache)] = {}
@@ -41,6 +71,7 @@ def rehouse(module: nn.Module, cls: type[ModuleT]) -> ModuleT:
     replacing a child of the new one does not touch the old.
     """
     new = cls.__new__(cls)
+    value: object
     for name, value in module.__dict__.items():
         new.__dict__[name] = value.copy() if isinstance(value, (dict, set)) else value
     return new
@@ -59,11 +90,14 @@ def set_child(parent: nn.Module, name: str, child: nn.Module | None) -> None:
 class ReducibleBlock(nn.Module):
     """The forward pass shared by the block classes; a subclass supplies the two residual branches."""
 
-    reducer: Any
+    reducer: Reducer | None
 
-    if TYPE_CHECKING:  # what timm's class brings along
-
-        def __getattr__(self, name: str) -> Any: ...
+    # What timm's class brings along.
+    attn: TokenAttention
+    norm1: Layer
+    norm2: Layer
+    mlp: Layer
+    drop_path1: Layer
 
     def _attention_branch(self, y: Tensor) -> Tensor:
         raise NotImplementedError
@@ -147,6 +181,10 @@ class ReducibleBlock(nn.Module):
 class TokenBlock(ReducibleBlock, Block):
     """timm's ViT ``Block`` for token maps."""
 
+    ls1: Layer
+    ls2: Layer
+    drop_path2: Layer
+
     def _attention_branch(self, y: Tensor) -> Tensor:
         return self.drop_path1(self.ls1(y))
 
@@ -156,6 +194,10 @@ class TokenBlock(ReducibleBlock, Block):
 
 class EvaTokenBlock(ReducibleBlock, EvaBlock):
     """timm's ``EvaBlock`` (LayerScale as plain parameters) for token maps."""
+
+    gamma_1: Tensor | None
+    gamma_2: Tensor | None
+    drop_path2: Layer
 
     def _attention_branch(self, y: Tensor) -> Tensor:
         return self.drop_path1(y if self.gamma_1 is None else self.gamma_1 * y)
@@ -187,7 +229,8 @@ def token_block(block: nn.Module, position: int) -> ReducibleBlock:
             f"blocks.{position} is a {type(block).__name__}, which token reduction does not know; "
             f"supported are {', '.join(cls.__name__ for cls in BLOCK_CLASSES)}: choose a host built from them"
         )
-    attn: Any = block.attn
+    attn = block.attn
+    assert isinstance(attn, nn.Module)
     known_attn = ATTENTION_CLASSES.get(type(attn))
     if known_attn is None:
         raise TypeError(

@@ -7,7 +7,6 @@ import re
 import sys
 from collections.abc import Callable
 from reprlib import Repr
-from typing import Any
 
 __all__ = ["one_line", "plain", "run_command", "shown"]
 
@@ -37,7 +36,7 @@ def one_line(text: object, longest: int = LONGEST_ERROR) -> str:
     return plain(" ".join(str(text).split()), longest)
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A short repr of any value, however deep or large."""
     return plain(_short.repr(value))
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol, TypeAlias
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-__all__ = ["Json", "Layer", "PatchEmbedding", "Setting", "Settings", "Size"]
+__all__ = ["Device", "Host", "HostBlocks", "Json", "Layer", "PatchEmbedding", "Setting", "Settings", "Size"]
 
 Size: TypeAlias = tuple[int, int]
 """(H, W), in pixels or in patches."""
@@ -20,6 +21,8 @@ Setting: TypeAlias = "bool | int | float | str | Sequence[Setting] | Mapping[str
 
 Settings: TypeAlias = dict[str, Setting]
 
+Device: TypeAlias = "torch.device | str | None"
+
 
 class Layer(Protocol):
     """A module from one tensor to one."""
@@ -30,13 +33,48 @@ class Layer(Protocol):
 class PatchEmbedding(Protocol):
     """What is asked of timm's ``PatchEmbed``."""
 
-    img_size: Size | None
+    img_size: Size
     patch_size: Size
     grid_size: Size
     num_patches: int
 
     def __call__(self, x: Tensor, /) -> Tensor: ...
 
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Its parameters."""
+        ...
+
     def dynamic_feat_size(self, img_size: Size) -> Size:
         """(H, W) patch grid of images of another size."""
         ...
+
+
+class Host(Protocol):
+    """What a method may ask of the model it takes its place in, see ``Reducer.settle``."""
+
+    @property
+    def embed_dim(self) -> int:
+        """Channels of a token."""
+        ...
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens in front of the patches."""
+        ...
+
+    @property
+    def blocks(self) -> HostBlocks:
+        """The blocks, in order."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The model's parameters, for their device and dtype."""
+        ...
+
+
+class HostBlocks(Protocol):
+    """The blocks of a host, in order."""
+
+    def __getitem__(self, i: int, /) -> nn.Module: ...
+
+    def __len__(self) -> int: ...

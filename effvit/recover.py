@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effvit.layers.cross_attention import CrossAttention, CrossBlock, WindowCrossBlock
+from effvit.protocols import Device
 from effvit.schedule import check_choice
 from effvit.tokens import TokenMap, flat_rows, fx_leaf, take_rows, wide_dtype, without_autocast
 
@@ -234,7 +235,8 @@ def _fill_attention(x: Tensor, tokens: TokenMap, recovery: AttentionRecovery | N
     grid = _recalled(x, tokens, "attention")
     if recovery is None:
         raise ValueError("recover 'attention' is trained: give its module, model.recovery, to to_grid or to_map")
-    return torch.where(tokens.on_its_own().unsqueeze(-1), grid, recovery(grid, _patches(x, tokens), tokens.valid))
+    recovered: Tensor = recovery(grid, _patches(x, tokens), tokens.valid)
+    return torch.where(tokens.on_its_own().unsqueeze(-1), grid, recovered)
 
 
 def _recalled(x: Tensor, tokens: TokenMap, fill: str) -> Tensor:
@@ -316,7 +318,12 @@ class AttentionRecovery(nn.Module):
     """
 
     def __init__(
-        self, dim: int, num_heads: int, head_dim: int | None = None, device: Any = None, dtype: Any = None
+        self,
+        dim: int,
+        num_heads: int,
+        head_dim: int | None = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=1e-6, device=device, dtype=dtype)
@@ -340,7 +347,7 @@ class AttentionRecovery(nn.Module):
         mask = None if valid is None else valid[:, None, None]  # (B, heads, N, M)
         return x + self.attn.attend(self.attn.q(self.norm(x)), self.attn.kv(self.norm(s)), mask)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Load as any module, but keep the weights if a checkpoint has nothing about them."""
         if not any(name.startswith(prefix) for name in state_dict):
             state_dict.update({prefix + name: value for name, value in self.state_dict().items()})
@@ -376,7 +383,7 @@ class TokenRecoveringAttention(nn.Module):
         num_queries: int | None = None,
         num_heads: int = 8,
         zero_init: bool = False,
-        device: torch.device | str | None = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()

@@ -9,6 +9,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
+from effvit.protocols import Settings
+
 __all__ = [
     "R_SCHEDULES",
     "check_blocks",
@@ -111,7 +113,7 @@ def per_block(name: str, value: ValueT | Sequence[ValueT], blocks: tuple[int, ..
 LADDER_RATES = tuple(round(0.98 - 0.02 * step, 2) for step in range(40))
 
 
-def keep_rate_ladder() -> list[dict[str, float]]:
+def keep_rate_ladder() -> list[Settings]:
     """The keep rates 0.98, 0.96 ... 0.2, as settings."""
     return [{"keep_rate": rate} for rate in LADDER_RATES]
 

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 import effvit
 from effvit.block import call_block
-from effvit.hosts.host import ReducedHost
+from effvit.hosts.host import ReducedHost, apply_method
 from effvit.hosts.lvvit import LVViT
 from effvit.recover import FILLS
 from effvit.reducers import METHODS
@@ -116,7 +116,7 @@ def make_host(name: str, **kwargs: Any) -> Any:
 
 def make_model(method: str, host: str, **settings: Any) -> Any:
     """The host under the method with the settings of its ``example``, some of them changed."""
-    return effvit.sparsify(make_host(host), method, **(METHODS[method].example() | settings)).eval()
+    return apply_method(make_host(host), method, METHODS[method].example() | settings).eval()
 
 
 def make_images(model: Any, batch: int = 2) -> Tensor:
@@ -207,7 +207,7 @@ class Contract:
 
     def test_nothing_reduced_is_bit_equal_to_timm(self, method: str, host: str) -> None:
         dense = make_host(host)
-        model = effvit.sparsify(dense, method, **METHODS[method].off())
+        model = apply_method(dense, method, METHODS[method].off())
         x = make_images(dense)
         assert torch.equal(model(x), dense(x))
         assert torch.equal(model.forward_features(x), dense.forward_features(x))
@@ -314,7 +314,7 @@ class Contract:
         patch = model.patch_embed.patch_size[0]
         size = (3 * patch, 7 * patch)
         model.set_input_size(size)
-        made = effvit.sparsify(make_host(host, img_size=size), method, **METHODS[method].example()).eval()
+        made = apply_method(make_host(host, img_size=size), method, METHODS[method].example()).eval()
         made.load_state_dict(model.state_dict())
         x = make_images(model)
         assert maps_and_scores(model, x)[-2].shape == (2, model.embed_dim, 3, 7)
@@ -322,7 +322,7 @@ class Contract:
             assert torch.allclose(own, expected, rtol=1e-5, atol=1e-5)
 
     def test_dynamic_sizes_equal_a_model_of_that_size(self, method: str, host: str) -> None:
-        dynamic: Any = effvit.sparsify(make_host(host, dynamic_img_size=True), method, **METHODS[method].example())
+        dynamic: Any = apply_method(make_host(host, dynamic_img_size=True), method, METHODS[method].example())
         x = make_images(dynamic)
         fixed = make_model(method, host)
         if not isinstance(dynamic, Eva):  # for Eva the order of construction changes the random weights
@@ -340,7 +340,7 @@ class Contract:
         dense = make_host(host)
         x = make_images(dense)
         before = dense(x)
-        model: Any = effvit.sparsify(dense, method, **METHODS[method].example())
+        model: Any = apply_method(dense, method, METHODS[method].example())
         own = {name: parameter for name, parameter in model.named_parameters() if ".reducer." not in name}
         assert own.keys() == dict(dense.named_parameters()).keys()
         assert all(own[name] is shared for name, shared in dense.named_parameters())

@@ -12,8 +12,8 @@ from timm.layers import LayerNorm
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from effvit.recover import TokenRecoveringAttention
-from effvit.reducers.hot import assign_to_peaks, density_peaks, peak_scores
+from effvit.recover import TokenRecoveringAttention, closeness
+from effvit.reducers.hot import density_peaks, peak_scores
 from effvit.tokens import flat_rows, take_rows
 
 
@@ -92,7 +92,9 @@ def compare_clusters(case: Case, pooled: Tensor, number: int, k: int) -> Tensor:
     case.equal(peak_scores(pooled, k, compat=True).topk(number).indices, "inter/index_down")
     index = density_peaks(pooled, number, k, compat=True)
     assert torch.equal(index, case["inter/index_down"].sort(-1).values)
-    frames = index.gather(1, assign_to_peaks(pooled, index))
+    nearest = closeness(pooled, pooled.gather(1, index.unsqueeze(-1).expand(-1, -1, pooled.shape[-1])), 1.0).argmax(-1)
+    nearest = nearest.scatter(1, index, torch.arange(number).expand_as(index))  # every peak to itself
+    frames = index.gather(1, nearest)
     assert torch.equal(frames, case["inter/index_down"].gather(1, case["inter/idx_cluster"]))
     return index
 

@@ -9,7 +9,7 @@ import torch
 from hosts import make_host, make_images, make_model
 
 import effvit
-from effvit.reducers.hot import assign_to_peaks, density_peaks, peak_scores, squared_distances
+from effvit.reducers.hot import density_peaks, peak_scores, squared_distances
 
 
 def slow_scores(x: torch.Tensor, k: int) -> list[float]:
@@ -38,7 +38,6 @@ def test_scores_are_those_of_the_slow_search(k: int) -> None:
 def test_of_two_tokens_nearest_to_each_other_the_first_is_the_peak() -> None:
     x = torch.tensor([[[0.0], [0.125], [8.0], [8.25], [20.0]]])
     assert density_peaks(x, 2).tolist() == [[0, 2]]
-    assert assign_to_peaks(x, density_peaks(x, 2)).tolist() == [[0, 0, 1, 1, 1]]
     # Without a rule for ties both of a pair would stand far from anything denser.
     assert peak_scores(x, compat=True)[0, 1] > 1 > peak_scores(x)[0, 1]
 

@@ -14,10 +14,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from effvit.hosts.surface import (
+    BlockFeatures,
+    Intermediates,
     check_batch,
     check_images,
     check_output_fmt,
-    hand_out,
     patch_grid,
     refuse_mask,
     with_gradients,
@@ -27,12 +28,14 @@ from effvit.tokens import fix_traced_size, fx_leaf
 __all__ = ["ChannelsLastStem", "PyramidBackbone", "PyramidStage", "SoftTokenViT"]
 
 
-class SoftTokenViT(VisionTransformer):
+class SoftTokenViT(Intermediates, VisionTransformer):
     """A plain ViT of an architecture whose later blocks work on other tokens than one a patch.
 
     A subclass supplies ``_run`` and, where the tokens it ends with need more than the final norm, ``_finish``.
     Everything timm asks of a vision transformer's features follows from these two.
     """
+
+    blocks: Any  # of a class of each architecture's own
 
     def _run(
         self, x: Tensor, take: Sequence[int] = (), num_blocks: int | None = None
@@ -54,10 +57,6 @@ class SoftTokenViT(VisionTransformer):
         """Normalised final tokens (B, P+M, C), what ``forward_head`` takes."""
         return self.norm(state)
 
-    def _norm_patches(self, x: Tensor) -> Tensor:
-        """The norm of intermediate patch features (B, H*W, C), where it is asked for."""
-        return self.norm(x)
-
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Normalised final tokens (B, P+M, C) of images (B, 3, H, W); a mask is refused."""
         refuse_mask(self, attn_mask, is_causal)
@@ -65,49 +64,12 @@ class SoftTokenViT(VisionTransformer):
         x = fix_traced_size(x, 2, 3)
         return self._finish(self._run(x)[0])
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-        output_dict: bool = False,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-    ) -> Any:
-        """Features of several blocks on the full patch grid; arguments and returns as timm's method.
-
-        Args:
-            x: Images (B, 3, H, W).
-            indices: The last n blocks if an int, all if None, or block numbers.
-            return_prefix_tokens: Return (map, prefix tokens) pairs.
-            norm: Apply the final norm to the intermediates.
-            stop_early: Do not run the blocks behind the last one asked for.
-            output_fmt: "NCHW" for maps (B, C, H/patch, W/patch), "NLC" for sequences (B, N, C) of all patches.
-            intermediates_only: Return only the list of intermediates.
-            output_dict: Return a dict with image_features and image_intermediates.
-            attn_mask: Refused.
-            is_causal: Refused.
-        """
-        check_output_fmt(output_fmt)
-        refuse_mask(self, attn_mask, is_causal)
+    def _intermediates(self, x: Tensor, take: Sequence[int], num_blocks: int | None) -> BlockFeatures:
         check_images(x, self)
         x = fix_traced_size(x, 2, 3)
-        take, last = feature_take_indices(len(self.blocks), indices)
-        state, taken = self._run(x, take, last + 1 if stop_early or intermediates_only else None)
-        with_prefix = return_prefix_tokens and self.num_prefix_tokens > 0
-        return hand_out(
-            [self._norm_patches(y) if norm else y for y, _ in taken],
-            [self.norm(prefix) if norm else prefix for _, prefix in taken] if with_prefix else None,
-            patch_grid(x, self),
-            lambda: self._finish(state),
-            output_fmt,
-            intermediates_only,
-            output_dict,
-        )
+        state, taken = self._run(x, take, num_blocks)
+        patches, prefixes = [y for y, _ in taken], [prefix for _, prefix in taken]
+        return BlockFeatures(patches, prefixes, patch_grid(x, self), lambda: self._finish(state))
 
 
 def reset_module(module: nn.Module) -> None:

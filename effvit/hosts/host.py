@@ -12,13 +12,12 @@ import fnmatch
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 import timm
 import torch
 from timm.layers import PatchDropout, PatchDropoutWithIndices, to_2tuple
 from timm.models import checkpoint
-from timm.models._features import feature_take_indices
 from timm.models._pretrained import PretrainedCfg
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
@@ -26,23 +25,25 @@ from timm.models.tiny_vit import TinyVit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from effvit.block import call_block, copy_shared, rehouse, set_child, token_block
+from effvit.block import BlockList, call_block, copy_shared, rehouse, set_child, token_block
 from effvit.hosts.refusals import is_file_name, reason_against, reason_against_class
 from effvit.hosts.surface import (
     SPARSIFIED,
+    BlockFeatures,
+    Intermediates,
     Reduced,
     check_images,
-    check_output_fmt,
-    hand_out,
     patch_grid,
     refuse_mask,
     refuse_open_sizes,
     with_gradients,
 )
 from effvit.hosts.tiny_vit import ReducedTinyViT, reduce_windows
+from effvit.protocols import Layer, PatchEmbedding, Setting, Settings, Size
 from effvit.recording import refuse_legacy_onnx
 from effvit.recover import FILLS, AttentionRecovery, check_fill, restore, to_grid, unpacked
 from effvit.reducers import METHODS, Reducer, register_method
+from effvit.reducers.keep_rate import HasKeepRate
 from effvit.schedule import check_fraction, check_switch, per_block
 from effvit.tokens import TokenMap, fix_traced_size, flat_rows, take_rows
 
@@ -76,7 +77,13 @@ class TokenFeatures(NamedTuple):
     tokens: TokenMap
 
 
-class ReducedHost(Reduced):
+class AttentionPool(Protocol):
+    """timm's attention pooling."""
+
+    def __call__(self, x: Tensor, /, attn_mask: Tensor | None = None) -> Tensor: ...
+
+
+class ReducedHost(Intermediates, Reduced):
     """What all hosts share: the loop over the blocks and everything that must know the tokens moved.
 
     Attributes:
@@ -89,19 +96,28 @@ class ReducedHost(Reduced):
     _depth: int  # blocks of the whole host, of which features_only may leave some out
     token_drop: PatchDropoutWithIndices | None
 
-    blocks: Any
-    patch_embed: Any
-    norm: Any
-    norm_pre: Any
-    cls_token: Any
-    attn_pool: Any
+    # What timm's class brings along.
+    blocks: BlockList
+    patch_embed: PatchEmbedding
+    patch_drop: nn.Module
+    cls_token: Tensor | None
+    norm_pre: Layer
+    norm: Layer
+    attn_pool: AttentionPool | None
+    fc_norm: Layer
+    head_drop: Layer
+    head: Layer
+    embed_dim: int
     num_prefix_tokens: int
     global_pool: str
+    pool_include_prefix: bool
     grad_checkpointing: bool
 
-    if TYPE_CHECKING:  # what timm's class brings along
+    if TYPE_CHECKING:
 
-        def __getattr__(self, name: str) -> Any: ...
+        def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor: ...
+
+        def _pos_embed(self, x: Tensor) -> Tensor: ...
 
     @property
     def num_class_tokens(self) -> int:
@@ -257,72 +273,26 @@ class ReducedHost(Reduced):
         if tokens.size is None:
             return self.forward_head(x)
         # Attention pooling over merged tokens: a bias of log size equals pooling the un-merged sequence.
-        bias: Any = replace(tokens, key_weight=tokens.size).key_bias(x.dtype)
+        bias = replace(tokens, key_weight=tokens.size).key_bias(x.dtype)
+        assert bias is not None
         if isinstance(self, VisionTransformer) and not self.pool_include_prefix:
             x, bias = x[:, tokens.num_prefix :], bias[..., tokens.num_prefix :]
         return self.head(self.head_drop(self.fc_norm(self.attn_pool(x, attn_mask=bias))))
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-        output_dict: bool = False,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-    ) -> Any:
-        """Features of several blocks on the full patch grid; arguments and returns as timm's method.
-
-        Args:
-            x: Images (B, 3, H, W).
-            indices: The last n blocks if an int, all if None, or block numbers.
-            return_prefix_tokens: Return (map, prefix tokens) pairs.
-            norm: Apply the final norm to the intermediates.
-            stop_early: Do not run the blocks behind the last one asked for.
-            output_fmt: "NCHW" for maps (B, C, H/patch, W/patch), "NLC" for sequences (B, N, C) of all patches.
-            intermediates_only: Return only the list of intermediates.
-            output_dict: Return a dict with image_features and image_intermediates.
-            attn_mask: Refused: a mask over the full sequence has no meaning once tokens have moved.
-            is_causal: Refused.
-
-        Returns:
-            (final features, intermediates), the intermediates, or the dict. Patches that were dropped are filled
-            as ``self.recover`` says.
-        """
-        check_output_fmt(output_fmt)
-        refuse_mask(self, attn_mask, is_causal)
-        take, last = feature_take_indices(len(self.blocks), indices)
-        num_blocks = last + 1 if stop_early or intermediates_only else None
+    def _intermediates(self, x: Tensor, take: Sequence[int], num_blocks: int | None) -> BlockFeatures:
         _, memory, reference = FILLS[self.recover]
         final, taken = self._forward_blocks(x, take, num_blocks, memory, reference)
-
-        patches: list[Tensor] = []
-        prefixes: list[Tensor] = []
+        patches, prefixes = [], []
         for features in taken:
-            tokens = features.tokens
-            y = to_grid(features.x, tokens, self.recover, self.recovery)  # (B, H*W, C)
-            prefix, _ = tokens.split(unpacked(features.x, tokens)[0])
-            y, prefix = (self.norm(y), self.norm(prefix)) if norm else (y, prefix)
-            patches.append(y)
-            prefixes.append(prefix)
-        return hand_out(
-            patches,
-            prefixes if return_prefix_tokens and self.num_prefix_tokens > 0 else None,
-            final.tokens.grid,
-            lambda: self._poolable(*self._normalised(*final)),
-            output_fmt,
-            intermediates_only,
-            output_dict,
-        )
+            y, tokens = unpacked(*features)
+            patches.append(to_grid(y, tokens, self.recover, self.recovery))  # (B, H*W, C)
+            prefixes.append(tokens.split(y)[0])
+        return BlockFeatures(patches, prefixes, final.tokens.grid, lambda: self._poolable(*self._normalised(*final)))
 
     # -- settings ----------------------------------------------------------------------------------------------
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> Settings:
         """What the method does, as settings: JSON-plain, defaults included, a copy.
 
         They follow ``set_keep_rate``, any other change of the reducers, and what ``effvit.calibrate`` learnt.
@@ -332,7 +302,7 @@ class ReducedHost(Reduced):
         """
         return self._recorded_settings() | METHODS[self.method].learnt_settings(self.reducers, self._depth)
 
-    def _recorded_settings(self) -> dict[str, Any]:
+    def _recorded_settings(self) -> Settings:
         """``settings`` without what ``state_dict`` holds."""
         given = super().settings
         planned = METHODS[self.method].plan(self._depth, **given)
@@ -374,15 +344,15 @@ class ReducedHost(Reduced):
         """
         if "keep_rate" not in self._settings:
             raise ValueError(f"{self.method} has no keep rate to set; its settings are {', '.join(self._settings)}")
-        reducers: dict[int, Any] = {b: r for b, r in self.reducers.items() if hasattr(r, "base_keep_rate")}
+        reducers = {b: r for b, r in self.reducers.items() if isinstance(r, HasKeepRate)}
         absolute = [name for name in ("num_tokens", "num_clusters") if self._settings.get(name) is not None]
         if not reducers or absolute:
             cause = f"its {absolute[0]} are absolute" if absolute else "its settings let no block reduce"
             raise ValueError(f"{self.method}: a keep rate would have no effect, no block uses one ({cause})")
         before = {block: reducer.keep_rate for block, reducer in reducers.items()}
-        rates = per_block("keep_rate", keep_rate, tuple(reducers))
+        given = per_block("keep_rate", keep_rate, tuple(reducers))
         rates = {
-            b: reducers[b].base_keep_rate if r is None else check_fraction("keep_rate", r) for b, r in rates.items()
+            b: reducers[b].base_keep_rate if r is None else check_fraction("keep_rate", r) for b, r in given.items()
         }
         try:
             for block, rate in rates.items():
@@ -399,7 +369,7 @@ class ReducedHost(Reduced):
         if self.attn_pool is None:
             set_child(self, "attn_pool", None)
 
-    def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
+    def set_input_size(self, img_size: int | Size | None = None, patch_size: int | Size | None = None) -> None:
         """timm's resize, if the settings leave tokens on the new grid."""
         new_patch = to_2tuple(patch_size or self.patch_embed.patch_size)
         size = to_2tuple(img_size or self.patch_embed.img_size)
@@ -515,7 +485,7 @@ def _nearest(name: str, known: Sequence[str], otherwise: str) -> str:
     return f"did you mean {' or '.join(close)}?" if close else otherwise
 
 
-def method_settings(method: str) -> dict[str, Any]:
+def method_settings(method: str) -> Settings:
     """The settings of a method and their defaults.
 
     Raises:
@@ -530,7 +500,7 @@ def method_settings(method: str) -> dict[str, Any]:
     return METHODS[method].defaults()
 
 
-def check_settings(method: str, settings: dict[str, Any]) -> None:
+def check_settings(method: str, settings: Mapping[str, object]) -> None:
     """Raise a ValueError for a setting the method does not have, naming the methods that do."""
     known = method_settings(method)
     for name in settings:
@@ -544,22 +514,22 @@ def check_settings(method: str, settings: dict[str, Any]) -> None:
         raise ValueError(f"{method} has no setting {name!r}; {owned}{method} takes {', '.join(known)}")
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Setting) -> Setting:
     return [_plain(v) for v in value] if isinstance(value, (tuple, list, range)) else value
 
 
-def _values(reducers: Mapping[int, Reducer], name: str) -> dict[int, Any]:
+def _values(reducers: Mapping[int, Reducer], name: str) -> dict[int, Setting]:
     """{block: value} of a setting that reducers hold under its own name."""
     return {b: _plain(getattr(reducer, name)) for b, reducer in reducers.items() if hasattr(reducer, name)}
 
 
-def _one_or_each(values: Mapping[int, Any]) -> Any:
+def _one_or_each(values: Mapping[int, Setting]) -> Setting:
     """One value if all blocks have the same, else the list of them."""
     first, *others = values.values()
     return first if all(value == first for value in others) else [first, *others]
 
 
-def _describes(method: str, depth: int, settings: dict[str, Any], reducers: Mapping[int, Reducer]) -> bool:
+def _describes(method: str, depth: int, settings: Settings, reducers: Mapping[int, Reducer]) -> bool:
     """True if a model made with the settings does what the reducers {block: reducer} do."""
     try:
         planned = METHODS[method].plan(depth, **settings)
@@ -569,7 +539,7 @@ def _describes(method: str, depth: int, settings: dict[str, Any], reducers: Mapp
     return active.keys() == planned.keys() and all(_values(active, n) == _values(planned, n) for n in settings)
 
 
-def _is_idle(reducer: Any) -> bool:
+def _is_idle(reducer: Reducer) -> bool:
     """True if all tokens stay, so that ``plan`` would leave the block out."""
     return getattr(reducer, "keep_rate", None) == 1 and getattr(reducer, "r", 0) == 0
 
@@ -580,7 +550,7 @@ def sparsify(
     *,
     recover: str | None = None,
     share: bool = True,
-    **settings: Any,
+    **settings: Setting,
 ) -> ReducedHost | ReducedTinyViT:
     """A cheaper version of a timm vision transformer that drops, merges or samples tokens as it goes.
 
@@ -614,11 +584,22 @@ def sparsify(
     """
     if isinstance(method, type):
         method = register_method(method).name
+    return apply_method(model, method, settings, recover, share)
+
+
+def apply_method(
+    model: nn.Module | str, method: str, settings: Mapping[str, Setting], recover: str | None = None, share: bool = True
+) -> ReducedHost | ReducedTinyViT:
+    """``sparsify`` by the name of a method, with its settings in one mapping."""
     check_settings(method, settings)
     check_switch("share", share)
-    dense: Any = _create_host(model) if isinstance(model, str) and not is_file_name(model) else model
-    again = isinstance(dense, Reduced) and dense.method == method
-    recover = (dense.recover if again else METHODS[method].recover) if recover is None else recover
+    dense = _create_host(model) if isinstance(model, str) and not is_file_name(model) else model
+    if not isinstance(dense, nn.Module):
+        raise TypeError(reason_against(dense, {*HOST_CLASSES, TinyVit}))
+    if recover is None:
+        recover = METHODS[method].recover
+        if isinstance(dense, Reduced) and dense.method == method:
+            recover = dense.recover
     check_fill(recover)
     if type(dense) in (TinyVit, ReducedTinyViT):
         if recover != METHODS[method].recover:
@@ -631,11 +612,10 @@ def sparsify(
     host_class = type(dense) if isinstance(dense, ReducedHost) else HOST_CLASSES.get(type(dense))
     if host_class is None:
         raise TypeError(reason_against(dense, {*HOST_CLASSES, TinyVit}))
-    depth = dense._depth if isinstance(dense, ReducedHost) else len(dense.blocks)
-    plan = METHODS[method].plan(depth, **settings)
-
     host = rehouse(copy_shared(dense, share), host_class)
-    host._depth = depth
+    if not isinstance(dense, ReducedHost):
+        host._depth = len(host.blocks)
+    plan = METHODS[method].plan(host._depth, **settings)
     _described(host, dense, method, settings, recover)
     set_child(host, "recovery", _recovery(host) if recover == "attention" else None)
     if not isinstance(dense, ReducedHost):
@@ -656,15 +636,17 @@ def sparsify(
         warnings.warn(
             f"{dense.method} had learnt {', '.join(lost[:4])}{' ...' if len(lost) > 4 else ''}, which the new model is "
             f"without: {method} with these settings and recover {recover!r} cannot hold it; the given model keeps it",
-            stacklevel=2,
+            stacklevel=3,
         )
     return host
 
 
-def _described(host: ReducedT, dense: nn.Module, method: str, settings: dict[str, Any], recover: str) -> ReducedT:
+def _described(
+    host: ReducedT, dense: nn.Module, method: str, settings: Mapping[str, Setting], recover: str
+) -> ReducedT:
     """The host, which now says what was done to the dense model."""
     host.method = method
-    host._settings = {name: _plain(value) for name, value in (METHODS[method].defaults() | settings).items()}
+    host._settings = {name: _plain(value) for name, value in {**METHODS[method].defaults(), **settings}.items()}
     host.recover = recover
     host.host_name = dense.host_name if isinstance(dense, Reduced) else _recorded_name(dense)
     record_name(host)
@@ -672,13 +654,13 @@ def _described(host: ReducedT, dense: nn.Module, method: str, settings: dict[str
     return host
 
 
-def _recorded_name(dense: Any) -> str | None:
+def _recorded_name(dense: nn.Module) -> str | None:
     """timm's name of a model that ``timm.create_model`` made; None for others, whose keywords nobody has recorded."""
     cfg = getattr(dense, "pretrained_cfg", None)
     return cfg["architecture"] if cfg and getattr(dense, "_model_args", None) is not None else None
 
 
-def record_name(model: Any) -> None:
+def record_name(model: Reduced) -> None:
     """Let ``pretrained_cfg`` name what the model is, for timm's hub folders.
 
     The zoo's name, if its host has one under the method: keywords of ``timm.create_model`` cannot be None, so with a
@@ -686,7 +668,7 @@ def record_name(model: Any) -> None:
     """
     name, defaults = f"{model.method}_{model.host_name}", METHODS[model.method].defaults()
     unsaid = any(value is None and defaults[setting] is not None for setting, value in model._settings.items())
-    cfg = getattr(model, "pretrained_cfg", None)
+    cfg: dict[str, object] | None = getattr(model, "pretrained_cfg", None)
     if cfg is None:  # of a host that was built by its class
         img_size = model.patch_embed.img_size
         model._traits = {"img_size": img_size}
@@ -727,7 +709,7 @@ def _recovery(host: ReducedHost) -> AttentionRecovery:
 
 def _keep_drop_indices(host: ReducedHost) -> None:
     """Move timm's patch dropout behind the embedding, where its choice can enter the TokenMap."""
-    drop: Any = host.patch_drop
+    drop = host.patch_drop
     token_drop = None
     if isinstance(drop, (PatchDropout, PatchDropoutWithIndices)):
         token_drop = PatchDropoutWithIndices(drop.prob, drop.num_prefix_tokens, drop.ordered).train(drop.training)

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from effvit.protocols import Layer, PatchEmbedding, Settings, Size
 from effvit.recording import is_recorded, refuse_fx
 from effvit.tokens import autocast_enabled
 
 __all__ = [
     "SPARSIFIED",
+    "BlockFeatures",
+    "Intermediates",
     "Reduced",
     "check_batch",
     "check_images",
     "check_output_fmt",
-    "hand_out",
     "model_cfg",
     "patch_grid",
     "record_args",
@@ -45,39 +48,45 @@ class Reduced(nn.Module):
     method: str
     recover: str
     host_name: str | None
-    pretrained_cfg: dict[str, Any]
-    _settings: dict[str, Any]
+    pretrained_cfg: dict[str, object]
+    default_cfg: dict[str, object]
+    patch_embed: PatchEmbedding
+    in_chans: int
+    num_classes: int
+    _settings: Settings
+    _traits: dict[str, object]
     _placement: tuple[torch.dtype, torch.device]
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> Settings:
         """What the method does, as settings: JSON-plain, defaults included, a copy.
 
         ``effvit.sparsify(dense, model.method, recover=model.recover, **model.settings)`` does the same again.
         """
         return copy.deepcopy(self._settings)
 
-    def _recorded_settings(self) -> dict[str, Any]:
+    def _recorded_settings(self) -> Settings:
         """The settings that a file must tell beside the weights."""
         return self.settings
 
     @property
-    def _model_args(self) -> dict[str, Any]:
+    def _model_args(self) -> dict[str, object]:
         """The keywords that make this model again; timm writes them into the folders of ``save_for_hf``.
 
         They are put together when they are asked for, since the method may have changed since the model was made.
         """
-        own: dict[str, Any] = {"recover": self.recover}
+        own: dict[str, object] = {"recover": self.recover}
         if self.pretrained_cfg["architecture"] == SPARSIFIED:
             # A host without a name is given as its class, which timm refuses to write, and says how to replace it.
             host = self.host_name or type(self).__bases__[-1]
             own |= {"host": host, "method": self.method, "settings": self._recorded_settings()}
         else:
             own |= self._recorded_settings()
-        return self.__dict__.get("_model_args", {}) | own
+        given: dict[str, object] = self.__dict__.get("_model_args", {})
+        return given | own
 
     @_model_args.setter
-    def _model_args(self, args: dict[str, Any]) -> None:
+    def _model_args(self, args: dict[str, object]) -> None:
         own = {"host", "method", "recover", "settings", *self._settings}
         self.__dict__["_model_args"] = {name: value for name, value in args.items() if name not in own}
 
@@ -132,7 +141,15 @@ class Reduced(nn.Module):
         return f"method={self.method!r}, settings={self.settings}, recover={self.recover!r}"
 
 
-def check_batch(x: Tensor, model: nn.Module, in_chans: int) -> bool:
+class HasParameters(Protocol):
+    """A module, of which the first weight tells dtype and device."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters."""
+        ...
+
+
+def check_batch(x: Tensor, model: HasParameters, in_chans: int) -> bool:
     """Raise a named error unless x is a batch of images in the model's dtype; False for a placeholder of fx."""
     if isinstance(x, torch.fx.Proxy):
         return False
@@ -151,7 +168,13 @@ def check_batch(x: Tensor, model: nn.Module, in_chans: int) -> bool:
     return True
 
 
-def refuse_open_sizes(x: Tensor, model: Any, extractors: bool = True) -> None:
+class HasPatches(Protocol):
+    """A model that cuts images into patches."""
+
+    patch_embed: PatchEmbedding
+
+
+def refuse_open_sizes(x: Tensor, model: nn.Module, extractors: bool = True) -> None:
     """Raise a TypeError where ``torch.fx`` traces a model that takes any size; ``extractors`` as in ``refuse_fx``."""
     if getattr(model, "dynamic_img_size", False):
         refuse_fx(
@@ -162,14 +185,15 @@ def refuse_open_sizes(x: Tensor, model: Any, extractors: bool = True) -> None:
         )
 
 
-def patch_grid(x: Tensor, model: Any) -> tuple[int, int]:
+def patch_grid(x: Tensor, model: HasPatches) -> tuple[int, int]:
     """(H, W) patch grid of images x in a model with ``patch_embed``."""
     if not getattr(model, "dynamic_img_size", False):
-        return tuple(model.patch_embed.grid_size)
+        height, width = model.patch_embed.grid_size
+        return height, width
     return model.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
 
 
-def check_images(x: Tensor, model: Any) -> None:
+def check_images(x: Tensor, model: HasPatches) -> None:
     """Raise a named error unless x is a batch of images that a plain ViT with ``patch_embed`` takes."""
     patch_embed = model.patch_embed
     if not check_batch(x, patch_embed, getattr(model, "in_chans", 3)):
@@ -191,7 +215,7 @@ def check_images(x: Tensor, model: Any) -> None:
         )
 
 
-def model_cfg(**kwargs: Any) -> dict[str, Any]:
+def model_cfg(**kwargs: object) -> dict[str, object]:
     """timm's pretrained configuration of a model for ImageNet at 224 pixels, with the entries given."""
     return {
         "num_classes": 1000,
@@ -210,13 +234,14 @@ def model_cfg(**kwargs: Any) -> dict[str, Any]:
 _LOADING = {"pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "cache_dir", "device", "dtype"}
 
 
-def record_args(model: Any, kwargs: Mapping[str, Any]) -> None:
+def record_args(model: nn.Module, kwargs: Mapping[str, object]) -> None:
     """Let a model tell the keywords that its builder got, for the folders of timm's ``save_for_hf``.
 
     ``timm.create_model`` does so by itself. Without a record, the folder of a model whose builder was called alone
     would give back one of the default sizes and options.
     """
-    model._model_args = {name: value for name, value in kwargs.items() if name not in _LOADING}
+    recorded = {name: value for name, value in kwargs.items() if name not in _LOADING}
+    setattr(model, "_model_args", recorded)  # noqa: B010
 
 
 def check_output_fmt(output_fmt: str, known: Sequence[str] = ("NCHW", "NLC")) -> None:
@@ -225,7 +250,7 @@ def check_output_fmt(output_fmt: str, known: Sequence[str] = ("NCHW", "NLC")) ->
         raise ValueError(f"output_fmt must be {' or '.join(map(repr, known))}, got {output_fmt!r}")
 
 
-def refuse_mask(model: Any, attn_mask: Tensor | None, is_causal: bool) -> None:
+def refuse_mask(model: object, attn_mask: Tensor | None, is_causal: bool) -> None:
     """Raise a ValueError for an attention mask, which has no meaning once tokens are not those of the image."""
     if isinstance(attn_mask, torch.fx.Proxy):  # symbolic tracing passes a placeholder for every argument
         return
@@ -237,36 +262,93 @@ def refuse_mask(model: Any, attn_mask: Tensor | None, is_causal: bool) -> None:
         )
 
 
-def hand_out(
-    patches: list[Tensor],
-    prefixes: list[Tensor] | None,
-    grid: tuple[int, int],
-    final: Callable[[], Tensor],
-    output_fmt: str,
-    intermediates_only: bool,
-    output_dict: bool,
-) -> Any:
-    """What timm's ``forward_intermediates`` of a plain ViT returns.
+class BlockFeatures(NamedTuple):
+    """What some blocks of a ViT made of a batch.
 
-    Args:
-        patches: Features (B, H*W, C) of all patches, for each block asked for.
-        prefixes: Their prefix tokens (B, P, C), None where they were not asked for.
+    Attributes:
+        patches: (B, H*W, C) features of all patches behind each block asked for, not normalised.
+        prefixes: (B, P, C) prefix tokens, likewise.
         grid: (H, W) of the patches.
-        final: Computes the final features, called only if they are returned.
-        output_fmt: "NCHW" for maps (B, C, H, W), "NLC" for the sequences as they are.
-        intermediates_only: Return the intermediates alone.
-        output_dict: Return a dict.
+        final: Computes what ``forward_features`` returns, which not every caller wants.
     """
-    maps = patches if output_fmt == "NLC" else [y.transpose(1, 2).unflatten(2, grid).contiguous() for y in patches]
-    if output_dict:
-        result: dict[str, Any] = {"image_intermediates": maps}
-        if prefixes is not None:
-            result["image_intermediates_prefix"] = prefixes
-        if not intermediates_only:
-            result["image_features"] = final()
-        return result
-    intermediates = maps if prefixes is None else list(zip(maps, prefixes, strict=True))
-    return intermediates if intermediates_only else (final(), intermediates)
+
+    patches: list[Tensor]
+    prefixes: list[Tensor]
+    grid: Size
+    final: Callable[[], Tensor]
+
+
+class Intermediates:
+    """timm's ``forward_intermediates`` of a plain ViT, for a class that supplies ``_intermediates``."""
+
+    blocks: Sized
+    norm: Layer
+    num_prefix_tokens: int
+
+    def _intermediates(self, x: Tensor, take: Sequence[int], num_blocks: int | None) -> BlockFeatures:
+        """The blocks on images (B, 3, H, W).
+
+        Args:
+            x: The images.
+            take: Blocks whose output is wanted.
+            num_blocks: Blocks to run, None for all.
+        """
+        raise NotImplementedError
+
+    def _norm_patches(self, x: Tensor) -> Tensor:
+        """The norm of intermediate patch features (B, H*W, C), where it is asked for."""
+        return self.norm(x)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Any:
+        """Features of several blocks on the full patch grid; arguments and returns as timm's method.
+
+        Args:
+            x: Images (B, 3, H, W).
+            indices: The last n blocks if an int, all if None, or block numbers.
+            return_prefix_tokens: Return (map, prefix tokens) pairs.
+            norm: Apply the final norm to the intermediates.
+            stop_early: Do not run the blocks behind the last one asked for.
+            output_fmt: "NCHW" for maps (B, C, H/patch, W/patch), "NLC" for sequences (B, N, C) of all patches.
+            intermediates_only: Return only the list of intermediates.
+            output_dict: Return a dict with image_features and image_intermediates.
+            attn_mask: Refused: a mask over the full sequence has no meaning once tokens have moved.
+            is_causal: Refused.
+
+        Returns:
+            (final features, intermediates), the intermediates, or the dict. A reduced host fills dropped patches as
+            ``self.recover`` says.
+        """
+        check_output_fmt(output_fmt)
+        refuse_mask(self, attn_mask, is_causal)
+        take, last = feature_take_indices(len(self.blocks), indices)
+        patches, prefixes, grid, final = self._intermediates(
+            x, take, last + 1 if stop_early or intermediates_only else None
+        )
+        if norm:
+            patches = [self._norm_patches(y) for y in patches]
+        maps = patches if output_fmt == "NLC" else [y.transpose(1, 2).unflatten(2, grid).contiguous() for y in patches]
+        with_prefix = return_prefix_tokens and self.num_prefix_tokens > 0
+        if with_prefix and norm:
+            prefixes = [self.norm(y) for y in prefixes]
+        if output_dict:
+            result: dict[str, Tensor | list[Tensor]] = {"image_intermediates": maps}
+            if with_prefix:
+                result["image_intermediates_prefix"] = prefixes
+            return result if intermediates_only else result | {"image_features": final()}
+        listed = list(zip(maps, prefixes, strict=True)) if with_prefix else maps
+        return listed if intermediates_only else (final(), listed)
 
 
 def with_gradients(x: Tensor, module: nn.Module | None) -> Tensor:

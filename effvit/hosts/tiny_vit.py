@@ -17,7 +17,7 @@ where it leaves more tokens than the map has, the MLP sees the map itself.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +29,7 @@ from torch import Tensor
 from effvit.block import copy_shared, rehouse
 from effvit.hosts.surface import Reduced
 from effvit.layers.windows import from_windows, num_windows, to_windows
+from effvit.protocols import Setting
 from effvit.recording import refuse_fx, refuse_legacy_onnx
 from effvit.recover import reconstruct_tokens
 from effvit.reducers import METHODS, Reducer
@@ -235,7 +236,7 @@ register_notrace_module(ClusteredStage)  # as timm does with its block, which to
 # -- the whole model -------------------------------------------------------------------------------------
 
 
-def reduce_windows(dense: TinyVit, method: str, settings: dict[str, Any], share: bool = True) -> ReducedTinyViT:
+def reduce_windows(dense: TinyVit, method: str, settings: Mapping[str, Setting], share: bool = True) -> ReducedTinyViT:
     """The model with a method in its windows; the one given stays as it is.
 
     Args:

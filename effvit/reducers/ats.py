@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from effvit.attention import AttnState, Pick, Selection
+from effvit.protocols import Settings
 from effvit.recording import is_recorded
 from effvit.reducers.base import Reducer, check_finite, refuse_recording
 from effvit.reducers.cost import BlockSizes, Change
@@ -215,7 +216,7 @@ class ATS(Rated):
         return {b: cls(rates[b], points[b], *options) for b in blocks if rates[b] != 1}
 
     @classmethod
-    def example(cls) -> dict[str, Any]:
+    def example(cls) -> Settings:
         return {"reduce_at": (1, 2, 3)}
 
     def num_points(self, num_patches: int) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from effvit.attention import AttnState, EditMap, Pick
+from effvit.protocols import Host, Settings
 from effvit.recording import is_recorded, refuse_open_sides
 from effvit.reducers.cost import BlockSizes, Change
 from effvit.tokens import TokenMap, fx_leaf
@@ -100,12 +102,12 @@ class Reducer(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def off(cls) -> dict[str, Any]:
+    def off(cls) -> Settings:
         """Settings under which nothing is reduced, so that the model is its host."""
         raise NotImplementedError
 
     @classmethod
-    def example(cls) -> dict[str, Any]:
+    def example(cls) -> Settings:
         """Settings under which every part of the method acts on a host of four blocks and 20 to 40 patches.
 
         The tests of the contract run the method with them, those of ``effvit.testing`` too.
@@ -113,7 +115,7 @@ class Reducer(nn.Module):
         return {}
 
     @classmethod
-    def ladders(cls, depth: int, num_patches: int) -> list[list[dict[str, Any]]]:
+    def ladders(cls, depth: int, num_patches: int) -> list[list[Settings]]:
         """Settings from weak to strong for ``effvit.measure.tune``, a list for each way to spread them over the blocks.
 
         None for a method that must be calibrated or trained before its outputs say anything.
@@ -125,7 +127,7 @@ class Reducer(nn.Module):
         return []
 
     @classmethod
-    def demo(cls, num_patches: int) -> list[dict[str, Any]]:
+    def demo(cls, num_patches: int) -> list[Settings]:
         """Settings that ``effvit demo`` compares on images of so many patches; none leave the method out.
 
         Unless a method says otherwise, that of the middle of its first ladder.
@@ -134,7 +136,7 @@ class Reducer(nn.Module):
         return rungs[len(rungs) // 2 :][:1]
 
     @classmethod
-    def defaults(cls) -> dict[str, Any]:
+    def defaults(cls) -> Settings:
         """The method's settings and their defaults, read from the signature of ``plan``."""
         parameters = inspect.signature(cls.plan).parameters.values()
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
@@ -146,7 +148,8 @@ class Reducer(nn.Module):
 
     def take_over(self, former: Reducer) -> bool:
         """Go on from what a reducer of the same method has learnt, sharing its parameters; False if it does not fit."""
-        own, state = self.state_dict(), former.state_dict(keep_vars=True)
+        own: dict[str, Tensor] = self.state_dict()
+        state: dict[str, Tensor] = former.state_dict(keep_vars=True)
         fits = own.keys() == state.keys() and all(own[name].shape == state[name].shape for name in own)
         if not fits or type(former) is not type(self):
             return False
@@ -155,11 +158,11 @@ class Reducer(nn.Module):
         return True
 
     @classmethod
-    def learnt_settings(cls, reducers: dict[int, Any], depth: int) -> dict[str, Any]:
+    def learnt_settings(cls, reducers: Mapping[int, Reducer], depth: int) -> Settings:
         """Settings that stand for what the reducers {block: reducer} of a model have learnt; none for most methods."""
         return {}
 
-    def settle(self, host: Any, block: int) -> None:
+    def settle(self, host: Host, block: int) -> None:
         """Take a place in a host; the method's own parameters are made here, at the host's widths.
 
         Args:
@@ -168,7 +171,7 @@ class Reducer(nn.Module):
             block: Number of the block.
         """
         self.block = block
-        self.any_size = getattr(host, "dynamic_img_size", False)
+        self.any_size = bool(getattr(host, "dynamic_img_size", False))
 
     def count(self, num_tokens: int, num_patches: int) -> int:
         """Patch tokens left of ``num_tokens``; an upper bound for a method whose count depends on the image.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effvit.attention import AttnState
+from effvit.protocols import Settings
 from effvit.recording import is_recorded
 from effvit.reducers.base import FEW_PATCHES, Reducer, check_finite
 from effvit.reducers.cost import BlockSizes, Change, alternating_pairs
@@ -316,15 +317,15 @@ class DyMU(Reducer):
         return {b: cls(rs[b], given[b], limits[b], ragged, compat) for b in blocks if rs[b] > 0}
 
     @classmethod
-    def off(cls) -> dict[str, Any]:
+    def off(cls) -> Settings:
         return {"r_total": 0}
 
     @classmethod
-    def example(cls) -> dict[str, Any]:
+    def example(cls) -> Settings:
         return {"thresholds": (0.9, 0.8, 0.7, 0.6)}
 
     @classmethod
-    def demo(cls, num_patches: int) -> list[dict[str, Any]]:
+    def demo(cls, num_patches: int) -> list[Settings]:
         return [{"r_total": 28 if num_patches < FEW_PATCHES else 96}]
 
     def count(self, num_tokens: int, num_patches: int) -> int:
@@ -372,11 +373,12 @@ class DyMU(Reducer):
         return self.given is not None or (same and super().take_over(former))
 
     @classmethod
-    def learnt_settings(cls, reducers: dict[int, Any], depth: int) -> dict[str, Any]:
+    def learnt_settings(cls, reducers: Mapping[int, Reducer], depth: int) -> Settings:
         """The learnt thresholds as the setting, with 1.0 for blocks that merge nothing; none before calibration."""
-        if not reducers or not all(reducer.has_learnt for reducer in reducers.values()):
+        learnt = {b: float(r.threshold) for b, r in reducers.items() if isinstance(r, DyMU) and r.has_learnt}
+        if not reducers or learnt.keys() != reducers.keys():
             return {}
-        return {"thresholds": [float(reducers[b].threshold) if b in reducers else 1.0 for b in range(depth)]}
+        return {"thresholds": [learnt.get(block, 1.0) for block in range(depth)]}
 
     def reset_parameters(self) -> None:
         """Back to the given threshold, or to none."""
@@ -409,7 +411,7 @@ class DyMU(Reducer):
             self.threshold = before.to(self.threshold.device)
         return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Load as any module, but leave given thresholds alone, and those a checkpoint has nothing about."""
         threshold = self.threshold if self.given is None else torch.full_like(self.threshold, self.given)
         own = {f"{prefix}threshold": threshold, f"{prefix}num_batches": self.num_batches}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from effvit.attention import AttnState
+from effvit.protocols import Settings
 from effvit.reducers.base import FEW_PATCHES, Reducer, check_finite
 from effvit.reducers.cost import BlockSizes, Change
 from effvit.reducers.keep_rate import KeepRate, kept_in_blocks
@@ -69,15 +69,15 @@ class EViT(KeepRate):
         return {b: cls(rate, fuse_token, number) for b, (rate, number) in kept.items()}
 
     @classmethod
-    def example(cls) -> dict[str, Any]:
+    def example(cls) -> Settings:
         return {"keep_rate": 0.6, "reduce_at": (1, 2)}
 
     @classmethod
-    def demo(cls, num_patches: int) -> list[dict[str, Any]]:
+    def demo(cls, num_patches: int) -> list[Settings]:
         return [{"keep_rate": 0.9}, {"keep_rate": 0.7}] if num_patches < FEW_PATCHES else [{"keep_rate": 0.5}]
 
     @classmethod
-    def ladders(cls, depth: int, num_patches: int) -> list[list[dict[str, Any]]]:
+    def ladders(cls, depth: int, num_patches: int) -> list[list[Settings]]:
         early = sorted({max(1, depth // 6), max(1, depth // 3), max(1, depth // 2)})
         rates = keep_rate_ladder()
         return [rates, [{**rung, "reduce_at": early} for rung in rates]]

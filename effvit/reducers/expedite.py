@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from effvit.protocols import Settings
 from effvit.recover import NORMS, closeness, restore
 from effvit.reducers.base import Reducer, check_finite
 from effvit.reducers.cost import BlockSizes, Change
@@ -247,7 +247,7 @@ class Expedite(Rated):
         return plan
 
     @classmethod
-    def example(cls) -> dict[str, Any]:
+    def example(cls) -> Settings:
         return {
             "keep_rate": 0.5,
             "cluster_at": 1,

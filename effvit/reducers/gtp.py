@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from effvit.attention import AttnState, EditMap
+from effvit.protocols import Settings
 from effvit.reducers.base import FEW_PATCHES, Reducer, check_finite
 from effvit.reducers.cost import BlockSizes, Change
 from effvit.schedule import (
@@ -239,19 +239,19 @@ class GTP(Reducer):
         return {b: cls(n, *options) for b, n in counts.items() if n > 0}
 
     @classmethod
-    def off(cls) -> dict[str, Any]:
+    def off(cls) -> Settings:
         return {"num_prop": 0}
 
     @classmethod
-    def example(cls) -> dict[str, Any]:
+    def example(cls) -> Settings:
         return {"num_prop": 2, "num_neighbours": 3}
 
     @classmethod
-    def demo(cls, num_patches: int) -> list[dict[str, Any]]:
+    def demo(cls, num_patches: int) -> list[Settings]:
         return [{"num_prop": 2 if num_patches < FEW_PATCHES else 8}]
 
     @classmethod
-    def ladders(cls, depth: int, num_patches: int) -> list[list[dict[str, Any]]]:
+    def ladders(cls, depth: int, num_patches: int) -> list[list[Settings]]:
         return [[{"num_prop": number} for number in spread_ladder(depth, num_patches)]]
 
     def num_removed(self, num_tokens: int) -> int:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from effvit.recover import closeness
+from effvit.protocols import Settings
 from effvit.reducers.base import Reducer, check_finite
 from effvit.reducers.cost import BlockSizes, Change
 from effvit.reducers.keep_rate import KeepRate, kept_in_blocks
 from effvit.schedule import check_blocks, check_count
-from effvit.tokens import TokenMap, flat_rows, fx_leaf, take_rows, wide_dtype, wide_product
+from effvit.tokens import TokenMap, fx_leaf, wide_dtype, wide_product
 
-__all__ = ["HoT", "assign_to_peaks", "density_peaks", "peak_scores", "squared_distances"]
+__all__ = ["HoT", "density_peaks", "peak_scores", "squared_distances"]
 
 
 def squared_distances(x: Tensor) -> Tensor:
@@ -56,7 +55,7 @@ def peak_scores(x: Tensor, k: int = 2, compat: bool = False) -> Tensor:
     if not 2 <= k <= length:
         raise ValueError(f"k must be at least 2 and at most the number of tokens, got {k} for {length} tokens")
     x = x.to(wide_dtype(x.dtype))
-    squared = (torch.cdist(x, x) / x.shape[2] ** 0.5).square() if compat else squared_distances(x)
+    squared: Tensor = (torch.cdist(x, x) / x.shape[2] ** 0.5).square() if compat else squared_distances(x)
     density = squared.topk(k, dim=-1, largest=False).values.mean(-1).neg().exp()  # (B, N)
     other, own = density.unsqueeze(1), density.unsqueeze(2)
     denser = other > own  # (B, N, N): column against row
@@ -68,20 +67,17 @@ def peak_scores(x: Tensor, k: int = 2, compat: bool = False) -> Tensor:
     return torch.where(denser, squared, farthest).amin(-1).sqrt() * density
 
 
-@torch.no_grad()
 def density_peaks(x: Tensor, num_clusters: int, k: int = 2, compat: bool = False) -> Tensor:
     """The ``num_clusters`` tokens of x (B, N, C) that are most a peak of density: (B, num_clusters), ascending.
 
     Their cluster members are dropped, not averaged: the peaks stay as they are. Arguments as in ``peak_scores``.
     """
-    return peak_scores(x, k, compat).topk(num_clusters, dim=1).indices.sort(dim=1).values
+    return highest(peak_scores(x, k, compat), num_clusters)
 
 
-@torch.no_grad()
-def assign_to_peaks(x: Tensor, index: Tensor) -> Tensor:
-    """Which peak (place in index (B, K)) each token of x (B, N, C) is nearest to, every peak to itself: (B, N)."""
-    nearest = closeness(x, take_rows(x, flat_rows(index, x.shape[1])), 1.0).argmax(-1)
-    return nearest.scatter(1, index, torch.arange(index.shape[1], device=index.device).expand_as(index))
+def highest(scores: Tensor, number: int) -> Tensor:
+    """The tokens with the ``number`` highest scores (B, N), in the order of the sequence: (B, number)."""
+    return scores.topk(number, dim=1).indices.sort(dim=1).values
 
 
 class HoT(KeepRate):
@@ -126,11 +122,11 @@ class HoT(KeepRate):
         return {b: cls(rate, k, number) for b, (rate, number) in kept.items()}
 
     @classmethod
-    def example(cls) -> dict[str, Any]:
+    def example(cls) -> Settings:
         return {"keep_rate": 0.5, "reduce_at": (1, 3)}
 
     @classmethod
-    def ladders(cls, depth: int, num_patches: int) -> list[list[dict[str, Any]]]:
+    def ladders(cls, depth: int, num_patches: int) -> list[list[Settings]]:
         return []  # published for pose sequences: effvit.tune does not try it
 
     def count(self, num_tokens: int, num_patches: int) -> int:
@@ -150,5 +146,4 @@ class HoT(KeepRate):
         """x (B, P+N, C) -> (B, P+kept, C) and the map of the kept tokens."""
         k = min(self.k, tokens.num_tokens) if self.any_size else self.k
         scores = check_finite(peak_scores(tokens.split(x)[1], k), self.origin("peak scores"), x)
-        index = scores.topk(kept, dim=1).indices.sort(dim=1).values
-        return tokens.select(x, index, kept)
+        return tokens.select(x, highest(scores, kept), kept)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Protocol, runtime_checkable
 
+from effvit.protocols import Settings
 from effvit.reducers.base import FEW_PATCHES, Reducer
 from effvit.schedule import check_count, check_fraction, keep_rate_ladder, per_block
 
-__all__ = ["KeepRate", "Rated", "kept_in_blocks"]
+__all__ = ["HasKeepRate", "KeepRate", "Rated", "kept_in_blocks"]
 
 
 def kept_in_blocks(
@@ -29,6 +30,19 @@ def kept_in_blocks(
     return {b: (rates[b], numbers[b]) for b in blocks if rates[b] < 1 or numbers[b] is not None}
 
 
+@runtime_checkable
+class HasKeepRate(Protocol):
+    """A reducer whose keep rate can change after the model was made.
+
+    Attributes:
+        keep_rate: The rate now, which ``set_keep_rate`` changes.
+        base_keep_rate: The rate the model was made with.
+    """
+
+    keep_rate: float
+    base_keep_rate: float
+
+
 class Rated(Reducer):
     """One block's share of a method with the setting ``keep_rate``, of which 1 turns it off.
 
@@ -39,15 +53,15 @@ class Rated(Reducer):
     rate_of_few = 0.8
 
     @classmethod
-    def off(cls) -> dict[str, Any]:
+    def off(cls) -> Settings:
         return {"keep_rate": 1.0}
 
     @classmethod
-    def demo(cls, num_patches: int) -> list[dict[str, Any]]:
+    def demo(cls, num_patches: int) -> list[Settings]:
         return [{"keep_rate": cls.rate_of_few} if num_patches < FEW_PATCHES else {}]
 
     @classmethod
-    def ladders(cls, depth: int, num_patches: int) -> list[list[dict[str, Any]]]:
+    def ladders(cls, depth: int, num_patches: int) -> list[list[Settings]]:
         return [keep_rate_ladder()]
 
 
@@ -55,8 +69,6 @@ class KeepRate(Rated):
     """One block's share of a method that keeps ceil(keep_rate * N) of N tokens, or ``num_tokens`` of them.
 
     Attributes:
-        keep_rate: The rate now, which ``set_keep_rate`` changes.
-        base_keep_rate: The rate the model was made with.
         num_tokens: The absolute number in place of a rate, or None.
     """
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from effvit.attention import AttnState
+from effvit.protocols import Settings
 from effvit.reducers.base import FEW_PATCHES, Reducer, check_finite
 from effvit.reducers.cost import BlockSizes, Change, alternating_pairs
 from effvit.reducers.matching import alternating_match
@@ -80,11 +81,10 @@ def kth_bipartite_target(metric: Tensor, k: int) -> Tensor:
         (B, N - N % k) index of the absorbing token, 0 to N // k - 1.
     """
     metric = F.normalize(metric.to(wide_dtype(metric.dtype)), dim=-1)
-    groups = metric[:, : metric.shape[1] // k * k].unflatten(1, (-1, k))
+    groups: Tensor = metric[:, : metric.shape[1] // k * k].unflatten(1, (-1, k))  # (B, N // k, k, D)
     absorbing = groups[:, :, -1]
-    nearest = wide_product(groups[:, :, :-1].flatten(1, 2), absorbing.transpose(1, 2)).argmax(
-        -1
-    )  # (B, N // k * (k - 1))
+    similarity = wide_product(groups[:, :, :-1].flatten(1, 2), absorbing.transpose(1, 2))
+    nearest = similarity.argmax(-1)  # (B, N // k * (k - 1))
     itself = torch.ones_like(nearest[:, :: k - 1]).cumsum(1) - 1
     return torch.cat([nearest.unflatten(1, (-1, k - 1)), itself.unsqueeze(-1)], dim=2).flatten(1)
 
@@ -165,19 +165,19 @@ class ToMe(Reducer):
         return {block: cls(value, prop_attn) for block, value in enumerate(tome_r(r, depth)) if value > 0}
 
     @classmethod
-    def off(cls) -> dict[str, Any]:
+    def off(cls) -> Settings:
         return {"r": 0}
 
     @classmethod
-    def example(cls) -> dict[str, Any]:
+    def example(cls) -> Settings:
         return {"r": 3}
 
     @classmethod
-    def demo(cls, num_patches: int) -> list[dict[str, Any]]:
+    def demo(cls, num_patches: int) -> list[Settings]:
         return [{"r": 2}, {"r": 4}] if num_patches < FEW_PATCHES else [{"r": 13}]
 
     @classmethod
-    def ladders(cls, depth: int, num_patches: int) -> list[list[dict[str, Any]]]:
+    def ladders(cls, depth: int, num_patches: int) -> list[list[Settings]]:
         return [[{"r": r} for r in spread_ladder(depth, num_patches)]]
 
     def num_merged(self, num_tokens: int) -> int:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from effvit.attention import AttnState, EditMap
+from effvit.protocols import Settings
 from effvit.reducers.base import Reducer, check_finite
 from effvit.reducers.cost import BlockSizes, Change, alternating_pairs
 from effvit.reducers.keep_rate import Rated
@@ -47,34 +48,45 @@ SIMILARITIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "euclidean": lambda a, b: -torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist"),
     "manhattan": lambda a, b: -torch.cdist(a, b, p=1),
 }
+
+
+class Preset(NamedTuple):
+    """Settings of a schedule for twelve blocks, see ``ZeroTPrune.plan``."""
+
+    reduce_at: tuple[int, ...]
+    keep_rate: float | tuple[float, ...]
+    num_iters: tuple[int, ...]
+    r: int
+
+
 # Schedules for DeiT-S at 224 px. The authors publish costs but not the schedules behind them (project page), so
 # these are named for what they are: one as quoted by others, and fits of a uniform rate to a published cost, counted
 # as the authors do, with pruning behind the MLP.
-PRESETS: dict[str, dict[str, Any]] = {
-    "quoted_deit_small": {
-        "reduce_at": (0, 2, 5, 8, 10),
-        "keep_rate": (1.0, 0.9, 0.8, 0.7, 1.0),
-        "num_iters": (30, 5, 5, 1, 1),
-        "r": 10,
-    },
-    "fit_deit_small_3.08_gmacs": {
-        "reduce_at": (0, 2, 5, 8, 10),
-        "keep_rate": 0.9019,
-        "num_iters": (30, 5, 5, 1, 1),
-        "r": 10,
-    },
-    "fit_deit_small_2.50_gmacs": {
-        "reduce_at": (0, 2, 5, 8, 10),
-        "keep_rate": 0.8217,
-        "num_iters": (30, 5, 5, 1, 1),
-        "r": 10,
-    },
-    "fit_deit_small_3.97_gmacs": {
-        "reduce_at": (2, 5, 8, 10),
-        "keep_rate": 0.9346,
-        "num_iters": (5, 5, 1, 1),
-        "r": 5,
-    },
+PRESETS: dict[str, Preset] = {
+    "quoted_deit_small": Preset(
+        reduce_at=(0, 2, 5, 8, 10),
+        keep_rate=(1.0, 0.9, 0.8, 0.7, 1.0),
+        num_iters=(30, 5, 5, 1, 1),
+        r=10,
+    ),
+    "fit_deit_small_3.08_gmacs": Preset(
+        reduce_at=(0, 2, 5, 8, 10),
+        keep_rate=0.9019,
+        num_iters=(30, 5, 5, 1, 1),
+        r=10,
+    ),
+    "fit_deit_small_2.50_gmacs": Preset(
+        reduce_at=(0, 2, 5, 8, 10),
+        keep_rate=0.8217,
+        num_iters=(30, 5, 5, 1, 1),
+        r=10,
+    ),
+    "fit_deit_small_3.97_gmacs": Preset(
+        reduce_at=(2, 5, 8, 10),
+        keep_rate=0.9346,
+        num_iters=(5, 5, 1, 1),
+        r=5,
+    ),
 }
 
 
@@ -247,15 +259,15 @@ class ZeroTPrune(Rated):
         if preset is not None:
             check_choice("preset", preset, PRESETS)
         chosen = PRESETS[preset or "quoted_deit_small"]
-        published = spread_blocks(chosen["reduce_at"], depth)
+        published = spread_blocks(chosen.reduce_at, depth)
         blocks = check_blocks("reduce_at", published if reduce_at is None else reduce_at, depth)
-        as_preset = len(blocks) == len(chosen["reduce_at"])
+        as_preset = len(blocks) == len(chosen.reduce_at)
         if r is None:
-            r = 0 if keep_rate in (1, 1.0) else chosen["r"]
+            r = 0 if keep_rate in (1, 1.0) else chosen.r
         if keep_rate is None:
-            keep_rate = chosen["keep_rate"] if as_preset else 0.8
+            keep_rate = chosen.keep_rate if as_preset else 0.8
         if num_iters is None:
-            num_iters = chosen["num_iters"] if as_preset else tuple((30, 5, 1)[3 * b // depth] for b in blocks)
+            num_iters = chosen.num_iters if as_preset else tuple((30, 5, 1)[3 * b // depth] for b in blocks)
         check_choice("partition", partition, PARTITIONS)
         check_choice("similarity", similarity, SIMILARITIES)
         if cls_boost is not None:
@@ -274,7 +286,7 @@ class ZeroTPrune(Rated):
         }
 
     @classmethod
-    def example(cls) -> dict[str, Any]:
+    def example(cls) -> Settings:
         return {"keep_rate": 0.7, "reduce_at": (0, 2), "r": 2, "num_iters": 3}
 
     def after_similar(self, num_tokens: int) -> int:
