@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, TypedDict
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Device", "Host", "HostBlocks", "Json", "Layer", "PatchEmbedding", "Setting", "Settings", "Size"]
+__all__ = ["Device", "Factory", "Host", "HostBlocks", "Json", "Layer", "PatchEmbedding", "Setting", "Settings", "Size"]
 
 Size: TypeAlias = tuple[int, int]
 """(H, W), in pixels or in patches."""
@@ -22,6 +22,13 @@ Setting: TypeAlias = "bool | int | float | str | Sequence[Setting] | Mapping[str
 Settings: TypeAlias = dict[str, Setting]
 
 Device: TypeAlias = "torch.device | str | None"
+
+
+class Factory(TypedDict):
+    """Where and how a module makes its parameters: the keywords of torch's factories."""
+
+    device: Device
+    dtype: torch.dtype | None
 
 
 class Layer(Protocol):

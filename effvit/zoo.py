@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import fnmatch
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 from timm.models import build_model_with_cfg, get_arch_pretrained_cfgs, model_entrypoint, register_model
@@ -18,9 +18,10 @@ from effvit.architectures import variants
 from effvit.hosts import lvvit, vit_nano
 from effvit.hosts.checkpoints import host_state_dict
 from effvit.hosts.feature_pyramid import feature_settings
-from effvit.hosts.host import check_model_name, check_settings, record_name, sparsify
+from effvit.hosts.host import apply_method, check_model_name, check_settings, record_name
 from effvit.hosts.refusals import name_arguments
 from effvit.hosts.surface import SPARSIFIED, Reduced, record_args
+from effvit.protocols import Setting
 from effvit.reducers import METHODS, Reducer
 from effvit.reducers.registry import on_registration
 
@@ -52,7 +53,7 @@ NO_CLASS_TOKEN_HOSTS = (
     "vit_medium_patch16_gap_256",
 )
 default_cfgs: dict[str, DefaultCfg] = {}
-_PYRAMIDS: dict[str, dict[str, Any]] = {}  # names that register_pyramid made, and their settings
+_PYRAMIDS: dict[str, dict[str, object]] = {}  # names that register_pyramid made, and their settings
 
 
 def _host_cfgs(host: str, variant: str) -> DefaultCfg:
@@ -66,7 +67,8 @@ def _host_cfgs(host: str, variant: str) -> DefaultCfg:
 
 def _host_or_own_file(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Weights under the model's names; the recovery of the model stays new if the file is one of the plain host."""
-    new = {name: value for name, value in model.state_dict().items() if name.startswith("recovery.")}
+    own: dict[str, Tensor] = model.state_dict()
+    new = {name: value for name, value in own.items() if name.startswith("recovery.")}
     state = host_state_dict(state, model)
     return state if new.keys() & state.keys() else new | state
 
@@ -77,9 +79,9 @@ def _create(
     host: str,
     method: str,
     recover: str | None,
-    settings: dict[str, Any],
+    settings: Mapping[str, Setting],
     pretrained: bool,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> nn.Module:
     """A host of timm with a method, through timm's own builders.
 
@@ -101,15 +103,15 @@ def _create(
     args = dict(kwargs)
     feature_cfg = feature_settings(kwargs, out_indices=3)
 
-    def reduced_host(**host_kwargs: Any) -> nn.Module:
+    def reduced_host(**host_kwargs: object) -> nn.Module:
         as_timm = pretrained and not behind
-        dense = model_entrypoint(host)(pretrained=as_timm, pretrained_cfg=cfg, **loading, **host_kwargs)
+        dense: nn.Module = model_entrypoint(host)(pretrained=as_timm, pretrained_cfg=cfg, **loading, **host_kwargs)
         record_args(dense, args)
-        reduced = sparsify(dense, method, recover=recover, **settings)
+        reduced = apply_method(dense, method, settings, recover)
         reduced.host_name = host
         return reduced
 
-    model = build_model_with_cfg(
+    model: nn.Module = build_model_with_cfg(
         reduced_host,
         variant,
         pretrained=pretrained and behind,
@@ -128,13 +130,12 @@ def _create(
 def _entry_point(method: str, host: str) -> Callable[..., nn.Module]:
     variant = f"{method}_{host}"
 
-    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    def create(pretrained: bool = False, *, recover: str | None = None, **kwargs: Any) -> nn.Module:
         own = METHODS[method].defaults().keys()
         foreign = {name for other in METHODS.values() for name in other.defaults()} - own
         check_settings(method, {name: value for name, value in kwargs.items() if name in foreign})
-        settings = {name: kwargs.pop(name) for name in own & kwargs.keys()}
+        settings: dict[str, Setting] = {name: kwargs.pop(name) for name in own & kwargs.keys()}
         cfg = _resolved_cfg(variant, kwargs)
-        recover = kwargs.pop("recover", None)
         with name_arguments(variant, {*own, "recover"}):
             return _create(variant, cfg, host, method, recover, settings, pretrained, **kwargs)
 
@@ -143,44 +144,62 @@ def _entry_point(method: str, host: str) -> Callable[..., nn.Module]:
     return create
 
 
-def _resolved_cfg(variant: str, kwargs: dict[str, Any]) -> PretrainedCfg:
+def _resolved_cfg(variant: str, kwargs: dict[str, object]) -> PretrainedCfg:
     """timm's pretrained configuration of a name; takes the keywords it follows from out of ``kwargs``."""
     own = {name: kwargs.pop(name, None) for name in ("pretrained_cfg", "pretrained_cfg_overlay")}
     return resolve_pretrained_cfg(variant, **own)
 
 
-def _check_recipe(own: dict[str, Any], others: Collection[str]) -> None:
-    """Raise an error unless ``own`` names a host and a method that there are, with settings that the method has.
+class Recipe(NamedTuple):
+    """How a model without a name of its own is made; ``host`` may hold a tag."""
 
-    Args:
-        own: ``host``, ``method``, ``recover`` and ``settings`` as far as they were given.
-        others: Names of the other keywords, which are the host's.
+    host: str
+    method: str
+    recover: str | None
+    settings: Mapping[str, Setting]
+
+
+def _take_recipe(kwargs: dict[str, object]) -> Recipe:
+    """The keywords of a recipe, taken out of ``kwargs``; what stays there is the host's.
+
+    Raises:
+        ValueError: No host or method, or an unknown one; a setting that the method does not have.
+        TypeError: A value of another type, or a setting beside the dict of them.
     """
+    names = [name for name in ("host", "method", "recover", "settings") if name in kwargs]
     for name in ("host", "method"):
-        if own.get(name) is None:
+        if kwargs.get(name) is None:
             raise ValueError(
                 f"{SPARSIFIED!r} needs {name!r}; give host=, the name of a timm model, method=, settings=dict(...) and "
                 "the keywords the host was made with"
             )
-    for name, value in own.items():
-        if not isinstance(value, dict if name == "settings" else str):
+    words: dict[str, str] = {}
+    settings: dict[str, Setting] = {}
+    for name in names:
+        value = kwargs.pop(name)
+        if name == "settings" and isinstance(value, dict):
+            settings = value
+        elif name != "settings" and isinstance(value, str):
+            words[name] = value
+        else:
             wanted = "a dict of the method's settings" if name == "settings" else "a string"
             raise TypeError(f"{SPARSIFIED!r} takes {name} as {wanted}, got {value!r}")
-    check_model_name(own["host"])
-    if own["host"] == SPARSIFIED:
+    recipe = Recipe(words["host"], words["method"], words.get("recover"), settings)
+    check_model_name(recipe.host)
+    if recipe.host == SPARSIFIED:
         raise ValueError(f"host must name the model to reduce, got {SPARSIFIED!r}, which is one reduced already")
-    method = own["method"]
-    check_settings(method, own.get("settings", {}))
-    beside = sorted(METHODS[method].defaults().keys() & set(others))
+    check_settings(recipe.method, settings)
+    beside = sorted(METHODS[recipe.method].defaults().keys() & kwargs.keys())
     if beside:
         raise TypeError(
-            f"{SPARSIFIED!r} takes the settings of {method} as a dict, got {', '.join(beside)} beside it; give "
+            f"{SPARSIFIED!r} takes the settings of {recipe.method} as a dict, got {', '.join(beside)} beside it; give "
             f"settings=dict({', '.join(f'{name}=...' for name in beside)})"
         )
+    return recipe
 
 
 @register_model
-def sparsified(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def sparsified(pretrained: bool = False, **kwargs: object) -> nn.Module:
     """Any host of timm with any method, for folders of timm's ``save_for_hf`` whose model has no name of its own.
 
     Args:
@@ -192,17 +211,12 @@ def sparsified(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         ValueError: No host or method; or as ``effvit.sparsify``.
         TypeError: One of them of another type, or a keyword that the host does not have.
     """
-    own: dict[str, Any] = {
-        name: kwargs.pop(name) for name in ("host", "method", "recover", "settings") if name in kwargs
-    }
-    _check_recipe(own, kwargs)
-    host, _, tag = own["host"].partition(".")
+    recipe = _take_recipe(kwargs)
+    host, _, tag = recipe.host.partition(".")
     kwargs["pretrained_cfg"] = kwargs.get("pretrained_cfg") or tag or None
     cfg = replace(_resolved_cfg(host, kwargs), architecture=SPARSIFIED)
-    with name_arguments(f"{SPARSIFIED} {host}", ("host", "method", "recover", "settings")):
-        return _create(
-            SPARSIFIED, cfg, host, own["method"], own.get("recover"), own.get("settings", {}), pretrained, **kwargs
-        )
+    with name_arguments(f"{SPARSIFIED} {host}", Recipe._fields):
+        return _create(SPARSIFIED, cfg, host, recipe.method, recipe.recover, recipe.settings, pretrained, **kwargs)
 
 
 def _register_names(method: type[Reducer]) -> None:
@@ -220,7 +234,7 @@ def _register_names(method: type[Reducer]) -> None:
 on_registration(_register_names)
 
 
-def register_pyramid(name: str, **settings: Any) -> str:
+def register_pyramid(name: str, **settings: object) -> str:
     """Register ``<name>_pyramid`` with timm: the model whose ``features_only`` is a pyramid at strides 4 to 32.
 
     For libraries that create an encoder from its name alone, such as segmentation_models.pytorch:
@@ -244,7 +258,7 @@ def register_pyramid(name: str, **settings: Any) -> str:
             raise ValueError(f"{variant} is registered already, with the settings {_PYRAMIDS[variant]}")
         return variant
 
-    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    def create(pretrained: bool = False, **kwargs: object) -> nn.Module:
         if kwargs.get("features_only", False):
             kwargs.setdefault("pyramid", True)
         return model_entrypoint(name)(pretrained=pretrained, **(settings | kwargs))

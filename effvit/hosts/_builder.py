@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 from timm.models import build_model_with_cfg
 from torch import nn
@@ -16,13 +15,13 @@ __all__ = ["build_model"]
 
 
 def build_model(
-    model_class: Any,
+    model_class: Callable[..., nn.Module],
     name: str,
     pretrained: bool,
-    given: Mapping[str, Any],
-    defaults: Mapping[str, Any] | None = None,
+    given: Mapping[str, object],
+    defaults: Mapping[str, object] | None = None,
     out_indices: int | Sequence[int] = 3,
-    **options: Any,
+    **options: object,
 ) -> nn.Module:
     """The model of a registered name, which tells the keywords it was made with (``record_args``).
 
@@ -41,7 +40,7 @@ def build_model(
     defaults, kwargs = defaults or {}, dict(given)
     feature_cfg = feature_settings(kwargs, out_indices)
     with name_arguments(name, defaults.keys()):
-        model = build_model_with_cfg(
+        model: nn.Module = build_model_with_cfg(
             model_class, name, pretrained, feature_cfg=feature_cfg, **options, **{**defaults, **kwargs}
         )
     record_args(model, given)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,7 +23,7 @@ def ranking(model: ReducedHost) -> Iterator[list[Tensor]]:
     The list is emptied when a forward begins and afterwards holds one scalar for each reducing block.
     """
     found: list[Tensor] = []
-    reducers: list[Any] = list(model.reducers.values())
+    reducers = [reducer for reducer in model.reducers.values() if isinstance(reducer, DyMU)]
     handles = [model.register_forward_pre_hook(lambda *_: found.clear())]
     handles += [r.register_forward_hook(lambda _m, _x, output: found.append(output[1].carry)) for r in reducers]
     try:
@@ -120,7 +119,7 @@ def check_calibrates(model: ReducedHost) -> list[DyMU]:
     return reducers
 
 
-def check_batch(images: Any) -> Tensor:
+def check_batch(images: object) -> Tensor:
     """The batch, if it is a tensor; its shape is checked by the model."""
     if not isinstance(images, Tensor):
         raise TypeError(

@@ -61,7 +61,9 @@ DROPPED = re.compile(
 STALE = re.compile(r"(^|\.)image_encoder\.head\.(weight|bias)$")
 
 
-def official_state_dict(checkpoint: Mapping[str, Any], key: str | None = None) -> tuple[dict[str, Tensor], list[str]]:
+def official_state_dict(
+    checkpoint: Mapping[str, object], key: str | None = None
+) -> tuple[dict[str, Tensor], list[str]]:
     """Weights of a loaded checkpoint under plain names, and the names of what was dropped from it.
 
     Args:
@@ -96,20 +98,25 @@ def official_state_dict(checkpoint: Mapping[str, Any], key: str | None = None) -
     return state, dropped
 
 
-def _container(checkpoint: Mapping[str, Any], key: str | None) -> Mapping[str, Any]:
+def _container(checkpoint: Mapping[str, object], key: str | None) -> Mapping[str, object]:
     """The entry of a checkpoint that holds the weights, or the checkpoint itself."""
-    held = [name for name in (*CONTAINERS, *NETWORKS) if isinstance(checkpoint.get(name), Mapping)]
+    held = {}
+    for name in (*CONTAINERS, *NETWORKS):
+        entry = checkpoint.get(name)
+        if isinstance(entry, Mapping):
+            held[name] = entry
     if key is not None:
-        if not isinstance(checkpoint.get(key), Mapping):
+        named = checkpoint.get(key)
+        if not isinstance(named, Mapping):
             entries = [name for name, value in checkpoint.items() if isinstance(value, Mapping)]
             raise ValueError(f"the checkpoint has no weights under {shown(key)}, only under {shown(entries)}")
-        return checkpoint[key]
-    if held == list(NETWORKS):
+        return named
+    if list(held) == list(NETWORKS):
         raise ValueError(
             "the checkpoint holds the weights of two networks, 'teacher' and 'student'; say which by key='teacher' or "
             "key='student' (--key on the command line, pretrained_key in a config)"
         )
-    return checkpoint[held[0]] if held else checkpoint
+    return next(iter(held.values()), checkpoint)
 
 
 def _check_weight(name: str, value: Tensor) -> None:
@@ -202,13 +209,13 @@ def _check_tables(state: Mapping[str, Tensor], model: nn.Module) -> None:
 
 def tiny_vit_state_dict(state: Mapping[str, Tensor], model: tiny_vit.TinyVit) -> dict[str, Tensor]:
     """Weights of a TinyViT under timm's or official names -> timm's, attention biases resampled as timm does it."""
-    own = model.state_dict()
+    own: dict[str, Tensor] = model.state_dict()
     state = {timm_name(name): value for name, value in state.items()}
     known = {name: value for name, value in state.items() if name in own and value.shape[:1] == own[name].shape[:1]}
     return {**state, **tiny_vit.checkpoint_filter_fn(known, model)}
 
 
-def read_file(path: str | Path, allowed: Sequence[Any] = ()) -> Mapping[str, Any]:
+def read_file(path: str | Path, allowed: Sequence[type] = ()) -> Mapping[str, Any]:
     """The content of a checkpoint file; nothing but weights and plain values is ever loaded from it.
 
     Args:
@@ -262,7 +269,7 @@ def _check_archive(path: Path) -> None:
         raise ValueError(f"{path.stat().st_size} bytes would unpack to {unpacked}")
 
 
-def _check_memory(content: Mapping[Any, Any]) -> None:
+def _check_memory(content: Mapping[object, object]) -> None:
     """Raise a ValueError for a tensor that is larger than what the file holds of it, and would fill the memory."""
     for name, value in content.items():
         if isinstance(value, Mapping):
@@ -276,7 +283,7 @@ def _check_memory(content: Mapping[Any, Any]) -> None:
 
 
 def read_checkpoint(
-    path: str | Path, allowed: Sequence[Any] = (), key: str | None = None
+    path: str | Path, allowed: Sequence[type] = (), key: str | None = None
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The weights in a file under plain names, and the names of what was dropped from it.
 
@@ -322,7 +329,7 @@ def check_state(
         known: For a model that is part of another, the names of the whole: those may be in ``state`` without being
             in the model, and weights of the model that are not among them are new and may be missing.
     """
-    own = model.state_dict()
+    own: dict[str, Tensor] = model.state_dict()
     known = own if known is None else known
     faults = [f"{name} is missing" for name in own if name in known and name not in state]
     faults += [f"{plain(name)} is not a parameter of the model" for name in state if name not in known]
@@ -359,7 +366,7 @@ def _check_numbers(name: str, value: Tensor, origin: str | Path) -> None:
 
 
 def convert_checkpoint(
-    model: nn.Module, path: str | Path, allowed: Sequence[Any] = (), key: str | None = None
+    model: nn.Module, path: str | Path, allowed: Sequence[type] = (), key: str | None = None
 ) -> Conversion:
     """The weights of a checkpoint of timm or of an official repository, under the names of a model.
 
@@ -394,7 +401,7 @@ def convert_checkpoint(
 
 
 def load_checkpoint(
-    model: nn.Module, path: str | Path, allowed: Sequence[Any] = (), key: str | None = None
+    model: nn.Module, path: str | Path, allowed: Sequence[type] = (), key: str | None = None
 ) -> list[str]:
     """Load a checkpoint of timm or of an official repository into a model, strictly.
 

@@ -6,12 +6,15 @@ ViTDet (2203.16527, section 3): transposed convolutions for the finer maps, pool
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Protocol, TypedDict
 
+import torch
 from timm.layers import LayerNorm2d
 from timm.models._features import FeatureGetterNet, FeatureInfo
 from torch import Tensor, nn
+
+from effvit.protocols import Device, Factory
 
 __all__ = [
     "SCALES",
@@ -30,7 +33,7 @@ def rescaled_channels(channels: int, scale: float) -> int:
     return channels if scale <= 1 else channels // int(scale)
 
 
-def _rescale(channels: int, scale: float, **dd: Any) -> nn.Module:
+def _rescale(channels: int, scale: float, dd: Factory) -> nn.Module:
     """Module that changes the resolution of a map (B, channels, H, W) by ``scale``, one of SCALES."""
     if scale == 1:
         return nn.Identity()
@@ -58,12 +61,18 @@ class FeaturePyramid(nn.Module):
         ValueError: Another scale.
     """
 
-    def __init__(self, channels: int, scales: Sequence[float] = SCALES, device: Any = None, dtype: Any = None) -> None:
+    def __init__(
+        self,
+        channels: int,
+        scales: Sequence[float] = SCALES,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         for scale in scales:
             if scale not in SCALES:
                 raise ValueError(f"scales of a feature pyramid are {', '.join(map(str, SCALES))}, got {scale}")
-        self.levels = nn.ModuleList(_rescale(channels, scale, device=device, dtype=dtype) for scale in scales)
+        self.levels = nn.ModuleList(_rescale(channels, scale, {"device": device, "dtype": dtype}) for scale in scales)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Maps (B, C, H, W), one a level -> (B, C_i, H * scale_i, W * scale_i), C_i as ``rescaled_channels``."""
@@ -92,11 +101,11 @@ class SimpleFeaturePyramid(nn.Module):
         out_channels: int = 256,
         scales: Sequence[float] = SCALES,
         num_outs: int = 5,
-        device: Any = None,
-        dtype: Any = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        dd: Factory = {"device": device, "dtype": dtype}
         if num_outs < len(scales):
             raise ValueError(f"num_outs must be at least the number of scales, {len(scales)}, got {num_outs}")
         self.pyramid = FeaturePyramid(in_channels, scales, **dd)
@@ -121,6 +130,24 @@ class SimpleFeaturePyramid(nn.Module):
         return tuple(levels)
 
 
+class StageInfo(TypedDict):
+    """What timm notes of a feature map."""
+
+    num_chs: int
+    reduction: int
+    module: str
+
+
+class HasFeatureInfo(Protocol):
+    """A model of timm with maps."""
+
+    feature_info: Sequence[StageInfo]
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters."""
+        ...
+
+
 class PyramidFeatures(FeatureGetterNet):
     """timm's ``features_only`` of a plain ViT as a pyramid at strides 4, 8, 16 and 32.
 
@@ -136,7 +163,7 @@ class PyramidFeatures(FeatureGetterNet):
         ValueError: Another patch size, fewer than four blocks, or a level that does not exist.
     """
 
-    def __init__(self, model: Any, out_indices: Sequence[int] = (0, 1, 2, 3), **kwargs: Any) -> None:
+    def __init__(self, model: HasFeatureInfo, out_indices: Sequence[int] = (0, 1, 2, 3), **kwargs: object) -> None:
         info = list(model.feature_info)
         stride, depth, channels = info[-1]["reduction"], len(info), info[-1]["num_chs"]
         if stride != 16:
@@ -166,11 +193,11 @@ class PyramidFeatures(FeatureGetterNet):
         return self.pyramid(super().forward(x))
 
 
-def _are_levels(out_indices: Any) -> bool:
+def _are_levels(out_indices: object) -> bool:
     return isinstance(out_indices, (list, tuple)) and all(isinstance(i, int) and -4 <= i < 4 for i in out_indices)
 
 
-def feature_settings(kwargs: dict[str, Any], out_indices: int | Sequence[int]) -> dict[str, Any]:
+def feature_settings(kwargs: dict[str, object], out_indices: int | Sequence[int]) -> dict[str, object]:
     """timm's ``feature_cfg`` for a model whose maps come from ``forward_intermediates``.
 
     Args:

@@ -106,7 +106,7 @@ class ReducedHost(Intermediates, Reduced):
     attn_pool: AttentionPool | None
     fc_norm: Layer
     head_drop: Layer
-    head: Layer
+    head: nn.Module
     embed_dim: int
     num_prefix_tokens: int
     global_pool: str

@@ -7,8 +7,8 @@ another stem and without the head on every token, is in ``sit.py``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from timm.layers import PatchEmbed, get_device_dtype
@@ -20,6 +20,7 @@ from effvit.block import BLOCK_CLASSES, TokenBlock
 from effvit.hosts._builder import build_model
 from effvit.hosts.host import HOST_CLASSES, ReducedViT
 from effvit.hosts.surface import model_cfg
+from effvit.protocols import Device, Factory, Layer, Size
 
 __all__ = ["LVViT"]
 
@@ -27,7 +28,9 @@ __all__ = ["LVViT"]
 class FixedPatchEmbed(PatchEmbed):
     """timm's ``PatchEmbed`` for a stem of several convolutions, whose patch size cannot change."""
 
-    def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
+    patch_size: Size
+
+    def set_input_size(self, img_size: int | Size | None = None, patch_size: int | Size | None = None) -> None:
         if patch_size is not None and patch_size not in (self.patch_size, self.patch_size[0]):
             raise ValueError(f"the convolutional stem has a fixed patch size of {self.patch_size[0]}, got {patch_size}")
         super().set_input_size(img_size=img_size)
@@ -36,9 +39,20 @@ class FixedPatchEmbed(PatchEmbed):
 class ConvStemEmbed(FixedPatchEmbed):
     """Patch embedding behind three convolutions of which the first halves the resolution."""
 
-    def __init__(self, *args: Any, patch_size: int = 16, in_chans: int = 3, embed_dim: int = 384, **kwargs: Any):
-        super().__init__(*args, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, **kwargs)
-        dd: dict[str, Any] = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
+    flatten: bool
+
+    def __init__(
+        self,
+        *args: object,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 384,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: object,
+    ) -> None:
+        dd: Factory = {"device": device, "dtype": dtype}
+        super().__init__(*args, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, **kwargs, **dd)
         width = 64
         self.conv1 = nn.Conv2d(in_chans, width, 7, stride=2, padding=3, bias=False, **dd)
         self.bn1 = nn.BatchNorm2d(width, **dd)
@@ -50,7 +64,7 @@ class ConvStemEmbed(FixedPatchEmbed):
         self.proj = nn.Conv2d(width, embed_dim, patch_size // 2, stride=patch_size // 2, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.relu(self.bn1(self.conv1(x)))  # (B, 64, H*P/2, W*P/2)
         x = self.relu(self.bn2(self.conv2(x)))
         x = self.relu(self.bn3(self.conv3(x)))
         x = self.proj(x)  # (B, C, H, W)
@@ -60,12 +74,20 @@ class ConvStemEmbed(FixedPatchEmbed):
 class DampedBlock(Block):
     """timm's ``Block`` with both residual branches divided by ``skip_lam``."""
 
-    def __init__(self, *args: Any, skip_lam: float = 1.0, **kwargs: Any):
+    norm1: Layer
+    norm2: Layer
+    ls1: Layer
+    ls2: Layer
+    mlp: Layer
+    drop_path1: Layer
+    drop_path2: Layer
+
+    def __init__(self, *args: object, skip_lam: float = 1.0, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
         self.skip_lam = skip_lam
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        y = self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
+        y: Tensor = self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
         x = x + self.drop_path1(self.ls1(y)) / self.skip_lam
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))) / self.skip_lam
 
@@ -85,7 +107,19 @@ class DampedTokenBlock(TokenBlock):
 class LVViT(VisionTransformer):
     """LV-ViT. Scores are those of the class token plus half the largest of all patch tokens, for each class."""
 
-    def __init__(self, *args: Any, skip_lam: float = 2.0, norm_layer: Any = None, **kwargs: Any):
+    num_classes: int
+    embed_dim: int
+    global_pool: str
+    head: nn.Module
+    head_drop: Layer
+
+    def __init__(
+        self,
+        *args: object,
+        skip_lam: float = 2.0,
+        norm_layer: Callable[..., nn.Module] | str | None = None,
+        **kwargs: object,
+    ) -> None:
         super().__init__(
             *args,
             embed_layer=ConvStemEmbed,
@@ -113,7 +147,9 @@ class LVViT(VisionTransformer):
         """Tokens (B, 1+N, C) -> (B, num_classes); the pooled features if asked for, or without a head."""
         if pre_logits or self.num_classes == 0 or not self.global_pool:
             return super().forward_head(x, pre_logits)
-        return self.head(self.head_drop(x[:, 0])) + 0.5 * self.aux_head(x[:, 1:]).amax(1)
+        of_class: Tensor = self.head(self.head_drop(x[:, 0]))
+        of_patches: Tensor = self.aux_head(x[:, 1:])  # (B, N, num_classes)
+        return of_class + 0.5 * of_patches.amax(1)
 
 
 class ReducedLVViT(ReducedViT, LVViT):
@@ -135,19 +171,15 @@ _CFG = model_cfg(
 default_cfgs = generate_default_cfgs({"lvvit_small_patch16_224": _CFG, "lvvit_medium_patch16_224": _CFG})
 
 
-def _create_lvvit(variant: str, pretrained: bool, **kwargs: Any) -> Any:
-    return build_model(LVViT, variant, pretrained, kwargs)
-
-
 @register_model
-def lvvit_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> LVViT:
+def lvvit_small_patch16_224(pretrained: bool = False, **kwargs: object) -> nn.Module:
     """LV-ViT-S: 26 M parameters (2104.10858, table 1)."""
     args = {"embed_dim": 384, "depth": 16, "num_heads": 6, "mlp_ratio": 3.0, "qkv_bias": False}
-    return _create_lvvit("lvvit_small_patch16_224", pretrained, **(args | kwargs))
+    return build_model(LVViT, "lvvit_small_patch16_224", pretrained, {**args, **kwargs})
 
 
 @register_model
-def lvvit_medium_patch16_224(pretrained: bool = False, **kwargs: Any) -> LVViT:
+def lvvit_medium_patch16_224(pretrained: bool = False, **kwargs: object) -> nn.Module:
     """LV-ViT-M: 56 M parameters (2104.10858, table 1)."""
     args = {"embed_dim": 512, "depth": 20, "num_heads": 8, "mlp_ratio": 3.0, "qkv_bias": False}
-    return _create_lvvit("lvvit_medium_patch16_224", pretrained, **(args | kwargs))
+    return build_model(LVViT, "lvvit_medium_patch16_224", pretrained, {**args, **kwargs})

@@ -176,7 +176,7 @@ class HasPatches(Protocol):
 
 def refuse_open_sizes(x: Tensor, model: nn.Module, extractors: bool = True) -> None:
     """Raise a TypeError where ``torch.fx`` traces a model that takes any size; ``extractors`` as in ``refuse_fx``."""
-    if getattr(model, "dynamic_img_size", False):
+    if bool(getattr(model, "dynamic_img_size", False)):
         refuse_fx(
             x,
             "sizes in a model with dynamic_img_size=True are known only at run time",
@@ -187,7 +187,7 @@ def refuse_open_sizes(x: Tensor, model: nn.Module, extractors: bool = True) -> N
 
 def patch_grid(x: Tensor, model: HasPatches) -> tuple[int, int]:
     """(H, W) patch grid of images x in a model with ``patch_embed``."""
-    if not getattr(model, "dynamic_img_size", False):
+    if not bool(getattr(model, "dynamic_img_size", False)):
         height, width = model.patch_embed.grid_size
         return height, width
     return model.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
@@ -199,14 +199,14 @@ def check_images(x: Tensor, model: HasPatches) -> None:
     if not check_batch(x, patch_embed, getattr(model, "in_chans", 3)):
         return
     height, width = x.shape[-2:]
-    if not getattr(model, "dynamic_img_size", False):
+    if not bool(getattr(model, "dynamic_img_size", False)):
         if (height, width) != tuple(patch_embed.img_size):
             raise ValueError(
                 f"expected images of {patch_embed.img_size[0]} x {patch_embed.img_size[1]} pixels, got "
                 f"{height} x {width}; call model.set_input_size(({height}, {width})), create the model with "
                 "dynamic_img_size=True, or resize the images"
             )
-    elif not getattr(patch_embed, "dynamic_img_pad", False) and (
+    elif not bool(getattr(patch_embed, "dynamic_img_pad", False)) and (
         height % patch_embed.patch_size[0] or width % patch_embed.patch_size[1]
     ):
         raise ValueError(
