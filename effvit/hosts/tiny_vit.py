@@ -24,12 +24,12 @@ import torch
 import torch.nn.functional as F
 from timm.models import register_notrace_module
 from timm.models.tiny_vit import Attention, TinyVit, TinyVitBlock, TinyVitStage
-from torch import Tensor
+from torch import Tensor, nn
 
 from effvit.block import copy_shared, rehouse
 from effvit.hosts.surface import Reduced
 from effvit.layers.windows import from_windows, num_windows, to_windows
-from effvit.protocols import Setting
+from effvit.protocols import Layer, Setting
 from effvit.recording import refuse_fx, refuse_legacy_onnx
 from effvit.recover import reconstruct_tokens
 from effvit.reducers import METHODS, Reducer
@@ -45,6 +45,9 @@ WINDOW_METHODS = ("tome", "expedite")
 
 class ReducedTinyViT(Reduced, TinyVit):
     """timm's ``TinyVit`` with a reduction method in its windows; everything else is timm's."""
+
+    depths: Sequence[int]
+    stages: nn.Sequential
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Final map (B, C, H/32, W/32) of images (B, 3, H, W)."""
@@ -95,6 +98,15 @@ class WindowMerging(NamedTuple):
 class MergedAttention(Attention):
     """timm's attention of a TinyViT for some tokens of each window."""
 
+    attention_biases: Tensor
+    attention_bias_idxs: Tensor
+    norm: Layer
+    qkv: Layer
+    proj: Layer
+    num_heads: int
+    key_dim: int
+    val_dim: int
+
     def forward(self, x: Tensor, anchor: Tensor, size: Tensor | None) -> Tensor:
         """Attention among tokens that stand at given places of the window.
 
@@ -123,7 +135,13 @@ class MergingBlock(TinyVitBlock):
         reducer: Says how many, and whether they count as keys by their size.
     """
 
-    reducer: Any
+    reducer: ToMe
+    window_size: int
+    attn: MergedAttention
+    mlp: Layer
+    local_conv: Layer
+    drop_path1: Layer
+    drop_path2: Layer
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (B, H, W, C) -> (B, H, W, C)."""
@@ -131,7 +149,7 @@ class MergingBlock(TinyVitBlock):
         windows = to_windows(x, window)  # (B*nW, N, C)
         merging = self.match(windows)
         merged, weight = merging.merge(windows)
-        y = self.attn(merged, merging.matching.order, weight if self.reducer.prop_attn else None)
+        y: Tensor = self.attn(merged, merging.matching.order, weight if self.reducer.prop_attn else None)
         x = x + self.drop_path1(from_windows(merging.spread(y), window, size))
         x = self.local_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         if merged.shape[0] * merged.shape[1] >= x.shape[0] * size[0] * size[1]:  # of a small map in padded windows
@@ -181,6 +199,8 @@ class ClusterAttention(Attention):
     """
 
     cells: int
+    attention_biases: Tensor
+    resolution: tuple[int, int]
 
     def get_attention_biases(self, device: torch.device) -> Tensor:
         """(heads, cells², cells²)."""
@@ -198,7 +218,9 @@ class ClusteredStage(TinyVitStage):
         last: Block before which, or behind which, if there is none, all patches are reconstructed.
     """
 
-    reducer: Any
+    reducer: Expedite
+    downsample: Layer
+    blocks: Sequence[Layer]
     window: int
     cells: int
     first: int
@@ -253,10 +275,10 @@ def reduce_windows(dense: TinyVit, method: str, settings: Mapping[str, Setting],
             f"{method} takes tokens away for good, but the blocks of a TinyVit convolve full maps; "
             f"use method {' or '.join(map(repr, WINDOW_METHODS))}, which give them back within a stage"
         )
-    host: Any = rehouse(copy_shared(dense, share), ReducedTinyViT)
+    host = rehouse(copy_shared(dense, share), ReducedTinyViT)
     plan = METHODS[method].plan(sum(host.depths[1:]), **settings)
     start = 0
-    host.stages = rehouse(host.stages, torch.nn.Sequential)
+    host.stages = rehouse(host.stages, nn.Sequential)
     for i, depth in enumerate(host.depths[1:], start=1):
         stage = plain_stage(host.stages[i])
         host.stages[i] = merging_stage(stage, plan, start) if method == "tome" else clustered_stage(stage, plan, start)
@@ -264,17 +286,17 @@ def reduce_windows(dense: TinyVit, method: str, settings: Mapping[str, Setting],
     return host
 
 
-def plain_stage(stage: Any) -> Any:
+def plain_stage(stage: TinyVitStage) -> TinyVitStage:
     """timm's stage on the same parameters, without a method."""
     stage = rehouse(stage, TinyVitStage)
     stage._modules.pop("reducer", None)
-    stage.blocks = rehouse(stage.blocks, torch.nn.Sequential)
+    stage.blocks = rehouse(stage.blocks, nn.Sequential)
     for i, block in enumerate(stage.blocks):
         stage.blocks[i] = plain_block(block)
     return stage
 
 
-def plain_block(block: Any) -> Any:
+def plain_block(block: TinyVitBlock) -> TinyVitBlock:
     """timm's block on the same parameters, without a method."""
     block = rehouse(block, TinyVitBlock)
     block._modules.pop("reducer", None)
@@ -283,7 +305,7 @@ def plain_block(block: Any) -> Any:
     return block
 
 
-def merging_stage(stage: Any, plan: dict[int, Reducer], start: int) -> Any:
+def merging_stage(stage: TinyVitStage, plan: dict[int, Reducer], start: int) -> TinyVitStage:
     """The stage, whose first block is number ``start``, with merging in the blocks of the plan."""
     for i, block in enumerate(stage.blocks):
         reducer = plan.get(start + i)
@@ -296,15 +318,16 @@ def merging_stage(stage: Any, plan: dict[int, Reducer], start: int) -> Any:
     return stage
 
 
-def clustered_stage(stage: Any, plan: dict[int, Reducer], start: int) -> Any:
+def clustered_stage(stage: TinyVitStage, plan: dict[int, Reducer], start: int) -> TinyVitStage:
     """The stage, whose first block is number ``start``, with clusters in its blocks that lie within the plan."""
-    blocks: Sequence[Any] = stage.blocks
+    blocks: Sequence[TinyVitBlock] = stage.blocks
     ends = sorted(plan) if len(plan) == 2 else [*plan, start + len(blocks)]  # none in an empty plan
     first, last = max(ends[0] - start, 0), min(ends[-1] - start, len(blocks))
     if not plan or first >= last:
         return stage
-    reducer: Any = copy.copy(plan[ends[0]])  # each stage names its own first block in errors
-    window = blocks[0].window_size
+    reducer = copy.copy(plan[ends[0]])  # each stage names its own first block in errors
+    assert isinstance(reducer, Expedite)
+    window: int = blocks[0].window_size
     cells = window_cells(reducer, window)
     if cells == window:
         return stage
