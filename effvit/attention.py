@@ -85,7 +85,7 @@ class AttnState(NamedTuple):
         else:
             q, k = self.q[:, :, :num_class], self.k
         wide = wide_dtype(q.dtype)
-        logits = wide_product(q.to(wide) * self.scale, k.transpose(-2, -1))
+        logits = wide_product(q.to(wide) * self.scale, k.transpose(-2, -1))  # (B, heads, num_class, P+N)
         bias = self.keys.key_bias(wide)
         return (logits if bias is None else logits + bias).softmax(dim=-1)
 
@@ -97,14 +97,14 @@ class AttnState(NamedTuple):
         wide = wide_dtype(self.q.dtype)
         q, k, bias = self.q.to(wide) * self.scale, self.k.to(wide), self.keys.key_bias(wide)
         if bias is not None:
-            q = F.pad(q, (0, 1), value=1)
+            q = F.pad(q, (0, 1), value=1)  # (B, heads, P+N, D+1)
             k = torch.cat([k, bias.transpose(-2, -1).expand(-1, k.shape[1], -1, -1)], dim=-1)
         return wide_product(q, k.transpose(-2, -1)).softmax(dim=-1)
 
 
 def biased_logits(q: Tensor, k: Tensor, scale: float, keys: TokenMap) -> Tensor:
     """Attention logits (B, heads, Nq, P+N) of queries (B, heads, Nq, D) and the keys, with the bias of their map."""
-    logits = (q * scale) @ k.transpose(-2, -1)
+    logits = (q * scale) @ k.transpose(-2, -1)  # (B, heads, Nq, P+N)
     bias = keys.key_bias(logits.dtype)
     return logits if bias is None else logits + bias
 
@@ -180,11 +180,11 @@ def _bias_as_features(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, scale: 
     The bias is split into a high and a low part, so that it keeps its precision in bfloat16. Flash attention wants
     equal widths of q, k and v in multiples of 8.
     """
-    bias = key_bias.to(wide_dtype(key_bias.dtype)) / scale
+    bias = key_bias.to(wide_dtype(key_bias.dtype)) / scale  # (1, Tk)
     high = bias.to(k.dtype)
     low = (bias - high).to(k.dtype)
     columns = F.pad(torch.stack([high, low], dim=-1), (0, 6))[:, None].expand(-1, k.shape[1], -1, -1)
-    ones = F.pad(torch.ones_like(q[..., :2]), (0, 6))
+    ones = F.pad(torch.ones_like(q[..., :2]), (0, 6))  # (1, heads, Tq, 8)
     return torch.cat([q, ones], dim=-1), torch.cat([k, columns], dim=-1), F.pad(v, (0, 8))
 
 
@@ -198,7 +198,7 @@ def _jagged_attention(
     scale: float | None = None,
 ) -> Tensor:
     def jagged(x: Tensor, lengths: Tensor) -> Tensor:
-        offsets = F.pad(lengths.cumsum(0), (1, 0))
+        offsets = F.pad(lengths.cumsum(0), (1, 0))  # (B+1,)
         rows = x.squeeze(0).transpose(0, 1).contiguous()  # (T, heads, D)
         return torch.nested.nested_tensor_from_jagged(rows, offsets).transpose(1, 2)
 
@@ -213,7 +213,7 @@ def _rotate(x: Tensor, tokens: TokenMap, rope: Tensor, half: bool) -> Tensor:
     table = tokens.position_table(rope)
     if tokens.packed:  # prefix tokens lie between the images: give them the identity rotation (sin 0, cos 1)
         sin, cos = torch.zeros_like(table[:, :, :1]).expand(-1, -1, tokens.num_prefix, -1).chunk(2, dim=-1)
-        still = torch.cat([sin, cos + 1], dim=-1)
+        still = torch.cat([sin, cos + 1], dim=-1)  # (B, heads or 1, P, D)
         table = tokens.pack(torch.cat([still, table], dim=2).transpose(1, 2)).transpose(1, 2)
         return apply_rot_embed_cat(x, table, half=half)
     prefix, patches = x[:, :, : tokens.num_prefix], x[:, :, tokens.num_prefix :]
@@ -359,7 +359,7 @@ class EvaTokenAttention(TokenAttention, EvaAttention):
         project: Layer = self.qkv
         if self.q_bias is None:
             return self._split_heads(x, project(x))
-        bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
+        bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))  # (3C,)
         if self.qkv_bias_separate:
             return self._split_heads(x, project(x) + bias)
         return self._split_heads(x, F.linear(x, self.qkv.weight, bias))

@@ -192,7 +192,7 @@ def _pack(x: Tensor, mask: Tensor) -> Tensor:
 @fx_leaf
 def _unpack(x: Tensor, mask: Tensor) -> Tensor:
     padded = x.new_zeros((mask.numel(), *x.shape[2:]))
-    rows = mask.flatten().nonzero().squeeze(1)
+    rows = mask.flatten().nonzero().squeeze(1)  # (T,)
     return padded.index_copy(0, rows, x.squeeze(0)).unflatten(0, mask.shape)  # (B, P+N, C)
 
 

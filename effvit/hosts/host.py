@@ -254,7 +254,7 @@ class ReducedHost(Intermediates, Reduced):
             pooled = tokens.sequence_mask()
             if not with_prefix:
                 pooled = pooled & (pooled.cumsum(1) > tokens.num_prefix)
-            weight = pooled.unsqueeze(-1).to(x.dtype)
+            weight = pooled.unsqueeze(-1).to(x.dtype)  # (B, P+N, 1)
             mean = (x * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
             return torch.where(tokens.sequence_mask().unsqueeze(-1), x, mean)
         return x

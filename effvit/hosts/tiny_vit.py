@@ -187,7 +187,7 @@ def cluster_biases(biases: Tensor, window: int, cells: int) -> Tensor:
     weights = (1 - (distance - place).abs()).clamp(min=0)  # (cells, window)
     table = wide_product(wide_product(weights, biases.unflatten(1, (window, window))), weights.T)
     table = table.to(biases.dtype)  # (heads, cells, cells)
-    apart = (cell.unsqueeze(1) - cell).abs()
+    apart = (cell.unsqueeze(1) - cell).abs()  # (cells, cells)
     return table[:, apart[:, None, :, None], apart[None, :, None, :]].flatten(3).flatten(1, 2)
 
 

@@ -70,7 +70,7 @@ class Merge(NamedTuple):
 def descending_rank(values: Tensor) -> Tensor:
     """Rank of every entry of values (B, N) in its row, 0 for the largest; equal values by position."""
     ordered, order = values.sort(dim=1, descending=True)
-    level = F.pad((ordered[:, 1:] != ordered[:, :-1]).cumsum(1), (1, 0))
+    level = F.pad((ordered[:, 1:] != ordered[:, :-1]).cumsum(1), (1, 0))  # (B, N)
     by_position = (level * values.shape[1] + order).argsort(1)  # unique whole numbers: no stable sort is needed
     place = torch.ones_like(order).cumsum(1) - 1
     return torch.zeros_like(order).scatter(1, order.gather(1, by_position), place)
@@ -91,7 +91,7 @@ def top_of_batch(best: Tensor, r: int, num_prefix: int) -> tuple[Tensor, Tensor]
     rows = F.pad(best, ((num_prefix + 1) // 2, 0), value=float("-inf"))
     rank = descending_rank(rows.reshape(1, -1)).view_as(rows)[:, (num_prefix + 1) // 2 :]
     number = r * len(best)
-    ordered = rows.flatten().sort(descending=True).values
+    ordered = rows.flatten().sort(descending=True).values  # (B * rows,)
     return (rank < number) & best.isfinite(), ordered[min(number, len(ordered) - 1)].clamp(min=0)
 
 
@@ -148,7 +148,7 @@ def plan_merge(
         merged = best > threshold.to(best.dtype) + (0 if compat else TIE)
 
     first = torch.zeros_like(source).scatter(1, rank, source) if falling and rank is not None else source
-    order = torch.cat([first, others], dim=1)
+    order = torch.cat([first, others], dim=1)  # (B, N)
     if not official:
         order = torch.where(merged.any(1, keepdim=True), order, patch)
     left = torch.ones_like(patch, dtype=torch.bool) if valid is None else valid
@@ -231,7 +231,7 @@ def official_division(x: Tensor, size: Tensor, num_prefix: int, official: bool) 
     """x (B, P+N, C) as if its weighted sums had been divided by their size + 1e-4, if ``official``."""
     if not official:
         return x
-    whole = F.pad(size, (num_prefix, 0), value=1)
+    whole = F.pad(size, (num_prefix, 0), value=1)  # (B, P+N)
     return x * (whole / (whole + OFFICIAL_EPS)).unsqueeze(-1).to(x.dtype)
 
 

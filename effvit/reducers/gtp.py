@@ -81,14 +81,14 @@ def sparsify_map(weights: Tensor, sparsity: float) -> Tensor:
             f"sparsity {sparsity} keeps every entry of a {weights.shape[-1]} x {weights.shape[-1]} attention map; "
             "use sparsity=1 for images this small"
         )
-    threshold = weights.detach().flatten(2).kthvalue(dropped, dim=-1).values
+    threshold = weights.detach().flatten(2).kthvalue(dropped, dim=-1).values  # (B, heads)
     return weights * (weights >= threshold[..., None, None])
 
 
 def semantic_edges(patches: Tensor, num_neighbours: int) -> Tensor:
     """(B, N, N) bool: edge from each patch to its ``num_neighbours`` most similar others by cosine; directed."""
     similarity = F.normalize(patches, dim=-1)
-    similarity = wide_product(similarity, similarity.transpose(1, 2))
+    similarity = wide_product(similarity, similarity.transpose(1, 2))  # (B, N, N)
     threshold = similarity.topk(num_neighbours + 1, dim=-1).values[..., -1:]  # the patch itself is one of them
     return similarity >= threshold
 

@@ -20,7 +20,7 @@ __all__ = ["HoT", "density_peaks", "peak_scores", "squared_distances"]
 
 def squared_distances(x: Tensor) -> Tensor:
     """(B, N, N) squared distances of x (B, N, C), divided by C: symmetric to the last bit, exact zeros to itself."""
-    product = wide_product(x, x.transpose(1, 2))
+    product = wide_product(x, x.transpose(1, 2))  # (B, N, N)
     twice = product + product.transpose(1, 2)
     norm = twice.diagonal(dim1=1, dim2=2) / 2
     return (norm.unsqueeze(1) + norm.unsqueeze(2) - twice).clamp(min=0) / x.shape[2]
@@ -57,13 +57,13 @@ def peak_scores(x: Tensor, k: int = 2, compat: bool = False) -> Tensor:
     x = x.to(wide_dtype(x.dtype))
     squared: Tensor = (torch.cdist(x, x) / x.shape[2] ** 0.5).square() if compat else squared_distances(x)
     density = squared.topk(k, dim=-1, largest=False).values.mean(-1).neg().exp()  # (B, N)
-    other, own = density.unsqueeze(1), density.unsqueeze(2)
+    other, own = density.unsqueeze(1), density.unsqueeze(2)  # (B, 1, N), (B, N, 1)
     denser = other > own  # (B, N, N): column against row
     if not compat:
         place = torch.arange(length, device=x.device)
         earlier = place.unsqueeze(1) > place
         denser = denser | ((other == own) & earlier)
-    farthest = squared.flatten(1).amax(1)[:, None, None]
+    farthest = squared.flatten(1).amax(1)[:, None, None]  # (B, 1, 1)
     return torch.where(denser, squared, farthest).amin(-1).sqrt() * density
 
 

@@ -118,7 +118,7 @@ def merge_tokens(
     into = target.gather(1, matching.source)  # (B, r) new place of each merged token
     merged_size = size.gather(1, matching.source)
     new_size = size.gather(1, matching.order).scatter_add(1, into, merged_size)  # (B, N-r)
-    share = (merged_size / new_size.gather(1, into)).unsqueeze(-1).to(x.dtype)
+    share = (merged_size / new_size.gather(1, into)).unsqueeze(-1).to(x.dtype)  # (B, r, 1)
     source = take_rows(x, flat_rows(matching.source + num_prefix, length))
     destination = take_rows(x, flat_rows(matching.destination + num_prefix, length))
     kept = take_rows(x, flat_rows(matching.order, length, num_prefix))

@@ -30,11 +30,11 @@ def remerge(x: Tensor, group: Tensor, num_tokens: int) -> Tensor:
     """
     batch, heads, _, width = x.shape
     group = group.expand(batch, -1)
-    rows = flat_rows(group, num_tokens).flatten()
-    flat = x.transpose(1, 2).reshape(-1, heads * width)
+    rows = flat_rows(group, num_tokens).flatten()  # (B * N,)
+    flat = x.transpose(1, 2).reshape(-1, heads * width)  # (B * N, heads * D)
     total = flat.new_zeros(batch * num_tokens, heads * width).index_add(0, rows, flat)
     number = flat.new_zeros(batch * num_tokens).index_add(0, rows, torch.ones_like(flat[:, 0]))
-    mean = total / number.clamp(min=1).unsqueeze(-1)
+    mean = total / number.clamp(min=1).unsqueeze(-1)  # (B * num_tokens, heads * D)
     return mean.view(batch, num_tokens, heads, width).transpose(1, 2)
 
 

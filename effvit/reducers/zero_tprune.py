@@ -111,13 +111,13 @@ def weighted_page_rank(
         (B, heads, N), sums to 1 over the tokens.
     """
     signal = weights.new_ones(weights.shape[:2] + weights.shape[-1:])
-    signal = torch.cat([signal[..., :num_class] * first_boost, signal[..., num_class:]], dim=-1)
+    signal = torch.cat([signal[..., :num_class] * first_boost, signal[..., num_class:]], dim=-1)  # (B, heads, N)
     if kept is not None:
         mask = kept.unsqueeze(1).to(weights.dtype)  # (B, 1, N)
         signal = signal * mask
-        row_sum = wide_product(weights, mask.expand_as(signal).unsqueeze(-1)).squeeze(-1)
+        row_sum = wide_product(weights, mask.expand_as(signal).unsqueeze(-1)).squeeze(-1)  # (B, heads, N)
         mask = mask.unsqueeze(2)  # (B, 1, 1, N)
-        row_scale = mask / row_sum.unsqueeze(2)
+        row_scale = mask / row_sum.unsqueeze(2)  # (B, heads, 1, N)
     signal = (signal / signal.sum(-1, keepdim=True)).unsqueeze(2)  # (B, heads, 1, N)
     for _ in range(num_iters):
         signal = wide_product(signal, weights) if kept is None else wide_product(signal * row_scale, weights) * mask
@@ -335,7 +335,7 @@ class ZeroTPrune(Rated):
             closest, _ = match_groups(features, group_a, group_b, self.similarity)
             pruned = group_a.gather(1, closest.topk(tokens.num_tokens - distinct, dim=1).indices)
             left = left.scatter(1, pruned, 0)
-            kept = F.pad(left, (num_prefix, 0), value=1)
+            kept = F.pad(left, (num_prefix, 0), value=1)  # (B, P+N)
         number = self.count(tokens.num_tokens, tokens.num_patches)
         if number < distinct:
             scores = check_finite(
