@@ -441,36 +441,36 @@ REFUSALS = (
         r"torch\.onnx, dynamo=False.*",
         r"(stvit|stvit_r_swin|stvit_swin|lookupvit).*",
         "dynamo=True",
-        "The exporter by way of a trace gives graphs of these architectures that do not load or compute something "
-        "else: use `torch.onnx.export(..., dynamo=True)`.",
+        "The trace-based exporter produces graphs of these architectures that fail to load or compute something else: "
+        "use `torch.onnx.export(..., dynamo=True)`.",
     ),
     Refusal(
         r"torch\.onnx, dynamo=False.*",
         rf"({METHOD_CASES})\b.*",
         "dynamo=True",
-        "The exporter by way of a trace fixes batch sizes that were asked to be dynamic and adds rows of equal number "
-        "only once, so reduced models refuse it: use `torch.onnx.export(..., dynamo=True)`.",
+        "The trace-based exporter fixes batch sizes that should be dynamic and adds rows with the same index only "
+        "once, so reduced models refuse it: use `torch.onnx.export(..., dynamo=True)`.",
     ),
     Refusal(
         r"torch\.fx",
         r".*dynamic_img_size.*|stvit dynamic",
         "torch.fx cannot trace it",
-        "Token counts follow the image, which `torch.fx` does not have while it traces: create the model with "
+        "Token counts depend on the image size, which `torch.fx` does not know while it traces: create the model with "
         "`dynamic_img_size=False`, or use `torch.export`.",
     ),
     Refusal(
         r"torch\.fx",
         r"tiny_vit .*",
         "torch.fx cannot trace it",
-        "A TinyViT, timm's own too, pads its windows as the size of a map asks: use `torch.export`, or timm's "
-        "`create_feature_extractor`, which does not look into its blocks.",
+        "How a TinyViT (timm's own too) pads its windows depends on the size of the map: use `torch.export`, or timm's "
+        "`create_feature_extractor`, which does not trace into its blocks.",
     ),
     Refusal(
         r"(?!torch\.fx).*",
         r"(ats|dymu) packed.*",
         "ragged='padded'",
-        "A packed batch is as long as its images need: use `ragged='padded'`, which gives the same result. "
-        "`torch.compile` without `fullgraph=True` runs it, with breaks in the graph.",
+        "The length of a packed batch depends on its images: use `ragged='padded'`, which gives the same result. "
+        "`torch.compile` without `fullgraph=True` runs it with graph breaks.",
     ),
     Refusal(
         r"(?!torch\.fx).*",
@@ -489,14 +489,14 @@ REFUSALS = (
         r"torch\.export, dynamic (height|size)",
         r"stvit_(r_)?swin.*|supertoken.*",
         "a dynamic height or width",
-        "How windows and cells are padded and masked depends on the size in more ways than `torch.export` gets through "
+        "Padding and masks of windows and cells depend on the size in so many ways that `torch.export` does not finish "
         "in minutes: export with height and width fixed, once for every size; the batch may be dynamic.",
     ),
     Refusal(
         r"torch\.export, dynamic size",
         r"(tome|gtp|zero_tprune) dynamic_img_size",
         "both height and width",
-        "The token counts are expressions of two sides that `torch.export` does not get through in minutes: export "
+        "The token counts are expressions of both sides, which `torch.export` does not simplify in minutes: export "
         "with one of height and width dynamic, or none, once for every size; the batch may be dynamic.",
     ),
 )
@@ -517,16 +517,17 @@ def pairs() -> list[tuple[str, str]]:
 
 INTRODUCTION = """# Exporting, compiling and transforming models
 
-A recorded model equals the plain one on other images, batches and sizes, or recording it is an error that names what
-works. The table says which, as it was run: {right} combinations were right, {refused} refused, none wrong; the {open}
-with a dot were not run for this page. `make test` runs a part of them, `pytest -m release tests/test_export.py` the
-others; `python tests/test_export.py RECORDER MODEL`, with patterns for both, runs some and puts what it finds into
-`tests/export_verdicts.json` and this page.
+A recorded model either equals the plain one on other images, batches and sizes, or raises an error while it is recorded
+that names what works instead. The table gives the outcome of every combination that was run: {right} were right,
+{refused} refused, none wrong. The {open} with a dot have not been run for this page. `make test` runs a part of them,
+`pytest -m release tests/test_export.py` the rest; `python tests/test_export.py RECORDER MODEL` runs those whose names
+match two patterns and updates `tests/export_verdicts.json` and this page.
 
-Recorded are small models with random weights, on two images of one size. A ✓ says that scores (or dense maps, where
-the row names a fill) agree with the plain run on other images; and on batches of five and one and, for models that take
-them, on images of another size, unless the recorder fixes the shapes, as its column says. Where it does, other shapes
-end in torch's own error. The row of a method alone has the settings of its `example`; others name what differs.
+The models are small, have random weights and are recorded with two images of one size. A ✓ means that scores (or dense
+maps, where the row names a fill) agree with the plain run on other images, on batches of five and of one and, for
+models that accept them, on images of another size, unless the recorder fixes the shapes, as its column says; torch's
+own error then rejects other shapes. A row with only the name of a method uses the settings of its `example`; other rows
+name what differs.
 """
 COLUMNS = {
     "torch.compile": (
@@ -568,6 +569,6 @@ def export_page(verdicts: dict[str, dict[str, str]]) -> str:
             marks = {None: "·", "right": "✓", "refused": letters[entry] if entry else "refused", "wrong": "wrong"}
             cells.append(marks[outcome] if (recorder, case) in wanted else "")
         lines.append(f"| {case.replace('_img_size', '_img_size=True')} | {' | '.join(cells)} |")
-    lines += ["", "Refused, by an error that says so:", ""]
+    lines += ["", "Refused with an error:", ""]
     lines += [f"- **{letters[entry]}**: {entry.note}" for entry in REFUSALS]
     return "\n".join(lines) + "\n"
