@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from effvit.architectures.sit import SiT
 from effvit.architectures.sit_distillation import check_pair, score_loss, token_loss
-from effvit.dense.openmmlab import StartsPretrained, reduce_as
+from effvit.dense.backbone import reduce_as
+from effvit.dense.openmmlab import StartsPretrained
 from effvit.hosts.checkpoints import load_checkpoint
 from effvit.hosts.host import check_model_name
 from effvit.schedule import check_number
