@@ -347,8 +347,13 @@ class TestRequirements:
     @pytest.mark.parametrize("module", ["openmmlab", "classifiers", "runner", "dense_flops"])
     def test_module_for_openmmlab_names_its_extra(self, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "mmengine", None)
-        with pytest.raises(ImportError, match=rf"effvit\.{module} needs mmengine, .* install effvit\[mm\]"):
-            runpy.run_path(str(Path(effvit.__file__).parent / f"{module}.py"))
+        with pytest.raises(ImportError, match=rf"effvit\.dense\.{module} needs mmengine, .* install effvit\[mm\]"):
+            runpy.run_path(str(Path(effvit.__file__).parent / "dense" / f"{module}.py"))
+
+    def test_module_for_transformers_names_its_extra(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "transformers", None)
+        with pytest.raises(ImportError, match=r"needs transformers, .* install effvit\[transformers\]"):
+            runpy.run_path(str(Path(effvit.__file__).parent / "dense" / "transformers.py"))
 
     def test_what_the_optional_package_misses_itself_is_not_put_down_to_it(self) -> None:
         with pytest.raises(ModuleNotFoundError, match="No module named 'addict'"), requirements.optional("a", "b", "c"):
