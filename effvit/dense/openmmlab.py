@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+import effvit.dense.loading  # noqa: F401  (registers the transforms that data_checks puts into pipelines)
 from effvit.dense.backbone import DenseBackbone
 from effvit.hosts.checkpoints import check_state, read_file
 from effvit.hosts.feature_pyramid import SimpleFeaturePyramid
