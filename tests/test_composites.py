@@ -9,13 +9,13 @@ from types import ModuleType
 import numpy as np
 import pytest
 from data import composites
+from data.annotations import describe_objects
 from data.composites import (
     CLASSES,
     EXCLUDED,
     Settings,
     Sprite,
     compose,
-    describe_objects,
     family,
     read_backgrounds,
     read_sprites,
