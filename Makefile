@@ -56,7 +56,7 @@ define where_installed
 else echo '$(2) is left out: no Python $(1) is installed'; fi
 endef
 
-.PHONY: help demo test test-oldest test-newest test-versions lint format clean
+.PHONY: help demo test test-transformers test-oldest test-newest test-versions lint format clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -66,6 +66,11 @@ demo: .venv/.synced-demo ## install without OpenMMLab and run the demo into runs
 
 test: .venv/.synced-test ## install everything and run the tests; PYTEST_ARGS="-k name -x" is handed on
 	$(VENV)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
+
+test-transformers: | $(UV) ## run the tests of the backbone for transformers, in an environment without OpenMMLab
+	$(UV) venv --quiet --allow-existing --python '$(PYTHON)' .venv-transformers
+	$(UV) pip install --quiet --python .venv-transformers/bin/python '.[transformers]' 'pytest>=8.4' 'hypothesis>=6.130'
+	.venv-transformers/bin/python -m pytest tests/test_transformers.py tests/test_imports.py -k transformers $(PYTEST_ARGS)
 
 test-oldest: | $(UV) ## run a part of the tests with the oldest versions allowed
 	$(call test_versions,oldest,$(OLDEST_PYTHON),--resolution lowest-direct)
@@ -87,7 +92,7 @@ format: .venv/.synced-dev ## let ruff fix and format the code
 	$(VENV)/ruff format .
 
 clean: ## remove the environment, the lock and every cache
-	rm -rf .venv .venv-oldest .venv-newest .uv-bootstrap uv.lock build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-transformers .venv-oldest .venv-newest .uv-bootstrap uv.lock build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps lie inside .venv, so they go with it; each is renewed when pyproject.toml is newer.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
+import detectron2_stub
 import drawn_set as drawn
 import pytest
 import torch
@@ -52,6 +54,14 @@ def drawn_set(drawn_sources: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     out = tmp_path_factory.mktemp("drawn_set") / "set"
     drawn.make(drawn_sources, out)
     return out
+
+
+@pytest.fixture
+def detectron2(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for detectron2, which is on no package index."""
+    for name, module in detectron2_stub.modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "effvit.dense.detectron2", raising=False)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

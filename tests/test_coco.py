@@ -8,18 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from data.annotations import colour, draw_objects, encode_rle
 from PIL import Image
 
-from effvit.dense.coco import (
-    check_coco,
-    colour,
-    decode_rle,
-    draw_objects,
-    encode_rle,
-    read_coco,
-    repair_coco,
-    run_lengths,
-)
+from effvit.dense.coco import check_coco, decode_rle, read_coco, repair_coco, run_lengths
 
 
 def annotations(**changes: Any) -> dict[str, Any]:

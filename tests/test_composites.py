@@ -9,13 +9,13 @@ from types import ModuleType
 import numpy as np
 import pytest
 from data import composites
+from data.annotations import describe_objects
 from data.composites import (
     CLASSES,
     EXCLUDED,
     Settings,
     Sprite,
     compose,
-    describe_objects,
     family,
     read_backgrounds,
     read_sprites,
@@ -175,7 +175,7 @@ def test_share_of_every_object_stays_visible(min_visible: float) -> None:
         composite = compose(
             np.random.default_rng(seed), [[plain_sprite()]], [Image.new("RGB", (96, 96), "blue")], settings
         )
-        areas = [entry["area"] for entry in describe_objects(composite, 1)]
+        areas = [entry["area"] for entry in describe_objects(composite.owner, composite.labels, 1)]
         numbers.add(len(areas))
         least = min(least, *(area / whole for area in areas))
     assert least >= min_visible
@@ -208,13 +208,13 @@ def test_half_transparent_pixels_are_mixed_and_belong_to_the_object_from_one_hal
 def test_small_cut_outs_are_not_enlarged_more_than_twice() -> None:
     settings = Settings(size=512, objects=(1, 1), scale=(0.9, 1.0), rotation=0.0)
     composite = compose(np.random.default_rng(0), [[plain_sprite(50)]], [Image.new("RGB", (512, 512))], settings)
-    assert describe_objects(composite, 1)[0]["bbox"][2:] == [100, 100]
+    assert describe_objects(composite.owner, composite.labels, 1)[0]["bbox"][2:] == [100, 100]
 
 
 def test_object_without_a_place_is_left_out() -> None:
     settings = Settings(size=64, objects=(8, 8), scale=(1.0, 1.0), rotation=0.0, min_visible=1.0)
     composite = compose(np.random.default_rng(0), [[plain_sprite()]], [Image.new("RGB", (64, 64))], settings)
-    assert len(composite.labels) == len(describe_objects(composite, 1)) <= 1
+    assert len(composite.labels) == len(describe_objects(composite.owner, composite.labels, 1)) <= 1
 
 
 # -- sources ---------------------------------------------------------------------------------------------

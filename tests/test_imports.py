@@ -156,7 +156,10 @@ def test_reducers_do_not_know_each_other() -> None:
 
 
 @pytest.mark.parametrize("module", [module for module in MODULES if is_public(module)])
+@pytest.mark.usefixtures("detectron2")
 def test_public_names_are_listed_and_exist(module: str) -> None:
+    if module == "dense/transformers":  # in an environment of its own: make test-transformers
+        pytest.importorskip("transformers", reason="the transformers extra is not installed")
     loaded = importlib.import_module(module_name(module))
     documented = ast.get_docstring(ast.parse((PACKAGE / f"{module}.py").read_text()))
     assert documented, f"{module} has no docstring"
@@ -170,18 +173,30 @@ def test_public_names_are_listed_and_exist(module: str) -> None:
         assert getattr(loaded, name, None) is not None, f"{module} lists {name}, which it does not have"
 
 
-def test_importing_the_package_loads_none_of_the_tools() -> None:
-    loaded = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", "import effvit, sys; print(*sys.modules)"],
+def loaded_by(module: str) -> list[str]:
+    """What a fresh interpreter has loaded after it imported a module."""
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", f"import {module}, sys; print(*sys.modules)"],
         capture_output=True,
         text=True,
         check=True,
         cwd=PACKAGE.parent,
     ).stdout.split()
+
+
+FRAMEWORKS = {"detectron2", "mmcv", "mmdet", "mmengine", "mmpretrain", "mmseg", "transformers"}
+
+
+def test_importing_the_package_loads_none_of_the_tools() -> None:
+    loaded = loaded_by("effvit")
     own = [name for name in loaded if name.split(".")[0] == "effvit"]
     assert "effvit.hosts.host" in own
     assert not [name for name in own if rank(name) > SURFACE]
-    assert not {"matplotlib", "fvcore", "mmengine", "rich"} & set(loaded)
+    assert not ({"matplotlib", "fvcore", "rich"} | FRAMEWORKS) & set(loaded)
+
+
+def test_the_dense_backbone_loads_no_framework() -> None:
+    assert not FRAMEWORKS & set(loaded_by("effvit.dense.backbone"))
 
 
 if __name__ == "__main__":

@@ -350,6 +350,11 @@ class TestRequirements:
         with pytest.raises(ImportError, match=rf"effvit\.dense\.{module} needs mmengine, .* install effvit\[mm\]"):
             runpy.run_path(str(Path(effvit.__file__).parent / "dense" / f"{module}.py"))
 
+    def test_module_for_transformers_names_its_extra(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "transformers", None)
+        with pytest.raises(ImportError, match=r"needs transformers, .* install effvit\[transformers\]"):
+            runpy.run_path(str(Path(effvit.__file__).parent / "dense" / "transformers.py"))
+
     def test_what_the_optional_package_misses_itself_is_not_put_down_to_it(self) -> None:
         with pytest.raises(ModuleNotFoundError, match="No module named 'addict'"), requirements.optional("a", "b", "c"):
             raise ModuleNotFoundError("No module named 'addict'", name="addict")

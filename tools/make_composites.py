@@ -19,13 +19,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from data.annotations import draw_objects
 from data.composites import CLASSES, Settings, check_new, make_composites
 from data.garments import GARMENTS, read_garments
 from data.sources import default_root
 from PIL import Image
 from rich.progress import Progress
 
-from effvit.dense.coco import draw_objects, read_coco
+from effvit.dense.coco import read_coco
 from effvit.images import open_image
 from effvit.messages import one_line
 

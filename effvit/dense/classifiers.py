@@ -12,7 +12,7 @@ with optional("mmengine", "mm", "effvit.dense.classifiers"):
     import mmengine  # noqa: F401
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import timm
@@ -24,9 +24,11 @@ from torch import Tensor, nn
 
 from effvit.architectures.sit import SiT
 from effvit.architectures.sit_distillation import check_pair, score_loss, token_loss
-from effvit.dense.openmmlab import StartsPretrained, reduce_as
+from effvit.dense.backbone import reduce_as
+from effvit.dense.openmmlab import StartsPretrained
 from effvit.hosts.checkpoints import load_checkpoint
 from effvit.hosts.host import check_model_name
+from effvit.protocols import Setting
 from effvit.schedule import check_number
 
 __all__ = ["EffViTClassifier", "SiTClassifier"]
@@ -75,7 +77,7 @@ class EffViTClassifier(StartsPretrained, TimmClassifier):
         pretrained: bool | str = False,
         *,
         pretrained_key: str | None = None,
-        sparsify: dict[str, Any] | None = None,
+        sparsify: Mapping[str, Setting] | None = None,
         teacher: dict[str, Any] | None = None,
         distill_weight: float = 0.5,
         temperature: float = 1.0,
@@ -86,7 +88,7 @@ class EffViTClassifier(StartsPretrained, TimmClassifier):
         own = inspect.signature(TimmClassifier.__init__).parameters
         settings = {name: value for name, value in kwargs.items() if name not in own}
         weights = {"pretrained": pretrained, "pretrained_key": pretrained_key}
-        self._recipe = {"model_name": model_name, **weights, "sparsify": sparsify, **settings}
+        self._recipe: dict[str, Any] = {"model_name": model_name, **weights, "sparsify": sparsify, **settings}
         self.pretrained = pretrained
         self.model = reduce_as(sparsify, self.model)
         self.model.is_init = True  # or mmengine's Runner would call timm's `init_weights` before it trains
@@ -107,7 +109,7 @@ class EffViTClassifier(StartsPretrained, TimmClassifier):
             self.model.load_state_dict(_create(**self._recipe).state_dict())
         super().init_weights()
 
-    def forward(self, inputs: Tensor, data_samples: Any = None, mode: str = "tensor") -> Any:
+    def forward(self, inputs: Tensor, data_samples: object = None, mode: str = "tensor") -> object:
         """Scores of images (B, C, H, W), losses or predictions, as the mode of ``TimmClassifier`` says."""
         self.check_weights()
         if mode == "loss" and self._teacher_recipe is not None:
@@ -117,21 +119,22 @@ class EffViTClassifier(StartsPretrained, TimmClassifier):
             )
         return super().forward(inputs, data_samples, mode)
 
-    def loss(self, inputs: Tensor, data_samples: Sequence[Any], **kwargs: Any) -> dict[str, Tensor]:
+    def loss(self, inputs: Tensor, data_samples: Sequence[object], **kwargs: object) -> dict[str, Tensor]:
         """Scalars of images (B, C, H, W): "task_loss", and with a teacher "distill_loss"; mmengine adds them up."""
-        scores = self.model(inputs)
+        scores: Tensor | tuple[Tensor, ...] = self.model(inputs)
         heads = scores if isinstance(scores, tuple) else (scores,)
         losses = {"task_loss": self._task_loss(heads, data_samples, **kwargs)}
         if self.teacher is not None:
             with torch.no_grad():
-                target = self.teacher(inputs)
+                target: Tensor = self.teacher(inputs)
             divergence = torch.stack([score_loss(own, target, self.temperature) for own in heads]).sum()
             losses["distill_loss"] = self.distill_weight * divergence
         return losses
 
-    def _task_loss(self, heads: Sequence[Tensor], data_samples: Sequence[Any], **kwargs: Any) -> Tensor:
+    def _task_loss(self, heads: Sequence[Tensor], data_samples: Sequence[object], **kwargs: object) -> Tensor:
         """Sum of the config's loss over scores (B, classes)."""
-        return torch.stack([self._get_loss(scores, data_samples, **kwargs)["loss"] for scores in heads]).sum()
+        losses: list[Tensor] = [self._get_loss(scores, data_samples, **kwargs)["loss"] for scores in heads]
+        return torch.stack(losses).sum()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EffViTClassifier:
         """Change of device or dtype, of the teacher too."""
@@ -144,13 +147,13 @@ class EffViTClassifier(StartsPretrained, TimmClassifier):
 
     @staticmethod
     def _remove_state_dict_prefix(
-        self: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]
+        self: nn.Module, state_dict: dict[str, Tensor], prefix: str, local_metadata: object
     ) -> None:
         for name in [name for name in state_dict if name.startswith(f"{prefix}model.")]:
             state_dict[prefix + name.removeprefix(f"{prefix}model.")] = state_dict.pop(name)
 
     @staticmethod
-    def _add_state_dict_prefix(state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _add_state_dict_prefix(state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         for name in [name for name in state_dict if name.startswith(prefix)]:
             state_dict[f"{prefix}model.{name.removeprefix(prefix)}"] = state_dict.pop(name)
 
@@ -205,7 +208,7 @@ class SiTClassifier(EffViTClassifier):
         if starts and self.teacher is not None:
             self.model.load_state_dict(self.teacher.state_dict(), strict=False)
 
-    def loss(self, inputs: Tensor, data_samples: Sequence[Any], **kwargs: Any) -> dict[str, Tensor]:
+    def loss(self, inputs: Tensor, data_samples: Sequence[object], **kwargs: object) -> dict[str, Tensor]:
         """Scalars of images (B, 3, H, W): "task_loss", and with a teacher "token_loss" and "distill_loss"."""
         if self.teacher is None:
             return super().loss(inputs, data_samples, **kwargs)
@@ -223,17 +226,17 @@ def _create(
     model_name: str,
     pretrained: bool | str,
     pretrained_key: str | None = None,
-    sparsify: dict[str, Any] | None = None,
-    **settings: Any,
-) -> Any:
+    sparsify: Mapping[str, Setting] | None = None,
+    **settings: Setting,
+) -> nn.Module:
     """A timm model with the weights of a config, reduced if asked."""
-    model = timm.create_model(model_name, pretrained=pretrained is True, **settings)
+    model: nn.Module = timm.create_model(model_name, pretrained=pretrained is True, **settings)
     if isinstance(pretrained, str):
         load_checkpoint(model, pretrained, get_torch_safe_globals(), pretrained_key)
     return reduce_as(sparsify, model)
 
 
-def _create_teacher(settings: dict[str, Any], student: Any) -> Any:
+def _create_teacher(settings: dict[str, Any], student: nn.Module) -> nn.Module:
     """The frozen teacher of a config, of the student's classes; its weights come with ``init_weights``."""
     for key in ("model_name", "pretrained"):
         if key not in settings:

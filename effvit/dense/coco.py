@@ -1,27 +1,28 @@
-"""COCO's annotations without pycocotools: run lengths of masks, the check and repair of a file, and drawn objects."""
+"""COCO's annotations without pycocotools: run lengths of masks, and the check and repair of a file."""
 
 from __future__ import annotations
 
-import colorsys
 import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias, TypedDict, TypeGuard, cast
 
 import numpy as np
-from PIL import Image, ImageDraw
-
-from effvit.images import as_rgb
 
 __all__ = [
+    "Annotation",
+    "Category",
+    "Coco",
+    "ImageEntry",
+    "Key",
     "Repairs",
+    "RunLengths",
     "check_coco",
     "decode_rle",
-    "draw_objects",
-    "encode_rle",
     "load_coco",
     "read_coco",
     "repair_coco",
@@ -30,19 +31,64 @@ __all__ = [
 
 PARTS = ("images", "categories", "annotations")
 MIN_POINTS = 3  # of a polygon that has an area
+Key: TypeAlias = "int | float | str"
+"""An id: a whole number or text."""
+Entry: TypeAlias = Mapping[str, object]  # of a file that is not checked yet
+
+
+class RunLengths(TypedDict):
+    """A mask by the lengths of its runs, column by column, zeros first.
+
+    Attributes:
+        size: Height and width.
+        counts: The lengths, or COCO's text of them.
+    """
+
+    size: list[int]
+    counts: list[int] | str
+
+
+class Category(TypedDict):
+    """A class of objects."""
+
+    id: Key
+    name: str
+
+
+class ImageEntry(TypedDict, total=False):
+    """An image. ``id`` is always there; sizes are in pixels."""
+
+    id: Key
+    file_name: str
+    width: int
+    height: int
+
+
+class Annotation(TypedDict, total=False):
+    """An object. ``id``, ``image_id``, ``category_id`` and ``bbox`` [x, y, width, height] are always there."""
+
+    id: Key
+    image_id: Key
+    category_id: Key
+    bbox: list[float]
+    area: float
+    iscrowd: int
+    segmentation: RunLengths | list[list[float]]
+
+
+class Coco(TypedDict):
+    """What an annotation file holds."""
+
+    images: list[ImageEntry]
+    categories: list[Category]
+    annotations: list[Annotation]
+
+
 COUNT_BITS, COUNT_SIGN, COUNT_MORE, COUNT_ZERO = 5, 0x10, 0x20, 48  # of COCO's text of run lengths
 
 
-def encode_rle(mask: np.ndarray) -> dict[str, list[int]]:
-    """COCO's uncompressed run lengths of a mask (H, W): column by column, zeros first."""
-    flat = mask.ravel(order="F").astype(np.int8)
-    changes = np.flatnonzero(np.diff(flat, prepend=np.int8(0))) if flat.size else np.empty(0, np.int64)
-    counts = np.diff(np.concatenate([[0], changes, [flat.size]]))
-    return {"size": list(mask.shape), "counts": counts.tolist()}
-
-
-def decode_rle(rle: Mapping[str, Any]) -> np.ndarray:
-    """The mask (H, W), bool, of run lengths, as numbers or as COCO's text: the inverse of `encode_rle`.
+def decode_rle(rle: RunLengths) -> np.ndarray:
+    """The mask (H, W), bool, of run lengths, as numbers or as COCO's text.
 
     Raises:
         ValueError: The runs do not add up to the size.
@@ -55,7 +101,7 @@ def decode_rle(rle: Mapping[str, Any]) -> np.ndarray:
     return np.repeat(values, counts).reshape(width, height).T
 
 
-def run_lengths(rle: Mapping[str, Any]) -> list[int]:
+def run_lengths(rle: RunLengths) -> list[int]:
     """The runs of a mask as numbers, also where they are COCO's text (cocodataset/cocoapi, maskApi.c, rleFrString).
 
     In the text, a number is a series of characters of five bits each, the lowest first; a sixth bit says that more
@@ -85,7 +131,7 @@ def run_lengths(rle: Mapping[str, Any]) -> list[int]:
     return counts
 
 
-def load_coco(path: str | os.PathLike[str]) -> Any:
+def load_coco(path: str | os.PathLike[str]) -> object:
     """What a JSON file holds; a mark of the byte order at its start is no part of it.
 
     Raises:
@@ -97,7 +143,8 @@ def load_coco(path: str | os.PathLike[str]) -> Any:
     if not content.strip():
         raise ValueError(f"{path} is no intact COCO annotation file: it is empty; write or fetch it again")
     try:
-        return json.loads(content.decode("utf-8-sig"))
+        loaded: object = json.loads(content.decode("utf-8-sig"))
+        return loaded
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} is no intact COCO annotation file: byte {error.start} is not UTF-8; convert it, e.g. by iconv"
@@ -110,21 +157,21 @@ def load_coco(path: str | os.PathLike[str]) -> Any:
         ) from error
 
 
-def read_coco(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_coco(path: str | os.PathLike[str]) -> Coco:
     """The checked contents of a COCO annotation file, without repairs; pycocotools is not needed.
 
     Raises:
         ValueError: What `load_coco` and `check_coco` refuse; the message names the file.
     """
-    content: dict[str, Any] = load_coco(path)
+    content = load_coco(path)
     try:
         check_coco(content)
     except ValueError as error:
         raise ValueError(f"{path} is no intact COCO annotation file: {error}") from error
-    return content
+    return cast(Coco, content)
 
 
-def check_coco(content: Any, *, masks: bool = False) -> None:
+def check_coco(content: object, *, masks: bool = False) -> None:
     """Check what has only one reading: ids are unique, annotations refer to images and categories, boxes are numbers.
 
     Boxes without area, missing `iscrowd` and missing `area` are no errors: `repair_coco` knows what they mean.
@@ -136,10 +183,10 @@ def check_coco(content: Any, *, masks: bool = False) -> None:
     Raises:
         ValueError: What is wrong; the message names the first entry, how many are alike, and a remedy.
     """
-    if not isinstance(content, Mapping):
+    if not is_entry(content):
         raise ValueError(f"it must hold an object, got a {type(content).__name__}")
     ids = {part: check_ids(content, part) for part in PARTS}
-    entries = content["annotations"]
+    entries = entries_of(content, "annotations")
     for field, part in (("image_id", "images"), ("category_id", "categories")):
         known = ids[part]
         wrong = [entry for entry in entries if not is_among(entry.get(field), known)]
@@ -151,73 +198,84 @@ def check_coco(content: Any, *, masks: bool = False) -> None:
             )
     check_boxes(entries)
     if masks:
-        sizes = {entry["id"]: (entry.get("height"), entry.get("width")) for entry in content["images"]}
+        images = entries_of(content, "images")
+        sizes = {entry["id"]: (entry.get("height"), entry.get("width")) for entry in images}
         check_masks(entries, sizes)
 
 
-def named(entries: Sequence[Mapping[str, Any]]) -> str:
+def is_entry(value: object) -> TypeGuard[Entry]:
+    """Whether a value of a JSON file is an object."""
+    return isinstance(value, Mapping)
+
+
+def is_list(value: object) -> TypeGuard[list[object]]:
+    """Whether a value of a JSON file is a list."""
+    return isinstance(value, list)
+
+
+def entries_of(content: Entry, part: str) -> list[Entry]:
+    """The entries of a part of the file; the error of `check_coco` unless it is a list of objects."""
+    entries = content.get(part)
+    if not is_list(entries):
+        raise ValueError(f"it has no list of {part}")
+    for number, entry in enumerate(entries):
+        if not is_entry(entry):
+            raise ValueError(f"{part} must be objects, but number {number} is a {type(entry).__name__}")
+    return [entry for entry in entries if is_entry(entry)]
+
+
+def named(entries: Sequence[Entry]) -> str:
     """The subject of a sentence about annotations: "annotation 7 (the first of 3)"."""
     return f"annotation {entries[0]['id']}" + (f" (the first of {len(entries)})" if len(entries) > 1 else "")
 
 
-def is_among(value: Any, known: set[Any]) -> bool:
+def is_among(value: object, known: AbstractSet[Key]) -> bool:
     """Whether the value is one of the known ones; lists and objects never are."""
     return isinstance(value, (int, str, float)) and value in known
 
 
-def of_type(value: Any, known: set[Any]) -> str:
+def of_type(value: object, known: AbstractSet[Key]) -> str:
     """A hint for ids that differ from the known ones in nothing but their type."""
     kinds = sorted({type(entry).__name__ for entry in known})
     return f" (a {type(value).__name__}, where theirs are {', '.join(kinds)})" if str(value) in map(str, known) else ""
 
 
-def check_ids(content: Mapping[str, Any], part: str) -> set[Any]:
+def check_ids(content: Entry, part: str) -> set[Key]:
     """The ids of a part of the file; the error of `check_coco` if one is missing, odd, or stands twice."""
-    entries = content.get(part)
-    if not isinstance(entries, list):
-        raise ValueError(f"it has no list of {part}")
-    ids: set[Any] = set()
-    for number, entry in enumerate(entries):
-        if not isinstance(entry, Mapping):
-            raise ValueError(f"{part} must be objects, but number {number} is a {type(entry).__name__}")
+    ids: set[Key] = set()
+    doubles: list[Key] = []
+    for number, entry in enumerate(entries_of(content, part)):
         key = entry.get("id")
         if isinstance(key, bool) or (not isinstance(key, (int, str)) and not (isinstance(key, float) and key % 1 == 0)):
             raise ValueError(f"{part} must have ids, whole numbers or text, but number {number} has {key!r}")
+        if key in ids:
+            doubles.append(key)
         ids.add(key)
-    if len(ids) < len(entries):
-        seen: set[Any] = set()
-        twice = next(key for entry in entries if (key := entry["id"]) in seen or seen.add(key))  # type: ignore[func-returns-value]
+    if doubles:
         raise ValueError(
-            f"ids of {part} must be unique, but {len(entries) - len(ids)} stand twice, the first is {twice!r}; "
+            f"ids of {part} must be unique, but {len(doubles)} stand twice, the first is {doubles[0]!r}; "
             "number them anew, or leave the doubles out"
         )
     return ids
 
 
-def check_boxes(entries: Sequence[Mapping[str, Any]]) -> None:
+def check_boxes(entries: Sequence[Entry]) -> None:
     """The error of `check_coco` unless every box is of four finite numbers, without a negative width or height."""
     for entry in entries:
         box = entry.get("bbox")
-        if (
-            not isinstance(box, list)
-            or len(box) != 4
-            or not all(type(value) in (int, float) for value in box)
-            or not all(map(is_finite, box))
-            or box[2] < 0
-            or box[3] < 0
-        ):
+        if not are_numbers(box) or len(box) != 4 or box[2] < 0 or box[3] < 0:
             raise ValueError(
                 f"annotation {entry['id']} must have a box [x, y, width, height] of finite numbers, width and height "
                 f"not negative, got {str(box)[:100]}; correct it, or leave the annotation out"
             )
 
 
-def is_finite(value: float) -> bool:
-    """Whether a number is finite as a float; JSON has whole numbers of any length."""
-    return -1e12 < value < 1e12
+def are_numbers(values: object) -> TypeGuard[list[float]]:
+    """Whether a value is a list of numbers that are finite as floats; JSON has whole numbers of any length."""
+    return isinstance(values, list) and all(type(value) in (int, float) and -1e12 < value < 1e12 for value in values)
 
 
-def check_masks(entries: Sequence[Mapping[str, Any]], sizes: Mapping[Any, tuple[Any, Any]]) -> None:
+def check_masks(entries: Sequence[Entry], sizes: Mapping[object, tuple[object, object]]) -> None:
     """The error of `check_coco` unless every annotation with an area has a mask of its image."""
     wrong = [entry for entry in entries if mask_fault(entry, sizes[entry["image_id"]]) is not None]
     if wrong:
@@ -227,39 +285,42 @@ def check_masks(entries: Sequence[Mapping[str, Any]], sizes: Mapping[Any, tuple[
         )
 
 
-def mask_fault(entry: Mapping[str, Any], size: tuple[Any, Any]) -> str | None:
+def mask_fault(entry: Entry, size: tuple[object, object]) -> str | None:
     """What is wrong with the mask of an annotation whose box has an area, or None."""
-    mask = entry.get("segmentation")
-    if entry["bbox"][2] == 0 or entry["bbox"][3] == 0:
+    mask, box = entry.get("segmentation"), entry["bbox"]
+    if are_numbers(box) and 0 in box[2:]:
         return None  # it is left out
     if not mask:
         return "has no mask" if mask is None else "has an empty mask"
-    if isinstance(mask, Mapping):
+    if is_entry(mask):
         return run_fault(mask, size)
-    if not isinstance(mask, list) or not all(isinstance(polygon, list) for polygon in mask):
+    polygons = [part for part in mask if is_list(part)] if is_list(mask) else []
+    if not is_list(mask) or len(polygons) < len(mask):
         return "has a mask that is neither a list of polygons [x, y, x, y, ...] nor run lengths"
-    for polygon in mask:
+    for polygon in polygons:
         if len(polygon) % 2:
             return f"has a polygon of {len(polygon)} numbers, which are no pairs of x and y"
-        if not all(type(value) in (int, float) and is_finite(value) for value in polygon):
+        if not are_numbers(polygon):
             return "has a polygon with coordinates that are no finite numbers"
-    if all(len(polygon) < 2 * MIN_POINTS for polygon in mask):
+    if all(len(polygon) < 2 * MIN_POINTS for polygon in polygons):
         return f"has no polygon of at least {MIN_POINTS} points"
     return None
 
 
-def run_fault(rle: Mapping[str, Any], size: tuple[Any, Any]) -> str | None:
+def run_fault(rle: Entry, size: tuple[object, object]) -> str | None:
     """What is wrong with run lengths of a mask on an image of size (height, width), or None."""
-    if not isinstance(rle.get("size"), list) or not isinstance(rle.get("counts"), (list, str)):
+    own = rle.get("size")
+    if not is_list(own) or not isinstance(rle.get("counts"), (list, str)):
         return "has run lengths without size and counts"
-    if tuple(rle["size"]) != size:
-        return f"has run lengths of size {rle['size']} on an image of {list(size)} (height, width)"
+    if tuple(own) != size:
+        return f"has run lengths of size {own} on an image of {list(size)} (height, width)"
     try:
-        counts = run_lengths(rle)
+        counts = run_lengths(cast(RunLengths, rle))
     except ValueError as error:
         return f"has broken {error}"
-    if not all(type(count) is int and count >= 0 for count in counts) or sum(counts) != math.prod(size):
-        return f"has run lengths that do not add up to the {math.prod(size)} pixels of its image"
+    pixels = math.prod(cast(RunLengths, rle)["size"])
+    if not all(type(count) is int and count >= 0 for count in counts) or sum(counts) != pixels:
+        return f"has run lengths that do not add up to the {pixels} pixels of its image"
     return None
 
 
@@ -310,12 +371,12 @@ class Repairs:
             "crowds": "crowd regions",
             "bare": "images without annotations",
         }
-        numbers = asdict(self)
+        numbers: dict[str, int] = asdict(self)
         found = [f"{text}: {numbers[name]}" for name, text in texts.items() if numbers[name]]
         return "; ".join([f"annotations: {self.annotations}; images: {self.images}", *found])
 
 
-def repair_coco(content: Mapping[str, Any]) -> tuple[dict[str, Any], Repairs]:
+def repair_coco(content: Coco) -> tuple[Coco, Repairs]:
     """Checked content with everything mended that can only mean one thing, and what was done; changes nothing in place.
 
     Args:
@@ -324,7 +385,7 @@ def repair_coco(content: Mapping[str, Any]) -> tuple[dict[str, Any], Repairs]:
     images, entries = content["images"], content["annotations"]
     done = Repairs(annotations=len(entries), images=len(images))
     sizes = {image["id"]: (image.get("width", math.inf), image.get("height", math.inf)) for image in images}
-    kept: list[dict[str, Any]] = []
+    kept: list[Annotation] = []
     for entry in entries:
         x, y, width, height = entry["bbox"]
         across, down = sizes[entry["image_id"]]
@@ -337,14 +398,14 @@ def repair_coco(content: Mapping[str, Any]) -> tuple[dict[str, Any], Repairs]:
             kept.append(repair_entry(entry, done))
     if any(isinstance(entry["id"], str) or entry["id"] == 0 for entry in kept):
         done.ids = len(kept)
-        kept = [entry | {"id": number} for number, entry in enumerate(kept, 1)]
+        kept = [{**entry, "id": number} for number, entry in enumerate(kept, 1)]
     done.bare = len(sizes) - len({entry["image_id"] for entry in kept})
     return {**content, "annotations": kept}, done
 
 
-def repair_entry(entry: dict[str, Any], done: Repairs) -> dict[str, Any]:
+def repair_entry(entry: Annotation, done: Repairs) -> Annotation:
     """An annotation with `iscrowd`, `area` and proper polygons; what was changed is counted in ``done``."""
-    changes: dict[str, Any] = {}
+    changes: Annotation = {}
     if entry.get("iscrowd") is None:
         changes["iscrowd"] = 0
         done.iscrowd += 1
@@ -352,23 +413,24 @@ def repair_entry(entry: dict[str, Any], done: Repairs) -> dict[str, Any]:
         done.crowds += 1
     mask = entry.get("segmentation")
     if isinstance(mask, list) and any(len(polygon) < 2 * MIN_POINTS for polygon in polygons_of(mask)):
-        changes["segmentation"] = [polygon for polygon in polygons_of(mask) if len(polygon) >= 2 * MIN_POINTS]
-        done.polygons += len(mask) - len(changes["segmentation"])
+        proper = [polygon for polygon in polygons_of(mask) if len(polygon) >= 2 * MIN_POINTS]
+        changes["segmentation"] = proper
+        done.polygons += len(mask) - len(proper)
     area = entry.get("area")
     if not isinstance(area, (int, float)) or not 0 < area < math.inf:
         changes["area"] = mask_area(changes.get("segmentation", mask)) or entry["bbox"][2] * entry["bbox"][3]
         done.area += 1
-    return entry | changes if changes else entry
+    return {**entry, **changes} if changes else entry
 
 
-def polygons_of(mask: Iterable[Any]) -> list[list[float]]:
+def polygons_of(mask: Iterable[object]) -> list[list[float]]:
     """The polygons among the parts of a mask."""
-    return [part for part in mask if isinstance(part, list)]
+    return [cast("list[float]", part) for part in mask if isinstance(part, list)]
 
 
-def mask_area(mask: Any) -> float:
+def mask_area(mask: RunLengths | list[list[float]] | None) -> float:
     """Pixels of run lengths, or the area of polygons by the shoelace formula; 0 without a mask that can be read."""
-    if isinstance(mask, Mapping):
+    if isinstance(mask, dict):
         try:
             return float(sum(run_lengths(mask)[1::2]))
         except (ValueError, KeyError, TypeError):
@@ -379,26 +441,3 @@ def mask_area(mask: Any) -> float:
             x, y = np.asarray(polygon, np.float64).reshape(-1, 2).T
             area += abs(float(x @ np.roll(y, -1) - y @ np.roll(x, -1))) / 2
     return area
-
-
-def draw_objects(image: Image.Image, objects: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> Image.Image:
-    """The picture with the masks tinted and the boxes and classes of COCO annotations drawn."""
-    pixels = np.array(as_rgb(image))
-    for entry in objects:
-        mask = decode_rle(entry["segmentation"])
-        pixels[mask] = (0.8 * pixels[mask] + 0.2 * np.array(colour(entry["category_id"]))).astype(np.uint8)
-    drawn = Image.fromarray(pixels)
-    pen = ImageDraw.Draw(drawn)
-    for entry in objects:
-        x, y, width, height = entry["bbox"]
-        pen.rectangle((x, y, x + width - 1, y + height - 1), outline=colour(entry["category_id"]))
-        pen.text(
-            (x + 2, y), classes[entry["category_id"] - 1], fill=(255, 255, 255), stroke_width=1, stroke_fill=(0, 0, 0)
-        )
-    return drawn
-
-
-def colour(category: int) -> tuple[int, int, int]:
-    """A colour for each category, far from those of its neighbours."""
-    red, green, blue = colorsys.hsv_to_rgb(category * 0.381966 % 1, 1, 1)  # steps of the golden angle
-    return round(255 * red), round(255 * green), round(255 * blue)

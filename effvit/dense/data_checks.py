@@ -11,19 +11,21 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from mmengine.config import Config
-from mmengine.registry import DATASETS, MODELS
+from mmengine.registry import DATASETS, MODELS, Registry
 from PIL import Image
 
-from effvit.dense.coco import Repairs, check_coco, load_coco, repair_coco
+from effvit.dense.coco import Category, Coco, ImageEntry, Key, Repairs, check_coco, load_coco, repair_coco
 from effvit.dense.label_maps import check_label_set, check_labels
 from effvit.images import check_whole, opened, turned_size
+
+ItemT = TypeVar("ItemT")
 
 __all__ = ["CHECKED_FILES", "check_annotations", "nested_dicts"]
 
@@ -76,14 +78,14 @@ def check_annotations(config: Config) -> list[str]:
     return lines
 
 
-def nested_dicts(value: Any) -> Iterator[dict[str, Any]]:
+def nested_dicts(value: object) -> Iterator[dict[str, Any]]:
     """All dicts inside nested dicts and sequences."""
+    parts: Iterable[object] = value if isinstance(value, (list, tuple)) else ()
     if isinstance(value, dict):
         yield value
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        for part in value:
-            yield from nested_dicts(part)
+        parts = list(value.values())
+    for part in parts:
+        yield from nested_dicts(part)
 
 
 @dataclass
@@ -100,21 +102,23 @@ class DataPart:
     config: Config
     split: str
     dataset: dict[str, Any]
-    kind: Any
+    kind: type
 
     @property
     def root(self) -> Path:
         """What relative paths of the data set start from."""
         return Path(self.dataset.get("data_root") or "")
 
-    def sample(self, items: Sequence[Any]) -> Sequence[Any]:
+    def sample(self, items: Sequence[ItemT]) -> Sequence[ItemT]:
         """Those of the files that are opened; none but in the first of several processes."""
-        number = self.config.get("checked_files", CHECKED_FILES)
-        if number != "all" and (isinstance(number, bool) or not isinstance(number, int) or number < 0):
+        number: object = self.config.get("checked_files", CHECKED_FILES)
+        if number == "all":
+            number = len(items)
+        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
             raise ValueError(f"checked_files must be a number of files from 0 on, or 'all', got {number!r}")
         if int(os.environ.get("RANK", "0")) > 0:
             return []
-        if number == "all" or number >= len(items):
+        if number >= len(items):
             return items
         return [items[index * len(items) // number] for index in range(number)]
 
@@ -134,27 +138,29 @@ class DataPart:
                         pipeline.insert(index + 1, transform | own)
 
 
-def bare_name(kind: Any) -> str:
+def bare_name(kind: object) -> str:
     """The name of a registered type without its scope; classes have theirs."""
-    return kind.rpartition(".")[2] if isinstance(kind, str) else getattr(kind, "__name__", "")
+    name: str = kind.rpartition(".")[2] if isinstance(kind, str) else getattr(kind, "__name__", "")
+    return name
 
 
-def dataset_class(part: Mapping[str, Any], config: Config) -> Any:
+def dataset_class(part: Mapping[str, object], config: Config) -> type | None:
     """The class of a data set that has files of its own, or None for any other part of a config."""
     if not ("ann_file" in part or "data_prefix" in part or "data_root" in part):
         return None
     return registered(DATASETS, part.get("type"), config)
 
 
-def registered(registry: Any, kind: Any, config: Config) -> Any:
+def registered(registry: Registry, kind: object, config: Config) -> type | None:
     """The class of that name in the config's scope, or None."""
     if not isinstance(kind, str):
-        return kind
+        return kind if isinstance(kind, type) else None
     with registry.switch_scope_and_registry(config.get("default_scope")) as scoped:
-        return scoped.get(kind)
+        found: type | None = scoped.get(kind)
+    return found
 
 
-def reads_coco(kind: Any) -> bool:
+def reads_coco(kind: object) -> bool:
     """Whether the class reads annotations as mmdet's CocoDataset does; its heirs with a reader of their own do not."""
     return getattr(getattr(kind, "load_data_list", None), "__qualname__", "") == "CocoDataset.load_data_list"
 
@@ -173,7 +179,7 @@ class CocoFile:
         used: The file that is to be used in its place, which may be itself.
     """
 
-    content: dict[str, Any]
+    content: Coco
     repairs: Repairs
     notes: list[str]
     used: Path
@@ -219,35 +225,36 @@ def loads_masks(part: DataPart) -> bool:
     return loads
 
 
-def read_labelled(path: Path, masks: bool, unlabelled: bool) -> dict[str, Any]:
+def read_labelled(path: Path, masks: bool, unlabelled: bool) -> Coco:
     """The checked content of an annotation file; the error of ``check_annotations`` names it."""
-    content: dict[str, Any] = load_coco(path)
+    content = load_coco(path)
     if unlabelled and isinstance(content, dict):
         content.setdefault("annotations", [])
     try:
         check_coco(content, masks=masks)
-        check_fields(content)
+        checked = cast(Coco, content)
+        check_fields(checked)
     except ValueError as error:
         raise ValueError(f"{path} is no intact COCO annotation file: {error}") from error
-    return content
+    return checked
 
 
-def check_fields(content: Mapping[str, Any]) -> None:
+def check_fields(content: Coco) -> None:
     """Raise a ValueError unless images have files and sizes and categories have names, which mmdet needs."""
     for image in content["images"]:
         if not isinstance(image.get("file_name"), str) or not image["file_name"]:
             raise ValueError(f"image {image['id']} must have a file_name, got {image.get('file_name')!r}")
-        for side in ("height", "width"):
-            if type(image.get(side)) not in (int, float) or not image[side] >= 1 or image[side] % 1:
+        for side, pixels in (("height", image.get("height")), ("width", image.get("width"))):
+            if type(pixels) not in (int, float) or pixels is None or not pixels >= 1 or pixels % 1:
                 raise ValueError(
-                    f"image {image['id']} ({image['file_name']}) must have a {side} in pixels, got {image.get(side)!r}"
+                    f"image {image['id']} ({image['file_name']}) must have a {side} in pixels, got {pixels!r}"
                 )
     for category in content["categories"]:
         if not isinstance(category.get("name"), str):
             raise ValueError(f"category {category['id']} must have a name, got {category.get('name')!r}")
 
 
-def class_names(dataset: dict[str, Any], kind: Any, categories: Sequence[Mapping[str, Any]], path: Path) -> list[str]:
+def class_names(dataset: dict[str, Any], kind: type, categories: Sequence[Category], path: Path) -> list[str]:
     """The classes of a data set; a single name in place of a tuple of one is made that tuple in the config.
 
     Raises:
@@ -289,7 +296,7 @@ def shown(names: Sequence[str]) -> str:
     return ", ".join(map(str, names[:NAMES_SHOWN])) + (", ..." if len(names) > NAMES_SHOWN else "")
 
 
-def check_present(part: DataPart, path: Path, images: Sequence[Mapping[str, Any]]) -> None:
+def check_present(part: DataPart, path: Path, images: Sequence[ImageEntry]) -> None:
     """Raise an error unless all images are on disk, and those that are opened have the sizes of their annotations."""
     prefix = part.dataset.get("data_prefix") or {}
     folder = part.root / (prefix.get("img") or prefix.get("img_path") or "")
@@ -331,13 +338,13 @@ def check_readable(image: Image.Image, path: Path) -> None:
         raise ValueError(f"{path} has pixels of 32 bits, which mmcv does not read; save it with 8 or 16 bits")
 
 
-def repaired(path: Path, content: dict[str, Any], names: Sequence[str], part: DataPart) -> CocoFile:
+def repaired(path: Path, content: Coco, names: Sequence[str], part: DataPart) -> CocoFile:
     """The repaired content; written into the work directory if mmdet could not use the file as it is.
 
     mmdet leaves out boxes without area by itself when it trains, so that the large files of COCO need no copy.
     """
     mended, repairs = repair_coco(content)
-    notes = []
+    notes: list[str] = []
     # mmdet numbers classes in the order of the file, and names them in that of the config.
     place = {name: number for number, name in enumerate(names)}
     ordered = sorted(content["categories"], key=lambda category: place.get(category["name"], len(place)))
@@ -352,7 +359,7 @@ def repaired(path: Path, content: dict[str, Any], names: Sequence[str], part: Da
     return CocoFile(mended, repairs, notes, path)
 
 
-def write_copy(content: Mapping[str, Any], path: Path, config: Config) -> Path:
+def write_copy(content: Coco, path: Path, config: Config) -> Path:
     """Write the repaired content into the work directory; several processes may do so at once."""
     text = json.dumps(content)
     folder = Path(config.get("work_dir") or "work_dirs") / "annotations"
@@ -414,11 +421,16 @@ def check_evaluator(
         metric["ann_file"] = str(file.used)
 
 
-def check_same_set(data: Sequence[Mapping[str, Any]], other: Mapping[str, Any], measures: str, split: str) -> None:
+def check_same_set(data: Sequence[Coco], other: Coco, measures: str, split: str) -> None:
     """Raise a ValueError unless the annotations of a metric are of the images and categories of its data sets."""
-    for part, field in (("images", "id"), ("categories", "name")):
-        own = {entry[field] for content in data for entry in content[part]}
-        odd = sorted(map(str, own ^ {entry[field] for entry in other[part]}))
+    images = {entry["id"] for content in data for entry in content["images"]}
+    categories = {entry["name"] for content in data for entry in content["categories"]}
+    differences: dict[str, set[Key] | set[str]] = {
+        "images": images ^ {entry["id"] for entry in other["images"]},
+        "categories": categories ^ {entry["name"] for entry in other["categories"]},
+    }
+    for part, difference in differences.items():
+        odd = sorted(map(str, difference))
         if odd:
             raise ValueError(
                 f"{measures}, whose {part} are not those of {split}: {len(odd)} are in one of the two only "
@@ -562,7 +574,7 @@ def check_heads(config: Config, split: str, names: Sequence[str]) -> None:
 def class_counts(config: Config) -> Iterator[tuple[str, int]]:
     """("model.decode_head.num_classes", number) of every part of a model that tells the classes of the data apart."""
 
-    def walk(value: Any, place: str, in_head: bool) -> Iterator[tuple[str, int]]:
+    def walk(value: object, place: str, in_head: bool) -> Iterator[tuple[str, int]]:
         if isinstance(value, (list, tuple)):
             for index, part in enumerate(value):
                 yield from walk(part, f"{place}[{index}]", in_head)
@@ -577,10 +589,12 @@ def class_counts(config: Config) -> Iterator[tuple[str, int]]:
     yield from walk(config.get("model") or {}, "model", False)
 
 
-def default_classes(part: Mapping[str, Any], config: Config) -> int | None:
+def default_classes(part: Mapping[str, object], config: Config) -> int | None:
     """The number of classes that a head has where its config names none."""
-    for base in getattr(registered(MODELS, part.get("type"), config), "__mro__", ()):
+    kind = registered(MODELS, part.get("type"), config)
+    for base in kind.__mro__ if kind is not None else ():
         parameter = signature(base).parameters.get("num_classes") if "__init__" in vars(base) else None
         if parameter is not None:
-            return parameter.default if isinstance(parameter.default, int) else None
+            default: object = parameter.default
+            return default if isinstance(default, int) else None
     return None

@@ -8,7 +8,7 @@ with optional("mmengine", "mm", "effvit.dense.dense_flops"):
     import mmengine  # noqa: F401
 
 from dataclasses import replace
-from typing import Any
+from typing import Protocol, TypeAlias, cast
 
 import torch
 from mmengine.model import BaseModule
@@ -20,6 +20,45 @@ from effvit.measure.flops import FlopReport, count_flops
 
 __all__ = ["count_dense_flops", "count_parts"]
 
+Maps: TypeAlias = tuple[Tensor, ...]
+Meta: TypeAlias = dict[str, tuple[int, int] | tuple[float, float]]
+
+
+class Limit(Protocol):
+    """How many regions a stage of a detector lets through."""
+
+    max_per_img: int
+
+
+class Limits(Protocol):
+    """A detector's ``test_cfg``."""
+
+    rpn: Limit
+    rcnn: Limit
+
+
+class Heads(Protocol):
+    """A ``roi_head``: box and mask heads on regions; those of a cascade have stages."""
+
+    with_mask: bool
+
+    def _bbox_forward(self, features: Maps, regions: Tensor) -> object: ...
+    def _mask_forward(self, *features_and_regions: int | Maps | Tensor) -> object: ...
+    def _refine_roi(self, features: Maps, regions: Tensor, metas: list[Meta], numbers: tuple[int, ...]) -> object: ...
+
+
+class DenseModel(Protocol):
+    """What is asked of a detector of mmdet, or of a segmenter of mmseg as far as it has it."""
+
+    test_cfg: Limits
+    with_rpn: bool
+    roi_head: Heads
+
+    def extract_feat(self, image: Tensor) -> Maps: ...
+    def rpn_head(self, features: Maps) -> object: ...
+    def decode_head(self, features: Maps) -> object: ...
+    def _forward(self, image: Tensor, samples: list[BaseDataElement]) -> object: ...
+
 
 class Inference(nn.Module):
     """What a model computes of an image before post-processing, as a function of the image alone.
@@ -28,7 +67,9 @@ class Inference(nn.Module):
     most: box heads the proposals and mask heads the detections that the model's ``test_cfg`` lets through.
     """
 
-    def __init__(self, model: Any, size: tuple[int, int]) -> None:
+    model: DenseModel
+
+    def __init__(self, model: DenseModel, size: tuple[int, int]) -> None:
         super().__init__()
         self.model = model
         self.size = size
@@ -37,11 +78,12 @@ class Inference(nn.Module):
         self.detections = random_regions(limits.rcnn.max_per_img if limits else 0, size)
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        return tuple(leaf for leaf in tree_leaves(self._outputs(image)) if isinstance(leaf, Tensor))
+        leaves: list[object] = tree_leaves(self._outputs(image))
+        return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
 
-    def _outputs(self, image: Tensor) -> Any:
+    def _outputs(self, image: Tensor) -> object:
         model = self.model
-        meta: dict[str, Any] = {"img_shape": self.size, "ori_shape": self.size, "batch_input_shape": self.size}
+        meta: Meta = {"img_shape": self.size, "ori_shape": self.size, "batch_input_shape": self.size}
         meta |= {"pad_shape": self.size, "scale_factor": (1.0, 1.0)}
         if hasattr(model, "roi_head"):
             features = model.extract_feat(image)
@@ -51,10 +93,10 @@ class Inference(nn.Module):
             return model.decode_head(model.extract_feat(image))
         return model._forward(image, [BaseDataElement(metainfo=meta)])
 
-    def _second_stage(self, features: tuple[Tensor, ...], meta: dict[str, Any]) -> list[Any]:
-        head: Any = self.model.roi_head
+    def _second_stage(self, features: Maps, meta: Meta) -> list[object]:
+        head = self.model.roi_head
         proposals, detections = (regions.to(features[0]) for regions in (self.proposals, self.detections))
-        stages = getattr(head, "num_stages", None)  # of a cascade
+        stages: int | None = getattr(head, "num_stages", None)  # of a cascade
         if stages is None:
             masks = [head._mask_forward(features, detections)] if head.with_mask else []
             return [head._bbox_forward(features, proposals), *masks]
@@ -86,8 +128,8 @@ def count_dense_flops(model: nn.Module, size: tuple[int, int]) -> FlopReport:
     """
     if min(size) < 1:
         raise ValueError(f"the size of an image is (H, W), both at least 1, got {size}")
-    mean = getattr(getattr(model, "data_preprocessor", None), "mean", None)
-    report = count_flops(Inference(model, size), (3 if mean is None else len(mean), *size))
+    mean: Tensor | None = getattr(getattr(model, "data_preprocessor", None), "mean", None)
+    report = count_flops(Inference(cast(DenseModel, model), size), (3 if mean is None else len(mean), *size))
     modules = {name.removeprefix("model."): macs for name, macs in report.by_module.items() if name != "model"}
     return replace(report, by_module=modules)
 

@@ -6,17 +6,32 @@ inference of both, they do nothing.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypedDict
 
 import mmcv
 import numpy as np
+import numpy.typing as npt
 from mmcv.transforms import BaseTransform
 from mmengine.registry import TRANSFORMS
 
 from effvit.dense.label_maps import IGNORED
 from effvit.images import opened
+from effvit.protocols import Size
 
-__all__ = ["CheckLabels", "MatchAnnotations"]
+__all__ = ["CheckLabels", "MatchAnnotations", "Results"]
+
+
+class Results(TypedDict, total=False):
+    """What mmcv's transforms hand on of one image, as far as it is read or changed here."""
+
+    img: npt.NDArray[np.uint8]
+    img_path: str
+    img_shape: Size
+    ori_shape: Size
+    height: int
+    width: int
+    seg_map_path: str | None
+    gt_seg_map: npt.NDArray[np.int64]
 
 
 @TRANSFORMS.register_module()
@@ -34,14 +49,14 @@ class MatchAnnotations(BaseTransform):
     def __init__(self, color_type: str = "color", imdecode_backend: str = "cv2") -> None:
         self.color_type, self.imdecode_backend = color_type, imdecode_backend
 
-    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+    def transform(self, results: Results) -> Results:
         """Change img, img_shape and ori_shape where need be; a ValueError for annotations of neither size."""
         size = annotated_size(results)
         if size is None or results["img"].shape[:2] == size:
             return results
         path, image = results["img_path"], results["img"]
         flag = f"{self.color_type}_ignore_orientation"
-        stored = mmcv.imread(path, flag=flag, backend=self.imdecode_backend)
+        stored: npt.NDArray[np.uint8] = mmcv.imread(path, flag=flag, backend=self.imdecode_backend)
         if stored.shape[:2] != size:
             raise ValueError(
                 f"{path} is {image.shape[0]} x {image.shape[1]} pixels, but its annotations are made for {size[0]} x "
@@ -52,13 +67,14 @@ class MatchAnnotations(BaseTransform):
         return results
 
 
-def annotated_size(results: dict[str, Any]) -> tuple[int, int] | None:
+def annotated_size(results: Results) -> Size | None:
     """(height, width) that the annotations of an image are made for; None where it has none."""
     if "height" in results and "width" in results:
         return results["height"], results["width"]
-    if results.get("seg_map_path") is None:
+    path = results.get("seg_map_path")
+    if path is None:
         return None
-    with opened(results["seg_map_path"]) as labels:
+    with opened(path) as labels:
         return labels.height, labels.width
 
 
@@ -73,7 +89,7 @@ class CheckLabels(BaseTransform):
     def __init__(self, num_classes: int) -> None:
         self.num_classes = num_classes
 
-    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+    def transform(self, results: Results) -> Results:
         """The results as they are."""
         labels = results.get("gt_seg_map")
         if labels is None:

@@ -15,7 +15,6 @@ with optional("mmengine", "mm", "effvit.dense.runner"):
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch.distributed
 from mmengine.config import Config
@@ -65,7 +64,7 @@ def prepare_config(
     path: str | Path,
     *,
     work_dir: str | Path | None = None,
-    options: Mapping[str, Any] | None = None,
+    options: Mapping[str, object] | None = None,
     launcher: str | None = None,
     amp: bool = False,
     auto_scale_lr: bool = False,
@@ -121,7 +120,7 @@ def _distribute_on_cpu(config: Config) -> None:
     Batch norm that is synchronised over GPUs becomes ordinary, with the statistics of each process.
     """
     config.merge_from_dict({"env_cfg.dist_cfg.backend": "gloo"})
-    wrapper = {"type": "MMDistributedDataParallel", "device_ids": None, "broadcast_buffers": False}
+    wrapper: dict[str, object] = {"type": "MMDistributedDataParallel", "device_ids": None, "broadcast_buffers": False}
     wrapper["find_unused_parameters"] = config.get("find_unused_parameters", False)
     config.model_wrapper_cfg = wrapper | config.get("model_wrapper_cfg", {})
     for part in nested_dicts(config.model):
@@ -195,6 +194,6 @@ def check_checkpoint(runner: Runner, path: str | Path) -> None:
     """
     if not _is_local(path):
         return
-    model: Any = getattr(runner.model, "module", runner.model)
+    model: torch.nn.Module = getattr(runner.model, "module", runner.model)
     content = read_file(path, get_torch_safe_globals())
     check_state(content.get("state_dict", content), model, path)

@@ -37,7 +37,8 @@ import numpy as np
 import PIL
 from PIL import Image, ImageOps
 
-from effvit.dense.coco import encode_rle
+from data.annotations import describe_objects, write_annotations
+from effvit.dense.coco import Annotation
 from effvit.images import as_rgb, opened
 from effvit.schedule import check_count, check_fraction
 
@@ -350,26 +351,6 @@ def random_place(
     return (place[0], place[1]), (part[0], part[1])
 
 
-def describe_objects(composite: Composite, image_id: int) -> list[dict[str, Any]]:
-    """COCO's annotations of a picture, without their own ids."""
-    objects = []
-    for number, label in enumerate(composite.labels, 1):
-        mask = composite.owner == number
-        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        x, y = int(columns[0]), int(rows[0])
-        objects.append(
-            {
-                "image_id": image_id,
-                "category_id": label,
-                "bbox": [x, y, int(columns[-1]) - x + 1, int(rows[-1]) - y + 1],
-                "area": int(mask.sum()),
-                "iscrowd": 0,
-                "segmentation": encode_rle(mask),
-            }
-        )
-    return objects
-
-
 # -- the set ---------------------------------------------------------------------------------------------
 
 
@@ -479,23 +460,17 @@ def write_split(
         folder.mkdir(parents=True)
     own, scenery = list(sprites.values()), list(backgrounds.values())
 
-    def make(i: int) -> list[dict[str, Any]]:
+    def make(i: int) -> list[Annotation]:
         rng = np.random.default_rng([settings.seed, SPLITS.index(split), i])
         composite = compose(rng, own, scenery, settings)
         composite.image.save(images / f"{i:06d}.jpg", quality=JPEG_QUALITY)
         categories = np.array([0, *composite.labels], np.uint8)
         Image.fromarray(categories[composite.owner]).save(maps / f"{i:06d}.png")
         progress(1)
-        return describe_objects(composite, i + 1)
+        return describe_objects(composite.owner, composite.labels, i + 1)
 
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:  # Pillow computes without the interpreter's lock
         objects = [entry for found in pool.map(make, range(number)) for entry in found]
-    side = {"width": settings.size, "height": settings.size}
-    content = {
-        "images": [{"id": i + 1, "file_name": f"{i:06d}.jpg", **side} for i in range(number)],
-        "categories": [{"id": i, "name": label} for i, label in enumerate(sprites, 1)],
-        "annotations": [{"id": i, **entry} for i, entry in enumerate(objects, 1)],
-    }
-    (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content, separators=(",", ":")))
+    write_annotations(root / "annotations" / f"instances_{split}.json", number, settings.size, list(sprites), objects)
     counts = Counter(entry["category_id"] for entry in objects)
     return {label: counts[i] for i, label in enumerate(sprites, 1)}

@@ -17,7 +17,7 @@ from PIL import Image
 from torchvision.datasets import CocoDetection, FashionMNIST, ImageFolder, VisionDataset
 
 from data.sources import default_root
-from effvit.dense.coco import read_coco, repair_coco
+from effvit.dense.coco import Coco, read_coco, repair_coco
 from effvit.images import open_image, opened
 
 __all__ = ["SegmentationFolder", "load_pictures", "open_dataset"]
@@ -174,7 +174,7 @@ class AnnotatedImages(CocoDetection):
         content: COCO's annotations.
     """
 
-    def __init__(self, root: Path, content: dict[str, Any]) -> None:
+    def __init__(self, root: Path, content: Coco) -> None:
         from pycocotools.coco import COCO
 
         VisionDataset.__init__(self, root)

@@ -1,0 +1,364 @@
+"""Transformers of effvit and timm as backbones of detectors and segmenters, whatever framework those are of.
+
+The adapters (``openmmlab``, ``detectron2``, ``transformers``) only translate: names, weights, frozen stages, levels of
+the learning rate and the keywords that make a backbone again are decided here.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from typing import NamedTuple, Protocol, TypeAlias, cast
+
+import timm
+import torch
+from timm.layers import LayerNorm2d, PatchEmbed
+from timm.models import group_parameters
+from timm.models._features import FeatureGetterNet
+from timm.models._manipulate import MATCH_PREV_GROUP, group_with_matcher
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import effvit
+from effvit.hosts.checkpoints import adapt_state, check_state, read_checkpoint
+from effvit.hosts.feature_pyramid import PyramidFeatures
+from effvit.hosts.host import check_model_name
+from effvit.hosts.surface import Reduced
+from effvit.protocols import Setting, Settings
+from effvit.reducers import METHODS
+
+__all__ = ["DenseBackbone", "Features", "Recipe", "Trunk", "reduce_as"]
+
+# What timm's `group_matcher` gives: rules by group, each a pattern or (pattern, suffix) pairs; or a function of names.
+Rule: TypeAlias = "tuple[str, tuple[int, ...] | None]"
+Rules: TypeAlias = "Mapping[str, str | Sequence[Rule] | None] | Callable[[str], object]"
+
+
+class Trunk(Protocol):
+    """What is asked of a timm model that gives maps."""
+
+    feature_info: Sequence[Mapping[str, int | str]]
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+    def state_dict(self) -> dict[str, Tensor]: ...
+    def group_matcher(self, coarse: bool = False) -> Rules: ...
+    def no_weight_decay(self) -> AbstractSet[str]: ...
+    def set_grad_checkpointing(self, enable: bool = True) -> None: ...
+
+
+class FeatureInfo(Protocol):
+    """timm's table of the maps that a backbone gives."""
+
+    def channels(self) -> list[int]: ...
+    def reduction(self) -> list[int]: ...
+    def module_name(self) -> list[str]: ...
+
+
+class Features(Protocol):
+    """timm's ``features_only`` form of a model."""
+
+    model: Trunk
+    feature_info: FeatureInfo
+    out_indices: Sequence[int]
+
+    def __call__(self, x: Tensor, /) -> list[Tensor]: ...
+
+
+class Recipe(NamedTuple):
+    """What a backbone is made of.
+
+    Attributes:
+        model_name: timm's name.
+        out_indices: Blocks, stages or levels whose maps are given; None takes the model's default.
+        sparsify: "method" and its settings for a host without a reduced name, else None.
+        settings: Keywords of ``timm.create_model``.
+    """
+
+    model_name: str
+    out_indices: int | tuple[int, ...] | None
+    sparsify: Mapping[str, Setting] | None
+    settings: Settings
+
+
+def reduce_as(sparsify: object, model: nn.Module) -> nn.Module:
+    """The model reduced as the entry ``sparsify`` of a config says: "method" and its settings, or None for not at all.
+
+    Raises:
+        TypeError: Another kind of entry.
+        ValueError: An entry without "method", or as ``effvit.sparsify``.
+    """
+    if sparsify is None:
+        return model
+    form = 'sparsify must be None or a dict of "method" and its settings, e.g. dict(method="evit", keep_rate=0.5)'
+    if not isinstance(sparsify, Mapping):
+        raise TypeError(f"{form}, got {sparsify!r}")
+    if "method" not in sparsify:
+        raise ValueError(f"{form}, got {dict(sparsify)}; add the method")
+    return effvit.sparsify(model, **sparsify)
+
+
+class DenseBackbone(nn.Module):
+    """Any transformer of effvit or timm as the backbone of a detector or segmenter.
+
+    Images of any size are taken by the models of this package, timm's plain ViTs and timm's Swin: they resample their
+    position embedding and pad to whole patches, absolute numbers of tokens bend to the grid, and the maps of dropped
+    tokens are filled as the setting ``recover`` says. Two limits: STViT on DeiT needs a patch for each of its semantic
+    tokens, 4 x 4 by default, and tables of STViT-Swin (``use_global``, ``relative_pos``) fix the size. Other models of
+    timm take the sizes that timm takes.
+
+    Args:
+        model_name: A registered name, with a tag if timm's weights of that tag are wanted.
+        out_indices: Blocks of a plain ViT or stages of a pyramid whose maps are given; None takes the default of
+            ``features_only``. With the setting ``pyramid=True`` levels 0 to 3 (``effvit.hosts.feature_pyramid``).
+        pretrained: True for timm's weights (asks the network), or the path of a checkpoint of timm, of an official
+            repository or of this package. Its classifier is left out. Loaded by ``load_pretrained``, not here.
+        pretrained_key: The entry of that file with the weights, where it has those of two networks, e.g. "teacher".
+        out_norm: A LayerNorm for each map: the model's own where it has one, else a new one.
+        frozen_stages: The stem and that many blocks or stages do not train; 0 freezes the stem, -1 nothing.
+        norm_eval: Keep BatchNorm layers in eval mode while training.
+        with_cp: Recompute the blocks in the backward pass.
+        sparsify: "method" and settings of ``effvit.sparsify``, for a host whose reduced form has no name.
+        settings: Keywords of ``timm.create_model``: those of the method (``keep_rate``, ``r``, ``recover`` ...) and
+            of the model (``img_size``, ``drop_path_rate`` ...).
+
+    Attributes:
+        channels: Channels of each map.
+        strides: Pixels of an image for each position of each map.
+        map_names: timm's names of the blocks or stages that the maps are of.
+        pretrained: As given.
+
+    Raises:
+        ValueError: An unknown name, ``out_indices`` the model does not have, too many frozen stages, a method that
+            cannot serve the host; from ``load_pretrained``, a checkpoint of another model.
+        TypeError: A setting the model does not have.
+        FileNotFoundError: From ``load_pretrained``, no checkpoint where ``pretrained`` says.
+    """
+
+    features: Features
+    out_norms: nn.ModuleList | None
+
+    def __init__(
+        self,
+        model_name: str,
+        out_indices: int | Sequence[int] | None = None,
+        *,
+        pretrained: bool | str = False,
+        pretrained_key: str | None = None,
+        out_norm: bool = False,
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        with_cp: bool = False,
+        sparsify: Mapping[str, Setting] | None = None,
+        **settings: Setting,
+    ) -> None:
+        super().__init__()
+        check_model_name(model_name)
+        whole, settings = _whole_model(model_name, out_norm, sparsify, settings)
+        if out_indices is not None:
+            out_indices = out_indices if isinstance(out_indices, int) else tuple(out_indices)
+            number = 4 if settings.get("pyramid") else len(cast(Trunk, whole).feature_info)
+            _check_indices(out_indices, number, model_name)
+        self.pretrained, self.pretrained_key = pretrained, pretrained_key
+        self._recipe = Recipe(model_name, out_indices, sparsify, settings)
+        self.features = _create_features(self._recipe)
+        info = self.features.feature_info
+        self.channels, self.strides, self.map_names = info.channels(), info.reduction(), info.module_name()
+        new_norms = out_norm and "out_norm" not in settings
+        self.out_norms = nn.ModuleList(LayerNorm2d(channels) for channels in self.channels) if new_norms else None
+        self.out_norm, self.frozen_stages, self.norm_eval, self.with_cp = out_norm, frozen_stages, norm_eval, with_cp
+        if with_cp:
+            self.features.model.set_grad_checkpointing(True)
+        self._freeze()
+
+    @property
+    def model(self) -> nn.Module:
+        """The timm model inside, cut behind the last map."""
+        return self.get_submodule("features.model")
+
+    def load_pretrained(self, allowed: Sequence[type] = ()) -> None:
+        """Load the weights that ``pretrained`` names, if any, into the model inside.
+
+        Args:
+            allowed: Types that a file may hold besides weights and plain values.
+        """
+        if not self.pretrained:
+            return
+        if self.pretrained is True:
+            state = _create_features(self._recipe, pretrained=True).model.state_dict()
+        else:
+            name, _, sparsify, settings = self._recipe
+            whole, _ = _whole_model(name, False, sparsify, settings)
+            plain, _ = read_checkpoint(self.pretrained, allowed, self.pretrained_key)
+            state, _ = adapt_state(whole, plain)
+            check_state(state, self.model, self.pretrained, known=whole.state_dict().keys())
+        self.model.load_state_dict(state, strict=False)
+
+    def options(self) -> Settings:
+        """Keywords that make this backbone again, without its weights: JSON-plain, those of the method as they now are.
+
+        Schedules and ``effvit.calibrate`` change a method after it was made; what is saved beside the weights must say
+        so.
+        """
+        name, out_indices, sparsify, settings = self._recipe
+        model = self.model
+        if isinstance(model, Reduced):
+            now: Settings = {"recover": model.recover, **model.settings}
+            if sparsify is None:
+                settings = settings | now
+            else:
+                sparsify = {"method": model.method, **now}
+        own: Settings = {"out_norm": self.out_norm, "frozen_stages": self.frozen_stages}
+        own |= {"norm_eval": self.norm_eval, "with_cp": self.with_cp, "sparsify": sparsify}
+        return {"model_name": name, "out_indices": out_indices, **own, **settings}
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Images (B, 3, H, W) -> one map (B, C_i, H_i, W_i) for each of ``out_indices``."""
+        maps = self.features(x)
+        if self.out_norms is not None:
+            maps = [norm(y) for norm, y in zip(self.out_norms, maps, strict=True)]
+        return tuple(maps)
+
+    def train(self, mode: bool = True) -> DenseBackbone:
+        """Training mode, except for frozen parts and, with ``norm_eval``, BatchNorm."""
+        super().train(mode)
+        if mode:
+            self._freeze()
+            for module in self.modules():
+                if self.norm_eval and isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+    def get_layer_depth(self, param_name: str, prefix: str = "") -> tuple[int, int]:
+        """(layer, number of layers) of a parameter, for layer-wise learning rates (mmpretrain's convention).
+
+        Levels are those of mmpretrain's ViT and Swin, which mmseg and detectron2 share: 0 for the stem and the
+        position embeddings, 1 to n for the n blocks this backbone has, n + 1 for what lies behind them, norms of the
+        maps and the final norm included. What leads from a stage to the next belongs to the last block of the former.
+
+        Args:
+            param_name: Name of the parameter, under ``prefix``.
+            prefix: What the name starts with, e.g. "backbone."; parameters of other modules are at the last level.
+        """
+        layers, last = _layers(self.features.model)
+        name = param_name.removeprefix(prefix).removeprefix("features.model.")
+        return layers.get(name, last) if param_name.startswith(prefix) else last, last + 1
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that the model inside exempts from weight decay."""
+        return {f"features.model.{name}" for name in self.features.model.no_weight_decay()}
+
+    def _freeze(self) -> None:
+        """Stop the gradients of the frozen stages and keep what is frozen whole in eval mode."""
+        if self.frozen_stages < 0:
+            return
+        trunk = self.features.model
+        stages: dict[str, int] = group_parameters(trunk, trunk.group_matcher(coarse=True), reverse=True)
+        number = len(trunk.feature_info)
+        if self.frozen_stages > number:
+            raise ValueError(
+                f"frozen_stages must be at most {number}, the blocks or stages left in this backbone, got "
+                f"{self.frozen_stages}"
+            )
+        everything = self.frozen_stages == number
+        for name, parameter in self.named_parameters():
+            stage = stages.get(name.removeprefix("features.model."))
+            if everything or (stage is not None and stage <= self.frozen_stages):
+                parameter.requires_grad_(False)
+        for module in self.modules():
+            parameters = list(module.parameters())
+            if parameters and not any(parameter.requires_grad for parameter in parameters):
+                module.eval()
+
+
+def _layers(model: Trunk) -> tuple[dict[str, int], int]:
+    """Levels of a model's parameters, 0 for the stem and from 1 for the blocks, and the level behind the blocks.
+
+    They are read off timm's ``group_matcher``, which differs in two points: it puts the final norm to the last block,
+    and a downsampling to the block behind it.
+    """
+    rules = model.group_matcher(coarse=False)
+    downsampling: list[str] = []
+    if isinstance(rules, Mapping):
+        own = {
+            group: [rule for rule in listed if rule[1] != MATCH_PREV_GROUP]
+            for group, listed in rules.items()
+            if isinstance(listed, list)
+        }
+        downsampling = [rule[0] for listed in own.values() for rule in listed if "downsample" in rule[0]]
+        rules = {**rules, **own}
+    behind = "behind the blocks"  # a name that no rule knows
+    layers: dict[str, int] = group_with_matcher([*model.named_parameters(), (behind, None)], rules, reverse=True)
+    last = layers.pop(behind)
+    return {name: layer - any(re.match(rule, name) for rule in downsampling) for name, layer in layers.items()}, last
+
+
+def _create_features(recipe: Recipe, pretrained: bool = False) -> Features:
+    """timm's ``features_only`` of the model, for images of any size where the model can take them.
+
+    Reduced if asked while it is whole: schedules count all its blocks.
+    """
+    features = _timm_features(recipe._replace(settings=recipe.settings | {"pretrained": pretrained}))
+    embed: object = getattr(features.model, "patch_embed", None)
+    if isinstance(embed, PatchEmbed) and not embed.strict_img_size:  # Swin's windows and merging pad, but it does not
+        embed.dynamic_img_pad = True
+    return features
+
+
+def _timm_features(recipe: Recipe) -> Features:
+    name, out_indices, sparsify, settings = recipe
+    getter: Callable[..., Features] = PyramidFeatures if settings.get("pyramid") else FeatureGetterNet
+    indices: dict[str, int | Sequence[int]] = {} if out_indices is None else {"out_indices": out_indices}
+    form: dict[str, object] = {"features_only": True, **indices}
+    if getter is FeatureGetterNet:
+        form["feature_cls"] = "getter"  # timm's Swin would give NHWC maps by its default
+    if sparsify is None:
+        named: Features = timm.create_model(name, **form, **settings)
+        return named
+    if getter is FeatureGetterNet and out_indices is None:
+        with torch.device("meta"):
+            dense: Features = timm.create_model(name, **form, **(settings | {"pretrained": False}))
+        indices["out_indices"] = dense.out_indices
+    own = {key: value for key, value in settings.items() if key != "pyramid"}
+    return getter(reduce_as(sparsify, timm.create_model(name, **own)), **indices)
+
+
+def _whole_model(
+    name: str, out_norm: bool, sparsify: Mapping[str, Setting] | None, settings: Settings
+) -> tuple[nn.Module, Settings]:
+    """The uncut model without memory, and the settings completed by what lets it take images of any size."""
+    own = {key: value for key, value in settings.items() if key != "pyramid"}
+    with torch.device("meta"):
+        host, host_settings = _host(name, own)
+        model: nn.Module = timm.create_model(host, **host_settings)
+        accepted = {arg for cls in type(model).__mro__ for arg in inspect.signature(cls).parameters}
+        extra: Settings = {arg: True for arg in ("dynamic_img_size", "dynamic_img_pad") if arg in accepted}
+        if out_norm and "out_norm" in accepted:
+            extra["out_norm"] = True
+        whole = timm.create_model(name, **(extra | own))
+        return reduce_as(sparsify, whole), extra | settings
+
+
+def _host(name: str, settings: Settings) -> tuple[str, Settings]:
+    """The model that a reduced one of the zoo is made of, and its settings; of any other name what is given.
+
+    The host can be built whatever its image size, while numbers of tokens may be for another.
+    """
+    known = {setting for reducer in METHODS.values() for setting in reducer.defaults()} | {"recover"}
+    for method in METHODS:
+        host = name.removeprefix(f"{method}_")
+        if host != name and timm.is_model(host.partition(".")[0]):
+            return host, {key: value for key, value in settings.items() if key not in known}
+    return name, settings
+
+
+def _check_indices(out_indices: int | Sequence[int], number: int, name: str) -> None:
+    """Raise a ValueError unless the model has the blocks or stages asked for."""
+    indices = [out_indices - 1] if isinstance(out_indices, int) else out_indices
+    for index in indices:
+        if not -number <= index < number:
+            raise ValueError(
+                f"out_indices={out_indices} goes beyond the {number} blocks, stages or levels of {name}, "
+                f"which are 0 to {number - 1}"
+            )
