@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from made_up import made_up_model, made_up_profile
 
-from effvit.measure.accuracy import add_accuracies, shown_models, top1
+from effvit.measure.accuracy import shown_models, top1, with_accuracies
+from effvit.measure.records import profile_of
+from effvit.measure.values import Accuracy, Record
 
 
 def test_accuracy_is_the_share_of_right_answers() -> None:
@@ -27,38 +27,40 @@ def test_accuracy_of_no_images_is_refused() -> None:
 
 
 def test_record_gets_the_accuracies_of_its_models_with_their_origin() -> None:
-    record = made_up_profile(models=[made_up_model("host_a", None, 1.0), made_up_model("tome r=8", "tome", 1.2)])
-    add_accuracies(record, {"tome r=8": 70.0, "host_a": 80.0}, "five pictures")
-    said = {"metric": "top-1", "data": "five pictures", "origin": "measured here"}
-    assert [model["accuracy"] for model in record["models"]] == [{"value": v, **said} for v in (80.0, 70.0)]
+    models = [made_up_model("host_a", None, 1.0), made_up_model("tome r=8", "tome", 1.2)]
+    record = profile_of(made_up_profile(models=models))
+    record = with_accuracies(record, {"tome r=8": 70.0, "host_a": 80.0}, "five pictures")
+    said = "top-1", "five pictures", "measured here"
+    assert [cost.accuracy for cost in record.models] == [Accuracy(80.0, *said), Accuracy(70.0, *said)]
 
 
-def record_of(*names: str, weights: str | None = None) -> dict[str, Any]:
+def record_of(*names: str, weights: str | None = None) -> Record:
     record = made_up_profile(models=[made_up_model(name, "tome" if i else None, 1.0) for i, name in enumerate(names)])
-    return record | {"conditions": record["conditions"] | {"weights": weights}}
+    return profile_of(record).with_weights(weights)
 
 
 class TestShown:
     def test_baseline_of_several_records_is_shown_once(self) -> None:
         shown = shown_models([record_of("host", "a"), record_of("host", "b"), record_of("other", "c")])
-        assert [entry.model["name"] for entry in shown] == ["host", "a", "b", "other", "c"]
+        assert [entry.model.name for entry in shown] == ["host", "a", "b", "other", "c"]
 
     def test_baseline_with_the_weights_of_a_variant_is_left_out(self) -> None:
         shown = shown_models([record_of("host", "a"), record_of("host, tuned", "a, tuned", weights="tuned")])
-        assert [(entry.model["name"], entry.weights) for entry in shown][2:] == [("a, tuned", "tuned")]
+        assert [(entry.model.name, entry.weights) for entry in shown][2:] == [("a, tuned", "tuned")]
 
     def test_model_that_is_alone_in_its_record_is_shown(self) -> None:
         shown = shown_models([record_of("host", "a"), record_of("host, tuned", weights="tuned")])
-        assert shown[-1].model["name"] == "host, tuned"
+        assert shown[-1].model.name == "host, tuned"
 
     def test_records_that_do_not_name_weights_have_those_of_the_first(self) -> None:
-        assert [entry.weights for entry in shown_models([made_up_profile()])] == [None] * 3
+        assert [entry.weights for entry in shown_models([profile_of(made_up_profile())])] == [None] * 3
 
     def test_trainings_that_differ_in_their_seed_are_shown_as_one(self) -> None:
         records = [record_of("host", "a"), *(record_of("host", "a, tuned", weights="tuned") for _ in range(2))]
-        for record, value in zip(records, (80.0, 70.0, 74.0), strict=True):
-            add_accuracies(record, {model["name"]: value for model in record["models"]}, "five pictures")
+        records = [
+            with_accuracies(record, {cost.name: value for cost in record.models}, "five pictures")
+            for record, value in zip(records, (80.0, 70.0, 74.0), strict=True)
+        ]
         tuned = shown_models(records)[-1]
         assert tuned.accuracies == [70.0, 74.0]
-        assert tuned.model["accuracy"]["value"] == 72.0
-        assert records[1]["models"][1]["accuracy"]["value"] == 70.0
+        assert tuned.model.accuracy == Accuracy(72.0, "top-1", "five pictures", "measured here")

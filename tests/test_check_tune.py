@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from scripts import load_tool
 
-from effvit.measure.records import SCHEMA
+from effvit.measure.records import SCHEMA, read_tuning
 
 TOOL = load_tool("check_tune")
 
@@ -49,8 +49,10 @@ TUNED = {
 }
 
 
-def test_contenders_are_the_best_and_the_nearest_of_every_other_method_and_place() -> None:
-    assert [c["settings"] for c in TOOL.contenders(TUNED)] == [
+def test_contenders_are_the_best_and_the_nearest_of_every_other_method_and_place(tmp_path: Path) -> None:
+    tuned = tmp_path / "tuned.json"
+    tuned.write_text(json.dumps(TUNED))
+    assert [c.settings for c in TOOL.contenders(read_tuning(tuned))] == [
         {"r": 2},
         {"keep_rate": 0.8, "reduce_at": [2]},
         {"keep_rate": 0.7},

@@ -303,7 +303,7 @@ class TestDemo:
         record, figures = demo.demo_costs(output(), cli.parser().parse_args(command), photos)
         assert figures == [tmp_path / "gradient-tome-r-13.png"]
         assert figures[0].is_file()
-        assert record["conditions"]["weights"] is None
+        assert record.conditions.weights is None
         assert "random weights" not in capsys.readouterr().out
 
 

@@ -18,6 +18,8 @@ from effvit.measure.costs import profile, tokens_by_block
 from effvit.measure.fidelity import compare_outputs, fidelity, outputs
 from effvit.measure.flops import count_flops
 from effvit.measure.ideal import IdealViT
+from effvit.measure.records import as_object
+from effvit.measure.values import BlockTime
 from effvit.show.tables import write_csv
 
 SIZE = (3, 64, 64)
@@ -44,7 +46,8 @@ class TestProfile:
         )
         model = tiny_vit()
         models = {"dense": model, "tome": effvit.sparsify(model, "tome", r=3), "foreign": Foreign()}
-        record = json.loads(json.dumps(profile(models, SIZE, 2, rounds=2, dtype=torch.float64)))
+        record = as_object(profile(models, SIZE, 2, rounds=2, dtype=torch.float64))
+        assert json.loads(json.dumps(record)) == record
         assert (record["schema"], record["kind"]) == (1, "profile")
         assert record["conditions"] == {
             "batch_size": 2,
@@ -81,15 +84,15 @@ class TestProfile:
         models = {"dense": model, "tome": effvit.sparsify(model, "tome", r=3)}
         record = profile(models, SIZE, 1, rounds=1, warmup=1, ideal=False, on_run=runs.append)
         assert set(runs) == {"dense", "tome"}
-        assert record["models"][1]["efficiency"] is None
+        assert record.models[1].efficiency is None
 
     def test_distances_are_given_on_images_for_the_reduced_dense_model_only(self):
         model, images = tiny_vit(), torch.randn(3, *SIZE)
         models = {"dense": model, "tome": effvit.sparsify(model, "tome", r=3), "other": tiny_vit()}
         record = profile(models, SIZE, 1, rounds=1, images=images, image_names=["a", "b", "c"])
-        assert [m["fidelity"] is None for m in record["models"]] == [True, False, True]
-        assert record["models"][1]["fidelity"] == fidelity(model, models["tome"], images)
-        assert record["conditions"]["images"] == ["a", "b", "c"]
+        assert [cost.fidelity is None for cost in record.models] == [True, False, True]
+        assert record.models[1].fidelity == fidelity(model, models["tome"], images)
+        assert record.conditions.images == ["a", "b", "c"]
 
     def test_tokens_that_depend_on_the_image_are_a_mean_over_the_images(self):
         model = effvit.sparsify(tiny_vit(), "ats", reduce_at=[0, 1])
@@ -101,7 +104,7 @@ class TestProfile:
             counts = [int(model.eval().forward_tokens(image[None]).tokens.counts()) for image in images]
         assert tokens_by_block(model, images)[-1] == pytest.approx(sum(counts) / 3)
         record = profile({"ats": model}, SIZE, 1, rounds=1, images=images)
-        assert record["models"][0]["macs"] == count_flops(model, SIZE, images=images).total
+        assert record.models[0].macs == count_flops(model, SIZE, images=images).total
 
     def test_csv_has_a_row_for_every_model(self, tmp_path):
         record = profile({"dense": tiny_vit(), "foreign": Foreign()}, SIZE, 1, rounds=1)
@@ -110,7 +113,7 @@ class TestProfile:
             rows = list(csv.DictReader(file))
         assert [row["name"] for row in rows] == ["dense", "foreign"] * 2
         assert rows[0]["input_size"] == "3x64x64"
-        assert float(rows[0]["macs"]) == record["models"][0]["macs"]
+        assert float(rows[0]["macs"]) == record.models[0].macs
         assert rows[1]["tokens_left"] == ""
 
 
@@ -141,12 +144,12 @@ class TestBreakdown:
         rows = time_by_block(model, torch.randn(size), rounds=2)
         assert len(rows) == blocks + 1
         for row in rows[:-1]:
-            parts = row["seconds"]
+            parts = row.seconds
             assert set(parts) == {"attention", "mlp", "norm", "reduction"}
             assert (parts["attention"], parts["mlp"]) == (1, 1)
             assert parts["norm"] >= 2  # and LayerScale and DropPath, where there are any
             assert parts["reduction"] == parts["attention"] + parts["mlp"] + parts["norm"] + 1
-        assert rows[-1] == {"block": "rest", "seconds": {"rest": blocks + 1}}
+        assert rows[-1] == BlockTime("rest", {"rest": blocks + 1})
 
     def test_model_without_blocks_is_refused(self):
         with pytest.raises(ValueError, match="Foreign has no blocks with children named attn and mlp to time apart"):
@@ -157,9 +160,9 @@ class TestFidelity:
     def test_the_same_model_is_at_no_distance(self):
         model, images = tiny_vit(), torch.randn(5, *SIZE)
         same = fidelity(model, model, images)
-        assert same["divergence"] == pytest.approx(0, abs=1e-6)
-        assert same["feature_distance"] == pytest.approx(0, abs=1e-6)
-        assert (same["agreement"], same["images"]) == (1, 5)
+        assert same.divergence == pytest.approx(0, abs=1e-6)
+        assert same.feature_distance == pytest.approx(0, abs=1e-6)
+        assert (same.agreement, same.images) == (1, 5)
 
     def test_distances_are_those_of_the_definition(self):
         scores, features = torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 0.0]])
@@ -167,8 +170,8 @@ class TestFidelity:
         other = (torch.tensor([[1.0, 3.0]]).log(), other[1])
         found = compare_outputs((scores, features), other)
         expected = 0.5 * torch.tensor(0.5 / 0.25).log() + 0.5 * torch.tensor(0.5 / 0.75).log()
-        assert found["divergence"] == pytest.approx(float(expected))
-        assert found["feature_distance"] == pytest.approx(1 - 0.5**0.5)
+        assert found.divergence == pytest.approx(float(expected))
+        assert found.feature_distance == pytest.approx(1 - 0.5**0.5)
 
     @pytest.mark.parametrize("global_pool", ["token", "avg", "map"])
     def test_scores_are_those_of_the_model(self, global_pool):

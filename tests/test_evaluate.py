@@ -15,6 +15,7 @@ from scripts import load_tool
 from torchvision.datasets import FakeData
 
 import effvit
+from effvit.measure.records import read_profiles
 from effvit.show.tables import mean_and_range
 from effvit.show.visualize import data_config, load_images, token_figure
 
@@ -72,7 +73,7 @@ class TestEvaluate:
         pictures.CALIBRATION_IMAGES = 16
         assert pictures.main([*command, "--limit", "8"]) == 0
         (record,) = json.loads(path.read_text())
-        assert capsys.readouterr().out.splitlines() == pictures.table([record])
+        assert capsys.readouterr().out.splitlines() == pictures.table(read_profiles(path))
         assert [m["name"] for m in record["models"]] == [NANO, "evit keep_rate=0.5", "dymu r_total=12"]
         for model in record["models"]:
             assert model["accuracy"]["data"] == "fashion_mnist test, 8 pictures"
@@ -83,7 +84,7 @@ class TestEvaluate:
         for method in ("evit", "tome"):
             command = [NANO, "--data", "fashion_mnist", "--method", method, "--rounds", "1", "--batch-size", "4"]
             assert pictures.main([*command, "--json", str(path)]) == 0
-        rows = pictures.table(json.loads(path.read_text()))[2:]
+        rows = pictures.table(read_profiles(path))[2:]
         assert [row.split(" | ")[0] for row in rows] == [f"| {name}" for name in (NANO, "evit", "tome")]
 
     def test_trained_model_of_other_keywords_stands_beside_a_baseline(self, pictures: Any, tmp_path: Path) -> None:
@@ -122,7 +123,7 @@ class TestEvaluate:
         assert pictures.main([*command, "--method", "evit", "--weights", "fine-tuned"]) == 0
         first, second = json.loads(path.read_text())
         assert [record["conditions"]["weights"] for record in (first, second)] == [None, "fine-tuned"]
-        rows = pictures.table([first, second])[2:]
+        rows = pictures.table(read_profiles(path))[2:]
         assert [row.split(" | ")[0] for row in rows] == [f"| {NANO}", "| evit", "| evit, fine-tuned"]
 
     def test_missing_pictures_are_named(self, tmp_path: Path, capsys: Any) -> None:

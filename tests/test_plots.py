@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from made_up import made_up_model, made_up_profile
 from matplotlib.figure import Figure
 from PIL import Image
 
+from effvit.measure.records import profile_of
+from effvit.measure.values import Record
 from effvit.reducers import METHODS
 from effvit.show.plots import accuracy_lines, look, plot_accuracy, plot_costs, scale_by_errors
 
@@ -20,19 +23,18 @@ def model(name: str, method: str | None, speedup: float, accuracy: float | None)
 
 
 @pytest.fixture
-def records() -> list[dict[str, Any]]:
+def records() -> list[Record]:
     dense = model("host_a", None, 1.0, 90.0)
     first = made_up_profile(
         models=[dense, model("tome r=2", "tome", 1.5, 89.0), model("evit keep_rate=0.7", "evit", 1.8, 80.0)]
     )
     second = made_up_profile(models=[dense, model("tome r=4", "tome", 2.0, 85.0), model("gtp", "gtp", 1.1, None)])
     tuned = made_up_profile(models=[model("host_a, tuned", None, 1.0, 70.0), model("evit, tuned", "evit", 1.9, 88.0)])
-    tuned["conditions"] = tuned["conditions"] | {"weights": "tuned"}
-    return [first, second, tuned]
+    return [profile_of(first), profile_of(second), profile_of(tuned).with_weights("tuned")]
 
 
-def test_each_method_and_training_has_a_line_by_multiply_adds(records: list[dict[str, Any]]) -> None:
-    lines = {line.name: [entry["name"] for entry in line.models] for line in accuracy_lines(records)}
+def test_each_method_and_training_has_a_line_by_multiply_adds(records: list[Record]) -> None:
+    lines = {line.name: [entry.name for entry in line.models] for line in accuracy_lines(records)}
     assert lines == {
         "host_a": ["host_a"],
         "evit": ["evit keep_rate=0.7"],
@@ -42,11 +44,11 @@ def test_each_method_and_training_has_a_line_by_multiply_adds(records: list[dict
     assert next(iter(lines)) == "host_a"
 
 
-def test_records_without_accuracies_are_refused(records: list[dict[str, Any]]) -> None:
+def test_records_without_accuracies_are_refused(records: list[Record]) -> None:
     with pytest.raises(ValueError, match=r"needs the accuracy of the first model and of one more; tools/evaluate\.py"):
-        accuracy_lines([made_up_profile()])
+        accuracy_lines([profile_of(made_up_profile())])
     with pytest.raises(ValueError, match="of the first model and of one more"):
-        accuracy_lines([made_up_profile(models=records[0]["models"][:1])])
+        accuracy_lines([replace(records[0], models=records[0].models[:1])])
     with pytest.raises(ValueError, match="of the first model and of one more"):
         accuracy_lines([])
 
@@ -57,7 +59,7 @@ def test_costs_of_no_model_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["svg", "png"])
-def test_same_records_draw_the_same_bytes(records: list[dict[str, Any]], tmp_path: Path, suffix: str) -> None:
+def test_same_records_draw_the_same_bytes(records: list[Record], tmp_path: Path, suffix: str) -> None:
     paths = [tmp_path / "new" / f"{number}.{suffix}" for number in range(2)]
     for path in paths:
         plot_accuracy(records, "a title", path, note="from made-up records")
@@ -66,7 +68,7 @@ def test_same_records_draw_the_same_bytes(records: list[dict[str, Any]], tmp_pat
     assert b"from made-up records" in first
 
 
-def test_vector_plot_holds_its_text(records: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_vector_plot_holds_its_text(records: list[Record], tmp_path: Path) -> None:
     plot_accuracy(records, "a title", tmp_path / "plot.svg")
     text = (tmp_path / "plot.svg").read_text()
     for shown in ("a title", "evit, tuned", "GMACs of one picture", "speed-up over the dense model", ">90<"):
@@ -77,7 +79,7 @@ def test_vector_plot_holds_its_text(records: list[dict[str, Any]], tmp_path: Pat
 @pytest.mark.parametrize("reduced", [0.0, 99.0, 100.0])
 def test_accuracies_of_all_or_nothing_are_drawn_too(tmp_path: Path, reduced: float) -> None:
     models = [model("host_a", None, 1.0, 100.0), model("tome", "tome", 1.2, reduced)]
-    plot_accuracy([made_up_profile(models=models)], "a title", tmp_path / "plot.png")
+    plot_accuracy([profile_of(made_up_profile(models=models))], "a title", tmp_path / "plot.png")
     with Image.open(tmp_path / "plot.png") as image:
         assert image.width > image.height > 400
 
@@ -96,7 +98,7 @@ def test_every_method_looks_different() -> None:
     assert len({(style["color"], style["marker"]) for style in looks}) == len(METHODS)
 
 
-def test_costs_are_drawn(records: list[dict[str, Any]], tmp_path: Path) -> None:
-    plot_costs(records[0]["models"], "a title", tmp_path / "costs.png")
+def test_costs_are_drawn(records: list[Record], tmp_path: Path) -> None:
+    plot_costs(records[0].models, "a title", tmp_path / "costs.png")
     with Image.open(tmp_path / "costs.png") as image:
         assert image.width > image.height > 400

@@ -12,7 +12,17 @@ import pytest
 from made_up import made_up_model, made_up_profile, made_up_tokens
 
 from effvit.cli import main
-from effvit.measure.records import LARGEST_FILE, add_record, check_record, read_json, read_records, write_json
+from effvit.measure.json_files import LARGEST_FILE, read_json, write_json
+from effvit.measure.records import (
+    add_record,
+    as_json,
+    as_object,
+    check_record,
+    profile_of,
+    read_profiles,
+    read_tuning,
+    write_records,
+)
 from effvit.show.report import write_report
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,7 +82,26 @@ class TestFiles:
             add_record(path, {"a": 3})
 
     def test_records_measured_here_are_valid(self) -> None:
-        assert read_records(ROOT / "docs/benchmarks/fashion_accuracy_cpu.json", ("profile",))
+        assert read_profiles(ROOT / "docs/benchmarks/fashion_accuracy_cpu.json")
+
+    def test_what_was_read_is_written_as_it_was(self, tmp_path: Path) -> None:
+        """Key by key in the same order, with what some files hold and others lack."""
+        measured, path = ROOT / "docs/benchmarks/fashion_accuracy_cpu.json", tmp_path / "out.json"
+        write_records(path, read_profiles(measured))
+        assert path.read_bytes() == measured.read_bytes()
+        write_records(path, [profile_of(made_up_profile())])
+        assert json.loads(path.read_text()) == [made_up_profile()]
+
+    def test_tuning_that_was_read_is_written_as_it_was(self, tmp_path: Path) -> None:
+        path = tmp_path / "tuned.json"
+        conditions = {"batch_size": 4, "input_size": [3, 64, 64], "images": 2, "rounds": 8}
+        conditions |= {"threads": 1, "device": "cpu", "dtype": "float32"}
+        write_json(path, made_up_tuning() | {"conditions": conditions})
+        assert as_object(read_tuning(path)) == made_up_tuning() | {"conditions": conditions}
+
+    def test_value_without_words_in_json_is_refused(self) -> None:
+        with pytest.raises(TypeError, match="holds numbers, texts, lists and objects, got a set"):
+            as_json({"a": {1}})
 
 
 class TestFields:

@@ -180,11 +180,12 @@ class TestHost:
         model = small(num_classes=3)
         models = {"dense": model, "tome": effvit.sparsify(model, "tome", r=[0, 98, 98])}
         record = profile(models, (3, 224, 224), 1, images=images(1, 224, 224), rounds=1)
-        dense, reduced = record["models"]
-        assert (reduced["host"], reduced["method"]) == ("dense", "tome")
-        assert reduced["settings"] == {"r": [0, 98, 98], "prop_attn": True}
-        assert reduced["macs"] < dense["macs"]
-        assert reduced["fidelity"]["images"] == 1
+        dense, reduced = record.models
+        assert (reduced.host, reduced.method) == ("dense", "tome")
+        assert reduced.settings == {"r": [0, 98, 98], "prop_attn": True}
+        assert reduced.macs < dense.macs
+        assert reduced.fidelity is not None
+        assert reduced.fidelity.images == 1
 
 
 class TestMerging:

@@ -20,7 +20,9 @@ import effvit.measure.tune
 from effvit.cli import main
 from effvit.measure.closed_form import closed_form_macs
 from effvit.measure.profiler import measurement
-from effvit.measure.tune import Candidate, families, front, tune, weakest
+from effvit.measure.records import as_object, check_record
+from effvit.measure.tune import families, front, tune, weakest
+from effvit.measure.values import Candidate, Fidelity, Tuning, TuningConditions
 from effvit.schedule import spread_evenly
 from effvit.show.tables import print_tuning
 
@@ -88,8 +90,7 @@ def test_bisection_finds_the_first_rung_of_every_ladder() -> None:
 
 def test_front_leaves_out_what_is_beaten() -> None:
     def candidate(speedup: float, divergence: float) -> Candidate:
-        distances: Any = {"divergence": divergence, "feature_distance": 0.0, "agreement": 1.0, "images": 1}
-        return Candidate("tome", {}, 1, speedup, (speedup, speedup), distances)
+        return Candidate("tome", {}, 1, speedup, (speedup, speedup), Fidelity(divergence, 0.0, 1.0, 1))
 
     slow, beaten, fast = candidate(1.2, 0.1), candidate(1.3, 0.5), candidate(1.5, 0.4)
     assert front([beaten, fast, slow]) == [slow, fast]
@@ -98,7 +99,8 @@ def test_front_leaves_out_what_is_beaten() -> None:
 @pytest.mark.usefixtures("speed_of_macs")
 class TestTune:
     def test_best_reaches_the_speedup_with_the_least_divergence(self, dense: Any, images: torch.Tensor) -> None:
-        result = json.loads(json.dumps(tune(dense, images, speedup=1.4, methods=["evit", "tome", "ats"])))
+        result = as_object(tune(dense, images, speedup=1.4, methods=["evit", "tome", "ats"]))
+        check_record(result | {"host": "a host"}, "result", ("tune",))
         best = result["best"]
         assert best["speedup"] >= 1.4
         rivals = [tried for tried in result["tried"] if tried["speedup"] >= 1.4]
@@ -118,7 +120,7 @@ class TestTune:
 
         monkeypatch.setattr("effvit.measure.tune.profile_models", flattering)
         result = tune(dense, images, speedup=1.5, methods=["tome"], rounds=3, final_rounds=4)
-        assert 1.5 <= result["best"]["speedup"] < 1.65
+        assert 1.5 <= result.best.speedup < 1.65
 
     def test_a_winner_that_was_only_lucky_is_passed_over(
         self, dense: Any, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
@@ -140,12 +142,12 @@ class TestTune:
         result = tune(dense, images, speedup=1.5, methods=["evit", "tome"], rounds=3, final_rounds=4)
         assert len(alone) > 1
         assert alone[0] < 1.5
-        assert result["best"]["speedup"] == alone[-1] >= 1.5
+        assert result.best.speedup == alone[-1] >= 1.5
 
     def test_multiply_adds_are_not_exceeded(self, dense: Any, images: torch.Tensor) -> None:
         limit = round(0.7 * sum(closed_form_macs(dense, SIZE).values()))
-        best = tune(dense, images, macs=limit, methods=["evit", "tome"])["best"]
-        assert 0.9 * limit < best["macs"] <= limit
+        best = tune(dense, images, macs=limit, methods=["evit", "tome"]).best
+        assert 0.9 * limit < best.macs <= limit
 
     def test_aim_out_of_reach_is_named(self, dense: Any, images: torch.Tensor) -> None:
         with pytest.raises(ValueError, match=r"no setting of expedite reaches a speed-up of 50 here \(fastest"):
@@ -179,13 +181,12 @@ def test_command_writes_what_timm_takes(tmp_path: Path, capsys: Any) -> None:
 def test_only_the_best_row_is_bold() -> None:
     """Another method with the same settings is another candidate."""
 
-    def row(method: str) -> dict[str, Any]:
-        fidelity = {"divergence": 0.1, "agreement": 1.0}
-        numbers = {"macs": 10**9, "speedup": 1.5, "interval": (1.4, 1.6), "fidelity": fidelity}
-        return {"method": method, "settings": {"keep_rate": 0.7}, **numbers}
+    def row(method: str) -> Candidate:
+        return Candidate(method, {"keep_rate": 0.7}, 10**9, 1.5, (1.4, 1.6), Fidelity(0.1, 0.0, agreement=1.0))
 
     front = [row("evit"), row("ats")]
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
-    print_tuning(console, {"tried": front, "front": front, "best": row("evit")})
+    conditions = TuningConditions(1, SIZE, {}, 1, "cpu", "float32")
+    print_tuning(console, Tuning({}, conditions, {"speedup": 1.5}, row("evit"), front, front))
     lines = [line for line in console.file.getvalue().splitlines() if "1.000" in line and "best" not in line]
     assert ["\x1b[1m" in line for line in lines] == [True, False]

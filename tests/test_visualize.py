@@ -15,6 +15,7 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
 import effvit
+from effvit.measure.records import as_object
 from effvit.show.token_stages import Stage
 from effvit.show.visualize import (
     BORDER,
@@ -217,7 +218,7 @@ def test_soft_groups_have_a_colour_each_and_borders():
 class TestTokenRecord:
     def test_record_holds_picture_and_stages(self):
         model = effvit.sparsify(tiny_vit(), "evit", reduce_at=[1, 2], keep_rate=0.5)
-        record = token_record(model, photograph(), name="ramp", model_name="evit keep_rate=0.5", host="tiny")
+        record = as_object(token_record(model, photograph(), name="ramp", model_name="evit keep_rate=0.5", host="tiny"))
         assert json.loads(json.dumps(record)) == record
         assert (record["method"], record["host"], record["settings"]["keep_rate"]) == ("evit", "tiny", 0.5)
         head, _, data = record["picture"].partition(",")
@@ -231,15 +232,15 @@ class TestTokenRecord:
 
     def test_picture_of_a_few_pixels_is_enlarged(self):
         model = effvit.sparsify(timm.create_model("vit_nano_patch4_28").eval(), "tome", r=2)
-        data = token_record(model, Image.new("L", (28, 28), 90), name="a", model_name="tome", host="nano")["picture"]
+        data = token_record(model, Image.new("L", (28, 28), 90), name="a", model_name="tome", host="nano").picture
         with Image.open(BytesIO(b64decode(data.partition(",")[2]))) as picture:
             assert picture.size == (8 * 28, 8 * 28)
 
     def test_record_of_an_architecture_has_no_method(self):
         model = make_architecture("stvit", img_size=64)
         record = token_record(model, photograph(), name="ramp", model_name="stvit", host=None)
-        assert (record["method"], record["settings"]) == (None, {})
-        assert all(entry["soft"] for entry in record["stages"])
+        assert (record.method, record.settings) == (None, {})
+        assert all(stage.soft for stage in record.stages)
 
 
 def test_stack_shows_figures_below_each_other():

@@ -21,29 +21,30 @@ from rich.console import Console
 from rich.progress import Progress
 
 from effvit.measure.profiler import machine, profile_models
-from effvit.measure.records import add_record, check_record, read_json
+from effvit.measure.records import add_record, as_object, read_tuning
+from effvit.measure.values import Candidate, Tuning
 from effvit.measure.variants import build, reduced
 from effvit.messages import plain, run_command
 from effvit.show.pictures import open_images
-from effvit.show.tables import settings_of
+from effvit.show.tables import settings_text
 from effvit.show.visualize import load_images
 
 __all__ = ["contenders", "main", "table"]
 
 
-def contenders(tuned: Mapping[str, Any]) -> list[dict[str, Any]]:
+def contenders(tuned: Tuning) -> list[Candidate]:
     """The best setting and, of every other method and place, the nearest to the dense model that reached the aim."""
-    best, aim = tuned["best"], tuned["target"]["speedup"]
-    nearest = {_place(best): best}
-    for candidate in sorted(tuned["tried"], key=lambda c: c["fidelity"]["divergence"]):
-        if candidate["speedup"] >= aim:
+    aim = tuned.target["speedup"] or 0
+    nearest = {_place(tuned.best): tuned.best}
+    for candidate in sorted(tuned.tried, key=lambda c: c.fidelity.divergence):
+        if candidate.speedup >= aim:
             nearest.setdefault(_place(candidate), candidate)
     return list(nearest.values())
 
 
-def _place(candidate: Mapping[str, Any]) -> tuple[str, bool]:
+def _place(candidate: Candidate) -> tuple[str, bool]:
     """Its method, and whether that reduces elsewhere than by its default."""
-    return candidate["method"], "reduce_at" in candidate["settings"]
+    return candidate.method, "reduce_at" in candidate.settings
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -57,8 +58,9 @@ def table(records: Sequence[Mapping[str, Any]]) -> list[str]:
             method = row["method"] if rank else f"**{row['method']}**"
             low, high = row["again"]["interval"]
             lines.append(
-                f"| {record['host']} | {record['target']['speedup']:.2f} | {method} | {settings_of(row)} | "
-                f"{row['fidelity']['divergence']:.3g} | {row['again']['speedup']:.2f} ({low:.2f} to {high:.2f}) |"
+                f"| {record['host']} | {record['target']['speedup']:.2f} | {method} | "
+                f"{settings_text(row['settings'])} | {row['fidelity']['divergence']:.3g} | "
+                f"{row['again']['speedup']:.2f} ({low:.2f} to {high:.2f}) |"
             )
     return lines
 
@@ -77,33 +79,35 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check(args: argparse.Namespace) -> None:
     """Measure the contenders of a tuning again, print their table and write their record."""
-    tuned = read_json(args.tuned)
-    check_record(tuned, plain(args.tuned), ("tune",))
-    if "speedup" not in tuned["target"]:
+    tuned = read_tuning(args.tuned)
+    if tuned.host is None or tuned.target.get("speedup") is None:
         raise ValueError(f"{plain(args.tuned)} is not the result of `effvit tune --speedup`")
     torch.manual_seed(0)  # as the command line does
-    dense = build(tuned["host"], {}, args.pretrained).eval()
+    dense = build(tuned.host, {}, args.pretrained).eval()
     rows = contenders(tuned)
-    models = {"dense": dense, **reduced(dense, [(row["method"], row["settings"]) for row in rows])}
-    conditions = tuned["conditions"]
-    threads, device = int(conditions["threads"]), conditions["device"]
+    models = {"dense": dense, **reduced(dense, [(row.method, row.settings) for row in rows])}
+    conditions = tuned.conditions
+    device = conditions.device
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("measuring", total=len(models) * (args.rounds + 2))
         measured = profile_models(
             models,
-            tuple(conditions["input_size"]),
-            conditions["batch_size"],
+            conditions.input_size,
+            conditions.batch_size,
             images=load_images(dense, list(open_images(args.images).values())),
             rounds=args.rounds,
-            threads=threads,
+            threads=conditions.threads,
             device=device,
-            dtype=getattr(torch, conditions["dtype"]),
+            dtype=getattr(torch, conditions.dtype),
             on_run=lambda _: progress.advance(task),
         )
-    for row, speed in zip(rows, measured[1:], strict=True):
-        row["again"] = {"speedup": speed.speedup, "interval": speed.interval, "rounds": args.rounds}
-    record = {"kind": "tune_check"} | {key: tuned[key] for key in ("host", "target", "conditions")}
-    record |= {"pretrained": args.pretrained, "images": args.images, "machine": machine(device), "results": rows}
+    results = [
+        {**as_object(row), "again": {"speedup": speed.speedup, "interval": speed.interval, "rounds": args.rounds}}
+        for row, speed in zip(rows, measured[1:], strict=True)
+    ]
+    found = as_object(tuned)
+    record = {"kind": "tune_check"} | {key: found[key] for key in ("host", "target", "conditions")}
+    record |= {"pretrained": args.pretrained, "images": args.images, "machine": machine(device), "results": results}
     print("\n".join(table([record])))
     if args.json:
         add_record(args.json, record)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import effvit
-from effvit.measure.accuracy import add_accuracies, shown_models, top1
+from effvit.measure.accuracy import shown_models, top1, with_accuracies
 from effvit.measure.costs import profile
-from effvit.measure.records import add_record, read_records
+from effvit.measure.records import add_record, as_object, read_records
+from effvit.measure.values import Record
 from effvit.measure.variants import build, list_variants, parse_setting, reduced
 from effvit.messages import run_command
 from effvit.reducers import METHODS
@@ -63,18 +64,18 @@ class Prepared(Dataset[tuple[Tensor, int]]):
         return self.transform(picture), label
 
 
-def table(records: Sequence[Mapping[str, Any]]) -> list[str]:
+def table(records: Sequence[Record]) -> list[str]:
     """Lines of a Markdown table of records; speed-ups refer to the first model of the same record."""
     lines = ["| model | top-1 (%) | MMACs | MAC ratio | speed-up | tokens left |", "|---|---|---|---|---|---|"]
-    for model, _, accuracies in shown_models(records):
-        low, high = model["interval"]
+    for cost, _, accuracies in shown_models(records):
+        low, high = cost.interval
         cells = [
-            model["name"],
+            cost.name,
             mean_and_range(accuracies),
-            f"{model['macs'] / 1e6:.1f}",
-            f"{model['mac_ratio']:.2f}",
-            f"{model['speedup']:.2f} ({low:.2f} to {high:.2f})",
-            f"{model['tokens'][-1]:.1f}" if model["tokens"] else "-",
+            f"{cost.macs / 1e6:.1f}",
+            f"{cost.mac_ratio:.2f}",
+            f"{cost.speedup:.2f} ({low:.2f} to {high:.2f})",
+            f"{cost.tokens[-1]:.1f}" if cost.tokens else "-",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -112,10 +113,10 @@ def report(arguments: argparse.Namespace) -> None:
     record = evaluate(arguments)
     print("\n".join(table([record])))
     if arguments.json is not None:
-        add_record(arguments.json, record)
+        add_record(arguments.json, as_object(record))
 
 
-def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
+def evaluate(arguments: argparse.Namespace) -> Record:
     """The record of all variants, with their accuracies."""
     torch.manual_seed(0)
     options = dict(parse_setting(text, "--model-kwargs") for text in arguments.model_kwargs)
@@ -157,9 +158,8 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         threads=arguments.threads,
         device=arguments.device,
     )
-    record["conditions"]["weights"] = arguments.weights
-    add_accuracies(record, accuracies, f"{arguments.data} {arguments.split}, {len(pictures)} pictures")
-    return record
+    data = f"{arguments.data} {arguments.split}, {len(pictures)} pictures"
+    return with_accuracies(record.with_weights(arguments.weights), accuracies, data)
 
 
 def runner_types() -> list[Any]:

@@ -35,7 +35,8 @@ import effvit
 from effvit.hosts.checkpoints import read_file
 from effvit.images import as_rgb, open_image
 from effvit.measure.costs import profile
-from effvit.measure.records import write_json
+from effvit.measure.json_files import write_json
+from effvit.measure.records import as_object
 from effvit.measure.variants import list_variants, parse_setting, reduced
 from effvit.messages import one_line, plain
 from effvit.show.pictures import photographs
@@ -144,7 +145,7 @@ def agreement(masks: Tensor, others: Tensor) -> Tensor:
 
 
 def table(record: Mapping[str, Any]) -> list[str]:
-    """Lines of a Markdown table of the record; a speed-up whose interval holds 1 is not shown."""
+    """Lines of a Markdown table of a record of the file; a speed-up whose interval holds 1 is not shown."""
     lines = ["| model | mIoU with all tokens | GMACs | MAC ratio | speed-up |", "|---|---|---|---|---|"]
     for model in record["models"]:
         low, high = model["interval"]
@@ -183,19 +184,19 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     sam = load_sam(weights, size)
     dense = mobile_sam_encoder(weights, sam.image_encoder.neck)
     variants = list_variants(arguments.method, [parse_setting(text) for text in arguments.settings]) or VARIANTS
-    models: dict[str, nn.Module] = {DENSE: dense, **reduced(dense, variants)}
+    encoders: dict[str, nn.Module] = {DENSE: dense, **reduced(dense, variants)}
     shown = dict(list(pictures(root).items())[: arguments.limit])
-    values: dict[str, list[float]] = {name: [] for name in models}
+    values: dict[str, list[float]] = {name: [] for name in encoders}
     for picture in track(list(shown.values()), console=Console(stderr=True), transient=True):
         photograph = prepare(picture, size, sam)
         reference = predict_masks(sam, dense, photograph, points)
-        for name, model in models.items():
+        for name, model in encoders.items():
             masks = reference if model is dense else predict_masks(sam, model, photograph, points)
             values[name] += [float(value) for value in agreement(masks, reference)]
-    record = profile(models, (3, size, size), 1, rounds=arguments.rounds, threads=arguments.threads)
-    for model in record["models"]:
-        model["agreement"] = float(np.mean(values[model["name"]]))
-    return {**record, "kind": "masks", "photographs": list(shown), "points": points**2, "agreements": values}
+    record = profile(encoders, (3, size, size), 1, rounds=arguments.rounds, threads=arguments.threads)
+    models = [{**as_object(cost), "agreement": float(np.mean(values[cost.name]))} for cost in record.models]
+    own = {"kind": "masks", "models": models, "photographs": list(shown), "points": points**2, "agreements": values}
+    return as_object(record) | own
 
 
 def main(argv: Sequence[str] | None = None) -> int:

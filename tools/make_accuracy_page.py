@@ -11,12 +11,12 @@ import hashlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from evaluate import table
 from marked_table import put_table
 
-from effvit.measure.records import read_records
+from effvit.measure.records import read_profiles
+from effvit.measure.values import Record
 from effvit.messages import run_command
 from effvit.show.plots import plot_accuracy
 
@@ -28,7 +28,7 @@ PAGE = "docs/accuracy.md"
 PLOT = "docs/images/fashion_accuracy.svg"
 
 
-def page(text: str, records: Sequence[dict[str, Any]]) -> str:
+def page(text: str, records: Sequence[Record]) -> str:
     """The page with its table made anew; raises ValueError if a mark is missing."""
     return put_table(text, PAGE, "accuracy", "make_accuracy_page.py", ["", *table(records), ""])
 
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def write_page(only_check: bool) -> int:
     """Write the two files, or name those that are stale; returns 1 if one is."""
     path, plot = ROOT / PAGE, ROOT / PLOT
-    records = read_records(ROOT / RECORDS, ("profile",))
+    records = read_profiles(ROOT / RECORDS)
     text, source = page(path.read_text(), records), origin(ROOT / RECORDS)
     # Another matplotlib draws other bytes, so that a plot is stale when its records have changed.
     stale = [PAGE] if path.read_text() != text else []
@@ -59,8 +59,9 @@ def write_page(only_check: bool) -> int:
             print(f"{name} is stale: run python tools/make_accuracy_page.py", file=sys.stderr)
         return int(bool(stale))
     path.write_text(text)
-    dense = records[0]["models"][0]
-    plot_accuracy(records, f"{dense['name']}: {dense['accuracy']['data']}", plot, note=source)
+    dense = records[0].models[0]
+    data = "" if dense.accuracy is None else dense.accuracy.data
+    plot_accuracy(records, f"{dense.name}: {data}", plot, note=source)
     return 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from effvit.cli import options
 from effvit.cli.models import create, has_random_weights
 from effvit.cli.output import LONGEST_LINE, draw_figures, file_stem, measure, output
 from effvit.hosts.host import ReducedHost
-from effvit.measure.accuracy import add_accuracies, top1
-from effvit.measure.records import write_json
+from effvit.measure.accuracy import top1, with_accuracies
+from effvit.measure.records import write_records
+from effvit.measure.values import Record, TokenRecord
 from effvit.measure.variants import build, reduced
 from effvit.messages import plain
 from effvit.reducers import METHODS, DyMU
@@ -56,16 +57,16 @@ def run_demo(arguments: argparse.Namespace) -> None:
     seen, tokens, sheets = demo_accuracy(console, out)
     costs, figures = demo_costs(console, arguments, photos)
     written = [out / name for name in ("report.html", "accuracy.png", "costs.png")]
-    numbers = {"costs.json": [seen, costs], "tokens.json": tokens}
+    numbers: dict[str, Sequence[Record | TokenRecord]] = {"costs.json": [seen, costs], "tokens.json": tokens}
     for name, records in numbers.items():
-        write_json(out / name, records)
+        write_records(out / name, records)
     write_report([out / name for name in numbers], out / "report.html")
     console.print(f"\nWritten in {time.perf_counter() - start:.0f} s:")
     for path in (*written, *sheets, *figures, *(out / name for name in numbers)):
         console.print(f"  {plain(path, LONGEST_LINE)}")
 
 
-def demo_accuracy(console: Console, out: Path) -> tuple[dict[str, Any], list[dict[str, Any]], list[Path]]:
+def demo_accuracy(console: Console, out: Path) -> tuple[Record, list[TokenRecord], list[Path]]:
     """Classify the pictures of the package by all methods; returns the record, the tokens and their sheets."""
     pictures = fashion_pictures()
     torch.manual_seed(0)
@@ -77,7 +78,7 @@ def demo_accuracy(console: Console, out: Path) -> tuple[dict[str, Any], list[dic
     models = {SEEING: dense, **variants}
     data = f"{len(pictures)} test pictures of Fashion-MNIST"
     record = measure(models, len(images), images, [data], rounds=4, warmup=1, ideal=False)
-    add_accuracies(record, top1(models, [(images, labels)]), data)
+    record = with_accuracies(record, top1(models, [(images, labels)]), data)
     print_accuracies(console, record)
     plot_accuracy([record], f"{SEEING} with its trained weights, on {data} only", out / "accuracy.png")
     shown = {name: pictures[name] for name in SHOWN}
@@ -106,7 +107,7 @@ def strongest(variants: Mapping[str, ReducedHost]) -> dict[str, ReducedHost]:
 
 def demo_costs(
     console: Console, arguments: argparse.Namespace, photos: Mapping[str, Image.Image]
-) -> tuple[dict[str, Any], list[Path]]:
+) -> tuple[Record, list[Path]]:
     """What all methods cost on the photographs; returns the record, and figures of the tokens if weights were given."""
     host = create(arguments.model, arguments)
     variants = reduced(host, demo_variants(host))
@@ -118,10 +119,10 @@ def demo_costs(
         console.print(f"\n{weights}; --checkpoint or --pretrained loads some", style="yellow")
     models = {arguments.model: host, **variants}
     record = measure(models, len(photos), images, list(photos), rounds=3, warmup=1, ideal=False)
-    record["conditions"]["weights"] = "random weights" if is_random else None
+    record = record.with_weights("random weights" if is_random else None)
     print_record(console, record)
-    title = "\n".join([weights or arguments.model, describe(record["conditions"])])
-    plot_costs(record["models"], title, arguments.out / "costs.png")
+    title = "\n".join([weights or arguments.model, describe(record.conditions)])
+    plot_costs(record.models, title, arguments.out / "costs.png")
     return record, [] if is_random else draw_figures(strongest(variants), photos, arguments)
 
 

@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from PIL import Image
 from rich.console import Console
@@ -16,7 +16,12 @@ from torch import Tensor, nn
 
 from effvit.cli.models import RANDOM_WEIGHTS, has_random_weights, shared_input_size
 from effvit.measure.costs import profile
+from effvit.measure.profiler import ProfileOptions
+from effvit.measure.values import Record
 from effvit.show.visualize import token_figure
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["LONGEST_LINE", "draw_figures", "file_stem", "measure", "output", "progress"]
 
@@ -47,8 +52,11 @@ def measure(
     batch_size: int,
     images: Tensor | None,
     image_names: list[str],
-    **options: Any,
-) -> dict[str, Any]:
+    *,
+    ideal: bool = True,
+    breakdown: bool = False,
+    **options: Unpack[ProfileOptions],
+) -> Record:
     """The record of ``effvit.measure.costs.profile``, with progress bars."""
     input_size = shared_input_size(models)
     with progress() as bars:
@@ -60,6 +68,8 @@ def measure(
             batch_size,
             images=images,
             image_names=image_names or None,
+            ideal=ideal,
+            breakdown=breakdown,
             on_run=lambda _: bars.advance(speed),
             on_count=lambda _: bars.advance(count),
             **options,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from effvit.cli import options
 from effvit.cli.models import check_device, create
 from effvit.cli.output import measure, output
-from effvit.measure.records import write_json
+from effvit.measure.profiler import ProfileOptions
+from effvit.measure.records import write_records
 from effvit.measure.variants import list_variants, parse_setting, reduced
 from effvit.show.pictures import open_images
 from effvit.show.tables import print_record, write_csv
@@ -68,15 +68,31 @@ def run_profile(arguments: argparse.Namespace) -> None:
             dense = next(iter(models.values()))
             images = load_images(dense, list(photos.values())) if photos else None
             for batch_size in arguments.batch_size:
-                records.append(measure(models, batch_size, images, list(photos), **profile_options(arguments)))
-                print_record(output(), records[-1])
+                record = measure(
+                    models,
+                    batch_size,
+                    images,
+                    list(photos),
+                    breakdown=arguments.breakdown,
+                    **profile_options(arguments),
+                )
+                records.append(record)
+                print_record(output(), record)
     if arguments.json is not None:
-        write_json(arguments.json, records)
+        write_records(arguments.json, records)
     if arguments.csv is not None:
         write_csv(arguments.csv, records)
 
 
-def profile_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Keywords of ``effvit.measure.costs.profile`` from the command line."""
-    names = ("rounds", "precision", "max_rounds", "threads", "device", "compile", "cuda_graphs", "breakdown")
-    return {name: getattr(arguments, name) for name in names} | {"dtype": getattr(torch, arguments.dtype)}
+def profile_options(arguments: argparse.Namespace) -> ProfileOptions:
+    """Keywords of ``effvit.measure.profiler.profile_models`` from the command line."""
+    return {
+        "rounds": arguments.rounds,
+        "precision": arguments.precision,
+        "max_rounds": arguments.max_rounds,
+        "threads": arguments.threads,
+        "device": arguments.device,
+        "compile": arguments.compile,
+        "cuda_graphs": arguments.cuda_graphs,
+        "dtype": getattr(torch, arguments.dtype),
+    }

@@ -11,8 +11,10 @@ import effvit
 from effvit.cli import options
 from effvit.cli.models import RANDOM_WEIGHTS, check_device, create, has_random_weights
 from effvit.cli.output import output, progress
-from effvit.measure.records import write_json
+from effvit.measure.json_files import write_json
+from effvit.measure.records import as_json, as_object
 from effvit.measure.tune import TUNED, tune
+from effvit.protocols import Json
 from effvit.show.pictures import open_images
 from effvit.show.tables import print_tuning
 from effvit.show.visualize import load_images
@@ -68,7 +70,12 @@ def run_tune(arguments: argparse.Namespace) -> None:
         )
     print_tuning(console, result)
     if arguments.json is not None:
-        name = f"{result['best']['method']}_{arguments.model}"
+        name = f"{result.best.method}_{arguments.model}"
         known = name.partition(".")[0] in effvit.list_models()
-        ready = {"model_name": name if known else None, "settings": result["best"]["settings"]}
-        write_json(arguments.json, ready | {"method": result["best"]["method"], "host": arguments.model} | result)
+        ready: dict[str, Json] = {
+            "model_name": name if known else None,
+            "settings": as_json(result.best.settings),
+            "method": result.best.method,
+            "host": arguments.model,
+        }
+        write_json(arguments.json, ready | as_object(result))

@@ -8,7 +8,7 @@ from pathlib import Path
 from effvit.cli import options
 from effvit.cli.models import RANDOM_WEIGHTS, create, has_random_weights
 from effvit.cli.output import draw_figures, output
-from effvit.measure.records import write_json
+from effvit.measure.records import write_records
 from effvit.measure.variants import list_variants, parse_setting, reduced
 from effvit.messages import plain
 from effvit.show.pictures import open_images
@@ -54,4 +54,4 @@ def run_visualize(arguments: argparse.Namespace) -> None:
             for name, model in models.items()
             for stem, image in images.items()
         ]
-        write_json(arguments.json, records)
+        write_records(arguments.json, records)

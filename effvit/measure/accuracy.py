@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Shown", "add_accuracies", "shown_models", "top1"]
+from effvit.measure.values import Accuracy, Cost, Record
+
+__all__ = ["Shown", "shown_models", "top1", "with_accuracies"]
 
 
 @torch.inference_mode()
@@ -24,34 +27,34 @@ def top1(
     for images, labels in batches:
         seen += len(labels)
         for name, model in models.items():
-            right[name] += int((model(images.to(device)).argmax(-1).cpu() == labels).sum())
+            scores: Tensor = model(images.to(device))
+            right[name] += int((scores.argmax(-1).cpu() == labels).sum())
     if not seen:
         raise ValueError("there are no images to tell an accuracy from; give at least one batch")
     return {name: 100 * number / seen for name, number in right.items()}
 
 
-def add_accuracies(record: dict[str, Any], accuracies: Mapping[str, float], data: str) -> None:
-    """Write accuracies measured here into the record, by the names of its models; ``data`` says on what pictures."""
-    for model in record["models"]:
-        value = accuracies[model["name"]]
-        model["accuracy"] = {"value": value, "metric": "top-1", "data": data, "origin": "measured here"}
+def with_accuracies(record: Record, accuracies: Mapping[str, float], data: str) -> Record:
+    """The record with accuracies measured here, by the names of its models; ``data`` says on what images."""
+    found = {name: Accuracy(value, "top-1", data, "measured here") for name, value in accuracies.items()}
+    return replace(record, models=[replace(cost, accuracy=found[cost.name]) for cost in record.models])
 
 
 class Shown(NamedTuple):
-    """A model of records.
+    """A model of one or several records.
 
     Attributes:
-        model: Its entry; its accuracy is the mean over the trainings.
+        model: Its cost; its accuracy is the mean over the trainings.
         weights: How its weights were trained where they are not those of the first record's models.
         accuracies: Accuracy after each training, in percent; empty if none was measured.
     """
 
-    model: Mapping[str, Any]
+    model: Cost
     weights: str | None
     accuracies: list[float]
 
 
-def shown_models(records: Iterable[Mapping[str, Any]]) -> list[Shown]:
+def shown_models(records: Iterable[Record]) -> list[Shown]:
     """The models of records in their order, without baselines that add nothing.
 
     A baseline that several records share is given once, and one with the weights of a fine-tuned variant beside it, for
@@ -61,23 +64,23 @@ def shown_models(records: Iterable[Mapping[str, Any]]) -> list[Shown]:
     shown: dict[tuple[str, str | None], Shown] = {}
     baselines: set[str] = set()
     for record in records:
-        weights, models = record["conditions"].get("weights"), record["models"]
-        baseline = models[0]["name"]
+        weights, models = record.conditions.weights, record.models
+        baseline = models[0].name
         has_same_weights = weights is not None and baseline.endswith(f", {weights}")
         is_left_out = baseline in baselines or (has_same_weights and bool(shown) and len(models) > 1)
         baselines.add(baseline)
         for model in models[is_left_out:]:
-            accuracies = [] if model["accuracy"] is None else [model["accuracy"]["value"]]
-            key = model["name"], weights
-            if key in shown and weights is not None and accuracies:
-                shown[key] = with_mean(shown[key], accuracies)
+            accuracies = [] if model.accuracy is None else [model.accuracy.value]
+            key = model.name, weights
+            if key in shown and weights is not None and model.accuracy is not None:
+                shown[key] = with_mean(shown[key], model.accuracy)
             else:
                 shown.setdefault(key, Shown(model, weights, accuracies))
     return list(shown.values())
 
 
-def with_mean(entry: Shown, further: Sequence[float]) -> Shown:
-    """The entry with further accuracies and the mean of all of them."""
-    accuracies = [*entry.accuracies, *further]
-    accuracy = entry.model["accuracy"] | {"value": sum(accuracies) / len(accuracies)}
-    return Shown({**entry.model, "accuracy": accuracy}, entry.weights, accuracies)
+def with_mean(entry: Shown, further: Accuracy) -> Shown:
+    """The entry with the accuracy of one more training and the mean of all."""
+    accuracies = [*entry.accuracies, further.value]
+    accuracy = replace(entry.model.accuracy or further, value=sum(accuracies) / len(accuracies))
+    return Shown(replace(entry.model, accuracy=accuracy), entry.weights, accuracies)

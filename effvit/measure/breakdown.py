@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import time
 from collections import defaultdict
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from effvit.measure.values import BlockTime
 
 __all__ = ["now", "time_by_block"]
 
@@ -41,7 +42,7 @@ def now() -> float:
     return time.perf_counter()
 
 
-def time_by_block(model: nn.Module, batch: Tensor, rounds: int = 10) -> list[dict[str, Any]]:
+def time_by_block(model: nn.Module, batch: Tensor, rounds: int = 10) -> list[BlockTime]:
     """Median seconds of the parts of every block.
 
     A block is a module with children named ``attn`` and ``mlp``. Scores that a method takes from attention are part of
@@ -55,8 +56,8 @@ def time_by_block(model: nn.Module, batch: Tensor, rounds: int = 10) -> list[dic
         rounds: Passes the median is taken over, after one that does not count.
 
     Returns:
-        For each block {"block": its name, "seconds": {"attention", "mlp", "norm", "reduction": seconds}}, and last
-        {"block": "rest", "seconds": {"rest": seconds}}: embedding, head, dense recovery.
+        For each block its "attention", "mlp", "norm" and "reduction", and last a block "rest" with that part alone:
+        embedding, head, dense recovery.
 
     Raises:
         ValueError: The model has no such block.
@@ -86,7 +87,7 @@ def time_by_block(model: nn.Module, batch: Tensor, rounds: int = 10) -> list[dic
     rows: dict[str, dict[str, float]] = {}
     for (block_name, part), values in samples.items():
         rows.setdefault(block_name, {})[part] = float(np.median(values[1:]))
-    return [{"block": name, "seconds": seconds} for name, seconds in rows.items()]
+    return [BlockTime(name, seconds) for name, seconds in rows.items()]
 
 
 def _parts(seconds: dict[str, float], blocks: list[str]) -> dict[tuple[str, str], float]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,65 +12,27 @@ from torch import Tensor, nn
 from effvit.hosts.host import HOST_CLASSES, ReducedHost
 from effvit.hosts.surface import Reduced
 from effvit.measure.breakdown import time_by_block
-from effvit.measure.fidelity import Fidelity, compare_outputs, outputs
+from effvit.measure.fidelity import compare_outputs, outputs
 from effvit.measure.flops import count_flops
-from effvit.measure.ideal import IDEAL_HOSTS, IdealViT, mean_counts
-from effvit.measure.profiler import fill_batch, machine, median_ratio, noise, profile_models
-from effvit.measure.records import SCHEMA
+from effvit.measure.ideal import IDEAL_HOSTS, IdealViT, PlainViT, mean_counts
+from effvit.measure.profiler import (
+    Measurement,
+    ProfileOptions,
+    fill_batch,
+    machine,
+    median_ratio,
+    noise,
+    profile_models,
+)
+from effvit.measure.records import as_json
+from effvit.measure.values import Conditions, Cost, Record
 
-__all__ = ["Cost", "profile"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["profile"]
 
 IDEAL = "ideal of "
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What one model costs.
-
-    Attributes:
-        name: Name of the model.
-        host: Name of the baseline if it is the dense model behind this one, else None.
-        method: Reduction method, None for a model without.
-        settings: Settings of the method.
-        parameters: Number of parameters.
-        macs: Multiply-accumulates of one image (a mean for a method whose tokens depend on the image).
-        uncounted: Operators that ``macs`` leaves out without a reason, see ``effvit.measure.flops``.
-        tokens: Mean number of patch tokens that leave each block; None for a model without them.
-        images_per_second, latency, peak_memory, speedup, interval, seconds: As in
-            ``effvit.measure.profiler.Measurement``.
-        resolved: The interval of the speed-up excludes 1.
-        mac_ratio: Multiply-adds of the baseline over those of the model; None for a model without any.
-        ideal_speedup: Speed-up of the dense blocks on the same numbers of tokens with nothing else to do; None where
-            there is no such model (see ``effvit.measure.ideal``).
-        efficiency: Speed over that ideal's.
-        efficiency_interval: Its bootstrap 95 % interval.
-        breakdown: Where the time goes, see ``effvit.measure.breakdown``; None if it was not asked for.
-        accuracy: {"value", "metric", "data", "origin"}, or None if it was not measured.
-        fidelity: How near the outputs are to the baseline's, see ``effvit.measure.fidelity``, or None.
-    """
-
-    name: str
-    host: str | None
-    method: str | None
-    settings: dict[str, Any]
-    parameters: int
-    macs: int
-    uncounted: dict[str, int]
-    tokens: list[float] | None
-    images_per_second: float
-    latency: dict[str, float]
-    peak_memory: int
-    speedup: float
-    interval: tuple[float, float]
-    resolved: bool
-    mac_ratio: float | None
-    ideal_speedup: float | None
-    efficiency: float | None
-    efficiency_interval: tuple[float, float] | None
-    breakdown: list[dict[str, Any]] | None
-    seconds: tuple[float, ...]
-    accuracy: dict[str, Any] | None = None
-    fidelity: Fidelity | None = None
 
 
 def profile(
@@ -84,8 +46,8 @@ def profile(
     breakdown: bool = False,
     on_run: Callable[[str], None] | None = None,
     on_count: Callable[[str], None] | None = None,
-    **conditions: Any,
-) -> dict[str, Any]:
+    **options: Unpack[ProfileOptions],
+) -> Record:
     """Measure and count models beside each other; the first is the baseline.
 
     Args:
@@ -99,84 +61,123 @@ def profile(
         breakdown: Time the parts of every block too.
         on_run: Called with a model's name after each run.
         on_count: Called with a model's name when all about it is known.
-        conditions: Further keywords of ``profile_models``: rounds, warmup, precision, max_rounds, threads, device,
-            dtype, compile, cuda_graphs.
+        options: Further keywords of ``profile_models``: rounds, warmup, precision, max_rounds, threads, device, dtype,
+            compile, cuda_graphs.
 
     Returns:
-        The record: {"schema", "kind": "profile", "machine", "conditions", "models": [a ``Cost`` as a dict each]}.
+        The record, with a ``Cost`` for each model in the order of ``models``.
 
     Raises:
         ValueError: As ``profile_models``.
     """
     sample = noise(input_size, 1) if images is None else images
-    dense_name, dense = next(iter(models.items()))
+    dense = next(iter(models.values()))
     tokens = {name: tokens_by_block(model, sample) for name, model in models.items()}
-    runs = dict(models)
-    if ideal and type(dense) in IDEAL_HOSTS:
-        for name, model in models.items():
-            if is_reduced(model, dense):
-                runs[IDEAL + name] = IdealViT(dense, [round(count) for count in tokens[name] or []])
-    measured = {
-        m.name: m for m in profile_models(runs, input_size, batch_size, images=images, on_run=on_run, **conditions)
-    }
-    device, dtype = torch.device(conditions.get("device", "cpu")), conditions.get("dtype", torch.float32)
+    runs = {**models, **(ideals(models, tokens) if ideal else {})}
+    speeds = profile_models(runs, input_size, batch_size, images=images, on_run=on_run, **options)
+    measured = {speed.name: speed for speed in speeds}
     compared = images is not None and any(is_reduced(model, dense) for model in models.values())
     reference = outputs(dense, sample) if compared else None
+    placement = torch.device(options.get("device", "cpu")), options.get("dtype", torch.float32)
+    batch = fill_batch(sample, batch_size).to(*placement) if breakdown else None
     costs: list[Cost] = []
     for name, model in models.items():
-        speed, host = measured[name], model if isinstance(model, Reduced) else None
+        cost = cost_of(model, measured[name], measured.get(IDEAL + name), sample, tokens[name])
+        baseline = costs[0] if costs else cost
         of_dense = is_reduced(model, dense)
-        report = count_flops(model, input_size, images=sample if host is not None and host.variable_length else None)
-        most = costs[0].macs if costs else report.total
-        ideal_speed = measured.get(IDEAL + name)
-        efficiency, bounds = (None, None) if ideal_speed is None else median_ratio(ideal_speed.seconds, speed.seconds)
-        batch = fill_batch(sample, batch_size).to(device, dtype) if breakdown else None
         costs.append(
-            Cost(
-                name=name,
-                host=dense_name if of_dense else None,
-                method=None if host is None else host.method,
-                settings={} if host is None else dict(host.settings),
-                parameters=sum(parameter.numel() for parameter in model.parameters()),
-                macs=report.total,
-                uncounted=report.uncounted,
-                tokens=tokens[name],
-                images_per_second=speed.images_per_second,
-                latency=speed.latency,
-                peak_memory=speed.peak_memory,
-                speedup=speed.speedup,
-                interval=speed.interval,
-                resolved=not speed.interval[0] <= 1 <= speed.interval[1],
-                mac_ratio=most / report.total if report.total else None,
-                ideal_speedup=None if ideal_speed is None else ideal_speed.speedup,
-                efficiency=efficiency,
-                efficiency_interval=bounds,
+            replace(
+                cost,
+                host=baseline.name if of_dense else None,
+                mac_ratio=baseline.macs / cost.macs if cost.macs else None,
                 breakdown=None if batch is None else time_by_block(model, batch),
-                seconds=speed.seconds,
                 fidelity=compare_outputs(reference, outputs(model, sample)) if of_dense and reference else None,
             )
         )
         if on_count is not None:
             on_count(name)
     named = image_names or [f"{len(images)} images"] if images is not None else "noise"
+    conditions = conditions_of(batch_size, input_size, named, options)
+    return Record(machine(conditions.device), conditions, costs)
+
+
+def ideals(models: Mapping[str, nn.Module], tokens: Mapping[str, Sequence[float] | None]) -> dict[str, nn.Module]:
+    """The ideal of each reduced form of the first model, where its host has one, by the names they are measured under.
+
+    Args:
+        models: Name -> model, the dense one first.
+        tokens: Name -> patch tokens that leave each block.
+    """
+    dense = next(iter(models.values()))
+    if type(dense) not in IDEAL_HOSTS:
+        return {}
     return {
-        "schema": SCHEMA,
-        "kind": "profile",
-        "machine": machine(str(device)),
-        "conditions": {
-            "batch_size": batch_size,
-            "input_size": list(input_size),
-            "compile": False,
-            "cuda_graphs": False,
-            **conditions,
-            "dtype": str(dtype).removeprefix("torch."),
-            "device": str(device),
-            "threads": conditions.get("threads") or torch.get_num_threads(),
-            "clock": "cuda events" if device.type == "cuda" else "wall",
-            "images": named,
-        },
-        "models": [asdict(cost) for cost in costs],
+        IDEAL + name: IdealViT(dense, [round(count) for count in tokens[name] or []])
+        for name, model in models.items()
+        if is_reduced(model, dense)
     }
+
+
+def cost_of(
+    model: nn.Module, speed: Measurement, ideal: Measurement | None, sample: Tensor, tokens: Sequence[float] | None
+) -> Cost:
+    """What a model costs, as far as it can be said without the others.
+
+    Args:
+        model: The model.
+        speed: What was measured of it.
+        ideal: What was measured of its ideal, if it has one.
+        sample: (B, channels, H, W) images that multiply-adds are a mean over where tokens depend on the image.
+        tokens: Patch tokens that leave each block.
+    """
+    method = model if isinstance(model, Reduced) else None
+    adapts = method is not None and method.variable_length
+    report = count_flops(model, (sample.shape[1], sample.shape[2], sample.shape[3]), images=sample if adapts else None)
+    efficiency, bounds = (None, None) if ideal is None else median_ratio(ideal.seconds, speed.seconds)
+    return Cost(
+        name=speed.name,
+        host=None,
+        method=None if method is None else method.method,
+        settings={} if method is None else dict(method.settings),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        macs=report.total,
+        uncounted=report.uncounted,
+        tokens=tokens,
+        images_per_second=speed.images_per_second,
+        latency=speed.latency,
+        peak_memory=speed.peak_memory,
+        speedup=speed.speedup,
+        interval=speed.interval,
+        resolved=not speed.interval[0] <= 1 <= speed.interval[1],
+        mac_ratio=None,
+        ideal_speedup=None if ideal is None else ideal.speedup,
+        efficiency=efficiency,
+        efficiency_interval=bounds,
+        breakdown=None,
+        seconds=speed.seconds,
+        accuracy=None,
+        fidelity=None,
+    )
+
+
+def conditions_of(
+    batch_size: int, input_size: tuple[int, int, int], images: Sequence[str] | str, options: ProfileOptions
+) -> Conditions:
+    """What a measurement with these options of ``profile_models`` holds for."""
+    device = torch.device(options.get("device", "cpu"))
+    known = {field.name for field in fields(Conditions)}
+    return Conditions(
+        batch_size=batch_size,
+        input_size=input_size,
+        compile=options.get("compile", False),
+        cuda_graphs=options.get("cuda_graphs", False),
+        options={name: as_json(value) for name, value in options.items() if name not in known},
+        threads=options.get("threads") or torch.get_num_threads(),
+        device=str(device),
+        dtype=str(options.get("dtype", torch.float32)).removeprefix("torch."),
+        clock="cuda events" if device.type == "cuda" else "wall",
+        images=images,
+    )
 
 
 def is_reduced(model: nn.Module, dense: nn.Module) -> bool:
@@ -191,5 +192,5 @@ def tokens_by_block(model: nn.Module, images: Tensor) -> list[float] | None:
         return mean_counts(model, images)
     if type(model) not in HOST_CLASSES:
         return None
-    dense: Any = model
+    dense = cast("PlainViT", model)
     return [float(dense.patch_embed.num_patches)] * len(dense.blocks)

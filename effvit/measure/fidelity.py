@@ -1,35 +1,19 @@
-"""How near a reduced model's outputs are to the dense model's, on pictures without labels."""
+"""How near a reduced model's outputs are to the dense model's, on images without labels."""
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from effvit.measure.flops import eval_twin
+from effvit.measure.values import Fidelity
 
-__all__ = ["Fidelity", "Outputs", "compare_outputs", "fidelity", "outputs"]
+__all__ = ["Outputs", "compare_outputs", "fidelity", "outputs"]
 
 Outputs = tuple[Tensor, Tensor]  # scores (B, classes) and features in front of the classifier (B, C)
-
-
-class Fidelity(TypedDict):
-    """Distances from the dense model.
-
-    Attributes:
-        divergence: Kullback-Leibler divergence of the class probabilities from the dense model's, nats, mean over
-            images.
-        feature_distance: One less the cosine of the features in front of the classifier, mean over images.
-        agreement: Share of the images with the same first class.
-        images: Number of images.
-    """
-
-    divergence: float
-    feature_distance: float
-    agreement: float
-    images: int
 
 
 @torch.no_grad()
@@ -65,12 +49,12 @@ def compare_outputs(dense: Outputs, own: Outputs) -> Fidelity:
         functional.log_softmax(scores, dim=-1), expected, reduction="batchmean", log_target=True
     )
     cosine = functional.cosine_similarity(dense_features, features, dim=-1)
-    return {
-        "divergence": max(0.0, float(divergence)),
-        "feature_distance": max(0.0, float(1 - cosine.mean())),
-        "agreement": float((scores.argmax(-1) == dense_scores.argmax(-1)).float().mean()),
-        "images": len(scores),
-    }
+    return Fidelity(
+        divergence=max(0.0, float(divergence)),
+        feature_distance=max(0.0, float(1 - cosine.mean())),
+        agreement=float((scores.argmax(-1) == dense_scores.argmax(-1)).float().mean()),
+        images=len(scores),
+    )
 
 
 def fidelity(dense: nn.Module, model: nn.Module, images: Tensor) -> Fidelity:

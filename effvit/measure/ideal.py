@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Protocol, cast
 
 import torch
 from timm.models.deit import VisionTransformerDistilled
@@ -11,10 +12,36 @@ from torch import Tensor, nn
 
 from effvit.hosts.host import ReducedHost
 from effvit.measure.flops import eval_twin
+from effvit.protocols import Layer, PatchEmbedding
 
-__all__ = ["IDEAL_HOSTS", "IdealViT", "mean_counts"]
+__all__ = ["IDEAL_HOSTS", "IdealViT", "PlainViT", "mean_counts"]
 
 IDEAL_HOSTS = (VisionTransformer, VisionTransformerDistilled)
+
+
+class PlainViT(Protocol):
+    """What is asked of timm's plain ViTs."""
+
+    num_prefix_tokens: int
+    patch_embed: PatchEmbedding
+    blocks: Sequence[PlainBlock]
+    norm_pre: Layer
+    norm: Layer
+
+    def _pos_embed(self, x: Tensor, /) -> Tensor: ...
+
+    def forward_head(self, x: Tensor, /) -> Tensor: ...
+
+
+class PlainBlock(Protocol):
+    """What is asked of their blocks."""
+
+    norm1: Layer
+    attn: Layer
+    ls1: Layer
+    norm2: Layer
+    mlp: Layer
+    ls2: Layer
 
 
 class IdealViT(nn.Module):
@@ -29,11 +56,11 @@ class IdealViT(nn.Module):
         counts: Patch tokens that leave each block.
     """
 
-    dense: Any
+    dense: PlainViT
 
-    def __init__(self, dense: nn.Module, counts: list[int]) -> None:
+    def __init__(self, dense: nn.Module, counts: Sequence[int]) -> None:
         super().__init__()
-        self.dense = dense
+        self.dense = cast("PlainViT", dense)
         self.lengths = [self.dense.num_prefix_tokens + count for count in counts]
 
     def forward(self, x: Tensor) -> Tensor:

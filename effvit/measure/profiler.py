@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import timm
@@ -26,9 +26,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import effvit
+from effvit.protocols import Json
 
 __all__ = [
     "Measurement",
+    "Options",
+    "ProfileOptions",
     "fill_batch",
     "keep_freed_memory",
     "machine",
@@ -43,6 +46,25 @@ RESAMPLES = 2000
 MAX_WARMUP = 10
 PERCENTILES = (10, 50, 90, 99)
 TRIM_THRESHOLD, MMAP_MAX = -1, -4  # parameters of mallopt, from glibc's malloc.h
+
+
+class Options(TypedDict, total=False):
+    """Keywords of ``profile_models`` that say how to measure, whatever the number of rounds."""
+
+    warmup: int
+    precision: float | None
+    max_rounds: int
+    threads: int | None
+    device: str | torch.device
+    dtype: torch.dtype
+    compile: bool
+    cuda_graphs: bool
+
+
+class ProfileOptions(Options, total=False):
+    """Those, and the rounds."""
+
+    rounds: int
 
 
 @dataclass(frozen=True)
@@ -339,7 +361,7 @@ def measurement(name: str, seconds: np.ndarray, baseline: np.ndarray, batch_size
     )
 
 
-def machine(device: str) -> dict[str, Any]:
+def machine(device: str) -> dict[str, Json]:
     """What a measurement on the device was made with: system, processor, device and versions."""
     return {
         "system": platform.platform(),

@@ -1,160 +1,66 @@
-"""Files of results: read with limits, and checked field by field before anything is made of them."""
+"""Files of results: where the values of ``effvit.measure.values`` are read from and written to.
+
+A file of results is a list of records. Each is checked field by field before anything is made of it, since files come
+from strangers too.
+"""
 
 from __future__ import annotations
 
-import json
-import math
-import re
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from effvit.messages import UNSAFE, plain, shown
+from effvit.measure.json_files import read_json, write_json
+from effvit.measure.rules import (
+    Rule,
+    either,
+    fields,
+    labels,
+    list_of,
+    number,
+    optional,
+    picture,
+    plain_value,
+    table_of,
+    text,
+    truth,
+    whole,
+)
+from effvit.measure.values import (
+    Accuracy,
+    BlockTime,
+    Candidate,
+    Conditions,
+    Cost,
+    Fidelity,
+    Record,
+    TokenRecord,
+    Tuning,
+    TuningConditions,
+)
+from effvit.messages import plain, shown
+from effvit.protocols import Json
 
-__all__ = ["SCHEMA", "add_record", "check_record", "parse_json", "read_json", "read_records", "write_json"]
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+__all__ = [
+    "SCHEMA",
+    "add_record",
+    "as_json",
+    "as_object",
+    "check_record",
+    "profile_of",
+    "read_profiles",
+    "read_records",
+    "read_tuning",
+    "write_records",
+]
 
 SCHEMA = 1  # of the records; a change that breaks their readers raises it
-LARGEST_FILE = 64 << 20  # bytes; a record of ten models has 10 kB, a picture of tokens 200 kB
-LARGEST_NUMBER = 1e18  # multiply-adds of the largest models are below 1e15; a page draws no axis to 1e300
-LONGEST_TEXT = 10_000
-LONGEST_LIST = 10_000
-DEEPEST = 8
-PICTURE = re.compile(r"data:image/(png|jpeg|gif|webp);base64,[A-Za-z0-9+/]*={0,2}")
 
-Rule = Callable[[Any, str], None]  # raises a ValueError for a value; the text is the place of the value in the file
-
-
-# -- rules -----------------------------------------------------------------------------------------------
-
-
-def _refuse(place: str, rule: str, value: Any) -> NoReturn:
-    owner, _, field = place.rpartition(", ")
-    raise ValueError(
-        f'{owner}: "{field}" must be {rule}, got {shown(value)}; measure again with this version of effvit'
-    )
-
-
-def number(low: float = -LARGEST_NUMBER, high: float = LARGEST_NUMBER) -> Rule:
-    """A finite number between the bounds; True and False are none."""
-
-    def check(value: Any, place: str) -> None:
-        if type(value) not in (int, float) or not low <= value <= high:  # NaN is in no interval
-            _refuse(place, f"a number from {low:g} to {high:g}", value)
-
-    return check
-
-
-def whole(low: int = 0, high: int = int(LARGEST_NUMBER)) -> Rule:
-    """An integer between the bounds."""
-
-    def check(value: Any, place: str) -> None:
-        if type(value) is not int or not low <= value <= high:
-            _refuse(place, f"a whole number from {low} to {high:g}", value)
-
-    return check
-
-
-def text(value: Any, place: str) -> None:
-    """A string of moderate length without control characters."""
-    if not isinstance(value, str) or len(value) > LONGEST_TEXT or UNSAFE.search(value):
-        _refuse(place, f"a text of at most {LONGEST_TEXT} characters without control characters", value)
-
-
-def truth(value: Any, place: str) -> None:
-    """True or False."""
-    if not isinstance(value, bool):
-        _refuse(place, "true or false", value)
-
-
-def picture(value: Any, place: str) -> None:
-    """An image as a data URI."""
-    if not isinstance(value, str) or not PICTURE.fullmatch(value):
-        _refuse(place, "a data URI of a PNG, JPEG, GIF or WebP image in base64", value)
-
-
-def plain_value(value: Any, place: str, depth: int = 0) -> None:
-    """Any JSON value of moderate depth and size."""
-    if depth > DEEPEST:
-        _refuse(place, f"at most {DEEPEST} lists and objects inside each other", value)
-    if isinstance(value, str):
-        text(value, place)
-    elif isinstance(value, list):
-        list_of(lambda entry, where: plain_value(entry, where, depth + 1))(value, place)
-    elif isinstance(value, dict):
-        table_of(lambda entry, where: plain_value(entry, where, depth + 1))(value, place)
-    elif value is not None and not isinstance(value, bool):
-        number()(value, place)
-
-
-def optional(rule: Rule) -> Rule:
-    """None, or what the rule takes."""
-    return lambda value, place: None if value is None else rule(value, place)
-
-
-def either(first: Rule, second: Rule) -> Rule:
-    """What one of the rules takes; the error is that of the second."""
-
-    def check(value: Any, place: str) -> None:
-        try:
-            first(value, place)
-        except ValueError:
-            second(value, place)
-
-    return check
-
-
-def list_of(rule: Rule, least: int = 0, most: int = LONGEST_LIST) -> Rule:
-    """A list of ``least`` to ``most`` entries that the rule takes."""
-
-    def check(value: Any, place: str) -> None:
-        if not isinstance(value, list):
-            owner, _, field = place.rpartition(", ")
-            raise ValueError(f'{owner}: "{field}" must be a list, got a {type(value).__name__}')
-        if not least <= len(value) <= most:
-            _refuse(place, f"a list of {least} to {most} entries", value)
-        for index, entry in enumerate(value):
-            rule(entry, f"{place} {index}")
-
-    return check
-
-
-def table_of(rule: Rule) -> Rule:
-    """An object of any names whose values the rule takes."""
-
-    def check(value: Any, place: str) -> None:
-        if not isinstance(value, dict) or len(value) > LONGEST_LIST:
-            _refuse(place, f"an object of at most {LONGEST_LIST} entries", value)
-        for name, entry in value.items():
-            text(name, f"{place}, a name")
-            rule(entry, f"{place}, {plain(name, 60)}")
-
-    return check
-
-
-def fields(rules: Mapping[str, Rule], others: Mapping[str, Rule] | None = None) -> Rule:
-    """An object with all fields of ``rules`` and perhaps those of ``others``; what else it has is a plain value."""
-    known = {**rules, **(others or {})}
-
-    def check(value: Any, place: str) -> None:
-        missing = sorted(rules.keys() - value.keys()) if isinstance(value, dict) else sorted(rules)
-        if missing:
-            raise ValueError(f"{place} lacks {', '.join(missing)}; measure again with this version of effvit")
-        table_of(lambda entry, where: None)(value, place)
-        for name, entry in value.items():
-            known.get(name, plain_value)(entry, f"{place}, {plain(name, 60)}")
-
-    return check
-
-
-def labels(value: Any, place: str) -> None:
-    """Rows of one length with the token of each patch, -1 where it was dropped."""
-    list_of(list_of(whole(-1, 1 << 24), least=1, most=4096), least=1, most=4096)(value, place)
-    lengths = {len(row) for row in value}
-    if len(lengths) > 1:
-        _refuse(place, "rows of one length", sorted(lengths))
-
-
-# -- what records hold -----------------------------------------------------------------------------------
+# -- what records hold -----------------------------------------------------------------------------------------------
 
 POSITIVE = number(low=0)
 BOUNDS = list_of(POSITIVE, 2, 2)
@@ -255,7 +161,7 @@ KINDS: dict[str, Rule] = {
 }
 
 
-def check_record(record: Any, place: str, kinds: tuple[str, ...] = ("profile", "tokens")) -> None:
+def check_record(record: Json, place: str, kinds: tuple[str, ...] = ("profile", "tokens")) -> None:
     """Raise a ValueError unless the record has all fields of its kind, and in each what belongs there.
 
     Args:
@@ -263,69 +169,21 @@ def check_record(record: Any, place: str, kinds: tuple[str, ...] = ("profile", "
         place: What the message calls it.
         kinds: Kinds it may be of: "profile", "tokens" or "tune".
     """
-    found = shown(record)
-    if isinstance(record, dict):
-        found = f"{{'schema': {shown(record.get('schema'))}, 'kind': {shown(record.get('kind'))}}}"
-    has_schema = isinstance(record, dict) and type(record.get("schema")) is int and record["schema"] == SCHEMA
-    if not has_schema or record.get("kind") not in list(kinds):
+    entries = record if isinstance(record, dict) else {}
+    schema, kind = entries.get("schema"), entries.get("kind")
+    if type(schema) is not int or schema != SCHEMA or not isinstance(kind, str) or kind not in kinds:
+        said = f"{{'schema': {shown(schema)}, 'kind': {shown(kind)}}}" if isinstance(record, dict) else shown(record)
         raise ValueError(
-            f'{place} must have "schema": {SCHEMA} and "kind": {" or ".join(map(repr, kinds))}, got {found}; '
+            f'{place} must have "schema": {SCHEMA} and "kind": {" or ".join(map(repr, kinds))}, got {said}; '
             "measure again with this version of effvit"
         )
-    own = {name: entry for name, entry in record.items() if name not in ("schema", "kind")}
-    KINDS[record["kind"]](own, place)
+    KINDS[kind]({name: entry for name, entry in entries.items() if name not in ("schema", "kind")}, place)
 
 
-# -- files -----------------------------------------------------------------------------------------------
+# -- from files ------------------------------------------------------------------------------------------
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file in UTF-8 of moderate size, with finite numbers and each name once in an object.
-
-    Raises:
-        OSError: No such file, or one that cannot be read.
-        ValueError: Anything else; the message names the file.
-    """
-    if path.is_dir():
-        raise ValueError(f"{plain(path)} is a folder, not a JSON file of results")
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{plain(path)} is a pipe, socket or device, not a JSON file of results")
-    if path.stat().st_size > LARGEST_FILE:
-        raise ValueError(
-            f"{plain(path)} has {path.stat().st_size} bytes, a file of results at most {LARGEST_FILE}; "
-            "split it by its records"
-        )
-    try:
-        return parse_json(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{plain(path)} is not a JSON file of results ({plain(error)})") from error
-
-
-def parse_json(content: str) -> Any:
-    """The value of a JSON text with finite numbers and each name once in an object; a ValueError for any other."""
-    try:
-        return json.loads(content, parse_constant=_finite, parse_float=_finite, object_pairs_hook=_each_once)
-    except RecursionError:
-        raise ValueError("its lists are nested too deep") from None
-
-
-def _finite(digits: str) -> float:
-    value = float(digits)
-    if not math.isfinite(value):
-        raise ValueError(f"{plain(digits, 60)} is not a number a page can read")
-    return value
-
-
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        again = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"an object has the name {shown(again)} twice")
-    return found
-
-
-def read_records(path: Path, kinds: tuple[str, ...] = ("profile", "tokens")) -> list[dict[str, Any]]:
+def read_records(path: Path, kinds: tuple[str, ...] = ("profile", "tokens")) -> list[Json]:
     """The records of a file of results, each checked by ``check_record``.
 
     Raises:
@@ -343,21 +201,106 @@ def read_records(path: Path, kinds: tuple[str, ...] = ("profile", "tokens")) -> 
     return records
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write the value, making the folder if there is none.
+def read_profiles(path: Path) -> list[Record]:
+    """The records of a file that holds profiles alone; errors as of ``read_records``."""
+    return [profile_of(record) for record in read_records(path, (Record.kind,))]
+
+
+def read_tuning(path: Path) -> Tuning:
+    """What a search for a setting found, of a file of its own.
 
     Raises:
-        ValueError: A number that is not finite, for which JSON has no words.
+        OSError, ValueError: As ``read_json`` and ``check_record``.
     """
-    try:
-        content = json.dumps(value, indent=1, allow_nan=False)
-    except ValueError as error:
-        raise ValueError(f"{plain(path)} is not written: {error}; the outputs of a model are not finite") from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content + "\n", encoding="utf-8")
+    value: Any = read_json(path)
+    check_record(value, plain(path), (Tuning.kind,))
+    entries = _entries(Tuning, value)
+    of_several = {name: [_candidate(entry) for entry in value[name]] for name in ("front", "tried")}
+    conditions = TuningConditions(**_with_rest(TuningConditions, value["conditions"], "options"))
+    return Tuning(**entries | {"conditions": conditions, "best": _candidate(value["best"]), **of_several})
 
 
-def add_record(path: Path, record: Any) -> None:
+def profile_of(value: Any) -> Record:
+    """The value of a checked record of kind "profile"."""
+    said = {"weights": value["conditions"]["weights"]} if "weights" in value["conditions"] else {}
+    others = {name: entry for name, entry in value["conditions"].items() if name != "weights"}
+    conditions = Conditions(**_with_rest(Conditions, others, "options") | {"notes": said})
+    return Record(value["machine"], conditions, [_cost(entry) for entry in value["models"]])
+
+
+# What is below takes entries that check_record has let pass, whose types are known to it and not to a type checker.
+
+
+def _entries(kind: type, value: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a class that an object of a file has; bounds and sizes become tuples."""
+    found = {entry.name: value[entry.name] for entry in dataclasses.fields(kind) if entry.name in value}
+    pairs = ("interval", "efficiency_interval", "input_size")
+    return {name: tuple(entry) if name in pairs and entry else entry for name, entry in found.items()}
+
+
+def _with_rest(kind: type, value: Mapping[str, Any], rest: str) -> dict[str, Any]:
+    """The fields of a class, all else in the field ``rest``."""
+    found = _entries(kind, value)
+    return found | {rest: {name: entry for name, entry in value.items() if name not in found}}
+
+
+def _cost(value: Mapping[str, Any]) -> Cost:
+    accuracy, distances, parts = value["accuracy"], value["fidelity"], value["breakdown"]
+    return Cost(
+        **_entries(Cost, value)
+        | {
+            "accuracy": accuracy and Accuracy(**_entries(Accuracy, accuracy)),
+            "fidelity": distances and Fidelity(**_entries(Fidelity, distances)),
+            "breakdown": parts and [BlockTime(**_entries(BlockTime, part)) for part in parts],
+        }
+    )
+
+
+def _candidate(value: Mapping[str, Any]) -> Candidate:
+    distances = Fidelity(**_entries(Fidelity, value["fidelity"]))
+    return Candidate(**_entries(Candidate, value) | {"fidelity": distances})
+
+
+# -- into files ------------------------------------------------------------------------------------------
+
+
+def as_json(value: object) -> Json:
+    """A value as a file holds it; what has no value and may be missing in a file is left out.
+
+    Raises:
+        TypeError: A value that JSON has no words for.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return as_object(value)
+    if isinstance(value, Mapping):
+        return {str(name): as_json(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(entry) for entry in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"a file of results holds numbers, texts, lists and objects, got a {type(value).__name__}")
+
+
+def as_object(value: DataclassInstance) -> dict[str, Json]:
+    """The fields of a dataclass as ``as_json`` writes them, those of a record after its schema and kind."""
+    found: dict[str, Json] = {}
+    if isinstance(value, Record | TokenRecord | Tuning):
+        found |= {"schema": SCHEMA, "kind": value.kind}
+    for entry in dataclasses.fields(value):
+        own: object = getattr(value, entry.name)
+        if isinstance(own, Mapping) and "inline" in entry.metadata:
+            found |= {name: as_json(inner) for name, inner in own.items()}
+        elif own is not None or entry.default is dataclasses.MISSING:
+            found[entry.name] = as_json(own)
+    return found
+
+
+def write_records(path: Path, records: Sequence[Record | TokenRecord]) -> None:
+    """Write a file of results; errors as of ``write_json``."""
+    write_json(path, as_json(list(records)))
+
+
+def add_record(path: Path, record: Json) -> None:
     """Write the record at the end of the list in the file, or as the first of a new one.
 
     Raises:

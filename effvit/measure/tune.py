@@ -1,27 +1,33 @@
 """Find the method and schedule that reach a wished speed-up on this machine with the least change of the outputs.
 
 Speed is measured, beside the dense model in the same rounds; multiply-adds decide only if a number of them is asked
-for. The change of the outputs needs pictures without labels.
+for. The change of the outputs needs images without labels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 
-import effvit
 from effvit.hosts.host import ReducedHost
 from effvit.measure.closed_form import closed_form_macs
-from effvit.measure.fidelity import Fidelity, compare_outputs, outputs
-from effvit.measure.ideal import mean_counts
-from effvit.measure.profiler import machine, profile_models
-from effvit.measure.records import SCHEMA
+from effvit.measure.fidelity import Outputs, compare_outputs, outputs
+from effvit.measure.ideal import PlainViT, mean_counts
+from effvit.measure.profiler import Options, machine, profile_models
+from effvit.measure.values import Candidate, Tuning, TuningConditions
+from effvit.measure.variants import reduce_by
+from effvit.protocols import Settings
 from effvit.reducers import METHODS
 
-__all__ = ["Candidate", "Family", "families", "front", "tune"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["Family", "families", "front", "tune"]
 
 TUNED = tuple(name for name, method in METHODS.items() if method.ladders(12, 196))
 
@@ -36,28 +42,14 @@ class Family:
     """
 
     method: str
-    ladder: tuple[dict[str, Any], ...]
+    ladder: tuple[Settings, ...]
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A setting that was tried.
+class Place(NamedTuple):
+    """Where a setting stands: the number of the ladder, and that of its rung."""
 
-    Attributes:
-        method: Name of the method.
-        settings: Settings that differ from its defaults.
-        macs: Multiply-adds of one image.
-        speedup: Over the dense model.
-        interval: Its bootstrap 95 % interval.
-        fidelity: Distances of the outputs from the dense model's.
-    """
-
-    method: str
-    settings: dict[str, Any]
-    macs: int
-    speedup: float
-    interval: tuple[float, float]
-    fidelity: Fidelity
+    ladder: int
+    rung: int
 
 
 def families(dense: nn.Module, methods: Sequence[str] = TUNED) -> list[Family]:
@@ -70,9 +62,9 @@ def families(dense: nn.Module, methods: Sequence[str] = TUNED) -> list[Family]:
     unknown = [method for method in methods if method not in TUNED]
     if unknown:
         raise ValueError(f"{unknown[0]!r} is not tuned; tuned are {', '.join(TUNED)}")
-    host: Any = dense
-    if not hasattr(host, "blocks"):
+    if not hasattr(dense, "blocks"):
         raise TypeError(f"tuned are plain ViTs, whose blocks follow each other in 'blocks', not {type(dense).__name__}")
+    host = cast("PlainViT", dense)
     depth, patches = len(host.blocks), host.patch_embed.num_patches
     found = []
     for method in methods:
@@ -85,7 +77,7 @@ def families(dense: nn.Module, methods: Sequence[str] = TUNED) -> list[Family]:
     return found
 
 
-def usable_part(dense: nn.Module, method: str, ladder: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def usable_part(dense: nn.Module, method: str, ladder: Sequence[Settings]) -> Sequence[Settings]:
     """The ladder from the first setting the model can take to the last before one that leaves no token."""
     start = next((rung for rung, settings in enumerate(ladder) if can_take(dense, method, settings)), len(ladder))
     ladder = ladder[start:]
@@ -93,10 +85,10 @@ def usable_part(dense: nn.Module, method: str, ladder: list[dict[str, Any]]) -> 
     return ladder[:end]
 
 
-def can_take(dense: nn.Module, method: str, settings: Mapping[str, Any]) -> bool:
+def can_take(dense: nn.Module, method: str, settings: Settings) -> bool:
     """True if the model can be reduced so."""
     try:
-        effvit.sparsify(dense, method, **settings)
+        reduce_by(dense, method, settings)
     except (ValueError, TypeError):
         return False
     return True
@@ -126,8 +118,8 @@ def weakest(reaches: Callable[[dict[int, int]], Mapping[int, bool]], lengths: Se
 def front(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Those that no other one beats in both speed-up and divergence, slowest first."""
     best: list[Candidate] = []
-    for candidate in sorted(candidates, key=lambda c: (-c.speedup, c.fidelity["divergence"])):
-        if not best or candidate.fidelity["divergence"] < best[-1].fidelity["divergence"]:
+    for candidate in sorted(candidates, key=lambda c: (-c.speedup, c.fidelity.divergence)):
+        if not best or candidate.fidelity.divergence < best[-1].fidelity.divergence:
             best.append(candidate)
     return best[::-1]
 
@@ -143,8 +135,8 @@ def tune(
     rounds: int = 8,
     final_rounds: int = 40,
     on_run: Callable[[str], None] | None = None,
-    **conditions: Any,
-) -> dict[str, Any]:
+    **options: Unpack[Options],
+) -> Tuning:
     """The setting with the least divergence from the dense model among those that reach the aim.
 
     The strength of each family is bisected, all families in the same interleaved rounds. The weakest settings that
@@ -154,7 +146,7 @@ def tune(
 
     Args:
         dense: A timm ViT that methods here can reduce.
-        images: (B, channels, H, W) pictures, normalised as the model takes them.
+        images: (B, channels, H, W), normalised as the model takes them.
         speedup: Wished speed-up over the dense model, above 1; or
         macs: Multiply-adds of one image not to exceed.
         methods: Methods to choose from.
@@ -162,11 +154,10 @@ def tune(
         rounds: Of each step of the bisection.
         final_rounds: Of the last measurement.
         on_run: Called with a model's name after each timed run.
-        conditions: Further keywords of ``profile_models``: threads, device, dtype, compile.
+        options: Further keywords of ``profile_models``: threads, device, dtype, compile.
 
     Returns:
-        {"schema", "kind": "tune", "machine", "conditions", "target", "best", "front", "tried"}: ``best`` is a
-        ``Candidate`` as a dict, ``front`` and ``tried`` are lists of them.
+        The best setting beside all that were tried; it does not name the host.
 
     Raises:
         ValueError: Not exactly one aim, an aim out of reach, or a model or method that cannot be tuned.
@@ -175,103 +166,158 @@ def tune(
         raise ValueError("give one aim: a speedup such as 1.5, or macs")
     if speedup is not None and not speedup > 1:
         raise ValueError(f"speedup must be above 1, got {speedup}")
-    found = families(dense, methods)
-    size = (images.shape[1], images.shape[2], images.shape[3])
-    reference = outputs(dense, images)
-    tried: dict[str, Candidate] = {}
+    trials = Trials(dense, images, tuple(families(dense, methods)), batch_size, on_run, options)
+    finals = trials.weakest_places(speedup, macs, rounds)
+    best = trials.chosen(finals, speedup, final_rounds)
+    if best is None:
+        fastest = max((candidate.speedup for candidate in trials.tried.values()), default=1.0)
+        aim = f"a speed-up of {speedup}" if macs is None else f"{macs} multiply-adds"
+        raise ValueError(
+            f"no setting of {', '.join(methods)} reaches {aim} here (fastest {fastest:.2f}x); ask for less, or "
+            "measure with a larger batch_size, where reduction pays more"
+        )
+    named = {"images": len(images), "rounds": rounds, "final_rounds": final_rounds}
+    others = {name: str(value) for name, value in options.items() if name not in ("threads", "device", "dtype")}
+    conditions = TuningConditions(
+        batch_size=batch_size,
+        input_size=trials.size,
+        options={**named, **others},
+        threads=options.get("threads") or torch.get_num_threads(),
+        device=str(options.get("device", "cpu")),
+        dtype=str(options.get("dtype", torch.float32)).removeprefix("torch."),
+    )
+    tried = list(trials.tried.values())
+    return Tuning(
+        machine=machine(conditions.device),
+        conditions=conditions,
+        target={"speedup": speedup} if macs is None else {"macs": macs},
+        best=best,
+        front=front(tried),
+        tried=tried,
+    )
 
-    def measure(chosen: Mapping[str, tuple[str, dict[str, Any]]], number: int) -> None:
-        models: dict[str, nn.Module] = {"dense": dense}
-        for name, (method, settings) in chosen.items():
-            models[name] = effvit.sparsify(dense, method, **settings)
-        speeds = profile_models(models, size, batch_size, rounds=number, images=images, on_run=on_run, **conditions)
+
+@dataclass
+class Trials:
+    """Settings of a dense model that are tried beside it.
+
+    Attributes:
+        dense: The model.
+        images: (B, channels, H, W) to run on and to compare outputs on.
+        families: Ladders of settings.
+        batch_size: Images in the batch that is timed.
+        on_run: Called with a name after each timed run.
+        options: Of ``profile_models``.
+        tried: What has been tried, by its place on the ladders.
+    """
+
+    dense: nn.Module
+    images: Tensor
+    families: Sequence[Family]
+    batch_size: int
+    on_run: Callable[[str], None] | None
+    options: Options
+    tried: dict[Place, Candidate] = field(default_factory=dict)
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """(channels, H, W) of an image."""
+        return self.images.shape[1], self.images.shape[2], self.images.shape[3]
+
+    @cached_property
+    def reference(self) -> Outputs:
+        """What the dense model says."""
+        return outputs(self.dense, self.images)
+
+    def reduced(self, place: Place) -> nn.Module:
+        """The model with the settings of a place."""
+        family = self.families[place.ladder]
+        return reduce_by(self.dense, family.method, family.ladder[place.rung])
+
+    def measure(self, places: Iterable[Place], rounds: int) -> None:
+        """Time the settings and the dense model in the same rounds; outputs and multiply-adds are looked at once."""
+        named = {f"{place.ladder}.{place.rung}": place for place in places}
+        models = {"dense": self.dense, **{name: self.reduced(place) for name, place in named.items()}}
+        speeds = profile_models(
+            models,
+            self.size,
+            self.batch_size,
+            rounds=rounds,
+            images=self.images,
+            on_run=self.on_run,
+            **self.options,
+        )
         for speed in speeds[1:]:
-            model = models[speed.name]
-            method, settings = chosen[speed.name]
-            known = tried.get(speed.name)
-            tried[speed.name] = (
-                replace(known, speedup=speed.speedup, interval=speed.interval)
-                if known is not None
-                else Candidate(
-                    method,
-                    settings,
-                    multiply_adds(model, size, images),
-                    speed.speedup,
-                    speed.interval,
-                    compare_outputs(reference, outputs(model, images)),
-                )
-            )
+            place = named[speed.name]
+            known = self.tried.get(place) or self._compared(place, models[speed.name])
+            self.tried[place] = replace(known, speedup=speed.speedup, interval=speed.interval)
 
-    def rung_name(ladder: int, rung: int) -> str:
-        return f"{ladder}.{rung}"
+    def _compared(self, place: Place, model: nn.Module) -> Candidate:
+        """The setting of a place with all but its speed."""
+        family = self.families[place.ladder]
+        macs = multiply_adds(model, self.size, self.images)
+        distances = compare_outputs(self.reference, outputs(model, self.images))
+        return Candidate(family.method, family.ladder[place.rung], macs, 1.0, (1.0, 1.0), distances)
 
-    def named(places: Iterable[tuple[int, int]]) -> dict[str, tuple[str, dict[str, Any]]]:
-        return {rung_name(i, rung): (found[i].method, found[i].ladder[rung]) for i, rung in places}
+    def weakest_places(self, speedup: float | None, macs: int | None, rounds: int) -> set[Place]:
+        """The weakest setting of each family that reaches the aim, by bisection; for a speed-up also its neighbours."""
 
-    def reaches(rungs: dict[int, int]) -> dict[int, bool]:
-        if macs is not None:
-            chosen = named(rungs.items()).values()
-            counts = [multiply_adds(effvit.sparsify(dense, m, **s), size, images) for m, s in chosen]
-            return dict(zip(rungs, (count <= macs for count in counts), strict=True))
-        measure(named(rungs.items()), rounds)
-        return {i: tried[rung_name(i, rung)].speedup >= (speedup or 0) for i, rung in rungs.items()}
+        def reaches(rungs: dict[int, int]) -> dict[int, bool]:
+            places = [Place(*item) for item in rungs.items()]
+            if macs is not None:
+                counts = [multiply_adds(self.reduced(place), self.size, self.images) for place in places]
+                return dict(zip(rungs, (count <= macs for count in counts), strict=True))
+            self.measure(places, rounds)
+            return {place.ladder: self.tried[place].speedup >= (speedup or 0) for place in places}
 
-    rungs = {i: rung for i, rung in weakest(reaches, [len(f.ladder) for f in found]).items() if rung is not None}
-    finals = set(rungs.items())
-    if speedup is not None:  # few rounds may have stopped the bisection a rung early or late
-        finals |= {
-            (i, rung + step) for i, rung in finals for step in (-1, 1) if 0 <= rung + step < len(found[i].ladder)
-        }
-
-    def in_reach() -> list[tuple[int, int]]:
-        return [place for place in finals if speedup is None or tried[rung_name(*place)].speedup >= speedup]
-
-    def stronger() -> list[tuple[int, int]]:
-        """The next rung of each family that misses the aim now."""
-        short = sorted(set(rungs) - {i for i, _ in in_reach()})
-        following = [(i, 1 + max(rung for j, rung in finals if j == i)) for i in short]
-        return [(i, rung) for i, rung in following if rung < len(found[i].ladder)]
-
-    fresh = sorted(finals)
-    while True:
-        while fresh:
-            measure(named(fresh), final_rounds)
-            finals |= set(fresh)
-            fresh = stronger()
-        reached = in_reach()
-        if not reached:
-            fastest = max((candidate.speedup for candidate in tried.values()), default=1.0)
-            aim = f"a speed-up of {speedup}" if macs is None else f"{macs} multiply-adds"
-            raise ValueError(
-                f"no setting of {', '.join(methods)} reaches {aim} here (fastest {fastest:.2f}x); ask for less, or "
-                "measure with a larger batch_size, where reduction pays more"
-            )
-        winner = min(reached, key=lambda place: tried[rung_name(*place)].fidelity["divergence"])
+        rungs = weakest(reaches, [len(family.ladder) for family in self.families])
+        found = {Place(ladder, rung) for ladder, rung in rungs.items() if rung is not None}
         if speedup is None:
-            break
-        # The best of many noisy figures is too good on average: the winner has to reach the aim once more, alone.
-        measure(named([winner]), final_rounds)
-        if tried[rung_name(*winner)].interval[1] >= speedup:
-            break
-        fresh = stronger()
-    best = tried[rung_name(*winner)]
-    return {
-        "schema": SCHEMA,
-        "kind": "tune",
-        "machine": machine(str(conditions.get("device", "cpu"))),
-        "conditions": {
-            "batch_size": batch_size,
-            "input_size": list(size),
-            "images": len(images),
-            "rounds": rounds,
-            "final_rounds": final_rounds,
-            **{name: str(value).removeprefix("torch.") for name, value in conditions.items()},
-        },
-        "target": {"speedup": speedup} if macs is None else {"macs": macs},
-        "best": asdict(best),
-        "front": [asdict(candidate) for candidate in front(list(tried.values()))],
-        "tried": [asdict(candidate) for candidate in tried.values()],
-    }
+            return found
+        # Few rounds may have stopped the bisection a rung early or late.
+        beside = {Place(ladder, rung + step) for ladder, rung in found for step in (-1, 1)}
+        return found | {place for place in beside if self.exists(place)}
+
+    def exists(self, place: Place) -> bool:
+        """Whether the ladder has that rung."""
+        return 0 <= place.rung < len(self.families[place.ladder].ladder)
+
+    def chosen(self, finals: set[Place], speedup: float | None, rounds: int) -> Candidate | None:
+        """The setting with the least divergence among those that reach the aim; None if none does.
+
+        Args:
+            finals: Settings that may reach it.
+            speedup: The aim; None means that all of them reach it.
+            rounds: Of each measurement.
+        """
+        finals, fresh = set(finals), sorted(finals)
+        while True:
+            while fresh:
+                self.measure(fresh, rounds)
+                finals |= set(fresh)
+                fresh = self.stronger(finals, speedup)
+            reached = self.reached(finals, speedup)
+            if not reached:
+                return None
+            winner = min(reached, key=lambda place: self.tried[place].fidelity.divergence)
+            if speedup is None:
+                return self.tried[winner]
+            # The best of many noisy figures is too good on average: the winner has to reach the aim once more, alone.
+            self.measure([winner], rounds)
+            if self.tried[winner].interval[1] >= speedup:
+                return self.tried[winner]
+            fresh = self.stronger(finals, speedup)
+
+    def reached(self, places: Iterable[Place], speedup: float | None) -> list[Place]:
+        """Those of the places that reach the aim, as far as it is known now."""
+        return [place for place in places if speedup is None or self.tried[place].speedup >= speedup]
+
+    def stronger(self, finals: set[Place], speedup: float | None) -> list[Place]:
+        """The next rung of each family that misses the aim now."""
+        short = {place.ladder for place in finals} - {place.ladder for place in self.reached(finals, speedup)}
+        last = {ladder: max(place.rung for place in finals if place.ladder == ladder) for ladder in sorted(short)}
+        following = [Place(ladder, rung + 1) for ladder, rung in last.items()]
+        return [place for place in following if self.exists(place)]
 
 
 def multiply_adds(model: nn.Module, size: tuple[int, int, int], images: Tensor) -> int:

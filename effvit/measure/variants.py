@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
-from typing import Any
 
 import timm
 from torch import nn
 
 import effvit
 from effvit.hosts.host import ReducedHost, check_model_name
-from effvit.measure.records import parse_json
+from effvit.measure.json_files import parse_json
 from effvit.messages import plain, shown
+from effvit.protocols import Setting, Settings
 
-__all__ = ["build", "list_variants", "parse_setting", "reduced"]
+__all__ = ["build", "list_variants", "parse_setting", "reduce_by", "reduced"]
 
 
-def parse_setting(text: str, option: str = "--set") -> tuple[str, Any]:
+def parse_setting(text: str, option: str = "--set") -> tuple[str, Setting]:
     """("key", value) of "key=value" with the value in JSON; errors name the option it was given to."""
     key, equals, value = text.partition("=")
     if not key or not equals:
@@ -31,13 +31,13 @@ def parse_setting(text: str, option: str = "--set") -> tuple[str, Any]:
         ) from error
 
 
-def list_variants(methods: Sequence[str], assignments: Sequence[tuple[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+def list_variants(methods: Sequence[str], assignments: Sequence[tuple[str, Setting]]) -> list[tuple[str, Settings]]:
     """(method, settings) for every method and combination of values of the settings it has.
 
     Raises:
         ValueError: An unknown method, or a setting that none of them has.
     """
-    values: dict[str, list[Any]] = {}
+    values: dict[str, list[Setting]] = {}
     for key, value in assignments:
         values.setdefault(key, []).append(value)
     taken = {method: [key for key in values if key in effvit.method_settings(method)] for method in methods}
@@ -52,16 +52,22 @@ def list_variants(methods: Sequence[str], assignments: Sequence[tuple[str, Any]]
     ]
 
 
-def reduced(host: nn.Module, variants: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, ReducedHost]:
+def reduced(host: nn.Module, variants: Sequence[tuple[str, Settings]]) -> dict[str, ReducedHost]:
     """Name -> the host with that method and those settings."""
     models = {}
     for method, settings in variants:
         name = " ".join([method, *(f"{key}={value}" for key, value in settings.items())])
-        models[name] = effvit.sparsify(host, method, **settings)
+        models[name] = reduce_by(host, method, settings)
     return models
 
 
-def build(name: str, options: Mapping[str, Any], pretrained: bool = False) -> nn.Module:
+def reduce_by(host: nn.Module, method: str, settings: Settings) -> ReducedHost:
+    """The host with that method and those settings."""
+    sparsify: Callable[..., ReducedHost] = effvit.sparsify
+    return sparsify(host, method, **settings)
+
+
+def build(name: str, options: Mapping[str, Setting], pretrained: bool = False) -> nn.Module:
     """The named model; a ValueError for an unknown name, which names the nearest."""
     check_model_name(name)
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from effvit.measure.accuracy import shown_models
+from effvit.measure.values import Cost, Record
 from effvit.reducers import METHODS
 
 __all__ = ["Line", "accuracy_lines", "plot_accuracy", "plot_costs"]
@@ -39,22 +40,27 @@ class Line:
     Attributes:
         method: Name of the method; None for models that are what they are.
         weights: How the weights were trained where they are not those of the first record's models.
-        models: Entries of the records, by multiply-adds.
+        models: What they cost, by multiply-adds.
     """
 
     method: str | None
     weights: str | None
-    models: list[Mapping[str, Any]] = field(default_factory=list)
+    models: list[Cost] = field(default_factory=list)
+
+    @property
+    def accuracies(self) -> list[float]:
+        """Accuracy of each model, in percent."""
+        return [model.accuracy.value for model in self.models if model.accuracy is not None]
 
     @property
     def name(self) -> str:
         """Text of the legend; a model without a method has a line of its own."""
         if self.method is None:
-            return str(self.models[0]["name"])
+            return self.models[0].name
         return self.method if self.weights is None else f"{self.method}, {self.weights}"
 
 
-def accuracy_lines(records: Iterable[Mapping[str, Any]]) -> list[Line]:
+def accuracy_lines(records: Iterable[Record]) -> list[Line]:
     """The lines of ``plot_accuracy``: all models that have an accuracy, the dense host first, then by method.
 
     Raises:
@@ -63,13 +69,13 @@ def accuracy_lines(records: Iterable[Mapping[str, Any]]) -> list[Line]:
     lines: dict[tuple[str, str | None], Line] = {}
     shown = shown_models(records)
     for model, weights, _ in shown:
-        if model["accuracy"] is not None:
-            key = model["method"] or model["name"], weights
-            lines.setdefault(key, Line(model["method"], weights)).models.append(model)
-    if not shown or shown[0].model["accuracy"] is None or len(lines) < 2:
+        if model.accuracy is not None:
+            key = model.method or model.name, weights
+            lines.setdefault(key, Line(model.method, weights)).models.append(model)
+    if not shown or shown[0].model.accuracy is None or len(lines) < 2:
         raise ValueError("a plot needs the accuracy of the first model and of one more; tools/evaluate.py measures it")
     for line in lines.values():
-        line.models.sort(key=lambda model: model["macs"])
+        line.models.sort(key=lambda model: model.macs)
     places = [None, *METHODS]
     return sorted(lines.values(), key=lambda line: places.index(line.method))
 
@@ -82,7 +88,7 @@ def look(method: str | None, number: int) -> dict[str, Any]:
     return {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)], "markersize": 6}
 
 
-def plot_accuracy(records: Sequence[Mapping[str, Any]], title: str, path: Path, note: str | None = None) -> None:
+def plot_accuracy(records: Sequence[Record], title: str, path: Path, note: str | None = None) -> None:
     """Draw accuracy against multiply-adds and against measured speed-up, a line for each method.
 
     The axis of accuracies is logarithmic in the errors, so that one point more counts more where few are missing.
@@ -100,24 +106,25 @@ def plot_accuracy(records: Sequence[Mapping[str, Any]], title: str, path: Path, 
     lines = accuracy_lines(records)
     ways = list(dict.fromkeys(line.weights for line in lines))
     dense = lines[0].models[0]
-    unit, letter = (1e9, "G") if dense["macs"] >= 1e9 else (1e6, "M")
+    unit, letter = (1e9, "G") if dense.macs >= 1e9 else (1e6, "M")
     with matplotlib.rc_context(TEXT | VECTORS):
         figure = Figure(figsize=(11.6, 4.8), layout="constrained")
         FigureCanvasAgg(figure)
         by_macs, by_speed = figure.subplots(1, 2, sharey=True)
         for axes in (by_macs, by_speed):
-            axes.axhline(dense["accuracy"]["value"], color=FAINT, linestyle=":", linewidth=1, zorder=1)
+            axes.axhline(lines[0].accuracies[0], color=FAINT, linestyle=":", linewidth=1, zorder=1)
         for number, line in enumerate(lines):
             way = ways.index(line.weights)
             style = look(line.method, number) | {"linestyle": DASHES[way % len(DASHES)], "linewidth": 1.4}
             style |= {"markerfacecolor": "white"} if way else {}
-            values = [model["accuracy"]["value"] for model in line.models]
-            by_macs.plot([model["macs"] / unit for model in line.models], values, label=line.name, zorder=3, **style)
-            speeds = np.array([model["speedup"] for model in line.models])
-            bounds = np.array([model["interval"] for model in line.models])
+            by_macs.plot(
+                [model.macs / unit for model in line.models], line.accuracies, label=line.name, zorder=3, **style
+            )
+            speeds = np.array([model.speedup for model in line.models])
+            bounds = np.array([model.interval for model in line.models])
             errors = np.maximum(0, [speeds - bounds[:, 0], bounds[:, 1] - speeds])
-            by_speed.errorbar(speeds, values, xerr=errors, elinewidth=0.8, zorder=3, **style)
-        scale_by_errors(by_macs, [model["accuracy"]["value"] for line in lines for model in line.models])
+            by_speed.errorbar(speeds, line.accuracies, xerr=errors, elinewidth=0.8, zorder=3, **style)
+        scale_by_errors(by_macs, [value for line in lines for value in line.accuracies])
         by_macs.set_ylabel("top-1 accuracy, %")
         by_macs.set_xlabel(f"{letter}MACs of one picture")
         by_speed.set_xlabel("speed-up over the dense model")
@@ -144,7 +151,7 @@ def scale_by_errors(axes: Axes, values: Sequence[float]) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda tick, _: f"{tick:g}"))
 
 
-def plot_costs(costs: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
+def plot_costs(costs: Sequence[Cost], title: str, path: Path) -> None:
     """Draw GMACs against images/s: up and left is better; the dashed line is what fewer MACs alone promise.
 
     Args:
@@ -157,8 +164,8 @@ def plot_costs(costs: Sequence[Mapping[str, Any]], title: str, path: Path) -> No
     """
     if not costs:
         raise ValueError("a plot of costs needs the models of a record, got none; effvit profile --json writes one")
-    baseline = costs[0]["images_per_second"]
-    gmacs = [cost["macs"] / 1e9 for cost in costs]
+    baseline = costs[0].images_per_second
+    gmacs = [cost.macs / 1e9 for cost in costs]
     promised = np.linspace(min(gmacs), max(gmacs))
     seen: dict[str | None, int] = {}
     with matplotlib.rc_context(TEXT):
@@ -166,11 +173,11 @@ def plot_costs(costs: Sequence[Mapping[str, Any]], title: str, path: Path) -> No
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         for cost, x in zip(costs, gmacs, strict=True):
-            again = seen[cost["method"]] = seen.get(cost["method"], -1) + 1
-            style = look(cost["method"], 0) | {"markersize": 8, "label": cost["name"], "linestyle": "none"}
+            again = seen[cost.method] = seen.get(cost.method, -1) + 1
+            style = look(cost.method, 0) | {"markersize": 8, "label": cost.name, "linestyle": "none"}
             style |= {"markerfacecolor": "white"} if again else {}
-            speed = cost["speedup"] * baseline
-            low, high = (bound * baseline for bound in cost["interval"])
+            speed = cost.speedup * baseline
+            low, high = (bound * baseline for bound in cost.interval)
             errors = [[max(0.0, speed - low)], [max(0.0, high - speed)]]
             axes.errorbar(x, speed, yerr=errors, capsize=3, zorder=3, **style)
         ideal = baseline * gmacs[0] / promised

@@ -3,112 +3,113 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["describe", "mean_and_range", "print_accuracies", "print_record", "print_tuning", "write_csv"]
+from effvit.measure.values import BlockTime, Conditions, Cost, Record, Tuning
+from effvit.protocols import Settings
 
-CONDITIONS = ("batch_size", "input_size", "dtype", "device", "threads", "compile", "cuda_graphs")
-NUMBERS = (
-    "parameters",
-    "macs",
-    "images_per_second",
-    "peak_memory",
-    "speedup",
-    "mac_ratio",
-    "ideal_speedup",
-    "efficiency",
-)
+__all__ = [
+    "describe",
+    "mean_and_range",
+    "print_accuracies",
+    "print_record",
+    "print_tuning",
+    "settings_text",
+    "write_csv",
+]
 
 
-def describe(conditions: Mapping[str, Any]) -> str:
+def describe(conditions: Conditions) -> str:
     """What a measurement holds for, in words."""
-    _, height, width = conditions["input_size"]
-    images = conditions["images"]
-    extras = [name.replace("_", " ") for name in ("compile", "cuda_graphs") if conditions[name]]
+    _, height, width = conditions.input_size
+    images = conditions.images
+    extras = ["compile"] if conditions.compile else []
+    extras += ["cuda graphs"] if conditions.cuda_graphs else []
     return ", ".join(
         [
-            f"batch {conditions['batch_size']}, {conditions['dtype']}, {conditions['device']}",
-            f"{conditions['threads']} threads",
+            f"batch {conditions.batch_size}, {conditions.dtype}, {conditions.device}",
+            f"{conditions.threads} threads",
             *extras,
             f"{images if isinstance(images, str) else ', '.join(images)} at {height} x {width}",
         ]
     )
 
 
-def print_record(console: Console, record: Mapping[str, Any]) -> None:
+def print_record(console: Console, record: Record) -> None:
     """Print what the models cost; speed-ups refer to the first."""
-    rounds = len(record["models"][0]["seconds"])
+    rounds = len(record.models[0].seconds)
     table = Table(
-        caption=f"{describe(record['conditions'])}; {rounds} interleaved rounds, 95 % intervals",
+        caption=f"{describe(record.conditions)}; {rounds} interleaved rounds, 95 % intervals",
         caption_justify="left",
     )
     table.add_column("model", no_wrap=True)
-    compared = len(record["models"]) > 1
-    has_ideal = any(model["ideal_speedup"] for model in record["models"])
-    has_fidelity = any(model["fidelity"] for model in record["models"])
-    headings = ["params (M)", "GMACs", "tokens left", "images/s", "p50 / p99 (ms)", "memory (MB)"]
-    headings += ["speed-up", "MAC ratio"] if compared else []
-    headings += ["ideal", "efficiency"] if has_ideal else []
-    headings += ["divergence"] if has_fidelity else []
-    for heading in headings:
+    rows = [_cells(record, cost) for cost in record.models]
+    for heading in rows[0]:
         table.add_column(heading, justify="right", no_wrap=True)
-    for number, model in enumerate(record["models"]):
-        latency = model["latency"]
-        cells = [
-            f"{model['parameters'] / 1e6:.2f}",
-            f"{model['macs'] / 1e9:.3f}",
-            f"{model['tokens'][-1]:.4g}" if model["tokens"] else "-",
-            f"{model['images_per_second']:.1f}",
-            f"{1e3 * latency['p50']:.1f} / {1e3 * latency['p99']:.1f}",
-            f"{model['peak_memory'] / 1e6:.1f}",
-        ]
-        if compared:
-            interval = _interval(model["interval"]) if number else ""
-            cells += [f"{model['speedup']:.2f}{interval}", f"{model['mac_ratio']:.2f}" if model["mac_ratio"] else "-"]
-        if has_ideal:
-            cells += ["-", "-"]
-            if model["ideal_speedup"]:
-                share = f"{model['efficiency']:.2f}{_interval(model['efficiency_interval'])}"
-                cells[-2:] = [f"{model['ideal_speedup']:.2f}", share]
-        if has_fidelity:
-            cells.append(f"{model['fidelity']['divergence']:.3g}" if model["fidelity"] else "-")
-        table.add_row(model["name"], *cells, end_section=number == 0)
+    for number, (cost, row) in enumerate(zip(record.models, rows, strict=True)):
+        table.add_row(cost.name, *row.values(), end_section=number == 0)
     console.print(table)
-    for model in record["models"]:
-        if model["breakdown"]:
-            console.print(_breakdown(model))
-        if model["uncounted"]:
-            calls = ", ".join(f"{number} calls of {operator}" for operator, number in model["uncounted"].items())
-            console.print(f"{model['name']}: not in its GMACs are {calls}", style="yellow")
+    for cost in record.models:
+        if cost.breakdown:
+            console.print(_breakdown(cost.name, cost.breakdown))
+        if cost.uncounted:
+            calls = ", ".join(f"{number} calls of {operator}" for operator, number in cost.uncounted.items())
+            console.print(f"{cost.name}: not in its GMACs are {calls}", style="yellow")
 
 
-def print_accuracies(console: Console, record: Mapping[str, Any]) -> None:
-    """Print how well the models of a record with accuracies and distances classify, beside what they save."""
-    accuracy = record["models"][0]["accuracy"]
+def _cells(record: Record, cost: Cost) -> dict[str, str]:
+    """Heading -> cell of one model; the headings are those of the whole record."""
+    cells = {
+        "params (M)": f"{cost.parameters / 1e6:.2f}",
+        "GMACs": f"{cost.macs / 1e9:.3f}",
+        "tokens left": f"{cost.tokens[-1]:.4g}" if cost.tokens else "-",
+        "images/s": f"{cost.images_per_second:.1f}",
+        "p50 / p99 (ms)": f"{1e3 * cost.latency['p50']:.1f} / {1e3 * cost.latency['p99']:.1f}",
+        "memory (MB)": f"{cost.peak_memory / 1e6:.1f}",
+    }
+    if len(record.models) > 1:
+        bounds = _interval(cost.interval) if cost is not record.models[0] else ""
+        cells["speed-up"] = f"{cost.speedup:.2f}{bounds}"
+        cells["MAC ratio"] = _number(cost.mac_ratio)
+    if any(model.ideal_speedup for model in record.models):
+        bounds = _interval(cost.efficiency_interval) if cost.efficiency_interval else ""
+        cells["ideal"] = _number(cost.ideal_speedup)
+        cells["efficiency"] = _number(cost.efficiency) + bounds
+    if any(model.fidelity for model in record.models):
+        cells["divergence"] = f"{cost.fidelity.divergence:.3g}" if cost.fidelity else "-"
+    return cells
+
+
+def _number(value: float | None) -> str:
+    return f"{value:.2f}" if value else "-"
+
+
+def print_accuracies(console: Console, record: Record) -> None:
+    """Print how well the models of a record with accuracies classify, beside what they save."""
+    said = [cost.accuracy for cost in record.models if cost.accuracy is not None]
     table = Table(
-        title=f"{accuracy['metric']} on {accuracy['data']}, {accuracy['origin']}",
+        title=f"{said[0].metric} on {said[0].data}, {said[0].origin}",
         title_justify="left",
-        caption=f"same class: as the dense model; {len(record['models'][0]['seconds'])} interleaved rounds",
+        caption=f"same class: as the dense model; {len(record.models[0].seconds)} interleaved rounds",
         caption_justify="left",
     )
     table.add_column("model", no_wrap=True)
-    for heading in (f"{accuracy['metric']} (%)", "same class (%)", "MMACs", "MAC ratio", "tokens left", "speed-up"):
+    for heading in (f"{said[0].metric} (%)", "same class (%)", "MMACs", "MAC ratio", "tokens left", "speed-up"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for number, model in enumerate(record["models"]):
-        same = model["fidelity"]
+    for number, (cost, accuracy) in enumerate(zip(record.models, said, strict=True)):
+        same = cost.fidelity.agreement if cost.fidelity else None
         table.add_row(
-            model["name"],
-            f"{model['accuracy']['value']:.1f}",
-            f"{100 * same['agreement']:.1f}" if same else "-",
-            f"{model['macs'] / 1e6:.1f}",
-            f"{model['mac_ratio']:.2f}",
-            f"{model['tokens'][-1]:.3g}",
-            f"{model['speedup']:.2f}{_interval(model['interval']) if number else ''}",
+            cost.name,
+            f"{accuracy.value:.1f}",
+            "-" if same is None else f"{100 * same:.1f}",
+            f"{cost.macs / 1e6:.1f}",
+            _number(cost.mac_ratio),
+            f"{cost.tokens[-1]:.3g}" if cost.tokens else "-",
+            f"{cost.speedup:.2f}{_interval(cost.interval) if number else ''}",
             end_section=number == 0,
         )
     console.print(table)
@@ -124,63 +125,85 @@ def _interval(bounds: Sequence[float]) -> str:
     return f" ({bounds[0]:.2f}-{bounds[1]:.2f})"
 
 
-def _breakdown(model: Mapping[str, Any]) -> Table:
+def _breakdown(name: str, blocks: Sequence[BlockTime]) -> Table:
     """Milliseconds of a batch by block and part."""
-    parts = list(dict.fromkeys(part for row in model["breakdown"] for part in row["seconds"]))
-    table = Table("block", title=f"{model['name']}: milliseconds by block", title_justify="left")
+    parts = list(dict.fromkeys(part for block in blocks for part in block.seconds))
+    table = Table("block", title=f"{name}: milliseconds by block", title_justify="left")
     for part in parts:
         table.add_column(part, justify="right")
-    for row in model["breakdown"]:
-        cells = [f"{1e3 * row['seconds'][part]:.2f}" if part in row["seconds"] else "" for part in parts]
-        table.add_row(row["block"], *cells)
+    for block in blocks:
+        cells = [f"{1e3 * block.seconds[part]:.2f}" if part in block.seconds else "" for part in parts]
+        table.add_row(str(block.block), *cells)
     return table
 
 
-def print_tuning(console: Console, result: Mapping[str, Any]) -> None:
+def print_tuning(console: Console, result: Tuning) -> None:
     """Print the front that ``effvit.measure.tune`` found and its best setting."""
     table = Table(
-        title=f"No other of the {len(result['tried'])} settings tried is faster and nearer", title_justify="left"
+        title=f"No other of the {len(result.tried)} settings tried is faster and nearer", title_justify="left"
     )
     table.add_column("method")
     table.add_column("settings", max_width=60)
     for heading in ("GMACs", "speed-up", "divergence", "same class (%)"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for candidate in result["front"]:
+    for candidate in result.front:
+        same = candidate.fidelity.agreement
         table.add_row(
-            candidate["method"],
-            settings_of(candidate),
-            f"{candidate['macs'] / 1e9:.3f}",
-            f"{candidate['speedup']:.2f}{_interval(candidate['interval'])}",
-            f"{candidate['fidelity']['divergence']:.4g}",
-            f"{100 * candidate['fidelity']['agreement']:.0f}",
-            style="bold" if candidate == result["best"] else None,
+            candidate.method,
+            settings_text(candidate.settings),
+            f"{candidate.macs / 1e9:.3f}",
+            f"{candidate.speedup:.2f}{_interval(candidate.interval)}",
+            f"{candidate.fidelity.divergence:.4g}",
+            "-" if same is None else f"{100 * same:.0f}",
+            style="bold" if candidate == result.best else None,
         )
     console.print(table)
-    best = result["best"]
+    best = result.best
     console.print(
-        f"best: {best['method']} {settings_of(best)}, speed-up {best['speedup']:.2f}{_interval(best['interval'])}, "
-        f"{best['macs'] / 1e9:.3f} GMACs, divergence {best['fidelity']['divergence']:.4g}"
+        f"best: {best.method} {settings_text(best.settings)}, speed-up {best.speedup:.2f}{_interval(best.interval)}, "
+        f"{best.macs / 1e9:.3f} GMACs, divergence {best.fidelity.divergence:.4g}"
     )
 
 
-def settings_of(candidate: Mapping[str, Any]) -> str:
-    """The settings of a candidate as they are written in Python."""
-    return ", ".join(f"{name}={value}" for name, value in candidate["settings"].items())
+def settings_text(settings: Settings) -> str:
+    """Settings as they are written in Python."""
+    return ", ".join(f"{name}={value}" for name, value in settings.items())
 
 
-def write_csv(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+def write_csv(path: Path, records: Sequence[Record]) -> None:
     """Write one row for each model of the records: conditions, machine and numbers, in the units of the record."""
-    rows = []
-    for record in records:
-        conditions = {name: record["conditions"][name] for name in CONDITIONS}
-        conditions["input_size"] = "x".join(map(str, conditions["input_size"]))
-        for model in record["models"]:
-            row = {"name": model["name"], "method": model["method"], **{name: model[name] for name in NUMBERS}}
-            row |= {"low": model["interval"][0], "high": model["interval"][1], **model["latency"]}
-            row |= {"tokens_left": model["tokens"][-1] if model["tokens"] else None}
-            rows.append(row | conditions | record["machine"])
+    rows = [_row(record, cost) for record in records for cost in record.models]
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def _row(record: Record, cost: Cost) -> dict[str, object]:
+    """Column -> value of one model."""
+    conditions = record.conditions
+    return {
+        "name": cost.name,
+        "method": cost.method,
+        "parameters": cost.parameters,
+        "macs": cost.macs,
+        "images_per_second": cost.images_per_second,
+        "peak_memory": cost.peak_memory,
+        "speedup": cost.speedup,
+        "mac_ratio": cost.mac_ratio,
+        "ideal_speedup": cost.ideal_speedup,
+        "efficiency": cost.efficiency,
+        "low": cost.interval[0],
+        "high": cost.interval[1],
+        **cost.latency,
+        "tokens_left": cost.tokens[-1] if cost.tokens else None,
+        "batch_size": conditions.batch_size,
+        "input_size": "x".join(map(str, conditions.input_size)),
+        "dtype": conditions.dtype,
+        "device": conditions.device,
+        "threads": conditions.threads,
+        "compile": conditions.compile,
+        "cuda_graphs": conditions.cuda_graphs,
+        **record.machine,
+    }

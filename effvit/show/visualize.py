@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from effvit.hosts.host import ReducedHost, method_settings
 from effvit.images import as_rgb
-from effvit.measure.records import SCHEMA
+from effvit.measure.values import TokenRecord, TokenStage
 from effvit.show.token_stages import ALONE, DROPPED, FUSED, MERGED, SOFT, Stage, map_stage, trace_stages
 from effvit.tokens import TokenMap
 
@@ -233,8 +233,8 @@ def token_figure(model: nn.Module, image: Image.Image, *, title: str | None = No
 
 def token_record(
     model: nn.Module, image: Image.Image, *, name: str, model_name: str, host: str | None, note: str | None = None
-) -> dict[str, Any]:
-    """The picture and its stages as one JSON-plain record for ``effvit report``.
+) -> TokenRecord:
+    """What the model sees of the image, and its tokens after each block that changes them, for ``effvit report``.
 
     Args:
         model: As for ``token_figure``.
@@ -251,27 +251,26 @@ def token_record(
         view = view.resize((view.width * ENLARGED, view.height * ENLARGED), Image.Resampling.NEAREST)
     view.save(file, "PNG")
     method, settings = (model.method, dict(model.settings)) if isinstance(model, ReducedHost) else (None, {})
-    return {
-        "schema": SCHEMA,
-        "kind": "tokens",
-        "model": model_name,
-        "host": host,
-        "method": method,
-        "settings": settings,
-        "name": name,
-        "note": note,
-        "picture": "data:image/png;base64," + b64encode(file.getvalue()).decode(),
-        "stages": [
-            {
-                "block": stage.block,
-                "tokens": stage.tokens,
-                "labels": stage.labels.tolist(),
-                "fused": [] if stage.fused is None else stage.fused.nonzero()[0].tolist(),
-                "soft": stage.soft,
-            }
-            for stage in trace_stages(model, x)
-        ],
-    }
+    stages = [
+        TokenStage(
+            block=stage.block,
+            tokens=stage.tokens,
+            labels=stage.labels.tolist(),
+            fused=[] if stage.fused is None else stage.fused.nonzero()[0].tolist(),
+            soft=stage.soft,
+        )
+        for stage in trace_stages(model, x)
+    ]
+    return TokenRecord(
+        model=model_name,
+        host=host,
+        method=method,
+        settings=settings,
+        name=name,
+        note=note,
+        picture="data:image/png;base64," + b64encode(file.getvalue()).decode(),
+        stages=stages,
+    )
 
 
 def compose(panels: Sequence[tuple[str, str, Image.Image]], title: str, states: set[int]) -> Image.Image:

@@ -1,0 +1,292 @@
+"""What measurements say, as values: of models beside each other, of a search for a setting, of the tokens of an image.
+
+Their fields are those of files of results (``effvit.measure.records``), in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, TypeAlias
+
+from effvit.protocols import Json, Settings
+
+__all__ = [
+    "Accuracy",
+    "BlockTime",
+    "Candidate",
+    "Conditions",
+    "Cost",
+    "Fidelity",
+    "Machine",
+    "Record",
+    "TokenRecord",
+    "TokenStage",
+    "Tuning",
+    "TuningConditions",
+]
+
+INLINE = {"inline": True}  # of a field whose entries stand in a file among those of its owner
+
+Machine: TypeAlias = Mapping[str, Json]
+"""What a measurement was made with: system, processor, cores, device and versions; further entries are only shown."""
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How often a model is right.
+
+    Attributes:
+        value: In percent.
+        metric: Such as "top-1".
+        data: Images it was measured on.
+        origin: Who measured it.
+    """
+
+    value: float
+    metric: str
+    data: str
+    origin: str
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Distances of a model's outputs from those of the dense model.
+
+    Attributes:
+        divergence: Kullback-Leibler divergence of the class probabilities from the dense model's, nats, mean over
+            images.
+        feature_distance: One less the cosine of the features in front of the classifier, mean over images.
+        agreement: Share of the images with the same first class; None in files that do not hold it.
+        images: Number of images; None in files that do not hold it.
+    """
+
+    divergence: float
+    feature_distance: float
+    agreement: float | None = None
+    images: int | None = None
+
+
+@dataclass(frozen=True)
+class BlockTime:
+    """Where the time of one block goes.
+
+    Attributes:
+        block: Name or number of the block, "rest" for what is outside all blocks.
+        seconds: Part -> median seconds of a batch.
+    """
+
+    block: str | int
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one model costs.
+
+    Attributes:
+        name: Name of the model.
+        host: Name of the baseline if it is the dense model behind this one, else None.
+        method: Reduction method, None for a model without.
+        settings: Settings of the method.
+        parameters: Number of parameters.
+        macs: Multiply-adds of one image (a mean for a method whose tokens depend on the image).
+        uncounted: Operators that ``macs`` leaves out without a reason -> calls, see ``effvit.measure.flops``.
+        tokens: Mean number of patch tokens that leave each block; None for a model without them.
+        images_per_second, latency, peak_memory, speedup, interval, seconds: As in
+            ``effvit.measure.profiler.Measurement``.
+        resolved: The interval of the speed-up excludes 1.
+        mac_ratio: Multiply-adds of the baseline over those of the model; None for a model without any.
+        ideal_speedup: Speed-up of the dense blocks at the same token counts with nothing else to do; None where there
+            is no such model (see ``effvit.measure.ideal``).
+        efficiency: Speed over that ideal's.
+        efficiency_interval: Its bootstrap 95 % interval.
+        breakdown: Where the time goes, see ``effvit.measure.breakdown``; None if it was not asked for.
+        accuracy: None if it was not measured.
+        fidelity: How near the outputs are to the baseline's; None for a model that is not a reduced form of it, and
+            without images.
+    """
+
+    name: str
+    host: str | None
+    method: str | None
+    settings: Settings
+    parameters: int
+    macs: int
+    uncounted: Mapping[str, int]
+    tokens: Sequence[float] | None
+    images_per_second: float
+    latency: Mapping[str, float]
+    peak_memory: int
+    speedup: float
+    interval: tuple[float, float]
+    resolved: bool
+    mac_ratio: float | None
+    ideal_speedup: float | None
+    efficiency: float | None
+    efficiency_interval: tuple[float, float] | None
+    breakdown: Sequence[BlockTime] | None
+    seconds: Sequence[float]
+    accuracy: Accuracy | None
+    fidelity: Fidelity | None
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What a measurement holds for.
+
+    Attributes:
+        batch_size: Images in the batch.
+        input_size: (channels, H, W) of an image.
+        compile: The models ran through ``torch.compile``.
+        cuda_graphs: The models were replayed as CUDA graphs.
+        options: Further keywords of ``effvit.measure.profiler.profile_models`` that were given, such as rounds.
+        threads: CPU threads.
+        device: Where it ran.
+        dtype: Of weights and images, without "torch.".
+        clock: "wall" or "cuda events".
+        images: Names of the images, or "noise".
+        notes: What a tool adds: "weights", how they were trained.
+    """
+
+    batch_size: int
+    input_size: tuple[int, int, int]
+    compile: bool
+    cuda_graphs: bool
+    options: Mapping[str, Json] = field(metadata=INLINE)
+    threads: int
+    device: str
+    dtype: str
+    clock: str
+    images: Sequence[str] | str
+    notes: Mapping[str, str | None] = field(metadata=INLINE, default_factory=dict)
+
+    @property
+    def weights(self) -> str | None:
+        """How the weights were trained, where it is said."""
+        return self.notes.get("weights")
+
+
+@dataclass(frozen=True)
+class Record:
+    """What models cost beside each other; the first is the baseline."""
+
+    kind: ClassVar[str] = "profile"
+    machine: Machine
+    conditions: Conditions
+    models: Sequence[Cost]
+
+    def with_weights(self, weights: str | None) -> Record:
+        """The record that says how the weights were trained."""
+        return replace(self, conditions=replace(self.conditions, notes={"weights": weights}))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A setting that was tried.
+
+    Attributes:
+        method: Name of the method.
+        settings: Settings that differ from its defaults.
+        macs: Multiply-adds of one image.
+        speedup: Over the dense model.
+        interval: Its bootstrap 95 % interval.
+        fidelity: Distances of the outputs from the dense model's.
+    """
+
+    method: str
+    settings: Settings
+    macs: int
+    speedup: float
+    interval: tuple[float, float]
+    fidelity: Fidelity
+
+
+@dataclass(frozen=True)
+class TuningConditions:
+    """What a search for a setting holds for.
+
+    Attributes:
+        batch_size: Images in the batch that was timed.
+        input_size: (channels, H, W) of an image.
+        options: Number of images and of rounds, and further keywords of ``profile_models`` that were given.
+        threads: CPU threads.
+        device: Where it ran.
+        dtype: Of weights and images, without "torch.".
+    """
+
+    batch_size: int
+    input_size: tuple[int, int, int]
+    options: Mapping[str, Json] = field(metadata=INLINE)
+    threads: int
+    device: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What a search for a setting found.
+
+    Attributes:
+        machine: As of a ``Record``.
+        conditions: What it holds for.
+        target: The aim: {"speedup": factor} or {"macs": limit}.
+        best: The setting with the least divergence among those that reach the aim.
+        front: Those that no other one beats in both speed-up and divergence, slowest first.
+        tried: All.
+        host: Name of the dense model, where it has one.
+    """
+
+    kind: ClassVar[str] = "tune"
+    machine: Machine
+    conditions: TuningConditions
+    target: Mapping[str, float | None]
+    best: Candidate
+    front: Sequence[Candidate]
+    tried: Sequence[Candidate]
+    host: str | None = None
+
+
+@dataclass(frozen=True)
+class TokenStage:
+    """Which patches are together after one block.
+
+    Attributes:
+        block: Its number.
+        tokens: Tokens that leave it.
+        labels: Rows with the token of each patch, -1 where it was dropped.
+        fused: Tokens that stand for all patches dropped before.
+        soft: Tokens are mixtures of all patches; labels name the one with the largest share.
+    """
+
+    block: int
+    tokens: int
+    labels: Sequence[Sequence[int]]
+    fused: Sequence[int]
+    soft: bool
+
+
+@dataclass(frozen=True)
+class TokenRecord:
+    """The tokens that a model leaves of one image.
+
+    Attributes:
+        model: Name of the model.
+        host: Name of the dense host, None for a model that was asked for by its own name.
+        method: Reduction method, None for a model without.
+        settings: Settings of the method.
+        name: Name of the image.
+        note: What to know when looking at it.
+        picture: What the model sees of the image, as a data URI.
+        stages: After each block that changes the tokens.
+    """
+
+    kind: ClassVar[str] = "tokens"
+    model: str
+    host: str | None
+    method: str | None
+    settings: Settings
+    name: str
+    note: str | None
+    picture: str
+    stages: Sequence[TokenStage]
