@@ -25,7 +25,7 @@ def test_what_lies_in_a_moved_folder_has_moved_with_it() -> None:
     sys.modules.pop("effvit.closed_form.terms", None)
     with pytest.warns(DeprecationWarning, match=r"effvit\.closed_form(\.terms)? has moved to"):
         module = importlib.import_module("effvit.closed_form.terms")
-    assert module is importlib.import_module("effvit.measure.closed_form.terms")
+    assert module is importlib.import_module("effvit.layers.macs")
 
 
 def test_a_path_that_never_was_is_not_found() -> None:

@@ -23,9 +23,10 @@ from effvit.hosts.surface import (
     refuse_mask,
     with_gradients,
 )
+from effvit.layers.macs import Size, Terms, layers
 from effvit.tokens import fix_traced_size, fx_leaf
 
-__all__ = ["ChannelsLastStem", "PyramidBackbone", "PyramidStage", "SoftTokenViT"]
+__all__ = ["ChannelsLastStem", "PyramidBackbone", "PyramidStage", "SoftTokenViT", "pooled_head"]
 
 
 class SoftTokenViT(Intermediates, VisionTransformer):
@@ -36,6 +37,7 @@ class SoftTokenViT(Intermediates, VisionTransformer):
     """
 
     blocks: Any  # of a class of each architecture's own
+    norm: nn.Module
 
     def _run(
         self, x: Tensor, take: Sequence[int] = (), num_blocks: int | None = None
@@ -317,3 +319,11 @@ class PyramidBackbone(nn.Module):
         """Replace the classifier, and the pooling if one is given."""
         self.num_classes = num_classes
         self.head.reset(num_classes, pool_type=global_pool, **get_device_dtype(self))
+
+
+def pooled_head(head: Any, size: Size) -> Terms:
+    """timm's ClassifierHead on a map: the mean over all positions, then its linear layers."""
+    terms = layers("head", head, 1)
+    if head.global_pool.pool_type == "avg":
+        terms["pooling"] += size[0] * size[1] * head.in_features
+    return terms

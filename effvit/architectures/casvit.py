@@ -13,8 +13,9 @@ from typing import Any
 from timm.layers import ClassifierHead, ConvNormAct, DropPath, Mlp, calculate_drop_path_rates
 from torch import Tensor, nn
 
-from effvit.architectures.base import ChannelsLastStem, PyramidBackbone, PyramidStage
+from effvit.architectures.base import ChannelsLastStem, PyramidBackbone, PyramidStage, pooled_head
 from effvit.hosts._names import renamed
+from effvit.layers.macs import Size, Terms, convolutions, feedforward, layers, norm
 
 __all__ = ["AdditiveAttention", "CASViT", "DistilledHead"]
 
@@ -254,6 +255,24 @@ class CASViT(PyramidBackbone):
     def get_classifier(self) -> Any:
         """The classifier, or with distillation the pair of both."""
         return (self.head.fc, self.head.fc_dist) if isinstance(self.head, DistilledHead) else self.head.fc
+
+    def closed_form(self, size: Size) -> Terms:
+        """MACs of one image (H, W) by term: gates and depthwise convolutions in place of the attention map."""
+        terms, size = convolutions("embedding", self.stem, size)
+        for stage in self.stages:
+            more, size = convolutions("embedding", stage.downsample, size)
+            terms += more
+            pixels = size[0] * size[1]
+            for block in stage.blocks:
+                terms += layers("local", block.local, pixels) + norm(block.norm1, pixels)
+                attn = block.attn
+                for part in (attn.qkv, attn.gates_q.spatial, attn.gates_k.spatial, attn.dwconv, attn.proj):
+                    terms += layers("attention", part, pixels)
+                for gates in (attn.gates_q, attn.gates_k):
+                    terms += layers("attention", gates.channel, 1)
+                    terms["pooling"] += pixels * attn.proj.in_channels
+                terms += feedforward(block, pixels)
+        return terms + norm(self.norm, size[0] * size[1]) + pooled_head(self.head, size)
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         """Official weights, of classifiers and of detectors' backbones, under our names, and the names dropped.

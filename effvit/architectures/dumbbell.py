@@ -21,8 +21,9 @@ import torch
 from timm.layers import RelPosBias, resample_abs_pos_embed
 from torch import Tensor, nn
 
-from effvit.architectures.semantic_tokens import SEED_POOLS, LearnedSeeds, SemanticBlock, max_seeds
+from effvit.architectures.semantic_tokens import SEED_POOLS, LearnedSeeds, SemanticBlock, max_seeds, seed_terms
 from effvit.layers.cross_attention import CrossBlock, WindowCrossBlock
+from effvit.layers.macs import Size, Terms, cross_block, layers, window_cross, windows
 from effvit.layers.windows import (
     from_windows,
     inside_windows,
@@ -44,6 +45,7 @@ __all__ = [
     "SemanticLayers",
     "WindowSeedBlock",
     "check_key_windows",
+    "recovery_terms",
 ]
 
 KEY_WINDOWS = ("inside", "cls", "dense")
@@ -228,6 +230,12 @@ class GroupBlock(CrossBlock):
         s = s + self.drop_path1(self.ls1(self.attn.project(y)))
         return self.feedforward(s)
 
+    def closed_form(self, grid: Size) -> Terms:
+        """MACs by term for a grid (h, w) of semantic tokens."""
+        tokens = grid[0] * grid[1]
+        pairs = tokens**2 if self.samples is None else windows(grid, self.samples) * self.samples**4
+        return cross_block(self, tokens, tokens, pairs, normed=tokens)
+
 
 class SemanticLayers(nn.Module):
     """From image tokens to semantic tokens: two layers of the STGM, then blocks on the semantic tokens alone.
@@ -315,6 +323,48 @@ class SemanticLayers(nn.Module):
             s = self.stgm2(x, s)
         return self.blocks(s)
 
+    def assignment(self, x: Tensor) -> Tensor:
+        """Shares (B, H*W, Ns) of the semantic tokens in image tokens x (B, H, W, C), each row of which sums to 1.
+
+        Raises:
+            ValueError: Key windows that do not give every image token its shares.
+        """
+        if not isinstance(self.stgm2, SemanticBlock):
+            raise ValueError(
+                "the semantic tokens of key_windows='dense' attend inside of windows and have no share in most "
+                "patches; create the model with key_windows='inside'"
+            )
+        s = check_grid(self.stgm1(x), self.grid)
+        shares: Tensor = self.stgm2(s.flatten(1, 2), x.flatten(1, 2), True)[1]
+        return shares
+
+    def closed_form(self, size: Size) -> tuple[Terms, Size]:
+        """MACs by term for a map of (H, W) image tokens, and the grid (h, w) of the semantic tokens made of it."""
+        first: Any = self.stgm1
+        samples, window = first.window, first.stride
+        number = windows(size, window)
+        if first.mask_mode == "correct":
+            grid = live_cells(size[0], window, samples), live_cells(size[1], window, samples)
+        else:
+            grid = -(-size[0] // window) * samples, -(-size[1] // window) * samples
+        tokens, patches = grid[0] * grid[1], size[0] * size[1]
+        terms = seed_terms(first.pool, (window, window), (samples, samples), number)
+        if first.conv_pos is not None:
+            terms += layers("pooling", first.conv_pos, number * samples**2)
+        if first.key_form == "dense":
+            terms += window_cross(first, grid, size) + window_cross(self.stgm2, grid, size)
+        else:
+            kernel = first.CLS_KERNEL if first.key_form == "cls" else first.kernel
+            near = min(kernel, size[0]) * min(kernel, size[1])
+            pairs = number * samples**2 * (samples**2 + near)
+            terms += cross_block(first, tokens, tokens + patches, pairs, normed=tokens + patches)
+            assert isinstance(self.stgm2, SemanticBlock)
+            terms += cross_block(self.stgm2, tokens, tokens + patches, normed=2 * tokens + patches)
+        for block in self.blocks:
+            assert isinstance(block, GroupBlock)
+            terms += block.closed_form(grid)
+        return terms, grid
+
     def set_grid(self, grid: tuple[int, int]) -> None:
         """Resample global centres and relative position biases to another semantic grid (h, w)."""
         if self.grid is None or grid == self.grid:
@@ -350,3 +400,14 @@ class DumbbellUnit(nn.Module):
         if isinstance(self.recover, RestoreBlock):
             return self.recover(x, s)
         return self.recover(x.flatten(1, 2), s.flatten(1, 2)).view_as(x)
+
+    def assignment(self, x: Tensor) -> Tensor:
+        """As of ``SemanticLayers``, for the map x (B, H, W, C) that comes in."""
+        return self.semantic.assignment(self.block(x))
+
+
+def recovery_terms(block: Any, size: Size, semantic: Size) -> Terms:
+    """Image tokens asked back from the semantic tokens."""
+    if isinstance(block, RestoreBlock):
+        return window_cross(block, size, semantic)
+    return cross_block(block, size[0] * size[1], semantic[0] * semantic[1])

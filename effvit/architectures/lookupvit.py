@@ -42,8 +42,11 @@ from torch import Tensor, nn
 
 from effvit.architectures.base import SoftTokenViT
 from effvit.hosts.checkpoints import official_state_dict
-from effvit.hosts.surface import check_images, refuse_mask
+from effvit.hosts.closed_form import embedding
+from effvit.hosts.stages import Stage, soft_stage
+from effvit.hosts.surface import check_images, patch_grid, refuse_mask
 from effvit.layers.bidirectional_attention import GatherAttention, InfuseAttention
+from effvit.layers.macs import Size, Terms, attention, layers, norm, plain_block
 from effvit.layers.resize import resize_map
 from effvit.recording import refuse_legacy_onnx
 from effvit.tokens import fix_traced_size, fx_leaf
@@ -115,9 +118,13 @@ class LookupBlock(Block):
         self.mlp_lookup = Mlp(dim, int(dim * lookup_mlp_ratio), act_layer=act_layer, drop=proj_drop, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
+    def gather(self, compressed: Tensor, lookup: Tensor, infuse: bool = True) -> tuple[Tensor, Tensor | None]:
+        """What (B, M, C) gathers from (B, N, C), and the weights (B, heads, M, N) for the infusion if it follows."""
+        return self.cross(self.norm_p(compressed), self.norm_l(lookup), infuse)
+
     def forward(self, compressed: Tensor, lookup: Tensor, infuse: bool = True) -> tuple[Tensor, Tensor | None]:
         """Tokens (B, M, C) and (B, N, C) -> the same; without ``infuse`` the patches' half is skipped: None."""
-        gathered, weights = self.cross(self.norm_p(compressed), self.norm_l(lookup), infuse)
+        gathered, weights = self.gather(compressed, lookup, infuse)
         compressed = super().forward(compressed + self.drop_path(gathered))
         if weights is None:
             return compressed, None
@@ -334,6 +341,46 @@ class LookupViT(SoftTokenViT):
             refuse_mask(self, attn_mask, is_causal)
             return self.forward_heads(x)
         return super().forward(x, attn_mask, is_causal)
+
+    def closed_form(self, size: Size) -> Terms:
+        """MACs of one image (H, W) by term: M compressed tokens gather from N patches and infuse into them."""
+        terms, grid = embedding(self.patch_embed, size)
+        patches, dim = grid[0] * grid[1], self.embed_dim
+        rows, columns = self.compressed_grid
+        compressed = rows * columns
+        for height, width in (grid, self.compressed_pos_grid):  # a resize is a product by rows, then one by columns
+            terms["embedding"] += rows * width * dim * (height + columns)
+        for i, block in enumerate(self.blocks):
+            cross = block.cross
+            terms += norm(block.norm_p, compressed) + norm(block.norm_l, patches) + attention(compressed * patches, dim)
+            for layer, tokens in (
+                (cross.q, compressed),
+                (cross.k, patches),
+                (cross.v, patches),
+                (cross.proj, compressed),
+            ):
+                terms += layers("projection", layer, tokens)
+            terms += plain_block(block, compressed)
+            if i < len(self.blocks) - 1:  # nothing reads the patches of the last block
+                terms += norm(block.norm_c, compressed) + layers("projection", block.infuse.v, compressed)
+                terms["attention"] += compressed * patches * dim
+                terms += layers("projection", block.infuse.proj, patches)
+                terms += norm(block.norm3, patches) + layers("mlp", block.mlp_lookup, patches)
+        return terms + norm(self.norm, compressed) + layers("head", self.head, 1)
+
+    def trace_stages(self, x: Tensor) -> list[Stage]:
+        """Shares of each block's compressed tokens in the patches of an image (1, 3, H, W); for eval mode."""
+        check_images(x, self)
+        grid = patch_grid(x, self)
+        compressed, lookup = self._tokenise(x)
+        stages = []
+        for i, block in enumerate(self.blocks):
+            weights = block.gather(compressed, lookup)[1][0].double().mean(0).T  # (N, M)
+            weights = weights + torch.finfo(weights.dtype).tiny  # float32 weights of a patch may all have underflown
+            stages.append(soft_stage(i, weights / weights.sum(-1, keepdim=True), grid))
+            if i < len(self.blocks) - 1:
+                compressed, lookup = block(compressed, lookup)
+        return stages
 
     def adapt_state_dict(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         """Weights for this model from those of a LookupViT of another size, and the names of what has no place.

@@ -19,6 +19,7 @@ from timm.layers import LayerNorm2d, trunc_normal_
 from torch import Tensor, nn
 
 from effvit.layers.cross_attention import CrossAttention, CrossBlock
+from effvit.layers.macs import Size, Terms, layers
 from effvit.tokens import fx_leaf, wide_dtype, wide_product
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "check_seed_grid",
     "generate",
     "max_seeds",
+    "seed_terms",
     "soft_assignment",
 ]
 
@@ -246,3 +248,14 @@ class SemanticBlock(CrossBlock):
         """S (B, Ns, C) and image tokens (B, N, C) -> the next S and, if asked for, ``generate``'s assignment."""
         query = s if self.global_centres is None else s + self.global_centres
         return generate(self, query, torch.cat([s, x], dim=1), x.shape[1] if assign else 0)
+
+
+def seed_terms(pool: Any, grid: Size, out: Size, number: int = 1) -> Terms:
+    """Pooling of ``number`` grids onto smaller ones: by maximum for None, or learned."""
+    if pool is None:
+        return Terms()
+    terms = layers("pooling", pool, number * grid[0] * grid[1])
+    points = out[0] * -(-grid[0] // out[0]) * out[1] * -(-grid[1] // out[1])
+    # Bilinear samples, of four weights each, of the offsets, and then of the channels and the mask.
+    terms["pooling"] += number * points * 4 * (2 + pool.conv.in_channels + 1)
+    return terms

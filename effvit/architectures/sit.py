@@ -33,8 +33,11 @@ from effvit.architectures.base import SoftTokenViT
 from effvit.architectures.token_slimming import ReverseTokenSlimming, TokenSlimming, unpooling
 from effvit.block import set_child
 from effvit.hosts._names import Rules, renamed
+from effvit.hosts.closed_form import classifier, embedding
 from effvit.hosts.lvvit import DampedBlock, FixedPatchEmbed
-from effvit.hosts.surface import check_images
+from effvit.hosts.stages import Stage, soft_stage
+from effvit.hosts.surface import check_images, patch_grid
+from effvit.layers.macs import Size, Terms, layers, plain_block
 from effvit.schedule import check_choice, check_count, check_fraction
 from effvit.tokens import fix_traced_size, wide_product
 
@@ -134,6 +137,17 @@ def count_tokens(num_patches: int, num_stages: int, keep_rate: float, num_tokens
             f"for {num_stages} stages"
         )
     return [check_count("a value of num_tokens", k, minimum=1) for k in num_tokens]
+
+
+def upward(way_up: Tensor | None, scores: Tensor) -> Tensor:
+    """Weights (B, H*W, K) that give the patches back from tokens slimmed once more.
+
+    Args:
+        way_up: (B, H*W, N) the same for the tokens before; None for the patches themselves.
+        scores: (B, N, K) as of ``TokenSlimming``.
+    """
+    step = unpooling(scores)
+    return step if way_up is None else wide_product(way_up, step)
 
 
 class LayerTokens(NamedTuple):
@@ -246,7 +260,7 @@ class SiT(SoftTokenViT):
         for i, block in enumerate(self.blocks[:num_blocks]):
             x, scores = self._slim(i, x)
             if scores is not None and any(j >= i for j in take):
-                way_up = unpooling(scores) if way_up is None else wide_product(way_up, unpooling(scores))
+                way_up = upward(way_up, scores)
             x = self._apply_block(block, x)
             if i in take:
                 prefix, tokens = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
@@ -323,6 +337,33 @@ class SiT(SoftTokenViT):
         slimming = [(rf"^slimming\.{stage}\.", (block,)) for block, stage in self.slim_before.items()]
         groups["blocks"] = [*groups["blocks"], *slimming, (r"^reverse\.(\d+)", None)]
         return groups
+
+    def closed_form(self, size: Size) -> Terms:
+        """MACs of one image (H, W) by term: between stages, N tokens are mixed into K."""
+        terms, grid = embedding(self.patch_embed, size)
+        left, prefix = grid[0] * grid[1], self.num_prefix_tokens
+        for i, block in enumerate(self.blocks):
+            if i in self.slim_before:
+                stage = self.slim_before[i]
+                terms += layers("reduction", self.slimming[stage], left)
+                terms["reduction"] += left * self.num_tokens[stage] * self.embed_dim
+                left = self.num_tokens[stage]
+            terms += plain_block(block, prefix + left)
+        return terms + classifier(self, left, left)
+
+    def trace_stages(self, x: Tensor) -> list[Stage]:
+        """Shares of each stage's slimmed tokens in the patches of an image (1, 3, H, W); for eval mode."""
+        check_images(x, self)
+        grid = patch_grid(x, self)
+        x = self._embed(x)  # (B, P+N, C)
+        stages, way_up = [], None
+        for i, block in enumerate(self.blocks):
+            x, scores = self._slim(i, x)
+            if scores is not None:
+                way_up = upward(way_up, scores)
+                stages.append(soft_stage(i, way_up[0], grid))
+            x = self._apply_block(block, x)
+        return stages
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         """Official or own weights under our names, and the names of those that only serve training.

@@ -20,9 +20,12 @@ from timm.models.vision_transformer import Block, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from effvit.architectures.base import SoftTokenViT
-from effvit.architectures.semantic_tokens import SeedBlock, SemanticBlock, check_seed_grid
+from effvit.architectures.semantic_tokens import SeedBlock, SemanticBlock, check_seed_grid, seed_terms
 from effvit.block import set_child
-from effvit.hosts.surface import patch_grid, refuse_open_sizes
+from effvit.hosts.closed_form import classifier, embedding
+from effvit.hosts.stages import Stage, soft_stage
+from effvit.hosts.surface import check_images, patch_grid, refuse_open_sizes
+from effvit.layers.macs import Size, Terms, cross_block, plain_block
 from effvit.recording import refuse_legacy_onnx
 from effvit.recover import TokenRecovery
 from effvit.schedule import check_count, check_switch
@@ -199,8 +202,13 @@ class STViT(SoftTokenViT):
                 self.init_weights(needs_reset=False)
 
     def _run(
-        self, x: Tensor, take: Sequence[int] = (), num_blocks: int | None = None
+        self,
+        x: Tensor,
+        take: Sequence[int] = (),
+        num_blocks: int | None = None,
+        assignments: dict[int, Tensor] | None = None,
     ) -> tuple[Any, list[tuple[Tensor, Tensor]]]:
+        """As the base class says; ``assignments`` takes {block: (B, H*W, Ns)} of all layers of the STGM."""
         refuse_legacy_onnx("an STViT")
         refuse_open_sizes(x, self, extractors=False)
         grid = patch_grid(x, self)
@@ -210,7 +218,9 @@ class STViT(SoftTokenViT):
         blocks, taken = self.blocks[:num_blocks], []
         for i, block in enumerate(blocks):
             # Only the assignments that a map needs: a layer's own, and the last layer's for all behind it.
-            assign = self.recovery is None and (i in take or (i == last and any(t > last for t in take)))
+            assign = assignments is not None or (
+                self.recovery is None and (i in take or (i == last and any(t > last for t in take)))
+            )
             if i < first:
                 x = self._call(block, x)
             elif i == first:
@@ -219,6 +229,8 @@ class STViT(SoftTokenViT):
                 s, assignment = self._call(block, s, x, assign)
             else:
                 s = self._call(block, s)
+            if assignments is not None and assignment is not None and i <= last:
+                assignments[i] = assignment
             if i in take:
                 taken.append((self._to_patches(x, s, assignment), x[:, :0]))
         recovered = taken[-1][0] if self.recovery is not None and len(blocks) - 1 in take else None
@@ -259,6 +271,30 @@ class STViT(SoftTokenViT):
         patch = to_2tuple(patch_size or self.patch_embed.patch_size)
         check_seed_grid((size[0] // patch[0], size[1] // patch[1]), self.semantic_grid)
         super().set_input_size(img_size, patch_size)
+
+    def closed_form(self, size: Size) -> Terms:
+        """MACs of one image (H, W) by term: semantic tokens generated from all patches, then alone."""
+        terms, (height, width) = embedding(self.patch_embed, size)
+        patches, semantic = height * width, self.semantic_grid[0] * self.semantic_grid[1]
+        for i, block in enumerate(self.blocks):
+            layer = i - self.num_base
+            if layer == 0:
+                terms += seed_terms(block.pool, (height, width), block.out) + cross_block(block, semantic, patches)
+            elif 0 < layer < self.num_stgm:
+                terms += cross_block(block, semantic, semantic + patches, normed=2 * semantic + patches)
+            else:
+                terms += plain_block(block, patches if layer < 0 else semantic)
+        if self.recovery is not None:
+            terms += cross_block(self.recovery, patches, semantic)
+        return terms + classifier(self, semantic if self.recovery is None else patches, patches)
+
+    def trace_stages(self, x: Tensor) -> list[Stage]:
+        """Shares of the semantic tokens of each STGM layer in the patches of an image (1, 3, H, W); for eval mode."""
+        check_images(x, self)
+        assignments: dict[int, Tensor] = {}
+        self._run(x, assignments=assignments)
+        grid = patch_grid(x, self)
+        return [soft_stage(block, assignment[0], grid) for block, assignment in assignments.items()]
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         """Weights of our own file or of a DeiT under our names.

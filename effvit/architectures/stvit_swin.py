@@ -27,14 +27,17 @@ from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
 from effvit.architectures._stvit_r_names import official_name
-from effvit.architectures.base import PyramidBackbone, PyramidStage
+from effvit.architectures.base import PyramidBackbone, PyramidStage, pooled_head
 from effvit.architectures.dumbbell import (
     DumbbellUnit,
     GroupBlock,
     SemanticLayers,
     check_key_windows,
+    recovery_terms,
 )
 from effvit.architectures.swin_parts import ConvStem, WindowBlock
+from effvit.hosts.stages import Stage, soft_stage
+from effvit.layers.macs import Size, Terms, convolutions, layers, norm, window_block
 from effvit.layers.windows import live_cells, num_windows, resize_bias_table, spread_cells
 from effvit.recording import compile_each_size, refuse_legacy_onnx, refuse_open_sides
 from effvit.recover import RestoreBlock, TokenRecovery
@@ -285,6 +288,44 @@ class STViTSwin(PyramidBackbone):
         """Names of the position tables, which take no weight decay."""
         tables = ("relative_position_bias_table", "global_centres")
         return {name for name, _ in self.named_parameters() if name.endswith(tables)}
+
+    def closed_form(self, size: Size) -> Terms:
+        """MACs of one image (H, W) by term: semantic tokens of each window in the third stage."""
+        size = -(-size[0] // 4) * 4, -(-size[1] // 4) * 4
+        terms, size = convolutions("embedding", self.stem, size)
+        for stage in self.stages:
+            if not isinstance(stage.downsample, nn.Identity):
+                size = -(-size[0] // 2), -(-size[1] // 2)
+                terms += layers("embedding", stage.downsample, size[0] * size[1])
+            for block in stage.blocks:
+                if isinstance(block, DumbbellUnit):
+                    terms += window_block(block.block, size)
+                    more, semantic = block.semantic.closed_form(size)
+                    terms += more + recovery_terms(block.recover, size, semantic)
+                elif isinstance(block, SemanticLayers):
+                    more, size = block.closed_form(size)
+                    terms += more
+                else:
+                    terms += block.closed_form(size) if isinstance(block, GroupBlock) else window_block(block, size)
+        final = self.norm if self.out_norms is None else self.out_norms[-1]
+        return terms + norm(final, size[0] * size[1]) + pooled_head(self.head, size)
+
+    def trace_stages(self, x: Tensor) -> list[Stage]:
+        """Shares of the semantic tokens of an image (1, 3, H, W) where they are made; the model must be in eval mode.
+
+        Raises:
+            ValueError: Key windows that do not give every patch its shares.
+        """
+        self._check_input(x)
+        x, number, stages = self.stem(x), 0, []  # (B, H, W, C)
+        for stage in self.stages:
+            x = stage.downsample(x)
+            for block in stage.blocks:
+                if isinstance(block, (DumbbellUnit, SemanticLayers)):
+                    shares = block.assignment(x)[0]  # (H*W, Ns)
+                    stages.append(soft_stage(number, shares, (x.shape[1], x.shape[2])))
+                x, number = block(x), number + 1
+        return stages
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         """Weights of an official file, of classification or of the dense backbone, or of our own, under our names.

@@ -26,10 +26,19 @@ from timm.layers import (
 from timm.models._input import update_model_args
 from torch import Tensor, nn
 
-from effvit.architectures.base import ChannelsLastStem, PyramidBackbone, PyramidStage
+from effvit.architectures.base import ChannelsLastStem, PyramidBackbone, PyramidStage, pooled_head
 from effvit.hosts._names import renamed
+from effvit.hosts.stages import Stage, soft_stage
 from effvit.hosts.surface import check_batch
-from effvit.layers.super_tokens import SuperTokenAttention, associate, from_cells, nearest_super_token, to_cells
+from effvit.layers.macs import Size, Terms, attend, convolutions, feedforward, layers, norm, windows
+from effvit.layers.super_tokens import (
+    SuperTokenAttention,
+    associate,
+    from_cells,
+    nearest_super_token,
+    neighbours,
+    to_cells,
+)
 from effvit.recording import compile_each_size, refuse_open_sides
 
 __all__ = ["SuperTokenViT", "SuperTokens"]
@@ -300,6 +309,36 @@ class SuperTokenViT(PyramidBackbone):
         grid = (weights.shape[1], weights.shape[2])
         return SuperTokens(weights.flatten(1, 2).transpose(2, 3), labels, grid, attn.cell)
 
+    def closed_form(self, size: Size) -> Terms:
+        """MACs of one image (H, W) by term: attention between the soft superpixels of a map."""
+        terms, size = convolutions("embedding", self.stem, size)
+        for stage in self.stages:
+            more, size = convolutions("embedding", stage.downsample, size)
+            terms += more
+            pixels = size[0] * size[1]
+            for block in stage.blocks:
+                cell = block.attn.cell
+                terms += layers("embedding", block.pos_embed, pixels) + norm(block.norm1, pixels)
+                tokens = pixels if cell == (1, 1) else windows(size, cell)
+                terms += attend(block.attn.refine, tokens, tokens) + feedforward(block, pixels)
+                if cell != (1, 1):
+                    # Nine super tokens a pixel: association in each round, new tokens in each, and the way back.
+                    products = 2 * block.attn.n_iter + 1
+                    terms["association"] += products * 9 * tokens * cell[0] * cell[1] * block.norm1.normalized_shape[0]
+        terms += layers("head", self.proj, size[0] * size[1]) + norm(self.norm, size[0] * size[1])
+        return terms + pooled_head(self.head, size)
+
+    def trace_stages(self, x: Tensor) -> list[Stage]:
+        """Shares of each stage's last super tokens in its pixels of an image (1, 3, H, W); for eval mode."""
+        stages, last = [], -1
+        for i, stage in enumerate(self.stages):
+            last += len(stage.blocks)
+            if stage.blocks[-1].attn.cell != (1, 1):
+                tokens = self.super_tokens(x, stage=i)
+                shares = all_shares(tokens)
+                stages.append(soft_stage(last, shares.flatten(0, 1), (shares.shape[0], shares.shape[1])))
+        return stages
+
     def adapt_state_dict(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         """Official weights under our names, and the names dropped: the constant kernels of unfold and fold.
 
@@ -356,3 +395,13 @@ def _cells(stoken_size: Sequence[int | Sequence[int]], stages: int) -> list[tupl
             f"stages, got {list(stoken_size)}"
         )
     return [(cell[0], cell[1]) for cell in cells]
+
+
+def all_shares(tokens: SuperTokens) -> Tensor:
+    """(H, W, n) shares of all super tokens of the first image: zero but for the nine around each pixel."""
+    association, (rows, columns) = tokens.association[0], tokens.grid  # (n, p, 9)
+    numbers = torch.arange(1, rows * columns + 1, device=association.device).view(1, rows, columns, 1)
+    table = neighbours(numbers).view(rows * columns, 1, 9).expand_as(association)  # 0 outside the grid
+    shares = association.new_zeros(*association.shape[:2], rows * columns + 1).scatter_add(-1, table, association)
+    cells = shares[..., 1:].unflatten(0, (1, rows, columns))  # (1, rows, columns, p, n)
+    return from_cells(cells, tokens.cell, like=tokens.labels.unsqueeze(-1))[0]

@@ -23,6 +23,8 @@ MOVED = {
     "breakdown": "measure.breakdown",
     "classifiers": "dense.classifiers",
     "closed_form": "measure.closed_form",
+    "closed_form.hosts": "hosts.closed_form",
+    "closed_form.terms": "layers.macs",
     "coco": "dense.coco",
     "costs": "measure.costs",
     "cross_attention": "layers.cross_attention",

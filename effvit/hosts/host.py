@@ -26,7 +26,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from effvit.block import BlockList, call_block, copy_shared, rehouse, set_child, token_block
+from effvit.hosts.closed_form import plain_vit
 from effvit.hosts.refusals import is_file_name, reason_against, reason_against_class
+from effvit.hosts.stages import Stage, map_stage
 from effvit.hosts.surface import (
     SPARSIFIED,
     BlockFeatures,
@@ -39,6 +41,7 @@ from effvit.hosts.surface import (
     with_gradients,
 )
 from effvit.hosts.tiny_vit import ReducedTinyViT, reduce_windows
+from effvit.layers.macs import Terms
 from effvit.protocols import Layer, PatchEmbedding, Setting, Settings, Size
 from effvit.recording import refuse_legacy_onnx
 from effvit.recover import FILLS, AttentionRecovery, check_fill, restore, to_grid, unpacked
@@ -220,6 +223,15 @@ class ReducedHost(Intermediates, Reduced):
         """Tokens (not normalised) and TokenMap after every block, for pictures and statistics."""
         _, taken = self._forward_blocks(x, take=range(len(self.blocks)), memory=memory, reference=memory)
         return [TokenFeatures(*unpacked(*features)) for features in taken]
+
+    def trace_stages(self, x: Tensor) -> list[Stage]:
+        """What each reducing block makes of the patches of an image (1, 3, H, W)."""
+        trace = self.trace_tokens(x)
+        return [map_stage(trace[block].tokens, block) for block in self.reducers]
+
+    def closed_form(self, size: Size, token_counts: Sequence[int] | None = None) -> Terms:
+        """MACs of one image (H, W) by term; ``token_counts`` as for ``effvit.measure.closed_form``."""
+        return plain_vit(self, size, token_counts)
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Normalised tokens (B, P+N, C), made so that timm's ``forward_head`` is exact on them.

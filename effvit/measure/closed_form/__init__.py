@@ -7,8 +7,8 @@ a trace does not see because no output depends on it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeGuard
 
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
@@ -16,31 +16,28 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from effvit.architectures.casvit import CASViT
-from effvit.architectures.lookupvit import LookupViT
-from effvit.architectures.sit import SiT
-from effvit.architectures.stvit import STViT
-from effvit.architectures.stvit_swin import STViTSwin
-from effvit.architectures.supertoken import SuperTokenViT
 from effvit.block import BLOCK_CLASSES
+from effvit.hosts.closed_form import plain_vit, swin
 from effvit.hosts.host import HOST_CLASSES, ReducedHost
 from effvit.hosts.lvvit import LVViT
-from effvit.measure.closed_form import architectures, hosts
-from effvit.measure.closed_form.terms import Size, Terms
+from effvit.layers.macs import Size, Terms
 from effvit.reducers import METHODS, Reducer
 
 __all__ = ["closed_form_macs"]
 
-FORMS: dict[type[nn.Module], Callable[[Any, Size], Terms]] = {
-    SwinTransformer: hosts.swin,
-    STViT: architectures.stvit,
-    STViTSwin: architectures.stvit_swin,
-    SuperTokenViT: architectures.supertoken,
-    LookupViT: architectures.lookupvit,
-    SiT: architectures.sit,
-    CASViT: architectures.casvit,
-}
 PLAIN = (VisionTransformer, VisionTransformerDistilled, Eva, LVViT)
+
+
+class HasClosedForm(Protocol):
+    """A model that knows its own closed form."""
+
+    def closed_form(self, size: Size) -> Terms:
+        """MACs by term of one image (H, W)."""
+
+
+def knows_its_form(model: object) -> TypeGuard[HasClosedForm]:
+    """Whether the class of the model defines ``closed_form`` itself: what it inherits may not tell of all it adds."""
+    return "closed_form" in vars(type(model))
 
 
 def closed_form_macs(
@@ -71,23 +68,32 @@ def closed_form_macs(
             else "token_counts follow from the sizes of this model; leave them out"
         )
     if type(model) in (*PLAIN, *(HOST_CLASSES[cls] for cls in PLAIN)):
-        blocks: Any = model.blocks
-        foreign = {type(block).__name__ for block in blocks if not isinstance(block, tuple(BLOCK_CLASSES))}
-        if foreign:
-            raise TypeError(f"blocks of the class {', '.join(foreign)} have no closed form; use effvit.count_flops")
-        if isinstance(model, ReducedHost) and METHODS[model.method].cost is Reducer.cost:
-            known = ", ".join(name for name, method in METHODS.items() if method.cost is not Reducer.cost)
-            raise TypeError(
-                f"the method {model.method!r} has no closed form, only {known} have; give it a cost, or use "
-                "effvit.count_flops instead"
-            )
-        if token_counts is not None and len(token_counts) != len(blocks):
-            raise ValueError(f"token_counts needs one value for each of {len(blocks)} blocks, got {len(token_counts)}")
-        return dict(+hosts.host(model, size, token_counts))
-    form = FORMS.get(type(model))
-    if form is None:
-        known = ", ".join(cls.__name__ for cls in (*PLAIN, *FORMS))
+        check_plain(model, token_counts)
+        if isinstance(model, ReducedHost):
+            return dict(+model.closed_form(size, token_counts))
+        return dict(+plain_vit(model, size, None))
+    if type(model) is SwinTransformer:
+        return dict(+swin(model, size))
+    if knows_its_form(model):
+        return dict(+model.closed_form(size))
+    known = ", ".join(cls.__name__ for cls in (*PLAIN, SwinTransformer))
+    raise TypeError(
+        f"a {type(model).__name__} has no closed form, only {known} and classes that define closed_form themselves "
+        "have; use effvit.count_flops instead"
+    )
+
+
+def check_plain(model: Any, token_counts: Sequence[int] | None) -> None:
+    """Raise an error unless the blocks and the method of a plain ViT have a closed form."""
+    blocks = model.blocks
+    foreign = {type(block).__name__ for block in blocks if not isinstance(block, tuple(BLOCK_CLASSES))}
+    if foreign:
+        raise TypeError(f"blocks of the class {', '.join(foreign)} have no closed form; use effvit.count_flops")
+    if isinstance(model, ReducedHost) and METHODS[model.method].cost is Reducer.cost:
+        known = ", ".join(name for name, method in METHODS.items() if method.cost is not Reducer.cost)
         raise TypeError(
-            f"a {type(model).__name__} has no closed form, only {known} have; use effvit.count_flops instead"
+            f"the method {model.method!r} has no closed form, only {known} have; give it a cost, or use "
+            "effvit.count_flops instead"
         )
-    return dict(+form(model, size))
+    if token_counts is not None and len(token_counts) != len(blocks):
+        raise ValueError(f"token_counts needs one value for each of {len(blocks)} blocks, got {len(token_counts)}")

@@ -8,50 +8,34 @@ from typing import Any
 from timm.layers import AttentionPoolLatent
 from torch import nn
 
-from effvit.hosts.lvvit import ConvStemEmbed
-from effvit.measure.closed_form.terms import Size, Terms, attention, convolutions, layers, norm, windows
+from effvit.layers.macs import (
+    Size,
+    Terms,
+    attend,
+    attention,
+    convolutions,
+    feedforward,
+    layers,
+    norm,
+    window_block,
+)
 from effvit.reducers import METHODS
 from effvit.reducers.cost import BlockSizes, Change
 
-__all__ = ["attend", "classifier", "embedding", "feedforward", "host", "plain_block", "swin", "window_block"]
-
-
-def attend(attn: Any, keys: int, queries: int, pairs: int | None = None) -> Terms:
-    """Projections and products of a self-attention module; ``pairs`` if not every query sees every key."""
-    terms = attention(queries * keys if pairs is None else pairs, attn.proj.in_features)
-    for name, layer in attn.named_children():
-        if name in ("proj", "norm"):
-            terms += layers("projection", layer, queries)
-        elif name in ("q_norm", "k_norm"):
-            groups = getattr(attn, "num_kv_groups", 1) if name == "k_norm" else 1
-            terms += norm(layer, keys * attn.num_heads // groups)
-        else:
-            terms += layers("projection", layer, keys)
-    return terms
-
-
-def feedforward(block: Any, rows: int) -> Terms:
-    """Second half of a transformer block."""
-    return norm(block.norm2, rows) + layers("mlp", block.mlp, rows)
-
-
-def plain_block(block: Any, rows: int) -> Terms:
-    """A transformer block in which all tokens attend to all."""
-    return norm(block.norm1, rows) + attend(block.attn, rows, rows) + feedforward(block, rows)
+__all__ = ["classifier", "embedding", "plain_vit", "swin"]
 
 
 def embedding(patch_embed: Any, size: Size) -> tuple[Terms, Size]:
     """The patch embedding of images of that size, and the grid of patches."""
-    if isinstance(patch_embed, ConvStemEmbed):  # its layers in the order they are applied
-        names = ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3", "proj")
-        return convolutions("embedding", nn.Sequential(*(getattr(patch_embed, name) for name in names)), size)
     if patch_embed.dynamic_img_pad:
         patch = patch_embed.patch_size
         size = -(-size[0] // patch[0]) * patch[0], -(-size[1] // patch[1]) * patch[1]
-    return convolutions("embedding", patch_embed, size)
+    # In the order they are applied: the convolutions of a stem come before the projection, though it was made first.
+    parts = sorted(patch_embed.named_children(), key=lambda part: part[0] in ("proj", "norm"))
+    return convolutions("embedding", nn.Sequential(*(part for _, part in parts)), size)
 
 
-def host(model: Any, size: Size, counts: Sequence[int] | None) -> Terms:
+def plain_vit(model: Any, size: Size, counts: Sequence[int] | None) -> Terms:
     """A plain ViT; ``counts`` are the patch tokens that leave each block of a method that adapts to the image."""
     terms, grid = embedding(model.patch_embed, size)
     patches = left = grid[0] * grid[1]
@@ -105,14 +89,6 @@ def attention_pool(pool: AttentionPoolLatent, keys: int) -> Terms:
         else:
             terms += layers("pooling", layer, keys if name == "kv" else queries)
     return terms
-
-
-def window_block(block: Any, size: Size) -> Terms:
-    """A Swin block: attention inside the windows that cover the padded map."""
-    window, tokens = block.window_size, size[0] * size[1]
-    area = window[0] * window[1]
-    padded = windows(size, window) * area
-    return norm(block.norm1, tokens) + attend(block.attn, padded, padded, padded * area) + feedforward(block, tokens)
 
 
 def swin(model: Any, size: Size) -> Terms:

@@ -1,0 +1,130 @@
+"""The terms that every closed form is a sum of: layers on a number of rows, attention between numbers of
+tokens, and the blocks made of them.
+
+The conventions are those of ``effvit.measure.flops``: one MAC for each weight and row, 5 for each element of an affine
+LayerNorm and 4 without weights, 2 for each of an affine BatchNorm in eval mode, 1 for each element an adaptive average
+pooling reads.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from torch import nn
+
+__all__ = [
+    "Size",
+    "Terms",
+    "attend",
+    "attention",
+    "convolutions",
+    "cross_block",
+    "feedforward",
+    "layers",
+    "norm",
+    "plain_block",
+    "window_block",
+    "window_cross",
+    "windows",
+]
+
+Size = tuple[int, int]  # (H, W)
+Terms = Counter[str]  # term -> MACs
+
+
+def norm(module: nn.Module, rows: int) -> Terms:
+    """A norm over the channels of so many tokens or positions; nothing for an Identity."""
+    if isinstance(module, nn.LayerNorm):  # timm's LayerNorm2d too
+        return Terms(norm=rows * module.normalized_shape[-1] * (4 if module.weight is None else 5))
+    if isinstance(module, nn.BatchNorm2d):
+        return Terms(norm=rows * module.num_features * (2 if module.affine else 1))
+    if "Norm" in type(module).__name__ and not list(module.children()):
+        raise TypeError(f"closed forms know LayerNorm and BatchNorm2d, not {type(module).__name__}; use count_flops")
+    return Terms()
+
+
+def layers(term: str, module: nn.Module, rows: int) -> Terms:
+    """All linear layers, convolutions and norms in a module, each of them applied at ``rows`` tokens or positions."""
+    terms = Terms()
+    for layer in module.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            terms[term] += rows * layer.weight.numel()
+        terms += norm(layer, rows)
+    return terms
+
+
+def convolutions(term: str, module: nn.Module, size: Size) -> tuple[Terms, Size]:
+    """A chain of convolutions and norms on a map of that size, and the size of what comes out."""
+    terms = Terms()
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d):
+            padding: Any = layer.padding
+            height, width = ((size[i] + 2 * padding[i] - layer.kernel_size[i]) // layer.stride[i] + 1 for i in range(2))
+            size = height, width
+            terms[term] += height * width * layer.weight.numel()
+        terms += norm(layer, size[0] * size[1])
+    return terms, size
+
+
+def attention(pairs: int, dim: int) -> Terms:
+    """Two products, q k^T and map times v, over so many pairs of query and key of ``dim`` channels in all heads."""
+    return Terms(attention=2 * pairs * dim)
+
+
+def windows(size: Size, window: Size | int) -> int:
+    """Windows that cover a map, the last of each side partly if need be."""
+    sides: Any = (window, window) if isinstance(window, int) else window
+    return -(-size[0] // sides[0]) * -(-size[1] // sides[1])
+
+
+def attend(attn: Any, keys: int, queries: int, pairs: int | None = None) -> Terms:
+    """Projections and products of a self-attention module; ``pairs`` if not every query sees every key."""
+    terms = attention(queries * keys if pairs is None else pairs, attn.proj.in_features)
+    for name, layer in attn.named_children():
+        if name in ("proj", "norm"):
+            terms += layers("projection", layer, queries)
+        elif name in ("q_norm", "k_norm"):
+            groups = getattr(attn, "num_kv_groups", 1) if name == "k_norm" else 1
+            terms += norm(layer, keys * attn.num_heads // groups)
+        else:
+            terms += layers("projection", layer, keys)
+    return terms
+
+
+def feedforward(block: Any, rows: int) -> Terms:
+    """Second half of a transformer block."""
+    return norm(block.norm2, rows) + layers("mlp", block.mlp, rows)
+
+
+def plain_block(block: Any, rows: int) -> Terms:
+    """A transformer block in which all tokens attend to all."""
+    return norm(block.norm1, rows) + attend(block.attn, rows, rows) + feedforward(block, rows)
+
+
+def window_block(block: Any, size: Size) -> Terms:
+    """A Swin block: attention inside the windows that cover the padded map."""
+    window, tokens = block.window_size, size[0] * size[1]
+    area = window[0] * window[1]
+    padded = windows(size, window) * area
+    return norm(block.norm1, tokens) + attend(block.attn, padded, padded, padded * area) + feedforward(block, tokens)
+
+
+def cross_block(block: Any, queries: int, keys: int, pairs: int | None = None, normed: int | None = None) -> Terms:
+    """A ``CrossBlock``; ``pairs`` if not every query sees every key, ``normed`` if not both sets are normalised."""
+    terms = norm(block.norm1, queries + keys if normed is None else normed)
+    terms += layers("projection", block.attn.q, queries) + layers("projection", block.attn.kv, keys)
+    terms += attention(queries * keys if pairs is None else pairs, block.attn.q.out_features)
+    return terms + layers("projection", block.attn.proj, queries) + feedforward(block, queries)
+
+
+def window_cross(block: Any, queries: Size, keys: Size) -> Terms:
+    """A ``WindowCrossBlock``: by windows, or on the whole map of keys if that has fewer pairs."""
+    tokens, others = queries[0] * queries[1], keys[0] * keys[1]
+    pairs = windows(queries, block.window) * block.window**2 * block.kernel**2
+    outside = Terms()
+    if block.mask_mode == "correct":
+        pairs = min(pairs, tokens * others)
+    else:  # all that is outside has one key and one value
+        outside = norm(block.norm1, 1) + layers("projection", block.attn.kv, 1)
+    return cross_block(block, tokens, others, pairs) + outside
