@@ -163,7 +163,9 @@ class ReducedHost(Intermediates, Reduced):
         for reducer in list(self.reducers.values())[:1]:
             tokens = reducer.start(x, tokens)
         if self.token_drop is not None:
-            full, (x, index) = x, self.token_drop(x)
+            full = x
+            index: Tensor | None
+            x, index = self.token_drop(x)
             if index is not None:
                 tokens = tokens.refer(full) if reference else tokens
                 tokens = replace(tokens.keep(index, index.shape[1]), present=index)
@@ -383,8 +385,8 @@ class ReducedHost(Intermediates, Reduced):
 
     def set_input_size(self, img_size: int | Size | None = None, patch_size: int | Size | None = None) -> None:
         """timm's resize, if the settings leave tokens on the new grid."""
-        new_patch = to_2tuple(patch_size or self.patch_embed.patch_size)
-        size = to_2tuple(img_size or self.patch_embed.img_size)
+        new_patch: Size = to_2tuple(patch_size or self.patch_embed.patch_size)
+        size: Size = to_2tuple(img_size or self.patch_embed.img_size)
         check_counts(self, (size[0] // new_patch[0], size[1] // new_patch[1]))
         super().set_input_size(img_size, patch_size)  # type: ignore[misc]
         check_counts(self, self.patch_embed.grid_size)  # a hybrid embedding has another grid than its patch size says

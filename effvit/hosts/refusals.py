@@ -10,7 +10,6 @@ import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 from torch import nn
 
@@ -40,14 +39,15 @@ def _held(model: nn.Module, supported: Collection[type]) -> str | None:
     return next((name for name, part in model.named_modules() if name and type(part) in supported), None)
 
 
-def reason_against(model: Any, supported: Collection[type]) -> str:
+def reason_against(model: object, supported: Collection[type]) -> str:
     """Why tokens of what was given cannot be reduced, and what to do.
 
     Args:
         model: What was given in place of a model of one of these classes.
         supported: The classes.
     """
-    kind, known = type(model), f"supported are {_listed(supported)}"
+    kind: type = type(model)
+    known = f"supported are {_listed(supported)}"
     if isinstance(model, str) and model.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
         return f"{model} names a folder that timm reads; give timm.create_model({model!r}, pretrained=True)"
     if isinstance(model, (str, os.PathLike)):

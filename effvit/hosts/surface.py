@@ -332,12 +332,15 @@ class Intermediates:
         """
         check_output_fmt(output_fmt)
         refuse_mask(self, attn_mask, is_causal)
+        take: list[int]
+        last: int
         take, last = feature_take_indices(len(self.blocks), indices)
         patches, prefixes, grid, final = self._intermediates(
             x, take, last + 1 if stop_early or intermediates_only else None
         )
         if norm:
             patches = [self._norm_patches(y) for y in patches]
+        maps: list[Tensor]
         maps = patches if output_fmt == "NLC" else [y.transpose(1, 2).unflatten(2, grid).contiguous() for y in patches]
         with_prefix = return_prefix_tokens and self.num_prefix_tokens > 0
         if with_prefix and norm:
