@@ -157,6 +157,8 @@ def test_reducers_do_not_know_each_other() -> None:
 
 @pytest.mark.parametrize("module", [module for module in MODULES if is_public(module)])
 def test_public_names_are_listed_and_exist(module: str) -> None:
+    if module.startswith("dense/"):
+        pytest.importorskip("mmengine")
     loaded = importlib.import_module(module_name(module))
     documented = ast.get_docstring(ast.parse((PACKAGE / f"{module}.py").read_text()))
     assert documented, f"{module} has no docstring"
