@@ -32,8 +32,8 @@ ROWS = (
     ("architectures",),
     ("zoo",),
     ("",),
-    ("images", "measure", "testing"),
-    ("dense", "show"),
+    ("images", "measure"),
+    ("dense", "show", "testing"),
     ("cli",),
 )
 RANKS = {part: row for row, parts in enumerate(ROWS) for part in parts}
