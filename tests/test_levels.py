@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import FAST
+from scripts import load_tool
 
 TESTS = Path(__file__).parent
 OPENMMLAB = {"mmcv", "mmdet", "mmengine", "mmpretrain", "mmseg"}
@@ -33,3 +34,23 @@ def test_a_test_has_the_marks_of_its_level(request: pytest.FixtureRequest) -> No
     for item in request.session.items:
         marks = {mark.name for mark in item.iter_markers()}
         assert ("fast" in marks) == (item.path.name in FAST and not marks & {"slow", "release"}), item.nodeid
+
+
+class TestSeconds:
+    CASE = '<testcase classname="{}" name="a" time="{}" />'
+
+    def test_seconds_are_summed_by_file_and_the_slowest_is_first(self) -> None:
+        cases = [("tests.test_tokens.TestKeep", 0.5), ("tests.test_tokens", 0.25), ("tests.test_export", 2.0)]
+        record = "".join(self.CASE.format(*case) for case in cases)
+        assert load_tool("time_tests").table(f"<testsuites><testsuite>{record}</testsuite></testsuites>") == [
+            "| file | tests | seconds |",
+            "|---|---:|---:|",
+            "| `test_export.py` | 1 | 2.0 |",
+            "| `test_tokens.py` | 2 | 0.8 |",
+            "| all | 3 | 2.8 |",
+        ]
+
+    @pytest.mark.parametrize(("record", "message"), [("{}", "got no XML"), ("<testsuites />", "tells of no test")])
+    def test_what_is_no_record_is_refused(self, record: str, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            load_tool("time_tests").table(record)
