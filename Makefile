@@ -56,13 +56,16 @@ define where_installed
 else echo '$(2) is left out: no Python $(1) is installed'; fi
 endef
 
-.PHONY: help demo test test-transformers test-oldest test-newest test-versions lint format clean
+.PHONY: help demo check test test-transformers test-oldest test-newest test-versions lint format clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
 
 demo: .venv/.synced-demo ## install without OpenMMLab and run the demo into runs/demo
 	$(VENV)/effvit demo --out $(DEMO_OUT)
+
+check: .venv/.synced-dev ## run the fast tests, three minutes on two cores, without OpenMMLab
+	$(VENV)/python -m pytest -m fast $(PARALLEL) $(PYTEST_ARGS)
 
 test: .venv/.synced-test ## install everything and run the tests; PYTEST_ARGS="-k name -x" is handed on
 	$(VENV)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import timm
-import torch
 from torch import Tensor, nn
+
+from effvit.testing import SmallModel
 
 # Registered name and the arguments that make it small; the key names the case in the tests.
 SMALL: dict[str, tuple[str, dict[str, Any]]] = {}
@@ -133,16 +133,13 @@ SIZES |= {
 }
 
 
+CASES = {case: SmallModel(name, small, *SIZES[case]) for case, (name, small) in SMALL.items()}
+
+
 def make_architecture(case: str, **kwargs: Any) -> nn.Module:
     """A small model with weights far enough from their initialisation that tokens differ."""
-    name, small = SMALL[case]
-    torch.manual_seed(0)
-    model = timm.create_model(name, **({"num_classes": 7} | small | kwargs)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter) / max(1, parameter.ndim) ** 0.5)
-    return model
+    return CASES[case].make(**kwargs)
 
 
 def make_images(case: str, batch: int = 2, resized: bool = False) -> Tensor:
-    return torch.randn(batch, 3, *SIZES[case][int(resized)], generator=torch.Generator().manual_seed(1))
+    return CASES[case].images(batch, resized)

@@ -14,6 +14,44 @@ import torch
 pytest.register_assert_rewrite("effvit.testing")
 
 DEFAULT_GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
+# Files of the fast level, `make check`: the core, every method by itself and in the contract, hosts, images and what
+# documents say. They need neither OpenMMLab nor any file beside the checkout; single tests of them that take long or
+# need one of these are marked `slow`.
+FAST = {
+    "test_accuracy.py",
+    "test_ats.py",
+    "test_attention.py",
+    "test_bad_input.py",
+    "test_compat.py",
+    "test_contract.py",
+    "test_docs.py",
+    "test_dymu.py",
+    "test_evit.py",
+    "test_expedite.py",
+    "test_golden.py",
+    "test_golden_readers.py",
+    "test_gtp.py",
+    "test_hot.py",
+    "test_images.py",
+    "test_imports.py",
+    "test_messages.py",
+    "test_pictures.py",
+    "test_plots.py",
+    "test_recording.py",
+    "test_records.py",
+    "test_recover.py",
+    "test_register.py",
+    "test_report.py",
+    "test_schedule.py",
+    "test_semantic_tokens.py",
+    "test_tiny_vit.py",
+    "test_token_stages.py",
+    "test_tokens.py",
+    "test_tome.py",
+    "test_visualize.py",
+    "test_windows.py",
+    "test_zero_tprune.py",
+}
 golden_errors: dict[str, dict[str, float]] = {}
 
 
@@ -22,8 +60,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--golden",
         type=Path,
         default=Path(os.environ.get("EFFVIT_GOLDEN", DEFAULT_GOLDEN)),
-        help="folder of golden cases, one sub-folder a method (default: shared/golden beside the checkout)",
+        help="golden cases beside those of tests/golden (default: shared/golden beside the checkout)",
     )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leaves out files of which ``-m fast`` runs nothing: they need not be importable, and importing takes a minute."""
+    left_out = collection_path.name.startswith("test_") and collection_path.name not in FAST
+    return True if config.option.markexpr == "fast" and left_out else None
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if item.path.name in FAST and not any(item.get_closest_marker(level) for level in ("slow", "release")):
+        item.add_marker("fast")
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ __all__ = [
     "OFF",
     "PAIRS",
     "SETTINGS",
+    "cover",
     "covered",
     "covering",
     "make_host",
@@ -40,6 +42,27 @@ def covering(pairs: Sequence[Pair]) -> set[Pair]:
         if a not in {first for first, _ in kept} or b not in {second for _, second in kept}:
             kept.add((a, b))
     return kept
+
+
+def cover(laws: Iterable[str], pairs: Sequence[Pair]) -> dict[str, set[Pair]]:
+    """Pairs for each law, in which every law meets every first and every second member, and every pair some law.
+
+    Greedy and without chance: a law takes the pair that has most members new to it, of these the one that fewest laws
+    before it took. So there are about as many cases as laws times members of the longer side, not laws times pairs.
+    """
+    taken: Counter[Pair] = Counter()
+    chosen: dict[str, set[Pair]] = {law: set() for law in laws}
+    for kept in chosen.values():
+        new = {(side, member) for pair in pairs for side, member in enumerate(pair)}
+        while new:
+            best = max(pairs, key=lambda pair: (len(new & {*enumerate(pair)}), -taken[pair]))
+            new -= {*enumerate(best)}
+            taken[best] += 1
+            kept.add(best)
+    for pair in pairs:
+        if not taken[pair]:
+            min(chosen.values(), key=len).add(pair)
+    return chosen
 
 
 def released(items: Iterable[Any], kept: Container[Any]) -> list[Any]:

@@ -30,26 +30,8 @@ import effvit
 from effvit.hosts.host import ReducedHost
 from effvit.reducers import METHODS, Reducer
 from effvit.reducers.gtp import CLASS_SCORES
+from effvit.testing import HOSTS, SIZE, make_model
 
-SIZE: dict[str, Any] = {
-    "img_size": 32,
-    "patch_size": 8,
-    "embed_dim": 24,
-    "depth": 3,
-    "num_heads": 2,
-    "num_classes": 5,
-}
-# Settings that fit a grid of 4 x 4 patches and 3 blocks, in which those that reduce at one block do so at block 1.
-SETTINGS: dict[str, dict[str, Any]] = {
-    "evit": {"reduce_at": (1,)},
-    "tome": {"r": 2},
-    "gtp": {"num_prop": 2, "num_neighbours": 2},
-    "ats": {"reduce_at": (1,)},
-    "zero_tprune": {"keep_rate": 0.7, "r": 2, "reduce_at": (1,)},
-    "dymu": {"thresholds": (0.5, 0.5, 0.5)},
-    "expedite": {"keep_rate": 0.5, "cluster_at": 1, "window_size": 3},
-    "hot": {"reduce_at": (1,)},
-}
 WITH_KEEP_RATE = [name for name, method in METHODS.items() if "keep_rate" in method.defaults()]
 WITH_BLOCKS = [name for name, method in METHODS.items() if "reduce_at" in method.defaults()]
 WITH_RATES = [name for name in WITH_BLOCKS if name in WITH_KEEP_RATE]  # one for each block
@@ -58,7 +40,8 @@ NAN = float("nan")
 
 
 def vit(**kwargs: Any) -> VisionTransformer:
-    return VisionTransformer(**(SIZE | kwargs)).eval()
+    """A host of four blocks and 6 x 8 patches."""
+    return HOSTS["class_token"](**kwargs).eval()
 
 
 def eva(**kwargs: Any) -> Eva:
@@ -66,11 +49,11 @@ def eva(**kwargs: Any) -> Eva:
 
 
 def reduced(method: str, **settings: Any) -> ReducedHost:
-    return effvit.sparsify(vit(), method, **(SETTINGS[method] | settings)).eval()
+    return make_model(method, "class_token", **settings)
 
 
 def images(*shape: int) -> torch.Tensor:
-    return torch.randn(shape or (2, 3, 32, 32))
+    return torch.randn(shape or (2, 3, 48, 64))
 
 
 class TestNames:
@@ -128,20 +111,22 @@ class TestSettingsOutOfRange:
     @pytest.mark.parametrize(
         ("method", "rate"),
         [(method, rate) for method in WITH_KEEP_RATE for rate in (0, -0.1, 1.3, NAN, float("inf"))]
-        + [(method, [0.0]) for method in WITH_RATES],
+        + [(method, [0.5, 0.0]) for method in WITH_RATES],
     )
     def test_keep_rate_outside_zero_to_one(self, method: str, rate: Any) -> None:
+        blocks = {"reduce_at": (0, 1)} if method in WITH_BLOCKS else {}
         with pytest.raises(ValueError, match=r"keep_rate must be in \(0, 1\], got (0|-0.1|1.3|nan|inf|0.0)$"):
-            reduced(method, keep_rate=rate)
+            reduced(method, keep_rate=rate, **blocks)
 
     @pytest.mark.parametrize(
         ("method", "rate"),
         [(method, rate) for method in WITH_KEEP_RATE for rate in (True, "0.5")]
-        + [(method, [None]) for method in WITH_RATES],
+        + [(method, [0.5, None]) for method in WITH_RATES],
     )
     def test_keep_rate_that_is_no_number(self, method: str, rate: Any) -> None:
+        blocks = {"reduce_at": (0, 1)} if method in WITH_BLOCKS else {}
         with pytest.raises(TypeError, match=r"keep_rate must be a number in \(0, 1\], got (True|'0.5'|None)$"):
-            reduced(method, keep_rate=rate)
+            reduced(method, keep_rate=rate, **blocks)
 
     @pytest.mark.parametrize(
         ("method", "name", "minimum"),
@@ -209,8 +194,8 @@ class TestSettingsOutOfRange:
             reduced("gtp", sparsity=sparsity)
 
     def test_sparsity_that_keeps_every_entry_of_the_map(self) -> None:
-        with pytest.raises(ValueError, match=r"sparsity 0.999 keeps every entry of a 17 x 17 .*; use sparsity=1"):
-            reduced("gtp", sparsity=0.999)(images())
+        with pytest.raises(ValueError, match=r"sparsity 0.9999 keeps every entry of a 49 x 49 .*; use sparsity=1"):
+            reduced("gtp", sparsity=0.9999)(images())
 
     @pytest.mark.parametrize("alpha", ["x", NAN, float("inf")])
     def test_alpha_that_is_no_finite_number(self, alpha: Any) -> None:
@@ -271,8 +256,8 @@ class TestBlocksAndLengths:
     @pytest.mark.parametrize(
         ("blocks", "message"),
         [
-            ((3,), "reduce_at names block 3, but the model has blocks 0 to 2"),
-            ((-1,), "reduce_at names block -1, but the model has blocks 0 to 2"),
+            ((4,), "reduce_at names block 4, but the model has blocks 0 to 3"),
+            ((-1,), "reduce_at names block -1, but the model has blocks 0 to 3"),
             ((1, 1), r"reduce_at names block 1 twice: \[1, 1\]"),
             ((2, 1), r"reduce_at must be in ascending order, got \[2, 1\]"),
         ],
@@ -306,17 +291,17 @@ class TestBlocksAndLengths:
         value = 0.5 if name == "keep_rate" else 2
         message = rf"{name} has 2 values for 1 blocks \[1\]; give one value for all, or one for each block"
         with pytest.raises(ValueError, match=message):
-            reduced(method, **{name: [value, value]})
+            reduced(method, **{"reduce_at": (1,), name: [value, value]})
 
     def test_sequences_over_all_blocks(self) -> None:
-        with pytest.raises(ValueError, match=r"thresholds has 2 values for 3 blocks \[0, 1, 2\]; give one value"):
+        with pytest.raises(ValueError, match=r"thresholds has 2 values for 4 blocks \[0, 1, 2, 3\]; give one value"):
             reduced("dymu", thresholds=[0.5, 0.5])
-        with pytest.raises(ValueError, match=r"r_total has 2 values for 3 blocks \[0, 1, 2\]; give one value"):
+        with pytest.raises(ValueError, match=r"r_total has 2 values for 4 blocks \[0, 1, 2, 3\]; give one value"):
             reduced("dymu", r_total=[1, 2])
-        with pytest.raises(ValueError, match=r"num_prop has 2 values for 3 blocks \[0, 1, 2\]; give one value"):
+        with pytest.raises(ValueError, match=r"num_prop has 2 values for 4 blocks \[0, 1, 2, 3\]; give one value"):
             reduced("gtp", num_prop=[1, 2])
-        with pytest.raises(ValueError, match="r has 4 values, but the model has 3 blocks"):
-            reduced("tome", r=[1, 1, 1, 1])
+        with pytest.raises(ValueError, match="r has 5 values, but the model has 4 blocks"):
+            reduced("tome", r=[1, 1, 1, 1, 1])
 
 
 class TestThresholds:
@@ -324,12 +309,12 @@ class TestThresholds:
     def test_threshold_that_is_no_cosine(self, value: float) -> None:
         message = re.escape(f"thresholds must be cosine similarities in [-1, 1], got {value}")
         with pytest.raises(ValueError, match=message):
-            reduced("dymu", thresholds=[0.5, value, 0.5])
+            reduced("dymu", thresholds=[0.5, value, 0.5, 0.5])
 
     @pytest.mark.parametrize("value", [NAN, "0.5", None, True])
     def test_threshold_that_is_no_number(self, value: Any) -> None:
         with pytest.raises(ValueError, match=f"thresholds must be a finite number, got {value!r}"):
-            reduced("dymu", thresholds=[0.5, value, 0.5])
+            reduced("dymu", thresholds=[0.5, value, 0.5, 0.5])
 
     @pytest.mark.parametrize("value", [0.5, "abc"])
     def test_thresholds_that_are_no_sequence(self, value: Any) -> None:
@@ -344,7 +329,7 @@ class TestThresholds:
             reduced("dymu", max_r_per_instance_ratio=ratio)
 
     def test_limit_of_an_image_that_lets_nothing_merge(self) -> None:
-        message = r"max_r_per_instance_ratio 0.2 of r \[3, 2, 2\] lets no block merge a token; raise one of them"
+        message = r"max_r_per_instance_ratio 0.2 of r \[2, 2, 2, 1\] lets no block merge a token; raise one of them"
         with pytest.raises(ValueError, match=message):
             reduced("dymu", r_total=7, max_r_per_instance_ratio=0.2)
 
@@ -379,16 +364,16 @@ class TestThresholds:
 
 class TestSchedulesThatLeaveNoToken:
     def test_schedule_is_refused_when_the_model_is_made(self) -> None:
-        with pytest.raises(ValueError, match=r"gtp would leave 0 of 8 patch tokens in block 1 .* 4 x 4; reduce less"):
-            reduced("gtp", num_prop=8)
-        with pytest.raises(ValueError, match=r"zero_tprune would leave 0 of 16 patch tokens in block 1"):
-            reduced("zero_tprune", keep_rate=0.02, r=0)
+        with pytest.raises(ValueError, match=r"gtp would leave 0 of 16 patch tokens in block 2 .* 6 x 8; reduce less"):
+            reduced("gtp", num_prop=16)
+        with pytest.raises(ValueError, match=r"zero_tprune would leave 0 of 48 patch tokens in block 0"):
+            reduced("zero_tprune", keep_rate=0.01, r=0)
 
     def test_schedule_is_refused_for_a_smaller_input_size_and_never_computed(self) -> None:
         model = reduced("gtp", num_prop=5)
         with pytest.raises(ValueError, match=r"gtp would leave -1 of 4 patch tokens in block 1 .* 3 x 3; reduce less"):
             model.set_input_size((24, 24))
-        with pytest.raises(ValueError, match=r"gtp would leave -1 of 4|expected images of 32 x 32 pixels, got 24 x 24"):
+        with pytest.raises(ValueError, match=r"gtp would leave -1 of 4|expected images of 48 x 64 pixels, got 24 x 24"):
             model(images(1, 3, 24, 24))
 
     @pytest.mark.parametrize(
@@ -433,18 +418,18 @@ class TestSchedulesThatLeaveNoToken:
 
     def test_too_many_neighbours_for_the_grid(self) -> None:
         with pytest.raises(
-            ValueError, match=r"num_neighbours must be at least 1 and at most 15, got 16 for 16 patches"
+            ValueError, match=r"num_neighbours must be at least 1 and at most 47, got 48 for 48 patches"
         ):
-            reduced("gtp", num_neighbours=16)(images())
+            reduced("gtp", num_neighbours=48)(images())
 
     def test_without_a_prefix_token_one_neighbour_less_fits_the_grid(self) -> None:
         host = vit(class_token=False, global_pool="avg")
-        fits = effvit.sparsify(host, "gtp", num_prop=1, num_neighbours=14)
+        fits = effvit.sparsify(host, "gtp", num_prop=1, num_neighbours=46)
         assert fits(images()).isfinite().all()
         with pytest.raises(
-            ValueError, match=r"num_neighbours must be at least 1 and at most 14, got 15 for 16 patches"
+            ValueError, match=r"num_neighbours must be at least 1 and at most 46, got 47 for 48 patches"
         ):
-            effvit.sparsify(host, "gtp", num_prop=1, num_neighbours=15)(images())
+            effvit.sparsify(host, "gtp", num_prop=1, num_neighbours=47)(images())
 
 
 class TestSetKeepRate:
@@ -463,7 +448,7 @@ class TestSetKeepRate:
     )
     def test_rates_that_do_not_fit(self, rate: Any, message: str) -> None:
         with pytest.raises((TypeError, ValueError), match=message):
-            reduced("evit").set_keep_rate(rate)
+            reduced("evit", reduce_at=(1,)).set_keep_rate(rate)
 
     def test_refused_rates_change_nothing(self) -> None:
         model = reduced("evit", reduce_at=(0, 1))
@@ -474,8 +459,8 @@ class TestSetKeepRate:
 
     def test_rate_that_leaves_no_token(self) -> None:
         model = reduced("zero_tprune", r=0)
-        with pytest.raises(ValueError, match="zero_tprune would leave 0 of 16 patch tokens in block 1"):
-            model.set_keep_rate(0.02)
+        with pytest.raises(ValueError, match="zero_tprune would leave 0 of 48 patch tokens in block 0"):
+            model.set_keep_rate(0.01)
         assert model(images()).isfinite().all()
 
     @pytest.mark.parametrize(
@@ -488,7 +473,7 @@ class TestSetKeepRate:
 
 
 class TestHosts:
-    @pytest.mark.parametrize("method", ["evit", "ats"])
+    @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.needs_class_token])
     @pytest.mark.parametrize(
         ("host", "name", "prefix"),
         [
@@ -503,7 +488,7 @@ class TestHosts:
             rf"\(num_prefix_tokens={prefix}\); use a host with one, or a method .* such as 'tome'"
         )
         with pytest.raises(ValueError, match=message):
-            effvit.sparsify(host, method, reduce_at=(1,))
+            effvit.sparsify(host, method, **METHODS[method].example())
 
     @pytest.mark.parametrize("selection", CLASS_SCORES)
     def test_selection_that_needs_a_class_token(self, selection: str) -> None:
@@ -563,7 +548,7 @@ class TestHosts:
 
 
 class TestImages:
-    @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 1, 3, 32, 32), (1, 1, 32, 32), (1, 4, 32, 32), (1, 32, 32, 3)])
+    @pytest.mark.parametrize("shape", [(3, 48, 64), (1, 1, 3, 48, 64), (1, 1, 48, 64), (1, 4, 48, 64), (1, 48, 64, 3)])
     def test_wrong_number_of_dimensions_or_channels(self, shape: tuple[int, ...]) -> None:
         message = rf"expected images \(B, 3, H, W\), got a tensor of shape {re.escape(str(shape))}"
         with pytest.raises(ValueError, match=message):
@@ -574,11 +559,12 @@ class TestImages:
         with pytest.raises(ValueError, match=r"expected images \(B, 4, H, W\)"):
             model(images())
 
-    @pytest.mark.parametrize("size", [(40, 40), (32, 40), (33, 32)])
-    def test_wrong_size(self, size: tuple[int, int]) -> None:
-        model = reduced("tome")
+    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize("size", [(64, 48), (48, 72), (49, 64)])
+    def test_wrong_size(self, method: str, size: tuple[int, int]) -> None:
+        model = reduced(method)
         message = (
-            rf"expected images of 32 x 32 pixels, got {size[0]} x {size[1]}; "
+            rf"expected images of 48 x 64 pixels, got {size[0]} x {size[1]}; "
             rf"call model\.set_input_size\(\({size[0]}, {size[1]}\)\), create .* dynamic_img_size=True"
         )
         for run in (
@@ -599,47 +585,49 @@ class TestImages:
         padding = effvit.sparsify(vit(dynamic_img_size=True, dynamic_img_pad=True), "tome", r=2)
         assert padding(images(1, 3, 20, 24)).isfinite().all()
 
+    @pytest.mark.parametrize("method", METHODS)
     @pytest.mark.parametrize("dtype", [torch.uint8, torch.float64, torch.float16])
-    def test_other_dtype_than_the_model(self, dtype: torch.dtype) -> None:
+    def test_other_dtype_than_the_model(self, method: str, dtype: torch.dtype) -> None:
         message = f"expected images of dtype torch.float32, the model's, got {dtype}; convert the images"
         with pytest.raises(TypeError, match=message):
-            reduced("tome")(torch.zeros(1, 3, 32, 32, dtype=dtype))
+            reduced(method)(torch.zeros(1, 3, 48, 64, dtype=dtype))
 
-    def test_uint8_is_refused_under_autocast_too(self) -> None:
+    @pytest.mark.parametrize("method", METHODS)
+    def test_uint8_is_refused_under_autocast_too(self, method: str) -> None:
         with (
             torch.autocast("cpu", dtype=torch.bfloat16),
             pytest.raises(TypeError, match=r"expected images of dtype torch\.float32, the model's, got torch\.uint8"),
         ):
-            reduced("tome")(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+            reduced(method)(torch.zeros(1, 3, 48, 64, dtype=torch.uint8))
 
     def test_array_in_place_of_a_tensor(self) -> None:
         with pytest.raises(TypeError, match=r"expected images \(B, 3, H, W\) as a tensor, got ndarray"):
             reduced("tome")(images().numpy())
 
     def test_empty_batch(self) -> None:
-        with pytest.raises(ValueError, match=r"the batch holds no image: shape \(0, 3, 32, 32\); leave empty batches"):
-            reduced("tome")(torch.zeros(0, 3, 32, 32))
+        with pytest.raises(ValueError, match=r"the batch holds no image: shape \(0, 3, 48, 64\); leave empty batches"):
+            reduced("tome")(torch.zeros(0, 3, 48, 64))
 
 
-@pytest.mark.parametrize("method", SETTINGS)
-class TestNaN:
-    def test_nan_in_an_image_names_the_image_and_the_input(self, method: str) -> None:
-        x = images(3, 3, 32, 32)
-        x[1, 0, 5, 5] = NAN
-        message = rf"{method} in block \d: .* are NaN for image 1 of the batch; the tokens that entered .* hold NaN"
-        with pytest.raises(ValueError, match=message):
-            reduced(method)(x)
+@pytest.mark.parametrize("method", METHODS)
+def test_nan_in_an_image_names_the_image_and_the_input(method: str) -> None:
+    x = images(3, 3, 48, 64)
+    x[1, 0, 5, 5] = NAN
+    message = rf"{method} in block \d: .* are NaN for image 1 of the batch; the tokens that entered .* hold NaN"
+    with pytest.raises(ValueError, match=message):
+        reduced(method)(x)
 
 
 @pytest.mark.parametrize("method", IN_ATTENTION)
 @pytest.mark.parametrize("attention", [None, "eager"])
 def test_nan_in_the_keys_of_a_block_names_the_block_and_its_weights(method: str, attention: str | None) -> None:
     model = reduced(method)
-    block = model.blocks[1]
+    first = min(model.reducers)
+    block = model.blocks[first]
     block.attn.fused_attn = attention is None
     with torch.no_grad():
         block.attn.qkv.weight[SIZE["embed_dim"]] = NAN  # the first row of the keys
-    message = rf"{method} in block 1: .* are NaN for image 0 .* are finite: its own weights hold NaN"
+    message = rf"{method} in block {first}: .* are NaN for image 0 .* are finite: its own weights hold NaN"
     with pytest.raises(ValueError, match=message):
         model(images())
 
@@ -655,7 +643,7 @@ def test_nan_message_names_the_selection(selection: str) -> None:
 
 class TestForwardArguments:
     @pytest.mark.parametrize("pool", ["token", "map"])
-    @pytest.mark.parametrize("argument", [{"attn_mask": torch.ones(1, 1, 17, 17)}, {"is_causal": True}])
+    @pytest.mark.parametrize("argument", [{"attn_mask": torch.ones(1, 1, 49, 49)}, {"is_causal": True}])
     def test_masks_over_the_full_sequence(self, pool: str, argument: dict[str, Any]) -> None:
         model = effvit.sparsify(vit(global_pool=pool), "tome", r=2)
         message = "reduced by tome takes no attn_mask or is_causal: .*; use the dense model for masked input"
@@ -672,7 +660,7 @@ class TestForwardArguments:
         message = r"recover 'last' needs .* holds no memory; get it from forward_tokens\(x, memory=True\) or"
         with pytest.raises(ValueError, match=message):
             effvit.to_map(*features)
-        assert effvit.to_map(*reduced("evit").forward_tokens(images(), memory=True)).shape == (2, 24, 4, 4)
+        assert effvit.to_map(*reduced("evit").forward_tokens(images(), memory=True)).shape == (2, 32, 6, 8)
 
     def test_drop_path_in_a_packed_batch(self) -> None:
         host = vit(drop_path_rate=0.5)
@@ -694,11 +682,11 @@ class TestCheckpoints:
         [
             (
                 {"embed_dim": 48},
-                r"cls_token has shape \(1, 1, 48\), the model's \(1, 1, 24\); .* and 39 more",
+                r"cls_token has shape \(1, 1, 48\), the model's \(1, 1, 32\); .* and 51 more",
             ),
-            ({"num_classes": 9}, r"head.weight has shape \(9, 24\), the model's \(5, 24\)"),
-            ({"depth": 4}, r"blocks\.3\.norm1\.weight is not a parameter of the model; .* and \d+ more"),
-            ({"depth": 2}, r"blocks\.2\.norm1\.weight is missing"),
+            ({"num_classes": 9}, r"head.weight has shape \(9, 32\), the model's \(7, 32\)"),
+            ({"depth": 5}, r"blocks\.4\.norm1\.weight is not a parameter of the model; .* and \d+ more"),
+            ({"depth": 3}, r"blocks\.3\.norm1\.weight is missing"),
         ],
     )
     def test_checkpoint_of_another_shape(self, other: dict[str, int], message: str, tmp_path: Path) -> None:

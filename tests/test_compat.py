@@ -15,6 +15,8 @@ from effvit.compat import MOVED
 
 @pytest.mark.parametrize("former", MOVED)
 def test_a_former_path_is_the_module_and_says_where_it_is(former: str) -> None:
+    if MOVED[former].startswith("dense."):
+        pytest.importorskip("mmengine")
     sys.modules.pop(f"effvit.{former}", None)
     with pytest.warns(DeprecationWarning, match=rf"effvit\.{former} has moved to effvit\.{MOVED[former]};"):
         module = importlib.import_module(f"effvit.{former}")

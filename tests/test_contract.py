@@ -1,4 +1,8 @@
-"""The contract of every method on every host, and what single methods add to it."""
+"""The contract of every method on every host, and what single methods add to it.
+
+By default each law of the contract meets every method and every host, and each pair of method and host some law; the
+whole product runs with ``-m release``.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +10,43 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hosts import HOSTS, SETTINGS, make_host, make_images, make_model
+from hosts import HOSTS, PAIRS, SETTINGS, cover, make_host, make_images, make_model, released
 
 import effvit
 import effvit.testing
 from effvit.recover import to_grid
 from effvit.testing import assert_law, double
 
+LAWS = [name for name in dir(effvit.testing.Contract) if name.startswith("test_")]
+COVER = cover(LAWS, PAIRS)
 
-@effvit.testing.parametrize()
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if metafunc.cls is TestEveryPair:
+        metafunc.parametrize(("method", "host"), released(PAIRS, COVER[metafunc.function.__name__]))
+
+
 class TestEveryPair(effvit.testing.Contract):
     """The contract of all methods on all hosts."""
+
+    @pytest.mark.slow  # as long as all other laws together
+    def test_compiles_as_one_graph(self, method: str, host: str) -> None:
+        super().test_compiles_as_one_graph(method, host)
+
+
+class TestCover:
+    def test_each_two_of_law_method_and_host_meet(self) -> None:
+        met = {(law, method, host) for law, pairs in COVER.items() for method, host in pairs}
+        methods, hosts = ({*members} for members in zip(*PAIRS, strict=True))
+        assert {(law, method) for law, method, _ in met} == {(law, method) for law in LAWS for method in methods}
+        assert {(law, host) for law, _, host in met} == {(law, host) for law in LAWS for host in hosts}
+        assert {(method, host) for _, method, host in met} == {*PAIRS}
+
+    def test_number_of_cases_grows_with_the_longer_side_and_not_with_the_product(self) -> None:
+        laws = [f"law{i}" for i in range(20)]
+        for methods, hosts in ((10, 5), (10, 10), (20, 10), (20, 20)):
+            pairs = [(f"method{i}", f"host{j}") for i in range(methods) for j in range(hosts)]
+            assert sum(map(len, cover(laws, pairs).values())) < 1.3 * 20 * max(methods, hosts)
 
 
 @pytest.mark.parametrize("host", ["average_pool", "attention_pool", "register_no_class", "class_token"])

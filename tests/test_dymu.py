@@ -179,6 +179,7 @@ class TestCalibration:
             found = [effvit.calibrate(uncalibrated(host, ragged=r).double(), [x]) for r in ("padded", "packed")]
             assert found[0] == pytest.approx(found[1], abs=1e-12)
 
+    @pytest.mark.slow
     def test_two_processes_end_with_the_mean_over_the_batches_of_both(self, tmp_path: Path) -> None:
         torch.multiprocessing.spawn(calibrate_in_group, (tmp_path,), nprocs=2)
         model = uncalibrated()

@@ -1,12 +1,14 @@
-"""Agreement with the official code of every method, case by case (see shared/golden/README.md).
+"""Agreement with the official code of every method, case by case.
 
-``pytest tests/test_golden.py --golden DIR`` runs any folder laid out the same way.
+A case is a json of the whole configuration beside the tensors that the official code gave: weights, input, output and
+decisions on the way. tests/golden holds a cut (``tools/cut_golden.py``), which always runs; ``--golden DIR`` adds those
+of any folder laid out the same way, shared/golden beside the checkout if it is there.
 """
 
 from __future__ import annotations
 
+import filecmp
 import json
-import os
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -28,6 +30,7 @@ import torch.nn.functional as F
 from golden_cases import DOUBLE, Case, expect, find_cases, find_tables
 from golden_dymu import compare as compare_dymu
 from golden_dymu import compare_schedule
+from scripts import load_tool
 from timm.models import create_model
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -68,17 +71,42 @@ ARCHITECTURES: dict[str, ModuleType] = {
 IMPLEMENTED = (*METHODS, *ARCHITECTURES)
 
 
+CUT = Path(__file__).parent / "golden"
+
+
+def find_all_cases(folder: Path) -> list[Path]:
+    return [case.path for method in IMPLEMENTED for case in find_cases(folder, method)]
+
+
+def find_all_tables(folder: Path) -> list[Path]:
+    return [path for method in IMPLEMENTED for path in find_tables(folder, method)]
+
+
+def find_official_keys(folder: Path) -> list[Path]:
+    return [path for keys in CONVERTED for path in sorted(folder.rglob(f"{keys}.json"))]
+
+
+FINDERS: dict[str, Callable[[Path], list[Path]]] = {
+    "case": find_all_cases,
+    "table": find_all_tables,
+    "official_keys": find_official_keys,
+}
+
+
+def same_files(path: Path, other: Path) -> bool:
+    """Whether two cases are equal to the byte, tensors and all."""
+    pairs = [(path.with_suffix(suffix), other.with_suffix(suffix)) for suffix in (".json", ".safetensors")]
+    return all(a.is_file() == b.is_file() and (not a.is_file() or filecmp.cmp(a, b, shallow=False)) for a, b in pairs)
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     folder: Path = metafunc.config.getoption("--golden")
-    if "case" in metafunc.fixturenames:
-        cases = [case for method in IMPLEMENTED for case in find_cases(folder, method)]
-        metafunc.parametrize("case", cases, ids=[f"{case.method}-{case.name}" for case in cases])
-    if "table" in metafunc.fixturenames:
-        tables = [path for method in IMPLEMENTED for path in find_tables(folder, method)]
-        metafunc.parametrize("table", tables, ids=[f"{path.parent.name}-{path.stem}" for path in tables])
-    if "official_keys" in metafunc.fixturenames:
-        paths = [path for keys in CONVERTED for path in sorted(folder.rglob(f"{keys}.json"))]
-        metafunc.parametrize("official_keys", paths, ids=[path.stem for path in paths])
+    for argument in FINDERS.keys() & set(metafunc.fixturenames):
+        cut = FINDERS[argument](CUT)
+        rest = [path for path in FINDERS[argument](folder) if not same_files(path, CUT / path.relative_to(folder))]
+        values = [pytest.param(path, id=f"{path.parent.name}-{path.stem}") for path in cut]
+        values += [pytest.param(path, id=f"{path.parent.name}-{path.stem}", marks=pytest.mark.slow) for path in rest]
+        metafunc.parametrize(argument, values)
     if "other_method" in metafunc.fixturenames:
         others = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
         metafunc.parametrize("other_method", [name for name in others if name not in IMPLEMENTED])
@@ -111,14 +139,19 @@ def test_official_file_is_converted_and_every_entry_accounted_for(
     assert len(joined) <= len(left)
 
 
-def test_golden_folder_is_there(pytestconfig: pytest.Config) -> None:
+def test_cut_is_what_its_list_says_and_has_every_method() -> None:
+    listed = {folder: sorted(cases) for folder, cases in load_tool("cut_golden").CASES.items()}
+    assert {path.name: sorted(file.stem for file in path.glob("*.json")) for path in CUT.iterdir()} == listed
+    for folder in METHODS.keys() | ARCHITECTURES.keys() - {"stvit", "stvit_swin"}:  # read as stvit_r_dense is
+        assert find_cases(CUT, folder), f"{CUT} holds no case of {folder}: add some to CASES of tools/cut_golden.py"
+
+
+def test_folder_of_all_cases_is_there(pytestconfig: pytest.Config) -> None:
     folder = pytestconfig.getoption("--golden")
-    if folder.is_dir():
-        assert any(find_cases(folder, method) for method in IMPLEMENTED), f"{folder} holds no case of {IMPLEMENTED}"
-        return
-    if os.environ.get("CI"):
-        pytest.fail(f"CI must compare with the golden cases, but {folder} does not exist")
-    pytest.skip(f"no golden cases at {folder}; give their folder with --golden")
+    if not folder.is_dir():
+        number = len(find_all_cases(CUT))
+        pytest.skip(f"only the {number} cases of tests/golden: none at {folder}; give the folder of all with --golden")
+    assert find_all_cases(folder), f"{folder} holds no case of {IMPLEMENTED}"
 
 
 def test_folder_of_another_method_is_skipped_by_name(other_method: str) -> None:
@@ -132,9 +165,10 @@ def compare_case(case: Case) -> None:
     case.finish()
 
 
-def test_case_agrees_with_the_official_code(case: Case, record_property: Callable[[str, object], None]) -> None:
-    compare_case(case)
-    record_property("golden error", (case.method, case.name, case.worst))
+def test_case_agrees_with_the_official_code(case: Path, record_property: Callable[[str, object], None]) -> None:
+    recorded = Case(case.parent.name, case)
+    compare_case(recorded)
+    record_property("golden error", (recorded.method, recorded.name, recorded.worst))
 
 
 def test_table_agrees_with_the_official_code(table: Path) -> None:

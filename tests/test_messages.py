@@ -49,6 +49,7 @@ def test_interrupt_is_130_as_in_a_shell(capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr().err == "tool: interrupted\n"
 
 
+@pytest.mark.slow
 def test_reader_that_has_gone_is_no_error() -> None:
     reading, writing = os.pipe()
     os.close(reading)

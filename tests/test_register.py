@@ -101,6 +101,7 @@ assert named(torch.randn(1, 3, 224, 224))[-1].shape == (1, 192, 14, 14)
 """
 
 
+@pytest.mark.slow
 def test_all_that_the_package_offers_works_for_a_method_from_outside(site: Path) -> None:
     """Expected are the numbers of the page's class: ceil(0.5 * 16) tokens from block 1 on."""
     run(site, EVERYTHING)
@@ -132,10 +133,12 @@ assert back.blocks[2].reducer.score.weight.equal(score.weight)
 """
 
 
+@pytest.mark.slow
 def test_a_method_with_parameters_trains_and_comes_back(site: Path, tmp_path: Path) -> None:
     run(site, f"import os; os.chdir({str(tmp_path)!r})\n{LEARNING}")
 
 
+@pytest.mark.slow
 def test_the_contract_runs_on_methods_from_outside(site: Path) -> None:
     """The page's test class, and one for the method with parameters, on one of the hosts."""
     arguments = ["-q", "-p", "no:cacheprovider", "-k", "class_token", str(site)]

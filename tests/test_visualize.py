@@ -16,6 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 import effvit
 from effvit.measure.records import as_object
+from effvit.reducers import METHODS
 from effvit.show.token_stages import Stage
 from effvit.show.visualize import (
     BORDER,
@@ -35,16 +36,8 @@ from effvit.show.visualize import (
     token_record,
     token_stages,
 )
+from effvit.testing import make_model
 from effvit.tokens import TokenMap
-
-SETTINGS = {
-    "evit": {"reduce_at": [1, 2], "keep_rate": 0.5},
-    "tome": {"r": 2},
-    "gtp": {"num_prop": 2},
-    "ats": {"reduce_at": [1, 2, 3]},
-    "zero_tprune": {"keep_rate": 0.7, "r": 1, "reduce_at": [0, 2]},
-    "dymu": {"thresholds": [0.3, 0.3, 0.3, 0.3]},
-}
 
 
 def tiny_vit(img_size: int | tuple[int, int] = 64) -> VisionTransformer:
@@ -153,9 +146,9 @@ def test_shown_stages_are_spread_evenly_and_end_with_the_last(blocks, shown):
 
 
 class TestTokenFigure:
-    @pytest.mark.parametrize("method", SETTINGS)
+    @pytest.mark.parametrize("method", METHODS)
     def test_every_method_has_a_picture(self, method):
-        model = effvit.sparsify(tiny_vit(), method, **SETTINGS[method])
+        model = make_model(method, "class_token")
         figure = token_figure(model, photograph())
         assert figure.mode == "RGB"
         assert figure.width > 300 * (1 + len(model.reducers))

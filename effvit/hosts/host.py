@@ -122,6 +122,8 @@ class ReducedHost(Intermediates, Reduced):
 
         def _pos_embed(self, x: Tensor) -> Tensor: ...
 
+        def set_grad_checkpointing(self, enable: bool = True) -> None: ...
+
     @property
     def num_class_tokens(self) -> int:
         """Class-like tokens: 1 with a class token, 2 with a distillation token too, else 0."""

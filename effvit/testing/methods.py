@@ -1,128 +1,31 @@
-"""The contract of methods and hosts as test classes, for those of this package and for your own.
-
-    import effvit.testing
-    import my_package  # registers the method "normdrop"
-
-    @effvit.testing.parametrize("normdrop")
-    class TestNormDrop(effvit.testing.Contract):
-        pass
-
-runs a method with the settings of its ``example`` on a small host of every kind that it takes. A host of your own joins
-them as ``effvit.testing.HOSTS["mine"] = function that makes a small one``, and
-``effvit.testing.parametrize(hosts=["mine"])`` runs every method on it. pytest is needed, and
-``pytest.register_assert_rewrite("effvit.testing")`` in a conftest.py before the import lets it show the values of a
-failed assertion.
-"""
+"""The contract of methods and hosts."""
 
 from __future__ import annotations
 
 import copy
-import io
-import pickle
-from collections.abc import Callable, Iterable
-from functools import partial
-from typing import Any
+from collections.abc import Iterable
 
 import pytest
 import torch
 import torch.nn.functional as F
-from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 
 import effvit
 from effvit.block import call_block
-from effvit.hosts.host import ReducedHost, apply_method
-from effvit.hosts.lvvit import LVViT
 from effvit.recover import FILLS
 from effvit.reducers import METHODS
-from effvit.tokens import TokenMap
+from effvit.testing.laws import (
+    assert_equal_scores_and_gradients,
+    assert_law,
+    copies_through_files,
+    double,
+    maps_and_scores,
+    scores_and_gradients,
+)
+from effvit.testing.models import HOSTS, example, make_host, make_images, make_model, reduce
 
-__all__ = [
-    "HOSTS",
-    "Contract",
-    "assert_equal_scores_and_gradients",
-    "assert_law",
-    "double",
-    "make_host",
-    "make_images",
-    "make_model",
-    "pairs",
-    "parametrize",
-]
-
-SIZE: dict[str, Any] = {
-    "img_size": (48, 64),
-    "patch_size": 8,
-    "embed_dim": 32,
-    "depth": 4,
-    "num_heads": 2,
-    "num_classes": 7,
-}
-ROPE = {"use_rot_pos_emb": True, "use_abs_pos_emb": False, "num_heads": 2}
-
-
-def _gated(**kwargs: Any) -> Eva:
-    """A host whose attention has gates, which timm's blocks take as an argument and its models do not hand on."""
-    host = Eva(**kwargs)
-    for block in host.blocks:
-        block.attn.gate = nn.Linear(host.embed_dim, block.attn.attn_dim)
-    host.init_weights()
-    return host
-
-
-HOSTS: dict[str, Callable[..., nn.Module]] = {
-    "class_token": partial(VisionTransformer, **SIZE),
-    "distilled": partial(VisionTransformerDistilled, **SIZE),
-    "registers": partial(
-        VisionTransformer,
-        **SIZE,
-        reg_tokens=4,
-        init_values=0.1,
-        qk_norm=True,
-        no_embed_class=True,
-        pre_norm=True,
-    ),
-    "average_pool": partial(VisionTransformer, **SIZE, class_token=False, global_pool="avg"),
-    "register_no_class": partial(VisionTransformer, **SIZE, class_token=False, reg_tokens=1, global_pool="avg"),
-    "attention_pool": partial(VisionTransformer, **SIZE, class_token=False, global_pool="map"),
-    "eva02": partial(Eva, **(SIZE | ROPE), swiglu_mlp=True, scale_mlp=True, qkv_fused=False, init_values=0.1),
-    "dinov3": partial(Eva, **(SIZE | ROPE), rope_type="dinov3", num_reg_tokens=4, init_values=0.1, global_pool="token"),
-    "rope_mixed": partial(Eva, **(SIZE | ROPE), rope_type="mixed", attn_type="rope", global_pool="token"),
-    "gated_grouped": partial(
-        _gated,
-        **(SIZE | ROPE),
-        attn_type="rope",
-        qkv_fused=False,
-        num_kv_heads=1,
-        qk_norm=True,
-        class_token=True,
-        global_pool="avg",
-    ),
-    "lvvit": partial(LVViT, **(SIZE | {"patch_size": 16, "img_size": (64, 80)})),
-}
-
-
-def make_host(name: str, **kwargs: Any) -> Any:
-    """A host with weights far enough from their initialisation that attention differs between tokens."""
-    torch.manual_seed(0)
-    host = HOSTS[name](**kwargs).eval()
-    with torch.no_grad():
-        for parameter in host.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter) / max(1, parameter.ndim) ** 0.5)
-    return host
-
-
-def make_model(method: str, host: str, **settings: Any) -> Any:
-    """The host under the method with the settings of its ``example``, some of them changed."""
-    return apply_method(make_host(host), method, METHODS[method].example() | settings).eval()
-
-
-def make_images(model: Any, batch: int = 2) -> Tensor:
-    """Images (B, 3, H, W) of the model's size, the same ones at every call."""
-    size = model.patch_embed.img_size
-    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(1))
+__all__ = ["Contract", "pairs", "parametrize"]
 
 
 def pairs(methods: Iterable[str] | None = None, hosts: Iterable[str] | None = None) -> list[tuple[str, str]]:
@@ -148,46 +51,6 @@ def parametrize(*methods: str, hosts: Iterable[str] | None = None) -> pytest.Mar
     return pytest.mark.parametrize(("method", "host"), pairs(methods or None, hosts))
 
 
-def double(model: ReducedHost) -> ReducedHost:
-    """The model in float64, where no decision is a matter of rounding."""
-    return copy.deepcopy(model).double()
-
-
-def assert_law(tokens: TokenMap) -> None:
-    """source is a right inverse of anchor, and points to existing tokens."""
-    number = tokens.anchor.shape[1]
-    valid = torch.ones_like(tokens.anchor, dtype=torch.bool) if tokens.valid is None else tokens.valid
-    place = torch.arange(number).expand_as(tokens.anchor)
-    assert torch.equal(tokens.source.gather(1, tokens.anchor)[valid], place[valid])
-    assert tokens.source.min() >= -1
-    assert (tokens.source < tokens.counts().unsqueeze(1)).all()
-
-
-def maps_and_scores(model: ReducedHost, x: Tensor) -> list[Tensor]:
-    """The maps of all blocks and the scores."""
-    return [*model.forward_intermediates(x, intermediates_only=True), model(x)]
-
-
-def scores_and_gradients(run: Any, model: Any, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """What ``run`` makes of the images, and the gradients of the model's parameters that have one, by name."""
-    model.zero_grad()
-    scores = run(x)
-    scores.square().sum().backward()
-    return scores, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_equal_scores_and_gradients(other: Any, model: Any, x: Tensor) -> None:
-    """``other`` runs ``model`` in another way: it gives the same scores, and the parameters the same gradients."""
-    expected, own = scores_and_gradients(model, model, x)
-    scores, recorded = scores_and_gradients(other, model, x)
-    assert torch.allclose(scores, expected, rtol=1e-5, atol=1e-5)
-    assert recorded.keys() == own.keys()
-    noise = 1e-6 * max(gradient.abs().max().item() for gradient in own.values())  # all there is where the true one is 0
-    for name, gradient in own.items():
-        slack = max(noise, 1e-4 * gradient.abs().max().item())
-        assert torch.allclose(recorded[name], gradient, rtol=1e-3, atol=slack), name
-
-
 class Contract:
     """What a method on a host must hold; see the module for how to run it on your own."""
 
@@ -207,7 +70,7 @@ class Contract:
 
     def test_nothing_reduced_is_bit_equal_to_timm(self, method: str, host: str) -> None:
         dense = make_host(host)
-        model = apply_method(dense, method, METHODS[method].off())
+        model = reduce(dense, method, METHODS[method].off())
         x = make_images(dense)
         assert torch.equal(model(x), dense(x))
         assert torch.equal(model.forward_features(x), dense.forward_features(x))
@@ -278,6 +141,7 @@ class Contract:
         if entered[0].shape[1] < x.shape[1]:  # reduced before attention, which then has fewer keys
             return
         reducer, block.reducer = block.reducer, None
+        assert reducer is not None
         start = reducer.start(x, tokens) if tokens.carry is None else tokens
         plain, _ = call_block(block, x, start, block_rope)
         block.reducer = reducer
@@ -292,11 +156,8 @@ class Contract:
     def test_model_survives_pickle_and_torch_save(self, method: str, host: str) -> None:
         model = make_model(method, host)
         x = make_images(model)
-        assert torch.equal(pickle.loads(pickle.dumps(model))(x), model(x))
-        buffer = io.BytesIO()
-        torch.save(model, buffer)
-        buffer.seek(0)
-        assert torch.equal(torch.load(buffer, weights_only=False)(x), model(x))
+        for again in copies_through_files(model):
+            assert torch.equal(again(x), model(x))
 
     def test_bf16_gives_scores_near_those_of_float32(self, method: str, host: str) -> None:
         """Under autocast and as a whole; near alone, since tokens of almost equal scores may change places."""
@@ -314,7 +175,7 @@ class Contract:
         patch = model.patch_embed.patch_size[0]
         size = (3 * patch, 7 * patch)
         model.set_input_size(size)
-        made = apply_method(make_host(host, img_size=size), method, METHODS[method].example()).eval()
+        made = reduce(make_host(host, img_size=size), method, example(method)).eval()
         made.load_state_dict(model.state_dict())
         x = make_images(model)
         assert maps_and_scores(model, x)[-2].shape == (2, model.embed_dim, 3, 7)
@@ -322,7 +183,7 @@ class Contract:
             assert torch.allclose(own, expected, rtol=1e-5, atol=1e-5)
 
     def test_dynamic_sizes_equal_a_model_of_that_size(self, method: str, host: str) -> None:
-        dynamic: Any = apply_method(make_host(host, dynamic_img_size=True), method, METHODS[method].example())
+        dynamic = reduce(make_host(host, dynamic_img_size=True), method, example(method))
         x = make_images(dynamic)
         fixed = make_model(method, host)
         if not isinstance(dynamic, Eva):  # for Eva the order of construction changes the random weights
@@ -340,7 +201,7 @@ class Contract:
         dense = make_host(host)
         x = make_images(dense)
         before = dense(x)
-        model: Any = apply_method(dense, method, METHODS[method].example())
+        model = reduce(dense, method, example(method))
         own = {name: parameter for name, parameter in model.named_parameters() if ".reducer." not in name}
         assert own.keys() == dict(dense.named_parameters()).keys()
         assert all(own[name] is shared for name, shared in dense.named_parameters())

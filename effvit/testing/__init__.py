@@ -1,0 +1,42 @@
+"""The contracts of methods, hosts and architectures as test classes, for those of this package and for your own.
+
+    import effvit.testing
+    import my_package  # registers the method "normdrop"
+
+    @effvit.testing.parametrize("normdrop")
+    class TestNormDrop(effvit.testing.Contract):
+        pass
+
+runs a method with the settings of its ``example`` on a small host of every kind that it takes. A host of your own joins
+them as ``effvit.testing.HOSTS["mine"] = function that makes a small one``, and
+``effvit.testing.parametrize(hosts=["mine"])`` runs every method on it. An architecture is given as small models of it:
+
+    @effvit.testing.parametrize_models({"mine": effvit.testing.SmallModel("my_vit", {"depth": 4}, (64, 48), (48, 80))})
+    class TestMine(effvit.testing.ArchitectureContract):
+        pass
+
+pytest is needed, and ``pytest.register_assert_rewrite("effvit.testing")`` in a conftest.py before the import lets it
+show the values of a failed assertion.
+"""
+
+from effvit.testing.architectures import ArchitectureContract, SmallModel, parametrize_models
+from effvit.testing.laws import assert_equal_scores_and_gradients, assert_law, double
+from effvit.testing.methods import Contract, pairs, parametrize
+from effvit.testing.models import HOSTS, SIZE, make_host, make_images, make_model
+
+__all__ = [
+    "HOSTS",
+    "SIZE",
+    "ArchitectureContract",
+    "Contract",
+    "SmallModel",
+    "assert_equal_scores_and_gradients",
+    "assert_law",
+    "double",
+    "make_host",
+    "make_images",
+    "make_model",
+    "pairs",
+    "parametrize",
+    "parametrize_models",
+]
