@@ -13,12 +13,16 @@ from typing import Any
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 import effvit
 from effvit.hosts.host import HOST_CLASSES, ReducedEva, ReducedViT
+from effvit.hosts.stages import MERGED, Stage
+from effvit.layers.macs import Terms, convolutions, layers
 from effvit.measure.closed_form import closed_form_macs
+from effvit.protocols import Size
 from effvit.reducers import METHODS, EViT
+from effvit.show.token_stages import trace_stages
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "write_a_method.md"
 ENTRY_POINTS = """[effvit.methods]
@@ -71,7 +75,10 @@ def test_installed_methods_are_there_after_import_and_a_broken_one_is_named(site
 EVERYTHING = """
 import timm, torch, effvit
 from pathlib import Path
+from effvit.hosts.stages import MERGED, Stage
+from effvit.layers.macs import Terms, convolutions, layers
 from effvit.measure.closed_form import closed_form_macs
+from effvit.protocols import Size
 from effvit.measure.tune import families
 from effvit.show.visualize import token_figure
 from PIL import Image
@@ -223,3 +230,32 @@ class TestRefused:
 
     def test_the_same_class_may_come_again(self) -> None:
         assert effvit.register_method(EViT) is EViT
+
+
+class PooledPatches(nn.Module):
+    """An architecture from outside: a mean over each two neighbouring patches, then a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Conv2d(3, 8, 4, stride=4), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.embed(x).unflatten(3, (-1, 2)).mean((2, 3, 4)))
+
+    def closed_form(self, size: Size) -> Terms:
+        terms, _ = convolutions("embedding", self.embed, size)
+        return terms + layers("head", self.head, 1)
+
+    def trace_stages(self, x: Tensor) -> list[Stage]:
+        height, width = x.shape[2] // 4, x.shape[3] // 4
+        labels = torch.arange(height * width // 2).repeat_interleave(2).unflatten(0, (height, width))
+        return [Stage(0, height * width // 2, labels.numpy())]
+
+
+def test_an_architecture_from_outside_tells_its_closed_form_and_its_tokens() -> None:
+    model, x = PooledPatches(), torch.randn(1, 3, 16, 24)
+    counted = effvit.count_flops(model, (3, 16, 24))
+    assert sum(closed_form_macs(model, (3, 16, 24)).values()) == counted.total
+    (stage,) = trace_stages(model, x)
+    assert stage.tokens == 12
+    assert (stage.states == MERGED).all()
