@@ -26,9 +26,8 @@ def trace_stages(model: nn.Module, x: Tensor) -> list[Stage]:
     """What each reducing block makes of the patches of an image.
 
     Args:
-        model: A plain ViT made by ``effvit.sparsify``, or one of the architectures with soft tokens: STViT, STViT-R,
-            super-token ViT, LookupViT and SiT, or any other
-            with a method ``trace_stages``. It is run in eval mode and left as it is.
+        model: A plain ViT made by ``effvit.sparsify``, an architecture with soft tokens (STViT, STViT-R, super-token
+            ViT, LookupViT, SiT), or another with a method ``trace_stages``. It is run in eval mode and left as it is.
         x: The image as the model takes it (1, 3, H, W).
 
     Returns:
