@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -96,3 +97,15 @@ def test_pretrained_weights_are_loaded_unless_the_config_names_a_checkpoint(
     built(config(adapter, weights="model_final.pth", pretrained="no/such/file.pth"))
     with pytest.raises(FileNotFoundError, match=r"no checkpoint at no/such/file\.pth"):
         built(config(adapter, pretrained="no/such/file.pth"))
+
+
+def test_example_of_the_page_runs(adapter: ModuleType) -> None:
+    page = Path(__file__).resolve().parents[1] / "docs" / "dense.md"
+    (code,) = [
+        block for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL) if "detectron2" in block
+    ]
+    names: dict[str, Any] = {}
+    exec(code, names)
+    shapes = names["backbone"].output_shape()
+    assert [(name, shape.stride) for name, shape in shapes.items()] == [(f"level{i}", 4 << i) for i in range(4)]
+    assert shapes["level0"].channels == 96

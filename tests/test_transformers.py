@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,15 @@ def test_a_head_of_transformers_trains_on_it_and_comes_back_from_its_folder(tmp_
     again = UperNetForSemanticSegmentation.from_pretrained(tmp_path).eval()
     assert again.backbone.backbone.model.settings["keep_rate"] == 0.5
     assert torch.equal(again(images()).logits, model(images()).logits)
+
+
+def test_example_of_the_page_runs() -> None:
+    page = Path(__file__).resolve().parents[1] / "docs" / "dense.md"
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL) if "UperNet" in block]
+    names: dict[str, Any] = {}
+    exec(code, names)
+    with torch.no_grad():
+        assert names["model"].eval()(torch.zeros(1, 3, 512, 512)).logits.shape == (1, 150, 512, 512)
 
 
 def test_pretrained_weights_are_loaded_once(tmp_path: Path) -> None:
