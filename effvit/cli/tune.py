@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -20,6 +19,20 @@ from effvit.show.tables import print_tuning
 from effvit.show.visualize import load_images
 
 __all__ = ["add_command"]
+
+
+class Arguments(options.WeightArguments, options.MachineArguments):
+    """Of ``effvit tune``."""
+
+    model: str
+    images: list[str]
+    speedup: float | None
+    gmacs: float | None
+    method: list[str]
+    batch_size: int
+    rounds: int
+    final_rounds: int
+    json: Path | None
 
 
 def add_command(commands: options.Commands) -> None:
@@ -43,7 +56,7 @@ def add_command(commands: options.Commands) -> None:
     command.set_defaults(run=run_tune)
 
 
-def run_tune(arguments: argparse.Namespace) -> None:
+def run_tune(arguments: Arguments) -> None:
     """Print the front of settings and the best one for the aim."""
     check_device(arguments.device)
     photos = open_images(arguments.images)
