@@ -13,7 +13,7 @@ __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status, 2 after an error the caller can mend."""
+    """Run the command line; returns the exit status, 2 after an error the caller can fix."""
     arguments = parser().parse_args(argv)
     run: Callable[[argparse.Namespace], None] = arguments.run
     return run_command("effvit", lambda: run(arguments))

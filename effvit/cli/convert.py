@@ -19,7 +19,7 @@ MOST_DROPPED = 200  # entries of a checkpoint that are named without --keys; an 
 
 
 class Arguments(argparse.Namespace):
-    """Of ``effvit convert``."""
+    """Parsed arguments of ``effvit convert``."""
 
     file: Path
     model: str

@@ -16,7 +16,7 @@ __all__ = ["add_command"]
 
 
 class Arguments(argparse.Namespace):
-    """Of ``effvit list``."""
+    """Parsed arguments of ``effvit list``."""
 
     pattern: str
 

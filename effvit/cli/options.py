@@ -27,7 +27,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 class WeightArguments(argparse.Namespace):
-    """What is parsed by ``weights`` and ``entry``."""
+    """Parsed arguments of ``weights`` and ``entry``."""
 
     checkpoint: Path | None
     pretrained: bool
@@ -35,14 +35,14 @@ class WeightArguments(argparse.Namespace):
 
 
 class FigureArguments(WeightArguments):
-    """Of commands that draw what one host makes of images."""
+    """Parsed arguments that figures of one host's tokens need."""
 
     model: str
     out: Path
 
 
 class MachineArguments(argparse.Namespace):
-    """What is parsed by ``machine``."""
+    """Parsed arguments of ``machine``."""
 
     threads: int | None
     device: str

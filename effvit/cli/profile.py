@@ -23,7 +23,7 @@ __all__ = ["add_command"]
 
 
 class Arguments(options.WeightArguments, options.MachineArguments):
-    """Of ``effvit profile``."""
+    """Parsed arguments of ``effvit profile``."""
 
     models: list[str]
     method: list[str]

@@ -14,7 +14,7 @@ __all__ = ["add_command"]
 
 
 class Arguments(argparse.Namespace):
-    """Of ``effvit report``."""
+    """Parsed arguments of ``effvit report``."""
 
     results: list[Path]
     out: Path

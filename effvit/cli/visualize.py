@@ -1,4 +1,4 @@
-"""``effvit visualize``: images of the tokens that photographs leave."""
+"""``effvit visualize``: figures of the tokens a model leaves of each image."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["add_command"]
 
 
 class Arguments(options.FigureArguments):
-    """Of ``effvit visualize``."""
+    """Parsed arguments of ``effvit visualize``."""
 
     images: list[str]
     method: list[str]
@@ -33,7 +33,7 @@ def add_command(commands: options.Commands) -> None:
     command = commands.add_parser(
         "visualize",
         parents=[options.weights(), options.entry(), options.settings()],
-        help="images of the tokens that photographs leave",
+        help="figures of the tokens a model leaves of each image",
     )
     command.add_argument("images", nargs="+", metavar="IMAGE", help=options.IMAGES)
     command.add_argument("--model", required=True, metavar="NAME", help="the dense host, or a model to show as it is")

@@ -1,4 +1,4 @@
-"""How near a reduced model's outputs are to the dense model's, on images without labels."""
+"""How close a reduced model's outputs are to the dense model's, on images without labels."""
 
 from __future__ import annotations
 

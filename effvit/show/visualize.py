@@ -1,4 +1,4 @@
-"""Images of the tokens: which patches a model keeps, merges, fuses and drops, stage by stage."""
+"""Figures of the tokens: which patches a model keeps, merges, fuses and drops, stage by stage."""
 
 from __future__ import annotations
 
