@@ -82,7 +82,7 @@ def table(records: Sequence[Record]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Evaluate; returns 2 after an error the caller can mend."""
+    """Evaluate; returns 2 after an error the caller can fix."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="any name of timm or of the zoo")
     parser.add_argument("--data", required=True, choices=PICTURES)

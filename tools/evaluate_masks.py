@@ -200,7 +200,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Evaluate; returns 2 after an error the caller can mend."""
+    """Evaluate; returns 2 after an error the caller can fix."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, help="folder of the weights and photographs that get_data.py fetched")
     parser.add_argument("--size", type=int, default=1024, help="longer side of the images in pixels")

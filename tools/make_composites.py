@@ -48,7 +48,7 @@ def contact_sheet(root: Path, split: str = "validation", rows: int = 3, columns:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Make the set and say what is in it; returns 2 after an error the caller can mend."""
+    """Make the set and say what is in it; returns 2 after an error the caller can fix."""
     defaults = Settings()
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")

@@ -63,7 +63,7 @@ def make_sheet(pictures: Any, rows: int) -> Sheet:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the sheet; returns 2 after an error the caller can mend."""
+    """Write the sheet; returns 2 after an error the caller can fix."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--root", type=Path, help="parent of the fetched sets (default: that of get_data.py)")
     parser.add_argument("--out", type=Path, default=SHEET, metavar="FILE.png")
