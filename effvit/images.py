@@ -17,11 +17,15 @@ import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 __all__ = ["as_rgb", "check_whole", "fit_size", "open_image", "opened", "turned_size"]
+
+Pixels: TypeAlias = NDArray[np.float32 | np.float64]
 
 BACKGROUND = (255, 255, 255)
 EXIF_ORIENTATION = 0x0112
@@ -68,7 +72,7 @@ def check_regular(path: str | os.PathLike[str]) -> None:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"there is no file {path}") from error
     except (OSError, ValueError) as error:  # ValueError: a null character
-        reason = getattr(error, "strerror", None) or str(error)
+        reason: str = getattr(error, "strerror", None) or str(error)
         raise ValueError(f"{path} cannot be opened: {reason}") from error
     if stat.S_ISDIR(status.st_mode):
         raise ValueError(f"{path} is a folder; name the images in it")
@@ -134,11 +138,12 @@ def as_rgb(image: Image.Image) -> Image.Image:
     has_sixteen_bits = image.mode in SIXTEEN_BIT or (image.mode == "I" and image.format in ("PNG", "PPM"))
     image = ImageOps.exif_transpose(image)
     if has_sixteen_bits:
-        return from_array(np.asarray(image) / 257)
+        return from_array(np.asarray(image, np.float64) / 257)
     if image.mode == "I":
         raise ValueError("its pixels are integers of 32 bits, which have no usual range; save it with 8 or 16 bits")
     if image.mode == "F":
-        return from_array(scaled_floats(np.asarray(image)))
+        floats: NDArray[np.float32] = np.asarray(image)
+        return from_array(scaled_floats(floats))
     if image.has_transparency_data:
         canvas = Image.new("RGBA", image.size, BACKGROUND)
         canvas.alpha_composite(image.convert("RGBA"))
@@ -146,7 +151,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def scaled_floats(values: np.ndarray) -> np.ndarray:
+def scaled_floats(values: Pixels) -> Pixels:
     """Float pixels on the scale from 0 to 255."""
     low, high = float(values.min()), float(values.max())
     if not np.isfinite(low + high):
@@ -160,6 +165,6 @@ def scaled_floats(values: np.ndarray) -> np.ndarray:
     return (values.astype(np.float64) - low) * (255 / (high - low))
 
 
-def from_array(values: np.ndarray) -> Image.Image:
+def from_array(values: Pixels) -> Image.Image:
     """An RGB image of grey values (H, W) from 0 to 255."""
     return Image.fromarray(values.round().astype(np.uint8)).convert("RGB")

@@ -1,4 +1,4 @@
-"""How near each method comes to its own ideal: the dense blocks on exactly the reduced token counts.
+"""How close each method comes to its own ideal: the dense blocks on exactly the reduced token counts.
 
 The efficiency of a method is its speed over that of the ideal (``effvit.measure.ideal``); what it lacks of 1 is the
 overhead. All models run interleaved, each once a round in random order; a figure is the median over the rounds of the

@@ -66,7 +66,7 @@ def table(records: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure and print the table; returns 2 after an error the caller can mend."""
+    """Measure and print the table; returns 2 after an error the caller can fix."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tuned", type=Path, help="file that `effvit tune --speedup --json` wrote")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="as given to `effvit tune`")

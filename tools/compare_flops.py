@@ -18,6 +18,7 @@ from typing import Any
 
 import timm
 import torch
+from marked_table import put_table
 from rich.progress import track
 from torch import nn
 
@@ -25,12 +26,11 @@ import effvit
 from effvit.measure.closed_form import closed_form_macs
 from effvit.measure.flops import count_flops
 
-__all__ = ["build", "closed_form", "deviation", "key", "main", "table"]
+__all__ = ["build", "closed_form", "deviation", "key", "main", "table", "with_table"]
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PUBLISHED, COUNTED = DOCS / "benchmarks/published_flops.json", DOCS / "benchmarks/counted_flops.json"
 PAGE = DOCS / "flops.md"
-BEGIN, END = "<!-- table of tools/compare_flops.py -->\n", "<!-- end of table -->\n"
 GROUPS = {
     "dense": "Dense models",
     "evit": "EViT",
@@ -102,7 +102,7 @@ class Notes:
 
     def lines(self) -> list[str]:
         """The notes in Markdown."""
-        return ["", *(f"{i}. {text}" for i, text in enumerate(self.texts, start=1)), ""]
+        return ["", *(f"{i}. {text}" for i, text in enumerate(self.texts, start=1))]
 
 
 def _figure(figure: float | str | None, macs: int | None = None) -> str:
@@ -112,8 +112,8 @@ def _figure(figure: float | str | None, macs: int | None = None) -> str:
     )
 
 
-def table(published: dict[str, Any], counted: dict[str, int]) -> str:
-    """The tables of all groups in Markdown."""
+def table(published: dict[str, Any], counted: dict[str, int]) -> list[str]:
+    """Lines of the tables of all groups in Markdown."""
     sources, remarks, lines = published["sources"], published["remarks"], []
     for group, title in GROUPS.items():
         lines += [f"### {title}", "", "| model | setting | counted | other count | published |"]
@@ -125,7 +125,7 @@ def table(published: dict[str, Any], counted: dict[str, int]) -> str:
             paper = _figure(setting.get("published"), macs) + notes.mark(setting.get("published_in"))
             count = f"{macs / 1e9:.4f}" + notes.mark(remarks.get(setting.get("remark")))
             lines.append(f"| {setting['model']} | {setting['setting']} | {count} | {other} | {paper} |")
-        lines += notes.lines()
+        lines += [*notes.lines(), ""]
     lines += ["### Not counted here", "", "| model | setting | other count | published | why |"]
     lines.append("| --- | --- | ---: | ---: | --- |")
     notes = Notes()
@@ -133,7 +133,12 @@ def table(published: dict[str, Any], counted: dict[str, int]) -> str:
         other = _figure(entry["reference"]) + notes.mark(sources.get(entry.get("reference_from")))
         paper = _figure(entry.get("published")) + notes.mark(entry.get("published_in"))
         lines.append(f"| {entry['model']} | {entry['setting']} | {other} | {paper} | {entry['reason']} |")
-    return "\n".join([*lines, *notes.lines()])
+    return [*lines, *notes.lines()]
+
+
+def with_table(text: str, lines: Sequence[str]) -> str:
+    """docs/flops.md with those lines as its table."""
+    return put_table(text, "docs/flops.md", "flops", "compare_flops.py", lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -150,8 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             record["macs"][key(setting)] = count(setting)
         record["versions"] = {"torch": torch.__version__, "timm": timm.__version__, "effvit": effvit.__version__}
         COUNTED.write_text(json.dumps(record, indent=1) + "\n")
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    PAGE.write_text(before + BEGIN + table(published, record["macs"]) + END + rest.partition(END)[2])
+    PAGE.write_text(with_table(PAGE.read_text(), table(published, record["macs"])))
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ def table(record: Mapping[str, Any]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train and compare; returns 2 after an error the caller can mend."""
+    """Train and compare; returns 2 after an error the caller can fix."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("configs", nargs="+", type=Path, metavar="CONFIG")
     parser.add_argument(

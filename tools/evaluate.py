@@ -1,17 +1,17 @@
-"""Top-1 accuracy on labelled pictures beside multiply-adds and speed, of a model and its reduced variants.
+"""Top-1 accuracy on labelled images beside multiply-adds and speed, of a model and its reduced variants.
 
     python tools/get_data.py fashion_mnist
     python tools/evaluate.py vit_nano_patch4_28 --pretrained --data fashion_mnist --method evit --set keep_rate=0.7
     python tools/evaluate.py deit_small_patch16_224 --checkpoint deit.pth --data imagenet --root imagenet --split val
 
 Of a model trained from a config: its name and keywords, its checkpoint, and the pretrained model that it is compared
-with and whose pictures it takes.
+with and whose images it takes.
 
     python tools/evaluate.py stvit_deit_tiny_patch16_224 --model-kwargs img_size=28 patch_size=4 in_chans=1 \
       num_classes=10 --checkpoint work_dirs/stvit/epoch_3.pth --weights "3 epochs" --baseline vit_nano_patch4_28 \
       --data fashion_mnist
 
-DyMU is calibrated on training pictures of the same set. Without --pretrained and --checkpoint weights are random. With
+DyMU is calibrated on training images of the same set. Without --pretrained and --checkpoint weights are random. With
 --json further records are added to the same file; tools/make_accuracy_page.py makes the table and the plot of
 docs/accuracy.md of it.
 """
@@ -50,7 +50,7 @@ COST_IMAGES = 16  # multiply-adds of methods that adapt to the image are a mean 
 
 
 class Prepared(Dataset[tuple[Tensor, int]]):
-    """(picture, label) pairs as a model takes them."""
+    """(image, label) pairs as a model takes them."""
 
     def __init__(self, pictures: Any, model: nn.Module) -> None:
         self.pictures = pictures
@@ -60,8 +60,8 @@ class Prepared(Dataset[tuple[Tensor, int]]):
         return len(self.pictures)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        picture, label = self.pictures[index]
-        return self.transform(picture), label
+        image, label = self.pictures[index]
+        return self.transform(image), label
 
 
 def table(records: Sequence[Record]) -> list[str]:
@@ -82,13 +82,13 @@ def table(records: Sequence[Record]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Evaluate; returns 2 after an error the caller can mend."""
+    """Evaluate; returns 2 after an error the caller can fix."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="any name of timm or of the zoo")
     parser.add_argument("--data", required=True, choices=PICTURES)
     parser.add_argument("--root", help="folder of the set (default for fetched sets: where get_data.py puts them)")
     parser.add_argument("--split", default="test")
-    parser.add_argument("--limit", type=int, help="only so many pictures, evenly spread")
+    parser.add_argument("--limit", type=int, help="only so many images, evenly spread")
     parser.add_argument("--pretrained", action="store_true")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE")
     parser.add_argument("--key", metavar="NAME", help="entry of the checkpoint with the weights, where it has several")
@@ -126,7 +126,7 @@ def evaluate(arguments: argparse.Namespace) -> Record:
     variants = list_variants(arguments.method, [parse_setting(text) for text in arguments.settings])
     trained = "" if arguments.weights is None else f", {arguments.weights}"
     models = {name + trained: m for name, m in {arguments.model: dense, **reduced(dense, variants)}.items()}
-    taker = dense  # its data configuration is that of the pictures
+    taker = dense  # its data configuration is that of the images
     if arguments.baseline is not None:
         taker = build(arguments.baseline, {}, pretrained=True).eval()
         models = {arguments.baseline: taker, **models}
@@ -172,7 +172,7 @@ def runner_types() -> list[Any]:
 
 
 def spread(pictures: Any, number: int) -> Any:
-    """``number`` of the pictures, evenly spread over the set."""
+    """``number`` of the images, evenly spread over the set."""
     if not 0 < number <= len(pictures):
         raise ValueError(f"the set has {len(pictures)} pictures, cannot take {number} of them")
     return Subset(pictures, [index * len(pictures) // number for index in range(number)])

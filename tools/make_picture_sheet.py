@@ -1,9 +1,9 @@
-"""Write the pictures of Fashion-MNIST that come with the package: effvit/show/sheets/fashion_mnist.png and .json.
+"""Write the images of Fashion-MNIST that come with the package: effvit/show/sheets/fashion_mnist.png and .json.
 
     python tools/get_data.py fashion_mnist
     python tools/make_picture_sheet.py
 
-A column for each class, in it pictures of the test set, evenly spread over those of the class in the order of the set:
+A column for each class, in it images of the test set, evenly spread over those of the class in the order of the set:
 no model has a say in which they are. Their numbers in the test set are in the .json.
 """
 
@@ -31,9 +31,9 @@ class Sheet(NamedTuple):
     """Pictures side by side.
 
     Attributes:
-        image: A column for each class, a row for each picture of it.
+        image: A column for each class, a row for each image of it.
         classes: Names of the classes.
-        indices: Rows of the numbers that the pictures have in their set.
+        indices: Rows of the numbers that the images have in their set.
     """
 
     image: Image.Image
@@ -42,10 +42,10 @@ class Sheet(NamedTuple):
 
 
 def make_sheet(pictures: Any, rows: int) -> Sheet:
-    """``rows`` pictures of each class of a torchvision set of (picture, label), evenly spread over the class.
+    """``rows`` images of each class of a torchvision set of (image, label), evenly spread over the class.
 
     Raises:
-        ValueError: A class with fewer pictures.
+        ValueError: A class with fewer images.
     """
     members: list[list[int]] = [[] for _ in pictures.classes]
     for index, label in enumerate(pictures.targets):
@@ -63,7 +63,7 @@ def make_sheet(pictures: Any, rows: int) -> Sheet:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the sheet; returns 2 after an error the caller can mend."""
+    """Write the sheet; returns 2 after an error the caller can fix."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--root", type=Path, help="parent of the fetched sets (default: that of get_data.py)")
     parser.add_argument("--out", type=Path, default=SHEET, metavar="FILE.png")

@@ -22,7 +22,7 @@ __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Evaluate; returns 2 after an error the caller can mend."""
+    """Evaluate; returns 2 after an error the caller can fix."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("config", help="config file")
     parser.add_argument(

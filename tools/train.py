@@ -21,7 +21,7 @@ __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train; returns 2 after an error the caller can mend."""
+    """Train; returns 2 after an error the caller can fix."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("config", help="config file")
     parser.add_argument("--work-dir", metavar="DIR", help="for logs and checkpoints (default: work_dirs/CONFIG)")

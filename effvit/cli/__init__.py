@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import effvit
 from effvit.cli import convert, demo, listing, profile, report, tune, visualize
@@ -13,9 +13,10 @@ __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status, 2 after an error the caller can mend."""
+    """Run the command line; returns the exit status, 2 after an error the caller can fix."""
     arguments = parser().parse_args(argv)
-    return run_command("effvit", lambda: arguments.run(arguments))
+    run: Callable[[argparse.Namespace], None] = arguments.run
+    return run_command("effvit", lambda: run(arguments))
 
 
 def parser() -> argparse.ArgumentParser:

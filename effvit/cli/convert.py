@@ -18,6 +18,17 @@ __all__ = ["add_command"]
 MOST_DROPPED = 200  # entries of a checkpoint that are named without --keys; an official one drops less than 50
 
 
+class Arguments(argparse.Namespace):
+    """Parsed arguments of ``effvit convert``."""
+
+    file: Path
+    model: str
+    out: Path | None
+    key: str | None
+    keys: bool
+    settings: list[str]
+
+
 def add_command(commands: options.Commands) -> None:
     """Add the command's arguments; ``run`` of what is parsed is the function to call."""
     command = commands.add_parser(
@@ -34,7 +45,7 @@ def add_command(commands: options.Commands) -> None:
     command.set_defaults(run=run_convert)
 
 
-def run_convert(arguments: argparse.Namespace) -> None:
+def run_convert(arguments: Arguments) -> None:
     """Write a checkpoint under our names and print which of its entries were used, renamed and dropped."""
     if arguments.out is not None and arguments.out.suffix != ".safetensors":
         raise ValueError(f"--out must end in .safetensors, got {arguments.out}")

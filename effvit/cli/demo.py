@@ -1,12 +1,11 @@
-"""``effvit demo``: all methods on pictures that are installed already, offline."""
+"""``effvit demo``: all methods on images that are installed already, offline."""
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from PIL import Image
@@ -18,11 +17,13 @@ from effvit.cli import options
 from effvit.cli.models import create, has_random_weights
 from effvit.cli.output import LONGEST_LINE, draw_figures, file_stem, measure, output
 from effvit.hosts.host import ReducedHost
+from effvit.hosts.surface import Reduced
 from effvit.measure.accuracy import top1, with_accuracies
 from effvit.measure.records import write_records
 from effvit.measure.values import Record, TokenRecord
 from effvit.measure.variants import build, reduced
 from effvit.messages import plain
+from effvit.protocols import PatchEmbedding, Settings
 from effvit.reducers import METHODS, DyMU
 from effvit.show.pictures import Labelled, fashion_classes, fashion_pictures, photographs
 from effvit.show.plots import plot_accuracy, plot_costs
@@ -41,14 +42,14 @@ def add_command(commands: options.Commands) -> None:
     command = commands.add_parser(
         "demo",
         parents=[options.weights(), options.entry()],
-        help="all methods on pictures that are installed already, offline",
+        help="all methods on images that are installed already, offline",
     )
     command.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR")
     command.add_argument("--model", default="deit_small_patch16_224", metavar="NAME")
     command.set_defaults(run=run_demo)
 
 
-def run_demo(arguments: argparse.Namespace) -> None:
+def run_demo(arguments: options.FigureArguments) -> None:
     """Show what a model with weights sees under each method, and what the methods cost at the usual size."""
     start = time.perf_counter()
     console, out = output(), arguments.out
@@ -67,7 +68,7 @@ def run_demo(arguments: argparse.Namespace) -> None:
 
 
 def demo_accuracy(console: Console, out: Path) -> tuple[Record, list[TokenRecord], list[Path]]:
-    """Classify the pictures of the package by all methods; returns the record, the tokens and their sheets."""
+    """Classify the images of the package by all methods; returns the record, the tokens and their sheets."""
     pictures = fashion_pictures()
     torch.manual_seed(0)
     dense = build(SEEING, {}, pretrained=True).eval()
@@ -82,7 +83,8 @@ def demo_accuracy(console: Console, out: Path) -> tuple[Record, list[TokenRecord
     print_accuracies(console, record)
     plot_accuracy([record], f"{SEEING} with its trained weights, on {data} only", out / "accuracy.png")
     shown = {name: pictures[name] for name in SHOWN}
-    sheets, tokens = [], []
+    sheets: list[Path] = []
+    tokens: list[TokenRecord] = []
     for name, model in strongest(variants).items():
         sheets.append(out / f"{file_stem(name)}.png")
         stack([answer_figure(dense, model, name, picture) for picture in shown.values()]).save(sheets[-1])
@@ -90,8 +92,8 @@ def demo_accuracy(console: Console, out: Path) -> tuple[Record, list[TokenRecord
     return record, tokens, sheets
 
 
-def answer_figure(dense: nn.Module, model: ReducedHost, name: str, picture: Labelled) -> Image.Image:
-    """The picture's tokens under the answers of the dense model and of the reduced one."""
+def answer_figure(dense: nn.Module, model: Reduced, name: str, picture: Labelled) -> Image.Image:
+    """The image's tokens under the answers of the dense model and of the reduced one."""
     classes, x = fashion_classes(), load_images(dense, [picture.image])
     with torch.inference_mode():
         said, dense_said = (classes[int(m(x).argmax())] for m in (model, dense))
@@ -99,14 +101,14 @@ def answer_figure(dense: nn.Module, model: ReducedHost, name: str, picture: Labe
     return token_figure(model, picture.image, title=title)
 
 
-def strongest(variants: Mapping[str, ReducedHost]) -> dict[str, ReducedHost]:
+def strongest(variants: Mapping[str, Reduced]) -> dict[str, Reduced]:
     """The last variant of each method."""
     last = {model.method: name for name, model in variants.items()}
     return {name: variants[name] for name in last.values()}
 
 
 def demo_costs(
-    console: Console, arguments: argparse.Namespace, photos: Mapping[str, Image.Image]
+    console: Console, arguments: options.FigureArguments, photos: Mapping[str, Image.Image]
 ) -> tuple[Record, list[Path]]:
     """What all methods cost on the photographs; returns the record, and figures of the tokens if weights were given."""
     host = create(arguments.model, arguments)
@@ -117,7 +119,7 @@ def demo_costs(
     weights = f"{arguments.model} with random weights: for its costs alone" if is_random else ""
     if is_random:
         console.print(f"\n{weights}; --checkpoint or --pretrained loads some", style="yellow")
-    models = {arguments.model: host, **variants}
+    models: dict[str, nn.Module] = {arguments.model: host, **variants}
     record = measure(models, len(photos), images, list(photos), rounds=3, warmup=1, ideal=False)
     record = record.with_weights("random weights" if is_random else None)
     print_record(console, record)
@@ -126,16 +128,20 @@ def demo_costs(
     return record, [] if is_random else draw_figures(strongest(variants), photos, arguments)
 
 
-def calibrate_all(console: Console, models: Mapping[str, ReducedHost], images: Tensor) -> None:
-    """Let those of the models that learn from pictures without labels do so on these, and say so."""
-    learning = [name for name, model in models.items() if issubclass(METHODS[model.method], DyMU)]
-    for name in learning:
-        effvit.calibrate(models[name], [images])
+def calibrate_all(console: Console, models: Mapping[str, Reduced], images: Tensor) -> None:
+    """Let those of the models that learn from images without labels do so on these, and say so."""
+    learning = {
+        name: model
+        for name, model in models.items()
+        if isinstance(model, ReducedHost) and issubclass(METHODS[model.method], DyMU)
+    }
+    for model in learning.values():
+        effvit.calibrate(model, [images])
     if learning:
         console.print(f"{', '.join(learning)}: calibrated on these very pictures, without their labels")
 
 
-def demo_variants(host: Any) -> list[tuple[str, dict[str, Any]]]:
+def demo_variants(host: nn.Module) -> list[tuple[str, Settings]]:
     """(method, settings) of every method that has something to show on that host."""
-    num_patches = host.patch_embed.num_patches
+    num_patches = cast(PatchEmbedding, host.patch_embed).num_patches
     return [(name, settings) for name, method in METHODS.items() for settings in method.demo(num_patches)]

@@ -15,6 +15,12 @@ from effvit.reducers import METHODS
 __all__ = ["add_command"]
 
 
+class Arguments(argparse.Namespace):
+    """Parsed arguments of ``effvit list``."""
+
+    pattern: str
+
+
 def add_command(commands: options.Commands) -> None:
     """Add the command's arguments; ``run`` of what is parsed is the function to call."""
     command = commands.add_parser("list", help="methods with their settings, and the zoo's model names")
@@ -22,7 +28,7 @@ def add_command(commands: options.Commands) -> None:
     command.set_defaults(run=run_list)
 
 
-def run_list(arguments: argparse.Namespace) -> None:
+def run_list(arguments: Arguments) -> None:
     """Print the methods and zoo names that match the pattern."""
     methods = effvit.list_methods(arguments.pattern)
     names = effvit.list_models(arguments.pattern)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import nn
 
 import effvit
+from effvit.cli.options import WeightArguments
 from effvit.measure.variants import build
+from effvit.protocols import Settings, Size
 from effvit.show.visualize import data_config
 
 __all__ = ["RANDOM_WEIGHTS", "check_device", "create", "has_random_weights", "shared_input_size"]
@@ -18,9 +18,9 @@ __all__ = ["RANDOM_WEIGHTS", "check_device", "create", "has_random_weights", "sh
 RANDOM_WEIGHTS = "random weights: token choices are not meaningful"
 
 
-def create(name: str, arguments: argparse.Namespace, img_size: tuple[int, int] | None = None) -> nn.Module:
+def create(name: str, arguments: WeightArguments, img_size: Size | None = None) -> nn.Module:
     """The named model in eval mode, with the weights and image size asked for, else seeded random weights."""
-    options: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
+    options: Settings = {} if img_size is None else {"img_size": img_size}
     torch.manual_seed(0)
     model = build(name, options, arguments.pretrained)
     if arguments.checkpoint is not None:
@@ -28,7 +28,7 @@ def create(name: str, arguments: argparse.Namespace, img_size: tuple[int, int] |
     return model.eval()
 
 
-def has_random_weights(arguments: argparse.Namespace) -> bool:
+def has_random_weights(arguments: WeightArguments) -> bool:
     """True if the command was given no weights to load."""
     return arguments.checkpoint is None and not arguments.pretrained
 

@@ -7,11 +7,46 @@ import re
 from pathlib import Path
 from typing import TypeAlias
 
-__all__ = ["DTYPES", "IMAGES", "Commands", "entry", "machine", "parse_size", "settings", "weights"]
+__all__ = [
+    "DTYPES",
+    "IMAGES",
+    "Commands",
+    "FigureArguments",
+    "MachineArguments",
+    "WeightArguments",
+    "entry",
+    "machine",
+    "parse_size",
+    "settings",
+    "weights",
+]
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-IMAGES = "a file, or installed pictures by name: 'fashion_mnist:sneaker-*', photographs:coffee"
+IMAGES = "a file, or installed images by name: 'fashion_mnist:sneaker-*', photographs:coffee"
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+class WeightArguments(argparse.Namespace):
+    """Parsed arguments of ``weights`` and ``entry``."""
+
+    checkpoint: Path | None
+    pretrained: bool
+    key: str | None
+
+
+class FigureArguments(WeightArguments):
+    """Parsed arguments that figures of one host's tokens need."""
+
+    model: str
+    out: Path
+
+
+class MachineArguments(argparse.Namespace):
+    """Parsed arguments of ``machine``."""
+
+    threads: int | None
+    device: str
+    dtype: str
 
 
 def weights() -> argparse.ArgumentParser:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from effvit.cli.models import RANDOM_WEIGHTS, has_random_weights, shared_input_size
+from effvit.cli.options import FigureArguments
 from effvit.measure.costs import profile
 from effvit.measure.profiler import ProfileOptions
 from effvit.measure.values import Record
@@ -82,11 +82,11 @@ def file_stem(name: str) -> str:
 
 
 def draw_figures(
-    models: Mapping[str, nn.Module], images: Mapping[str, Image.Image], arguments: argparse.Namespace
+    models: Mapping[str, nn.Module], images: Mapping[str, Image.Image], arguments: FigureArguments
 ) -> list[Path]:
     """Write a token figure for every image and model, named after both; returns the paths."""
     note = f" ({RANDOM_WEIGHTS})" if has_random_weights(arguments) else ""
-    paths = []
+    paths: list[Path] = []
     arguments.out.mkdir(parents=True, exist_ok=True)
     with progress() as bars:
         task = bars.add_task("drawing tokens", total=len(images) * len(models))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,12 +12,34 @@ from effvit.cli.models import check_device, create
 from effvit.cli.output import measure, output
 from effvit.measure.profiler import ProfileOptions
 from effvit.measure.records import write_records
+from effvit.measure.values import Record
 from effvit.measure.variants import list_variants, parse_setting, reduced
+from effvit.protocols import Size
 from effvit.show.pictures import open_images
 from effvit.show.tables import print_record, write_csv
 from effvit.show.visualize import load_images
 
 __all__ = ["add_command"]
+
+
+class Arguments(options.WeightArguments, options.MachineArguments):
+    """Parsed arguments of ``effvit profile``."""
+
+    models: list[str]
+    method: list[str]
+    settings: list[str]
+    keep_rate: list[float]
+    img_size: list[Size] | None
+    batch_size: list[int]
+    images: list[str] | None
+    rounds: int
+    precision: float | None
+    max_rounds: int
+    compile: bool
+    cuda_graphs: bool
+    breakdown: bool
+    json: Path | None
+    csv: Path | None
 
 
 def add_command(commands: options.Commands) -> None:
@@ -35,7 +57,7 @@ def add_command(commands: options.Commands) -> None:
         "--img-size", nargs="+", type=options.parse_size, metavar="SIZE", help="side or HxW; each is measured"
     )
     command.add_argument("--batch-size", nargs="+", type=int, default=[8], metavar="N", help="each is measured")
-    command.add_argument("--images", nargs="+", metavar="IMAGE", help=f"pictures in place of noise: {options.IMAGES}")
+    command.add_argument("--images", nargs="+", metavar="IMAGE", help=f"images in place of noise: {options.IMAGES}")
     command.add_argument("--rounds", type=int, default=10)
     command.add_argument(
         "--precision", type=float, metavar="SHARE", help="more rounds until every interval is narrower, e.g. 0.02"
@@ -49,7 +71,7 @@ def add_command(commands: options.Commands) -> None:
     command.set_defaults(run=run_profile)
 
 
-def run_profile(arguments: argparse.Namespace) -> None:
+def run_profile(arguments: Arguments) -> None:
     """Print what models and their reduced variants cost."""
     assignments = [parse_setting(text) for text in arguments.settings]
     assignments += [("keep_rate", rate) for rate in arguments.keep_rate]
@@ -58,12 +80,11 @@ def run_profile(arguments: argparse.Namespace) -> None:
     variants = list_variants(arguments.method, assignments)
     check_device(arguments.device)
     photos = open_images(arguments.images or [])
-    records = []
-    for size in arguments.img_size or [None]:
+    records: list[Record] = []
+    sizes: Sequence[Size | None] = arguments.img_size or [None]
+    for size in sizes:
         hosts = {name: create(name, arguments, size) for name in arguments.models}
-        groups = [hosts]
-        if variants:
-            groups = [{name: host, **reduced(host, variants)} for name, host in hosts.items()]
+        groups = [{name: host, **reduced(host, variants)} for name, host in hosts.items()] if variants else [hosts]
         for models in groups:
             dense = next(iter(models.values()))
             images = load_images(dense, list(photos.values())) if photos else None
@@ -84,7 +105,7 @@ def run_profile(arguments: argparse.Namespace) -> None:
         write_csv(arguments.csv, records)
 
 
-def profile_options(arguments: argparse.Namespace) -> ProfileOptions:
+def profile_options(arguments: Arguments) -> ProfileOptions:
     """Keywords of ``effvit.measure.profiler.profile_models`` from the command line."""
     return {
         "rounds": arguments.rounds,

@@ -13,6 +13,13 @@ from effvit.show.report import write_report
 __all__ = ["add_command"]
 
 
+class Arguments(argparse.Namespace):
+    """Parsed arguments of ``effvit report``."""
+
+    results: list[Path]
+    out: Path
+
+
 def add_command(commands: options.Commands) -> None:
     """Add the command's arguments; ``run`` of what is parsed is the function to call."""
     command = commands.add_parser("report", help="one HTML file of the results of profile and visualize")
@@ -21,7 +28,7 @@ def add_command(commands: options.Commands) -> None:
     command.set_defaults(run=run_report)
 
 
-def run_report(arguments: argparse.Namespace) -> None:
+def run_report(arguments: Arguments) -> None:
     """Write the report and print where it is."""
     write_report(arguments.results, arguments.out)
     output().print(plain(arguments.out))

@@ -1,8 +1,7 @@
-"""``effvit tune``: the setting that reaches a speed-up here with the least change of the outputs."""
+"""``effvit tune``: the setting that reaches a target speed-up here with the least change to the outputs."""
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -22,18 +21,32 @@ from effvit.show.visualize import load_images
 __all__ = ["add_command"]
 
 
+class Arguments(options.WeightArguments, options.MachineArguments):
+    """Parsed arguments of ``effvit tune``."""
+
+    model: str
+    images: list[str]
+    speedup: float | None
+    gmacs: float | None
+    method: list[str]
+    batch_size: int
+    rounds: int
+    final_rounds: int
+    json: Path | None
+
+
 def add_command(commands: options.Commands) -> None:
     """Add the command's arguments; ``run`` of what is parsed is the function to call."""
     command = commands.add_parser(
         "tune",
         parents=[options.weights(), options.entry(), options.machine()],
-        help="the setting that reaches a speed-up here with the least change of the outputs",
+        help="the setting that reaches a target speed-up here with the least change to the outputs",
         description="Measure settings of several methods on this machine, and compare their outputs on the IMAGEs.",
     )
     command.add_argument("model", metavar="MODEL", help="a plain ViT of timm")
     command.add_argument("images", nargs="+", metavar="IMAGE", help=options.IMAGES)
     aim = command.add_mutually_exclusive_group(required=True)
-    aim.add_argument("--speedup", type=float, metavar="FACTOR", help="wished speed-up over MODEL, e.g. 1.5")
+    aim.add_argument("--speedup", type=float, metavar="FACTOR", help="target speed-up over MODEL, e.g. 1.5")
     aim.add_argument("--gmacs", type=float, help="billions of multiply-adds of one image not to exceed")
     command.add_argument("--method", nargs="+", default=TUNED, metavar="NAME", help="methods to choose from")
     command.add_argument("--batch-size", type=int, default=8)
@@ -43,7 +56,7 @@ def add_command(commands: options.Commands) -> None:
     command.set_defaults(run=run_tune)
 
 
-def run_tune(arguments: argparse.Namespace) -> None:
+def run_tune(arguments: Arguments) -> None:
     """Print the front of settings and the best one for the aim."""
     check_device(arguments.device)
     photos = open_images(arguments.images)

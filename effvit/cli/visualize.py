@@ -1,9 +1,11 @@
-"""``effvit visualize``: pictures of the tokens that photographs leave."""
+"""``effvit visualize``: figures of the tokens a model leaves of each image."""
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Mapping
 from pathlib import Path
+
+from torch import nn
 
 from effvit.cli import options
 from effvit.cli.models import RANDOM_WEIGHTS, create, has_random_weights
@@ -17,12 +19,21 @@ from effvit.show.visualize import token_record
 __all__ = ["add_command"]
 
 
+class Arguments(options.FigureArguments):
+    """Parsed arguments of ``effvit visualize``."""
+
+    images: list[str]
+    method: list[str]
+    settings: list[str]
+    json: Path | None
+
+
 def add_command(commands: options.Commands) -> None:
     """Add the command's arguments; ``run`` of what is parsed is the function to call."""
     command = commands.add_parser(
         "visualize",
         parents=[options.weights(), options.entry(), options.settings()],
-        help="pictures of the tokens that photographs leave",
+        help="figures of the tokens a model leaves of each image",
     )
     command.add_argument("images", nargs="+", metavar="IMAGE", help=options.IMAGES)
     command.add_argument("--model", required=True, metavar="NAME", help="the dense host, or a model to show as it is")
@@ -32,15 +43,15 @@ def add_command(commands: options.Commands) -> None:
     command.set_defaults(run=run_visualize)
 
 
-def run_visualize(arguments: argparse.Namespace) -> None:
-    """Write a picture for every image, method and setting."""
+def run_visualize(arguments: Arguments) -> None:
+    """Write a figure for every image, method and setting."""
     assignments = [parse_setting(text) for text in arguments.settings]
     if assignments and not arguments.method:
         raise ValueError("settings belong to a method: name one with --method")
     variants = list_variants(arguments.method, assignments)
     images = open_images(arguments.images)
     model = create(arguments.model, arguments)
-    models = reduced(model, variants) if variants else {arguments.model: model}
+    models: Mapping[str, nn.Module] = reduced(model, variants) if variants else {arguments.model: model}
     console = output()
     if has_random_weights(arguments):
         console.print(RANDOM_WEIGHTS, style="yellow")

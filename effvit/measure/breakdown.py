@@ -63,7 +63,7 @@ def time_by_block(model: nn.Module, batch: Tensor, rounds: int = 10) -> list[Blo
         ValueError: The model has no such block.
     """
     model = copy.deepcopy(model).to(batch.device, batch.dtype).eval()
-    blocks = {
+    blocks: dict[str, nn.Module] = {
         name: module
         for name, module in model.named_modules()
         if all(isinstance(getattr(module, branch, None), nn.Module) for branch in BRANCHES)

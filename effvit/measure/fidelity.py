@@ -1,8 +1,8 @@
-"""How near a reduced model's outputs are to the dense model's, on images without labels."""
+"""How close a reduced model's outputs are to the dense model's, on images without labels."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,18 @@ from effvit.measure.values import Fidelity
 __all__ = ["Outputs", "compare_outputs", "fidelity", "outputs"]
 
 Outputs = tuple[Tensor, Tensor]  # scores (B, classes) and features in front of the classifier (B, C)
+
+
+class Classifier(Protocol):
+    """What is asked of timm's classifiers."""
+
+    def forward_features(self, x: Tensor, /) -> Tensor:
+        """What comes before the head."""
+        ...
+
+    def forward_head(self, x: Tensor, /, pre_logits: bool = False) -> Tensor:
+        """Scores of what ``forward_features`` returned, or with ``pre_logits`` the features they are made of."""
+        ...
 
 
 @torch.no_grad()
@@ -30,10 +42,12 @@ def outputs(model: nn.Module, images: Tensor, batch_size: int = 32) -> Outputs:
     """
     if not hasattr(model, "forward_head"):
         raise TypeError(f"{type(model).__name__} has no forward_features and forward_head, whose outputs are compared")
-    if getattr(model, "num_classes", 0) < 1:
+    num_classes: int = getattr(model, "num_classes", 0)
+    if num_classes < 1:
         raise TypeError(f"{type(model).__name__} has no classifier (num_classes=0), whose outputs are compared")
-    twin: Any = eval_twin(model)
-    scores, features = [], []
+    twin = cast(Classifier, eval_twin(model))
+    scores: list[Tensor] = []
+    features: list[Tensor] = []
     for chunk in images.split(batch_size):
         y = twin.forward_features(chunk)
         scores.append(twin.forward_head(y))

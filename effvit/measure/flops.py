@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -32,7 +32,30 @@ with warnings.catch_warnings():
 __all__ = ["HANDLES", "IGNORED_OPERATORS", "FlopReport", "Spread", "count_flops", "eval_twin"]
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
-Handle = Callable[[list[Any], list[Any]], int]
+
+
+class Value(Protocol):
+    """What is asked of a value in torch's trace."""
+
+    def toIValue(self) -> object:
+        """The constant it holds."""
+        ...
+
+    def node(self) -> Node:
+        """The operator that made it."""
+        ...
+
+
+class Node(Protocol):
+    """What is asked of an operator in torch's trace."""
+
+    def inputs(self) -> Iterable[Value]:
+        """What it was given."""
+        ...
+
+
+Values: TypeAlias = Sequence[Value]
+Handle: TypeAlias = Callable[[Values, Values], int]
 
 # Not counted by fvcore's convention, in place or not; fvcore itself ignores a few dozen more (views, copies, integers).
 # fmt: off
@@ -54,38 +77,50 @@ IGNORED_OPERATORS = frozenset(f"aten::{name}{in_place}" for in_place in ("", "_"
 # fmt: on
 
 
+def shape_of(value: Value) -> list[int]:
+    """The value's shape, empty if it is no tensor."""
+    shape: list[int] | None = get_shape(value)
+    return shape or []
+
+
+def listed(value: Value) -> list[Value]:
+    """The entries of a list in the trace."""
+    return list(value.node().inputs())
+
+
 def product_flops(position: int = 0) -> Handle:
     """Handle for a product of matrices whose left factor is the operator's input at ``position``.
 
     One MAC for each element of the result and of the contracted dimension; unlike fvcore's own handle this
     also holds for vectors and for batch dimensions that are broadcast.
     """
-    return lambda inputs, outputs: prod(get_shape(outputs[0])) * get_shape(inputs[position])[-1]
+    return lambda inputs, outputs: prod(shape_of(outputs[0])) * shape_of(inputs[position])[-1]
 
 
-def attention_flops(inputs: list[Any], outputs: list[Any]) -> int:
+def attention_flops(inputs: Values, outputs: Values) -> int:
     """MACs of q k^T and of the attention map times v: B * heads * Nq * Nk * (Dk + Dv)."""
-    key, value = get_shape(inputs[1]), get_shape(inputs[2])
-    queries = prod(get_shape(outputs[0])[:-1])  # B * heads * Nq, also if k and v have fewer heads
+    key, value = shape_of(inputs[1]), shape_of(inputs[2])
+    queries = prod(shape_of(outputs[0])[:-1])  # B * heads * Nq, also if k and v have fewer heads
     return queries * key[-2] * (key[-1] + value[-1])
 
 
-def einsum_flops(inputs: list[Any], outputs: list[Any]) -> int:
+def einsum_flops(inputs: Values, outputs: Values) -> int:
     """MACs of ``torch.einsum``, contracted from left to right; fvcore rounds them to four digits.
 
     A pair of factors takes one MAC for each combination of the indices that either has. Indices that one factor
     alone has and that are summed over are summed first, which is no product.
     """
-    left, _, right = inputs[0].toIValue().replace(" ", "").partition("->")
-    shapes = [get_shape(value) for value in inputs[1].node().inputs()]
-    factors, sizes = [], Counter[str]()
+    left, _, right = str(inputs[0].toIValue()).replace(" ", "").partition("->")
+    shapes = [shape_of(value) for value in listed(inputs[1])]
+    factors: list[set[str]] = []
+    sizes: Counter[str] = Counter()
     for term, shape in zip(left.split(","), shapes, strict=True):
         before, dots, after = term.partition("...")
         broadcast = len(shape) - len(before) - len(after)  # dimensions of the ellipsis, aligned at the last
-        labels = [*before, *(f"...{i}" for i in range(broadcast, 0, -1) if dots), *after]
+        labels: list[str] = [*before, *(f"...{i}" for i in range(broadcast, 0, -1) if dots), *after]
         factors.append(set(labels))
         sizes |= Counter(dict(zip(labels, shape, strict=True)))
-    kept = {*right.replace("...", "")} if right else {label for label in sizes if left.count(label) == 1}
+    kept: set[str] = {*right.replace("...", "")} if right else {label for label in sizes if left.count(label) == 1}
     kept |= {label for label in sizes if label.startswith("...")}
     total, done = 0, factors[0]
     for i, factor in enumerate(factors[1:], start=2):
@@ -96,21 +131,21 @@ def einsum_flops(inputs: list[Any], outputs: list[Any]) -> int:
     return total
 
 
-def rms_norm_flops(inputs: list[Any], outputs: list[Any]) -> int:
+def rms_norm_flops(inputs: Values, outputs: Values) -> int:
     """As fvcore counts a LayerNorm, 5 for each element and 4 without weights, less the mean and its subtraction."""
-    return prod(get_shape(outputs[0])) * (2 if get_shape(inputs[2]) is None else 3)
+    return prod(shape_of(outputs[0])) * (2 if not shape_of(inputs[2]) else 3)
 
 
-def recurrent_flops(inputs: list[Any], outputs: list[Any]) -> int:
+def recurrent_flops(inputs: Values, outputs: Values) -> int:
     """MACs of an LSTM or GRU: each of its weight matrices is applied at every step."""
-    steps = prod(get_shape(inputs[0])[:-1])
-    shapes = [get_shape(value) for value in inputs[2].node().inputs()]
+    steps = prod(shape_of(inputs[0])[:-1])
+    shapes = [shape_of(value) for value in listed(inputs[2])]
     return steps * sum(prod(shape) for shape in shapes if len(shape) == 2)
 
 
-def pool_flops(inputs: list[Any], outputs: list[Any]) -> int:
+def pool_flops(inputs: Values, outputs: Values) -> int:
     """Elements that average pooling adds up, as fvcore counts adaptive pooling."""
-    shape, kernel = get_shape(outputs[0]), [value.toIValue() for value in inputs[1].node().inputs()]
+    shape, kernel = shape_of(outputs[0]), [int(str(value.toIValue())) for value in listed(inputs[1])]
     return prod(shape) * prod(kernel * (len(shape) - 2) if len(kernel) == 1 else kernel)
 
 
@@ -120,8 +155,8 @@ def resize_flops(taps: int, antialiased: bool = False) -> Handle:
     An antialiased kernel is wider by as much as a side shrinks.
     """
 
-    def flops(inputs: list[Any], outputs: list[Any]) -> int:
-        old, new = get_shape(inputs[0]), get_shape(outputs[0])
+    def flops(inputs: Values, outputs: Values) -> int:
+        old, new = shape_of(inputs[0]), shape_of(outputs[0])
         sides = [max(1.0, a / b) if antialiased else 1.0 for a, b in zip(old[2:], new[2:], strict=True)]
         return round(prod(new) * prod(taps * side for side in sides))
 
@@ -189,7 +224,7 @@ class FlopReport:
     @property
     def spread(self) -> Spread:
         """Distribution of ``per_image``."""
-        quartiles = np.quantile(self.per_image, (0, 0.25, 0.5, 0.75, 1)).tolist()
+        quartiles: list[float] = np.quantile(self.per_image, (0, 0.25, 0.5, 0.75, 1)).tolist()
         return Spread(sum(self.per_image) / len(self.per_image), *quartiles)
 
     def __str__(self) -> str:
@@ -239,29 +274,38 @@ def count_flops(
             f"{tuple(images.shape)}"
         )
     twin = eval_twin(model)
-    analyses = [_analysis(twin, image) for image in images.to(like.device, like.dtype).split(1)]
+    counts = [_counts(twin, image) for image in images.to(like.device, like.dtype).split(1)]
     uncounted: Counter[str] = Counter()
-    for analysis in analyses:
-        uncounted |= analysis.unsupported_ops()
+    for count in counts:
+        uncounted |= count.uncounted
     if strict and uncounted:
         raise ValueError(
             f"no rule counts the operators {', '.join(sorted(uncounted))}, so the count may be too low; give them one "
             "in effvit.measure.flops.HANDLES, or count with strict=False, which lists them as the report's uncounted"
         )
-    by_module = _mean([analysis.by_module() for analysis in analyses])
-    by_operator = _mean([analysis.by_operator() for analysis in analyses])
-    per_image = tuple(int(analysis.total()) for analysis in analyses)
+    by_module = _mean([count.by_module for count in counts])
+    by_operator = _mean([count.by_operator for count in counts])
+    per_image = tuple(count.total for count in counts)
     return FlopReport(by_module.pop("", 0), by_operator, by_module, dict(uncounted), per_image)
 
 
-def _analysis(model: nn.Module, image: Tensor) -> FlopCountAnalysis:
-    """fvcore's finished count of one image (1, 3, H, W)."""
+class _Counts(NamedTuple):
+    """fvcore's count of one image; attributes as in ``FlopReport``."""
+
+    total: int
+    by_operator: Counter[str]
+    by_module: Counter[str]
+    uncounted: Counter[str]
+
+
+def _counts(model: nn.Module, image: Tensor) -> _Counts:
+    """The count of one image (1, 3, H, W)."""
     analysis = FlopCountAnalysis(model, image)
     analysis.set_op_handle(**HANDLES, **dict.fromkeys(IGNORED_OPERATORS))
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     with torch.no_grad(), _separate_attention_operators(), traced_once():
-        analysis.total()
-    return analysis
+        total = int(analysis.total())
+    return _Counts(total, analysis.by_operator(), analysis.by_module(), analysis.unsupported_ops())
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from effvit.protocols import Json
 
 __all__ = ["parse_json", "read_json", "write_json"]
 
-LARGEST_FILE = 64 << 20  # bytes; a record of ten models has 10 kB, a picture of tokens 200 kB
+LARGEST_FILE = 64 << 20  # bytes; a record of ten models has 10 kB, an image with tokens 200 kB
 
 
 def read_json(path: Path) -> Json:

@@ -12,15 +12,15 @@ import os
 import platform
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypeAlias, TypedDict
 
 import numpy as np
 import timm
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -46,6 +46,10 @@ RESAMPLES = 2000
 MAX_WARMUP = 10
 PERCENTILES = (10, 50, 90, 99)
 TRIM_THRESHOLD, MMAP_MAX = -1, -4  # parameters of mallopt, from glibc's malloc.h
+
+Run: TypeAlias = Callable[[Tensor], object]
+Times: TypeAlias = NDArray[np.float64]
+"""Seconds of one batch in every round."""
 
 
 class Options(TypedDict, total=False):
@@ -77,8 +81,8 @@ class Measurement:
         speedup: Over the first model, median of the ratios within the rounds.
         interval: Bootstrap 95 % interval of ``speedup``.
         latency: Percentile ("p10", "p50", "p90", "p99") -> seconds of one batch.
-        peak_memory: Bytes of all tensors alive at once in a forward pass besides weights and images, at most; on CUDA
-            what its allocator gave out, workspaces included.
+        peak_memory: Peak bytes of live tensors in a forward pass, excluding weights and input; on CUDA, peak bytes
+            allocated, workspaces included.
         seconds: Duration of one batch in every round.
     """
 
@@ -96,17 +100,17 @@ def noise(input_size: tuple[int, int, int], batch_size: int) -> Tensor:
     return torch.randn(batch_size, *input_size, generator=torch.Generator().manual_seed(SEED))
 
 
-def median_interval(values: np.ndarray, resamples: int = RESAMPLES) -> tuple[float, float]:
+def median_interval(values: Times, resamples: int = RESAMPLES) -> tuple[float, float]:
     """Bootstrap 95 % interval of the median of ``values`` (percentile method, seeded)."""
     rng = np.random.default_rng(SEED)
-    medians = np.median(rng.choice(values, (resamples, len(values))), axis=1)
-    low, high = np.percentile(medians, (2.5, 97.5))
-    return float(low), float(high)
+    medians: Times = np.median(rng.choice(values, (resamples, len(values))), axis=1)
+    low, high = (float(np.percentile(medians, share)) for share in (2.5, 97.5))
+    return low, high
 
 
 def median_ratio(durations: ArrayLike, others: ArrayLike) -> tuple[float, tuple[float, float]]:
     """Median of the ratios of two models' durations within the rounds, and its bootstrap 95 % interval."""
-    ratios = np.asarray(durations) / np.asarray(others)
+    ratios: Times = np.asarray(durations, np.float64) / np.asarray(others, np.float64)
     return float(np.median(ratios)), median_interval(ratios)
 
 
@@ -121,7 +125,7 @@ def keep_freed_memory() -> bool:
     """
     if platform.libc_ver()[0] != "glibc":
         return False
-    set_option = ctypes.CDLL(None).mallopt
+    set_option: Callable[[int, int], int] = ctypes.CDLL(None).mallopt
     return bool(set_option(TRIM_THRESHOLD, -1) and set_option(MMAP_MAX, 0))
 
 
@@ -150,7 +154,7 @@ def profile_models(
     """Interleaved inference speed of several models on one batch; the first is the baseline.
 
     The models are copied, once and with what they share, so the given ones keep their device, dtype and mode. Time is
-    that of the wall clock from an idle device to the result, on CUDA that between two events. On a CPU the process
+    wall-clock time from an idle device to the result; on CUDA, it is measured with events. On a CPU the process
     keeps freed memory from then on (``keep_freed_memory``).
 
     Args:
@@ -201,7 +205,7 @@ def profile_models(
     torch.set_num_threads(threads or threads_before)
     try:
         memory = {name: peak_memory(twin, batch) for name, twin in twins.items()}
-        runs: dict[str, Callable[[Tensor], Any]] = dict(twins)
+        runs: dict[str, Run] = dict(twins)
         if compile:
             runs = {name: torch.compile(twin, dynamic=False) for name, twin in twins.items()}
         if cuda_graphs:
@@ -209,12 +213,12 @@ def profile_models(
         seconds = interleaved(runs, batch, rounds, warmup, precision, max_rounds, on_run)
     finally:
         torch.set_num_threads(threads_before)
-    baseline = np.array(next(iter(seconds.values())))
+    baseline: Times = np.array(next(iter(seconds.values())))
     return [measurement(name, np.array(own), baseline, batch_size, memory[name]) for name, own in seconds.items()]
 
 
 def interleaved(
-    runs: Mapping[str, Callable[[Tensor], Any]],
+    runs: Mapping[str, Run],
     batch: Tensor,
     rounds: int,
     warmup: int,
@@ -226,10 +230,11 @@ def interleaved(
     rng = np.random.default_rng(SEED)
 
     def run_round(durations: dict[str, list[float]]) -> None:
-        for name in rng.permutation(list(runs)):
+        order: list[str] = rng.permutation(list(runs)).tolist()
+        for name in order:
             durations[name].append(timed_run(runs[name], batch))
             if on_run is not None:
-                on_run(str(name))
+                on_run(name)
 
     warm: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(max(warmup, MAX_WARMUP)):
@@ -259,7 +264,7 @@ def resolved(seconds: Mapping[str, Sequence[float]], precision: float) -> bool:
     return True
 
 
-def timed_run(run: Callable[[Tensor], Any], batch: Tensor) -> float:
+def timed_run(run: Run, batch: Tensor) -> float:
     """Seconds of one forward pass, from an idle device to the result."""
     with torch.inference_mode():
         if batch.is_cuda:
@@ -269,13 +274,13 @@ def timed_run(run: Callable[[Tensor], Any], batch: Tensor) -> float:
             run(batch)
             end.record()
             torch.cuda.synchronize(batch.device)
-            return start.elapsed_time(end) / 1e3
+            return float(start.elapsed_time(end)) / 1e3
         begin = time.perf_counter()
         run(batch)
         return time.perf_counter() - begin
 
 
-def graphed(name: str, run: Callable[[Tensor], Any], batch: Tensor) -> Callable[[Tensor], Any]:
+def graphed(name: str, run: Run, batch: Tensor) -> Run:
     """The model on this batch as a CUDA graph.
 
     Raises:
@@ -308,14 +313,21 @@ class _LiveBytes(TorchDispatchMode):
         self.alive: set[int] = set()
         self.now = self.peak = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., object],
+        types: Iterable[type],
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
+        leaves: list[object] = tree_leaves(out)
+        for tensor in leaves:
             if isinstance(tensor, Tensor):
                 self._note(tensor.untyped_storage())
         return out
 
-    def _note(self, storage: Any) -> None:
+    def _note(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
         if key in self.alive:
             return
@@ -347,7 +359,7 @@ def peak_memory(model: nn.Module, batch: Tensor) -> int:
         return torch.cuda.max_memory_allocated(batch.device) - before
 
 
-def measurement(name: str, seconds: np.ndarray, baseline: np.ndarray, batch_size: int, memory: int = 0) -> Measurement:
+def measurement(name: str, seconds: Times, baseline: Times, batch_size: int, memory: int = 0) -> Measurement:
     """The Measurement of a model from its and the baseline's durations in the same rounds."""
     speedup, interval = median_ratio(baseline, seconds)
     return Measurement(

@@ -7,9 +7,10 @@ from strangers too.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 from effvit.measure.json_files import read_json, write_json
 from effvit.measure.rules import (
@@ -57,6 +58,8 @@ __all__ = [
     "read_tuning",
     "write_records",
 ]
+
+Made = TypeVar("Made")
 
 SCHEMA = 1  # of the records; a change that breaks their readers raises it
 
@@ -212,53 +215,77 @@ def read_tuning(path: Path) -> Tuning:
     Raises:
         OSError, ValueError: As ``read_json`` and ``check_record``.
     """
-    value: Any = read_json(path)
+    value = read_json(path)
     check_record(value, plain(path), (Tuning.kind,))
-    entries = _entries(Tuning, value)
-    of_several = {name: [_candidate(entry) for entry in value[name]] for name in ("front", "tried")}
-    conditions = TuningConditions(**_with_rest(TuningConditions, value["conditions"], "options"))
-    return Tuning(**entries | {"conditions": conditions, "best": _candidate(value["best"]), **of_several})
+    entries = _object(value)
+    return _made(
+        Tuning,
+        entries,
+        conditions=_with_options(TuningConditions, _object(entries["conditions"])),
+        best=_candidate(_object(entries["best"])),
+        front=[_candidate(entry) for entry in _objects(entries["front"])],
+        tried=[_candidate(entry) for entry in _objects(entries["tried"])],
+    )
 
 
-def profile_of(value: Any) -> Record:
+def profile_of(value: Json) -> Record:
     """The value of a checked record of kind "profile"."""
-    said = {"weights": value["conditions"]["weights"]} if "weights" in value["conditions"] else {}
-    others = {name: entry for name, entry in value["conditions"].items() if name != "weights"}
-    conditions = Conditions(**_with_rest(Conditions, others, "options") | {"notes": said})
-    return Record(value["machine"], conditions, [_cost(entry) for entry in value["models"]])
+    entries = _object(value)
+    conditions = _object(entries["conditions"])
+    notes = {name: entry for name, entry in conditions.items() if name == "weights"}
+    others = {name: entry for name, entry in conditions.items() if name not in notes}
+    return _made(
+        Record,
+        entries,
+        conditions=_with_options(Conditions, others, notes=notes),
+        models=[_cost(entry) for entry in _objects(entries["models"])],
+    )
 
 
 # What is below takes entries that check_record has let pass, whose types are known to it and not to a type checker.
 
 
-def _entries(kind: type, value: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a class that an object of a file has; bounds and sizes become tuples."""
-    found = {entry.name: value[entry.name] for entry in dataclasses.fields(kind) if entry.name in value}
+def _object(value: Json) -> dict[str, Json]:
+    assert isinstance(value, dict)
+    return value
+
+
+def _objects(value: Json) -> list[dict[str, Json]]:
+    assert isinstance(value, list)
+    return [_object(entry) for entry in value]
+
+
+def _made(kind: Callable[..., Made], value: Mapping[str, Json], **others: object) -> Made:
+    """The class's instance with the fields that an object of a file has and others; bounds and sizes become tuples."""
+    names = signature(kind).parameters
     pairs = ("interval", "efficiency_interval", "input_size")
-    return {name: tuple(entry) if name in pairs and entry else entry for name, entry in found.items()}
+    own: dict[str, object] = {
+        name: tuple(entry) if name in pairs and isinstance(entry, list) else entry
+        for name, entry in value.items()
+        if name in names
+    }
+    return kind(**own | others)
 
 
-def _with_rest(kind: type, value: Mapping[str, Any], rest: str) -> dict[str, Any]:
-    """The fields of a class, all else in the field ``rest``."""
-    found = _entries(kind, value)
-    return found | {rest: {name: entry for name, entry in value.items() if name not in found}}
+def _with_options(kind: Callable[..., Made], value: Mapping[str, Json], **others: object) -> Made:
+    """As ``_made``, with what is no field of the class among its options."""
+    names = signature(kind).parameters
+    return _made(kind, value, options={name: entry for name, entry in value.items() if name not in names}, **others)
 
 
-def _cost(value: Mapping[str, Any]) -> Cost:
+def _cost(value: Mapping[str, Json]) -> Cost:
     accuracy, distances, parts = value["accuracy"], value["fidelity"], value["breakdown"]
-    return Cost(
-        **_entries(Cost, value)
-        | {
-            "accuracy": accuracy and Accuracy(**_entries(Accuracy, accuracy)),
-            "fidelity": distances and Fidelity(**_entries(Fidelity, distances)),
-            "breakdown": parts and [BlockTime(**_entries(BlockTime, part)) for part in parts],
-        }
+    return _made(
+        Cost,
+        value,
+        accuracy=accuracy and _made(Accuracy, _object(accuracy)),
+        fidelity=distances and _made(Fidelity, _object(distances)),
+        breakdown=parts and [_made(BlockTime, part) for part in _objects(parts)],
     )
 
 
-def _candidate(value: Mapping[str, Any]) -> Candidate:
-    distances = Fidelity(**_entries(Fidelity, value["fidelity"]))
-    return Candidate(**_entries(Candidate, value) | {"fidelity": distances})
+def _candidate(value: Mapping[str, Json]) -> Candidate:
+    return _made(Candidate, value, fidelity=_made(Fidelity, _object(value["fidelity"])))
 
 
 # -- into files ------------------------------------------------------------------------------------------
@@ -274,9 +301,9 @@ def as_json(value: object) -> Json:
         return as_object(value)
     if isinstance(value, Mapping):
         return {str(name): as_json(entry) for name, entry in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, (list, tuple)):
         return [as_json(entry) for entry in value]
-    if value is None or isinstance(value, bool | int | float | str):
+    if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise TypeError(f"a file of results holds numbers, texts, lists and objects, got a {type(value).__name__}")
 
@@ -284,7 +311,7 @@ def as_json(value: object) -> Json:
 def as_object(value: DataclassInstance) -> dict[str, Json]:
     """The fields of a dataclass as ``as_json`` writes them, those of a record after its schema and kind."""
     found: dict[str, Json] = {}
-    if isinstance(value, Record | TokenRecord | Tuning):
+    if isinstance(value, (Record, TokenRecord, Tuning)):
         found |= {"schema": SCHEMA, "kind": value.kind}
     for entry in dataclasses.fields(value):
         own: object = getattr(value, entry.name)

@@ -81,7 +81,7 @@ def picture(value: Json, place: str) -> None:
 
 
 def plain_value(value: Json, place: str, depth: int = 0) -> None:
-    """Json JSON value of moderate depth and size."""
+    """A JSON value of moderate depth and size."""
     if depth > DEEPEST:
         refuse(place, f"at most {DEEPEST} lists and objects inside each other", value)
     if isinstance(value, str):

@@ -1,4 +1,4 @@
-"""Find the method and schedule that reach a wished speed-up on this machine with the least change of the outputs.
+"""Find the method and schedule that reach a target speed-up on this machine with the least change to the outputs.
 
 Speed is measured, beside the dense model in the same rounds; multiply-adds decide only if a number of them is asked
 for. The change of the outputs needs images without labels.
@@ -86,7 +86,7 @@ def usable_part(dense: nn.Module, method: str, ladder: Sequence[Settings]) -> Se
 
 
 def can_take(dense: nn.Module, method: str, settings: Settings) -> bool:
-    """True if the model can be reduced so."""
+    """True if the model accepts these settings."""
     try:
         reduce_by(dense, method, settings)
     except (ValueError, TypeError):
@@ -116,7 +116,7 @@ def weakest(reaches: Callable[[dict[int, int]], Mapping[int, bool]], lengths: Se
 
 
 def front(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Those that no other one beats in both speed-up and divergence, slowest first."""
+    """The Pareto front in speed-up and divergence, slowest first."""
     best: list[Candidate] = []
     for candidate in sorted(candidates, key=lambda c: (-c.speedup, c.fidelity.divergence)):
         if not best or candidate.fidelity.divergence < best[-1].fidelity.divergence:
@@ -226,7 +226,7 @@ class Trials:
 
     @cached_property
     def reference(self) -> Outputs:
-        """What the dense model says."""
+        """Outputs of the dense model."""
         return outputs(self.dense, self.images)
 
     def reduced(self, place: Place) -> nn.Module:

@@ -34,7 +34,7 @@ Machine: TypeAlias = Mapping[str, Json]
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How often a model is right.
+    """Share of the images that a model classifies correctly.
 
     Attributes:
         value: In percent.
@@ -103,7 +103,7 @@ class Cost:
         efficiency_interval: Its bootstrap 95 % interval.
         breakdown: Where the time goes, see ``effvit.measure.breakdown``; None if it was not asked for.
         accuracy: None if it was not measured.
-        fidelity: How near the outputs are to the baseline's; None for a model that is not a reduced form of it, and
+        fidelity: How close the outputs are to the baseline's; None for a model that is not a reduced form of it, and
             without images.
     """
 
@@ -232,7 +232,7 @@ class Tuning:
         conditions: What it holds for.
         target: The aim: {"speedup": factor} or {"macs": limit}.
         best: The setting with the least divergence among those that reach the aim.
-        front: Those that no other one beats in both speed-up and divergence, slowest first.
+        front: The Pareto front in speed-up and divergence, slowest first.
         tried: All.
         host: Name of the dense model, where it has one.
     """

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 
 import timm
 from torch import nn
 
 import effvit
-from effvit.hosts.host import ReducedHost, check_model_name
+from effvit.hosts.host import apply_method, check_model_name
+from effvit.hosts.surface import Reduced
 from effvit.measure.json_files import parse_json
 from effvit.messages import plain, shown
 from effvit.protocols import Setting, Settings
@@ -52,26 +53,26 @@ def list_variants(methods: Sequence[str], assignments: Sequence[tuple[str, Setti
     ]
 
 
-def reduced(host: nn.Module, variants: Sequence[tuple[str, Settings]]) -> dict[str, ReducedHost]:
+def reduced(host: nn.Module, variants: Sequence[tuple[str, Settings]]) -> dict[str, Reduced]:
     """Name -> the host with that method and those settings."""
-    models = {}
+    models: dict[str, Reduced] = {}
     for method, settings in variants:
         name = " ".join([method, *(f"{key}={value}" for key, value in settings.items())])
         models[name] = reduce_by(host, method, settings)
     return models
 
 
-def reduce_by(host: nn.Module, method: str, settings: Settings) -> ReducedHost:
+def reduce_by(host: nn.Module, method: str, settings: Settings) -> Reduced:
     """The host with that method and those settings."""
-    sparsify: Callable[..., ReducedHost] = effvit.sparsify
-    return sparsify(host, method, **settings)
+    return apply_method(host, method, settings)
 
 
 def build(name: str, options: Mapping[str, Setting], pretrained: bool = False) -> nn.Module:
     """The named model; a ValueError for an unknown name, which names the nearest."""
     check_model_name(name)
     try:
-        return timm.create_model(name, pretrained=pretrained, **options)
+        model: nn.Module = timm.create_model(name, pretrained=pretrained, **options)
+        return model
     except Exception as error:  # downloads fail with the exceptions of several libraries
         if not pretrained and not isinstance(error, RuntimeError):
             raise

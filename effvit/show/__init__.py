@@ -1,1 +1,1 @@
-"""Records and tokens as tables, plots, pictures and one page."""
+"""Records and tokens as tables, plots, figures and one page."""

@@ -1,7 +1,7 @@
 """Pictures that are on the machine already: Fashion-MNIST's in this package, photographs in packages of the demo.
 
-The sixty grey pictures are of the test set of Fashion-MNIST (1708.07747; MIT licence, beside them), six of each class,
-evenly spread over the class by ``tools/make_picture_sheet.py``. ``vit_nano_patch4_28`` was trained on other pictures.
+The sixty grey images are of the test set of Fashion-MNIST (1708.07747; MIT licence, beside them), six of each class,
+evenly spread over the class by ``tools/make_picture_sheet.py``. ``vit_nano_patch4_28`` was trained on other images.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PHOTOGRAPHS = {
 
 
 class Labelled(NamedTuple):
-    """A picture and the number of its class."""
+    """An image and the number of its class."""
 
     image: Image.Image
     label: int
@@ -42,7 +42,7 @@ def fashion_classes() -> list[str]:
 
 
 def fashion_pictures() -> dict[str, Labelled]:
-    """Fashion-MNIST's pictures in the package, grey, 28 x 28, by name: "t-shirt-0", "trouser-0" to "ankle-boot-5"."""
+    """Fashion-MNIST's images in the package, grey, 28 x 28, by name: "t-shirt-0", "trouser-0" to "ankle-boot-5"."""
     classes = fashion_classes()
     with opened(SHEET) as sheet:
         side = sheet.width // len(classes)
@@ -74,7 +74,7 @@ def photographs() -> dict[str, Image.Image]:
 
 
 def find_pictures(text: str) -> dict[str, Image.Image]:
-    """The pictures that a text of the command line names, in RGB.
+    """The images that a text of the command line names, in RGB.
 
     Args:
         text: "fashion_mnist:PATTERN" or "photographs:PATTERN" with a shell-style pattern of their names, else a file.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, TypedDict
 
 import matplotlib
 import numpy as np
@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from numpy.typing import NDArray
 
 from effvit.measure.accuracy import shown_models
 from effvit.measure.values import Cost, Record
@@ -28,6 +29,7 @@ DASHES = ("-", "--", ":", "-.")  # for each way the weights were trained
 FAINT, GRID = "#adb5bd", "#f1f3f5"
 ACCURACY_TICKS = (10, 20, 30, 40, 50, 60, 70, 80, 85, 90, 92, 94, 96, 97, 98, 98.5, 99, 99.3, 99.5)
 LEAST_ERROR = 0.1  # percent; the axis ends there
+Numbers: TypeAlias = NDArray[np.float64]
 TEXT: dict[Any, Any] = {"font.family": "DejaVu Sans", "font.size": 10}  # comes with matplotlib
 # Text stays text: half the size, and where another font takes its place it is narrower.
 VECTORS: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "effvit"}
@@ -76,11 +78,23 @@ def accuracy_lines(records: Iterable[Record]) -> list[Line]:
         raise ValueError("a plot needs the accuracy of the first model and of one more; tools/evaluate.py measures it")
     for line in lines.values():
         line.models.sort(key=lambda model: model.macs)
-    places = [None, *METHODS]
+    places: list[str | None] = [None, *METHODS]
     return sorted(lines.values(), key=lambda line: places.index(line.method))
 
 
-def look(method: str | None, number: int) -> dict[str, Any]:
+class Style(TypedDict, total=False):
+    """Keywords of matplotlib's lines."""
+
+    color: str
+    marker: str
+    markersize: float
+    markerfacecolor: str
+    linestyle: str
+    linewidth: float
+    label: str
+
+
+def look(method: str | None, number: int) -> Style:
     """Colour and marker of a method, the same in every plot; ``number`` tells models without one apart."""
     if method is None:
         return {"color": DENSE_COLOUR, "marker": OWN_MARKERS[number % len(OWN_MARKERS)], "markersize": 11}
@@ -110,19 +124,23 @@ def plot_accuracy(records: Sequence[Record], title: str, path: Path, note: str |
     with matplotlib.rc_context(TEXT | VECTORS):
         figure = Figure(figsize=(11.6, 4.8), layout="constrained")
         FigureCanvasAgg(figure)
+        by_macs: Axes
+        by_speed: Axes
         by_macs, by_speed = figure.subplots(1, 2, sharey=True)
         for axes in (by_macs, by_speed):
             axes.axhline(lines[0].accuracies[0], color=FAINT, linestyle=":", linewidth=1, zorder=1)
         for number, line in enumerate(lines):
             way = ways.index(line.weights)
-            style = look(line.method, number) | {"linestyle": DASHES[way % len(DASHES)], "linewidth": 1.4}
-            style |= {"markerfacecolor": "white"} if way else {}
+            style = look(line.method, number)
+            style |= {"linestyle": DASHES[way % len(DASHES)], "linewidth": 1.4}
+            if way:
+                style["markerfacecolor"] = "white"
             by_macs.plot(
                 [model.macs / unit for model in line.models], line.accuracies, label=line.name, zorder=3, **style
             )
-            speeds = np.array([model.speedup for model in line.models])
-            bounds = np.array([model.interval for model in line.models])
-            errors = np.maximum(0, [speeds - bounds[:, 0], bounds[:, 1] - speeds])
+            speeds: Numbers = np.array([model.speedup for model in line.models])
+            bounds: Numbers = np.array([model.interval for model in line.models])
+            errors: Numbers = np.maximum(0, [speeds - bounds[:, 0], bounds[:, 1] - speeds])
             by_speed.errorbar(speeds, line.accuracies, xerr=errors, elinewidth=0.8, zorder=3, **style)
         scale_by_errors(by_macs, [value for line in lines for value in line.accuracies])
         by_macs.set_ylabel("top-1 accuracy, %")
@@ -138,10 +156,13 @@ def plot_accuracy(records: Sequence[Record], title: str, path: Path, note: str |
 def scale_by_errors(axes: Axes, values: Sequence[float]) -> None:
     """Make the vertical axis of accuracies in percent logarithmic in the errors, around the values."""
 
-    def up(accuracy: np.ndarray) -> np.ndarray:
+    def up(accuracy: Numbers) -> Numbers:
         return -np.log(np.maximum(100 - np.asarray(accuracy), LEAST_ERROR))
 
-    axes.set_yscale("function", functions=(up, lambda height: 100 - np.exp(-np.asarray(height))))
+    def down(height: Numbers) -> Numbers:
+        return 100 - np.exp(-np.asarray(height))
+
+    axes.set_yscale("function", functions=(up, down))
     largest, smallest = (100 - value for value in (min(values), max(values)))  # errors
     low = 100 - min(100, max(largest * 1.2, 10 * LEAST_ERROR))
     high = 100 - max(smallest * 0.78, LEAST_ERROR)  # there is a tick between them
@@ -174,8 +195,10 @@ def plot_costs(costs: Sequence[Cost], title: str, path: Path) -> None:
         axes = figure.add_subplot()
         for cost, x in zip(costs, gmacs, strict=True):
             again = seen[cost.method] = seen.get(cost.method, -1) + 1
-            style = look(cost.method, 0) | {"markersize": 8, "label": cost.name, "linestyle": "none"}
-            style |= {"markerfacecolor": "white"} if again else {}
+            style = look(cost.method, 0)
+            style |= {"markersize": 8, "label": cost.name, "linestyle": "none"}
+            if again:
+                style["markerfacecolor"] = "white"
             speed = cost.speedup * baseline
             low, high = (bound * baseline for bound in cost.interval)
             errors = [[max(0.0, speed - low)], [max(0.0, high - speed)]]
@@ -199,5 +222,5 @@ def tidy(axes: Axes) -> None:
 def save(figure: Figure, path: Path, note: str | None = None) -> None:
     """Write the figure without what changes from run to run."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    blank = {"Date": None, "Creator": None} if path.suffix == ".svg" else {"Software": None}
-    figure.savefig(path, dpi=130, metadata=blank | ({"Description": note} if note else {}))
+    metadata: dict[str, str | None] = dict.fromkeys(("Date", "Creator") if path.suffix == ".svg" else ("Software",))
+    figure.savefig(path, dpi=130, metadata=metadata | ({"Description": note} if note else {}))

@@ -1,4 +1,4 @@
-"""Measured records as one HTML page: plots, tables and token pictures that open offline."""
+"""Measured records as one HTML page: plots, tables and token figures that open offline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures of the tokens: which patches a model keeps, merges, fuses and drops, stage by stage."""
+"""Figures of the tokens: which patches a model keeps, merges, fuses and drops, stage by stage."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from io import BytesIO
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeAlias, TypedDict, TypeVar
 
 import matplotlib
 import numpy as np
 import torch
 from matplotlib.colors import hsv_to_rgb
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from effvit.hosts.host import ReducedHost, method_settings
 from effvit.images import as_rgb
 from effvit.measure.values import TokenRecord, TokenStage
+from effvit.protocols import Setting, Settings, Size
 from effvit.show.token_stages import ALONE, DROPPED, FUSED, MERGED, SOFT, Stage, map_stage, trace_stages
 from effvit.tokens import TokenMap
 
@@ -37,6 +39,21 @@ __all__ = [
 ]
 
 Item = TypeVar("Item")
+Numbers: TypeAlias = NDArray[np.float64]
+Whole: TypeAlias = NDArray[np.int64]
+Truths: TypeAlias = NDArray[np.bool_]
+
+
+class DataConfig(TypedDict):
+    """What timm says of the images a model takes."""
+
+    input_size: tuple[int, int, int]
+    interpolation: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_pct: float
+    crop_mode: str
+
 
 STATE_NAMES = {
     ALONE: "kept",
@@ -51,7 +68,7 @@ BORDER = (255, 255, 255)
 SOFT_SHARE = 0.5  # of the group's colour in the mixture with the grey image
 HUE_STEP = 0.618034  # golden ratio: neighbouring numbers get hues far apart
 
-SMALL = 64  # longest side, pixels, of a picture that a record holds enlarged
+SMALL = 64  # longest side, pixels, of an image that a record holds enlarged
 ENLARGED = 8
 PANEL = 300  # longest side of a panel, pixels
 GAP = 14
@@ -60,10 +77,10 @@ FAINT_TEXT = (108, 117, 125)
 TITLE_SIZE, CAPTION_SIZE = 17, 14
 
 
-def data_config(model: nn.Module) -> dict[str, Any]:
+def data_config(model: nn.Module) -> DataConfig:
     """timm's data configuration of the model (mean, std, crop ...) with the input size the model has now."""
-    config = resolve_model_data_config(model)
-    img_size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    config: DataConfig = resolve_model_data_config(model)
+    img_size: Size | None = getattr(getattr(model, "patch_embed", None), "img_size", None)
     if img_size is not None:
         config["input_size"] = (config["input_size"][0], *img_size)
     return config
@@ -78,20 +95,20 @@ def load_images(model: nn.Module, images: Sequence[Image.Image]) -> Tensor:
 def image_transform(model: nn.Module) -> Callable[[Image.Image], Tensor]:
     """What makes of an image, read as ``effvit.images`` says, what the model takes: (3, H, W), or (1, H, W) grey."""
     config = data_config(model)
-    transform = create_transform(**config, is_training=False)
+    transform: Callable[[Image.Image], Tensor] = create_transform(**config, is_training=False)
     mode = "L" if config["input_size"][0] == 1 else "RGB"
     return lambda image: transform(as_rgb(image).convert(mode))
 
 
 def seen_by(model: nn.Module, x: Tensor) -> Image.Image:
-    """The picture the model sees: a normalised image x (3, H, W), or (1, H, W) grey, back in RGB."""
+    """The image the model sees: a normalised image x (3, H, W), or (1, H, W) grey, back in RGB."""
     config = data_config(model)
-    mean, std = (torch.tensor(config[name])[:, None, None] for name in ("mean", "std"))
+    mean, std = (torch.tensor(values)[:, None, None] for values in (config["mean"], config["std"]))
     pixels = ((x.float() * std + mean).clamp(0, 1) * 255).round().byte()
     return Image.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
 
 
-def patch_numbers(length: int, patches: int) -> np.ndarray:
+def patch_numbers(length: int, patches: int) -> Whole:
     """(length,) the patch each pixel of a side lies in."""
     return np.arange(length) * patches // length
 
@@ -99,11 +116,11 @@ def patch_numbers(length: int, patches: int) -> np.ndarray:
 def draw_tokens(image: Image.Image, tokens: TokenMap | Tensor) -> Image.Image:
     """The image with its patches as the tokens have them; same size.
 
-    Patches with a token of their own are left as they are; those that share one have its mean colour, with a
+    Patches with a token of their own are left as they are; those that share a token have its mean colour, with a
     border around each group; members of a fused token get a violet tint, dropped patches a dark red one.
 
     Args:
-        image: The picture the model sees, of any size.
+        image: The image the model sees, of any size.
         tokens: The TokenMap of this one image, or labels (H, W) as ``TokenMap.labels`` has them.
 
     Raises:
@@ -124,36 +141,35 @@ def draw_tokens(image: Image.Image, tokens: TokenMap | Tensor) -> Image.Image:
 
 def paint(image: Image.Image, stage: Stage) -> Image.Image:
     """``draw_tokens`` for a stage."""
-    pixels = np.asarray(as_rgb(image), dtype=np.float64)
+    pixels: Numbers = np.asarray(as_rgb(image), dtype=np.float64)
     rows, columns = (patch_numbers(n, k) for n, k in zip(pixels.shape[:2], stage.labels.shape, strict=True))
-    group = stage.labels[rows[:, None], columns]  # (height, width)
-    state = stage.states[rows[:, None], columns]
-    grey = pixels.mean(-1, keepdims=True)
+    group: Whole = stage.labels[rows[:, None], columns]  # (height, width)
+    state: Whole = stage.states[rows[:, None], columns]
+    grey: Numbers = pixels.mean(-1, keepdims=True)
     drawn = pixels.copy()
     for kind, (tint, share) in TINTS.items():
         drawn = np.where((state == kind)[..., None], (1 - share) * grey + share * np.array(tint), drawn)
-    merged = state == MERGED
+    merged: Truths = state == MERGED
     drawn[merged] = mean_colours(pixels[merged], group[merged])
-    soft = state == SOFT
-    hues = np.stack([group[soft] * HUE_STEP % 1, np.full(soft.sum(), 0.75), np.full(soft.sum(), 1.0)], axis=-1)
+    soft: Truths = state == SOFT
+    hues: Numbers = np.stack([group[soft] * HUE_STEP % 1, np.full(soft.sum(), 0.75), np.full(soft.sum(), 1.0)], axis=-1)
     drawn[soft] = (1 - SOFT_SHARE) * grey[soft] + SOFT_SHARE * 255 * hsv_to_rgb(hues)
     drawn[borders(group, merged | soft)] = BORDER
     return Image.fromarray(drawn.round().astype(np.uint8))
 
 
-def mean_colours(pixels: np.ndarray, group: np.ndarray) -> np.ndarray:
+def mean_colours(pixels: Numbers, group: Whole) -> Numbers:
     """For each of the pixels (K, 3) the mean colour of its group (K,): (K, 3)."""
     count = np.bincount(group, minlength=1)
     sums = np.stack([np.bincount(group, weights=channel, minlength=1) for channel in pixels.T], axis=-1)
     return (sums / np.maximum(count, 1)[:, None])[group]
 
 
-def borders(group: np.ndarray, grouped: np.ndarray) -> np.ndarray:
+def borders(group: Whole, grouped: Truths) -> Truths:
     """(height, width) True for pixels of a group that has borders whose neighbour belongs to another token."""
     edge = np.zeros_like(grouped)
-    for along in (lambda a: a, np.transpose):
-        g, parted = along(group), along(edge)  # views, so that edge itself is written
-        differs = g[1:] != g[:-1]
+    for g, parted in ((group, edge), (group.T, edge.T)):  # views, so that edge itself is written
+        differs: Truths = g[1:] != g[:-1]
         parted[1:] |= differs
         parted[:-1] |= differs
     return edge & grouped
@@ -161,7 +177,7 @@ def borders(group: np.ndarray, grouped: np.ndarray) -> np.ndarray:
 
 @cache
 def font(size: int) -> ImageFont.FreeTypeFont:
-    """The font matplotlib brings along, so that pictures look the same everywhere."""
+    """The font matplotlib brings along, so that images look the same everywhere."""
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
 
 
@@ -178,7 +194,7 @@ def settings_text(model: ReducedHost) -> str:
     return " ".join([model.method, *(f"{name}={value}" for name, value in changed.items())])
 
 
-def listed(value: Any) -> Any:
+def listed(value: Setting) -> Setting:
     """The value with tuples turned to lists, as ``ReducedHost.settings`` holds it."""
     return [listed(v) for v in value] if isinstance(value, (tuple, list)) else value
 
@@ -187,7 +203,8 @@ def model_text(model: nn.Module) -> str:
     """The method and settings of a reduced model, else the name of its architecture."""
     if isinstance(model, ReducedHost):
         return settings_text(model)
-    return getattr(model, "pretrained_cfg", {}).get("architecture", type(model).__name__)
+    config: Settings = getattr(model, "pretrained_cfg", {})
+    return str(config.get("architecture", type(model).__name__))
 
 
 def token_stages(model: nn.Module, image: Image.Image) -> list[Stage]:
@@ -219,7 +236,7 @@ def token_figure(model: nn.Module, image: Image.Image, *, title: str | None = No
     x = load_images(model, [image])
     stages = trace_stages(model, x)
     view = seen_by(model, x[0])
-    grid = stages[0].labels.shape if stages else (view.height, view.width)
+    grid: Size = stages[0].labels.shape if stages else (view.height, view.width)
     cell = max(1, round(PANEL / max(grid)))  # pixels of a patch
     view = view.resize((grid[1] * cell, grid[0] * cell), Image.Resampling.BICUBIC)
     count = f"{stages[0].labels.size} patches" if stages else "no block reduces"
@@ -238,7 +255,7 @@ def token_record(
 
     Args:
         model: As for ``token_figure``.
-        image: A photograph of any size; the picture is what the model sees of it, enlarged if that is small.
+        image: A photograph of any size; the record holds what the model sees of it, enlarged if that is small.
         name: Name of the photograph.
         model_name: Name of the model.
         host: Name of the dense host, None for a model that was asked for by its own name.
@@ -274,7 +291,7 @@ def token_record(
 
 
 def compose(panels: Sequence[tuple[str, str, Image.Image]], title: str, states: set[int]) -> Image.Image:
-    """Panels (name, count, picture) side by side under the title, over a legend of the states."""
+    """Panels (name, count, image) side by side under the title, over a legend of the states."""
     side, height = panels[0][2].size
     heading, caption = font(TITLE_SIZE), font(CAPTION_SIZE)
     line = CAPTION_SIZE + 8
@@ -286,9 +303,9 @@ def compose(panels: Sequence[tuple[str, str, Image.Image]], title: str, states: 
     figure = Image.new("RGB", (width, legend + (line + GAP if keys else 0)), "white")
     draw = ImageDraw.Draw(figure)
     draw.text((GAP, GAP), title, TEXT, heading)
-    for i, (name, count, picture) in enumerate(panels):
+    for i, (name, count, image) in enumerate(panels):
         left = GAP + i * (side + GAP)
-        figure.paste(picture, (left, top))
+        figure.paste(image, (left, top))
         draw.text((left, top + height + 5), name, TEXT, caption)
         draw.text((left + side, top + height + 5), count, FAINT_TEXT, caption, anchor="ra")
     left = GAP
@@ -312,8 +329,8 @@ def stack(figures: Sequence[Image.Image]) -> Image.Image:
 def swatch(state: int) -> Image.Image:
     """A small sample of how patches of that state are drawn."""
     side = CAPTION_SIZE + 2
-    shade = np.linspace(0.55, 1, side)[:, None, None] * np.linspace(0.8, 1, side)[:, None]
+    shade: Numbers = np.linspace(0.55, 1, side)[:, None, None] * np.linspace(0.8, 1, side)[:, None]
     sample = Image.fromarray((shade * (120, 190, 150)).round().astype(np.uint8))
-    labels = np.array([[-1]] if state == DROPPED else [[0]] if state in (ALONE, FUSED) else [[0, 1], [0, 1]])
-    shares = np.eye(2)[labels] if state == SOFT else None
+    labels: Whole = np.array([[-1]] if state == DROPPED else [[0]] if state in (ALONE, FUSED) else [[0, 1], [0, 1]])
+    shares: Numbers | None = np.eye(2)[labels] if state == SOFT else None
     return paint(sample, Stage(0, 2, labels, np.array([state == FUSED] * 2), shares))
