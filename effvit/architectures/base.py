@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from timm.layers import ClassifierHead, get_device_dtype, trunc_normal_
+from timm.layers import ClassifierHead, ConvNormAct, get_device_dtype, trunc_normal_
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import reinit_non_persistent_buffers
@@ -24,9 +24,18 @@ from effvit.hosts.surface import (
     with_gradients,
 )
 from effvit.layers.macs import Size, Terms, layers
+from effvit.protocols import Device, Factory
 from effvit.tokens import fix_traced_size, fx_leaf
 
-__all__ = ["ChannelsLastStem", "PyramidBackbone", "PyramidStage", "SoftTokenViT", "pooled_head"]
+__all__ = [
+    "ChannelsLastStem",
+    "PyramidBackbone",
+    "PyramidStage",
+    "SoftTokenViT",
+    "check_stages",
+    "conv_stages",
+    "pooled_head",
+]
 
 
 class SoftTokenViT(Intermediates, VisionTransformer):
@@ -114,6 +123,35 @@ class PyramidStage(nn.Module):
         return checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
 
 
+def check_stages(stages: int, **settings: Sequence[object]) -> None:
+    """Raise a ValueError that names the setting unless each of them has one value a stage."""
+    for name, values in settings.items():
+        if len(values) != stages:
+            raise ValueError(f"{name} needs one value for each of the {stages} stages, got {list(values)}")
+
+
+def conv_stages(
+    dims: Sequence[int],
+    make_blocks: Callable[[int], Sequence[nn.Module]],
+    device: Device = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Sequential:
+    """Stages of that many channels, all but the first opened by a convolution of size 3 and stride 2.
+
+    Args:
+        dims: Channels of the stages.
+        make_blocks: Makes the blocks of a stage, given its number.
+        device: As in torch.
+        dtype: As in torch.
+    """
+    stages, dd = [], Factory(device=device, dtype=dtype)
+    for i, dim in enumerate(dims):
+        blocks = make_blocks(i)
+        down = ConvNormAct(dims[i - 1], dim, 3, stride=2, bias=True, apply_act=False, **dd) if i else None
+        stages.append(PyramidStage(down, blocks))
+    return nn.Sequential(*stages)
+
+
 class PyramidBackbone(nn.Module):
     """A backbone of four stages at strides 4, 8, 16 and 32 that takes images of any size.
 
@@ -145,8 +183,8 @@ class PyramidBackbone(nn.Module):
         drop_rate: float = 0.0,
         out_norm: Callable[[int], nn.Module] | None = None,
         output_fmt: str = "NCHW",
-        device: Any = None,
-        dtype: Any = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_output_fmt(output_fmt, ("NCHW", "NHWC"))

@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from timm.layers import ClassifierHead, ConvNormAct, DropPath, Mlp, calculate_drop_path_rates
 from torch import Tensor, nn
 
-from effvit.architectures.base import ChannelsLastStem, PyramidBackbone, PyramidStage, pooled_head
+from effvit.architectures.base import ChannelsLastStem, PyramidBackbone, check_stages, conv_stages, pooled_head
 from effvit.hosts._names import renamed
 from effvit.layers.macs import Size, Terms, convolutions, feedforward, layers, norm
+from effvit.protocols import Device, Factory
 
 __all__ = ["AdditiveAttention", "CASViT", "DistilledHead"]
 
@@ -27,9 +29,9 @@ class Gates(nn.Module):
     channel by the sigmoid of one number that the means of all channels give.
     """
 
-    def __init__(self, dim: int, device: Any = None, dtype: Any = None) -> None:
+    def __init__(self, dim: int, device: Device = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        dd: Factory = {"device": device, "dtype": dtype}
         self.spatial = nn.Sequential(
             nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd),
             nn.BatchNorm2d(dim, **dd),
@@ -58,10 +60,15 @@ class AdditiveAttention(nn.Module):
     """
 
     def __init__(
-        self, dim: int, qkv_bias: bool = False, proj_drop: float = 0.0, device: Any = None, dtype: Any = None
+        self,
+        dim: int,
+        qkv_bias: bool = False,
+        proj_drop: float = 0.0,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        dd: Factory = {"device": device, "dtype": dtype}
         self.qkv = nn.Conv2d(dim, 3 * dim, 1, bias=qkv_bias, **dd)
         self.gates_q, self.gates_k = Gates(dim, **dd), Gates(dim, **dd)
         self.dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
@@ -91,11 +98,11 @@ class CASBlock(nn.Module):
         qkv_bias: bool = False,
         proj_drop: float = 0.0,
         drop_path: float = 0.0,
-        device: Any = None,
-        dtype: Any = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        dd: Factory = {"device": device, "dtype": dtype}
         self.local = nn.Sequential(
             nn.Conv2d(dim, dim, 1, **dd),
             nn.BatchNorm2d(dim, **dd),
@@ -205,12 +212,11 @@ class CASViT(PyramidBackbone):
         proj_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         out_norm: bool = False,
-        device: Any = None,
-        dtype: Any = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        if len(depths) != len(dims):
-            raise ValueError(f"depths needs one value for each of the {len(dims)} stages, got {list(depths)}")
+        dd: Factory = {"device": device, "dtype": dtype}
+        check_stages(len(dims), depths=depths)
         super().__init__(
             dims,
             num_classes,
@@ -225,12 +231,11 @@ class CASViT(PyramidBackbone):
             ConvNormAct(dims[0] // 2, dims[0], 3, stride=2, bias=True, **dd),
         )
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
-        stages = []
-        for i, dim in enumerate(dims):
-            blocks = [CASBlock(dim, mlp_ratio, qkv_bias, proj_drop_rate, rate, **dd) for rate in rates[i]]
-            down = ConvNormAct(dims[i - 1], dim, 3, stride=2, bias=True, apply_act=False, **dd) if i else None
-            stages.append(PyramidStage(down, blocks))
-        self.stages = nn.Sequential(*stages)
+
+        def make_blocks(i: int) -> list[nn.Module]:
+            return [CASBlock(dims[i], mlp_ratio, qkv_bias, proj_drop_rate, rate, **dd) for rate in rates[i]]
+
+        self.stages = conv_stages(dims, make_blocks, **dd)
         self.norm: nn.Module = nn.BatchNorm2d(dims[-1], **dd)
         if distilled:
             self.head = DistilledHead(dims[-1], num_classes, global_pool, drop_rate, **dd)

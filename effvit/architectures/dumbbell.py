@@ -15,7 +15,7 @@ Two forms exist, and weights of one run in the other:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from timm.layers import RelPosBias, resample_abs_pos_embed
@@ -33,15 +33,20 @@ from effvit.layers.windows import (
     resize_bias_table,
     to_windows,
 )
+from effvit.protocols import Factory
 from effvit.recording import is_exported
 from effvit.recover import RestoreBlock, TokenRecovery
-from effvit.schedule import check_choice
+from effvit.schedule import check_choice, check_switch
 from effvit.tokens import fx_leaf
+
+if TYPE_CHECKING:
+    pass
 
 __all__ = [
     "KEY_WINDOWS",
     "DumbbellUnit",
     "GroupBlock",
+    "Recovery",
     "SemanticLayers",
     "WindowSeedBlock",
     "check_key_windows",
@@ -50,12 +55,15 @@ __all__ = [
 
 KEY_WINDOWS = ("inside", "cls", "dense")
 
+Recovery: TypeAlias = RestoreBlock | TokenRecovery
+"""Gives the image tokens back: by windows or, for short sequences, from all semantic tokens."""
+
 
 def check_key_windows(key_windows: str, use_global: bool, relative_pos: bool) -> None:
     """Raise a ValueError for an unknown form, or for settings that need a grid of fixed size where none is."""
     check_choice("key_windows", key_windows, KEY_WINDOWS)
     for name, value in (("use_global", use_global), ("relative_pos", relative_pos)):
-        if value and key_windows == "dense":
+        if check_switch(name, value) and key_windows == "dense":
             raise ValueError(
                 f"{name}=True holds a table for a semantic grid of one size, which key_windows='dense' does not have; "
                 f"use key_windows='inside' or {name}=False"
@@ -136,7 +144,7 @@ class WindowSeedBlock(WindowCrossBlock):
             raise ValueError(f"seed_pool must be {' or '.join(map(repr, SEED_POOLS))}, got {seed_pool!r}")
         if not 0 < samples <= window:
             raise ValueError(f"window_samples must be in [1, {window}], the side of a window, got {samples}")
-        dd: dict[str, Any] = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
+        dd: Factory = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
         self.key_form, self.residual = key_windows, residual
         self.pool = LearnedSeeds(dim, **dd) if pools and seed_pool == "learned" else None
         self.conv_pos = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd) if pools and use_conv_pos else None
@@ -201,7 +209,7 @@ class GroupBlock(CrossBlock):
     ) -> None:
         super().__init__(dim, num_heads, **kwargs)
         self.samples = samples
-        dd: dict[str, Any] = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
+        dd: Factory = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
         self.rel_pos = None if bias_grid is None else RelPosBias(bias_grid, num_heads, **dd)
 
     def set_bias_grid(self, grid: tuple[int, int]) -> None:
@@ -390,7 +398,7 @@ class DumbbellUnit(nn.Module):
         recover: Gives the image tokens back: by windows or, for short sequences, from all semantic tokens.
     """
 
-    def __init__(self, block: nn.Module, semantic: SemanticLayers, recover: RestoreBlock | TokenRecovery) -> None:
+    def __init__(self, block: nn.Module, semantic: SemanticLayers, recover: Recovery) -> None:
         super().__init__()
         self.block, self.semantic, self.recover = block, semantic, recover
 

@@ -45,9 +45,10 @@ from effvit.hosts.checkpoints import official_state_dict
 from effvit.hosts.closed_form import embedding
 from effvit.hosts.stages import Stage, soft_stage
 from effvit.hosts.surface import check_images, patch_grid, refuse_mask
-from effvit.layers.bidirectional_attention import GatherAttention, InfuseAttention
+from effvit.layers.bidirectional_attention import GatherAttention, InfuseAttention, ProjectionSettings
 from effvit.layers.macs import Size, Terms, attention, layers, norm, plain_block
 from effvit.layers.resize import resize_map
+from effvit.protocols import Device, Factory
 from effvit.recording import refuse_legacy_onnx
 from effvit.tokens import fix_traced_size, fx_leaf
 
@@ -98,12 +99,12 @@ class LookupBlock(Block):
         infusion: str = "transpose",
         infuse_proj: bool = True,
         lookup_mlp_ratio: float = 0.5,
-        device: Any = None,
-        dtype: Any = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        shared = {"qkv_bias": qkv_bias, "proj_drop": proj_drop, **dd}
+        dd: Factory = {"device": device, "dtype": dtype}
+        shared: ProjectionSettings = {"qkv_bias": qkv_bias, "proj_drop": proj_drop, **dd}
         layers = {"act_layer": act_layer, "norm_layer": norm_layer}
         super().__init__(dim, num_heads, attn_drop=attn_drop, drop_path=drop_path, **layers, **shared, **kwargs)
         if int(dim * lookup_mlp_ratio) < 1:
@@ -207,8 +208,8 @@ class LookupViT(SoftTokenViT):
         lookup_head: bool = True,
         global_pool: str = "avg",
         weight_init: str = "",
-        device: Any = None,
-        dtype: Any = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
         foreign = sorted(kwargs.keys() - TIMM_ARGS)
@@ -233,7 +234,7 @@ class LookupViT(SoftTokenViT):
         self.antialias = antialias
         self.compressed_grid = _check_grid("compressed_grid", compressed_grid)
         self.compressed_pos_grid = _check_grid("compressed_pos_grid", compressed_pos_grid)
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        dd: Factory = {"device": device, "dtype": dtype}
         num_positions = self.compressed_pos_grid[0] * self.compressed_pos_grid[1]
         self.pos_embed_compressed = nn.Parameter(torch.empty(1, num_positions, self.embed_dim, **dd))
         self.norm_lookup = LayerNorm(self.embed_dim, **dd)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from effvit.layers.cross_attention import CrossAttention, CrossBlock
 from effvit.layers.macs import Size, Terms, layers
+from effvit.protocols import Device, Factory
 from effvit.tokens import fx_leaf, wide_dtype, wide_product
 
 __all__ = [
@@ -111,9 +112,9 @@ class LearnedSeeds(nn.Module):
         dim: Channels.
     """
 
-    def __init__(self, dim: int, device: Any = None, dtype: Any = None) -> None:
+    def __init__(self, dim: int, device: Device = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        dd: Factory = {"device": device, "dtype": dtype}
         self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
         self.norm = LayerNorm2d(dim, **dd)
         self.act = nn.GELU()

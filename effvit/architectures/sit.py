@@ -38,6 +38,7 @@ from effvit.hosts.lvvit import DampedBlock, FixedPatchEmbed
 from effvit.hosts.stages import Stage, soft_stage
 from effvit.hosts.surface import check_images, patch_grid
 from effvit.layers.macs import Size, Terms, layers, plain_block
+from effvit.protocols import Factory
 from effvit.schedule import check_choice, check_count, check_fraction
 from effvit.tokens import fix_traced_size, wide_product
 
@@ -91,7 +92,7 @@ class ConvStem(FixedPatchEmbed):
         **kwargs: Any,
     ):
         super().__init__(*args, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, **kwargs)
-        dd: dict[str, Any] = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
+        dd: Factory = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
         stride = prod(s for _, s in layers)
         if self.patch_size != (stride, stride):
             raise ValueError(f"a stem of {len(layers)} convolutions has a stride of {stride}, got {patch_size=}")

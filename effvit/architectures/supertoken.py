@@ -10,12 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import torch
 import torch.nn.functional as F
 from timm.layers import (
-    ConvNormAct,
     DropPath,
     LayerNorm2d,
     LayerScale,
@@ -26,7 +25,7 @@ from timm.layers import (
 from timm.models._input import update_model_args
 from torch import Tensor, nn
 
-from effvit.architectures.base import ChannelsLastStem, PyramidBackbone, PyramidStage, pooled_head
+from effvit.architectures.base import ChannelsLastStem, PyramidBackbone, check_stages, conv_stages, pooled_head
 from effvit.hosts._names import renamed
 from effvit.hosts.stages import Stage, soft_stage
 from effvit.hosts.surface import check_batch
@@ -39,7 +38,11 @@ from effvit.layers.super_tokens import (
     neighbours,
     to_cells,
 )
+from effvit.protocols import Device, Factory
 from effvit.recording import compile_each_size, refuse_open_sides
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["SuperTokenViT", "SuperTokens"]
 
@@ -61,10 +64,26 @@ class SuperTokens(NamedTuple):
     cell: tuple[int, int]
 
 
+class SharedSettings(TypedDict):
+    """Keywords of ``SuperTokenAttention`` that are the same in all stages."""
+
+    qkv_bias: bool
+    qk_scale: float | None
+    attn_drop: float
+
+
+class AttentionSettings(SharedSettings):
+    """Keywords of ``SuperTokenAttention`` that a block hands on."""
+
+    num_heads: int
+    cell: Size
+    n_iter: int
+
+
 class DepthwiseResidual(nn.Conv2d):
     """x plus its depthwise convolution of size 3."""
 
-    def __init__(self, dim: int, device: Any = None, dtype: Any = None) -> None:
+    def __init__(self, dim: int, device: Device = None, dtype: torch.dtype | None = None) -> None:
         super().__init__(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,9 +93,11 @@ class DepthwiseResidual(nn.Conv2d):
 class ConvMlp(nn.Module):
     """MLP of a map whose hidden layer also looks at its neighbours, behind the activation."""
 
-    def __init__(self, dim: int, hidden: int, drop: float = 0.0, device: Any = None, dtype: Any = None) -> None:
+    def __init__(
+        self, dim: int, hidden: int, drop: float = 0.0, device: Device = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        dd: Factory = {"device": device, "dtype": dtype}
         self.fc1 = nn.Conv2d(dim, hidden, 1, **dd)
         self.act = nn.GELU()
         self.drop1 = nn.Dropout(drop)
@@ -107,12 +128,12 @@ class SuperTokenBlock(nn.Module):
         init_values: float | None = None,
         drop_path: float = 0.0,
         proj_drop: float = 0.0,
-        device: Any = None,
-        dtype: Any = None,
-        **attention: Any,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        **attention: Unpack[AttentionSettings],
     ) -> None:
         super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        dd: Factory = {"device": device, "dtype": dtype}
         scaled = init_values is not None
         self.pos_embed = DepthwiseResidual(dim, **dd)
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, **dd)
@@ -198,23 +219,14 @@ class SuperTokenViT(PyramidBackbone):
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         out_norm: bool = False,
-        device: Any = None,
-        dtype: Any = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        for name, values in (
-            ("depths", depths),
-            ("num_heads", num_heads),
-            ("n_iter", n_iter),
-            ("layerscale", layerscale),
-        ):
-            if len(values) != len(dims):
-                raise ValueError(f"{name} needs one value for each of the {len(dims)} stages, got {list(values)}")
-        if any(dim % heads for dim, heads in zip(dims, num_heads, strict=True)):
-            raise ValueError(f"num_heads must divide the channels of its stage, got {list(num_heads)} for {list(dims)}")
-        if min(n_iter) < 1:
-            raise ValueError(f"n_iter must be at least 1 in every stage, got {list(n_iter)}")
+        dd: Factory = {"device": device, "dtype": dtype}
+        check_stages(len(dims), depths=depths, num_heads=num_heads, n_iter=n_iter, layerscale=layerscale)
+        check_attention(dims, num_heads, n_iter)
         cells = _cells(stoken_size, len(dims))
+        shared: SharedSettings = {"qkv_bias": qkv_bias, "qk_scale": qk_scale, "attn_drop": attn_drop_rate}
         super().__init__(
             dims,
             num_classes,
@@ -226,30 +238,15 @@ class SuperTokenViT(PyramidBackbone):
             **dd,
         )
         self.num_heads = list(num_heads)
-        self.stem = _stem(in_chans, dims[0], **dd)
+        self.stem = _stem(in_chans, dims[0], dd)
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
-        stages = []
-        for i, dim in enumerate(dims):
-            blocks = [
-                SuperTokenBlock(
-                    dim,
-                    mlp_ratio,
-                    init_values if layerscale[i] else None,
-                    rates[i][j],
-                    proj_drop_rate,
-                    num_heads=num_heads[i],
-                    cell=cells[i],
-                    n_iter=n_iter[i],
-                    qkv_bias=qkv_bias,
-                    qk_scale=qk_scale,
-                    attn_drop=attn_drop_rate,
-                    **dd,
-                )
-                for j in range(depths[i])
-            ]
-            down = ConvNormAct(dims[i - 1], dim, 3, stride=2, bias=True, apply_act=False, **dd) if i else None
-            stages.append(PyramidStage(down, blocks))
-        self.stages = nn.Sequential(*stages)
+
+        def make_blocks(i: int) -> list[nn.Module]:
+            scale = init_values if layerscale[i] else None
+            form: AttentionSettings = {"num_heads": num_heads[i], "cell": cells[i], "n_iter": n_iter[i], **shared}
+            return [SuperTokenBlock(dims[i], mlp_ratio, scale, rate, proj_drop_rate, **dd, **form) for rate in rates[i]]
+
+        self.stages = conv_stages(dims, make_blocks, **dd)
         self.proj: nn.Module = nn.Conv2d(dims[-1], projection, 1, **dd)
         self.norm: nn.Module = nn.BatchNorm2d(projection, **dd)
         self.init_weights(needs_reset=False)
@@ -368,7 +365,15 @@ class SuperTokenViT(PyramidBackbone):
         return name, value.flatten() if name.endswith(".gamma") else value
 
 
-def _stem(in_chans: int, dim: int, **dd: Any) -> ChannelsLastStem:
+def check_attention(dims: Sequence[int], num_heads: Sequence[int], n_iter: Sequence[int]) -> None:
+    """Raise a ValueError unless the heads divide the channels of every stage and there is a round of association."""
+    if any(dim % heads for dim, heads in zip(dims, num_heads, strict=True)):
+        raise ValueError(f"num_heads must divide the channels of its stage, got {list(num_heads)} for {list(dims)}")
+    if min(n_iter) < 1:
+        raise ValueError(f"n_iter must be at least 1 in every stage, got {list(n_iter)}")
+
+
+def _stem(in_chans: int, dim: int, dd: Factory) -> ChannelsLastStem:
     """Four convolutions to stride 4, each with GELU and then BatchNorm."""
     widths = ((in_chans, dim // 2, 2), (dim // 2, dim // 2, 1), (dim // 2, dim, 2), (dim, dim, 1))
     layers: list[nn.Module] = []

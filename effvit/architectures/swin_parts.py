@@ -5,12 +5,14 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from timm.layers import ConvNormAct, LayerScale
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
 from effvit.layers.windows import from_windows, shift_mask, to_windows
+from effvit.protocols import Device
 from effvit.tokens import fix_traced_size, fx_leaf
 
 __all__ = ["ConvStem", "WindowBlock"]
@@ -27,7 +29,7 @@ def pad_images(x: Tensor, multiple: int = 4) -> Tensor:
 class ConvStem(nn.Module):
     """Two 3 x 3 convolutions of stride 2 with batch norm and Hardswish: images of any size -> (B, H/4, W/4, C)."""
 
-    def __init__(self, in_chans: int, dim: int, device: Any = None, dtype: Any = None) -> None:
+    def __init__(self, in_chans: int, dim: int, device: Device = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         layer = partial(ConvNormAct, kernel_size=3, stride=2, act_layer=nn.Hardswish, device=device, dtype=dtype)
         self.conv1, self.conv2 = layer(in_chans, dim // 2), layer(dim // 2, dim)

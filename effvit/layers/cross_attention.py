@@ -7,8 +7,8 @@ methods share these two modules; the parameters are those of the released STViT-
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +24,33 @@ from effvit.layers.windows import (
     overlapping_windows,
     to_windows,
 )
+from effvit.protocols import Device, Factory
 from effvit.schedule import check_choice
 from effvit.tokens import fx_leaf
 
-__all__ = ["CrossAttention", "CrossBlock", "WindowCrossBlock", "window_attention"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["CrossAttention", "CrossBlock", "CrossSettings", "SharedSettings", "WindowCrossBlock", "window_attention"]
+
+
+class SharedSettings(TypedDict, total=False):
+    """Keywords of ``CrossBlock`` that all blocks of a model usually share."""
+
+    mlp_ratio: float
+    qkv_bias: bool
+    init_values: float | None
+    proj_drop: float
+    attn_drop: float
+    norm_layer: Callable[..., nn.Module]
+    device: Device
+    dtype: torch.dtype | None
+
+
+class CrossSettings(SharedSettings, total=False):
+    """Keywords of ``CrossBlock``."""
+
+    drop_path: float
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -106,8 +129,8 @@ class CrossAttention(nn.Module):
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         head_dim: int | None = None,
-        device: Any = None,
-        dtype: Any = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if head_dim is None:
@@ -116,7 +139,7 @@ class CrossAttention(nn.Module):
             head_dim = dim // num_heads
         if head_dim < 1:
             raise ValueError(f"head_dim must be at least 1, got {head_dim}")
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        dd: Factory = {"device": device, "dtype": dtype}
         inner = num_heads * head_dim
         self.num_heads = num_heads
         self.q = nn.Linear(dim, inner, bias=qkv_bias, **dd)
@@ -178,12 +201,12 @@ class CrossBlock(nn.Module):
         proj_drop: float = 0.0,
         attn_drop: float = 0.0,
         drop_path: float = 0.0,
-        norm_layer: Any = nn.LayerNorm,
-        device: Any = None,
-        dtype: Any = None,
+        norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        dd: Factory = {"device": device, "dtype": dtype}
 
         def layer_scale() -> nn.Module:
             return LayerScale(dim, init_values=init_values, **dd) if init_values else nn.Identity()
@@ -235,7 +258,14 @@ class WindowCrossBlock(CrossBlock):
     """
 
     def __init__(
-        self, dim: int, num_heads: int, window: int, stride: int, kernel: int, mask_mode: str = "correct", **kwargs: Any
+        self,
+        dim: int,
+        num_heads: int,
+        window: int,
+        stride: int,
+        kernel: int,
+        mask_mode: str = "correct",
+        **kwargs: Unpack[CrossSettings],
     ) -> None:
         super().__init__(dim, num_heads, **kwargs)
         check_choice("mask_mode", mask_mode, MASK_MODES)
