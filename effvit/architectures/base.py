@@ -32,7 +32,7 @@ __all__ = [
     "PyramidBackbone",
     "PyramidStage",
     "SoftTokenViT",
-    "check_stages",
+    "check_per_stage",
     "conv_stages",
     "pooled_head",
 ]
@@ -66,7 +66,8 @@ class SoftTokenViT(Intermediates, VisionTransformer):
 
     def _finish(self, state: Any) -> Tensor:
         """Normalised final tokens (B, P+M, C), what ``forward_head`` takes."""
-        return self.norm(state)
+        y: Tensor = self.norm(state)
+        return y
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Normalised final tokens (B, P+M, C) of images (B, 3, H, W); a mask is refused."""
@@ -120,10 +121,11 @@ class PyramidStage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
-        return checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
+        y: Tensor = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
+        return y
 
 
-def check_stages(stages: int, **settings: Sequence[object]) -> None:
+def check_per_stage(stages: int, **settings: Sequence[object]) -> None:
     """Raise a ValueError that names the setting unless each of them has one value a stage."""
     for name, values in settings.items():
         if len(values) != stages:
@@ -236,7 +238,8 @@ class PyramidBackbone(nn.Module):
     @property
     def grad_checkpointing(self) -> bool:
         """Whether the blocks are recomputed in the backward pass."""
-        return any(stage.grad_checkpointing for stage in self.stages)
+        stages: Iterable[PyramidStage] = self.stages
+        return any(stage.grad_checkpointing for stage in stages)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Final features (B, num_features, ceil(H/32), ceil(W/32)) of images (B, in_chans, H, W)."""
@@ -322,14 +325,15 @@ class PyramidBackbone(nn.Module):
         own = {name.partition(".")[0] for name, _ in self.named_parameters()}
         return [name for name in names if name.partition(".")[0] in {"head", "norm", "proj"} - own]
 
-    def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
+    def set_input_size(self, img_size: int | Size | None = None, patch_size: int | Size | None = None) -> None:
         """Accepts any image size, since nothing here depends on one; the stride is fixed."""
         if patch_size is not None:
             raise ValueError(f"{type(self).__name__} has a fixed stride of 4 and no patch_size, got {patch_size}")
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks in the backward pass instead of keeping what they computed."""
-        for stage in self.stages:
+        stages: Iterable[PyramidStage] = self.stages
+        for stage in stages:
             stage.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:

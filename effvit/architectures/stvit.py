@@ -28,7 +28,7 @@ from effvit.hosts.stages import Stage, soft_stage
 from effvit.hosts.surface import check_images, patch_grid, refuse_open_sizes
 from effvit.layers.cross_attention import SharedSettings
 from effvit.layers.macs import Size, Terms, cross_block, plain_block
-from effvit.protocols import Device, Settings
+from effvit.protocols import Device, PatchEmbedding, Settings
 from effvit.recording import refuse_legacy_onnx
 from effvit.recover import TokenRecovery
 from effvit.schedule import check_count, check_switch
@@ -139,6 +139,10 @@ class STViT(SoftTokenViT):
         TypeError, ValueError: A setting out of range, named with its value.
     """
 
+    num_prefix_tokens: int
+    grad_checkpointing: bool
+    patch_embed: PatchEmbedding
+
     def __init__(
         self,
         img_size: int | tuple[int, int] = 224,
@@ -235,7 +239,7 @@ class STViT(SoftTokenViT):
         recovered = taken[-1][0] if self.recovery is not None and len(blocks) - 1 in take else None
         return (x, s, recovered), taken
 
-    def _call(self, block: nn.Module, *args: Any) -> Any:
+    def _call(self, block: nn.Module, *args: object) -> Any:
         return checkpoint(block, *args) if self.grad_checkpointing else block(*args)
 
     def _to_patches(self, x: Tensor, s: Tensor | None, assignment: Tensor | None) -> Tensor:
@@ -243,7 +247,8 @@ class STViT(SoftTokenViT):
         if s is None:
             return x
         if self.recovery is not None:
-            return self._call(self.recovery, x, s)
+            recovered: Tensor = self._call(self.recovery, x, s)
+            return recovered
         assert assignment is not None
         return assignment.to(s.dtype) @ s
 

@@ -284,7 +284,7 @@ class STViTSwin(PyramidBackbone):
             x = spread_cells(x, size, self.window, self.samples, merged=2 ** (i - 2))
         return self._to_maps(x)
 
-    def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
+    def set_input_size(self, img_size: int | Size | None = None, patch_size: int | Size | None = None) -> None:
         """Resample the tables of ``use_global`` and ``relative_pos`` to an image size; nothing else depends on one."""
         super().set_input_size(img_size, patch_size)
         if img_size is None:
@@ -329,6 +329,7 @@ class STViTSwin(PyramidBackbone):
                 terms += layers("embedding", stage.downsample, size[0] * size[1])
             for block in stage.blocks:
                 if isinstance(block, DumbbellUnit):
+                    assert isinstance(block.block, WindowBlock)
                     terms += window_block(block.block, size)
                     more, semantic = block.semantic.closed_form(size)
                     terms += more + recovery_terms(block.recover, size, semantic)

@@ -8,7 +8,7 @@ weights are put in timm's order; each downsampling opens a stage instead of endi
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
@@ -25,7 +25,14 @@ from timm.layers import (
 from timm.models._input import update_model_args
 from torch import Tensor, nn
 
-from effvit.architectures.base import ChannelsLastStem, PyramidBackbone, check_stages, conv_stages, pooled_head
+from effvit.architectures.base import (
+    ChannelsLastStem,
+    PyramidBackbone,
+    PyramidStage,
+    check_per_stage,
+    conv_stages,
+    pooled_head,
+)
 from effvit.hosts._names import renamed
 from effvit.hosts.stages import Stage, soft_stage
 from effvit.hosts.surface import check_batch
@@ -87,7 +94,8 @@ class DepthwiseResidual(nn.Conv2d):
         super().__init__(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + super().forward(x)
+        y: Tensor = super().forward(x)
+        return x + y
 
 
 class ConvMlp(nn.Module):
@@ -140,16 +148,18 @@ class SuperTokenBlock(nn.Module):
         self.attn = SuperTokenAttention(dim, proj_drop=proj_drop, **attention, **dd)
         self.ls1 = LayerScale(dim, init_values, **dd) if scaled else nn.Identity()
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.norm2 = nn.BatchNorm2d(dim, **dd)
-        self.mlp = ConvMlp(dim, int(dim * mlp_ratio), proj_drop, **dd)
+        self.norm2: nn.Module = nn.BatchNorm2d(dim, **dd)
+        self.mlp: nn.Module = ConvMlp(dim, int(dim * mlp_ratio), proj_drop, **dd)
         self.ls2 = LayerScale2d(dim, init_values, **dd) if scaled else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.pos_embed(x)
-        y = self.attn(self.norm1(x.permute(0, 2, 3, 1)))  # (B, H, W, C): no copy of a channels-last map
-        x = x + self.drop_path1(self.ls1(y)).permute(0, 3, 1, 2)
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        y: Tensor = self.attn(self.norm1(x.permute(0, 2, 3, 1)))  # (B, H, W, C): no copy of a channels-last map
+        y = self.drop_path1(self.ls1(y))
+        x = x + y.permute(0, 3, 1, 2)  # (B, C, H, W)
+        y = self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return x + y
 
 
 # Official names, in order of application; the stem and the final layers follow timm's pyramids.
@@ -223,7 +233,7 @@ class SuperTokenViT(PyramidBackbone):
         dtype: torch.dtype | None = None,
     ) -> None:
         dd: Factory = {"device": device, "dtype": dtype}
-        check_stages(len(dims), depths=depths, num_heads=num_heads, n_iter=n_iter, layerscale=layerscale)
+        check_per_stage(len(dims), depths=depths, num_heads=num_heads, n_iter=n_iter, layerscale=layerscale)
         check_attention(dims, num_heads, n_iter)
         cells = _cells(stoken_size, len(dims))
         shared: SharedSettings = {"qkv_bias": qkv_bias, "qk_scale": qk_scale, "attn_drop": attn_drop_rate}
@@ -273,7 +283,8 @@ class SuperTokenViT(PyramidBackbone):
         """
         cells = _cells(stoken_size, len(self.stages))
         for stage, cell in zip(self.stages, cells, strict=True):
-            for block in stage.blocks:
+            blocks: Iterable[SuperTokenBlock] = stage.blocks
+            for block in blocks:
                 block.attn.cell = cell
         update_model_args(self, stoken_size=cells)  # for a model that is saved and built again
 
@@ -309,11 +320,13 @@ class SuperTokenViT(PyramidBackbone):
     def closed_form(self, size: Size) -> Terms:
         """MACs of one image (H, W) by term: attention between the soft superpixels of a map."""
         terms, size = convolutions("embedding", self.stem, size)
-        for stage in self.stages:
+        stages: Iterable[PyramidStage] = self.stages
+        for stage in stages:
             more, size = convolutions("embedding", stage.downsample, size)
             terms += more
             pixels = size[0] * size[1]
             for block in stage.blocks:
+                assert isinstance(block, SuperTokenBlock)
                 cell = block.attn.cell
                 terms += layers("embedding", block.pos_embed, pixels) + norm(block.norm1, pixels)
                 tokens = pixels if cell == (1, 1) else windows(size, cell)

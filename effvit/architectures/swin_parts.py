@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -62,7 +63,7 @@ class WindowBlock(SwinTransformerBlock):
         shifted: bool,
         shift_small: bool = False,
         init_values: float | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         super().__init__(
             dim,
@@ -75,7 +76,7 @@ class WindowBlock(SwinTransformerBlock):
             **kwargs,
         )
         self.shift_small = shift_small
-        scale: Any = nn.Identity
+        scale: Callable[[], nn.Module] = nn.Identity
         if init_values is not None:
             dd = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
             scale = partial(LayerScale, dim, init_values=init_values, **dd)
@@ -83,8 +84,10 @@ class WindowBlock(SwinTransformerBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         """A map (B, H, W, C) -> (B, H, W, C)."""
-        x = x + self.drop_path1(self.ls1(self._attn(self.norm1(x))))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        y: Tensor = self.drop_path1(self.ls1(self._attn(self.norm1(x))))
+        x = x + y
+        y = self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return x + y
 
     def _attn(self, x: Tensor) -> Tensor:
         attn: Any = self.attn

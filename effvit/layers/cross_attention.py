@@ -214,22 +214,23 @@ class CrossBlock(nn.Module):
         def stochastic_depth() -> nn.Module:
             return DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-        self.norm1 = norm_layer(dim, **dd)
+        self.norm1: nn.Module = norm_layer(dim, **dd)
         self.attn = CrossAttention(dim, num_heads, qkv_bias, attn_drop, proj_drop, **dd)
         self.ls1, self.drop_path1 = layer_scale(), stochastic_depth()
         self.norm2 = norm_layer(dim, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
+        self.mlp: nn.Module = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
         self.ls2, self.drop_path2 = layer_scale(), stochastic_depth()
 
     def feedforward(self, x: Tensor) -> Tensor:
         """x plus the MLP branch, (..., N, C) -> (..., N, C)."""
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        y: Tensor = self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return x + y
 
     def forward(self, x: Tensor, *keys: Tensor) -> Tensor:
         """Queries x (B, Nq, C) attend to all the tokens of ``keys``, each (B, Nk, C); returns (B, Nq, C)."""
         y = keys[0] if len(keys) == 1 else torch.cat(keys, dim=1)
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), self.norm1(y))))
-        return self.feedforward(x)
+        z: Tensor = self.drop_path1(self.ls1(self.attn(self.norm1(x), self.norm1(y))))
+        return self.feedforward(x + z)
 
 
 class WindowCrossBlock(CrossBlock):
@@ -282,7 +283,8 @@ class WindowCrossBlock(CrossBlock):
             image: (H, W) of the image tokens, for mask_mode="official".
             image_window: Side of a window of image tokens, likewise.
         """
-        q, kv = self.attn.q(self.norm1(x)), self.attn.kv(self.norm1(y))
+        q: Tensor = self.attn.q(self.norm1(x))
+        kv: Tensor = self.attn.kv(self.norm1(y))
         border = mask = None
         if self.mask_mode != "correct":
             border = self.attn.kv(self.norm1(y.new_zeros(1, self.attn.q.in_features)))[0]  # (2C,)
