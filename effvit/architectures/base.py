@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from timm.layers import ClassifierHead, get_device_dtype, trunc_normal_
+from timm.layers import ClassifierHead, ConvNormAct, get_device_dtype, trunc_normal_
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import reinit_non_persistent_buffers
@@ -24,9 +24,18 @@ from effvit.hosts.surface import (
     with_gradients,
 )
 from effvit.layers.macs import Size, Terms, layers
+from effvit.protocols import Device, Factory
 from effvit.tokens import fix_traced_size, fx_leaf
 
-__all__ = ["ChannelsLastStem", "PyramidBackbone", "PyramidStage", "SoftTokenViT", "pooled_head"]
+__all__ = [
+    "ChannelsLastStem",
+    "PyramidBackbone",
+    "PyramidStage",
+    "SoftTokenViT",
+    "check_per_stage",
+    "conv_stages",
+    "pooled_head",
+]
 
 
 class SoftTokenViT(Intermediates, VisionTransformer):
@@ -57,7 +66,8 @@ class SoftTokenViT(Intermediates, VisionTransformer):
 
     def _finish(self, state: Any) -> Tensor:
         """Normalised final tokens (B, P+M, C), what ``forward_head`` takes."""
-        return self.norm(state)
+        y: Tensor = self.norm(state)
+        return y
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Normalised final tokens (B, P+M, C) of images (B, 3, H, W); a mask is refused."""
@@ -111,7 +121,37 @@ class PyramidStage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
-        return checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
+        y: Tensor = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
+        return y
+
+
+def check_per_stage(stages: int, **settings: Sequence[object]) -> None:
+    """Raise a ValueError that names the setting unless each of them has one value a stage."""
+    for name, values in settings.items():
+        if len(values) != stages:
+            raise ValueError(f"{name} needs one value for each of the {stages} stages, got {list(values)}")
+
+
+def conv_stages(
+    dims: Sequence[int],
+    make_blocks: Callable[[int], Sequence[nn.Module]],
+    device: Device = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Sequential:
+    """Stages of that many channels, all but the first opened by a convolution of size 3 and stride 2.
+
+    Args:
+        dims: Channels of the stages.
+        make_blocks: Makes the blocks of a stage, given its number.
+        device: As in torch.
+        dtype: As in torch.
+    """
+    stages, dd = [], Factory(device=device, dtype=dtype)
+    for i, dim in enumerate(dims):
+        blocks = make_blocks(i)
+        down = ConvNormAct(dims[i - 1], dim, 3, stride=2, bias=True, apply_act=False, **dd) if i else None
+        stages.append(PyramidStage(down, blocks))
+    return nn.Sequential(*stages)
 
 
 class PyramidBackbone(nn.Module):
@@ -145,8 +185,8 @@ class PyramidBackbone(nn.Module):
         drop_rate: float = 0.0,
         out_norm: Callable[[int], nn.Module] | None = None,
         output_fmt: str = "NCHW",
-        device: Any = None,
-        dtype: Any = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_output_fmt(output_fmt, ("NCHW", "NHWC"))
@@ -198,7 +238,8 @@ class PyramidBackbone(nn.Module):
     @property
     def grad_checkpointing(self) -> bool:
         """Whether the blocks are recomputed in the backward pass."""
-        return any(stage.grad_checkpointing for stage in self.stages)
+        stages: Iterable[PyramidStage] = self.stages
+        return any(stage.grad_checkpointing for stage in stages)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Final features (B, num_features, ceil(H/32), ceil(W/32)) of images (B, in_chans, H, W)."""
@@ -284,14 +325,15 @@ class PyramidBackbone(nn.Module):
         own = {name.partition(".")[0] for name, _ in self.named_parameters()}
         return [name for name in names if name.partition(".")[0] in {"head", "norm", "proj"} - own]
 
-    def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
+    def set_input_size(self, img_size: int | Size | None = None, patch_size: int | Size | None = None) -> None:
         """Accepts any image size, since nothing here depends on one; the stride is fixed."""
         if patch_size is not None:
             raise ValueError(f"{type(self).__name__} has a fixed stride of 4 and no patch_size, got {patch_size}")
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks in the backward pass instead of keeping what they computed."""
-        for stage in self.stages:
+        stages: Iterable[PyramidStage] = self.stages
+        for stage in stages:
             stage.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:

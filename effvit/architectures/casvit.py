@@ -7,15 +7,23 @@ values: no softmax and no product of all pairs of pixels. Facts from Tianfang-Zh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
+import torch
 from timm.layers import ClassifierHead, ConvNormAct, DropPath, Mlp, calculate_drop_path_rates
 from torch import Tensor, nn
 
-from effvit.architectures.base import ChannelsLastStem, PyramidBackbone, PyramidStage, pooled_head
+from effvit.architectures.base import (
+    ChannelsLastStem,
+    PyramidBackbone,
+    PyramidStage,
+    check_per_stage,
+    conv_stages,
+    pooled_head,
+)
 from effvit.hosts._names import renamed
 from effvit.layers.macs import Size, Terms, convolutions, feedforward, layers, norm
+from effvit.protocols import Device, Factory
 
 __all__ = ["AdditiveAttention", "CASViT", "DistilledHead"]
 
@@ -27,9 +35,9 @@ class Gates(nn.Module):
     channel by the sigmoid of one number that the means of all channels give.
     """
 
-    def __init__(self, dim: int, device: Any = None, dtype: Any = None) -> None:
+    def __init__(self, dim: int, device: Device = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        dd: Factory = {"device": device, "dtype": dtype}
         self.spatial = nn.Sequential(
             nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd),
             nn.BatchNorm2d(dim, **dd),
@@ -44,8 +52,10 @@ class Gates(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x * self.spatial(x)
-        return x * self.channel(x)
+        place: Tensor = self.spatial(x)  # (B, 1, H, W)
+        x = x * place
+        channel: Tensor = self.channel(x)  # (B, C, 1, 1)
+        return x * channel
 
 
 class AdditiveAttention(nn.Module):
@@ -58,10 +68,15 @@ class AdditiveAttention(nn.Module):
     """
 
     def __init__(
-        self, dim: int, qkv_bias: bool = False, proj_drop: float = 0.0, device: Any = None, dtype: Any = None
+        self,
+        dim: int,
+        qkv_bias: bool = False,
+        proj_drop: float = 0.0,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        dd: Factory = {"device": device, "dtype": dtype}
         self.qkv = nn.Conv2d(dim, 3 * dim, 1, bias=qkv_bias, **dd)
         self.gates_q, self.gates_k = Gates(dim, **dd), Gates(dim, **dd)
         self.dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
@@ -69,8 +84,12 @@ class AdditiveAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).chunk(3, dim=1)
-        return self.proj_drop(self.proj(self.dwconv(self.gates_q(q) + self.gates_k(k)) * v))
+        qkv: Tensor = self.qkv(x)  # (B, 3C, H, W)
+        q, k, v = qkv.chunk(3, dim=1)
+        gated: Tensor = self.gates_q(q) + self.gates_k(k)
+        y: Tensor = self.dwconv(gated) * v
+        y = self.proj_drop(self.proj(y))
+        return y
 
 
 class CASBlock(nn.Module):
@@ -91,11 +110,11 @@ class CASBlock(nn.Module):
         qkv_bias: bool = False,
         proj_drop: float = 0.0,
         drop_path: float = 0.0,
-        device: Any = None,
-        dtype: Any = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        dd: Factory = {"device": device, "dtype": dtype}
         self.local = nn.Sequential(
             nn.Conv2d(dim, dim, 1, **dd),
             nn.BatchNorm2d(dim, **dd),
@@ -106,14 +125,17 @@ class CASBlock(nn.Module):
         self.norm1 = nn.BatchNorm2d(dim, **dd)
         self.attn = AdditiveAttention(dim, qkv_bias, proj_drop, **dd)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.norm2 = nn.BatchNorm2d(dim, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, use_conv=True, **dd)
+        self.norm2: nn.Module = nn.BatchNorm2d(dim, **dd)
+        self.mlp: nn.Module = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, use_conv=True, **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.local(x)
-        x = x + self.drop_path1(self.attn(self.norm1(x)))
-        return x + self.drop_path2(self.mlp(self.norm2(x)))
+        y: Tensor = self.local(x)
+        x = x + y
+        y = self.drop_path1(self.attn(self.norm1(x)))
+        x = x + y
+        y = self.drop_path2(self.mlp(self.norm2(x)))
+        return x + y
 
 
 class DistilledHead(ClassifierHead):
@@ -122,7 +144,7 @@ class DistilledHead(ClassifierHead):
     In eval mode the mean of both; in training the pair of both, unless ``distilled_training`` is False.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
         self.distilled_training = True
         self.fc_dist = self._twin()
@@ -135,15 +157,16 @@ class DistilledHead(ClassifierHead):
         twin = nn.Linear(self.fc.in_features, self.fc.out_features, device=weight.device, dtype=weight.dtype)
         return twin.train(self.training)
 
-    def reset(self, *args: Any, **kwargs: Any) -> None:
+    def reset(self, *args: object, **kwargs: object) -> None:
         super().reset(*args, **kwargs)
         self.fc_dist = self._twin()
 
-    def forward(self, x: Tensor, pre_logits: bool = False) -> Any:
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         x = super().forward(x, pre_logits=True)
         if pre_logits or isinstance(self.fc, nn.Identity):  # any other module is a classifier, wrapped or quantised
             return x
-        scores, distilled = self.fc(x), self.fc_dist(x)
+        scores: Tensor = self.fc(x)
+        distilled: Tensor = self.fc_dist(x)
         mean = (scores + distilled) / 2  # in training too: torch.fx then records the same nodes for both modes
         return (scores, distilled) if self.training and self.distilled_training else mean
 
@@ -205,12 +228,11 @@ class CASViT(PyramidBackbone):
         proj_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         out_norm: bool = False,
-        device: Any = None,
-        dtype: Any = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        if len(depths) != len(dims):
-            raise ValueError(f"depths needs one value for each of the {len(dims)} stages, got {list(depths)}")
+        dd: Factory = {"device": device, "dtype": dtype}
+        check_per_stage(len(dims), depths=depths)
         super().__init__(
             dims,
             num_classes,
@@ -225,12 +247,11 @@ class CASViT(PyramidBackbone):
             ConvNormAct(dims[0] // 2, dims[0], 3, stride=2, bias=True, **dd),
         )
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
-        stages = []
-        for i, dim in enumerate(dims):
-            blocks = [CASBlock(dim, mlp_ratio, qkv_bias, proj_drop_rate, rate, **dd) for rate in rates[i]]
-            down = ConvNormAct(dims[i - 1], dim, 3, stride=2, bias=True, apply_act=False, **dd) if i else None
-            stages.append(PyramidStage(down, blocks))
-        self.stages = nn.Sequential(*stages)
+
+        def make_blocks(i: int) -> list[nn.Module]:
+            return [CASBlock(dims[i], mlp_ratio, qkv_bias, proj_drop_rate, rate, **dd) for rate in rates[i]]
+
+        self.stages = conv_stages(dims, make_blocks, **dd)
         self.norm: nn.Module = nn.BatchNorm2d(dims[-1], **dd)
         if distilled:
             self.head = DistilledHead(dims[-1], num_classes, global_pool, drop_rate, **dd)
@@ -252,18 +273,20 @@ class CASViT(PyramidBackbone):
             raise ValueError("this CASViT has one classifier; create it with distilled=True")
         self.head.distilled_training = enable
 
-    def get_classifier(self) -> Any:
+    def get_classifier(self) -> nn.Module | tuple[nn.Module, nn.Module]:  # type: ignore[override]  # a pair
         """The classifier, or with distillation the pair of both."""
         return (self.head.fc, self.head.fc_dist) if isinstance(self.head, DistilledHead) else self.head.fc
 
     def closed_form(self, size: Size) -> Terms:
         """MACs of one image (H, W) by term: gates and depthwise convolutions in place of the attention map."""
         terms, size = convolutions("embedding", self.stem, size)
-        for stage in self.stages:
+        stages: Iterable[PyramidStage] = self.stages
+        for stage in stages:
             more, size = convolutions("embedding", stage.downsample, size)
             terms += more
             pixels = size[0] * size[1]
             for block in stage.blocks:
+                assert isinstance(block, CASBlock)
                 terms += layers("local", block.local, pixels) + norm(block.norm1, pixels)
                 attn = block.attn
                 for part in (attn.qkv, attn.gates_q.spatial, attn.gates_k.spatial, attn.dwconv, attn.proj):

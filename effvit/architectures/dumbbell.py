@@ -15,14 +15,14 @@ Two forms exist, and weights of one run in the other:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
 import torch
 from timm.layers import RelPosBias, resample_abs_pos_embed
 from torch import Tensor, nn
 
 from effvit.architectures.semantic_tokens import SEED_POOLS, LearnedSeeds, SemanticBlock, max_seeds, seed_terms
-from effvit.layers.cross_attention import CrossBlock, WindowCrossBlock
+from effvit.layers.cross_attention import CrossBlock, CrossSettings, SharedSettings, WindowCrossBlock
 from effvit.layers.macs import Size, Terms, cross_block, layers, window_cross, windows
 from effvit.layers.windows import (
     from_windows,
@@ -33,15 +33,23 @@ from effvit.layers.windows import (
     resize_bias_table,
     to_windows,
 )
+from effvit.protocols import Factory
 from effvit.recording import is_exported
 from effvit.recover import RestoreBlock, TokenRecovery
-from effvit.schedule import check_choice
+from effvit.schedule import check_choice, check_switch
 from effvit.tokens import fx_leaf
+
+if TYPE_CHECKING:
+    pass
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = [
     "KEY_WINDOWS",
     "DumbbellUnit",
     "GroupBlock",
+    "Recovery",
     "SemanticLayers",
     "WindowSeedBlock",
     "check_key_windows",
@@ -50,12 +58,15 @@ __all__ = [
 
 KEY_WINDOWS = ("inside", "cls", "dense")
 
+Recovery: TypeAlias = RestoreBlock | TokenRecovery
+"""Gives the image tokens back: by windows or, for short sequences, from all semantic tokens."""
+
 
 def check_key_windows(key_windows: str, use_global: bool, relative_pos: bool) -> None:
     """Raise a ValueError for an unknown form, or for settings that need a grid of fixed size where none is."""
     check_choice("key_windows", key_windows, KEY_WINDOWS)
     for name, value in (("use_global", use_global), ("relative_pos", relative_pos)):
-        if value and key_windows == "dense":
+        if check_switch(name, value) and key_windows == "dense":
             raise ValueError(
                 f"{name}=True holds a table for a semantic grid of one size, which key_windows='dense' does not have; "
                 f"use key_windows='inside' or {name}=False"
@@ -128,7 +139,7 @@ class WindowSeedBlock(WindowCrossBlock):
         use_conv_pos: bool = False,
         seed_pool: str = "max",
         pools: bool = True,
-        **kwargs: Any,
+        **kwargs: Unpack[CrossSettings],
     ) -> None:
         super().__init__(dim, num_heads, samples, window, kernel, mask_mode, **kwargs)
         check_key_windows(key_windows, False, False)
@@ -136,7 +147,7 @@ class WindowSeedBlock(WindowCrossBlock):
             raise ValueError(f"seed_pool must be {' or '.join(map(repr, SEED_POOLS))}, got {seed_pool!r}")
         if not 0 < samples <= window:
             raise ValueError(f"window_samples must be in [1, {window}], the side of a window, got {samples}")
-        dd: dict[str, Any] = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
+        dd: Factory = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
         self.key_form, self.residual = key_windows, residual
         self.pool = LearnedSeeds(dim, **dd) if pools and seed_pool == "learned" else None
         self.conv_pos = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd) if pools and use_conv_pos else None
@@ -162,7 +173,7 @@ class WindowSeedBlock(WindowCrossBlock):
         """The attention branch with key windows on the map, and a window's own seeds as keys: (B, h, w, C)."""
         literal = self.key_form == "cls"
         kernel, stride = (self.CLS_KERNEL, self.CLS_STRIDE) if literal else (self.kernel, None)
-        y = self.norm1(s)
+        y: Tensor = self.norm1(s)
         q, own = to_windows(self.attn.q(y), self.window), to_windows(self.attn.kv(y), self.window)
         near = inside_windows(self.attn.kv(self.norm1(x)), self.stride, kernel, stride)
         kv = torch.cat([own, near], dim=1)
@@ -197,11 +208,11 @@ class GroupBlock(CrossBlock):
         num_heads: int,
         samples: int | None = None,
         bias_grid: tuple[int, int] | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[CrossSettings],
     ) -> None:
         super().__init__(dim, num_heads, **kwargs)
         self.samples = samples
-        dd: dict[str, Any] = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
+        dd: Factory = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
         self.rel_pos = None if bias_grid is None else RelPosBias(bias_grid, num_heads, **dd)
 
     def set_bias_grid(self, grid: tuple[int, int]) -> None:
@@ -216,9 +227,10 @@ class GroupBlock(CrossBlock):
 
     def forward(self, s: Tensor) -> Tensor:  # type: ignore[override]  # one map, queries and keys
         """Semantic tokens (B, h, w, C) -> (B, h, w, C)."""
-        y = self.norm1(s)
-        q, kv = self.attn.q(y), self.attn.kv(y)
-        bias = None if self.rel_pos is None else self.rel_pos.get_bias()
+        y: Tensor = self.norm1(s)
+        q: Tensor = self.attn.q(y)
+        kv: Tensor = self.attn.kv(y)
+        bias: Tensor | None = None if self.rel_pos is None else self.rel_pos.get_bias()
         if bias is not None and is_exported():
             bias = bias.detach()  # for a mask with gradient, torch 2.11 traces one kernel and exports another's layout
         if self.samples is None:
@@ -227,14 +239,23 @@ class GroupBlock(CrossBlock):
             q, kv = to_windows(q, self.samples), to_windows(kv, self.samples)
             mask = masked_bias(bias, key_mask(s, self.samples, self.samples))
             y = from_windows(self.attn.mix(q, kv, mask), self.samples, s.shape[1:3])
-        s = s + self.drop_path1(self.ls1(self.attn.project(y)))
-        return self.feedforward(s)
+        y = self.drop_path1(self.ls1(self.attn.project(y)))
+        return self.feedforward(s + y)
 
     def closed_form(self, grid: Size) -> Terms:
         """MACs by term for a grid (h, w) of semantic tokens."""
         tokens = grid[0] * grid[1]
         pairs = tokens**2 if self.samples is None else windows(grid, self.samples) * self.samples**4
         return cross_block(self, tokens, tokens, pairs, normed=tokens)
+
+
+class SeedSettings(TypedDict):
+    """Keywords of ``WindowSeedBlock`` that both layers of the STGM share."""
+
+    window: int
+    samples: int
+    key_windows: str
+    mask_mode: str
 
 
 class SemanticLayers(nn.Module):
@@ -277,13 +298,12 @@ class SemanticLayers(nn.Module):
         use_conv_pos: bool = False,
         seed_pool: str = "max",
         mask_mode: str = "correct",
-        **kwargs: Any,
+        **kwargs: Unpack[SharedSettings],
     ) -> None:
         super().__init__()
         check_key_windows(key_windows, use_global, relative_pos)
         self.grid = grid if use_global or relative_pos else None
-        form: dict[str, Any] = {"window": window, "samples": samples, "key_windows": key_windows, **kwargs}
-        form["mask_mode"] = mask_mode
+        form: SeedSettings = {"window": window, "samples": samples, "key_windows": key_windows, "mask_mode": mask_mode}
         self.stgm1 = WindowSeedBlock(
             dim,
             num_heads,
@@ -293,10 +313,13 @@ class SemanticLayers(nn.Module):
             seed_pool=seed_pool,
             drop_path=drop_path[0],
             **form,
+            **kwargs,
         )
         self.stgm2: WindowSeedBlock | SemanticBlock
         if key_windows == "dense":
-            self.stgm2 = WindowSeedBlock(dim, num_heads, kernel=kernels[1], pools=False, drop_path=drop_path[1], **form)
+            self.stgm2 = WindowSeedBlock(
+                dim, num_heads, kernel=kernels[1], pools=False, drop_path=drop_path[1], **form, **kwargs
+            )
         else:
             centres = grid[0] * grid[1] if use_global else 0
             self.stgm2 = SemanticBlock(dim, num_heads, centres, drop_path=drop_path[1], **kwargs)
@@ -340,7 +363,7 @@ class SemanticLayers(nn.Module):
 
     def closed_form(self, size: Size) -> tuple[Terms, Size]:
         """MACs by term for a map of (H, W) image tokens, and the grid (h, w) of the semantic tokens made of it."""
-        first: Any = self.stgm1
+        first = self.stgm1
         samples, window = first.window, first.stride
         number = windows(size, window)
         if first.mask_mode == "correct":
@@ -352,6 +375,7 @@ class SemanticLayers(nn.Module):
         if first.conv_pos is not None:
             terms += layers("pooling", first.conv_pos, number * samples**2)
         if first.key_form == "dense":
+            assert isinstance(self.stgm2, WindowSeedBlock)
             terms += window_cross(first, grid, size) + window_cross(self.stgm2, grid, size)
         else:
             kernel = first.CLS_KERNEL if first.key_form == "cls" else first.kernel
@@ -390,13 +414,13 @@ class DumbbellUnit(nn.Module):
         recover: Gives the image tokens back: by windows or, for short sequences, from all semantic tokens.
     """
 
-    def __init__(self, block: nn.Module, semantic: SemanticLayers, recover: RestoreBlock | TokenRecovery) -> None:
+    def __init__(self, block: nn.Module, semantic: SemanticLayers, recover: Recovery) -> None:
         super().__init__()
         self.block, self.semantic, self.recover = block, semantic, recover
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.block(x)
-        s = self.semantic(x)
+        s: Tensor = self.semantic(x)
         if isinstance(self.recover, RestoreBlock):
             return self.recover(x, s)
         return self.recover(x.flatten(1, 2), s.flatten(1, 2)).view_as(x)
@@ -406,7 +430,7 @@ class DumbbellUnit(nn.Module):
         return self.semantic.assignment(self.block(x))
 
 
-def recovery_terms(block: Any, size: Size, semantic: Size) -> Terms:
+def recovery_terms(block: Recovery, size: Size, semantic: Size) -> Terms:
     """Image tokens asked back from the semantic tokens."""
     if isinstance(block, RestoreBlock):
         return window_cross(block, size, semantic)

@@ -28,10 +28,9 @@ no class token, final norm before the mean. Initialisation is that of timm's pla
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import isqrt
-from typing import Any
 
 import torch
 from timm.layers import DropPath, LayerNorm, Mlp, get_device_dtype, resample_abs_pos_embed, to_2tuple, trunc_normal_
@@ -45,9 +44,10 @@ from effvit.hosts.checkpoints import official_state_dict
 from effvit.hosts.closed_form import embedding
 from effvit.hosts.stages import Stage, soft_stage
 from effvit.hosts.surface import check_images, patch_grid, refuse_mask
-from effvit.layers.bidirectional_attention import GatherAttention, InfuseAttention
+from effvit.layers.bidirectional_attention import GatherAttention, InfuseAttention, ProjectionSettings
 from effvit.layers.macs import Size, Terms, attention, layers, norm, plain_block
 from effvit.layers.resize import resize_map
+from effvit.protocols import Device, Factory, Layer, PatchEmbedding, Setting
 from effvit.recording import refuse_legacy_onnx
 from effvit.tokens import fix_traced_size, fx_leaf
 
@@ -93,18 +93,18 @@ class LookupBlock(Block):
         proj_drop: float = 0.0,
         attn_drop: float = 0.0,
         drop_path: float = 0.0,
-        act_layer: Any = nn.GELU,
-        norm_layer: Any = LayerNorm,
+        act_layer: Callable[..., nn.Module] = nn.GELU,
+        norm_layer: Callable[..., nn.Module] = LayerNorm,
         infusion: str = "transpose",
         infuse_proj: bool = True,
         lookup_mlp_ratio: float = 0.5,
-        device: Any = None,
-        dtype: Any = None,
-        **kwargs: Any,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: object,
     ) -> None:
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        shared = {"qkv_bias": qkv_bias, "proj_drop": proj_drop, **dd}
-        layers = {"act_layer": act_layer, "norm_layer": norm_layer}
+        dd: Factory = {"device": device, "dtype": dtype}
+        shared: ProjectionSettings = {"qkv_bias": qkv_bias, "proj_drop": proj_drop, **dd}
+        layers: dict[str, Callable[..., nn.Module]] = {"act_layer": act_layer, "norm_layer": norm_layer}
         super().__init__(dim, num_heads, attn_drop=attn_drop, drop_path=drop_path, **layers, **shared, **kwargs)
         if int(dim * lookup_mlp_ratio) < 1:
             raise ValueError(
@@ -125,11 +125,14 @@ class LookupBlock(Block):
     def forward(self, compressed: Tensor, lookup: Tensor, infuse: bool = True) -> tuple[Tensor, Tensor | None]:
         """Tokens (B, M, C) and (B, N, C) -> the same; without ``infuse`` the patches' half is skipped: None."""
         gathered, weights = self.gather(compressed, lookup, infuse)
+        y: Tensor
         compressed = super().forward(compressed + self.drop_path(gathered))
         if weights is None:
             return compressed, None
-        lookup = lookup + self.drop_path(self.infuse(self.norm_c(compressed), weights))
-        return compressed, lookup + self.drop_path(self.mlp_lookup(self.norm3(lookup)))
+        y = self.drop_path(self.infuse(self.norm_c(compressed), weights))
+        lookup = lookup + y
+        y = self.drop_path(self.mlp_lookup(self.norm3(lookup)))
+        return compressed, lookup + y
 
 
 class LookupLoss(nn.Module):
@@ -195,6 +198,14 @@ class LookupViT(SoftTokenViT):
         TypeError: Another argument of timm's.
     """
 
+    embed_dim: int
+    num_classes: int
+    grad_checkpointing: bool
+    patch_embed: PatchEmbedding
+    pos_drop: Layer
+    head: nn.Module
+    head_drop: Layer
+
     def __init__(
         self,
         img_size: int | tuple[int, int] = 224,
@@ -207,9 +218,9 @@ class LookupViT(SoftTokenViT):
         lookup_head: bool = True,
         global_pool: str = "avg",
         weight_init: str = "",
-        device: Any = None,
-        dtype: Any = None,
-        **kwargs: Any,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: Setting,
     ) -> None:
         foreign = sorted(kwargs.keys() - TIMM_ARGS)
         if foreign:
@@ -233,7 +244,7 @@ class LookupViT(SoftTokenViT):
         self.antialias = antialias
         self.compressed_grid = _check_grid("compressed_grid", compressed_grid)
         self.compressed_pos_grid = _check_grid("compressed_pos_grid", compressed_pos_grid)
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        dd: Factory = {"device": device, "dtype": dtype}
         num_positions = self.compressed_pos_grid[0] * self.compressed_pos_grid[1]
         self.pos_embed_compressed = nn.Parameter(torch.empty(1, num_positions, self.embed_dim, **dd))
         self.norm_lookup = LayerNorm(self.embed_dim, **dd)
@@ -263,7 +274,7 @@ class LookupViT(SoftTokenViT):
         update_model_args(self, compressed_grid=self.compressed_grid)  # for a model that is saved and built again
 
     @torch.jit.ignore
-    def get_classifier(self) -> Any:
+    def get_classifier(self) -> nn.Module | tuple[nn.Module, nn.Module]:
         """The classifiers of the compressed and of the lookup tokens; the first alone without ``lookup_head``."""
         return self.head if self.head_lookup is None else (self.head, self.head_lookup)
 
@@ -291,7 +302,8 @@ class LookupViT(SoftTokenViT):
 
     def _tokenise(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Images -> compressed tokens (B, M, C) and lookup tokens (B, N, C), each with its positions."""
-        patches, positions = self.patch_embed(x), self.pos_embed
+        patches: Tensor = self.patch_embed(x)
+        positions: Tensor = self.pos_embed
         if self.dynamic_img_size:
             positions = positions_for(patches, positions, self.patch_embed.grid_size)
         else:
@@ -335,7 +347,9 @@ class LookupViT(SoftTokenViT):
         pooled = self.head_drop(self.pool(self.norm_lookup(lookup)))
         return self.forward_head(self.norm(compressed)), self.head_lookup(pooled)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Any:
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Class scores (B, num_classes) of the compressed tokens; in train mode of both sets, as ``forward_heads``."""
         if self.training and self.head_lookup is not None:
             refuse_mask(self, attn_mask, is_causal)
@@ -350,7 +364,8 @@ class LookupViT(SoftTokenViT):
         compressed = rows * columns
         for height, width in (grid, self.compressed_pos_grid):  # a resize is a product by rows, then one by columns
             terms["embedding"] += rows * width * dim * (height + columns)
-        for i, block in enumerate(self.blocks):
+        blocks: Sequence[LookupBlock] = self.blocks
+        for i, block in enumerate(blocks):
             cross = block.cross
             terms += norm(block.norm_p, compressed) + norm(block.norm_l, patches) + attention(compressed * patches, dim)
             for layer, tokens in (
@@ -374,8 +389,11 @@ class LookupViT(SoftTokenViT):
         grid = patch_grid(x, self)
         compressed, lookup = self._tokenise(x)
         stages = []
-        for i, block in enumerate(self.blocks):
-            weights = block.gather(compressed, lookup)[1][0].double().mean(0).T  # (N, M)
+        blocks: Sequence[LookupBlock] = self.blocks
+        for i, block in enumerate(blocks):
+            shares = block.gather(compressed, lookup)[1]  # (B, heads, M, N)
+            assert shares is not None
+            weights = shares[0].double().mean(0).T  # (N, M)
             weights = weights + torch.finfo(weights.dtype).tiny  # float32 weights of a patch may all have underflown
             stages.append(soft_stage(i, weights / weights.sum(-1, keepdim=True), grid))
             if i < len(self.blocks) - 1:
@@ -403,7 +421,7 @@ class LookupViT(SoftTokenViT):
             own["pos_embed_compressed"] = resize_map(grid_map, self.compressed_pos_grid, self.antialias)
         return own, dropped
 
-    def start_from_vit(self, weights: Mapping[str, Any]) -> list[str]:
+    def start_from_vit(self, weights: Mapping[str, object]) -> list[str]:
         """Take what a plain ViT or DeiT shares with this model: patch embedding, positions, refinement, norm, head.
 
         The exchange, the patches' MLP and the compressed positions are new, so the model must be trained before it

@@ -11,16 +11,20 @@ No source of STViT on global attention is public. The block and max pooling are 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d, trunc_normal_
 from torch import Tensor, nn
 
-from effvit.layers.cross_attention import CrossAttention, CrossBlock
+from effvit.layers.cross_attention import CrossAttention, CrossBlock, CrossSettings
 from effvit.layers.macs import Size, Terms, layers
+from effvit.protocols import Device, Factory
 from effvit.tokens import fx_leaf, wide_dtype, wide_product
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = [
     "SEED_POOLS",
@@ -111,9 +115,9 @@ class LearnedSeeds(nn.Module):
         dim: Channels.
     """
 
-    def __init__(self, dim: int, device: Any = None, dtype: Any = None) -> None:
+    def __init__(self, dim: int, device: Device = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        dd: Factory = {"device": device, "dtype": dtype}
         self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
         self.norm = LayerNorm2d(dim, **dd)
         self.act = nn.GELU()
@@ -173,10 +177,11 @@ def generate(block: CrossBlock, s: Tensor, keys: Tensor, num_patches: int = 0) -
         The semantic tokens (B, Ns, C), and the ``soft_assignment`` (B, Np, Ns) of the last ``num_patches`` keys;
         None for 0.
     """
-    q, kv = block.attn.q(block.norm1(s)), block.attn.kv(block.norm1(keys))
+    q: Tensor = block.attn.q(block.norm1(s))
+    kv: Tensor = block.attn.kv(block.norm1(keys))
     assignment = soft_assignment(block.attn, q, kv, num_patches) if num_patches else None
-    s = s + block.drop_path1(block.ls1(block.attn.attend(q, kv)))
-    return block.feedforward(s), assignment
+    y: Tensor = block.drop_path1(block.ls1(block.attn.attend(q, kv)))
+    return block.feedforward(s + y), assignment
 
 
 class SeedBlock(CrossBlock):
@@ -193,7 +198,9 @@ class SeedBlock(CrossBlock):
         ValueError: An unknown ``seed_pool``.
     """
 
-    def __init__(self, dim: int, num_heads: int, out: tuple[int, int], seed_pool: str = "max", **kwargs: Any) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, out: tuple[int, int], seed_pool: str = "max", **kwargs: Unpack[CrossSettings]
+    ) -> None:
         super().__init__(dim, num_heads, **kwargs)
         if seed_pool not in SEED_POOLS:
             raise ValueError(f"seed_pool must be {' or '.join(map(repr, SEED_POOLS))}, got {seed_pool!r}")
@@ -227,7 +234,7 @@ class SemanticBlock(CrossBlock):
         kwargs: Those of ``CrossBlock``.
     """
 
-    def __init__(self, dim: int, num_heads: int, num_centres: int = 0, **kwargs: Any) -> None:
+    def __init__(self, dim: int, num_heads: int, num_centres: int = 0, **kwargs: Unpack[CrossSettings]) -> None:
         super().__init__(dim, num_heads, **kwargs)
         self.global_centres: nn.Parameter | None = None
         if num_centres:
@@ -250,7 +257,7 @@ class SemanticBlock(CrossBlock):
         return generate(self, query, torch.cat([s, x], dim=1), x.shape[1] if assign else 0)
 
 
-def seed_terms(pool: Any, grid: Size, out: Size, number: int = 1) -> Terms:
+def seed_terms(pool: LearnedSeeds | None, grid: Size, out: Size, number: int = 1) -> Terms:
     """Pooling of ``number`` grids onto smaller ones: by maximum for None, or learned."""
     if pool is None:
         return Terms()

@@ -16,7 +16,7 @@ same class without ``stage_blocks``. Deviations:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
 from math import isqrt, prod
@@ -38,6 +38,7 @@ from effvit.hosts.lvvit import DampedBlock, FixedPatchEmbed
 from effvit.hosts.stages import Stage, soft_stage
 from effvit.hosts.surface import check_images, patch_grid
 from effvit.layers.macs import Size, Terms, layers, plain_block
+from effvit.protocols import Device, Factory
 from effvit.schedule import check_choice, check_count, check_fraction
 from effvit.tokens import fix_traced_size, wide_product
 
@@ -83,15 +84,17 @@ class ConvStem(FixedPatchEmbed):
 
     def __init__(
         self,
-        *args: Any,
+        *args: object,
         layers: Sequence[tuple[int, int]],
         patch_size: int = 16,
         in_chans: int = 3,
         embed_dim: int = 384,
-        **kwargs: Any,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: object,
     ):
-        super().__init__(*args, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, **kwargs)
-        dd: dict[str, Any] = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
+        dd: Factory = {"device": device, "dtype": dtype}
+        super().__init__(*args, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, **dd, **kwargs)
         stride = prod(s for _, s in layers)
         if self.patch_size != (stride, stride):
             raise ValueError(f"a stem of {len(layers)} convolutions has a stride of {stride}, got {patch_size=}")
@@ -103,12 +106,12 @@ class ConvStem(FixedPatchEmbed):
             )
         )
 
-    def _init_img_size(self, img_size: Any) -> Any:
-        img_size, grid, number = super()._init_img_size(img_size)
-        if img_size is None:
-            return img_size, grid, number
-        grid = tuple(-(-side // patch) for side, patch in zip(img_size, self.patch_size, strict=True))
-        return img_size, grid, grid[0] * grid[1]
+    def _init_img_size(self, img_size: int | Size | None) -> tuple[Size | None, Size | None, int | None]:
+        sizes: tuple[Size | None, Size | None, int | None] = super()._init_img_size(img_size)
+        if sizes[0] is None:
+            return sizes
+        grid = -(-sizes[0][0] // self.patch_size[0]), -(-sizes[0][1] // self.patch_size[1])
+        return sizes[0], grid, grid[0] * grid[1]
 
 
 def check_stages(stage_blocks: Sequence[int] | None, depth: int) -> list[int]:
@@ -182,17 +185,21 @@ class SiT(SoftTokenViT):
             other.
     """
 
+    embed_dim: int
+    num_prefix_tokens: int
+    grad_checkpointing: bool
+
     def __init__(
         self,
-        *args: Any,
+        *args: object,
         stem: str = "4c",
         stage_blocks: Sequence[int] | None = None,
         keep_rate: float = 0.5,
         num_tokens: Sequence[int] | None = None,
         skip_lam: float = 2.0,
         reverse: bool = False,
-        norm_layer: Any = None,
-        **kwargs: Any,
+        norm_layer: Callable[..., nn.Module] | str | None = None,
+        **kwargs: object,
     ):
         check_choice("stem", stem, STEMS)
         if kwargs.get("patch_drop_rate"):
@@ -207,16 +214,16 @@ class SiT(SoftTokenViT):
         stages = check_stages(stage_blocks, len(self.blocks))
         self.num_tokens = count_tokens(self.patch_embed.num_patches, len(stages), keep_rate, num_tokens)
         self.slim_before = {block: stage for stage, block in enumerate(accumulate(stages[:-1]))}
-        dd = get_device_dtype(self)
+        dd: Factory = get_device_dtype(self)
         self.slimming = nn.ModuleList(TokenSlimming(self.embed_dim, k, **dd) for k in self.num_tokens)
-        self.reverse = nn.ModuleList(self._reverse_modules(**dd)) if reverse else None
+        self.reverse = nn.ModuleList(self._reverse_modules(dd)) if reverse else None
         self.distilled_training = False
         init = get_init_weights_vit(self.weight_init_mode, needs_reset=False)
         for added in (self.slimming, self.reverse):
             if added is not None:
                 named_apply(init, added)
 
-    def _reverse_modules(self, **dd: Any) -> list[nn.Module]:
+    def _reverse_modules(self, dd: Factory) -> list[nn.Module]:
         """One module for each block, without parameters while it holds all patch tokens."""
         if not self.slimming or self.dynamic_img_size:
             what = "a model with dynamic_img_size=True" if self.slimming else "a dense model (stage_blocks=None)"
@@ -305,7 +312,7 @@ class SiT(SoftTokenViT):
             return self.forward_distill(x)
         return super().forward(x, attn_mask, is_causal)
 
-    def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
+    def set_input_size(self, img_size: int | Size | None = None, patch_size: int | Size | None = None) -> None:
         """Change the input size; the slimmed stages keep their numbers of tokens.
 
         Raises:

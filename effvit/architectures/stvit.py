@@ -11,9 +11,10 @@ block of the released STViT-R. It has the paper's cost: 1.91 GMACs for DeiT-S, 1
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+import torch
 from timm.layers import LayerNorm, get_norm_layer, to_2tuple
 from timm.models import checkpoint
 from timm.models.vision_transformer import Block, checkpoint_filter_fn
@@ -25,7 +26,9 @@ from effvit.block import set_child
 from effvit.hosts.closed_form import classifier, embedding
 from effvit.hosts.stages import Stage, soft_stage
 from effvit.hosts.surface import check_images, patch_grid, refuse_open_sizes
+from effvit.layers.cross_attention import SharedSettings
 from effvit.layers.macs import Size, Terms, cross_block, plain_block
+from effvit.protocols import Device, PatchEmbedding, Settings
 from effvit.recording import refuse_legacy_onnx
 from effvit.recover import TokenRecovery
 from effvit.schedule import check_count, check_switch
@@ -54,6 +57,35 @@ def check_layers(depth: int, num_base: int, num_stgm: int, use_global: bool) -> 
         raise ValueError(
             "the global centres enter in the second STGM layer, but num_stgm is 1; use num_stgm=2 or use_global=False"
         )
+
+
+class LayerMaker(NamedTuple):
+    """Makes the layers of an STViT, as timm's ``block_fn``.
+
+    Attributes:
+        num_base: Layers in front of the STGM.
+        num_stgm: Layers of the STGM.
+        grid: (h, w) semantic tokens.
+        seed_pool: Pooling of the seeds.
+        use_global: Whether the second layer of the STGM has global centres.
+    """
+
+    num_base: int
+    num_stgm: int
+    grid: Size
+    seed_pool: str
+    use_global: bool
+
+    def __call__(self, depth: int, **kwargs: Any) -> nn.Module:
+        """Layer number ``depth``, made with the arguments timm gives to every block."""
+        layer = depth - self.num_base
+        if not 0 <= layer < self.num_stgm:
+            return Block(depth=depth, **kwargs)
+        args = {name: kwargs[name] for name in BLOCK_ARGS}
+        if layer == 0:
+            return SeedBlock(out=self.grid, seed_pool=self.seed_pool, **args)
+        centres = self.grid[0] * self.grid[1] if self.use_global and layer == 1 else 0
+        return SemanticBlock(num_centres=centres, **args)
 
 
 class STViT(SoftTokenViT):
@@ -107,6 +139,10 @@ class STViT(SoftTokenViT):
         TypeError, ValueError: A setting out of range, named with its value.
     """
 
+    num_prefix_tokens: int
+    grad_checkpointing: bool
+    patch_embed: PatchEmbedding
+
     def __init__(
         self,
         img_size: int | tuple[int, int] = 224,
@@ -133,71 +169,38 @@ class STViT(SoftTokenViT):
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         weight_init: str = "",
-        norm_layer: Any = None,
+        norm_layer: Callable[..., nn.Module] | str | None = None,
         dynamic_img_size: bool = False,
         dynamic_img_pad: bool = False,
-        device: Any = None,
-        dtype: Any = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         check_switch("recovery", recovery)
         check_layers(depth, num_base, num_stgm, check_switch("use_global", use_global))
-        norm_layer = get_norm_layer(norm_layer) or LayerNorm
         height, width = to_2tuple(semantic_grid)
         grid = check_count("semantic_grid", height, 1), check_count("semantic_grid", width, 1)
-        stgm = range(num_base, num_base + num_stgm)
-
-        def make_block(depth: int, **kwargs: Any) -> nn.Module:
-            if depth not in stgm:
-                return Block(depth=depth, **kwargs)
-            args = {name: kwargs[name] for name in BLOCK_ARGS}
-            if depth == num_base:
-                return SeedBlock(out=grid, seed_pool=seed_pool, **args)
-            return SemanticBlock(num_centres=grid[0] * grid[1] if use_global and depth == stgm[1] else 0, **args)
-
+        shared: SharedSettings = {"mlp_ratio": mlp_ratio, "qkv_bias": qkv_bias, "init_values": init_values}
+        shared |= {"norm_layer": get_norm_layer(norm_layer) or LayerNorm, "device": device, "dtype": dtype}
+        images: Settings = {"img_size": img_size, "patch_size": patch_size, "in_chans": in_chans}
+        images |= {"dynamic_img_size": dynamic_img_size, "dynamic_img_pad": dynamic_img_pad}
+        dropout: Settings = {"drop_rate": drop_rate, "pos_drop_rate": pos_drop_rate, "drop_path_rate": drop_path_rate}
+        dropout |= {"proj_drop_rate": proj_drop_rate, "attn_drop_rate": attn_drop_rate}
+        form: Settings = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
+        head: Settings = {"num_classes": num_classes, "global_pool": global_pool}
         super().__init__(
-            img_size=img_size,
-            patch_size=patch_size,
-            in_chans=in_chans,
-            num_classes=num_classes,
-            global_pool=global_pool,
-            embed_dim=embed_dim,
-            depth=depth,
-            num_heads=num_heads,
-            mlp_ratio=mlp_ratio,
-            qkv_bias=qkv_bias,
-            init_values=init_values,
             class_token=False,
             fc_norm=False,
-            dynamic_img_size=dynamic_img_size,
-            dynamic_img_pad=dynamic_img_pad,
-            drop_rate=drop_rate,
-            pos_drop_rate=pos_drop_rate,
-            proj_drop_rate=proj_drop_rate,
-            attn_drop_rate=attn_drop_rate,
-            drop_path_rate=drop_path_rate,
             weight_init=weight_init,
-            norm_layer=norm_layer,
-            block_fn=make_block,
-            device=device,
-            dtype=dtype,
+            block_fn=LayerMaker(num_base, num_stgm, grid, seed_pool, use_global),
+            **(images | form | head | dropout),
+            **shared,
         )
         self.num_base, self.num_stgm, self.semantic_grid = num_base, num_stgm, grid
         check_seed_grid(self.patch_embed.grid_size, grid)
         self.recovery: TokenRecovery | None = None
         if recovery:
-            self.recovery = TokenRecovery(
-                embed_dim,
-                num_heads,
-                mlp_ratio=mlp_ratio,
-                qkv_bias=qkv_bias,
-                init_values=init_values,
-                proj_drop=proj_drop_rate,
-                attn_drop=attn_drop_rate,
-                drop_path=drop_path_rate,
-                norm_layer=norm_layer,
-                device=device,
-                dtype=dtype,
-            )
+            shared |= {"proj_drop": proj_drop_rate, "attn_drop": attn_drop_rate}
+            self.recovery = TokenRecovery(embed_dim, num_heads, drop_path=drop_path_rate, **shared)
             if weight_init != "skip":
                 self.init_weights(needs_reset=False)
 
@@ -236,7 +239,7 @@ class STViT(SoftTokenViT):
         recovered = taken[-1][0] if self.recovery is not None and len(blocks) - 1 in take else None
         return (x, s, recovered), taken
 
-    def _call(self, block: nn.Module, *args: Any) -> Any:
+    def _call(self, block: nn.Module, *args: object) -> Any:
         return checkpoint(block, *args) if self.grad_checkpointing else block(*args)
 
     def _to_patches(self, x: Tensor, s: Tensor | None, assignment: Tensor | None) -> Tensor:
@@ -244,7 +247,8 @@ class STViT(SoftTokenViT):
         if s is None:
             return x
         if self.recovery is not None:
-            return self._call(self.recovery, x, s)
+            recovered: Tensor = self._call(self.recovery, x, s)
+            return recovered
         assert assignment is not None
         return assignment.to(s.dtype) @ s
 

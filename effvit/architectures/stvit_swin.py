@@ -11,10 +11,11 @@ Efficient from A Token Sparsification View", CVPR 2023).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, TypeAlias, TypedDict, cast
 
+import torch
 from timm.layers import (
     LayerNorm2d,
     PatchEmbed,
@@ -31,14 +32,17 @@ from effvit.architectures.base import PyramidBackbone, PyramidStage, pooled_head
 from effvit.architectures.dumbbell import (
     DumbbellUnit,
     GroupBlock,
+    Recovery,
     SemanticLayers,
     check_key_windows,
     recovery_terms,
 )
 from effvit.architectures.swin_parts import ConvStem, WindowBlock
 from effvit.hosts.stages import Stage, soft_stage
+from effvit.layers.cross_attention import SharedSettings
 from effvit.layers.macs import Size, Terms, convolutions, layers, norm, window_block
 from effvit.layers.windows import live_cells, num_windows, resize_bias_table, spread_cells
+from effvit.protocols import Device, Factory
 from effvit.recording import compile_each_size, refuse_legacy_onnx, refuse_open_sides
 from effvit.recover import RestoreBlock, TokenRecovery
 from effvit.schedule import check_count, check_switch
@@ -47,6 +51,90 @@ __all__ = ["STViTSwin"]
 
 STEMS = ("conv", "patch")
 LAYER_SCALE = 1e-5  # of the released blocks
+
+
+class NearWindows(TypedDict):
+    """Keywords of all layers that attend to windows."""
+
+    window: int
+    samples: int
+    mask_mode: str
+
+
+class SemanticSettings(TypedDict, total=False):
+    """Keywords of ``SemanticLayers`` that are the same in all units of a model."""
+
+    key_windows: str
+    grid: Size
+    shortcut: bool
+    relative_pos: bool
+    use_conv_pos: bool
+    seed_pool: str
+
+
+MakesSemantic: TypeAlias = Callable[..., SemanticLayers]
+
+
+class BlockMaker(NamedTuple):
+    """Makes the blocks of each stage.
+
+    Attributes:
+        dims: Channels of the stages.
+        num_heads: Heads of the stages.
+        windows: Sides of the windows of the stages.
+        rates: Stochastic depth of each block, by stage.
+        shift_small: As for ``WindowBlock``.
+        init_values: Initial LayerScale of the Swin blocks of all stages but the third; None for none.
+        shared: Keywords of all blocks.
+    """
+
+    dims: Sequence[int]
+    num_heads: Sequence[int]
+    windows: Sequence[int]
+    rates: Sequence[Sequence[float]]
+    shift_small: bool
+    init_values: float | None
+    shared: SharedSettings
+
+    def swin(self, i: int, first: int = 0, last: int | None = None) -> list[nn.Module]:
+        """Swin blocks in place of those of stage i from ``first`` to before ``last``."""
+        scale = None if i == 2 else self.init_values
+        form: SharedSettings = {**self.shared, "init_values": scale}
+        sides = self.dims[i], self.num_heads[i], self.windows[i]
+        return [
+            WindowBlock(*sides, j % 2 == 1, self.shift_small, drop_path=rate, **form)
+            for j, rate in enumerate(self.rates[i][first:last])
+        ]
+
+    def late_stages(
+        self, semantic: MakesSemantic, recover: Callable[..., Recovery] | None, use_global: bool
+    ) -> tuple[list[nn.Module], list[nn.Module]]:
+        """The blocks of the last two stages: of an STViT-R with ``recover``, else of an STViT."""
+        if recover is not None:
+            return self.dumbbells(semantic, recover, use_global), self.swin(3)
+        return self.semantic_to_the_end(semantic, use_global), self.grouped(3)
+
+    def dumbbells(self, semantic: MakesSemantic, recover: Callable[..., Recovery], use_global: bool) -> list[nn.Module]:
+        """The third stage as a row of dumbbell units, of which the first may have global centres."""
+        dim, heads, rates = self.dims[2], self.num_heads[2], self.rates[2]
+        return [
+            DumbbellUnit(
+                self.swin(2, j, j + 1)[0],
+                semantic(rates[j + 1 : j + 5], use_global=use_global and j == 0),
+                recover(dim, heads, drop_path=rates[j + 5], **self.shared),
+            )
+            for j in range(0, len(rates), 6)
+        ]
+
+    def semantic_to_the_end(self, semantic: MakesSemantic, use_global: bool) -> list[nn.Module]:
+        """The third stage of an STViT: two thirds of Swin blocks, then layers whose semantic tokens stay."""
+        rates = self.rates[2]
+        base = len(rates) * 2 // 3
+        return [*self.swin(2, 0, base), semantic(rates[base:], use_global=use_global)]
+
+    def grouped(self, i: int) -> list[nn.Module]:
+        """Blocks of stage i that attend among all semantic tokens."""
+        return [GroupBlock(self.dims[i], self.num_heads[i], drop_path=rate, **self.shared) for rate in self.rates[i]]
 
 
 class STViTSwin(PyramidBackbone):
@@ -143,91 +231,33 @@ class STViTSwin(PyramidBackbone):
         proj_drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.1,
-        device: Any = None,
-        dtype: Any = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         check_depths(depths, check_switch("recovery", recovery))
-        check_key_windows(
-            key_windows, check_switch("use_global", use_global), check_switch("relative_pos", relative_pos)
-        )
-        if stem not in STEMS:
-            raise ValueError(f"stem must be {' or '.join(map(repr, STEMS))}, got {stem!r}")
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        check_key_windows(key_windows, use_global, relative_pos)
+        dd: Factory = {"device": device, "dtype": dtype}
         dims = [embed_dim * 2**i for i in range(4)]
         norm = partial(LayerNorm2d, eps=1e-5, **dd)
-        super().__init__(
-            dims,
-            num_classes,
-            global_pool,
-            in_chans,
-            drop_rate=drop_rate,
-            out_norm=norm if check_switch("out_norm", out_norm) else None,
-            output_fmt="NHWC",
-            **dd,
-        )
+        out = norm if check_switch("out_norm", out_norm) else None
+        super().__init__(dims, num_classes, global_pool, in_chans, None, drop_rate, out, "NHWC", **dd)
         windows = check_windows(window_size)
         self.window, self.samples = windows[2], check_count("window_samples", window_samples, 1)
         self.recovery, self.crops = recovery, mask_mode == "correct"
+        shared: SharedSettings = {"mlp_ratio": mlp_ratio, "qkv_bias": qkv_bias, "device": device, "dtype": dtype}
+        shared |= {"proj_drop": proj_drop_rate, "attn_drop": attn_drop_rate}
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
-        block: dict[str, Any] = {"mlp_ratio": mlp_ratio, "qkv_bias": qkv_bias, "proj_drop": proj_drop_rate}
-        block |= {"attn_drop": attn_drop_rate, **dd}
-        sides = check_kernels(kernels, key_windows, self.window, window_samples)
-        semantic: Callable[..., SemanticLayers] = partial(
-            SemanticLayers,
-            dims[2],
-            num_heads[2],
-            window=self.window,
-            samples=window_samples,
-            kernels=sides[:2],
-            key_windows=key_windows,
-            grid=self._semantic_grid(img_size),
-            shortcut=shortcut,
-            relative_pos=relative_pos,
-            use_conv_pos=use_conv_pos,
-            seed_pool=seed_pool,
-            mask_mode=mask_mode,
-            **block,
-        )
-        near: dict[str, Any] = {
-            "window": self.window,
-            "samples": window_samples,
-            "kernel": sides[2],
-            "mask_mode": mask_mode,
-        }
-        recover: Any = partial(RestoreBlock, **near) if key_windows == "dense" else TokenRecovery
-
         scale = LAYER_SCALE if check_switch("use_layer_scale", use_layer_scale) else None
-
-        def swin_blocks(i: int, stage_rates: Sequence[float]) -> list[nn.Module]:
-            form: dict[str, Any] = {"shift_small": shift_small, "init_values": None if i == 2 else scale, **block}
-            return [
-                WindowBlock(dims[i], num_heads[i], windows[i], j % 2 == 1, drop_path=rate, **form)
-                for j, rate in enumerate(stage_rates)
-            ]
-
-        if recovery:
-            third: list[nn.Module] = [
-                DumbbellUnit(
-                    swin_blocks(2, rates[2][j : j + 1])[0],
-                    semantic(rates[2][j + 1 : j + 5], use_global=use_global and j == 0),
-                    recover(dims[2], num_heads[2], drop_path=rates[2][j + 5], **block),
-                )
-                for j in range(0, depths[2], 6)
-            ]
-            fourth = swin_blocks(3, rates[3])
-        else:
-            base = depths[2] * 2 // 3
-            third = [*swin_blocks(2, rates[2][:base]), semantic(rates[2][base:], use_global=use_global)]
-            fourth = [GroupBlock(dims[3], num_heads[3], drop_path=rate, **block) for rate in rates[3]]
-        if stem == "conv":
-            self.stem = ConvStem(in_chans, embed_dim, **dd)
-        else:
-            nhwc: dict[str, Any] = {"output_fmt": "NHWC", "dynamic_img_pad": True, **dd}
-            self.stem = PatchEmbed(None, 4, in_chans, embed_dim, nn.LayerNorm, **nhwc)
-        stages = []
-        for i, blocks in enumerate((swin_blocks(0, rates[0]), swin_blocks(1, rates[1]), third, fourth)):
-            stages.append(PyramidStage(PatchMerging(dims[i - 1], **dd) if i else None, blocks))
-        self.stages = nn.Sequential(*stages)
+        blocks = BlockMaker(dims, num_heads, windows, rates, shift_small, scale, shared)
+        sides = check_kernels(kernels, key_windows, self.window, window_samples)
+        form: SemanticSettings = {"shortcut": shortcut, "relative_pos": relative_pos, "use_conv_pos": use_conv_pos}
+        form |= {"seed_pool": seed_pool, "key_windows": key_windows, "grid": self._semantic_grid(img_size)}
+        near: NearWindows = {"window": self.window, "samples": window_samples, "mask_mode": mask_mode}
+        semantic = partial(SemanticLayers, dims[2], num_heads[2], kernels=sides[:2], **form, **near, **shared)
+        recover = partial(RestoreBlock, kernel=sides[2], **near) if key_windows == "dense" else TokenRecovery
+        late = blocks.late_stages(semantic, recover if recovery else None, use_global)
+        self.stem = make_stem(stem, in_chans, embed_dim, dd)
+        self.stages = merging_stages(dims, (blocks.swin(0), blocks.swin(1), *late), dd)
         self.norm = nn.Identity() if out_norm else norm(dims[3])
         self.init_weights(needs_reset=False)
 
@@ -254,7 +284,7 @@ class STViTSwin(PyramidBackbone):
             x = spread_cells(x, size, self.window, self.samples, merged=2 ** (i - 2))
         return self._to_maps(x)
 
-    def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
+    def set_input_size(self, img_size: int | Size | None = None, patch_size: int | Size | None = None) -> None:
         """Resample the tables of ``use_global`` and ``relative_pos`` to an image size; nothing else depends on one."""
         super().set_input_size(img_size, patch_size)
         if img_size is None:
@@ -299,6 +329,7 @@ class STViTSwin(PyramidBackbone):
                 terms += layers("embedding", stage.downsample, size[0] * size[1])
             for block in stage.blocks:
                 if isinstance(block, DumbbellUnit):
+                    assert isinstance(block.block, WindowBlock)
                     terms += window_block(block.block, size)
                     more, semantic = block.semantic.closed_form(size)
                     terms += more + recovery_terms(block.recover, size, semantic)
@@ -348,6 +379,21 @@ class STViTSwin(PyramidBackbone):
         if self.out_norms is not None and not any(name.startswith("out_norms.") for name in kept):
             kept |= {name: value for name, value in own.items() if name.startswith("out_norms.")}
         return {name: resized(value, name, self) for name, value in kept.items()}, dropped
+
+
+def make_stem(stem: str, in_chans: int, dim: int, dd: Factory) -> nn.Module:
+    """The stem of that name, for images of any size; a ValueError names any other."""
+    if stem not in STEMS:
+        raise ValueError(f"stem must be {' or '.join(map(repr, STEMS))}, got {stem!r}")
+    if stem == "conv":
+        return ConvStem(in_chans, dim, **dd)
+    return PatchEmbed(None, 4, in_chans, dim, nn.LayerNorm, output_fmt="NHWC", dynamic_img_pad=True, **dd)
+
+
+def merging_stages(dims: Sequence[int], stages: Iterable[Sequence[nn.Module]], dd: Factory) -> nn.Sequential:
+    """The stages of these blocks, all but the first opened by Swin's patch merging."""
+    downs = (PatchMerging(dims[i - 1], **dd) if i else None for i in range(len(dims)))
+    return nn.Sequential(*map(PyramidStage, downs, stages))
 
 
 def check_windows(window_size: int | Sequence[int]) -> tuple[int, ...]:

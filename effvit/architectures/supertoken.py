@@ -8,14 +8,13 @@ weights are put in timm's order; each downsampling opens a stage instead of endi
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import torch
 import torch.nn.functional as F
 from timm.layers import (
-    ConvNormAct,
     DropPath,
     LayerNorm2d,
     LayerScale,
@@ -26,7 +25,14 @@ from timm.layers import (
 from timm.models._input import update_model_args
 from torch import Tensor, nn
 
-from effvit.architectures.base import ChannelsLastStem, PyramidBackbone, PyramidStage, pooled_head
+from effvit.architectures.base import (
+    ChannelsLastStem,
+    PyramidBackbone,
+    PyramidStage,
+    check_per_stage,
+    conv_stages,
+    pooled_head,
+)
 from effvit.hosts._names import renamed
 from effvit.hosts.stages import Stage, soft_stage
 from effvit.hosts.surface import check_batch
@@ -39,7 +45,11 @@ from effvit.layers.super_tokens import (
     neighbours,
     to_cells,
 )
+from effvit.protocols import Device, Factory
 from effvit.recording import compile_each_size, refuse_open_sides
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["SuperTokenViT", "SuperTokens"]
 
@@ -61,22 +71,41 @@ class SuperTokens(NamedTuple):
     cell: tuple[int, int]
 
 
+class SharedSettings(TypedDict):
+    """Keywords of ``SuperTokenAttention`` that are the same in all stages."""
+
+    qkv_bias: bool
+    qk_scale: float | None
+    attn_drop: float
+
+
+class AttentionSettings(SharedSettings):
+    """Keywords of ``SuperTokenAttention`` that a block hands on."""
+
+    num_heads: int
+    cell: Size
+    n_iter: int
+
+
 class DepthwiseResidual(nn.Conv2d):
     """x plus its depthwise convolution of size 3."""
 
-    def __init__(self, dim: int, device: Any = None, dtype: Any = None) -> None:
+    def __init__(self, dim: int, device: Device = None, dtype: torch.dtype | None = None) -> None:
         super().__init__(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + super().forward(x)
+        y: Tensor = super().forward(x)
+        return x + y
 
 
 class ConvMlp(nn.Module):
     """MLP of a map whose hidden layer also looks at its neighbours, behind the activation."""
 
-    def __init__(self, dim: int, hidden: int, drop: float = 0.0, device: Any = None, dtype: Any = None) -> None:
+    def __init__(
+        self, dim: int, hidden: int, drop: float = 0.0, device: Device = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        dd: Factory = {"device": device, "dtype": dtype}
         self.fc1 = nn.Conv2d(dim, hidden, 1, **dd)
         self.act = nn.GELU()
         self.drop1 = nn.Dropout(drop)
@@ -107,28 +136,30 @@ class SuperTokenBlock(nn.Module):
         init_values: float | None = None,
         drop_path: float = 0.0,
         proj_drop: float = 0.0,
-        device: Any = None,
-        dtype: Any = None,
-        **attention: Any,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        **attention: Unpack[AttentionSettings],
     ) -> None:
         super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        dd: Factory = {"device": device, "dtype": dtype}
         scaled = init_values is not None
         self.pos_embed = DepthwiseResidual(dim, **dd)
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, **dd)
         self.attn = SuperTokenAttention(dim, proj_drop=proj_drop, **attention, **dd)
         self.ls1 = LayerScale(dim, init_values, **dd) if scaled else nn.Identity()
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.norm2 = nn.BatchNorm2d(dim, **dd)
-        self.mlp = ConvMlp(dim, int(dim * mlp_ratio), proj_drop, **dd)
+        self.norm2: nn.Module = nn.BatchNorm2d(dim, **dd)
+        self.mlp: nn.Module = ConvMlp(dim, int(dim * mlp_ratio), proj_drop, **dd)
         self.ls2 = LayerScale2d(dim, init_values, **dd) if scaled else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.pos_embed(x)
-        y = self.attn(self.norm1(x.permute(0, 2, 3, 1)))  # (B, H, W, C): no copy of a channels-last map
-        x = x + self.drop_path1(self.ls1(y)).permute(0, 3, 1, 2)
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        y: Tensor = self.attn(self.norm1(x.permute(0, 2, 3, 1)))  # (B, H, W, C): no copy of a channels-last map
+        y = self.drop_path1(self.ls1(y))
+        x = x + y.permute(0, 3, 1, 2)  # (B, C, H, W)
+        y = self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return x + y
 
 
 # Official names, in order of application; the stem and the final layers follow timm's pyramids.
@@ -198,23 +229,14 @@ class SuperTokenViT(PyramidBackbone):
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         out_norm: bool = False,
-        device: Any = None,
-        dtype: Any = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        for name, values in (
-            ("depths", depths),
-            ("num_heads", num_heads),
-            ("n_iter", n_iter),
-            ("layerscale", layerscale),
-        ):
-            if len(values) != len(dims):
-                raise ValueError(f"{name} needs one value for each of the {len(dims)} stages, got {list(values)}")
-        if any(dim % heads for dim, heads in zip(dims, num_heads, strict=True)):
-            raise ValueError(f"num_heads must divide the channels of its stage, got {list(num_heads)} for {list(dims)}")
-        if min(n_iter) < 1:
-            raise ValueError(f"n_iter must be at least 1 in every stage, got {list(n_iter)}")
+        dd: Factory = {"device": device, "dtype": dtype}
+        check_per_stage(len(dims), depths=depths, num_heads=num_heads, n_iter=n_iter, layerscale=layerscale)
+        check_attention(dims, num_heads, n_iter)
         cells = _cells(stoken_size, len(dims))
+        shared: SharedSettings = {"qkv_bias": qkv_bias, "qk_scale": qk_scale, "attn_drop": attn_drop_rate}
         super().__init__(
             dims,
             num_classes,
@@ -226,30 +248,15 @@ class SuperTokenViT(PyramidBackbone):
             **dd,
         )
         self.num_heads = list(num_heads)
-        self.stem = _stem(in_chans, dims[0], **dd)
+        self.stem = _stem(in_chans, dims[0], dd)
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
-        stages = []
-        for i, dim in enumerate(dims):
-            blocks = [
-                SuperTokenBlock(
-                    dim,
-                    mlp_ratio,
-                    init_values if layerscale[i] else None,
-                    rates[i][j],
-                    proj_drop_rate,
-                    num_heads=num_heads[i],
-                    cell=cells[i],
-                    n_iter=n_iter[i],
-                    qkv_bias=qkv_bias,
-                    qk_scale=qk_scale,
-                    attn_drop=attn_drop_rate,
-                    **dd,
-                )
-                for j in range(depths[i])
-            ]
-            down = ConvNormAct(dims[i - 1], dim, 3, stride=2, bias=True, apply_act=False, **dd) if i else None
-            stages.append(PyramidStage(down, blocks))
-        self.stages = nn.Sequential(*stages)
+
+        def make_blocks(i: int) -> list[nn.Module]:
+            scale = init_values if layerscale[i] else None
+            form: AttentionSettings = {"num_heads": num_heads[i], "cell": cells[i], "n_iter": n_iter[i], **shared}
+            return [SuperTokenBlock(dims[i], mlp_ratio, scale, rate, proj_drop_rate, **dd, **form) for rate in rates[i]]
+
+        self.stages = conv_stages(dims, make_blocks, **dd)
         self.proj: nn.Module = nn.Conv2d(dims[-1], projection, 1, **dd)
         self.norm: nn.Module = nn.BatchNorm2d(projection, **dd)
         self.init_weights(needs_reset=False)
@@ -276,7 +283,8 @@ class SuperTokenViT(PyramidBackbone):
         """
         cells = _cells(stoken_size, len(self.stages))
         for stage, cell in zip(self.stages, cells, strict=True):
-            for block in stage.blocks:
+            blocks: Iterable[SuperTokenBlock] = stage.blocks
+            for block in blocks:
                 block.attn.cell = cell
         update_model_args(self, stoken_size=cells)  # for a model that is saved and built again
 
@@ -312,11 +320,13 @@ class SuperTokenViT(PyramidBackbone):
     def closed_form(self, size: Size) -> Terms:
         """MACs of one image (H, W) by term: attention between the soft superpixels of a map."""
         terms, size = convolutions("embedding", self.stem, size)
-        for stage in self.stages:
+        stages: Iterable[PyramidStage] = self.stages
+        for stage in stages:
             more, size = convolutions("embedding", stage.downsample, size)
             terms += more
             pixels = size[0] * size[1]
             for block in stage.blocks:
+                assert isinstance(block, SuperTokenBlock)
                 cell = block.attn.cell
                 terms += layers("embedding", block.pos_embed, pixels) + norm(block.norm1, pixels)
                 tokens = pixels if cell == (1, 1) else windows(size, cell)
@@ -368,7 +378,15 @@ class SuperTokenViT(PyramidBackbone):
         return name, value.flatten() if name.endswith(".gamma") else value
 
 
-def _stem(in_chans: int, dim: int, **dd: Any) -> ChannelsLastStem:
+def check_attention(dims: Sequence[int], num_heads: Sequence[int], n_iter: Sequence[int]) -> None:
+    """Raise a ValueError unless the heads divide the channels of every stage and there is a round of association."""
+    if any(dim % heads for dim, heads in zip(dims, num_heads, strict=True)):
+        raise ValueError(f"num_heads must divide the channels of its stage, got {list(num_heads)} for {list(dims)}")
+    if min(n_iter) < 1:
+        raise ValueError(f"n_iter must be at least 1 in every stage, got {list(n_iter)}")
+
+
+def _stem(in_chans: int, dim: int, dd: Factory) -> ChannelsLastStem:
     """Four convolutions to stride 4, each with GELU and then BatchNorm."""
     widths = ((in_chans, dim // 2, 2), (dim // 2, dim // 2, 1), (dim // 2, dim, 2), (dim, dim, 1))
     layers: list[nn.Module] = []

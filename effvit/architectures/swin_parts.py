@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from timm.layers import ConvNormAct, LayerScale
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
 from effvit.layers.windows import from_windows, shift_mask, to_windows
+from effvit.protocols import Device
 from effvit.tokens import fix_traced_size, fx_leaf
 
 __all__ = ["ConvStem", "WindowBlock"]
@@ -27,7 +30,7 @@ def pad_images(x: Tensor, multiple: int = 4) -> Tensor:
 class ConvStem(nn.Module):
     """Two 3 x 3 convolutions of stride 2 with batch norm and Hardswish: images of any size -> (B, H/4, W/4, C)."""
 
-    def __init__(self, in_chans: int, dim: int, device: Any = None, dtype: Any = None) -> None:
+    def __init__(self, in_chans: int, dim: int, device: Device = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         layer = partial(ConvNormAct, kernel_size=3, stride=2, act_layer=nn.Hardswish, device=device, dtype=dtype)
         self.conv1, self.conv2 = layer(in_chans, dim // 2), layer(dim // 2, dim)
@@ -60,7 +63,7 @@ class WindowBlock(SwinTransformerBlock):
         shifted: bool,
         shift_small: bool = False,
         init_values: float | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         super().__init__(
             dim,
@@ -73,7 +76,7 @@ class WindowBlock(SwinTransformerBlock):
             **kwargs,
         )
         self.shift_small = shift_small
-        scale: Any = nn.Identity
+        scale: Callable[[], nn.Module] = nn.Identity
         if init_values is not None:
             dd = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
             scale = partial(LayerScale, dim, init_values=init_values, **dd)
@@ -81,8 +84,10 @@ class WindowBlock(SwinTransformerBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         """A map (B, H, W, C) -> (B, H, W, C)."""
-        x = x + self.drop_path1(self.ls1(self._attn(self.norm1(x))))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        y: Tensor = self.drop_path1(self.ls1(self._attn(self.norm1(x))))
+        x = x + y
+        y = self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return x + y
 
     def _attn(self, x: Tensor) -> Tensor:
         attn: Any = self.attn

@@ -6,12 +6,11 @@ softmax are computed in float32 (float64 for float64). ``unpooling`` is ours.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
 
+from effvit.protocols import Device, Factory
 from effvit.tokens import wide_dtype
 
 __all__ = ["ReverseTokenSlimming", "TokenSlimming", "unpooling"]
@@ -28,9 +27,11 @@ class TokenSlimming(nn.Module):
         ratio: Hidden channels of the MLP over ``dim``.
     """
 
-    def __init__(self, dim: int, num_tokens: int, ratio: float = 0.5, device: Any = None, dtype: Any = None) -> None:
+    def __init__(
+        self, dim: int, num_tokens: int, ratio: float = 0.5, device: Device = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        dd: Factory = {"device": device, "dtype": dtype}
         self.norm = nn.LayerNorm(dim, **dd)
         self.mlp = Mlp(dim, int(dim * ratio), num_tokens, **dd)
         self.scale = nn.Parameter(torch.ones(1, 1, 1, **dd))
@@ -62,11 +63,11 @@ class ReverseTokenSlimming(nn.Module):
         num_tokens: int,
         num_patches: int,
         ratio: float = 4.0,
-        device: Any = None,
-        dtype: Any = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        dd: Factory = {"device": device, "dtype": dtype}
         self.norm1 = nn.LayerNorm(dim, **dd)
         self.mlp_tokens = Mlp(num_tokens, int(num_patches * ratio), num_patches, **dd)
         self.norm2 = nn.LayerNorm(dim, **dd)

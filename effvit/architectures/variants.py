@@ -7,7 +7,7 @@ named where none is known to be public; ``effvit.load_checkpoint`` reads the off
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
@@ -21,8 +21,17 @@ from effvit.architectures.supertoken import SuperTokenViT
 from effvit.hosts._builder import build_model
 from effvit.hosts.checkpoints import official_state_dict
 from effvit.hosts.surface import model_cfg
+from effvit.protocols import Setting, Settings
 
 __all__ = ["VARIANTS", "Variant"]
+
+
+class AdaptsWeights(Protocol):
+    """A model that puts weights of official files under its own names."""
+
+    def adapt_state_dict(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+        """The weights under the model's names, and the names of those dropped."""
+        ...
 
 
 class Variant(NamedTuple):
@@ -37,14 +46,14 @@ class Variant(NamedTuple):
     """
 
     model: type[nn.Module]
-    args: dict[str, Any]
+    args: Settings
     source: str
-    cfg: dict[str, Any]
+    cfg: Settings
     out_indices: int | tuple[int, ...] = 3
 
 
-PYRAMID = {"pool_size": (7, 7), "classifier": "head.fc"}
-COLUMN = {"fixed_input_size": True, "first_conv": "patch_embed.proj"}
+PYRAMID: Settings = {"pool_size": (7, 7), "classifier": "head.fc"}
+COLUMN: Settings = {"fixed_input_size": True, "first_conv": "patch_embed.proj"}
 EVERY_STAGE = (0, 1, 2, 3)
 
 # -- STViT on DeiT (2303.08685) ---------------------------------------------------------------------------------
@@ -61,18 +70,18 @@ STVIT: dict[str, Variant] = {
 
 # -- STViT and STViT-R on Swin (2303.08685) ---------------------------------------------------------------------
 # Swin's three sizes. Official weights of S and B are on Hugging Face (csncsn/STViT-R); T is used in the paper alone.
-SWIN: dict[str, dict[str, Any]] = {
+SWIN: dict[str, Settings] = {
     "tiny": {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)},
     "small": {"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24)},
     "base": {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)},
 }
-SWIN_CFG = PYRAMID | {
+SWIN_CFG: Settings = PYRAMID | {
     "first_conv": "stem.conv1.conv",
     "paper_ids": "arXiv:2303.08685",
     "origin_url": "https://github.com/changsn/STViT-R",
     "license": "mit",
 }
-DENSE: dict[str, Any] = {"key_windows": "dense", "shortcut": True, "shift_small": True, "out_norm": True}
+DENSE: Settings = {"key_windows": "dense", "shortcut": True, "shift_small": True, "out_norm": True}
 STVIT_SWIN: dict[str, Variant] = {
     **{
         f"stvit_r_swin_{size}_patch4_window7_224": Variant(
@@ -116,7 +125,7 @@ STVIT_SWIN: dict[str, Variant] = {
 # -- super-token SViT (2211.11167) ------------------------------------------------------------------------------
 # hhb072/STViT@c9ed9a4, models/stvit.py (MIT by its header) and README; drop_path_rate is left at 0, the trainings
 # used 0.1 (S), 0.4 (B) and 0.6 (L). Evaluation resizes to 256 for 224 and does not crop at 384.
-_SUPERTOKEN_SIZES: dict[str, dict[str, Any]] = {
+_SUPERTOKEN_SIZES: dict[str, Settings] = {
     "small": {"dims": (64, 128, 320, 512), "depths": (3, 5, 9, 3), "num_heads": (1, 2, 5, 8)},
     "base": {
         "dims": (96, 192, 384, 512),
@@ -172,23 +181,21 @@ LOOKUPVIT: dict[str, Variant] = {
 
 
 # -- SiT (2111.12624) -------------------------------------------------------------------------------------------
-def _lvvit(
-    embed_dim: int, depth: int, stage_blocks: list[int] | None = None, img_size: int = 224, **kwargs: Any
-) -> dict[str, Any]:
-    heads = {"num_heads": embed_dim // 64, "mlp_ratio": 3.0, "qkv_bias": False}
-    sizes = {"img_size": img_size, "embed_dim": embed_dim, "depth": depth, "stage_blocks": stage_blocks}
-    return sizes | heads | kwargs
+def _lvvit(embed_dim: int, depth: int, stage_blocks: list[int] | None = None) -> Settings:
+    heads: Settings = {"num_heads": embed_dim // 64, "mlp_ratio": 3.0, "qkv_bias": False}
+    sizes: Settings = {"img_size": 224, "embed_dim": embed_dim, "depth": depth, "stage_blocks": stage_blocks}
+    return sizes | heads
 
 
-SIT_CFG = COLUMN | {
+SIT_CFG: Settings = COLUMN | {
     "first_conv": "patch_embed.proj.0.conv",
     "crop_pct": 0.875,  # datasets.py@f577808 resizes to 256/224 of the input size
     "paper_ids": "arXiv:2111.12624",
     "origin_url": "https://github.com/Sense-X/SiT",
     "license": "apache-2.0",  # the text of its LICENSE file; its README says MIT
 }
-SIT_CFG_288 = SIT_CFG | {"input_size": (3, 288, 288)}
-LVVIT_LARGE: dict[str, Any] = {"stem": "6c", "skip_lam": 3.0, "img_size": 288}
+SIT_CFG_288: Settings = SIT_CFG | {"input_size": (3, 288, 288)}
+LVVIT_LARGE: Settings = {"stem": "6c", "skip_lam": 3.0, "img_size": 288}
 SIT: dict[str, Variant] = {
     "sit_lvvit_tiny_224": Variant(
         SiT, _lvvit(320, 14, [1, 1, 1, 11]), "SiT-T of README@f577808, 15.6 M parameters", SIT_CFG
@@ -203,18 +210,18 @@ SIT: dict[str, Variant] = {
         SiT, _lvvit(512, 20, [10, 4, 3, 3]), "SiT-M of README@f577808, 55.1 M parameters", SIT_CFG
     ),
     "sit_lvvit_large_288": Variant(
-        SiT, _lvvit(768, 24, [10, 4, 3, 7], **LVVIT_LARGE), "SiT-L of README@f577808, 147.4 M parameters", SIT_CFG_288
+        SiT, _lvvit(768, 24, [10, 4, 3, 7]) | LVVIT_LARGE, "SiT-L of README@f577808, 147.4 M parameters", SIT_CFG_288
     ),
     "lvvit_tiny_4c_224": Variant(SiT, _lvvit(320, 14), "LV-ViT-T, dense teacher of SiT-T", SIT_CFG),
     "lvvit_small_4c_224": Variant(SiT, _lvvit(384, 16), "LV-ViT-S, dense teacher of SiT-XS and SiT-S", SIT_CFG),
     "lvvit_medium_4c_224": Variant(SiT, _lvvit(512, 20), "LV-ViT-M, dense teacher of SiT-M", SIT_CFG),
-    "lvvit_large_6c_288": Variant(SiT, _lvvit(768, 24, **LVVIT_LARGE), "LV-ViT-L, dense teacher of SiT-L", SIT_CFG_288),
+    "lvvit_large_6c_288": Variant(SiT, _lvvit(768, 24) | LVVIT_LARGE, "LV-ViT-L, dense teacher of SiT-L", SIT_CFG_288),
 }
 
 # -- CAS-ViT (2408.03703) ---------------------------------------------------------------------------------------
 # Tianfang-Zhang/CAS-ViT@041d2d6 (MIT), classification/model/rcvit.py; drop_path_rate is left at 0, the training used
 # 0.1. Evaluation (classification/data/datasets.py) resizes to 256 for 224 and warps the whole image to 384.
-_CASVIT_SIZES: dict[str, dict[str, Any]] = {
+_CASVIT_SIZES: dict[str, Settings] = {
     "xs": {"dims": (48, 56, 112, 220), "depths": (2, 2, 4, 2)},
     "s": {"dims": (48, 64, 128, 256), "depths": (3, 3, 6, 3)},
     "m": {"dims": (64, 96, 192, 384), "depths": (3, 3, 6, 3)},
@@ -249,12 +256,12 @@ VARIANTS: dict[str, Variant] = STVIT | STVIT_SWIN | SUPERTOKEN | LOOKUPVIT | SIT
 default_cfgs = generate_default_cfgs({name: model_cfg(**variant.cfg) for name, variant in VARIANTS.items()})
 
 
-def _own_names(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+def _own_names(state_dict: dict[str, Tensor], model: AdaptsWeights) -> dict[str, Tensor]:
     """Weights of an official or own file under the model's names; timm calls this while it loads a checkpoint."""
     return model.adapt_state_dict(official_state_dict(state_dict)[0])[0]
 
 
-def _create(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def _create(name: str, pretrained: bool = False, **kwargs: Setting) -> nn.Module:
     variant = VARIANTS[name]
     if "recover" in kwargs:
         raise ValueError(
@@ -272,7 +279,7 @@ def _create(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 
 def _entry_point(name: str) -> Callable[..., nn.Module]:
-    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    def create(pretrained: bool = False, **kwargs: Setting) -> nn.Module:
         return _create(name, pretrained, **kwargs)
 
     create.__name__ = create.__qualname__ = name

@@ -6,15 +6,15 @@ weights transposed. Neither direction makes an N x N map.
 
 from __future__ import annotations
 
-from typing import Any
-
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from effvit.protocols import Device, Factory
 from effvit.schedule import check_choice
 from effvit.tokens import wide_dtype, wide_product
 
-__all__ = ["INFUSIONS", "GatherAttention", "InfuseAttention", "exchange_weights"]
+__all__ = ["INFUSIONS", "GatherAttention", "InfuseAttention", "ProjectionSettings", "exchange_weights"]
 
 INFUSIONS = ("transpose", "transpose_normalized", "softmax")
 
@@ -38,6 +38,13 @@ def exchange_weights(logits: Tensor, infusion: str) -> tuple[Tensor, Tensor]:
     return logits.softmax(-1), logits.softmax(-2)
 
 
+class ProjectionSettings(Factory):
+    """Keywords that both attentions take."""
+
+    qkv_bias: bool
+    proj_drop: float
+
+
 class GatherAttention(nn.Module):
     """Cross-attention of compressed tokens to the patches, which also hands out the weights for the way back.
 
@@ -54,11 +61,11 @@ class GatherAttention(nn.Module):
         qkv_bias: bool = True,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
-        device: Any = None,
-        dtype: Any = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        dd: Factory = {"device": device, "dtype": dtype}
         check_choice("infusion", infusion, INFUSIONS)
         self.num_heads, self.infusion = num_heads, infusion
         self.scale = (dim // num_heads) ** -0.5
@@ -95,8 +102,8 @@ class InfuseAttention(nn.Module):
         proj: bool = True,
         qkv_bias: bool = True,
         proj_drop: float = 0.0,
-        device: Any = None,
-        dtype: Any = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads

@@ -7,8 +7,8 @@ methods share these two modules; the parameters are those of the released STViT-
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +24,33 @@ from effvit.layers.windows import (
     overlapping_windows,
     to_windows,
 )
+from effvit.protocols import Device, Factory
 from effvit.schedule import check_choice
 from effvit.tokens import fx_leaf
 
-__all__ = ["CrossAttention", "CrossBlock", "WindowCrossBlock", "window_attention"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["CrossAttention", "CrossBlock", "CrossSettings", "SharedSettings", "WindowCrossBlock", "window_attention"]
+
+
+class SharedSettings(TypedDict, total=False):
+    """Keywords of ``CrossBlock`` that all blocks of a model usually share."""
+
+    mlp_ratio: float
+    qkv_bias: bool
+    init_values: float | None
+    proj_drop: float
+    attn_drop: float
+    norm_layer: Callable[..., nn.Module]
+    device: Device
+    dtype: torch.dtype | None
+
+
+class CrossSettings(SharedSettings, total=False):
+    """Keywords of ``CrossBlock``."""
+
+    drop_path: float
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -106,8 +129,8 @@ class CrossAttention(nn.Module):
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         head_dim: int | None = None,
-        device: Any = None,
-        dtype: Any = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if head_dim is None:
@@ -116,7 +139,7 @@ class CrossAttention(nn.Module):
             head_dim = dim // num_heads
         if head_dim < 1:
             raise ValueError(f"head_dim must be at least 1, got {head_dim}")
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        dd: Factory = {"device": device, "dtype": dtype}
         inner = num_heads * head_dim
         self.num_heads = num_heads
         self.q = nn.Linear(dim, inner, bias=qkv_bias, **dd)
@@ -178,12 +201,12 @@ class CrossBlock(nn.Module):
         proj_drop: float = 0.0,
         attn_drop: float = 0.0,
         drop_path: float = 0.0,
-        norm_layer: Any = nn.LayerNorm,
-        device: Any = None,
-        dtype: Any = None,
+        norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        dd: Factory = {"device": device, "dtype": dtype}
 
         def layer_scale() -> nn.Module:
             return LayerScale(dim, init_values=init_values, **dd) if init_values else nn.Identity()
@@ -191,22 +214,23 @@ class CrossBlock(nn.Module):
         def stochastic_depth() -> nn.Module:
             return DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-        self.norm1 = norm_layer(dim, **dd)
+        self.norm1: nn.Module = norm_layer(dim, **dd)
         self.attn = CrossAttention(dim, num_heads, qkv_bias, attn_drop, proj_drop, **dd)
         self.ls1, self.drop_path1 = layer_scale(), stochastic_depth()
         self.norm2 = norm_layer(dim, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
+        self.mlp: nn.Module = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
         self.ls2, self.drop_path2 = layer_scale(), stochastic_depth()
 
     def feedforward(self, x: Tensor) -> Tensor:
         """x plus the MLP branch, (..., N, C) -> (..., N, C)."""
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        y: Tensor = self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return x + y
 
     def forward(self, x: Tensor, *keys: Tensor) -> Tensor:
         """Queries x (B, Nq, C) attend to all the tokens of ``keys``, each (B, Nk, C); returns (B, Nq, C)."""
         y = keys[0] if len(keys) == 1 else torch.cat(keys, dim=1)
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), self.norm1(y))))
-        return self.feedforward(x)
+        z: Tensor = self.drop_path1(self.ls1(self.attn(self.norm1(x), self.norm1(y))))
+        return self.feedforward(x + z)
 
 
 class WindowCrossBlock(CrossBlock):
@@ -235,7 +259,14 @@ class WindowCrossBlock(CrossBlock):
     """
 
     def __init__(
-        self, dim: int, num_heads: int, window: int, stride: int, kernel: int, mask_mode: str = "correct", **kwargs: Any
+        self,
+        dim: int,
+        num_heads: int,
+        window: int,
+        stride: int,
+        kernel: int,
+        mask_mode: str = "correct",
+        **kwargs: Unpack[CrossSettings],
     ) -> None:
         super().__init__(dim, num_heads, **kwargs)
         check_choice("mask_mode", mask_mode, MASK_MODES)
@@ -252,7 +283,8 @@ class WindowCrossBlock(CrossBlock):
             image: (H, W) of the image tokens, for mask_mode="official".
             image_window: Side of a window of image tokens, likewise.
         """
-        q, kv = self.attn.q(self.norm1(x)), self.attn.kv(self.norm1(y))
+        q: Tensor = self.attn.q(self.norm1(x))
+        kv: Tensor = self.attn.kv(self.norm1(y))
         border = mask = None
         if self.mask_mode != "correct":
             border = self.attn.kv(self.norm1(y.new_zeros(1, self.attn.q.in_features)))[0]  # (2C,)

@@ -9,9 +9,13 @@ pooling reads.
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from collections.abc import Iterator
+from typing import Protocol, TypeAlias
 
 from torch import nn
+
+from effvit.layers.cross_attention import CrossBlock, WindowCrossBlock
+from effvit.protocols import Size
 
 __all__ = [
     "Size",
@@ -29,8 +33,39 @@ __all__ = [
     "windows",
 ]
 
-Size = tuple[int, int]  # (H, W)
-Terms = Counter[str]  # term -> MACs
+Terms: TypeAlias = Counter[str]
+"""MACs by term."""
+
+
+class SelfAttention(Protocol):
+    """What is asked of timm's attention modules."""
+
+    num_heads: int
+    proj: nn.Linear
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """The layers by name."""
+        ...
+
+
+class FeedForward(Protocol):
+    """A block with an MLP behind its second norm."""
+
+    norm2: nn.Module
+    mlp: nn.Module
+
+
+class PlainBlock(FeedForward, Protocol):
+    """What is asked of timm's transformer blocks."""
+
+    norm1: nn.Module
+    attn: SelfAttention
+
+
+class WindowedBlock(PlainBlock, Protocol):
+    """What is asked of timm's Swin blocks."""
+
+    window_size: Size
 
 
 def norm(module: nn.Module, rows: int) -> Terms:
@@ -59,7 +94,8 @@ def convolutions(term: str, module: nn.Module, size: Size) -> tuple[Terms, Size]
     terms = Terms()
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d):
-            padding: Any = layer.padding
+            padding = layer.padding
+            assert not isinstance(padding, str)
             height, width = ((size[i] + 2 * padding[i] - layer.kernel_size[i]) // layer.stride[i] + 1 for i in range(2))
             size = height, width
             terms[term] += height * width * layer.weight.numel()
@@ -74,35 +110,35 @@ def attention(pairs: int, dim: int) -> Terms:
 
 def windows(size: Size, window: Size | int) -> int:
     """Windows that cover a map, the last of each side partly if need be."""
-    sides: Any = (window, window) if isinstance(window, int) else window
-    return -(-size[0] // sides[0]) * -(-size[1] // sides[1])
+    height, width = (window, window) if isinstance(window, int) else window
+    return -(-size[0] // height) * -(-size[1] // width)
 
 
-def attend(attn: Any, keys: int, queries: int, pairs: int | None = None) -> Terms:
+def attend(attn: SelfAttention, keys: int, queries: int, pairs: int | None = None) -> Terms:
     """Projections and products of a self-attention module; ``pairs`` if not every query sees every key."""
     terms = attention(queries * keys if pairs is None else pairs, attn.proj.in_features)
     for name, layer in attn.named_children():
         if name in ("proj", "norm"):
             terms += layers("projection", layer, queries)
         elif name in ("q_norm", "k_norm"):
-            groups = getattr(attn, "num_kv_groups", 1) if name == "k_norm" else 1
+            groups: int = getattr(attn, "num_kv_groups", 1) if name == "k_norm" else 1
             terms += norm(layer, keys * attn.num_heads // groups)
         else:
             terms += layers("projection", layer, keys)
     return terms
 
 
-def feedforward(block: Any, rows: int) -> Terms:
+def feedforward(block: FeedForward, rows: int) -> Terms:
     """Second half of a transformer block."""
     return norm(block.norm2, rows) + layers("mlp", block.mlp, rows)
 
 
-def plain_block(block: Any, rows: int) -> Terms:
+def plain_block(block: PlainBlock, rows: int) -> Terms:
     """A transformer block in which all tokens attend to all."""
     return norm(block.norm1, rows) + attend(block.attn, rows, rows) + feedforward(block, rows)
 
 
-def window_block(block: Any, size: Size) -> Terms:
+def window_block(block: WindowedBlock, size: Size) -> Terms:
     """A Swin block: attention inside the windows that cover the padded map."""
     window, tokens = block.window_size, size[0] * size[1]
     area = window[0] * window[1]
@@ -110,7 +146,9 @@ def window_block(block: Any, size: Size) -> Terms:
     return norm(block.norm1, tokens) + attend(block.attn, padded, padded, padded * area) + feedforward(block, tokens)
 
 
-def cross_block(block: Any, queries: int, keys: int, pairs: int | None = None, normed: int | None = None) -> Terms:
+def cross_block(
+    block: CrossBlock, queries: int, keys: int, pairs: int | None = None, normed: int | None = None
+) -> Terms:
     """A ``CrossBlock``; ``pairs`` if not every query sees every key, ``normed`` if not both sets are normalised."""
     terms = norm(block.norm1, queries + keys if normed is None else normed)
     terms += layers("projection", block.attn.q, queries) + layers("projection", block.attn.kv, keys)
@@ -118,7 +156,7 @@ def cross_block(block: Any, queries: int, keys: int, pairs: int | None = None, n
     return terms + layers("projection", block.attn.proj, queries) + feedforward(block, queries)
 
 
-def window_cross(block: Any, queries: Size, keys: Size) -> Terms:
+def window_cross(block: WindowCrossBlock, queries: Size, keys: Size) -> Terms:
     """A ``WindowCrossBlock``: by windows, or on the whole map of keys if that has fewer pairs."""
     tokens, others = queries[0] * queries[1], keys[0] * keys[1]
     pairs = windows(queries, block.window) * block.window**2 * block.kernel**2

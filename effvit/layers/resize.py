@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from effvit.protocols import Factory
 from effvit.tokens import fx_leaf, wide_dtype
 
 __all__ = ["resize_map", "resize_weights"]
@@ -19,7 +18,7 @@ def resize_weights(old: int, new: int, antialias: bool, like: Tensor) -> Tensor:
     when it shrinks. Distances are taken in units of 1 / (2 * old * new), which makes them whole numbers: only the
     division that normalises a row rounds.
     """
-    options: Any = {"dtype": wide_dtype(like.dtype), "device": like.device}
+    options: Factory = {"dtype": wide_dtype(like.dtype), "device": like.device}
     targets = torch.arange(old, old * (2 * new), 2 * old, **options)  # (new,) (2i + 1) * old
     sources = torch.arange(new, new * (2 * old), 2 * new, **options)  # (old,) (2j + 1) * new
     support = max(old, new) if antialias else new

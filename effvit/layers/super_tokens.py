@@ -17,13 +17,12 @@ Deviation: the neighbourhoods are slices of the padded grid instead of convoluti
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention
 from torch import Tensor, nn
 
+from effvit.protocols import Device
 from effvit.tokens import fix_traced_size, fx_leaf, wide_dtype, wide_product
 
 __all__ = [
@@ -188,8 +187,8 @@ class SuperTokenAttention(nn.Module):
         qk_scale: float | None = None,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
-        device: Any = None,
-        dtype: Any = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.cell, self.n_iter = cell, n_iter
