@@ -15,6 +15,7 @@ Exits with 1 where a fault survives, an entry does not fit, or tests fail withou
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import os
 import random
@@ -189,10 +190,16 @@ def copy_project(root: Path, folder: Path) -> None:
             (folder / entry.name).symlink_to(entry)
 
 
-def _write(path: Path, text: str) -> None:
-    """Write a source file whose compiled form must not be taken for that of another text of the same second."""
+def _compiled(folder: Path) -> Path:
+    """Where Python keeps the compiled modules of a copy and of all that the tests import."""
+    return folder.parent / f"{folder.name}-compiled"
+
+
+def _write(folder: Path, name: str, text: str) -> None:
+    """Write a file of a copy, whose compiled form must not be taken for that of another text of the same second."""
+    path = folder / name
     path.write_text(text)
-    for compiled in (path.parent / "__pycache__").glob(f"{path.stem}.*"):
+    for compiled in _compiled(folder).joinpath(*path.parent.parts[1:]).glob(f"{path.stem}.*"):
         compiled.unlink()
 
 
@@ -202,11 +209,15 @@ def _test(folder: Path, tests: str) -> None:
     os.chdir(folder)
     os.environ["PYTHONPATH"] = str(folder)
     sys.path.insert(0, str(folder))
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = str(_compiled(folder))
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
+    gc.freeze()  # or the end of every session looks through all that is preloaded
     with (folder / "log.txt").open("w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     name, *options = shlex.split(tests)
-    quiet = ["-x", "-q", "-p", "no:cacheprovider"]
+    quiet = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:anyio"]
     quiet += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of plugins that were imported with the rest
     code = importlib.import_module("pytest").main([*quiet, f"tests/{name}", *options])
     sys.stdout.flush()
@@ -238,9 +249,8 @@ def outcomes(waiting: deque[Run], folders: Sequence[Path], seconds: Mapping[str,
 def _start(run: Run, folder: Path, seconds: Mapping[str, float]) -> _Running:
     original = ""
     if run.mutation is not None:
-        path = folder / run.mutation.file
-        original = path.read_text()
-        _write(path, original.replace(run.mutation.old, run.mutation.new))
+        original = (folder / run.mutation.file).read_text()
+        _write(folder, run.mutation.file, original.replace(run.mutation.old, run.mutation.new))
     process = FORK.Process(target=_test, args=(folder, run.tests))
     process.start()
     start = time.monotonic()
@@ -254,7 +264,7 @@ def _end(job: _Running) -> Outcome:
         os.killpg(job.process.pid or 0, signal.SIGKILL)
     job.process.join()
     if job.run.mutation is not None:
-        _write(job.folder / job.run.mutation.file, job.original)
+        _write(job.folder, job.run.mutation.file, job.original)
     log = job.folder / "log.txt"
     tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:]) if log.is_file() else ""
     return Outcome(job.run, code, time.monotonic() - job.start, tail)
@@ -340,8 +350,7 @@ def _shard(text: str) -> tuple[int, int]:
     return int(part), int(parts)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the tool; returns the exit status."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--check", action="store_true", help="only look whether each entry fits the code")
@@ -353,7 +362,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--shard", type=_shard, default=(1, 1), metavar="I/N", help="of --all: every N-th, from the I-th"
     )
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool; returns the exit status."""
+    arguments = _parser().parse_args(argv)
     mutations = read_mutations()
     faults = faults_of_list(mutations)
     if faults or arguments.check:
