@@ -72,3 +72,8 @@ def test_significance_is_class_attention_times_the_norm_of_the_value(value_norm:
     else:
         expected = (attention * v.square().sum(3).sqrt()).sum(1)[:, 2:]
     assert torch.allclose(score, expected / expected.sum(1, keepdim=True), atol=1e-6)
+
+
+def test_rate_and_number_of_points_exclude_each_other() -> None:
+    with pytest.raises(ValueError, match="keep_rate and num_tokens both set the sampling points, got 0.5 and 10; give"):
+        ATS.plan(4, keep_rate=0.5, num_tokens=10)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hosts import make_host
-from torch import Tensor
+from slow_merging import slow_merge
 
 import effvit
 from effvit.attention import AttnState
@@ -32,26 +31,6 @@ def test_sizes_of_a_half_precision_model_count_every_patch() -> None:
     assert merged.dtype == torch.bfloat16
     assert left.size[0].tolist() == torch.bincount(left.source[0], minlength=300).tolist()
     assert left.size.max() == 301
-
-
-def slow_merge(x: Tensor, size: Tensor, metric: Tensor, r: int, num_prefix: int) -> tuple[Tensor, Tensor]:
-    """Tokens and sizes of one image after its merging, from section 3.1: pair by pair, in places of the sequence."""
-    places = range(num_prefix, len(x))
-    set_a, set_b = ([place for place in places if place % 2 == parity] for parity in (0, 1))
-    cosine = {
-        a: {b: float(F.cosine_similarity(metric[a - num_prefix], metric[b - num_prefix], dim=0)) for b in set_b}
-        for a in set_a
-    }
-    into = {a: max(cosine[a], key=cosine[a].__getitem__) for a in set_a}
-    falling = sorted(set_a, key=lambda a: -cosine[a][into[a]])
-    left = sorted(falling[r:]) if num_prefix else falling[r:]
-    tokens, sizes = [x[place] for place in range(num_prefix)], []
-    for place in [*left, *set_b]:
-        members = [place, *(a for a in falling[:r] if into[a] == place)]
-        weights = size[[member - num_prefix for member in members]]
-        tokens.append((weights[:, None] * x[members]).sum(0) / weights.sum())
-        sizes.append(weights.sum())
-    return torch.stack(tokens), torch.stack(sizes)
 
 
 @pytest.mark.parametrize("num_prefix", [0, 1, 2])
