@@ -75,5 +75,5 @@ def test_significance_is_class_attention_times_the_norm_of_the_value(value_norm:
 
 
 def test_rate_and_number_of_points_exclude_each_other() -> None:
-    with pytest.raises(ValueError, match="keep_rate and num_tokens both set the sampling points, got 0.5 and 10; give"):
+    with pytest.raises(ValueError, match=r"keep_rate and num_tokens both set the sampling points, got 0\.5 and 10;"):
         ATS.plan(4, keep_rate=0.5, num_tokens=10)

@@ -89,30 +89,35 @@ def test_page_rank_is_that_of_the_graph_of_those_left(places: range | tuple[int,
     assert torch.allclose(head_variance(signal, kept)[0], variance)
 
 
+def slow_importance(weights: Tensor, places: list[int], votes: int, boost: float) -> Tensor:
+    """Root mean square over the heads of their page ranks among these places: (P+N,)."""
+    return torch.stack([slow_rank(head, places, votes, boost) for head in weights]).square().mean(0).sqrt()
+
+
 @pytest.mark.parametrize("cls_boost", [None, 1.0])
 def test_pruning_is_that_of_the_slow_search(cls_boost: float | None) -> None:
     """Section 3.3: look-alikes of the less important half leave by their keys, then the least important by page rank.
 
     The class token starts with the root of the tokens that vote, or with ``cls_boost``.
     """
-    x, k = torch.randn(1, 11, 3), torch.randn(1, 2, 11, 4, dtype=torch.float64)
-    weights = (2 * torch.randn(1, 2, 11, 11, dtype=torch.float64)).softmax(-1)
-    tokens = TokenMap.full(x, (2, 5), 1, 1)
-    settings = {"keep_rate": 0.6, "reduce_at": (0,), "r": 3, "num_iters": 2, "var_range": None}
+    x, k = torch.randn(6, 21, 3), torch.randn(6, 2, 21, 4, dtype=torch.float64)
+    weights = (2 * torch.randn(6, 2, 21, 21, dtype=torch.float64)).softmax(-1)
+    tokens = TokenMap.full(x, (4, 5), 1, 1)
+    settings = {"keep_rate": 0.5, "reduce_at": (0,), "r": 5, "num_iters": 2, "var_range": None}
     reducer = ZeroTPrune.plan(1, cls_boost=cls_boost, **settings)[0]
     state = AttnState(k, k, k, 1.0, tokens=tokens, keys=tokens, x=x, weights=weights)
     reduced, left = reducer.reduce(x, tokens, state)
-
-    def importance(places: list[int], votes: int) -> Tensor:
-        boost = len(places) ** 0.5 if cls_boost is None else cls_boost
-        return torch.stack([slow_rank(head, places, votes, boost) for head in weights[0]]).square().mean(0).sqrt()
-
-    order = (1 + importance(list(range(11)), 1)[1:].argsort()).tolist()
-    keys = k[0].transpose(0, 1).flatten(1)
-    alike = {a: max(float(F.cosine_similarity(keys[a], keys[b], dim=0)) for b in order[5:]) for a in order[:5]}
-    pruned = sorted(alike, key=lambda a: -alike[a])[:3]
-    places = [place for place in range(11) if place not in pruned]
-    scores = importance(places, 2)
-    best = sorted(sorted(places[1:], key=lambda place: -float(scores[place]))[:4])  # 0.6 * 7 = 4.2
-    assert left.anchor[0].tolist() == [place - 1 for place in best]
-    assert torch.equal(reduced[0], x[0, [0, *best]])
+    all_boost, left_boost = (21**0.5, 16**0.5) if cls_boost is None else (cls_boost, cls_boost)
+    for image in range(6):
+        order = (1 + slow_importance(weights[image], list(range(21)), 1, all_boost)[1:].argsort()).tolist()
+        keys = k[image].transpose(0, 1).flatten(1)
+        alike = {a: max(float(F.cosine_similarity(keys[a], keys[b], dim=0)) for b in order[10:]) for a in order[:10]}
+        pruned = sorted(alike, key=lambda place, alike=alike: -alike[place])[:5]
+        places = [place for place in range(21) if place not in pruned]
+        kept = torch.ones(1, 21, dtype=torch.int64).index_fill(1, torch.tensor(pruned), 0)
+        scores = slow_importance(weights[image], places, 2, left_boost)
+        one = state._replace(weights=weights[image : image + 1])
+        assert torch.allclose(reducer.importance(one, 2, kept)[0], scores)
+        best = sorted(sorted(places[1:], key=lambda place, scores=scores: -float(scores[place]))[:8])  # 0.5 * 15 = 7.5
+        assert left.anchor[image].tolist() == [place - 1 for place in best]
+        assert torch.equal(reduced[image], x[image, [0, *best]])
