@@ -19,7 +19,7 @@ from mmengine.registry import MODELS, init_default_scope
 from effvit.dense.dense_flops import count_dense_flops, count_parts, random_regions
 from effvit.dense.openmmlab import load_config
 from effvit.dense.runner import without_pretrained
-from effvit.measure.flops import count_flops
+from effvit.measure.flops import FlopReport, count_flops
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = (96, 128)
@@ -92,6 +92,12 @@ def test_regions_lie_on_the_image() -> None:
     assert (index == 0).all()
     assert (left.min() >= 0) & (left <= right).all() & (top <= bottom).all()
     assert bottom.max() <= 20 < right.max() <= 60
+
+
+def test_what_belongs_to_no_part_is_told_apart() -> None:
+    model = nn.ModuleDict({"backbone": nn.Linear(2, 3)})
+    report = FlopReport(10, {}, {"backbone": 7}, {}, (10,))
+    assert count_parts(model, report) == {"backbone": (9, 7), "elsewhere": (0, 3)}
 
 
 class TestSegmenter:
