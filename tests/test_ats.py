@@ -7,7 +7,9 @@ import torch
 from hosts import make_model
 from torch import Tensor
 
-from effvit.reducers.ats import GRIDS, inverse_transform_sample
+from effvit.attention import AttnState
+from effvit.reducers.ats import ATS, GRIDS, inverse_transform_sample, significance
+from effvit.tokens import TokenMap
 
 
 def slow_sample(scores: Tensor, num_points: int, grid: str) -> set[int]:
@@ -45,3 +47,33 @@ def test_only_token_of_an_image_is_sampled_and_no_padding(grid: str, compat: boo
 def test_small_image_is_sampled_at_two_points() -> None:
     """A grid from its first point to its last has two, though 0.01 of 48 patches rounds up to one."""
     assert make_model("ats", "class_token", keep_rate=0.01).token_counts() == [48, 2, 2, 2]
+
+
+def test_points_are_the_rate_of_the_patches_rounded_up() -> None:
+    """Half of 49 patches are 24.5: at most 25 tokens stay."""
+    assert ATS.plan(4, keep_rate=0.5)[1].count(49, 49) == 25
+
+
+def test_rate_of_one_set_later_samples_nothing() -> None:
+    model = make_model("ats", "class_token", keep_rate=0.5)
+    model.set_keep_rate(1.0)
+    assert [reducer.pick() for reducer in model.reducers.values()] == [None] * 3
+
+
+@pytest.mark.parametrize("value_norm", ["concat", "per_head"])
+def test_significance_is_class_attention_times_the_norm_of_the_value(value_norm: str) -> None:
+    """Section 3.1, eq. 3, with the mean of the rows of class and distillation token; over its sum."""
+    q, k, v = (torch.randn(2, 3, 8, 4) for _ in range(3))
+    tokens = TokenMap.full(torch.zeros(2, 8, 1), (2, 3), 2, 2)
+    score = significance(AttnState(q, k, v, 0.5, tokens=tokens, keys=tokens), value_norm)
+    attention = (q @ k.transpose(-2, -1) * 0.5).softmax(-1)[:, :, :2].mean(2)
+    if value_norm == "concat":
+        expected = (attention.sum(1) * v.square().sum((1, 3)).sqrt())[:, 2:]
+    else:
+        expected = (attention * v.square().sum(3).sqrt()).sum(1)[:, 2:]
+    assert torch.allclose(score, expected / expected.sum(1, keepdim=True), atol=1e-6)
+
+
+def test_rate_and_number_of_points_exclude_each_other() -> None:
+    with pytest.raises(ValueError, match=r"keep_rate and num_tokens both set the sampling points, got 0\.5 and 10;"):
+        ATS.plan(4, keep_rate=0.5, num_tokens=10)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+import torch.nn.functional as F
 from hosts import make_host, make_model
+from timm.layers.attention import AttentionRope
+from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
-from effvit.attention import ATTENTION_CLASSES, AttnState, Selection
+from effvit.attention import ATTENTION_CLASSES, AttnState, Selection, _bias_as_features
 from effvit.block import rehouse
 from effvit.tokens import TokenMap, flat_rows, take_rows
 
@@ -66,3 +71,55 @@ def test_picked_rows_are_those_of_the_whole_attention(cls: type[nn.Module]) -> N
 
     with torch.no_grad():
         assert torch.allclose(ours(x, tokens, pick=pick), take_rows(theirs(x), rows), atol=1e-6)
+
+
+@pytest.mark.parametrize("mapped", [False, True], ids=["beside", "map"])
+def test_class_rows_are_those_of_the_softmax_map_with_weights_and_without_padding(mapped: bool) -> None:
+    """A key of weight w counts like w keys, padding like none: exp(scale q k) times that, over its sum."""
+    x, q, k = torch.randn(2, 8, 16), torch.randn(2, 3, 8, 4), torch.randn(2, 3, 8, 4)
+    valid = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
+    tokens = replace(TokenMap.full(x, (2, 3), 2, 2), key_weight=torch.rand(2, 6) + 0.5, valid=valid)
+    weighted = (q @ k.transpose(-2, -1) * 0.3).exp() * F.pad(tokens.key_weight * valid, (2, 0), value=1)[:, None, None]
+    expected = weighted / weighted.sum(-1, keepdim=True)
+    state = AttnState(q, k, k, 0.3, tokens=tokens, keys=tokens)
+    assert torch.allclose(state.softmax_map(), expected, atol=1e-6)
+    rows = state._replace(weights=expected if mapped else None).class_rows()
+    assert torch.allclose(rows, expected[:, :, :2], atol=1e-6)
+
+
+def test_grouped_keys_are_those_of_timm() -> None:
+    """Two groups of two query heads each: the first two read the first key head."""
+    module = AttentionRope(32, num_heads=4, num_kv_heads=2, qkv_fused=False).eval()
+    ours = rehouse(module, ATTENTION_CLASSES[AttentionRope])
+    x = torch.randn(2, 9, 32)
+    with torch.no_grad():
+        assert torch.allclose(ours(x, TokenMap.full(x, (1, 8), 1, 1)), module(x), atol=1e-6)
+
+
+def test_bias_that_rides_in_features_keeps_sixteen_bits_in_bfloat16() -> None:
+    """Of the two parts of eight bits each; what is added to the products over the scale is the bias."""
+    zeros, bias = torch.zeros(1, 2, 7, 8, dtype=torch.bfloat16), torch.rand(1, 7) * 5
+    q, k, _ = _bias_as_features(zeros, zeros, zeros, bias, 0.25)
+    product = q.float() @ k.float().transpose(-2, -1) * 0.25
+    assert torch.allclose(product, bias[:, None, None].expand_as(product), rtol=2**-15, atol=0)
+
+
+@pytest.mark.parametrize("rotate_half", [False, True])
+@pytest.mark.parametrize("cls", [AttentionRope, EvaAttention])
+def test_rotated_attention_is_that_of_timm(cls: type[nn.Module], rotate_half: bool) -> None:
+    """DINOv3 and SigLIP-like hosts pair the halves of a head, others its neighbours."""
+    module = cls(32, num_heads=2, norm_layer=nn.LayerNorm, rotate_half=rotate_half).eval()
+    x, rope = torch.randn(2, 9, 32), torch.randn(8, 32)  # sine and cosine of 16 channels for each patch
+    with torch.no_grad():
+        ours = rehouse(module, ATTENTION_CLASSES[cls])(x, TokenMap.full(x, (2, 4), 1, 1), rope)
+        assert torch.equal(ours, module(x, rope=rope))
+
+
+def test_rehoused_module_shares_parameters_and_no_slot() -> None:
+    module = nn.Sequential(nn.Linear(2, 2))
+    new = rehouse(module, nn.Sequential)
+    assert new[0] is module[0]
+    new[0] = nn.Identity()
+    new.register_buffer("mean", torch.zeros(1))
+    assert isinstance(module[0], nn.Linear)
+    assert not list(module.buffers())

@@ -463,6 +463,13 @@ class TestSetKeepRate:
             model.set_keep_rate(0.01)
         assert model(images()).isfinite().all()
 
+    def test_rate_that_leaves_no_token_changes_nothing(self) -> None:
+        model = reduced("zero_tprune", r=0)
+        before = model.settings
+        with pytest.raises(ValueError, match="zero_tprune would leave 0 of 16 patch tokens in block 1"):
+            model.set_keep_rate(0.02)
+        assert model.settings == before
+
     @pytest.mark.parametrize(
         ("method", "settings"),
         [("evit", {"keep_rate": 1.0}), ("evit", {"num_tokens": 4}), ("ats", {"num_tokens": 4})],
@@ -599,6 +606,17 @@ class TestImages:
             pytest.raises(TypeError, match=r"expected images of dtype torch\.float32, the model's, got torch\.uint8"),
         ):
             reduced(method)(torch.zeros(1, 3, 48, 64, dtype=torch.uint8))
+
+    def test_half_precision_is_taken_under_autocast(self) -> None:
+        """As timm's models take it."""
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert reduced("tome")(images().bfloat16()).isfinite().all()
+
+    @pytest.mark.parametrize("size", [(20, 24), (24, 20)])
+    def test_each_side_is_a_multiple_of_the_patch(self, size: tuple[int, int]) -> None:
+        model = effvit.sparsify(vit(dynamic_img_size=True), "tome", r=2)
+        with pytest.raises(ValueError, match=f"{size[0]} x {size[1]} is not a multiple of the patch size 8 x 8"):
+            model(images(1, 3, *size))
 
     def test_array_in_place_of_a_tensor(self) -> None:
         with pytest.raises(TypeError, match=r"expected images \(B, 3, H, W\) as a tensor, got ndarray"):

@@ -100,6 +100,15 @@ def test_a_pixel_reaches_far_through_the_channel_gates_only() -> None:
     assert torch.equal(attn(x)[..., 7:, 7:], attn(other)[..., 7:, 7:])
 
 
+def test_each_channel_has_a_gate_of_its_own_behind_that_of_the_pixels() -> None:
+    """The sigmoid of what the means of all channels give (rcvit.py@041d2d6), after the spatial gate."""
+    gates, x = AdditiveAttention(8).eval().gates_q, torch.randn(2, 8, 5, 6)
+    with torch.no_grad():
+        y = x * gates.spatial(x)
+        gate = torch.sigmoid(y.mean((2, 3)) @ gates.channel[1].weight.flatten(1).T)
+        assert torch.allclose(gates(x), y * gate[:, :, None, None], atol=1e-6)
+
+
 def test_a_depth_for_each_stage_is_required() -> None:
     with pytest.raises(ValueError, match=r"depths needs one value for each of the 4 stages, got \[1, 2\]"):
         CASViT(depths=(1, 2))

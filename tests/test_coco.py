@@ -32,6 +32,7 @@ BROKEN = [
     (annotations(annotations=[BOX | {"image_id": 8}]), "annotation 1 has image_id 8, which is not among the images"),
     (annotations(annotations=[BOX | {"category_id": 1}]), "annotation 1 has category_id 1, .* among the categories"),
     (annotations(annotations=[BOX | {"bbox": [1, 2, -3, 4]}]), r"annotation 1 must have a box .* got \[1, 2, -3, 4\]"),
+    (annotations(annotations=[BOX | {"bbox": [1, 2, 3, -4]}]), r"annotation 1 must have a box .* got \[1, 2, 3, -4\]"),
     (annotations(annotations=[BOX | {"bbox": [1, 2, 3]}]), r"annotation 1 must have a box .* got \[1, 2, 3\]"),
     (annotations(annotations=[BOX | {"bbox": [1, 2, float("nan"), 4]}]), r"annotation 1 must have a box .* got .*nan"),
     (annotations(annotations=[BOX | {"bbox": [1, 2, float("inf"), 4]}]), r"annotation 1 must have a box .* got .*inf"),

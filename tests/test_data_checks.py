@@ -19,7 +19,7 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS
 
 import effvit.dense.openmmlab  # noqa: F401  (registers the transforms)
-from effvit.dense.data_checks import check_annotations
+from effvit.dense.data_checks import DataPart, check_annotations
 
 CLASSES = ("cat", "dog", "bird")
 SIZES = [(20, 30), (30, 20), (24, 24)]  # (height, width)
@@ -256,6 +256,11 @@ class TestCocoRefusals:
         assert check_annotations(detection.config(checked_files=1))  # the first only
         with pytest.raises(ValueError, match="checked_files must be a number of files from 0 on, or 'all', got -1"):
             check_annotations(detection.config(checked_files=-1))
+
+
+def test_checked_files_are_spread_over_the_set() -> None:
+    part = DataPart(Config({"checked_files": 4}), "train_dataloader", {}, object)
+    assert part.sample(range(10)) == [0, 2, 5, 7]
 
 
 class TestCocoRepairs:

@@ -16,10 +16,10 @@ pytest.importorskip("mmseg")
 
 from mmengine.registry import MODELS, init_default_scope
 
-from effvit.dense.dense_flops import count_dense_flops, count_parts
+from effvit.dense.dense_flops import count_dense_flops, count_parts, random_regions
 from effvit.dense.openmmlab import load_config
 from effvit.dense.runner import without_pretrained
-from effvit.measure.flops import count_flops
+from effvit.measure.flops import FlopReport, count_flops
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = (96, 128)
@@ -84,6 +84,20 @@ class TestDetector:
         report = count_dense_flops(model, (128, 128))
         places = sum((128 // stride) ** 2 for stride in (8, 16, 32, 64, 128))
         assert report.by_module["bbox_head"] == places * convolution(model.bbox_head)
+
+
+def test_regions_lie_on_the_image() -> None:
+    """(index of the image, left, top, right, bottom) on 20 rows of 60 pixels."""
+    index, left, top, right, bottom = random_regions(200, (20, 60)).unbind(1)
+    assert (index == 0).all()
+    assert (left.min() >= 0) & (left <= right).all() & (top <= bottom).all()
+    assert bottom.max() <= 20 < right.max() <= 60
+
+
+def test_what_belongs_to_no_part_is_told_apart() -> None:
+    model = nn.ModuleDict({"backbone": nn.Linear(2, 3)})
+    report = FlopReport(10, {}, {"backbone": 7}, {}, (10,))
+    assert count_parts(model, report) == {"backbone": (9, 7), "elsewhere": (0, 3)}
 
 
 class TestSegmenter:

@@ -11,19 +11,23 @@ import torch
 import torch.nn.functional as F
 from hosts import HOSTS, make_host, make_images, make_model
 from safetensors.torch import save_file
+from slow_merging import most_similar, slow_merge
 from timm.models import save_for_hf
 from torch import Tensor
 
 import effvit
+from effvit.attention import AttnState
 from effvit.hosts.calibration import ranking
 from effvit.hosts.host import ReducedHost
 from effvit.reducers.dymu import (
+    DyMU,
     descending_rank,
     plan_merge,
     top_of_batch,
 )
 from effvit.reducers.unmerge import remerge, virtual_unmerge, virtual_unmerged_attention
 from effvit.schedule import R_SCHEDULES, dymu_r
+from effvit.tokens import TokenMap
 
 
 def uncalibrated(host: str = "class_token", **settings: object) -> ReducedHost:
@@ -60,6 +64,12 @@ class TestSchedule:
     def test_few_tokens_are_spread_from_the_front(self) -> None:
         assert dymu_r(3, 4, "linear") == [2, 1, 0, 0]
         assert dymu_r(3, 4, "reverse_linear") == [0, 0, 1, 2]
+
+    def test_falling_schedule_stops_where_the_total_is_reached(self) -> None:
+        """From 2 * 96 // 12 = 16 in steps of 16 / 12, rounded down; the tenth block gets the three that are left."""
+        falling = [16, 14, 13, 12, 10, 9, 8, 6, 5, 3, 0, 0]
+        assert dymu_r(96, 12, "linear") == falling
+        assert dymu_r(96, 12, "reverse_linear") == falling[::-1]
 
 
 class TestMatching:
@@ -310,6 +320,37 @@ def test_bias_of_jagged_attention_agrees_with_a_mask() -> None:
     half = _bias_as_features(*(y.bfloat16() for y in (q, k, v)), bias, 0.25)
     exact = half[1][..., 16:18].float().sum(-1) * 0.25
     assert torch.allclose(exact, bias[:, None].expand(-1, 2, -1), atol=1e-4)
+
+
+@pytest.mark.parametrize("num_prefix", [0, 1])
+def test_merging_of_one_image_is_that_of_the_slow_search(num_prefix: int) -> None:
+    """What is more similar than the threshold merges, half of the tokens at most; the second block meets sizes.
+
+    Without a prefix token what is left of set A comes by falling similarity.
+    """
+    x = torch.randn(1, num_prefix + 24, 5)
+    tokens, size = TokenMap.full(x, (4, 6), num_prefix, 0), torch.ones(24)
+    reducer = DyMU.plan(1, r_total=4, thresholds=(0.8,))[0]
+    for _ in range(2):
+        k = torch.randn(1, 2, x.shape[1], 4)
+        metric = k[0].mean(0)[num_prefix:]
+        merged = sum(cosine > 0.8 for cosine in most_similar(metric, num_prefix)[1].values())
+        assert 0 < merged < len(metric) // 2
+        expected, size = slow_merge(x[0], size, metric, merged, num_prefix)
+        x, tokens = reducer.reduce(x, tokens, AttnState(k, k, k, 0.5, tokens=tokens, keys=tokens))
+        assert torch.allclose(x[0], expected, atol=1e-6)
+        assert torch.equal(tokens.size[0], size)
+    assert size.max() > 2
+
+
+def test_sizes_of_every_image_sum_to_its_patches() -> None:
+    """Padding stands for none, wherever an image has fewer tokens than its neighbour."""
+    model = make_model("dymu", "class_token")
+    with torch.no_grad():
+        _, tokens = model.forward_tokens(make_images(model))
+    assert tokens.valid is not None
+    assert not tokens.valid.all()
+    assert tokens.size.sum(1).tolist() == [48, 48]
 
 
 def test_merging_equal_tokens_changes_nothing() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import effvit
 from effvit.recover import reconstruct_tokens
-from effvit.reducers.expedite import cell_middles, cluster_tokens, local_mask, nearest_centre
+from effvit.reducers.expedite import assign_patches, cell_middles, cluster_tokens, local_mask, nearest_centre
 
 NO_CLASS_POOL = ("average_pool", "attention_pool", "register_no_class", "gated_grouped")
 
@@ -49,6 +49,14 @@ class TestClusters:
     def test_labels_are_of_the_nearest_centre_wherever_it_is(self) -> None:
         x, centres = torch.randn(2, 30, 8), torch.randn(2, 7, 8)
         assert torch.equal(nearest_centre(x, centres), torch.cdist(x, centres).argmin(-1))
+
+    def test_middle_of_a_cell_belongs_to_its_cluster_whatever_is_nearer(self) -> None:
+        """All patches are nearest to the first of four centres, but each centre has the middle of its cell."""
+        patches, centres = torch.zeros(1, 16, 3), torch.tensor([[[1.0] * 3, [2.0] * 3, [3.0] * 3, [4.0] * 3]])
+        source, anchor = assign_patches(patches, centres, (4, 4), (2, 2))
+        assert anchor.tolist() == [[0, 2, 8, 10]]
+        assert source[0, anchor[0]].tolist() == [0, 1, 2, 3]
+        assert source.sum() == 0 + 1 + 2 + 3
 
     def test_window_over_all_clusters_needs_no_mask(self) -> None:
         assert local_mask((6, 6), (3, 3), 5, torch.zeros(1)) is None

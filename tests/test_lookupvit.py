@@ -30,6 +30,22 @@ def make(**kwargs: Any) -> LookupViT:
     return LookupViT(**(LOOKUP | {"compressed_grid": 3} | kwargs)).eval()
 
 
+@pytest.mark.parametrize("antialias", [True, False])
+def test_compressed_tokens_are_the_resized_map_and_positions(antialias: bool) -> None:
+    """By torch's bilinear resize of the embedded map and of the stored table, each with the setting ``antialias``."""
+    model = make(antialias=antialias)
+    x = torch.randn(2, 3, 48, 48)
+
+    def resized(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        images = tokens.transpose(1, 2).unflatten(2, grid)
+        return F.interpolate(images, (3, 3), mode="bilinear", antialias=antialias).flatten(2).transpose(1, 2)
+
+    with torch.no_grad():
+        compressed, _ = model._tokenise(x)
+        expected = resized(model.patch_embed(x), (6, 6)) + resized(model.pos_embed_compressed, (10, 10))
+        assert torch.allclose(compressed, expected, atol=1e-5)
+
+
 # -- resize ----------------------------------------------------------------------------------------------------
 
 

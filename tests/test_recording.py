@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from effvit.recording import compile_each_size, is_exported, is_recorded
+from effvit.recording import compile_each_size, is_exported, is_recorded, traced_once
 
 
 class Asker(nn.Module):
@@ -111,3 +111,16 @@ def test_a_plain_run_does_not(mode: Callable[..., torch.no_grad]) -> None:
     with mode():
         model(torch.randn(2, 3))
     assert model.answers == [False]
+
+
+def test_trace_that_is_only_read_counts_as_a_plain_run_as_long_as_its_context() -> None:
+    answers: list[bool] = []
+
+    def ask(x: Tensor) -> Tensor:
+        answers.append(is_recorded(x))
+        return x + 1
+
+    with traced_once():
+        torch.jit.trace(ask, torch.zeros(1), check_trace=False)
+    torch.jit.trace(ask, torch.zeros(1), check_trace=False)
+    assert answers == [False, True]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from hosts import MERGE, SETTINGS, make_host, make_images
+from hosts import MERGE, SETTINGS, make_host, make_images, make_model
 from torch import Tensor, nn
 
 import effvit
@@ -270,6 +270,25 @@ class TestDroppedPatches:
             assert torch.equal(to_grid(after, tokens, fill) * in_fused, fused * in_fused)
         assert torch.equal(to_grid(after, tokens, "last") * in_fused, before[:, PREFIX:] * in_fused)
 
+    def test_host_remembers_what_entered_the_block_that_dropped_a_patch(self) -> None:
+        """Blocks 1 and 2 drop patches; until then the output of the block before stands for each."""
+        model = make_model("evit", "class_token", fuse_token=False, reduce_at=(1, 2))
+        with torch.no_grad():
+            traced = model.trace_tokens(make_images(model), memory=True)
+        expected = traced[0].x[:, 1:].clone()
+        for x, tokens in (traced[1], traced[3]):
+            for image in range(2):
+                expected[image, tokens.anchor[image]] = x[image, 1:]
+        assert torch.equal(to_grid(*traced[3], "last"), expected)
+
+    def test_host_compares_patches_before_the_first_reduction_alone(self) -> None:
+        model = make_model("evit", "class_token", fuse_token=False, reduce_at=(1, 2))
+        with torch.no_grad():
+            traced = model.trace_tokens(make_images(model), memory=True)
+        reference = traced[3].tokens.reference
+        assert reference is not None
+        assert torch.equal(reference.patches, traced[0].x[:, 1:])
+
     def test_gradient_of_last_reaches_the_dropped_features(self) -> None:
         before, after = features(NUM_PATCHES).requires_grad_(), features(6).requires_grad_()
         tokens = full_map().remember(before).keep(random_order(2, 6), 6)
@@ -351,6 +370,13 @@ class TestReconstruction:
         z, x, c = (torch.randn(1, n, 6, dtype=torch.float64) for n in (number, 9, number))
         expected = self.official(z, x, c, 5e-3, min(20, number))
         assert torch.allclose(reconstruct_tokens(z, x, c), expected, atol=1e-12)
+
+    def test_autocast_rounds_nothing(self) -> None:
+        """A restored sequence is the residual stream of the blocks behind, which rank tokens by it."""
+        z, x, c = torch.randn(2, 7, 5), torch.randn(2, 20, 6), torch.randn(2, 7, 6)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = reconstruct_tokens(z, x, c, 0.1, 3)
+        assert torch.equal(rounded, reconstruct_tokens(z, x, c, 0.1, 3))
 
     def test_more_neighbours_than_tokens_or_an_unknown_norm(self) -> None:
         z, x, c = torch.randn(1, 3, 4), torch.randn(1, 5, 4), torch.randn(1, 3, 4)

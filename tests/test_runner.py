@@ -26,7 +26,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 from mmseg.apis import init_model
 
-from effvit.dense.runner import build_runner, check_annotations, prepare_config, read_launcher
+from effvit.dense.runner import build_runner, check_annotations, prepare_config, read_launcher, without_pretrained
 
 # Every Runner of a process after the first, and one that draws nothing, make mmengine say so.
 pytestmark = pytest.mark.filterwarnings("ignore:.*(instance named of|The draw is False).*:UserWarning")
@@ -290,6 +290,15 @@ class TestPretrainedConfigs:
         torch.save({"state_dict": model.state_dict(), "meta": {"dataset_meta": {"classes": ("a",) * 4}}}, path)
         config.model.backbone.pretrained = str(tmp_path / "missing.pth")
         return config, path
+
+    def test_config_can_be_made_to_name_none(self) -> None:
+        """Of no part of the model, however deep."""
+        teacher = {"pretrained": "teacher.pth", "depth": 12}
+        config = without_pretrained(Config({"model": {"backbone": {"pretrained": True}, "heads": [teacher]}}))
+        assert config.model.to_dict() == {
+            "backbone": {"pretrained": False},
+            "heads": [{"pretrained": False, "depth": 12}],
+        }
 
     def test_training_asks_for_them_before_it_begins(self, trained: tuple[Config, str]) -> None:
         with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*missing\.pth"):

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 
-from effvit.schedule import cosine_keep_rate, per_block, spread_blocks, tome_r
+from effvit.schedule import (
+    check_count,
+    check_number,
+    cosine_keep_rate,
+    per_block,
+    spread_blocks,
+    spread_evenly,
+    tome_r,
+)
 
 DEPTHS = (1, 2, 3, 12, 24)
 
@@ -104,3 +113,19 @@ class TestCosine:
 
     def test_rate_one_stays_one(self) -> None:
         assert set(self.rates(1.0)) == {1.0}
+
+
+@pytest.mark.parametrize("value", [True, 2.0, "2"])
+def test_count_is_a_whole_number_and_no_truth_value(value: Any) -> None:
+    with pytest.raises(TypeError, match="r must be a whole number, got"):
+        check_count("r", value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), True, None])
+def test_number_is_finite(value: Any) -> None:
+    with pytest.raises(ValueError, match="alpha must be a finite number, got"):
+        check_number("alpha", value)
+
+
+def test_tokens_that_do_not_divide_are_spread_with_the_larger_shares_first() -> None:
+    assert spread_evenly(11, 4) == [3, 3, 3, 2]

@@ -147,6 +147,15 @@ def test_maps_are_composed_over_the_stages() -> None:
     assert torch.allclose(last, x, atol=1e-5)
 
 
+def test_class_token_passes_by_every_slimming() -> None:
+    model = make()
+    for block in model.slim_before:
+        x = torch.randn(2, 17, model.embed_dim)
+        slimmed, _ = model._slim(block, x)
+        assert slimmed.shape[1] < 17
+        assert torch.equal(slimmed[:, 0], x[:, 0])
+
+
 def test_layer_tokens_are_those_after_the_slimming_behind_each_block() -> None:
     assert [x.shape[1] for x in make().forward_layers(images()).tokens] == [8, 8, 4, 2, 2]
 

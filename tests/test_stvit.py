@@ -138,6 +138,18 @@ class TestMaps:
         assert (maps[-1] >= tokens.amin(1, keepdim=True) - 1e-5).all()
         assert not torch.allclose(maps[-1][:, 0], maps[-1][:, 1])
 
+    def test_last_map_alone_is_that_beside_the_others(self) -> None:
+        model, x = small(), images()
+        *_, last = model.forward_intermediates(x, intermediates_only=True)
+        assert torch.equal(model.forward_intermediates(x, indices=1, intermediates_only=True)[0], last)
+
+    def test_norm_of_maps_is_that_of_the_final_tokens(self) -> None:
+        model, x = small(), images()
+        plain = model.forward_intermediates(x, intermediates_only=True, output_fmt="NLC")
+        normed = model.forward_intermediates(x, norm=True, intermediates_only=True, output_fmt="NLC")
+        for before, after in zip(plain, normed, strict=True):
+            assert torch.equal(after, model.norm(before))
+
     def test_dynamic_sizes_agree_with_a_model_built_for_them(self) -> None:
         model, x = small(dynamic_img_size=True), images(80, 112)
         fixed = small()
@@ -158,6 +170,12 @@ class TestStartingFromDeiT:
         result = model.load_state_dict(state, strict=False)
         assert result.missing_keys == ["blocks.3.global_centres"]
         assert not result.unexpected_keys
+
+    @pytest.mark.parametrize(("host", "prefix"), [("deit_tiny", 1), ("deit_tiny_distilled", 2)])
+    def test_patches_keep_the_positions_they_had(self, host: str, prefix: int) -> None:
+        deit = timm.create_model(f"{host}_patch16_224", embed_dim=48, num_heads=3, depth=6, img_size=64)
+        state, _ = small(init_values=0).adapt_state_dict(deit.state_dict())
+        assert torch.equal(state["pos_embed"], deit.pos_embed[:, prefix:])
 
     def test_base_layers_are_then_those_of_the_deit_without_class_token(self) -> None:
         deit = VisionTransformer(

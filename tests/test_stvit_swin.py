@@ -176,6 +176,12 @@ class TestOptions:
             "stages.2.blocks.0.semantic.stgm2.global_centres"
         ]
 
+    def test_position_tables_take_no_weight_decay(self) -> None:
+        model = small(use_global=True, relative_pos=True, img_size=(128, 96))
+        tables = {n for n, _ in model.named_parameters() if n.endswith(("bias_table", "global_centres"))}
+        assert model.no_weight_decay() == tables
+        assert {name.rpartition(".")[2] for name in tables} == {"relative_position_bias_table", "global_centres"}
+
     def test_drop_path_rises_linearly_over_all_blocks(self) -> None:
         model = timm.create_model(CLASSIFICATION.format("tiny"), drop_path_rate=0.11)
         unit = model.stages[2].blocks[0]

@@ -90,6 +90,44 @@ class TestPatchDropout:
         assert torch.equal(effvit.sparsify(host, "tome", r=0)(x), host(x))
 
 
+class TestPooling:
+    @pytest.mark.parametrize("include", [False, True])
+    def test_padding_of_short_images_holds_the_mean_of_what_is_pooled(self, include: bool) -> None:
+        """So that the mean over all slots is that of the image's own tokens, with the class token if timm's is."""
+        host = make_host("class_token", global_pool="avg", pool_include_prefix=include)
+        model = effvit.sparsify(host, "ats", reduce_at=(1, 2, 3))
+        x = make_images(model, 4)
+        with torch.no_grad():
+            y, tokens = model.forward_tokens(x)
+            padded = model.forward_features(x)
+        assert tokens.valid is not None
+        assert not tokens.valid.all()
+        for image, out, valid in zip(y, padded, tokens.sequence_mask(), strict=True):
+            assert torch.equal(out[valid], image[valid])
+            mean = image[valid][0 if include else 1 :].mean(0)
+            assert torch.allclose(out[~valid], mean.expand(int((~valid).sum()), -1), atol=1e-6)
+
+
+class TestIntermediates:
+    def test_final_norm_is_that_of_prefix_tokens_too(self) -> None:
+        model = make_model("tome", "registers")
+        x = make_images(model)
+        with torch.no_grad():
+            _, pairs = model.forward_intermediates(x, norm=True, return_prefix_tokens=True)
+            assert torch.equal(pairs[-1][1], model.forward_tokens(x).x[:, :5])
+
+    def test_blocks_behind_the_last_one_asked_for_change_nothing(self) -> None:
+        model = make_model("tome", "class_token")
+        x = make_images(model)
+        with torch.no_grad():
+            _, whole = model.forward_intermediates(x, indices=[0, 2])
+            for stopped in (
+                model.forward_intermediates(x, indices=[0, 2], intermediates_only=True),
+                model.forward_intermediates(x, indices=[0, 2], stop_early=True)[1],
+            ):
+                assert [torch.equal(a, b) for a, b in zip(stopped, whole, strict=True)] == [True, True]
+
+
 def children_that_are_none(model: nn.Module) -> list[str]:
     return [f"{name}.{key}" for name, m in model.named_modules() for key, child in m._modules.items() if child is None]
 

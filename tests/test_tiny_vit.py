@@ -18,6 +18,7 @@ from effvit.block import rehouse
 from effvit.hosts.checkpoints import convert_checkpoint
 from effvit.hosts.tiny_vit import MergedAttention, cluster_biases
 from effvit.measure.costs import profile
+from effvit.reducers.expedite import cluster_centres
 
 SMALL = {"embed_dims": (8, 16, 24, 32), "num_heads": (1, 2, 3, 4), "depths": (1, 1, 2, 1)}
 MOBILE_SAM = default_root() / "mobile_sam" / "mobile_sam.pt"
@@ -236,6 +237,13 @@ class TestMerging:
         a, b = (effvit.sparsify(model, "tome", r=24, prop_attn=choice)(x) for choice in (True, False))
         assert not torch.equal(a, b)
 
+    def test_token_of_size_two_is_a_key_like_two_equal_ones(self) -> None:
+        attention = rehouse(small().stages[2].blocks[0].attn, MergedAttention)
+        x, anchor = torch.randn(1, 3, 24), torch.tensor([[30, 0, 7]])
+        twice = torch.tensor([0, 0, 1, 2])
+        y = attention(x, anchor, torch.tensor([[2.0, 1.0, 1.0]]))
+        torch.testing.assert_close(y, attention(x[:, twice], anchor[:, twice], None)[:, 1:])
+
     def test_nan_names_the_block(self) -> None:
         model = effvit.sparsify(small(), "tome")
         with torch.no_grad():
@@ -286,6 +294,15 @@ class TestClusters:
             block.forward = lambda x: x
         x = torch.randn(1, 7, 7, 24).repeat_interleave(2, 1).repeat_interleave(2, 2)
         torch.testing.assert_close(stage.clustered(x), x)
+
+    def test_patches_are_reconstructed_from_as_many_clusters_as_asked_for(self) -> None:
+        """From one each, however soft the clusters are: what comes back are centres of the 7 x 7."""
+        stage = effvit.sparsify(small(), "expedite", cluster_at=1, num_clusters=49, temperature=1e-3, k=1).stages[2]
+        for block in stage.blocks:
+            block.forward = lambda x: x
+        x = torch.randn(1, 14, 14, 24)
+        centres = cluster_centres(x, (7, 7), 5, 1e-3, 5).flatten(1, 2)
+        assert torch.cdist(stage.clustered(x).flatten(1, 2), centres).amin(-1).max() < 1e-2  # they are 0.3 apart
 
     def test_clusters_that_are_not_square_are_refused(self) -> None:
         with pytest.raises(ValueError, match="must be square in the square windows of a TinyVit, got 5 x 4"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from effvit.tokens import TokenMap, fix_traced_size, flat_rows, position_of, take_rows, wide_dtype
+from effvit.tokens import TokenMap, fix_traced_size, flat_rows, position_of, sequence_rows, take_rows, wide_dtype
 
 GRID = (3, 4)
 NUM_PATCHES = 12
@@ -316,3 +316,12 @@ def test_traced_size_is_fixed_in_the_dimensions_named_only() -> None:
     assert traced(torch.zeros(5, 3, 6)).shape == (5, 3, 6)
     with pytest.raises(RuntimeError, match=r"expanded size of the tensor \(3\) must match the existing size \(4\)"):
         traced(torch.zeros(2, 4, 4))
+
+
+def test_rows_of_a_packed_sequence_are_behind_no_padding() -> None:
+    """The first image has padding, so that the second lies elsewhere in the packed sequence."""
+    valid, index = torch.tensor([[True, False], [True, True]]), torch.tensor([[0], [1]])
+    tokens = full_map().keep(random_choice(2, NUM_PATCHES, 2), 2, valid=valid, packed=True)
+    x = torch.randn(2, PREFIX + 2, 4)
+    packed = take_rows(tokens.pack(x), sequence_rows(tokens, index))
+    assert torch.equal(packed, take_rows(x, flat_rows(index, PREFIX + 2, PREFIX)))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hosts import make_host
+from slow_merging import slow_merge
 
 import effvit
 from effvit.attention import AttnState
-from effvit.reducers.tome import ToMe
+from effvit.reducers.tome import ToMe, kth_bipartite_target
 from effvit.tokens import TokenMap
 
 
@@ -29,3 +31,30 @@ def test_sizes_of_a_half_precision_model_count_every_patch() -> None:
     assert merged.dtype == torch.bfloat16
     assert left.size[0].tolist() == torch.bincount(left.source[0], minlength=300).tolist()
     assert left.size.max() == 301
+
+
+@pytest.mark.parametrize("num_prefix", [0, 1, 2])
+@pytest.mark.parametrize("prop_attn", [True, False])
+def test_merging_is_that_of_the_slow_search(num_prefix: int, prop_attn: bool) -> None:
+    """Two blocks, so that sizes differ in the second; keys are averaged over heads."""
+    length = num_prefix + 12
+    x, tokens = torch.randn(3, length, 5), TokenMap.full(torch.zeros(3, length, 1), (3, 4), num_prefix, 0)
+    reducer = ToMe.plan(1, r=4, prop_attn=prop_attn)[0]
+    size = torch.ones(3, 12)
+    for left in (8, 4):
+        k = torch.randn(3, 2, x.shape[1], 4)
+        metric = k.mean(1)[:, num_prefix:]
+        merged = [slow_merge(*image, 4, num_prefix) for image in zip(x, size, metric, strict=True)]
+        x, tokens = reducer.reduce(x, tokens, AttnState(k, k, k, 0.5, tokens=tokens, keys=tokens))
+        size = torch.stack([sizes for _, sizes in merged])
+        assert torch.allclose(x, torch.stack([kept for kept, _ in merged]), atol=1e-6)
+        assert tokens.size is not None
+        assert torch.equal(tokens.size, size)
+        assert tokens.num_tokens == left
+        assert tokens.key_weight is (tokens.size if prop_attn else None)
+
+
+def test_kth_tokens_absorb_by_the_cosine() -> None:
+    """Of four tokens the second and fourth absorb. The first is parallel to the second, though nearer to the fourth."""
+    metric = torch.tensor([[[1.0, 1.0], [0.1, 0.1], [0.0, 1.0], [0.0, 2.0]]])
+    assert kth_bipartite_target(metric, 2).tolist() == [[0, 0, 1, 1]]

@@ -41,7 +41,7 @@ def randomised(block: WindowCrossBlock) -> WindowCrossBlock:
 
 class TestDisjointWindows:
     @pytest.mark.parametrize("shift", [0, 2])
-    @pytest.mark.parametrize("size", [(10, 15), (7, 12), (3, 5)])
+    @pytest.mark.parametrize("size", [(10, 15), (7, 12), (3, 5), (3, 12)])
     def test_from_windows_undoes_to_windows(self, size: tuple[int, int], shift: int) -> None:
         x = a_map(*size)
         for shift_small in (False, True):

@@ -1,12 +1,21 @@
-"""Zero-TPrune: which heads count, how the tokens are split, and that what was pruned stays so."""
+"""Zero-TPrune: page rank, which heads count, how the tokens are split, and what is pruned, against a slow search."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from effvit.attention import AttnState
-from effvit.reducers.zero_tprune import PARTITIONS, ZeroTPrune, aggregate_heads, split_groups
+from effvit.reducers.zero_tprune import (
+    PARTITIONS,
+    ZeroTPrune,
+    aggregate_heads,
+    head_variance,
+    split_groups,
+    weighted_page_rank,
+)
 from effvit.tokens import TokenMap
 
 # Times four tokens: (1, 1, 1, 1) and (2, 1, 0.5, 0.5), of variance 0 and (1 + 0 + 0.25 + 0.25) / 4 = 0.375.
@@ -56,3 +65,59 @@ def test_pruned_look_alikes_do_not_come_back_where_no_patch_gathers_importance(p
     left, kept = (ZeroTPrune.plan(1, keep_rate=rate, **settings)[0].reduce(x, tokens, state)[1] for rate in (1.0, 0.4))
     assert (left.num_tokens, kept.num_tokens) == (5, 2)
     assert all(set(few.tolist()) <= set(more.tolist()) for few, more in zip(kept.anchor, left.anchor, strict=True))
+
+
+def slow_rank(weights: Tensor, places: list[int], votes: int, boost: float) -> Tensor:
+    """Page rank of one head among the tokens at these places, of which the first is the class token; 0 elsewhere."""
+    part = weights[places][:, places]
+    part = part / part.sum(1, keepdim=True)
+    signal = torch.tensor([boost] + [1.0] * (len(places) - 1), dtype=weights.dtype)
+    signal = signal / signal.sum()
+    for _ in range(votes):
+        signal = part.T @ signal  # s <- A^T s, section 3.2
+    return torch.zeros(len(weights), dtype=weights.dtype).index_copy(0, torch.tensor(places), signal)
+
+
+@pytest.mark.parametrize("places", [range(7), (0, 1, 3, 4, 6)], ids=["all", "some"])
+def test_page_rank_is_that_of_the_graph_of_those_left(places: range | tuple[int, ...]) -> None:
+    weights = torch.randn(1, 2, 7, 7, dtype=torch.float64).softmax(-1)
+    kept = torch.zeros(1, 7, dtype=torch.int64).index_fill(1, torch.tensor(places), 1)
+    signal = weighted_page_rank(weights, 3, 2.5, 1, kept if len(places) < 7 else None)
+    expected = torch.stack([slow_rank(head, list(places), 3, 2.5) for head in weights[0]])
+    assert torch.allclose(signal[0], expected)
+    variance = (expected[:, list(places)] * len(places) - 1).square().mean(1)  # of scores of mean one
+    assert torch.allclose(head_variance(signal, kept)[0], variance)
+
+
+def slow_importance(weights: Tensor, places: list[int], votes: int, boost: float) -> Tensor:
+    """Root mean square over the heads of their page ranks among these places: (P+N,)."""
+    return torch.stack([slow_rank(head, places, votes, boost) for head in weights]).square().mean(0).sqrt()
+
+
+@pytest.mark.parametrize("cls_boost", [None, 1.0])
+def test_pruning_is_that_of_the_slow_search(cls_boost: float | None) -> None:
+    """Section 3.3: look-alikes of the less important half leave by their keys, then the least important by page rank.
+
+    The class token starts with the root of the tokens that vote, or with ``cls_boost``.
+    """
+    x, k = torch.randn(6, 21, 3), torch.randn(6, 2, 21, 4, dtype=torch.float64)
+    weights = (2 * torch.randn(6, 2, 21, 21, dtype=torch.float64)).softmax(-1)
+    tokens = TokenMap.full(x, (4, 5), 1, 1)
+    settings = {"keep_rate": 0.5, "reduce_at": (0,), "r": 5, "num_iters": 2, "var_range": None}
+    reducer = ZeroTPrune.plan(1, cls_boost=cls_boost, **settings)[0]
+    state = AttnState(k, k, k, 1.0, tokens=tokens, keys=tokens, x=x, weights=weights)
+    reduced, left = reducer.reduce(x, tokens, state)
+    all_boost, left_boost = (21**0.5, 16**0.5) if cls_boost is None else (cls_boost, cls_boost)
+    for image in range(6):
+        order = (1 + slow_importance(weights[image], list(range(21)), 1, all_boost)[1:].argsort()).tolist()
+        keys = k[image].transpose(0, 1).flatten(1)
+        alike = {a: max(float(F.cosine_similarity(keys[a], keys[b], dim=0)) for b in order[10:]) for a in order[:10]}
+        pruned = sorted(alike, key=lambda place, alike=alike: -alike[place])[:5]
+        places = [place for place in range(21) if place not in pruned]
+        kept = torch.ones(1, 21, dtype=torch.int64).index_fill(1, torch.tensor(pruned), 0)
+        scores = slow_importance(weights[image], places, 2, left_boost)
+        one = state._replace(weights=weights[image : image + 1])
+        assert torch.allclose(reducer.importance(one, 2, kept)[0], scores)
+        best = sorted(sorted(places[1:], key=lambda place, scores=scores: -float(scores[place]))[:8])  # 0.5 * 15 = 7.5
+        assert left.anchor[image].tolist() == [place - 1 for place in best]
+        assert torch.equal(reduced[image], x[image, [0, *best]])
