@@ -56,10 +56,10 @@ define where_installed
 else echo '$(2) is left out: no Python $(1) is installed'; fi
 endef
 
-.PHONY: help demo check test test-transformers test-oldest test-newest test-versions lint format clean
+.PHONY: help demo check test test-transformers test-oldest test-newest test-versions mutate mutate-sample lint format clean
 
 help: ## show this list
-	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 28
 
 demo: .venv/.synced-demo ## install without OpenMMLab and run the demo into runs/demo
 	$(VENV)/effvit demo --out $(DEMO_OUT)
@@ -69,6 +69,13 @@ check: .venv/.synced-dev ## run the fast tests, three minutes on two cores, with
 
 test: .venv/.synced-test ## install everything and run the tests; PYTEST_ARGS="-k name -x" is handed on
 	$(VENV)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
+
+SEED ?= 0
+mutate: .venv/.synced-test ## put each fault of tools/mutations.yml into the code: some test must notice it
+	$(VENV)/python tools/mutate.py --all --jobs $(MAX_JOBS)
+
+mutate-sample: .venv/.synced-test ## the same with ten of them, drawn by SEED
+	$(VENV)/python tools/mutate.py --sample 10 --seed $(SEED) --jobs $(MAX_JOBS)
 
 test-transformers: | $(UV) ## run the tests of the backbone for transformers, in an environment without OpenMMLab
 	$(UV) venv --quiet --allow-existing --python '$(PYTHON)' .venv-transformers

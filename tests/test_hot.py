@@ -98,9 +98,3 @@ def test_nan_in_an_image_is_named() -> None:
     x[1, 0, 3, 3] = float("nan")
     with pytest.raises(ValueError, match=r"hot in block 1: peak scores are NaN for image 1 .* hold NaN or infinity"):
         model(x)
-
-
-def test_every_peak_belongs_to_itself() -> None:
-    """Of two equal tokens that both are peaks, each has itself as its only sure member."""
-    x = torch.tensor([[[0.0], [0.0], [5.0]]])
-    assert assign_to_peaks(x, torch.tensor([[0, 1]])).tolist()[0][:2] == [0, 1]
