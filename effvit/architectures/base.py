@@ -24,7 +24,7 @@ from effvit.hosts.surface import (
     with_gradients,
 )
 from effvit.layers.macs import Size, Terms, layers
-from effvit.protocols import Device, Factory
+from effvit.protocols import Device, Factory, Settings
 from effvit.tokens import fix_traced_size, fx_leaf
 
 __all__ = [
@@ -194,7 +194,7 @@ class PyramidBackbone(nn.Module):
         self.num_features = self.head_hidden_size = num_features or dims[-1]
         self.embed_dim = list(dims)
         self.stage_fmt = output_fmt
-        self.feature_info = [
+        self.feature_info: list[Settings] = [
             {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
         ]
         self.out_norms = None if out_norm is None else nn.ModuleList(out_norm(dim) for dim in dims)
@@ -248,7 +248,8 @@ class PyramidBackbone(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Final features -> class scores (B, num_classes), or pooled features (B, num_features)."""
-        return self.head(x, pre_logits=pre_logits)
+        y: Tensor = self.head(x, pre_logits=pre_logits)
+        return y
 
     def forward(self, x: Tensor) -> Tensor:
         """Class scores (B, num_classes) of images (B, in_chans, H, W)."""

@@ -246,7 +246,7 @@ class CASViT(PyramidBackbone):
             ConvNormAct(in_chans, dims[0] // 2, 3, stride=2, bias=True, **dd),
             ConvNormAct(dims[0] // 2, dims[0], 3, stride=2, bias=True, **dd),
         )
-        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        rates: list[list[float]] = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
 
         def make_blocks(i: int) -> list[nn.Module]:
             return [CASBlock(dims[i], mlp_ratio, qkv_bias, proj_drop_rate, rate, **dd) for rate in rates[i]]

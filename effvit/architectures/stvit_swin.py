@@ -246,7 +246,7 @@ class STViTSwin(PyramidBackbone):
         self.recovery, self.crops = recovery, mask_mode == "correct"
         shared: SharedSettings = {"mlp_ratio": mlp_ratio, "qkv_bias": qkv_bias, "device": device, "dtype": dtype}
         shared |= {"proj_drop": proj_drop_rate, "attn_drop": attn_drop_rate}
-        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        rates: list[list[float]] = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         scale = LAYER_SCALE if check_switch("use_layer_scale", use_layer_scale) else None
         blocks = BlockMaker(dims, num_heads, windows, rates, shift_small, scale, shared)
         sides = check_kernels(kernels, key_windows, self.window, window_samples)
@@ -323,7 +323,8 @@ class STViTSwin(PyramidBackbone):
         """MACs of one image (H, W) by term: semantic tokens of each window in the third stage."""
         size = -(-size[0] // 4) * 4, -(-size[1] // 4) * 4
         terms, size = convolutions("embedding", self.stem, size)
-        for stage in self.stages:
+        stages: Iterable[PyramidStage] = self.stages
+        for stage in stages:
             if not isinstance(stage.downsample, nn.Identity):
                 size = -(-size[0] // 2), -(-size[1] // 2)
                 terms += layers("embedding", stage.downsample, size[0] * size[1])
@@ -336,8 +337,11 @@ class STViTSwin(PyramidBackbone):
                 elif isinstance(block, SemanticLayers):
                     more, size = block.closed_form(size)
                     terms += more
+                elif isinstance(block, GroupBlock):
+                    terms += block.closed_form(size)
                 else:
-                    terms += block.closed_form(size) if isinstance(block, GroupBlock) else window_block(block, size)
+                    assert isinstance(block, WindowBlock)
+                    terms += window_block(block, size)
         final = self.norm if self.out_norms is None else self.out_norms[-1]
         return terms + norm(final, size[0] * size[1]) + pooled_head(self.head, size)
 

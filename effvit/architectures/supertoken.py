@@ -114,7 +114,8 @@ class ConvMlp(nn.Module):
         self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop2(self.fc2(self.conv(self.drop1(self.act(self.fc1(x))))))
+        y: Tensor = self.drop2(self.fc2(self.conv(self.drop1(self.act(self.fc1(x))))))
+        return y
 
 
 class SuperTokenBlock(nn.Module):
@@ -249,7 +250,7 @@ class SuperTokenViT(PyramidBackbone):
         )
         self.num_heads = list(num_heads)
         self.stem = _stem(in_chans, dims[0], dd)
-        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        rates: list[list[float]] = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
 
         def make_blocks(i: int) -> list[nn.Module]:
             scale = init_values if layerscale[i] else None
@@ -267,7 +268,8 @@ class SuperTokenViT(PyramidBackbone):
         compile_each_size(x.shape[-2:])
 
     def _finish(self, x: Tensor) -> Tensor:
-        return F.silu(self.norm(self.proj(x)))
+        y: Tensor = self.norm(self.proj(x))
+        return F.silu(y)
 
     def _prune_final(self) -> None:
         self.proj, self.norm = nn.Identity(), nn.Identity()
@@ -303,7 +305,7 @@ class SuperTokenViT(PyramidBackbone):
         check_batch(x, self, self.in_chans)
         blocks = self.stages[stage].blocks
         block = range(len(blocks))[block]
-        attn = blocks[block].attn
+        attn: SuperTokenAttention = blocks[block].attn
         if attn.cell == (1, 1):
             raise ValueError(
                 f"stage {stage} has no super tokens, its stoken_size is 1; ask for another stage, or give it cells "
@@ -401,7 +403,7 @@ def _stem(in_chans: int, dim: int, dd: Factory) -> ChannelsLastStem:
 
 def _cells(stoken_size: Sequence[int | Sequence[int]], stages: int) -> list[tuple[int, int]]:
     """(rows, columns) of the cells of every stage, checked."""
-    cells = [tuple(to_2tuple(size)) for size in stoken_size]
+    cells: list[tuple[int, ...]] = [tuple(to_2tuple(size)) for size in stoken_size]
     sides = [side for cell in cells for side in cell]
     if (
         len(cells) != stages
