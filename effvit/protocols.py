@@ -44,11 +44,16 @@ class PatchEmbedding(Protocol):
     patch_size: Size
     grid_size: Size
     num_patches: int
+    dynamic_img_pad: bool
 
     def __call__(self, x: Tensor, /) -> Tensor: ...
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Its parameters."""
+        ...
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """Its layers by name."""
         ...
 
     def dynamic_feat_size(self, img_size: Size) -> Size:

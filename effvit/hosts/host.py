@@ -12,7 +12,7 @@ import fnmatch
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar, cast
 
 import timm
 import torch
@@ -26,7 +26,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from effvit.block import BlockList, call_block, copy_shared, rehouse, set_child, token_block
-from effvit.hosts.closed_form import plain_vit
+from effvit.hosts.closed_form import PlainViT, plain_vit
 from effvit.hosts.refusals import is_file_name, reason_against, reason_against_class
 from effvit.hosts.stages import Stage, map_stage
 from effvit.hosts.surface import (
@@ -235,7 +235,7 @@ class ReducedHost(Intermediates, Reduced):
 
     def closed_form(self, size: Size, token_counts: Sequence[int] | None = None) -> Terms:
         """MACs of one image (H, W) by term; ``token_counts`` as for ``effvit.measure.closed_form``."""
-        return plain_vit(self, size, token_counts)
+        return plain_vit(cast(PlainViT, self), size, token_counts)
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Normalised tokens (B, P+N, C), made so that timm's ``forward_head`` is exact on them.

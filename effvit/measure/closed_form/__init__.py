@@ -8,7 +8,7 @@ a trace does not see because no output depends on it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, TypeGuard
+from typing import Any, Protocol, TypeGuard, cast
 
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
@@ -17,7 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from effvit.block import BLOCK_CLASSES
-from effvit.hosts.closed_form import plain_vit, swin
+from effvit.hosts.closed_form import PlainViT, Swin, plain_vit, swin
 from effvit.hosts.host import HOST_CLASSES, ReducedHost
 from effvit.hosts.lvvit import LVViT
 from effvit.layers.macs import Size, Terms
@@ -71,9 +71,9 @@ def closed_form_macs(
         check_plain(model, token_counts)
         if isinstance(model, ReducedHost):
             return dict(+model.closed_form(size, token_counts))
-        return dict(+plain_vit(model, size, None))
+        return dict(+plain_vit(cast(PlainViT, model), size, None))
     if type(model) is SwinTransformer:
-        return dict(+swin(model, size))
+        return dict(+swin(cast(Swin, model), size))
     if knows_its_form(model):
         return dict(+model.closed_form(size))
     known = ", ".join(cls.__name__ for cls in (*PLAIN, SwinTransformer))
