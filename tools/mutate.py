@@ -139,7 +139,7 @@ def _fault_of_tests(mutation: Mutation, root: Path) -> str | None:
 @cache
 def _test_texts(root: Path) -> list[str]:
     """What names of tests and of their parameters are taken from."""
-    return [path.read_text() for path in (*root.glob("tests/*.py"), *root.glob("effvit/testing.py"))]
+    return [path.read_text() for path in (*root.glob("tests/*.py"), *root.glob("effvit/testing/*.py"))]
 
 
 # -- runs ------------------------------------------------------------------------------------------------
