@@ -25,6 +25,8 @@ from effvit.recording import is_recorded
 
 __all__ = [
     "RAGGED",
+    "History",
+    "Layout",
     "Memory",
     "Reference",
     "TokenMap",
@@ -234,6 +236,37 @@ class Memory(NamedTuple):
         return take_rows(torch.cat([x.flatten(0, 1) for x in self.sequences]).unsqueeze(0), self.rows)
 
 
+class Layout(NamedTuple):
+    """What all maps of one batch share.
+
+    Attributes:
+        grid: (H, W) patch grid.
+        num_prefix: P, prefix tokens in front.
+        num_class: Of these, the class-like tokens: 1 class, 2 with a distillation token, 0 without either.
+    """
+
+    grid: tuple[int, int]
+    num_prefix: int
+    num_class: int
+
+
+class History(NamedTuple):
+    """What a map keeps of the blocks before, each for a reader that may ask for it.
+
+    Attributes:
+        memory: Last feature every patch had while it was carried, for dense recovery.
+        reference: Features that patches are reconstructed from, for the fill "reconstruct".
+        present: (B, K) patches that entered the first block, where patch dropout left the others out. None: all.
+    """
+
+    memory: Memory | None = None
+    reference: Reference | None = None
+    present: Tensor | None = None
+
+
+NO_HISTORY = History()
+
+
 @dataclass(frozen=True)
 class TokenMap:
     """Where every patch of a batch of images is in the current token sequence.
@@ -244,9 +277,7 @@ class TokenMap:
     Attributes:
         source: (B, H*W) patch -> the token that carries it now, -1 once it is dropped.
         anchor: (B, N) token -> the one patch whose position it keeps (RoPE, pictures).
-        grid: (H, W) patch grid.
-        num_prefix: P, prefix tokens in front.
-        num_class: Of these, the class-like tokens: 1 class, 2 with a distillation token, 0 without either.
+        layout: Patch grid and prefix tokens; ``grid``, ``num_prefix`` and ``num_class`` read it.
         num_tokens: N; the largest possible N for a method whose count depends on the image.
         moved: False while the tokens still are the full grid in image order.
         complete: Every patch is carried by a token that stands for it: none was dropped or fused.
@@ -254,18 +285,14 @@ class TokenMap:
         key_weight: (B, N) factor on the attention a token receives as a key. None means one each.
         valid: (B, N) False for the padding of an image with fewer tokens than its neighbours. None: all valid.
         fused: (B, N) True for a token that sums up patches it does not stand for one by one (EViT's). None: no.
-        memory: Last feature every patch had while it was carried; kept only for dense recovery.
-        reference: What patches are reconstructed from the tokens left by; kept only where that may be asked for.
-        present: (B, K) patches that entered the first block, where patch dropout left the others out. None: all.
+        history: What is kept of the blocks before; ``memory``, ``reference`` and ``present`` read it.
         carry: What a method hands from block to block (GTP: its graph).
         packed: The sequence is one row (1, T, C) of all valid tokens of all images, without padding.
     """
 
     source: Tensor
     anchor: Tensor
-    grid: tuple[int, int]
-    num_prefix: int
-    num_class: int
+    layout: Layout
     num_tokens: int
     moved: bool = False
     complete: bool = True
@@ -273,9 +300,7 @@ class TokenMap:
     key_weight: Tensor | None = None
     valid: Tensor | None = None
     fused: Tensor | None = None
-    memory: Memory | None = None
-    reference: Reference | None = None
-    present: Tensor | None = None
+    history: History = NO_HISTORY
     carry: Tensor | None = None
     packed: bool = False
 
@@ -283,7 +308,37 @@ class TokenMap:
     def full(cls, x: Tensor, grid: tuple[int, int], num_prefix: int, num_class: int) -> TokenMap:
         """The map of an unreduced sequence x (B, P + H*W, C)."""
         patches = _identity(x, grid[0] * grid[1])
-        return cls(patches, patches, grid, num_prefix, num_class, num_tokens=grid[0] * grid[1])
+        return cls(patches, patches, Layout(grid, num_prefix, num_class), num_tokens=grid[0] * grid[1])
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(H, W) patch grid."""
+        return self.layout.grid
+
+    @property
+    def num_prefix(self) -> int:
+        """P, prefix tokens in front."""
+        return self.layout.num_prefix
+
+    @property
+    def num_class(self) -> int:
+        """Class-like tokens among the prefix tokens."""
+        return self.layout.num_class
+
+    @property
+    def memory(self) -> Memory | None:
+        """Last feature every patch had while it was carried, if it was remembered."""
+        return self.history.memory
+
+    @property
+    def reference(self) -> Reference | None:
+        """Features that patches are reconstructed from, if they were kept."""
+        return self.history.reference
+
+    @property
+    def present(self) -> Tensor | None:
+        """(B, K) patches that entered the first block; None: all."""
+        return self.history.present
 
     def relabel(
         self,
@@ -459,11 +514,12 @@ class TokenMap:
 
     def remember(self, x: Tensor) -> TokenMap:
         """The map that remembers what ``recall`` gives, for when its tokens are gone."""
-        return replace(self, memory=self.recall(x))
+        return replace(self, history=self.history._replace(memory=self.recall(x)))
 
     def refer(self, x: Tensor) -> TokenMap:
         """The map that keeps the patches of the full grid in x (B, P + H*W, C) to be compared with later."""
-        return replace(self, reference=Reference(x[:, self.num_prefix :]))
+        reference = Reference(x[:, self.num_prefix :])
+        return replace(self, history=self.history._replace(reference=reference))
 
     def on_its_own(self) -> Tensor:
         """(B, H*W) True for a patch that is carried by a token which stands for it (not dropped, not fused)."""

@@ -170,7 +170,8 @@ class ReducedHost(Intermediates, Reduced):
             x, index = self.token_drop(x)
             if index is not None:
                 tokens = tokens.refer(full) if reference else tokens
-                tokens = replace(tokens.keep(index, index.shape[1]), present=index)
+                tokens = tokens.keep(index, index.shape[1])
+                tokens = replace(tokens, history=tokens.history._replace(present=index))
         return x, rope, tokens
 
     def _forward_blocks(
