@@ -466,7 +466,7 @@ class TestSetKeepRate:
     def test_rate_that_leaves_no_token_changes_nothing(self) -> None:
         model = reduced("zero_tprune", r=0)
         before = model.settings
-        with pytest.raises(ValueError, match="zero_tprune would leave 0 of 16 patch tokens in block 1"):
+        with pytest.raises(ValueError, match="zero_tprune would leave 0 of 1 patch tokens in block 2"):
             model.set_keep_rate(0.02)
         assert model.settings == before
 

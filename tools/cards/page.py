@@ -49,7 +49,7 @@ def code_url(facts: dict[str, Any]) -> str:
 
 
 def _below(notes: Notes) -> list[str]:
-    return notes.lines() if notes.texts else [""]
+    return [*notes.lines(), ""] if notes.texts else [""]
 
 
 def _link(path: str) -> str:
