@@ -441,8 +441,8 @@ class TokenRecoveringAttention(nn.Module):
 class TokenRecovery(CrossBlock):
     """Trained recovery of image tokens X from a few tokens S, ``X' = MHA(X, S) + X`` and an MLP (STViT-R, 2303.08685).
 
-    ``forward(x, s)``: image tokens x (B, N, C), as they were before S was made of them, ask the tokens s (B, Ns, C)
-    and keep their place: (B, N, C). This is the last layer of the released dumbbell unit on global attention
+    ``forward(x, s)``: image tokens x (B, N, C), as they were before S was made of them, attend to the tokens s
+    (B, Ns, C) and keep their place: (B, N, C). This is the last layer of the released dumbbell unit on global attention
     (changsn/STViT-R@b4a27a0 models/swin_transformer.py, blocks 5, 11 and 17 of stage 2). Arguments as ``CrossBlock``.
     """
 
@@ -450,9 +450,9 @@ class TokenRecovery(CrossBlock):
 class RestoreBlock(WindowCrossBlock):
     """``TokenRecovery`` by windows, for dense tasks on maps of any size (STViT-R on Swin, 2303.08685).
 
-    The image tokens of a window ask the semantic tokens in a larger window around theirs: with the released sizes,
-    49 image tokens ask 27 x 27 semantic tokens, of which the 3 x 3 in the middle came from their own window
-    (``RestoreBlock`` of mmdet/models/backbones/layers.py@8b8eb1e of changsn/STViT-R-Object-Detection).
+    The image tokens of a window attend to the semantic tokens in a larger window around theirs: with the released
+    sizes, 49 image tokens attend to 27 x 27 semantic tokens, of which the 3 x 3 in the middle came from their own
+    window (``RestoreBlock`` of mmdet/models/backbones/layers.py@8b8eb1e of changsn/STViT-R-Object-Detection).
 
     Args:
         dim: Channels.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from timm.layers import ClassifierHead, ConvNormAct, get_device_dtype, trunc_normal_
@@ -23,8 +23,8 @@ from effvit.hosts.surface import (
     refuse_mask,
     with_gradients,
 )
-from effvit.layers.macs import Size, Terms, layers
-from effvit.protocols import Device, Factory, Settings
+from effvit.layers.macs import Terms, convolutions, layers
+from effvit.protocols import Device, Factory, Settings, Size
 from effvit.tokens import fix_traced_size, fx_leaf
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "PyramidStage",
     "SoftTokenViT",
     "check_per_stage",
+    "conv_stage_terms",
     "conv_stages",
     "pooled_head",
 ]
@@ -152,6 +153,25 @@ def conv_stages(
         down = ConvNormAct(dims[i - 1], dim, 3, stride=2, bias=True, apply_act=False, **dd) if i else None
         stages.append(PyramidStage(down, blocks))
     return nn.Sequential(*stages)
+
+
+class CountedBlock(Protocol):
+    """A block that tells its closed form."""
+
+    def closed_form(self, size: Size) -> Terms:
+        """MACs by term on a map (H, W)."""
+        ...
+
+
+def conv_stage_terms(stem: nn.Module, stages: Iterable[PyramidStage], size: Size) -> tuple[Terms, Size]:
+    """MACs by term of stem and stages, as ``conv_stages`` makes them, on an image (H, W), and the last map's size."""
+    terms, size = convolutions("embedding", stem, size)
+    for stage in stages:
+        more, size = convolutions("embedding", stage.downsample, size)
+        terms += more
+        for block in cast(Iterable[CountedBlock], stage.blocks):
+            terms += block.closed_form(size)
+    return terms, size
 
 
 class PyramidBackbone(nn.Module):

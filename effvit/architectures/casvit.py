@@ -7,7 +7,7 @@ values: no softmax and no product of all pairs of pixels. Facts from Tianfang-Zh
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from timm.layers import ClassifierHead, ConvNormAct, DropPath, Mlp, calculate_drop_path_rates
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from effvit.architectures.base import (
     ChannelsLastStem,
     PyramidBackbone,
-    PyramidStage,
     check_per_stage,
+    conv_stage_terms,
     conv_stages,
     pooled_head,
 )
 from effvit.hosts._names import renamed
-from effvit.layers.macs import Size, Terms, convolutions, feedforward, layers, norm
-from effvit.protocols import Device, Factory
+from effvit.layers.macs import Terms, feedforward, layers, norm
+from effvit.protocols import Device, Factory, Size
 
 __all__ = ["AdditiveAttention", "CASViT", "DistilledHead"]
 
@@ -136,6 +136,17 @@ class CASBlock(nn.Module):
         x = x + y
         y = self.drop_path2(self.mlp(self.norm2(x)))
         return x + y
+
+    def closed_form(self, size: Size) -> Terms:
+        """MACs by term on a map (H, W)."""
+        pixels, attn = size[0] * size[1], self.attn
+        terms = layers("local", self.local, pixels) + norm(self.norm1, pixels)
+        for part in (attn.qkv, attn.gates_q.spatial, attn.gates_k.spatial, attn.dwconv, attn.proj):
+            terms += layers("attention", part, pixels)
+        for gates in (attn.gates_q, attn.gates_k):
+            terms += layers("attention", gates.channel, 1)
+            terms["pooling"] += pixels * attn.proj.in_channels
+        return terms + feedforward(self, pixels)
 
 
 class DistilledHead(ClassifierHead):
@@ -279,22 +290,7 @@ class CASViT(PyramidBackbone):
 
     def closed_form(self, size: Size) -> Terms:
         """MACs of one image (H, W) by term: gates and depthwise convolutions in place of the attention map."""
-        terms, size = convolutions("embedding", self.stem, size)
-        stages: Iterable[PyramidStage] = self.stages
-        for stage in stages:
-            more, size = convolutions("embedding", stage.downsample, size)
-            terms += more
-            pixels = size[0] * size[1]
-            for block in stage.blocks:
-                assert isinstance(block, CASBlock)
-                terms += layers("local", block.local, pixels) + norm(block.norm1, pixels)
-                attn = block.attn
-                for part in (attn.qkv, attn.gates_q.spatial, attn.gates_k.spatial, attn.dwconv, attn.proj):
-                    terms += layers("attention", part, pixels)
-                for gates in (attn.gates_q, attn.gates_k):
-                    terms += layers("attention", gates.channel, 1)
-                    terms["pooling"] += pixels * attn.proj.in_channels
-                terms += feedforward(block, pixels)
+        terms, size = conv_stage_terms(self.stem, self.stages, size)
         return terms + norm(self.norm, size[0] * size[1]) + pooled_head(self.head, size)
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:

@@ -1,13 +1,13 @@
 """The dumbbell unit of STViT-R on Swin (arXiv 2303.08685): fewer tokens for some layers, then all of them again.
 
 A unit is a window-attention block on image tokens X, two layers of the semantic token generation module (STGM)
-that make a few tokens S of each window, blocks on S alone, and a recovery in which X asks S. Maps go in and out, so
-units can be stacked, and used in any stage of a pyramid. Everything is in the layout (B, H, W, C).
+that make a few tokens S of each window, blocks on S alone, and a recovery in which X attends to S. Maps go in and out,
+so units can be stacked, and used in any stage of a pyramid. Everything is in the layout (B, H, W, C).
 
 Two forms exist, and weights of one run in the other:
 
-* of classification (changsn/STViT-R@b4a27a0, models/layers.py): the first STGM layer asks a window of keys near its
-  own, the second and the recovery ask all tokens there are;
+* of classification (changsn/STViT-R@b4a27a0, models/layers.py): the first STGM layer attends to a window of keys near
+  its own, the second and the recovery to all tokens there are;
 * of dense tasks (changsn/STViT-R-Object-Detection@8b8eb1e, mmdet/models/backbones/layers.py), key_windows="dense":
   both STGM layers and the recovery ask windows, so that the cost grows with the size of the map alone.
 """
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from effvit.architectures.semantic_tokens import SEED_POOLS, LearnedSeeds, SemanticBlock, max_seeds, seed_terms
 from effvit.layers.cross_attention import CrossBlock, CrossSettings, SharedSettings, WindowCrossBlock
-from effvit.layers.macs import Size, Terms, cross_block, layers, window_cross, windows
+from effvit.layers.macs import Terms, cross_block, layers, window_cross, windows
 from effvit.layers.windows import (
     from_windows,
     inside_windows,
@@ -33,14 +33,11 @@ from effvit.layers.windows import (
     resize_bias_table,
     to_windows,
 )
-from effvit.protocols import Factory
+from effvit.protocols import Factory, Size
 from effvit.recording import is_exported
 from effvit.recover import RestoreBlock, TokenRecovery
 from effvit.schedule import check_choice, check_switch
 from effvit.tokens import fx_leaf
-
-if TYPE_CHECKING:
-    pass
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -101,7 +98,7 @@ def masked_bias(bias: Tensor | None, mask: Tensor | None) -> Tensor | None:
 
 
 class WindowSeedBlock(WindowCrossBlock):
-    """A layer of the STGM on windows: the semantic tokens of a window ask the image tokens in and around it.
+    """A layer of the STGM on windows: the semantic tokens of a window attend to the image tokens in and around it.
 
     Without semantic tokens given, seeds are pooled from each window.
 
@@ -431,7 +428,7 @@ class DumbbellUnit(nn.Module):
 
 
 def recovery_terms(block: Recovery, size: Size, semantic: Size) -> Terms:
-    """Image tokens asked back from the semantic tokens."""
+    """MACs by term of image tokens that attend to the semantic tokens."""
     if isinstance(block, RestoreBlock):
         return window_cross(block, size, semantic)
     return cross_block(block, size[0] * size[1], semantic[0] * semantic[1])

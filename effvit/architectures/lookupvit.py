@@ -45,9 +45,9 @@ from effvit.hosts.closed_form import embedding
 from effvit.hosts.stages import Stage, soft_stage
 from effvit.hosts.surface import check_images, patch_grid, refuse_mask
 from effvit.layers.bidirectional_attention import GatherAttention, InfuseAttention, ProjectionSettings
-from effvit.layers.macs import Size, Terms, attention, layers, norm, plain_block
+from effvit.layers.macs import Terms, attention, layers, norm, plain_block
 from effvit.layers.resize import resize_map
-from effvit.protocols import Device, Factory, Layer, PatchEmbedding, Setting
+from effvit.protocols import Device, Factory, Layer, PatchEmbedding, Setting, Size
 from effvit.recording import refuse_legacy_onnx
 from effvit.tokens import fix_traced_size, fx_leaf
 

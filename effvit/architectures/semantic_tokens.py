@@ -19,8 +19,8 @@ from timm.layers import LayerNorm2d, trunc_normal_
 from torch import Tensor, nn
 
 from effvit.layers.cross_attention import CrossAttention, CrossBlock, CrossSettings
-from effvit.layers.macs import Size, Terms, layers
-from effvit.protocols import Device, Factory
+from effvit.layers.macs import Terms, layers
+from effvit.protocols import Device, Factory, Size
 from effvit.tokens import fx_leaf, wide_dtype, wide_product
 
 if TYPE_CHECKING:

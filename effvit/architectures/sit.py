@@ -37,8 +37,8 @@ from effvit.hosts.closed_form import classifier, embedding
 from effvit.hosts.lvvit import DampedBlock, FixedPatchEmbed
 from effvit.hosts.stages import Stage, soft_stage
 from effvit.hosts.surface import check_images, patch_grid
-from effvit.layers.macs import Size, Terms, layers, plain_block
-from effvit.protocols import Device, Factory
+from effvit.layers.macs import Terms, layers, plain_block
+from effvit.protocols import Device, Factory, Size
 from effvit.schedule import check_choice, check_count, check_fraction
 from effvit.tokens import fix_traced_size, wide_product
 

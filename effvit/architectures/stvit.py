@@ -27,8 +27,8 @@ from effvit.hosts.closed_form import classifier, embedding
 from effvit.hosts.stages import Stage, soft_stage
 from effvit.hosts.surface import check_images, patch_grid, refuse_open_sizes
 from effvit.layers.cross_attention import SharedSettings
-from effvit.layers.macs import Size, Terms, cross_block, plain_block
-from effvit.protocols import Device, PatchEmbedding, Settings
+from effvit.layers.macs import Terms, cross_block, plain_block
+from effvit.protocols import Device, PatchEmbedding, Settings, Size
 from effvit.recording import refuse_legacy_onnx
 from effvit.recover import TokenRecovery
 from effvit.schedule import check_count, check_switch

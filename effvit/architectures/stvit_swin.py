@@ -40,9 +40,9 @@ from effvit.architectures.dumbbell import (
 from effvit.architectures.swin_parts import ConvStem, WindowBlock
 from effvit.hosts.stages import Stage, soft_stage
 from effvit.layers.cross_attention import SharedSettings
-from effvit.layers.macs import Size, Terms, convolutions, layers, norm, window_block
+from effvit.layers.macs import Terms, convolutions, layers, norm, window_block
 from effvit.layers.windows import live_cells, num_windows, resize_bias_table, spread_cells
-from effvit.protocols import Device, Factory
+from effvit.protocols import Device, Factory, Size
 from effvit.recording import compile_each_size, refuse_legacy_onnx, refuse_open_sides
 from effvit.recover import RestoreBlock, TokenRecovery
 from effvit.schedule import check_count, check_switch
@@ -168,7 +168,7 @@ class STViTSwin(PyramidBackbone):
         qkv_bias: Biases of queries, keys and values.
         recovery: STViT-R; else STViT.
         stem: "conv", as released for STViT-R, or "patch", Swin's own patch embedding.
-        key_windows: Which keys the STGM asks, see ``effvit.architectures.dumbbell``. "inside": windows of
+        key_windows: Which keys the STGM attends to, see ``effvit.architectures.dumbbell``. "inside": windows of
             (window_size + 3)² image tokens moved inside the map, then all tokens. It is the released classification
             network at 224 pixels and works on maps of any size. "cls": 10 x 10 windows at a stride of 4, literals of
             the released classification code, which fit few maps. "dense": the released dense network.
@@ -240,7 +240,16 @@ class STViTSwin(PyramidBackbone):
         dims = [embed_dim * 2**i for i in range(4)]
         norm = partial(LayerNorm2d, eps=1e-5, **dd)
         out = norm if check_switch("out_norm", out_norm) else None
-        super().__init__(dims, num_classes, global_pool, in_chans, None, drop_rate, out, "NHWC", **dd)
+        super().__init__(
+            dims,
+            num_classes,
+            global_pool,
+            in_chans,
+            drop_rate=drop_rate,
+            out_norm=out,
+            output_fmt="NHWC",
+            **dd,
+        )
         windows = check_windows(window_size)
         self.window, self.samples = windows[2], check_count("window_samples", window_samples, 1)
         self.recovery, self.crops = recovery, mask_mode == "correct"

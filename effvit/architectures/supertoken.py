@@ -28,15 +28,15 @@ from torch import Tensor, nn
 from effvit.architectures.base import (
     ChannelsLastStem,
     PyramidBackbone,
-    PyramidStage,
     check_per_stage,
+    conv_stage_terms,
     conv_stages,
     pooled_head,
 )
 from effvit.hosts._names import renamed
 from effvit.hosts.stages import Stage, soft_stage
 from effvit.hosts.surface import check_batch
-from effvit.layers.macs import Size, Terms, attend, convolutions, feedforward, layers, norm, windows
+from effvit.layers.macs import Terms, attend, feedforward, layers, norm, windows
 from effvit.layers.super_tokens import (
     SuperTokenAttention,
     associate,
@@ -45,7 +45,7 @@ from effvit.layers.super_tokens import (
     neighbours,
     to_cells,
 )
-from effvit.protocols import Device, Factory
+from effvit.protocols import Device, Factory, Size
 from effvit.recording import compile_each_size, refuse_open_sides
 
 if TYPE_CHECKING:
@@ -161,6 +161,18 @@ class SuperTokenBlock(nn.Module):
         x = x + y.permute(0, 3, 1, 2)  # (B, C, H, W)
         y = self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         return x + y
+
+    def closed_form(self, size: Size) -> Terms:
+        """MACs by term on a map (H, W)."""
+        pixels, cell = size[0] * size[1], self.attn.cell
+        terms = layers("embedding", self.pos_embed, pixels) + norm(self.norm1, pixels)
+        tokens = pixels if cell == (1, 1) else windows(size, cell)
+        terms += attend(self.attn.refine, tokens, tokens) + feedforward(self, pixels)
+        if cell != (1, 1):
+            # Nine super tokens a pixel: association in each round, new tokens in each, and the way back.
+            products = 2 * self.attn.n_iter + 1
+            terms["association"] += products * 9 * tokens * cell[0] * cell[1] * self.norm1.normalized_shape[0]
+        return terms
 
 
 # Official names, in order of application; the stem and the final layers follow timm's pyramids.
@@ -321,22 +333,7 @@ class SuperTokenViT(PyramidBackbone):
 
     def closed_form(self, size: Size) -> Terms:
         """MACs of one image (H, W) by term: attention between the soft superpixels of a map."""
-        terms, size = convolutions("embedding", self.stem, size)
-        stages: Iterable[PyramidStage] = self.stages
-        for stage in stages:
-            more, size = convolutions("embedding", stage.downsample, size)
-            terms += more
-            pixels = size[0] * size[1]
-            for block in stage.blocks:
-                assert isinstance(block, SuperTokenBlock)
-                cell = block.attn.cell
-                terms += layers("embedding", block.pos_embed, pixels) + norm(block.norm1, pixels)
-                tokens = pixels if cell == (1, 1) else windows(size, cell)
-                terms += attend(block.attn.refine, tokens, tokens) + feedforward(block, pixels)
-                if cell != (1, 1):
-                    # Nine super tokens a pixel: association in each round, new tokens in each, and the way back.
-                    products = 2 * block.attn.n_iter + 1
-                    terms["association"] += products * 9 * tokens * cell[0] * cell[1] * block.norm1.normalized_shape[0]
+        terms, size = conv_stage_terms(self.stem, self.stages, size)
         terms += layers("head", self.proj, size[0] * size[1]) + norm(self.norm, size[0] * size[1])
         return terms + pooled_head(self.head, size)
 

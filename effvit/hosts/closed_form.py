@@ -10,7 +10,6 @@ from torch import nn
 from effvit.layers.macs import (
     PlainBlock,
     SelfAttention,
-    Size,
     Terms,
     WindowedBlock,
     attend,
@@ -21,7 +20,7 @@ from effvit.layers.macs import (
     norm,
     window_block,
 )
-from effvit.protocols import PatchEmbedding
+from effvit.protocols import PatchEmbedding, Size
 from effvit.reducers import METHODS, Reducer
 from effvit.reducers.cost import BlockSizes, Change
 

@@ -49,8 +49,8 @@ class GatherAttention(nn.Module):
     """Cross-attention of compressed tokens to the patches, which also hands out the weights for the way back.
 
     The weights are computed once and used in both directions. That is cheaper than the fused kernel plus a second
-    q k^T: 0.36 against 0.50 ms for both directions of one
-    image at N=196, M=25 and 12 heads of 64 (float32, one thread of an AMD EPYC, median of 60).
+    q k^T: 0.36 against 0.50 ms for both directions of one image at N=196, M=25 and 12 heads of 64 (float32, one thread
+    of an AMD EPYC, median of 60).
     """
 
     def __init__(

@@ -18,7 +18,6 @@ from effvit.layers.cross_attention import CrossBlock, WindowCrossBlock
 from effvit.protocols import Size
 
 __all__ = [
-    "Size",
     "Terms",
     "attend",
     "attention",

@@ -23,7 +23,7 @@ def class_attention(state: AttnState) -> Tensor:
     """Head-mean attention of the class token to every patch token, (B, N).
 
     With a distillation token the rows of both are averaged, as the author advises (official issue 15; the
-    official code does not run with one). Register tokens are neither asked nor scored.
+    official code does not run with one). Register tokens neither score nor are scored.
     """
     return state.class_rows().mean(dim=(1, 2))[:, state.keys.num_prefix :]
 

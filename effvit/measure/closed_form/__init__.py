@@ -20,7 +20,8 @@ from effvit.block import BLOCK_CLASSES
 from effvit.hosts.closed_form import PlainViT, Swin, plain_vit, swin
 from effvit.hosts.host import HOST_CLASSES, ReducedHost
 from effvit.hosts.lvvit import LVViT
-from effvit.layers.macs import Size, Terms
+from effvit.layers.macs import Terms
+from effvit.protocols import Size
 from effvit.reducers import METHODS, Reducer
 
 __all__ = ["closed_form_macs"]
