@@ -18,7 +18,7 @@ from effvit.architectures import variants
 from effvit.hosts import lvvit, vit_nano
 from effvit.hosts.checkpoints import host_state_dict
 from effvit.hosts.feature_pyramid import feature_settings
-from effvit.hosts.host import apply_method, check_model_name, check_settings, record_name
+from effvit.hosts.host import check_model_name, check_settings, record_name, sparsify
 from effvit.hosts.refusals import name_arguments
 from effvit.hosts.surface import SPARSIFIED, Reduced, record_args
 from effvit.protocols import Setting
@@ -107,7 +107,7 @@ def _create(
         as_timm = pretrained and not behind
         dense: nn.Module = model_entrypoint(host)(pretrained=as_timm, pretrained_cfg=cfg, **loading, **host_kwargs)
         record_args(dense, args)
-        reduced = apply_method(dense, method, settings, recover)
+        reduced = sparsify(dense, method, recover=recover, share=True, **settings)
         reduced.host_name = host
         return reduced
 

@@ -601,13 +601,6 @@ def sparsify(
     """
     if isinstance(method, type):
         method = register_method(method).name
-    return apply_method(model, method, settings, recover, share)
-
-
-def apply_method(
-    model: nn.Module | str, method: str, settings: Mapping[str, Setting], recover: str | None = None, share: bool = True
-) -> ReducedHost | ReducedTinyViT:
-    """``sparsify`` by the name of a method, with its settings in one mapping."""
     check_settings(method, settings)
     check_switch("share", share)
     dense = _create_host(model) if isinstance(model, str) and not is_file_name(model) else model
@@ -653,7 +646,7 @@ def apply_method(
         warnings.warn(
             f"{dense.method} had learnt {', '.join(lost[:4])}{' ...' if len(lost) > 4 else ''}, which the new model is "
             f"without: {method} with these settings and recover {recover!r} cannot hold it; the given model keeps it",
-            stacklevel=3,
+            stacklevel=2,
         )
     return host
 

@@ -9,7 +9,7 @@ import timm
 from torch import nn
 
 import effvit
-from effvit.hosts.host import apply_method, check_model_name
+from effvit.hosts.host import check_model_name
 from effvit.hosts.surface import Reduced
 from effvit.measure.json_files import parse_json
 from effvit.messages import plain, shown
@@ -64,7 +64,7 @@ def reduced(host: nn.Module, variants: Sequence[tuple[str, Settings]]) -> dict[s
 
 def reduce_by(host: nn.Module, method: str, settings: Settings) -> Reduced:
     """The host with that method and those settings."""
-    return apply_method(host, method, settings)
+    return effvit.sparsify(host, method, recover=None, share=True, **settings)
 
 
 def build(name: str, options: Mapping[str, Setting], pretrained: bool = False) -> nn.Module:
