@@ -75,10 +75,7 @@ def test_installed_methods_are_there_after_import_and_a_broken_one_is_named(site
 EVERYTHING = """
 import timm, torch, effvit
 from pathlib import Path
-from effvit.hosts.stages import MERGED, Stage
-from effvit.layers.macs import Terms, convolutions, layers
 from effvit.measure.closed_form import closed_form_macs
-from effvit.protocols import Size
 from effvit.measure.tune import families
 from effvit.show.visualize import token_figure
 from PIL import Image

@@ -49,8 +49,8 @@ def run_convert(arguments: Arguments) -> None:
     """Write a checkpoint under our names and print which of its entries were used, renamed and dropped."""
     if arguments.out is not None and arguments.out.suffix != ".safetensors":
         raise ValueError(f"--out must end in .safetensors, got {arguments.out}")
-    options = dict(parse_setting(text) for text in arguments.settings)
-    model = build(arguments.model, options)
+    settings = dict(parse_setting(text) for text in arguments.settings)
+    model = build(arguments.model, settings)
     conversion = convert_checkpoint(model, arguments.file, key=arguments.key)
     lines = [
         f"{len(conversion.state)} entries for {arguments.model}: {len(conversion.same)} under the file's names, "

@@ -21,6 +21,7 @@ __all__ = [
     "FeaturePyramid",
     "PyramidFeatures",
     "SimpleFeaturePyramid",
+    "StageInfo",
     "feature_settings",
     "rescaled_channels",
 ]
@@ -131,7 +132,7 @@ class SimpleFeaturePyramid(nn.Module):
 
 
 class StageInfo(TypedDict):
-    """What timm notes of a feature map."""
+    """What timm notes of a feature map: channels, stride in pixels, and the module it leaves."""
 
     num_chs: int
     reduction: int

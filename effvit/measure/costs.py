@@ -23,6 +23,7 @@ from effvit.measure.profiler import (
     median_ratio,
     noise,
     profile_models,
+    setup_of,
 )
 from effvit.measure.records import as_json
 from effvit.measure.values import Conditions, Cost, Record
@@ -164,7 +165,7 @@ def conditions_of(
     batch_size: int, input_size: tuple[int, int, int], images: Sequence[str] | str, options: ProfileOptions
 ) -> Conditions:
     """What a measurement with these options of ``profile_models`` holds for."""
-    device = torch.device(options.get("device", "cpu"))
+    setup = setup_of(options)
     known = {field.name for field in fields(Conditions)}
     return Conditions(
         batch_size=batch_size,
@@ -172,11 +173,9 @@ def conditions_of(
         compile=options.get("compile", False),
         cuda_graphs=options.get("cuda_graphs", False),
         options={name: as_json(value) for name, value in options.items() if name not in known},
-        threads=options.get("threads") or torch.get_num_threads(),
-        device=str(device),
-        dtype=str(options.get("dtype", torch.float32)).removeprefix("torch."),
-        clock="cuda events" if device.type == "cuda" else "wall",
+        clock="cuda events" if setup["device"].startswith("cuda") else "wall",
         images=images,
+        **setup,
     )
 
 

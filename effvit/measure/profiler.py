@@ -39,6 +39,7 @@ __all__ = [
     "median_ratio",
     "noise",
     "profile_models",
+    "setup_of",
 ]
 
 SEED = 0
@@ -63,6 +64,23 @@ class Options(TypedDict, total=False):
     dtype: torch.dtype
     compile: bool
     cuda_graphs: bool
+
+
+class Setup(TypedDict):
+    """What models run on, as files of results name it."""
+
+    threads: int
+    device: str
+    dtype: str
+
+
+def setup_of(options: Options) -> Setup:
+    """What ``profile_models`` runs on with these options, defaults filled in."""
+    return {
+        "threads": options.get("threads") or torch.get_num_threads(),
+        "device": str(torch.device(options.get("device", "cpu"))),
+        "dtype": str(options.get("dtype", torch.float32)).removeprefix("torch."),
+    }
 
 
 class ProfileOptions(Options, total=False):

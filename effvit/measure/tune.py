@@ -11,14 +11,13 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-import torch
 from torch import Tensor, nn
 
 from effvit.hosts.host import ReducedHost
 from effvit.measure.closed_form import closed_form_macs
 from effvit.measure.fidelity import Outputs, compare_outputs, outputs
 from effvit.measure.ideal import PlainViT, mean_counts
-from effvit.measure.profiler import Options, machine, profile_models
+from effvit.measure.profiler import Options, machine, profile_models, setup_of
 from effvit.measure.values import Candidate, Tuning, TuningConditions
 from effvit.measure.variants import reduce_by
 from effvit.protocols import Settings
@@ -177,14 +176,13 @@ def tune(
             "measure with a larger batch_size, where reduction pays more"
         )
     named = {"images": len(images), "rounds": rounds, "final_rounds": final_rounds}
-    others = {name: str(value) for name, value in options.items() if name not in ("threads", "device", "dtype")}
+    setup = setup_of(options)
+    others = {name: str(value) for name, value in options.items() if name not in setup}
     conditions = TuningConditions(
         batch_size=batch_size,
         input_size=trials.size,
         options={**named, **others},
-        threads=options.get("threads") or torch.get_num_threads(),
-        device=str(options.get("device", "cpu")),
-        dtype=str(options.get("dtype", torch.float32)).removeprefix("torch."),
+        **setup,
     )
     tried = list(trials.tried.values())
     return Tuning(

@@ -23,7 +23,7 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 from effvit.measure.flops import count_flops
 from effvit.protocols import Setting, Settings, Size
 from effvit.testing.laws import assert_equal_scores_and_gradients, copies_through_files
-from effvit.testing.models import perturb
+from effvit.testing.models import noise, perturb
 from effvit.testing.surface import Backbone, MapModel
 
 __all__ = ["ArchitectureContract", "SmallModel", "parametrize_models"]
@@ -58,8 +58,7 @@ class SmallModel:
 
     def images(self, batch: int = 2, resized: bool = False) -> Tensor:
         """Images (B, 3, H, W) of ``size`` or, resized, of ``other``, the same ones at every call."""
-        size = self.other if resized else self.size
-        return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(1))
+        return noise(batch, self.other if resized else self.size)
 
 
 def parametrize_models(cases: Mapping[str, SmallModel]) -> pytest.MarkDecorator:

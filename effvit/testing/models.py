@@ -15,11 +15,11 @@ from torch import Tensor, nn
 import effvit
 from effvit.hosts.host import ReducedHost
 from effvit.hosts.lvvit import LVViT
-from effvit.protocols import Setting, Settings
+from effvit.protocols import Setting, Settings, Size
 from effvit.reducers import METHODS
 from effvit.testing.surface import Backbone, MakeModel
 
-__all__ = ["HOSTS", "SIZE", "example", "make_host", "make_images", "make_model", "perturb", "reduce"]
+__all__ = ["HOSTS", "SIZE", "example", "make_host", "make_images", "make_model", "noise", "perturb", "reduce"]
 
 SIZE: Settings = {
     "img_size": (48, 64),
@@ -112,4 +112,9 @@ def make_images(model: Backbone | ReducedHost, batch: int = 2) -> Tensor:
     """Images (B, 3, H, W) of the model's size, the same ones at every call."""
     size = model.patch_embed.img_size
     assert size is not None, "the model was not made for images of one size"
+    return noise(batch, size)
+
+
+def noise(batch: int, size: Size) -> Tensor:
+    """Random images (batch, 3, H, W), the same ones at every call."""
     return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(1))

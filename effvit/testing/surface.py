@@ -7,17 +7,10 @@ from typing import TYPE_CHECKING, Literal, Protocol, TypedDict, overload
 
 from torch import Tensor, nn
 
+from effvit.hosts.feature_pyramid import StageInfo
 from effvit.protocols import PatchEmbedding, Setting, Size
 
-__all__ = ["Backbone", "FeatureInfo", "MakeModel", "MapModel", "MapsInfo", "PretrainedCfg"]
-
-
-class FeatureInfo(TypedDict):
-    """What timm tells of one intermediate: channels, stride in pixels, and the module it leaves."""
-
-    num_chs: int
-    reduction: int
-    module: str
+__all__ = ["Backbone", "MakeModel", "MapModel", "MapsInfo", "PretrainedCfg"]
 
 
 class PretrainedCfg(TypedDict):
@@ -40,7 +33,7 @@ class Backbone(nn.Module):
     cls_token: Tensor | None
     patch_embed: PatchEmbedding
     pretrained_cfg: PretrainedCfg
-    feature_info: list[FeatureInfo]
+    feature_info: list[StageInfo]
     num_classes: int
     num_features: int
     head_hidden_size: int
