@@ -34,31 +34,39 @@ PAIRS = pairs()
 Pair = tuple[str, str]
 
 
-def covering(pairs: Sequence[Pair]) -> set[Pair]:
-    """A third of the pairs in which every first and every second member is, for tests of which some are enough."""
-    firsts, seconds = (list(dict.fromkeys(members)) for members in zip(*pairs, strict=True))
-    kept = {(a, b) for a, b in pairs if (firsts.index(a) + seconds.index(b)) % 3 == 1}
-    for a, b in pairs:
-        if a not in {first for first, _ in kept} or b not in {second for _, second in kept}:
-            kept.add((a, b))
+def covering(pairs: Sequence[Pair], taken: Counter[Pair] | None = None) -> set[Pair]:
+    """Few of the pairs in which every first and every second member is, for tests of which some are enough.
+
+    Greedy and without chance: next is the pair with most members that none has yet, of these the one ``taken`` least,
+    of these the one whose members came least.
+    """
+    taken = taken or Counter()
+    came: Counter[tuple[int, str]] = Counter()
+    kept: set[Pair] = set()
+    while missing := {member for pair in pairs for member in enumerate(pair) if not came[member]}:
+        best = max(
+            pairs,
+            key=lambda pair: (
+                len(missing & {*enumerate(pair)}),
+                -taken[pair],
+                -sum(came[member] for member in enumerate(pair)),
+            ),
+        )
+        came.update(enumerate(best))
+        kept.add(best)
     return kept
 
 
 def cover(laws: Iterable[str], pairs: Sequence[Pair]) -> dict[str, set[Pair]]:
-    """Pairs for each law, in which every law meets every first and every second member, and every pair some law.
+    """A ``covering`` for each law, which differ so that every pair meets some law.
 
-    Greedy and without chance: a law takes the pair that has most members new to it, of these the one that fewest laws
-    before it took. So there are about as many cases as laws times members of the longer side, not laws times pairs.
+    So there are about as many cases as laws times members of the longer side, not laws times pairs.
     """
     taken: Counter[Pair] = Counter()
-    chosen: dict[str, set[Pair]] = {law: set() for law in laws}
-    for kept in chosen.values():
-        new = {(side, member) for pair in pairs for side, member in enumerate(pair)}
-        while new:
-            best = max(pairs, key=lambda pair: (len(new & {*enumerate(pair)}), -taken[pair]))
-            new -= {*enumerate(best)}
-            taken[best] += 1
-            kept.add(best)
+    chosen: dict[str, set[Pair]] = {}
+    for law in laws:
+        chosen[law] = covering(pairs, taken)
+        taken.update(chosen[law])
     for pair in pairs:
         if not taken[pair]:
             min(chosen.values(), key=len).add(pair)

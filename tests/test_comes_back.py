@@ -249,7 +249,7 @@ KINDS: dict[str, tuple[Callable[[], Any], str]] = {  # how it is made, and its h
 
 
 def is_covering(kind: str) -> bool:
-    """Whether a kind is in every run: a third of the pairs, in which all methods and hosts are, and all the rest."""
+    """Whether a kind is in every run: pairs in which all methods and hosts are, and all the rest."""
     method, _, host = kind.removesuffix(", changed").partition(" on ")
     if host not in HOSTS:
         return True

@@ -44,7 +44,7 @@ PICTURES = {"fashion-mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
 # One of each detector, segmenter and classifier, of each method with numbers of tokens and of each architecture.
 SMALL = {
     *("mmdet/mask-rcnn_gtp-deit-s_fpn_1x_coco", "mmdet/retinanet_tome-deit-s_fpn_1x_coco"),
-    *("mmdet/retinanet_casvit-m_fpn_1x_coco", "mmdet/cascade-mask-rcnn_stvit-r-swin-s_fpn_3x_coco"),
+    "mmdet/retinanet_casvit-m_fpn_1x_coco",
     *(
         "mmdet/composites/mask-rcnn_supertoken",
         "mmdet/composites/mask-rcnn_tiny-vit",
