@@ -60,6 +60,7 @@ class AttnState(NamedTuple):
         x: The normalised tokens that entered it, to tell where NaN scores come from.
         rows: The selected rows of the input sequence, None for all.
         weights: (B, heads, P+N, P+N) softmax map, only for a method that asked for it.
+        bias: (B, 1, 1, P+N) ``keys.key_bias`` in the wide dtype, where attention has made it.
     """
 
     q: Tensor
@@ -71,6 +72,7 @@ class AttnState(NamedTuple):
     x: Tensor | None = None
     rows: Tensor | None = None
     weights: Tensor | None = None
+    bias: Tensor | None = None
 
     def class_rows(self) -> Tensor:
         """Attention of the class-like tokens to all tokens, (B, heads, num_class, P+N), in fp32 (fp64 for fp64).
@@ -85,8 +87,10 @@ class AttnState(NamedTuple):
         else:
             q, k = self.q[:, :, :num_class], self.k
         wide = wide_dtype(q.dtype)
-        logits = wide_product(q.to(wide) * self.scale, k.transpose(-2, -1))  # (B, heads, num_class, P+N)
-        bias = self.keys.key_bias(wide)
+        # A product and a sum, since a product of matrices would copy the keys to lay them side by side.
+        q = (q.to(wide) * self.scale).unsqueeze(3)  # (B, heads, num_class, 1, D)
+        logits = (q * k.to(wide).unsqueeze(2)).sum(-1)  # (B, heads, num_class, P+N)
+        bias = self.keys.key_bias(wide) if self.bias is None else self.bias
         return (logits if bias is None else logits + bias).softmax(dim=-1)
 
     def softmax_map(self) -> Tensor:
@@ -95,7 +99,8 @@ class AttnState(NamedTuple):
         A key bias rides in one more feature, 1 for the queries, so the map is not passed over again to add it.
         """
         wide = wide_dtype(self.q.dtype)
-        q, k, bias = self.q.to(wide) * self.scale, self.k.to(wide), self.keys.key_bias(wide)
+        q, k = self.q.to(wide) * self.scale, self.k.to(wide)
+        bias = self.keys.key_bias(wide) if self.bias is None else self.bias
         if bias is not None:
             q = F.pad(q, (0, 1), value=1)  # (B, heads, P+N, D+1)
             k = torch.cat([k, bias.transpose(-2, -1).expand(-1, k.shape[1], -1, -1)], dim=-1)

@@ -2,6 +2,7 @@
 
 Every reduction - pruning, merging, fusing - is one composition, ``source' = target[source]``, so indices
 always refer to the full patch grid, dense recovery is one gather and a picture of the tokens is one lookup.
+Class scores need none of that, so a reduction only leaves its step, and ``Trail`` composes when somebody asks.
 
 The functions here are the only index arithmetic of the package. They gather and scatter whole rows of the
 flattened ``(B * N, C)`` sequence: on a CPU that is four to nine times faster than ``gather`` with an expanded
@@ -14,8 +15,8 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import wraps
-from typing import NamedTuple, ParamSpec, TypeVar
+from functools import cached_property, wraps
+from typing import NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,19 +26,27 @@ from effvit.recording import is_recorded
 
 __all__ = [
     "RAGGED",
+    "Fused",
     "History",
+    "Kept",
     "Layout",
     "Memory",
+    "Moved",
+    "Ranges",
     "Reference",
+    "Step",
     "TokenMap",
+    "Trail",
     "autocast_enabled",
     "compact",
     "fix_traced_size",
     "flat_rows",
     "fx_leaf",
     "packed_rows",
+    "ranges_of",
     "sequence_rows",
     "take_rows",
+    "take_values",
     "wide_dtype",
     "wide_product",
     "without_autocast",
@@ -59,7 +68,7 @@ def fx_leaf(function: Callable[P, R]) -> Callable[P, R]:
     @wraps(function)
     def leaf(*args: P.args, **kwargs: P.kwargs) -> R:
         for argument in args:
-            placeholder = argument.source if isinstance(argument, TokenMap) else argument
+            placeholder = argument.trail.patches if isinstance(argument, TokenMap) else argument
             if isinstance(placeholder, torch.fx.Proxy):
                 return placeholder.tracer.create_proxy("call_function", leaf, args, kwargs)
         return function(*args, **kwargs)
@@ -110,24 +119,56 @@ def fix_traced_size(x: Tensor, *dims: int) -> Tensor:
         return x.expand([int(side) if dim in dims else -1 for dim, side in enumerate(x.shape)])
 
 
+class Ranges(NamedTuple):
+    """Numbers that every block makes rows of, counted once for a batch.
+
+    Attributes:
+        images: (B, 1) numbers of the images.
+        places: (L,) numbers of the places in a sequence.
+    """
+
+    images: Tensor
+    places: Tensor
+
+    def first(self, length: int, offset: int) -> Tensor:
+        """(B, 1) row of place ``offset`` of each image in the flattened ``(B * length, C)`` sequence."""
+        return torch.add(self.places[offset], self.images, alpha=length)
+
+    def behind_prefix(self, num_prefix: int, *index: Tensor) -> Tensor:
+        """Patch tokens ``index``, each (B, K), behind the prefix tokens, which count from -num_prefix: (B, P + sum K)."""
+        if num_prefix == 0 and len(index) == 1:
+            return index[0]
+        prefix = (self.places[:num_prefix] - num_prefix).expand(index[0].shape[0], -1)
+        return torch.cat([prefix, *index], dim=1)
+
+
 @fx_leaf
-def flat_rows(index: Tensor, length: int, offset: int = 0) -> Tensor:
+def ranges_of(x: Tensor, length: int) -> Ranges:
+    """Ranges for x (B, ...) and sequences of ``length`` places."""
+    return Ranges(torch.arange(x.shape[0], device=x.device).unsqueeze(1), torch.arange(length, device=x.device))
+
+
+@fx_leaf
+def flat_rows(index: Tensor, length: int, offset: int = 0, ranges: Ranges | None = None) -> Tensor:
     """Row numbers in the flattened ``(B * length, C)`` sequence of the tokens ``index + offset``.
 
     Args:
         index: (B, K) token positions of each image.
         length: Tokens an image has in the sequence to gather from.
         offset: Tokens in front of position 0, which are put in front of the result too.
+        ranges: Those of the batch, for ``length`` places at least; None: made here.
 
     Returns:
         (B, offset + K) int64.
     """
-    first = torch.arange(index.shape[0], device=index.device)[:, None] * length  # (B, 1)
-    rows = first + offset + index
-    if offset:
-        prefix = first + torch.arange(offset, device=index.device)
-        rows = torch.cat([prefix, rows], dim=1)
-    return rows
+    ranges = ranges_of(index, offset + 1) if ranges is None else ranges
+    return ranges.behind_prefix(offset, index) + ranges.first(length, offset)
+
+
+@fx_leaf
+def take_values(x: Tensor, rows: Tensor) -> Tensor:
+    """Entries of ``x.flatten()``: x (B, N), rows (B', K) -> (B', K)."""
+    return x.flatten().index_select(0, rows.flatten()).unflatten(0, rows.shape)
 
 
 @fx_leaf
@@ -137,17 +178,12 @@ def take_rows(x: Tensor, rows: Tensor) -> Tensor:
 
 
 @fx_leaf
-def _identity(x: Tensor, num_patches: int) -> Tensor:
-    return torch.arange(num_patches, device=x.device).expand(x.shape[0], -1)  # (B, H*W)
-
-
-@fx_leaf
-def position_of(index: Tensor, anchor: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Inverse of a selection: index (B, K) -> (B, N) as anchor, the place in ``index`` or -1 where absent."""
+def position_of(index: Tensor, like: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Inverse of a selection: index (B, K) -> (B, N) as ``like``, the place in ``index`` or -1 where absent."""
     rank = torch.arange(index.shape[1], device=index.device).expand_as(index)
     if valid is not None:
         rank = rank.masked_fill(~valid, -1)
-    return torch.full_like(anchor, -1).scatter(1, index, rank)
+    return torch.full_like(like, -1).scatter(1, index, rank)
 
 
 @fx_leaf
@@ -184,6 +220,11 @@ def compact(order: Tensor, kept: Tensor, width: int, trim: bool, keep_mask: bool
 def _rotary_rows(table: Tensor, anchor: Tensor) -> Tensor:
     heads_last = table.unsqueeze(1) if table.ndim == 2 else table.transpose(0, 1)  # (H*W, heads or 1, D)
     return heads_last[anchor].transpose(1, 2)  # (B, heads or 1, N, D)
+
+
+@fx_leaf
+def _all_valid(images: Tensor, length: int) -> Tensor:
+    return torch.ones(1, 1, dtype=torch.bool, device=images.device).expand(images.shape[0], length)
 
 
 @fx_leaf
@@ -243,11 +284,110 @@ class Layout(NamedTuple):
         grid: (H, W) patch grid.
         num_prefix: P, prefix tokens in front.
         num_class: Of these, the class-like tokens: 1 class, 2 with a distillation token, 0 without either.
+        ranges: Numbers of the images and of the P + H*W places in the full sequence.
     """
 
     grid: tuple[int, int]
     num_prefix: int
     num_class: int
+    ranges: Ranges
+
+
+class Step(Protocol):
+    """What one reduction did with the tokens of a map, as the indices that it has at hand anyway."""
+
+    @property
+    def order(self) -> Tensor:
+        """(B, K) old token whose position each new one keeps."""
+
+    @property
+    def fuses(self) -> bool:
+        """Whether the last new token sums up patches that it does not stand for one by one."""
+
+    def target(self, like: Tensor) -> Tensor:
+        """Old token -> new token, -1 for one that is dropped: (B, N) as ``like``."""
+
+
+class Moved(NamedTuple):
+    """A step whose targets are known: (B, N), and (B, K) in ``order``."""
+
+    targets: Tensor
+    order: Tensor
+    fuses: bool = False
+
+    def target(self, like: Tensor) -> Tensor:
+        return self.targets
+
+
+class Kept(NamedTuple):
+    """Only the tokens in ``order`` (B, K) stayed, where ``valid`` (B, K) is not False."""
+
+    order: Tensor
+    valid: Tensor | None = None
+    fuses: bool = False
+
+    def target(self, like: Tensor) -> Tensor:
+        return position_of(self.order, like, self.valid)
+
+
+class Fused(NamedTuple):
+    """All tokens that are not in ``order`` (B, K) but for its last place were fused into the token there."""
+
+    order: Tensor
+    fuses: bool = True
+
+    def target(self, like: Tensor) -> Tensor:
+        target = position_of(self.order, like)
+        return torch.where(target < 0, self.order.shape[1] - 1, target)
+
+
+@dataclass(eq=False)
+class Trail:
+    """Which token carries each patch, and which patch each token sits on: composed when they are asked for, once.
+
+    Attributes:
+        patches: (B, H*W) numbers of the patches.
+        former: The trail before the last step; None where the tokens are the patches of the full grid.
+        step: The last step.
+    """
+
+    patches: Tensor
+    former: Trail | None = None
+    step: Step | None = None
+
+    @property
+    def width(self) -> int:
+        """Slots that an image has in the sequence, beside its prefix tokens."""
+        return (self.patches if self.step is None else self.step.order).shape[1]
+
+    @cached_property
+    def source(self) -> Tensor:
+        """(B, H*W) patch -> the token that carries it, -1 once it is dropped."""
+        if self.former is None or self.step is None:
+            return self.patches
+        target = self.step.target(self.patches[:, :1].expand(-1, self.former.width))
+        former = self.former.source
+        return torch.where(former < 0, former, target.gather(1, former.clamp(min=0)))
+
+    @cached_property
+    def anchor(self) -> Tensor:
+        """(B, N) token -> the patch whose position it keeps."""
+        if self.former is None or self.step is None:
+            return self.patches
+        return self.former.anchor.gather(1, self.step.order)
+
+    @cached_property
+    def fused(self) -> Tensor | None:
+        """(B, N) True for a token that sums up patches it does not stand for one by one; None: no token does."""
+        if self.former is None or self.step is None:
+            return None
+        former = self.former.fused
+        if not self.step.fuses and former is None:
+            return None
+        if former is None:
+            former = torch.zeros_like(self.patches[:, :1], dtype=torch.bool).expand(-1, self.former.width)
+        fused = former.gather(1, self.step.order)
+        return torch.cat([fused[:, :-1], torch.ones_like(fused[:, :1])], dim=1) if self.step.fuses else fused
 
 
 class History(NamedTuple):
@@ -275,23 +415,20 @@ class TokenMap:
     patch tokens. The law every method keeps: ``source[b, anchor[b, i]] == i`` for every (valid) token i.
 
     Attributes:
-        source: (B, H*W) patch -> the token that carries it now, -1 once it is dropped.
-        anchor: (B, N) token -> the one patch whose position it keeps (RoPE, pictures).
+        trail: Which token carries each patch; ``source``, ``anchor``, ``fused`` and ``width`` read it.
         layout: Patch grid and prefix tokens; ``grid``, ``num_prefix`` and ``num_class`` read it.
         num_tokens: N; the largest possible N for a method whose count depends on the image.
         moved: False while the tokens still are the full grid in image order.
         complete: Every patch is carried by a token that stands for it: none was dropped or fused.
-        size: (B, N) patches a merged token stands for: its weight in a mean. None means one each.
-        key_weight: (B, N) factor on the attention a token receives as a key. None means one each.
+        size: (B, P+N) patches a merged token stands for: its weight in a mean; 1 for prefix tokens. None: one each.
+        key_weight: (B, P+N) factor on the attention a token receives as a key; 1 for prefix tokens. None: one each.
         valid: (B, N) False for the padding of an image with fewer tokens than its neighbours. None: all valid.
-        fused: (B, N) True for a token that sums up patches it does not stand for one by one (EViT's). None: no.
         history: What is kept of the blocks before; ``memory``, ``reference`` and ``present`` read it.
         carry: What a method hands from block to block (GTP: its graph).
         packed: The sequence is one row (1, T, C) of all valid tokens of all images, without padding.
     """
 
-    source: Tensor
-    anchor: Tensor
+    trail: Trail
     layout: Layout
     num_tokens: int
     moved: bool = False
@@ -299,7 +436,6 @@ class TokenMap:
     size: Tensor | None = None
     key_weight: Tensor | None = None
     valid: Tensor | None = None
-    fused: Tensor | None = None
     history: History = NO_HISTORY
     carry: Tensor | None = None
     packed: bool = False
@@ -307,8 +443,30 @@ class TokenMap:
     @classmethod
     def full(cls, x: Tensor, grid: tuple[int, int], num_prefix: int, num_class: int) -> TokenMap:
         """The map of an unreduced sequence x (B, P + H*W, C)."""
-        patches = _identity(x, grid[0] * grid[1])
-        return cls(patches, patches, Layout(grid, num_prefix, num_class), num_tokens=grid[0] * grid[1])
+        number = grid[0] * grid[1]
+        ranges = ranges_of(x, num_prefix + number)
+        patches = ranges.places[:number].expand(x.shape[0], -1)  # (B, H*W)
+        return cls(Trail(patches), Layout(grid, num_prefix, num_class, ranges), num_tokens=number)
+
+    @property
+    def source(self) -> Tensor:
+        """(B, H*W) patch -> the token that carries it now, -1 once it is dropped."""
+        return self.trail.source
+
+    @property
+    def anchor(self) -> Tensor:
+        """(B, N) token -> the one patch whose position it keeps (RoPE, pictures)."""
+        return self.trail.anchor
+
+    @property
+    def fused(self) -> Tensor | None:
+        """(B, N) True for a token that sums up patches it does not stand for one by one (EViT's). None: no."""
+        return self.trail.fused
+
+    @property
+    def width(self) -> int:
+        """Slots that an image has beside its prefix tokens: N, where packed that of the image with most tokens."""
+        return self.trail.width
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -342,26 +500,22 @@ class TokenMap:
 
     def relabel(
         self,
-        target: Tensor,
-        anchor: Tensor,
+        step: Step,
         num_tokens: int,
         size: Tensor | None = None,
         key_weight: Tensor | None = None,
         valid: Tensor | None = None,
-        fused: Tensor | None = None,
         packed: bool = False,
         keeps_every_patch: bool = False,
     ) -> TokenMap:
-        """The map after token i of this one went into token ``target[:, i]`` of a new sequence.
+        """The map after a step: after token i of this one went into token ``step.target(...)[:, i]`` of a new sequence.
 
         Args:
-            target: (B, N) old token -> new token, -1 for a token that is dropped.
-            anchor: (B, num_tokens) patch whose position each new token keeps.
-            num_tokens: Tokens of the new sequence.
-            size: New sizes (B, num_tokens); likewise the other fields that hold a value for each token.
-            key_weight: New key weights.
-            valid: New padding mask.
-            fused: New marks of fused tokens.
+            step: Where the tokens went.
+            num_tokens: Tokens of the new sequence, or the largest possible number of them.
+            size: New sizes (B, P+num_tokens).
+            key_weight: New key weights, likewise.
+            valid: New padding mask (B, num_tokens).
             packed: Whether the new sequence is packed.
             keeps_every_patch: Whether every token went into one that stands for all its patches.
 
@@ -373,23 +527,30 @@ class TokenMap:
                 "tokens that stand for soft clusters cannot be reduced again, since a patch is a mixture of several; "
                 "restore the full grid first (effvit.recover.restore)"
             )
-        carried = target.gather(1, self.source.clamp(min=0))
-        source = torch.where(self.source < 0, self.source, carried)
         return replace(
             self,
-            source=source,
-            anchor=anchor,
+            trail=Trail(self.trail.patches, self.trail, step),
             num_tokens=num_tokens,
             moved=True,
             complete=self.complete and keeps_every_patch,
             size=size,
             key_weight=key_weight,
             valid=valid,
-            fused=fused,
             packed=packed,
         )
 
-    def keep(self, index: Tensor, num_tokens: int, valid: Tensor | None = None, packed: bool = False) -> TokenMap:
+    def rows(self, index: Tensor) -> Tensor:
+        """Rows (B, P+K) of the prefix tokens and the tokens ``index`` (B, K) in the flattened padded sequence."""
+        return flat_rows(index, self.num_prefix + self.width, self.num_prefix, self.layout.ranges)
+
+    def keep(
+        self,
+        index: Tensor,
+        num_tokens: int,
+        valid: Tensor | None = None,
+        packed: bool = False,
+        rows: Tensor | None = None,
+    ) -> TokenMap:
         """The map after only some tokens were kept.
 
         Args:
@@ -397,21 +558,14 @@ class TokenMap:
             num_tokens: Tokens of the new sequence, or the largest possible number of them.
             valid: (B, num_tokens) False where the new sequence has only padding.
             packed: Whether the new sequence is packed.
+            rows: ``self.rows(index)``, for a caller that has them.
         """
-
-        def kept(field: Tensor | None) -> Tensor | None:
-            return None if field is None else field.gather(1, index)
-
-        return self.relabel(
-            position_of(index, self.anchor, valid),
-            self.anchor.gather(1, index),
-            num_tokens,
-            size=kept(self.size),
-            key_weight=kept(self.key_weight),
-            fused=kept(self.fused),
-            valid=valid,
-            packed=packed,
-        )
+        size, key_weight = self.size, self.key_weight
+        if size is not None or key_weight is not None:
+            rows = self.rows(index) if rows is None else rows
+            size = None if size is None else take_values(size, rows)
+            key_weight = None if key_weight is None else take_values(key_weight, rows)
+        return self.relabel(Kept(index, valid), num_tokens, size, key_weight, valid, packed)
 
     def select(self, x: Tensor, index: Tensor, num_tokens: int) -> tuple[Tensor, TokenMap]:
         """Keep the prefix tokens and some patch tokens of x (B, P+N, C).
@@ -424,22 +578,15 @@ class TokenMap:
         Returns:
             (B, P+num_tokens, C) and their map.
         """
-        rows = flat_rows(index, self.num_prefix + self.num_tokens, self.num_prefix)
-        return take_rows(x, rows), self.keep(index, num_tokens)
+        rows = self.rows(index)
+        return take_rows(x, rows), self.keep(index, num_tokens, rows=rows)
 
     def fuse(self, ranked: Tensor, kept: int) -> TokenMap:
         """The map after ``ranked[:, :kept]`` were kept and all other tokens fused into one more, the last.
 
         The fused token keeps the position of its first member, ``ranked[:, kept]``; ranked is (B, kept + 1).
         """
-        target = position_of(ranked, self.anchor)
-        fused = torch.zeros_like(self.anchor, dtype=torch.bool) if self.fused is None else self.fused
-        return self.relabel(
-            torch.where(target < 0, kept, target),
-            self.anchor.gather(1, ranked),
-            kept + 1,
-            fused=torch.cat([fused.gather(1, ranked[:, :kept]), torch.ones_like(fused[:, :1])], dim=1),
-        )
+        return self.relabel(Fused(ranked), kept + 1)
 
     @property
     def num_patches(self) -> int:
@@ -465,11 +612,11 @@ class TokenMap:
         if self.key_weight is not None:
             bias = self.key_weight.to(wide_dtype(dtype)).log()
         if self.valid is not None:
-            blocked = torch.zeros_like(self.valid, dtype=wide_dtype(dtype)).masked_fill(~self.valid, float("-inf"))
-            bias = blocked if bias is None else bias + blocked
-        if bias is None:
-            return None
-        return F.pad(bias, (self.num_prefix, 0))[:, None, None].to(dtype)
+            blocked = ~self.sequence_mask()
+            if bias is None:
+                bias = torch.zeros_like(blocked, dtype=wide_dtype(dtype))
+            bias = bias.masked_fill(blocked, float("-inf"))
+        return None if bias is None else bias[:, None, None].to(dtype)
 
     def position_table(self, table: Tensor) -> Tensor:
         """A rotary table for the current tokens.
@@ -488,8 +635,9 @@ class TokenMap:
 
     def sequence_mask(self) -> Tensor:
         """(B, P+N) True where a padded sequence holds a token."""
-        valid = torch.ones_like(self.anchor, dtype=torch.bool) if self.valid is None else self.valid
-        return F.pad(valid, (self.num_prefix, 0), value=True)
+        if self.valid is None:
+            return _all_valid(self.layout.ranges.images, self.num_prefix + self.width)
+        return F.pad(self.valid, (self.num_prefix, 0), value=True)
 
     def pack(self, x: Tensor) -> Tensor:
         """Padded (B, P+N, ...) -> (1, T, ...) of the valid tokens of all images, one image after another."""
@@ -532,7 +680,7 @@ class TokenMap:
         """(B,) number of patch tokens of every image."""
         if self.valid is not None:
             return self.valid.sum(1)
-        return torch.full_like(self.anchor[:, 0], self.anchor.shape[1])
+        return torch.full_like(self.layout.ranges.images[:, 0], self.width)
 
     def labels(self) -> Tensor:
         """(B, H, W) token that carries each patch, -1 where it was dropped: what a picture is drawn from."""
@@ -542,7 +690,7 @@ class TokenMap:
 @fx_leaf
 def sequence_rows(tokens: TokenMap, index: Tensor) -> Tensor:
     """Rows (B, P+K) of the prefix tokens and the tokens ``index`` (B, K) in the flattened sequence, packed or not."""
-    rows = flat_rows(index, tokens.num_prefix + tokens.anchor.shape[1], tokens.num_prefix)
+    rows = tokens.rows(index)
     return (tokens.sequence_mask().flatten().cumsum(0) - 1)[rows] if tokens.packed else rows
 
 

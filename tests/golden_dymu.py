@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -188,8 +189,8 @@ def compare_tokens(case: Case, features: TokenFeatures, key: str) -> None:
     case.equal(~mask, f"{key}/padding")
     group = torch.cat([torch.arange(tokens.num_prefix).expand(len(mask), -1), tokens.source + tokens.num_prefix], 1)
     case.equal(group, f"{key}/group")
-    size = torch.ones_like(tokens.anchor) if tokens.size is None else tokens.size
-    case.close(F.pad(size, (tokens.num_prefix, 0), value=1).to(case[f"{key}/size"].dtype), f"{key}/size")
+    size = torch.ones_like(mask) if tokens.size is None else tokens.size
+    case.close(size.to(case[f"{key}/size"].dtype), f"{key}/size")
 
 
 def check_counts(case: Case, key: str, own: Any) -> None:
@@ -222,8 +223,8 @@ def compare_matching(case: Case, key: str, row: dict[str, Any]) -> None:
     if f"{key}/padding_in" in case:
         valid = case[f"{key}/padding_in"][:, prefix:] == 0
         assert (~valid).sum(1).tolist() == row["padding"]
-    size = case[f"{key}/size_in"].squeeze(-1)[:, prefix:]
-    tokens = TokenMap(**(vars(tokens) | {"valid": valid, "size": size if valid is None else size * valid}))
+    size = case[f"{key}/size_in"].squeeze(-1)
+    tokens = replace(tokens, valid=valid, size=size if valid is None else size * F.pad(valid, (prefix, 0), value=True))
     threshold = None if row["threshold"] is None else torch.tensor(row["threshold"])
     merge = plan_merge(
         metric[:, prefix:], valid, prefix, threshold, row["r"], row["max_r_per_instance"], compat=not single
@@ -244,7 +245,7 @@ def compare_matching(case: Case, key: str, row: dict[str, Any]) -> None:
     assert mask.sum(1).tolist() == row["count"], key
     assert left.size is not None
     first = case[f"{key}/size_in"][:, :prefix]  # the class token has any size here, and is divided by it
-    case.close(torch.cat([first, left.size.unsqueeze(-1)], dim=1), f"{key}/size_out")
+    case.close(torch.cat([first, left.size[:, prefix:].unsqueeze(-1)], dim=1), f"{key}/size_out")
     if merge.official:
         whole = first / (first + OFFICIAL_EPS) * (1 + OFFICIAL_EPS)
         out = torch.cat([out[:, :prefix] * whole, out[:, prefix:]], dim=1)

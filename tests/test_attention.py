@@ -78,8 +78,10 @@ def test_class_rows_are_those_of_the_softmax_map_with_weights_and_without_paddin
     """A key of weight w counts like w keys, padding like none: exp(scale q k) times that, over its sum."""
     x, q, k = torch.randn(2, 8, 16), torch.randn(2, 3, 8, 4), torch.randn(2, 3, 8, 4)
     valid = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
-    tokens = replace(TokenMap.full(x, (2, 3), 2, 2), key_weight=torch.rand(2, 6) + 0.5, valid=valid)
-    weighted = (q @ k.transpose(-2, -1) * 0.3).exp() * F.pad(tokens.key_weight * valid, (2, 0), value=1)[:, None, None]
+    tokens = replace(TokenMap.full(x, (2, 3), 2, 2), key_weight=torch.rand(2, 8) + 0.5, valid=valid)
+    weighted = (q @ k.transpose(-2, -1) * 0.3).exp() * (tokens.key_weight * F.pad(valid, (2, 0), value=True))[
+        :, None, None
+    ]
     expected = weighted / weighted.sum(-1, keepdim=True)
     state = AttnState(q, k, k, 0.3, tokens=tokens, keys=tokens)
     assert torch.allclose(state.softmax_map(), expected, atol=1e-6)

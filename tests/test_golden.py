@@ -327,7 +327,7 @@ def compare_tome(case: Case) -> None:
         case.close(x, f"block{i}/out")
         if f"block{i}/size" in case:
             assert tokens.size is not None
-            case.close(F.pad(tokens.size, (prefix, 0), value=1).unsqueeze(-1), f"block{i}/size")
+            case.close(tokens.size.unsqueeze(-1), f"block{i}/size")
         if f"block{i}/metric" in case:
             metric = trace.states[i].k.mean(1)
             case.close(metric, f"block{i}/metric")
@@ -372,12 +372,10 @@ def compare_matching_functions(case: Case) -> None:
             continue
         compare_matching(case, metric[:, prefix:], r, prefix, f"s{i}")
         matching = bipartite_soft_matching(metric[:, prefix:], r, prefix)
-        like = torch.zeros(x.shape[0], x.shape[1] - prefix, dtype=torch.int64)
-        target = matching_target(matching, like)
-        if size[:, :prefix].eq(1).all() or prefix == 0:
-            merged, new_size = merge_tokens(x, size[:, prefix:], matching, target, prefix)
-            case.close(merged, f"s{i}/merged_x")
-            case.close(torch.cat([size[:, :prefix], new_size], dim=1).unsqueeze(-1), f"s{i}/merged_size")
+        target = matching_target(matching, torch.zeros(x.shape[0], x.shape[1] - prefix, dtype=torch.int64))
+        merged, new_size = merge_tokens(x, size, matching, prefix)
+        case.close(merged, f"s{i}/merged_x")
+        case.close(new_size.unsqueeze(-1), f"s{i}/merged_size")
         whole = torch.cat([torch.arange(prefix).expand(len(x), -1), target + prefix], dim=1)
         compare_target(case, whole, x, f"s{i}")
         if not row["distill_token"]:  # the official unmerge forgets that it moved the distillation token
@@ -455,7 +453,7 @@ def compare_gtp(case: Case) -> None:
             order = same_order(own, official, prefix)
         case.close(arrange(x, order), f"block{i}/out")
         if f"block{i}/token_scales" in case and tokens.key_weight is not None:
-            scales = F.pad(tokens.key_weight, (prefix, 0), value=1)
+            scales = tokens.key_weight
             case.close(arrange(scales.unsqueeze(-1), order).squeeze(-1), f"block{i}/token_scales")
         if f"block{i}/score" in case and i in model.reducers:
             scores = model.reducers[i].scores(trace.states[i])  # type: ignore[operator]
@@ -528,17 +526,14 @@ def compare_propagation(case: Case, split: str, prefix: int) -> None:
         )[0]
         entering = tokens
         if propagation == "GraphProp":
-            entering = TokenMap(**(vars(tokens) | {"carry": graph, "key_weight": scales[:, prefix:]}))
+            entering = TokenMap(**(vars(tokens) | {"carry": graph, "key_weight": scales}))
         q = torch.zeros(len(x), 1, x.shape[1], 1)
         state = AttnState(q, q, q, 1.0, entering, entering, weights=weights)
         out, left = reducer.reduce(x, entering, state)  # type: ignore[operator]
         case.close(out, f"{split}/propagate/{propagation}/x")
         if propagation == "GraphProp":
             assert left.key_weight is not None
-            case.close(
-                torch.cat([scales[:, :prefix], left.key_weight], 1),
-                f"{split}/propagate/GraphProp/token_scales",
-            )
+            case.close(left.key_weight, f"{split}/propagate/GraphProp/token_scales")
             rows = torch.stack([case[f"{split}/weight"][b][a][:, a] for b, a in enumerate(left.anchor)])
             case.close(rows, f"{split}/propagate/GraphProp/weight")
 

@@ -53,20 +53,20 @@ def test_removed_tokens_are_handed_to_the_nodes_of_the_kept() -> None:
     """
     x, weights, graph = torch.randn(1, 5, 3), torch.rand(1, 2, 5, 5).square().softmax(-1), torch.rand(1, 6, 6)
     tokens = TokenMap.full(torch.zeros(1, 7, 1), (2, 3), 1, 1).keep(torch.tensor([[4, 1, 5, 2]]), 4)
-    tokens = replace(tokens, carry=graph, key_weight=torch.rand(1, 4) + 1)
+    tokens = replace(tokens, carry=graph, key_weight=torch.rand(1, 5) + 1)
     reducer = GTP.plan(1, num_prop=2, selection="IMGAttnMean", alpha=0.3)[0]
     k = torch.randn(1, 2, 5, 4)
     reduced, left = reducer.reduce(x, tokens, AttnState(k, k, k, 0.5, tokens=tokens, keys=tokens, weights=weights))
 
     ranked = weights[0].sum(1).mean(0)[1:].argsort(descending=True).tolist()
-    nodes, scales = tokens.anchor[0].tolist(), tokens.key_weight[0]
+    nodes, scales = tokens.anchor[0].tolist(), tokens.key_weight[0, 1:]
     for place, token in enumerate(ranked[:2]):
         shares = {other: 0.3 * graph[0, nodes[other], nodes[token]] for other in ranked[2:]}
         expected = x[0, 1 + token] + sum(share * x[0, 1 + other] for other, share in shares.items())
         assert torch.allclose(reduced[0, 1 + place], expected, atol=1e-6)
         scale = scales[token] + sum(share * scales[other] for other, share in shares.items())
         assert left.key_weight is not None
-        assert torch.allclose(left.key_weight[0, place], scale)
+        assert torch.allclose(left.key_weight[0, 1 + place], scale)
     assert torch.equal(reduced[0, 0], x[0, 0])
     assert left.anchor[0].tolist() == [nodes[token] for token in ranked[:2]]
 

@@ -167,7 +167,8 @@ def test_any_combination_is_right_or_refused(data: st.DataObject) -> None:
             assert tokens.anchor.shape[1] <= bound if ragged else tokens.anchor.shape[1] == bound
             assert_law(tokens)
             if tokens.size is not None:
-                assert torch.equal(tokens.size.sum(1), torch.full_like(tokens.size[:, 0], host.patch_embed.num_patches))
+                whole = host.num_prefix_tokens + host.patch_embed.num_patches
+                assert torch.equal(tokens.size.sum(1), torch.full_like(tokens.size[:, 0], whole))
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))

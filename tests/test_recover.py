@@ -22,7 +22,7 @@ from effvit.recover import (
     to_grid,
     to_map,
 )
-from effvit.tokens import TokenMap
+from effvit.tokens import Moved, TokenMap
 
 GRID = (3, 5)
 NUM_PATCHES = 15
@@ -125,15 +125,17 @@ class TestEveryFill:
     def test_merged_patches_have_the_feature_of_their_token(self, fill: str) -> None:
         target = (torch.arange(NUM_PATCHES) // 3).expand(2, -1)
         tokens = known()
-        tokens = tokens.relabel(target, torch.arange(0, NUM_PATCHES, 3).expand(2, -1), 5)
+        tokens = tokens.relabel(Moved(target, torch.arange(0, NUM_PATCHES, 3).expand(2, -1)), 5)
         x = features(5)
         assert torch.equal(to_grid(x, tokens, fill, RECOVERY), x[:, PREFIX:].repeat_interleave(3, dim=1))
 
     def test_only_a_map_that_keeps_every_patch_needs_no_memory(self, fill: str) -> None:
         target, anchor = (torch.arange(NUM_PATCHES) // 3).expand(2, -1), torch.arange(0, NUM_PATCHES, 3).expand(2, -1)
-        merged = full_map().relabel(target, anchor, 5, keeps_every_patch=True)
+        merged = full_map().relabel(Moved(target, anchor), 5, keeps_every_patch=True)
         kept = merged.keep(torch.tensor([[0, 2, 3], [1, 3, 4]]), 3)
-        later = kept.relabel(torch.zeros_like(kept.anchor), kept.anchor[:, :1], 1, keeps_every_patch=True)
+        later = kept.relabel(
+            Moved(torch.zeros_like(kept.anchor), torch.zeros_like(kept.anchor[:, :1])), 1, keeps_every_patch=True
+        )
         assert [tokens.complete for tokens in (merged, kept, later)] == [True, False, False]
         x = features(5)
         if fill != "reconstruct":

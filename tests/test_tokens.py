@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from effvit.tokens import TokenMap, fix_traced_size, flat_rows, position_of, sequence_rows, take_rows, wide_dtype
+from effvit.tokens import Moved, TokenMap, fix_traced_size, flat_rows, position_of, sequence_rows, take_rows, wide_dtype
 
 GRID = (3, 4)
 NUM_PATCHES = 12
@@ -99,17 +100,15 @@ class TestKeep:
         assert torch.equal(same.anchor, tokens.anchor)
 
     def test_fields_of_tokens_follow_their_token(self) -> None:
-        size = torch.rand(2, NUM_PATCHES)
-        target = torch.arange(NUM_PATCHES).expand(2, -1)
-        tokens = full_map().relabel(target, target, NUM_PATCHES, size=size, key_weight=2 * size, fused=size > 0.5)
+        size = torch.rand(2, PREFIX + NUM_PATCHES)
+        tokens = replace(full_map(), size=size, key_weight=2 * size)
         index = random_choice(2, NUM_PATCHES, 4)
         left = tokens.keep(index, 4)
         assert left.size is not None
         assert left.key_weight is not None
-        assert left.fused is not None
-        assert torch.equal(left.size, size.gather(1, index))
-        assert torch.equal(left.key_weight, 2 * size.gather(1, index))
-        assert torch.equal(left.fused, size.gather(1, index) > 0.5)
+        expected = torch.cat([size[:, :PREFIX], size[:, PREFIX:].gather(1, index)], dim=1)
+        assert torch.equal(left.size, expected)
+        assert torch.equal(left.key_weight, 2 * expected)
 
     def test_padding_carries_no_patch(self) -> None:
         valid = torch.tensor([[True, True, True], [True, False, False]])
@@ -122,8 +121,8 @@ class TestKeep:
 class TestMergeAndFuse:
     def test_merges_compose(self) -> None:
         halves = (torch.arange(NUM_PATCHES) // 2).expand(2, -1)
-        pairs = full_map().relabel(halves, torch.arange(0, NUM_PATCHES, 2).expand(2, -1), 6)
-        fours = pairs.relabel(halves[:, :6], pairs.anchor[:, ::2], 3)
+        pairs = full_map().relabel(Moved(halves, torch.arange(0, NUM_PATCHES, 2).expand(2, -1)), 6)
+        fours = pairs.relabel(Moved(halves[:, :6], torch.arange(0, 6, 2).expand(2, -1)), 3)
         assert torch.equal(fours.source, (torch.arange(NUM_PATCHES) // 4).expand(2, -1))
         assert_right_inverse(pairs)
         assert_right_inverse(fours)
@@ -131,7 +130,7 @@ class TestMergeAndFuse:
     def test_dropped_patches_stay_dropped(self) -> None:
         tokens = kept_map(6)
         dropped = tokens.source == -1
-        later = tokens.relabel(torch.zeros_like(tokens.anchor), tokens.anchor[:, :1], 1)
+        later = tokens.relabel(Moved(torch.zeros_like(tokens.anchor), torch.zeros_like(tokens.anchor[:, :1])), 1)
         assert torch.equal(later.source == -1, dropped)
         assert torch.equal(later.source[~dropped], torch.zeros_like(later.source[~dropped]))
 
@@ -196,9 +195,8 @@ class TestKeyBias:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
     def test_bias_makes_a_token_count_as_often_as_its_weight(self, dtype: torch.dtype) -> None:
-        weight = torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.float64)
-        target = torch.arange(NUM_PATCHES).clamp(max=2).unsqueeze(0)
-        tokens = full_map(batch=1).relabel(target, torch.tensor([[0, 1, 2]]), 3, key_weight=weight)
+        weight = torch.tensor([[1.0, 1.0, 1.0, 2.0, 3.0]], dtype=torch.float64)
+        tokens = replace(full_map(batch=1).keep(torch.tensor([[0, 1, 2]]), 3), key_weight=weight)
         bias = tokens.key_bias(dtype)
         assert bias is not None
         assert bias.dtype is dtype
@@ -208,23 +206,21 @@ class TestKeyBias:
         assert torch.allclose(share, torch.tensor([1.0, 1.0, 1.0, 2.0, 3.0]).double() / 8, atol=tolerance)
 
     def test_bias_of_a_float64_model_is_exact(self) -> None:
-        weight = 1 + torch.rand(2, NUM_PATCHES, dtype=torch.float64)
-        place = torch.arange(NUM_PATCHES).expand(2, -1)
-        bias = full_map().relabel(place, place, NUM_PATCHES, key_weight=weight).key_bias(torch.float64)
+        weight = 1 + torch.rand(2, PREFIX + NUM_PATCHES, dtype=torch.float64)
+        bias = replace(full_map(), key_weight=weight).key_bias(torch.float64)
         assert bias is not None
-        assert torch.equal(bias[:, 0, 0, PREFIX:], weight.log())
-        assert not bias[..., :PREFIX].any()
+        assert torch.equal(bias[:, 0, 0], weight.log())
 
     def test_bias_of_a_float64_model_is_exact_for_weights_of_float32(self) -> None:
-        weight, place = torch.full((1, NUM_PATCHES), 3.0), torch.arange(NUM_PATCHES).unsqueeze(0)
-        bias = full_map(batch=1).relabel(place, place, NUM_PATCHES, key_weight=weight).key_bias(torch.float64)
+        weight = torch.full((1, PREFIX + NUM_PATCHES), 3.0)
+        bias = replace(full_map(batch=1), key_weight=weight).key_bias(torch.float64)
         assert bias is not None
-        assert bias[0, 0, 0, PREFIX:].tolist() == pytest.approx([math.log(3)] * NUM_PATCHES, rel=1e-15)
+        assert bias[0, 0, 0].tolist() == pytest.approx([math.log(3)] * (PREFIX + NUM_PATCHES), rel=1e-15)
 
     def test_weighted_padding_receives_no_attention(self) -> None:
-        weight, target = torch.tensor([[2.0, 3.0]]), torch.arange(NUM_PATCHES).clamp(max=1).unsqueeze(0)
         valid = torch.tensor([[True, False]])
-        tokens = full_map(batch=1).relabel(target, torch.tensor([[0, 1]]), 2, key_weight=weight, valid=valid)
+        tokens = full_map(batch=1).keep(torch.tensor([[0, 1]]), 2, valid=valid)
+        tokens = replace(tokens, key_weight=torch.tensor([[1.0, 1.0, 2.0, 3.0]]))
         bias = tokens.key_bias(torch.float32)
         assert bias is not None
         assert torch.allclose(bias.softmax(-1).flatten(), torch.tensor([1.0, 1.0, 2.0, 0.0]) / 4)

@@ -37,7 +37,7 @@ from effvit.show.visualize import (
     token_stages,
 )
 from effvit.testing import make_model
-from effvit.tokens import TokenMap
+from effvit.tokens import Moved, TokenMap
 
 
 def tiny_vit(img_size: int | tuple[int, int] = 64) -> VisionTransformer:
@@ -84,7 +84,7 @@ class TestDrawTokens:
         image = photograph(64, 32)
         # Patches 0, 1 and 7 become one token; 2 to 6 stay alone.
         target = torch.tensor([[0, 0, 1, 2, 3, 4, 5, 0]])
-        tokens = full_map((2, 4)).relabel(target, torch.tensor([[0, 2, 3, 4, 5, 6]]), 6)
+        tokens = full_map((2, 4)).relabel(Moved(target, torch.tensor([[0, 2, 3, 4, 5, 6]])), 6)
         before, drawn = np.asarray(image, dtype=float), np.asarray(draw_tokens(image, tokens))
         group = np.concatenate([before[:16, :32].reshape(-1, 3), before[16:, 48:].reshape(-1, 3)])
         assert np.abs(drawn[8, 8] - group.mean(0)).max() <= 0.5 + 1e-9

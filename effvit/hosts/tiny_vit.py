@@ -79,16 +79,14 @@ class WindowMerging(NamedTuple):
     Attributes:
         matching: The pairs.
         target: (B*nW, N) place of each token among those left.
-        ones: (B*nW, N) sizes before merging.
     """
 
     matching: Matching
     target: Tensor
-    ones: Tensor
 
     def merge(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Windows x (B*nW, N, C) -> means (B*nW, N-r, C) and how many tokens each stands for (B*nW, N-r)."""
-        return merge_tokens(x, self.ones, self.matching, self.target)
+        return merge_tokens(x, None, self.matching)
 
     def spread(self, y: Tensor) -> Tensor:
         """Each token gets what the one it is part of became: y (B*nW, N-r, C) -> (B*nW, N, C)."""
@@ -160,11 +158,9 @@ class MergingBlock(TinyVitBlock):
     @torch.no_grad()
     def match(self, windows: Tensor) -> WindowMerging:
         """Match the tokens of windows (B*nW, N, C)."""
-        metric = self.attn.norm(windows)
-        check_finite(metric.sum(-1), self.reducer.origin("tokens"), windows)
-        matching = bipartite_soft_matching(metric, self.reducer.num_merged(windows.shape[1]), 0)
-        ones = torch.ones_like(windows[..., 0], dtype=wide_dtype(windows.dtype))
-        return WindowMerging(matching, matching_target(matching, ones.long()), ones)
+        origin, r = self.reducer.origin("tokens"), self.reducer.num_merged(windows.shape[1])
+        matching = bipartite_soft_matching(self.attn.norm(windows), r, 0, origin=origin, x=windows)
+        return WindowMerging(matching, matching_target(matching, windows[..., 0].long()))
 
 
 # -- clusters --------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from effvit.schedule import (
     check_switch,
     per_block,
 )
-from effvit.tokens import RAGGED, compact, flat_rows, fx_leaf, packed_rows
+from effvit.tokens import RAGGED, compact, fx_leaf, packed_rows
 
 __all__ = ["ATS", "GRIDS", "inverse_transform_sample", "significance"]
 
@@ -247,7 +247,7 @@ class ATS(Rated):
         index, valid = compact(sample.order, sample.picked, width, self.drop_tokens, keep_mask)
         left = tokens.keep(index, width, valid=valid, packed=self.ragged == "packed")
         if self.ragged == "padded":
-            return Selection(flat_rows(index, tokens.num_prefix + scores.shape[1], tokens.num_prefix), left)
+            return Selection(tokens.rows(index), left)
         return Selection(packed_rows(tokens, index, left), left)
 
     def check_recordable(self, q: Tensor) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import math
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -21,19 +23,23 @@ if TYPE_CHECKING:
 __all__ = ["Reducer", "check_finite", "refuse_recording"]
 
 
+CHECK_FINITE = "EFFVIT_CHECK_FINITE"  # "1": check on every device
+
+
 @fx_leaf
 def check_finite(scores: Tensor, origin: str, x: Tensor | None) -> Tensor:
     """``scores``, or an error that says where NaN came from; a top-k of NaN would be an arbitrary choice.
 
-    On a CPU the error is raised at once; on a GPU it is an asynchronous device assertion, which does not wait
-    for the result. What is recorded or transformed (see ``is_recorded``) is not checked.
+    Checked where that is cheap: on a CPU. Elsewhere reading a value would stop the queue of the device, so scores are
+    checked only with ``EFFVIT_CHECK_FINITE=1`` in the environment or under ``torch.autograd.detect_anomaly``. What is
+    recorded or transformed (see ``is_recorded``) is never checked.
     """
     if is_recorded(scores):
         return scores
-    if scores.device.type != "cpu":
-        torch._assert_async(~scores.isnan().any(), f"{origin} are NaN")
+    if scores.device.type != "cpu" and not (os.environ.get(CHECK_FINITE) == "1" or torch.is_anomaly_enabled()):
         return scores
-    if scores.isnan().any():
+    total = float(scores.detach().sum())
+    if math.isnan(total) and scores.isnan().any():  # infinities of both signs have no sum either
         image = int(scores.isnan().flatten(1).any(1).nonzero()[0])
         cause = (
             "the tokens that entered the block hold NaN or infinity already: look at the input and earlier blocks"

@@ -65,6 +65,19 @@ class Merge(NamedTuple):
     valid: Tensor | None
     threshold: Tensor
     official: bool
+    fuses: bool = False
+
+    def target(self, like: Tensor) -> Tensor:
+        """(B, N) new place of every old token, -1 for padding; ``like`` is any (B, N) int64."""
+        return merge_target(self, like)
+
+
+@fx_leaf
+def merge_target(merge: Merge, like: Tensor) -> Tensor:
+    """(B, N) new place of every old token, -1 for padding; ``like`` is any (B, N) int64."""
+    itself = torch.arange(like.shape[1], device=like.device).expand_as(like)
+    into = itself.scatter(1, merge.source, torch.where(merge.merged, merge.destination, merge.source))  # (B, N)
+    return position_of(merge.order, like, merge.valid).gather(1, into)
 
 
 def descending_rank(values: Tensor) -> Tensor:
@@ -178,9 +191,11 @@ def apply_merge(x: Tensor, tokens: TokenMap, merge: Merge, packed: bool) -> tupl
     Returns:
         (B, P+K, C), or packed, and its map with sizes.
     """
-    num_prefix, size = tokens.num_prefix, tokens.size
-    if size is None:
-        size = torch.ones_like(tokens.anchor, dtype=wide_dtype(x.dtype))
+    num_prefix = tokens.num_prefix
+    if tokens.size is None:
+        size = torch.ones_like(tokens.trail.patches[:, :1], dtype=wide_dtype(x.dtype)).expand(-1, tokens.width)
+    else:
+        size = tokens.size[:, num_prefix:]
     source_size = size.gather(1, merge.source)
     size = size.scatter_add(1, merge.destination, torch.where(merge.merged, source_size, 0))
     share = torch.where(merge.merged, source_size / size.gather(1, merge.destination), 0).to(x.dtype)
@@ -188,14 +203,12 @@ def apply_merge(x: Tensor, tokens: TokenMap, merge: Merge, packed: bool) -> tupl
     destination = sequence_rows(tokens, merge.destination)[:, num_prefix:]
     x = add_shares(x, source, destination, share, merge.merged)
 
-    into = torch.where(merge.merged, merge.destination, merge.source)
-    into = (torch.ones_like(tokens.anchor).cumsum(1) - 1).scatter(1, merge.source, into)  # (B, N)
     size = size.gather(1, merge.order)
     if merge.valid is not None:
         size = size * merge.valid
+    size = F.pad(size, (num_prefix, 0), value=1)  # (B, P+K)
     left = tokens.relabel(
-        position_of(merge.order, tokens.anchor, merge.valid).gather(1, into),
-        tokens.anchor.gather(1, merge.order),
+        merge,
         tokens.num_tokens,
         size=size,
         key_weight=size,
@@ -204,7 +217,7 @@ def apply_merge(x: Tensor, tokens: TokenMap, merge: Merge, packed: bool) -> tupl
         keeps_every_patch=True,
     )
     rows = packed_rows(tokens, merge.order, left) if packed else sequence_rows(tokens, merge.order)
-    return official_division(take_rows(x, rows), size, num_prefix, merge.official), left
+    return official_division(take_rows(x, rows), size, merge.official), left
 
 
 @fx_leaf
@@ -227,12 +240,11 @@ def add_shares(x: Tensor, source: Tensor, destination: Tensor, share: Tensor, me
 
 
 @fx_leaf
-def official_division(x: Tensor, size: Tensor, num_prefix: int, official: bool) -> Tensor:
+def official_division(x: Tensor, size: Tensor, official: bool) -> Tensor:
     """x (B, P+N, C) as if its weighted sums had been divided by their size + 1e-4, if ``official``."""
     if not official:
         return x
-    whole = F.pad(size, (num_prefix, 0), value=1)  # (B, P+N)
-    return x * (whole / (whole + OFFICIAL_EPS)).unsqueeze(-1).to(x.dtype)
+    return x * (size / (size + OFFICIAL_EPS)).unsqueeze(-1).to(x.dtype)
 
 
 class DyMU(Reducer):

@@ -14,7 +14,7 @@ from effvit.reducers.base import FEW_PATCHES, Reducer, check_finite
 from effvit.reducers.cost import BlockSizes, Change
 from effvit.reducers.keep_rate import KeepRate, kept_in_blocks
 from effvit.schedule import check_blocks, check_switch, keep_rate_ladder, spread_blocks
-from effvit.tokens import TokenMap, flat_rows, take_rows
+from effvit.tokens import TokenMap, take_rows
 
 __all__ = ["EViT", "class_attention"]
 
@@ -103,9 +103,8 @@ class EViT(KeepRate):
 
         ranked = scores.topk(kept + 1, dim=1).indices
         index = ranked[:, :kept]
-        rows = flat_rows(index, tokens.num_prefix + tokens.num_tokens, tokens.num_prefix)
         fused = fuse_rest(x[:, tokens.num_prefix :], scores, index)  # (B, 1, C)
-        return torch.cat([take_rows(x, rows), fused], dim=1), tokens.fuse(ranked, kept)
+        return torch.cat([take_rows(x, tokens.rows(index)), fused], dim=1), tokens.fuse(ranked, kept)
 
 
 def fuse_rest(patches: Tensor, scores: Tensor, index: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from effvit.reducers.base import Reducer, check_finite
 from effvit.reducers.cost import BlockSizes, Change
 from effvit.reducers.keep_rate import Rated
 from effvit.schedule import check_blocks, check_choice, check_count, check_fraction, check_number
-from effvit.tokens import Reference, TokenMap, fx_leaf, wide_dtype, wide_product, without_autocast
+from effvit.tokens import Moved, Reference, TokenMap, fx_leaf, wide_dtype, wide_product, without_autocast
 
 __all__ = ["Expedite", "Restore", "cell_middles", "cluster_centres", "cluster_tokens", "local_mask", "nearest_centre"]
 
@@ -307,7 +307,7 @@ class Expedite(Rated):
         source, anchor = assign_patches(patches, centres, tokens.grid, clusters)
         k = self.k if self.k is None or not self.any_size else min(self.k, centres.shape[1])
         reference = Reference(patches, centres, self.temperature, k, self.norm)
-        left = tokens.relabel(source, anchor, clusters[0] * clusters[1], keeps_every_patch=True)
+        left = tokens.relabel(Moved(source, anchor), clusters[0] * clusters[1], keeps_every_patch=True)
         left = replace(left, history=left.history._replace(reference=reference))
         return torch.cat([prefix, centres.to(x.dtype)], dim=1), left
 

@@ -291,7 +291,7 @@ class GTP(Reducer):
                 return tokens
             neighbours = min(neighbours, tokens.num_patches - (1 if tokens.num_prefix else 2))
         graph = propagation_graph(x, tokens.grid, tokens.num_prefix, self.graph_type, neighbours)
-        scale = torch.ones_like(tokens.anchor, dtype=graph.dtype) if self.token_scale else None
+        scale = torch.ones_like(x[..., 0], dtype=graph.dtype) if self.token_scale else None
         return replace(tokens, carry=graph, key_weight=scale)
 
     def map_edit(self) -> EditMap | None:
@@ -342,8 +342,9 @@ class GTP(Reducer):
         x_kept, left = tokens.select(x, index, kept)
         x = propagate(x_kept, x_removed, F.pad(share, (tokens.num_prefix, 0)), self.alpha)
         if tokens.key_weight is not None and left.key_weight is not None:
-            given = wide_product(share.transpose(1, 2), tokens.key_weight.gather(1, removed).unsqueeze(-1))
-            left = replace(left, key_weight=left.key_weight + self.alpha * given.squeeze(-1))
+            removed_weight = tokens.key_weight[:, tokens.num_prefix :].gather(1, removed)
+            given = wide_product(share.transpose(1, 2), removed_weight.unsqueeze(-1)).squeeze(-1)  # (B, kept)
+            left = replace(left, key_weight=left.key_weight + self.alpha * F.pad(given, (tokens.num_prefix, 0)))
         return x, left
 
 

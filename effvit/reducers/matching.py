@@ -35,4 +35,4 @@ def alternating_match(metric: Tensor, num_prefix: int, valid: Tensor | None = No
     best, match = similarity.max(dim=-1)
     if valid is not None:
         best = best.masked_fill(~valid[:, first_a::2], float("-inf"))
-    return best, 2 * match + first_b
+    return best, 2 * match + first_b if first_b else 2 * match

@@ -15,7 +15,17 @@ from effvit.reducers.base import FEW_PATCHES, Reducer, check_finite
 from effvit.reducers.cost import BlockSizes, Change, alternating_pairs
 from effvit.reducers.matching import alternating_match
 from effvit.schedule import check_switch, spread_ladder, tome_r
-from effvit.tokens import TokenMap, flat_rows, take_rows, wide_dtype, wide_product
+from effvit.tokens import (
+    Ranges,
+    TokenMap,
+    fx_leaf,
+    position_of,
+    ranges_of,
+    take_rows,
+    take_values,
+    wide_dtype,
+    wide_product,
+)
 
 __all__ = [
     "Matching",
@@ -28,20 +38,42 @@ __all__ = [
 
 
 class Matching(NamedTuple):
-    """Pairs of tokens to merge, in positions among the N patch tokens.
+    """Pairs of tokens to merge, in positions among the N patch tokens: a ``Step`` of a token map.
 
     Attributes:
         source: (B, r) tokens that are merged away, most similar first.
         destination: (B, r) the token each of them goes into.
         order: (B, N-r) the tokens that stay, in the order of the new sequence.
+        kept: (B, P+N-r) the same behind the prefix tokens, which count from -P.
     """
 
     source: Tensor
     destination: Tensor
     order: Tensor
+    kept: Tensor
+    fuses: bool = False
+
+    def target(self, like: Tensor) -> Tensor:
+        """(B, N) new place of every old token; ``like`` is any (B, N) int64."""
+        return matching_target(self, like)
 
 
-def bipartite_soft_matching(metric: Tensor, r: int, num_prefix: int) -> Matching:
+@fx_leaf
+def matching_target(matching: Matching, like: Tensor) -> Tensor:
+    """(B, N) new place of every old token under the matching; ``like`` is any (B, N) int64."""
+    target = position_of(matching.order, like)
+    return target.scatter(1, matching.source, target.gather(1, matching.destination))
+
+
+@fx_leaf
+def bipartite_soft_matching(
+    metric: Tensor,
+    r: int,
+    num_prefix: int,
+    ranges: Ranges | None = None,
+    origin: str = "tokens",
+    x: Tensor | None = None,
+) -> Matching:
     """Match the r tokens of set A that are most similar to one of set B (ToMe, 2210.09461, section 3.1).
 
     The sets alternate along the whole sequence, prefix tokens included: A has its even, B its odd places.
@@ -51,22 +83,30 @@ def bipartite_soft_matching(metric: Tensor, r: int, num_prefix: int) -> Matching
         metric: (B, N, D) features of the patch tokens, compared by cosine.
         r: Tokens to merge, at most N // 2.
         num_prefix: Prefix tokens in front of the patches.
+        ranges: Those of the batch, for P + N places; None: made here.
+        origin: What the features are, for messages.
+        x: (B, P+N, C) tokens that entered the block, for messages.
 
     Returns:
         The matching. The new order is what is left of A, then B; A keeps its order in the sequence if there is
         a prefix token and is ordered by falling similarity if not, as in the official code.
+
+    Raises:
+        ValueError: Similarities that are NaN, see ``check_finite``.
     """
-    first_a, first_b = num_prefix % 2, (num_prefix + 1) % 2
+    number = metric.shape[1]
+    ranges = ranges_of(metric, number) if ranges is None else ranges
+    places = ranges.places
     best, destination = alternating_match(metric, num_prefix)
-    ranked = best.argsort(dim=-1, descending=True)
-    merged, left = ranked[:, :r], ranked[:, r:]
+    ranked = check_finite(best, origin, x).argsort(dim=-1, descending=True)  # (B, |A|)
+    in_a = torch.add(places[num_prefix % 2], ranked, alpha=2)
+    left = in_a[:, r:]
     if num_prefix:
         left = left.sort(dim=-1).values
-    in_b = 2 * torch.ones_like(metric[:, first_b::2, 0], dtype=torch.int64).cumsum(1) - 2 + first_b
+    in_b = places[(num_prefix + 1) % 2 : number : 2].expand(len(left), -1)
+    kept = ranges.behind_prefix(num_prefix, left, in_b)
     return Matching(
-        source=2 * merged + first_a,
-        destination=destination.gather(1, merged),
-        order=torch.cat([2 * left + first_a, in_b], dim=1),
+        source=in_a[:, :r], destination=destination.gather(1, ranked[:, :r]), order=kept[:, num_prefix:], kept=kept
     )
 
 
@@ -89,15 +129,8 @@ def kth_bipartite_target(metric: Tensor, k: int) -> Tensor:
     return torch.cat([nearest.unflatten(1, (-1, k - 1)), itself.unsqueeze(-1)], dim=2).flatten(1)
 
 
-def matching_target(matching: Matching, like: Tensor) -> Tensor:
-    """(B, N) new place of every old token under the matching; ``like`` is any (B, N) int64."""
-    rank = torch.ones_like(matching.order).cumsum(1) - 1
-    target = torch.zeros_like(like).scatter(1, matching.order, rank)
-    return target.scatter(1, matching.source, target.gather(1, matching.destination))
-
-
 def merge_tokens(
-    x: Tensor, size: Tensor, matching: Matching, target: Tensor, num_prefix: int = 0
+    x: Tensor, size: Tensor | None, matching: Matching, num_prefix: int = 0, ranges: Ranges | None = None
 ) -> tuple[Tensor, Tensor]:
     """Size-weighted mean of merged tokens (merge.py@af95e4b ``merge_wavg``).
 
@@ -106,29 +139,35 @@ def merge_tokens(
 
     Args:
         x: (B, P+N, C).
-        size: (B, N) patches each token stands for.
+        size: (B, P+N) patches each token stands for; None: one each.
         matching: Which tokens go where.
-        target: (B, N) from ``matching_target``.
         num_prefix: P.
+        ranges: Those of the batch, for P + 1 places at least; None: made here.
 
     Returns:
-        (B, P+N-r, C) and the new sizes (B, N-r).
+        (B, P+N-r, C) and the new sizes (B, P+N-r).
     """
-    length = x.shape[1]
-    into = target.gather(1, matching.source)  # (B, r) new place of each merged token
-    merged_size = size.gather(1, matching.source)
-    new_size = size.gather(1, matching.order).scatter_add(1, into, merged_size)  # (B, N-r)
-    share = (merged_size / new_size.gather(1, into)).unsqueeze(-1).to(x.dtype)  # (B, r, 1)
-    source = take_rows(x, flat_rows(matching.source + num_prefix, length))
-    destination = take_rows(x, flat_rows(matching.destination + num_prefix, length))
-    kept = take_rows(x, flat_rows(matching.order, length, num_prefix))
-    rows = flat_rows(into + num_prefix, length - matching.source.shape[1])
-    return add_rows(kept, rows, (source - destination) * share), new_size
+    ranges = ranges_of(x, num_prefix + 1) if ranges is None else ranges
+    if size is None:
+        size = torch.ones_like(x[..., 0], dtype=wide_dtype(x.dtype))
+    first = ranges.first(x.shape[1], num_prefix)
+    source, destination = matching.source + first, matching.destination + first  # rows (B, r)
+    kept = matching.kept + first
+    source_size = take_values(size, source)
+    size = add_values(size, destination, source_size)
+    share = (source_size / take_values(size, destination)).unsqueeze(-1).to(x.dtype)  # (B, r, 1)
+    x = add_rows(x, destination, (take_rows(x, source) - take_rows(x, destination)) * share)
+    return take_rows(x, kept), take_values(size, kept)
 
 
 def add_rows(x: Tensor, rows: Tensor, values: Tensor) -> Tensor:
     """x (B, N, C) with values (B, r, C) added to its flattened rows (B, r)."""
     return x.flatten(0, 1).index_add(0, rows.flatten(), values.flatten(0, 1)).view_as(x)
+
+
+def add_values(x: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    """x (B, N) with values (B, r) added to its flattened entries (B, r)."""
+    return x.flatten().index_add(0, rows.flatten(), values.flatten()).view_as(x)
 
 
 class ToMe(Reducer):
@@ -195,20 +234,10 @@ class ToMe(Reducer):
         r = self.num_merged(tokens.num_tokens)
         if r == 0:
             return x, tokens
+        ranges = tokens.layout.ranges
         with torch.no_grad():
             metric = state.k.mean(dim=1, dtype=wide_dtype(state.k.dtype))[:, tokens.num_prefix :]  # (B, N, D)
-            check_finite(metric.sum(-1), self.origin("keys"), state.x)
-            matching = bipartite_soft_matching(metric, r, tokens.num_prefix)
-            target = matching_target(matching, tokens.anchor)
-            size = tokens.size
-            if size is None:
-                size = torch.ones_like(tokens.anchor, dtype=wide_dtype(x.dtype))
-        x, size = merge_tokens(x, size, matching, target, tokens.num_prefix)
-        return x, tokens.relabel(
-            target,
-            tokens.anchor.gather(1, matching.order),
-            self.count(tokens.num_tokens, tokens.num_patches),
-            size=size,
-            key_weight=size if self.prop_attn else None,
-            keeps_every_patch=True,
-        )
+            matching = bipartite_soft_matching(metric, r, tokens.num_prefix, ranges, self.origin("keys"), state.x)
+        x, size = merge_tokens(x, tokens.size, matching, tokens.num_prefix, ranges)
+        left = self.count(tokens.num_tokens, tokens.num_patches)
+        return x, tokens.relabel(matching, left, size, size if self.prop_attn else None, keeps_every_patch=True)
