@@ -135,7 +135,7 @@ class Ranges(NamedTuple):
         return torch.add(self.places[offset], self.images, alpha=length)
 
     def behind_prefix(self, num_prefix: int, *index: Tensor) -> Tensor:
-        """Patch tokens ``index``, each (B, K), behind the prefix tokens, which count from -num_prefix: (B, P + sum K)."""
+        """Patch tokens ``index``, each (B, K), behind the prefix tokens, which count from -num_prefix."""
         if num_prefix == 0 and len(index) == 1:
             return index[0]
         prefix = (self.places[:num_prefix] - num_prefix).expand(index[0].shape[0], -1)
