@@ -35,7 +35,7 @@ __all__ = ["contenders", "main", "table"]
 def contenders(tuned: Tuning) -> list[Candidate]:
     """The best setting and, of every other method and place, the nearest to the dense model that reached the aim."""
     aim = tuned.target["speedup"] or 0
-    nearest = {_place(tuned.best): tuned.best}
+    nearest = {} if tuned.best is None else {_place(tuned.best): tuned.best}
     for candidate in sorted(tuned.tried, key=lambda c: c.fidelity.divergence):
         if candidate.speedup >= aim:
             nearest.setdefault(_place(candidate), candidate)
@@ -82,6 +82,8 @@ def check(args: argparse.Namespace) -> None:
     tuned = read_tuning(args.tuned)
     if tuned.host is None or tuned.target.get("speedup") is None:
         raise ValueError(f"{plain(args.tuned)} is not the result of `effvit tune --speedup`")
+    if tuned.best is None:
+        raise ValueError(f"{plain(args.tuned)} names no best setting to measure again; give the file of another search")
     torch.manual_seed(0)  # as the command line does
     dense = build(tuned.host, {}, args.pretrained).eval()
     rows = contenders(tuned)
