@@ -366,6 +366,19 @@ class TestResume:
         repeated = [c for c in again if isinstance(c, Candidate) and c not in fresh]
         assert all(c.rounds == 40 for c in repeated)  # only the last one, alone
 
+    def test_a_schedule_that_the_file_holds_is_not_compared_twice(
+        self, dense: Any, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        options = {"speedup": 1.3, "methods": ["tome"], "moves": 8}
+        before = tune(dense, images, **options)
+        assert before.judged
+
+        def compared(*_: Any) -> None:
+            pytest.fail("all outputs are known")
+
+        monkeypatch.setattr("effvit.measure.tune.compare_outputs", compared)
+        assert tune(dense, images, before=before, **options).best == before.best
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [

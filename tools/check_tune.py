@@ -4,8 +4,8 @@
       --json tuned.json
     python tools/check_tune.py tuned.json 'fashion_mnist:*' --pretrained --json docs/benchmarks/tune_cpu.json
 
-Of each method and place of its reduction the setting with the least divergence is taken; EViT without "reduce_at"
-reduces at the blocks of its paper. With --json the record is added to the file.
+Of each method and place of its reduction the setting with the least divergence is taken, on a ladder or block by block;
+EViT without "reduce_at" reduces at the blocks of its paper. With --json the record is added to the file.
 """
 
 from __future__ import annotations
@@ -85,10 +85,10 @@ def check(args: argparse.Namespace) -> None:
     if tuned.best is None:
         raise ValueError(f"{plain(args.tuned)} names no best setting to measure again; give the file of another search")
     torch.manual_seed(0)  # as the command line does
-    dense = build(tuned.host, {}, args.pretrained).eval()
+    conditions = tuned.conditions
+    dense = build(tuned.host, {"img_size": list(conditions.input_size[1:])}, args.pretrained).eval()
     rows = contenders(tuned)
     models = {"dense": dense, **reduced(dense, [(row.method, row.settings) for row in rows])}
-    conditions = tuned.conditions
     device = conditions.device
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("measuring", total=len(models) * (args.rounds + 2))

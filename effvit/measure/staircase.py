@@ -20,7 +20,7 @@ from effvit.reducers import METHODS
 
 __all__ = ["FewTokens", "predicted", "shortened", "staircase_of", "staircase_of_macs", "token_counts"]
 
-STEPS = 8  # token counts that are measured, in equal distances up to all patches
+STEPS = 6  # token counts that are measured, in equal distances up to all patches
 
 
 class FewTokens(nn.Module):
