@@ -238,7 +238,14 @@ class TestSchedules:
         assert result.best.fidelity.divergence == min(c.fidelity.divergence for c in result.tried)
         assert result.judged
 
-    def test_a_method_from_outside_without_schedules_keeps_its_ladder(self, dense: Any, images: torch.Tensor) -> None:
+    def test_hosts_whose_blocks_are_not_timed_alone_are_predicted_by_multiply_adds(self) -> None:
+        eva = timm.create_model("eva02_tiny_patch14_224", img_size=56, depth=4, num_classes=5).eval()
+        result = tune(eva, torch.randn(1, 3, 56, 56), speedup=1.2, methods=["tome"], moves=5)
+        assert result.best is not None
+        assert result.judged
+        assert result.staircase is None
+
+    def test_a_method_without_schedules_keeps_to_its_ladder(self, dense: Any, images: torch.Tensor) -> None:
         result = tune(dense, images, speedup=1.3, methods=["expedite"])
         assert result.best is not None
         assert result.judged is None
@@ -439,6 +446,7 @@ def grey(tmp_path: Path) -> Path:
 
 
 COMMAND = ["--speedup", "1.2", "--methods", "tome", "evit", "--threads", "1", "--moves", "4", "--rounds", "1"]
+SMALL = ["--img-size", "96"]
 COMMAND += ["--final-rounds", "2", "--batch-size", "1"]
 
 
@@ -476,7 +484,7 @@ class TestCommand:
         assert "# zero_tprune on vit_nano_patch4_28 has no name of its own in timm" in out
 
     def test_every_setting_is_a_line_without_a_terminal(self, grey: Path, capsys: Any) -> None:
-        assert main(["tune", "deit_tiny_patch16_224", str(grey), *COMMAND]) == 0
+        assert main(["tune", "deit_tiny_patch16_224", str(grey), *COMMAND, *SMALL]) == 0
         lines = capsys.readouterr().err.splitlines()
         assert "1 settings: evit keep_rate=" in "\n".join(lines) or "1 settings: tome r=" in "\n".join(lines)
         assert all(" settings: " in line for line in lines)
@@ -484,7 +492,7 @@ class TestCommand:
     def test_a_long_silence_is_broken(self, grey: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         now = itertools.count(step=11.0)
         monkeypatch.setattr("effvit.cli.tune.monotonic", lambda: next(now))
-        assert main(["tune", "deit_tiny_patch16_224", str(grey), *COMMAND]) == 0
+        assert main(["tune", "deit_tiny_patch16_224", str(grey), *COMMAND, *SMALL]) == 0
         said = capsys.readouterr().err
         assert "settings: measuring" in said
         assert "settings: comparing schedules" in said
@@ -493,7 +501,7 @@ class TestCommand:
         self, grey: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         path = tmp_path / "tuned.json"
-        command = ["tune", "deit_tiny_patch16_224", str(grey), *COMMAND]
+        command = ["tune", "deit_tiny_patch16_224", str(grey), *COMMAND, *SMALL]
         exact, calls = effvit.measure.tune.profile_models, itertools.count()
 
         def stopped(*args: Any, **kwargs: Any) -> Any:
@@ -523,7 +531,7 @@ class TestCommand:
             raise KeyboardInterrupt
 
         monkeypatch.setattr("effvit.measure.tune.profile_models", stopped)
-        command = ["tune", "deit_tiny_patch16_224", str(grey), *COMMAND]
+        command = ["tune", "deit_tiny_patch16_224", str(grey), *COMMAND, *SMALL]
         assert main(command) == 130
         assert "nothing of the search is kept; with --json FILE it would go on" in capsys.readouterr().err
         assert main([*command, "--json", str(tmp_path / "t.json")]) == 130
@@ -531,7 +539,7 @@ class TestCommand:
 
     def test_report_shows_the_search(self, grey: Path, tmp_path: Path) -> None:
         path, page = tmp_path / "tuned.json", tmp_path / "report.html"
-        assert main(["tune", "deit_tiny_patch16_224", str(grey), *COMMAND, "--json", str(path)]) == 0
+        assert main(["tune", "deit_tiny_patch16_224", str(grey), *COMMAND, *SMALL, "--json", str(path)]) == 0
         assert main(["report", str(path), "--out", str(page)]) == 0
         assert '"kind":"tune"' in page.read_text(encoding="utf-8")
 
@@ -547,7 +555,7 @@ def test_a_file_from_before_resume_is_refused_with_both_values(dense: Any, image
 @pytest.mark.usefixtures("slow_methods")
 def test_a_search_that_names_none_is_written_and_said(grey: Path, tmp_path: Path, capsys: Any) -> None:
     path = tmp_path / "tuned.json"
-    assert main(["tune", "deit_tiny_patch16_224", str(grey), *COMMAND, "--json", str(path)]) == 0
+    assert main(["tune", "deit_tiny_patch16_224", str(grey), *COMMAND, *SMALL, "--json", str(path)]) == 0
     out = capsys.readouterr().out
     assert "none is named: no setting was measured faster than the dense model" in out
     assert "create_model" not in out
