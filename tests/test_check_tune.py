@@ -79,6 +79,9 @@ def test_a_result_of_another_kind_is_refused(tmp_path: Path, capsys: pytest.Capt
         "must have \"schema\": 1 and \"kind\": 'tune', got {'schema': None, 'kind': 'profile'}"
         in capsys.readouterr().err
     )
+    tuned.write_text(json.dumps({**TUNED, "best": None}))
+    assert TOOL.main([str(tuned), "fashion_mnist:*"]) == 2
+    assert "names no best setting to measure again; give the file of another search" in capsys.readouterr().err
     tuned.write_text(json.dumps({**TUNED, "target": {"macs": 1e6}}))
     assert TOOL.main([str(tuned), "fashion_mnist:*"]) == 2
     assert "is not the result of `effvit tune --speedup`" in capsys.readouterr().err

@@ -12,7 +12,7 @@ import pytest
 from made_up import made_up_model, made_up_profile, made_up_tokens
 
 from effvit.cli import main
-from effvit.measure.json_files import LARGEST_FILE, read_json, write_json
+from effvit.measure.json_files import LARGEST_FILE, read_json, replace_json, write_json
 from effvit.measure.records import (
     add_record,
     as_json,
@@ -20,6 +20,7 @@ from effvit.measure.records import (
     check_record,
     profile_of,
     read_profiles,
+    read_results,
     read_tuning,
     write_records,
 )
@@ -98,6 +99,49 @@ class TestFiles:
         conditions |= {"threads": 1, "device": "cpu", "dtype": "float32"}
         write_json(path, made_up_tuning() | {"conditions": conditions})
         assert as_object(read_tuning(path)) == made_up_tuning() | {"conditions": conditions}
+
+    def test_search_with_its_progress_is_written_as_it_was(self, tmp_path: Path) -> None:
+        path = tmp_path / "tuned.json"
+        found = made_up_tuning() | {"best": None, "front": []}
+        found["tried"] = [candidate | {"rounds": 8} for candidate in found["tried"]]
+        judged = {key: found["tried"][0][key] for key in ("method", "settings", "fidelity")}
+        found |= {"judged": [judged], "staircase": {"tokens": [4, 8], "seconds": [0.1, 0.2], "rest": 0.0}}
+        found |= {"untried": ["the rest"]}
+        write_json(path, found)
+        again = as_object(read_tuning(path))
+        assert {key: again[key] for key in found if key != "conditions"} == {
+            key: value for key, value in found.items() if key != "conditions"
+        }
+
+    def test_staircase_with_sides_of_two_lengths_is_refused(self) -> None:
+        steps = {"tokens": [4, 8], "seconds": [0.1], "rest": 0.0}
+        with pytest.raises(ValueError, match=r'staircase: "seconds" must be as long as tokens, 2 entries, got \[0.1\]'):
+            check_record(made_up_tuning() | {"staircase": steps}, "a.json", ("tune",))
+
+    def test_report_takes_a_search_and_refuses_a_broken_one(self, tmp_path: Path) -> None:
+        path = tmp_path / "tuned.json"
+        write_json(path, made_up_tuning())
+        assert read_results(path) == [made_up_tuning()]
+        write_json(path, made_up_tuning() | {"tried": 3})
+        with pytest.raises(ValueError, match=r'tuned.json: "tried" must be a list, got a int'):
+            read_results(path)
+
+    def test_file_is_replaced_in_one_step(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A writing that is interrupted leaves what was there, and nothing beside it."""
+        path = tmp_path / "tuned.json"
+        replace_json(path, [1])
+
+        def interrupted(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                replace_json(path, [2])
+        assert json.loads(path.read_text()) == [1]
+        assert list(tmp_path.iterdir()) == [path]
+        replace_json(path, [2])
+        assert json.loads(path.read_text()) == [2]
 
     def test_value_without_words_in_json_is_refused(self) -> None:
         with pytest.raises(TypeError, match="holds numbers, texts, lists and objects, got a set"):

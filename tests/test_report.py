@@ -15,7 +15,8 @@ from made_up import made_up_model, made_up_profile, made_up_tokens
 from PIL import Image
 
 from effvit.cli import main
-from effvit.show.report import read_records, write_report
+from effvit.measure.records import read_results
+from effvit.show.report import write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(
@@ -47,21 +48,21 @@ class TestRecords:
         path = tmp_path / "results.json"
         path.write_text(text)
         with pytest.raises(ValueError, match=f"results.json.*{message}"):
-            read_records(path)
+            read_results(path)
 
     def test_model_without_a_number_is_named(self, tmp_path):
         record = made_up_profile()
         del record["models"][1]["macs"], record["models"][1]["speedup"]
         with pytest.raises(ValueError, match=r"record 1, models 1 lacks macs, speedup"):
-            read_records(results(tmp_path, made_up_profile(), record))
+            read_results(results(tmp_path, made_up_profile(), record))
 
     def test_list_that_is_none_is_refused(self, tmp_path):
         with pytest.raises(ValueError, match=r'"models" must be a list, got a dict'):
-            read_records(results(tmp_path, made_up_profile(models={})))
+            read_results(results(tmp_path, made_up_profile(models={})))
 
     def test_picture_elsewhere_is_refused(self, tmp_path):
         with pytest.raises(ValueError, match=r'"picture" must be a data URI of a PNG, JPEG.* got .*photo.png'):
-            read_records(results(tmp_path, made_up_tokens(picture="photo.png")))
+            read_results(results(tmp_path, made_up_tokens(picture="photo.png")))
 
     def test_report_of_nothing_is_refused(self, tmp_path):
         with pytest.raises(ValueError, match="at least one file of results"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -19,12 +21,16 @@ import effvit
 import effvit.measure.tune
 from effvit.cli import main
 from effvit.measure.closed_form import closed_form_macs
-from effvit.measure.profiler import measurement
-from effvit.measure.records import as_object, check_record
-from effvit.measure.tune import families, front, tune, weakest
+from effvit.measure.json_files import write_json
+from effvit.measure.ladders import weakest
+from effvit.measure.profiler import machine, measurement
+from effvit.measure.records import as_object, check_record, read_tuning
+from effvit.measure.resume import fingerprint
+from effvit.measure.staircase import FewTokens
+from effvit.measure.tune import families, front, tune
 from effvit.measure.values import Candidate, Fidelity, Tuning, TuningConditions
 from effvit.schedule import spread_evenly
-from effvit.show.tables import print_tuning
+from effvit.show.tables import choice_text, print_tuning
 
 SIZE = (3, 64, 64)
 
@@ -45,16 +51,23 @@ def images() -> torch.Tensor:
     return torch.randn(2, *SIZE, generator=torch.Generator().manual_seed(0))
 
 
+def time_of(model: Any, size: Any) -> float:
+    """Its multiply-adds."""
+    if isinstance(model, FewTokens):
+        length, dim = model.dense.num_prefix_tokens + model.count, model.dense.embed_dim
+        return 1000.0 + model.depth * (12 * length * dim**2 + 2 * length**2 * dim)
+    counts = model.token_counts() if getattr(model, "method", None) == "ats" else None
+    return sum(closed_form_macs(model, size, token_counts=counts).values())
+
+
 @pytest.fixture
 def speed_of_macs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models that take the time their multiply-adds say."""
 
-    def profile_models(models: Any, size: Any, batch_size: int, *, rounds: int, **_: Any) -> list[Any]:
-        seconds = {}
-        for name, model in models.items():
-            adapts = getattr(model, "method", None) == "ats"
-            counts = model.token_counts() if adapts else None
-            seconds[name] = sum(closed_form_macs(model, size, token_counts=counts).values()) * np.ones(rounds)
+    def profile_models(models: Any, size: Any, batch_size: int, *, rounds: int, on_run: Any = None, **_: Any) -> Any:
+        seconds = {name: time_of(model, size) * np.ones(rounds) for name, model in models.items()}
+        for name in models:
+            on_run(name)
         return [measurement(name, own, seconds["dense"], batch_size) for name, own in seconds.items()]
 
     monkeypatch.setattr("effvit.measure.tune.profile_models", profile_models)
@@ -166,6 +179,7 @@ class TestTune:
             tune(dense, images, **aim)
 
 
+@pytest.mark.usefixtures("speed_of_macs")
 def test_command_writes_what_timm_takes(tmp_path: Path, capsys: Any) -> None:
     picture, path = tmp_path / "grey.png", tmp_path / "tuned.json"
     Image.new("RGB", (40, 40), (90, 90, 90)).save(picture)
@@ -190,3 +204,359 @@ def test_only_the_best_row_is_bold() -> None:
     print_tuning(console, Tuning({}, conditions, {"speedup": 1.5}, row("evit"), front, front))
     lines = [line for line in console.file.getvalue().splitlines() if "1.000" in line and "best" not in line]
     assert ["\x1b[1m" in line for line in lines] == [True, False]
+
+
+@pytest.mark.usefixtures("speed_of_macs")
+class TestSchedules:
+    @pytest.mark.parametrize(("method", "speedup"), [("tome", 1.2), ("ats", 1.3)])
+    def test_moves_between_blocks_bring_the_outputs_nearer_at_the_same_speed(
+        self, dense: Any, images: torch.Tensor, method: str, speedup: float
+    ) -> None:
+        ladder = tune(dense, images, speedup=speedup, methods=[method], moves=0)
+        moved = tune(dense, images, speedup=speedup, methods=[method], moves=40)
+        assert ladder.judged is None
+        assert ladder.staircase is None
+        assert moved.best is not None
+        assert ladder.best is not None
+        assert moved.best.fidelity.divergence < ladder.best.fidelity.divergence
+        assert moved.best.speedup >= speedup
+        assert moved.staircase is not None
+        assert 1 < len(moved.judged or ()) <= 41
+
+    def test_the_best_over_several_families_is_chosen(self, dense: Any, images: torch.Tensor) -> None:
+        """Each alone is no nearer than both together."""
+        alone = [tune(dense, images, speedup=1.3, methods=[name], moves=10).best for name in ("tome", "evit")]
+        both = tune(dense, images, speedup=1.3, methods=["tome", "evit", "tome"], moves=10)
+        assert both.best is not None
+        assert both.best.fidelity.divergence <= min(best.fidelity.divergence for best in alone if best) + 1e-9
+
+    def test_moves_keep_to_the_multiply_adds_asked_for(self, dense: Any, images: torch.Tensor) -> None:
+        limit = round(0.75 * sum(closed_form_macs(dense, SIZE).values()))
+        result = tune(dense, images, macs=limit, methods=["tome"], moves=30)
+        assert result.best is not None
+        assert all(candidate.macs <= limit for candidate in result.tried)
+        assert result.best.fidelity.divergence == min(c.fidelity.divergence for c in result.tried)
+        assert result.judged
+
+    def test_hosts_whose_blocks_are_not_timed_alone_are_predicted_by_multiply_adds(self) -> None:
+        eva = timm.create_model("eva02_tiny_patch14_224", img_size=56, depth=4, num_classes=5).eval()
+        result = tune(eva, torch.randn(1, 3, 56, 56), speedup=1.2, methods=["tome"], moves=5)
+        assert result.best is not None
+        assert result.judged
+        assert result.staircase is None
+
+    def test_a_method_without_schedules_keeps_to_its_ladder(self, dense: Any, images: torch.Tensor) -> None:
+        result = tune(dense, images, speedup=1.3, methods=["expedite"])
+        assert result.best is not None
+        assert result.judged is None
+
+
+@pytest.fixture
+def slow_methods(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which whatever is reduced takes longer, the more the less it computes."""
+
+    def profile_models(models: Any, size: Any, batch_size: int, *, rounds: int, **_: Any) -> Any:
+        total = time_of(models["dense"], size)
+        seconds = {name: (2 * total - time_of(model, size)) * np.ones(rounds) for name, model in models.items()}
+        return [measurement(name, own, seconds["dense"], batch_size) for name, own in seconds.items()]
+
+    monkeypatch.setattr("effvit.measure.tune.profile_models", profile_models)
+
+
+class TestSlower:
+    @pytest.mark.usefixtures("slow_methods")
+    @pytest.mark.parametrize("aim", [{"speedup": 1.2}, {"macs": 2_000_000}])
+    def test_a_slower_model_is_never_named(self, dense: Any, images: torch.Tensor, aim: Any) -> None:
+        result = tune(dense, images, methods=["tome", "evit"], moves=3, **aim)
+        assert result.best is None
+        assert result.tried
+        assert "none is named: no setting was measured faster than the dense model" in choice_text(result)
+
+    @pytest.mark.usefixtures("speed_of_macs")
+    def test_an_interval_that_holds_one_is_not_faster(
+        self, dense: Any, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        exact = effvit.measure.tune.profile_models
+
+        def unclear(*args: Any, **kwargs: Any) -> list[Any]:
+            return [replace(m, interval=(0.99, 3.0)) for m in exact(*args, **kwargs)]
+
+        monkeypatch.setattr("effvit.measure.tune.profile_models", unclear)
+        assert tune(dense, images, speedup=1.3, methods=["tome"]).best is None
+
+
+@pytest.mark.usefixtures("speed_of_macs")
+class TestTime:
+    @pytest.fixture
+    def clock(self, monkeypatch: pytest.MonkeyPatch, speed_of_macs: None) -> list[float]:
+        """A clock that goes on by a second with each timed run and each forward pass that is compared."""
+        now = [0.0]
+        exact, compare = effvit.measure.tune.profile_models, effvit.measure.tune.compare_outputs
+
+        def profile_models(models: Any, *args: Any, on_run: Any, rounds: int, **kwargs: Any) -> Any:
+            def run(name: str) -> None:
+                now[0] += rounds
+                on_run(name)
+
+            return exact(models, *args, on_run=run, rounds=rounds, **kwargs)
+
+        def compare_outputs(*args: Any) -> Any:
+            now[0] += 1
+            return compare(*args)
+
+        monkeypatch.setattr("effvit.measure.tune.monotonic", lambda: now[0])
+        monkeypatch.setattr("effvit.measure.tune.profile_models", profile_models)
+        monkeypatch.setattr("effvit.measure.tune.compare_outputs", compare_outputs)
+        return now
+
+    @pytest.mark.parametrize("minutes", [0.2, 1.0, 3.0, 5.0])
+    def test_the_search_ends_in_time_and_says_what_it_left_out(
+        self, dense: Any, images: torch.Tensor, clock: list[float], minutes: float
+    ) -> None:
+        result = tune(dense, images, speedup=1.3, methods=["tome", "evit"], moves=20, minutes=minutes)
+        assert clock[0] <= 60 * minutes + 40  # the run in which it ends is run to its end
+        assert result.untried
+        assert all(
+            "of tome, evit" in left or "of evit" in left or "last measurement" in left for left in result.untried
+        )
+        if result.best is not None:
+            assert result.best.speedup >= 1.3
+
+    def test_with_time_enough_nothing_is_left_out(self, dense: Any, images: torch.Tensor, clock: list[float]) -> None:
+        short = tune(dense, images, speedup=1.3, methods=["tome"], moves=20, minutes=1e3)
+        assert short.untried is None
+        assert short == tune(dense, images, speedup=1.3, methods=["tome"], moves=20)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"minutes": 0.0}, "minutes must be above 0, got 0.0"),
+            ({"minutes": float("nan")}, "minutes must be above 0, got nan"),
+            ({"moves": -1}, "moves must be at least 0, got -1; 0 keeps to the ladders"),
+        ],
+    )
+    def test_times_and_moves_out_of_range_are_refused(
+        self, dense: Any, images: torch.Tensor, options: Any, message: str
+    ) -> None:
+        with pytest.raises(ValueError, match=message):
+            tune(dense, images, speedup=1.3, **options)
+
+
+@pytest.mark.usefixtures("speed_of_macs")
+class TestResume:
+    @pytest.mark.parametrize("stop_after", [1, 3, 9, 14, 20])
+    def test_a_search_that_was_stopped_ends_as_one_that_was_not(
+        self, dense: Any, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stop_after: int
+    ) -> None:
+        """Through a file, and without timing or comparing again what the file holds."""
+        options = {"speedup": 1.3, "methods": ["tome", "evit"], "moves": 8, "host": "a host"}
+        whole = tune(dense, images, **options)
+        kept: list[Tuning] = []
+
+        def stop(_: Any, found: Tuning) -> None:
+            kept.append(found)
+            if len(kept) == stop_after:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            tune(dense, images, on_candidate=stop, **options)
+        write_json(tmp_path / "stopped.json", as_object(kept[-1]))
+        before = read_tuning(tmp_path / "stopped.json")
+        assert before.best is None
+        assert "the last measurement of what is chosen, alone with the dense model" in (before.untried or ())
+        again: list[Any] = []
+        rest = tune(dense, images, before=before, on_candidate=lambda c, _: again.append(c), **options)
+        assert rest.best == whole.best
+        assert as_object(rest)["front"] == as_object(whole)["front"]
+        known = {(c.method, str(c.settings)): c.rounds for c in before.tried}
+        fresh = [c for c in again if isinstance(c, Candidate) and known.get((c.method, str(c.settings))) != c.rounds]
+        repeated = [c for c in again if isinstance(c, Candidate) and c not in fresh]
+        assert all(c.rounds == 40 for c in repeated)  # only the last one, alone
+
+    def test_a_schedule_that_the_file_holds_is_not_compared_twice(
+        self, dense: Any, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        options = {"speedup": 1.3, "methods": ["tome"], "moves": 8}
+        before = tune(dense, images, **options)
+        assert before.judged
+
+        def compared(*_: Any) -> None:
+            pytest.fail("all outputs are known")
+
+        monkeypatch.setattr("effvit.measure.tune.compare_outputs", compared)
+        assert tune(dense, images, before=before, **options).best == before.best
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"batch_size": 4}, r"was made with batch_size 8, now it is 4; give what it was made with, or begin anew"),
+            ({"host": "b"}, "was made with host 'a', now it is 'b'"),
+            ({"threads": 7}, "was made with threads 1, now it is 7"),
+            ({"dtype": torch.float64}, "was made with dtype 'float32', now it is 'float64'"),
+            ({"compile": True}, "was made with compile None, now it is 'True'"),
+        ],
+    )
+    def test_other_conditions_are_refused(
+        self, dense: Any, images: torch.Tensor, options: dict[str, Any], message: str
+    ) -> None:
+        same = {"speedup": 1.3, "methods": ["tome"], "moves": 0, "host": "a", "threads": 1}
+        before = tune(dense, images, **same)
+        with pytest.raises(ValueError, match=message):
+            tune(dense, images, before=before, **same | options)
+
+    def test_other_weights_and_images_are_refused(self, dense: Any, images: torch.Tensor) -> None:
+        same = {"speedup": 1.3, "methods": ["tome"], "moves": 0}
+        before = tune(dense, images, **same)
+        other = copy.deepcopy(dense)
+        with torch.no_grad():
+            other.head.bias[0] += 1
+        with pytest.raises(ValueError, match=r"with weights '\w{16}', now it is '\w{16}'"):
+            tune(other, images, before=before, **same)
+        with pytest.raises(ValueError, match=r"with pixels '\w{16}', now it is '\w{16}'"):
+            tune(dense, images + 1, before=before, **same)
+        with pytest.raises(ValueError, match=r"with input_size \(3, 64, 64\), now it is \(3, 64, 32\)"):
+            tune(dense, images[..., :32], before=before, **same)
+
+    def test_fingerprints_tell_values_apart_in_every_dtype(self) -> None:
+        for dtype in (torch.float32, torch.bfloat16, torch.int64, torch.bool):
+            one = torch.tensor(1).to(dtype)
+            assert fingerprint([one]) == fingerprint([one.clone()])
+            assert fingerprint([one]) != fingerprint([one * 0])
+
+
+def test_a_reduced_model_is_refused(dense: Any, images: torch.Tensor) -> None:
+    model = effvit.sparsify(timm.create_model("deit_tiny_patch16_224", img_size=64), "tome")
+    with pytest.raises(ValueError, match="the model is reduced by tome already, so that there is no dense model"):
+        tune(model, images, speedup=1.3)
+
+
+@pytest.mark.parametrize("host", ["tome_deit_tiny_patch16_224", "evit_deit_tiny_patch16_224"])
+def test_command_refuses_a_reduced_name(host: str, grey: Path, capsys: Any) -> None:
+    assert main(["tune", host, str(grey), "--speedup", "1.5"]) == 2
+    said = capsys.readouterr().err
+    assert "is reduced by" in said
+    assert "give its host, deit_tiny_patch16_224" in said
+
+
+@pytest.fixture
+def grey(tmp_path: Path) -> Path:
+    path = tmp_path / "grey.png"
+    Image.new("RGB", (40, 40), (90, 90, 90)).save(path)
+    return path
+
+
+COMMAND = ["--speedup", "1.2", "--methods", "tome", "evit", "--threads", "1", "--moves", "4", "--rounds", "1"]
+SMALL = ["--img-size", "96"]
+COMMAND += ["--final-rounds", "2", "--batch-size", "1"]
+
+
+@pytest.mark.usefixtures("speed_of_macs")
+class TestCommand:
+    @pytest.mark.parametrize(
+        ("host", "size"), [("deit_tiny_patch16_224", []), ("deit_tiny_patch16_224", ["--img-size", "96"])]
+    )
+    def test_both_lines_make_the_model_that_was_chosen(
+        self, host: str, size: list[str], grey: Path, tmp_path: Path, capsys: Any
+    ) -> None:
+        path = tmp_path / "tuned.json"
+        assert main(["tune", host, str(grey), *COMMAND, *size, "--json", str(path)]) == 0
+        out = capsys.readouterr().out
+        python, named = (line for line in out.splitlines() if "create_model(" in line)
+        assert python.startswith("effvit.sparsify(timm.create_model(")
+        assert named.startswith("timm.create_model(")
+        models = []
+        for line in (python, named):
+            torch.manual_seed(0)
+            models.append(eval(line, {"timm": timm, "effvit": effvit}).eval())
+        best = json.loads(path.read_text())["best"]
+        side = int(size[1]) if size else 224
+        x = torch.randn(1, 3, side, side)
+        assert models[0].method == models[1].method == best["method"]
+        assert models[0].settings == models[1].settings
+        assert torch.equal(models[0](x), models[1](x))
+        assert json.loads(path.read_text())["python"] == [python, named]
+
+    def test_a_host_without_names_gets_the_python_line_alone(self, capsys: Any) -> None:
+        command = ["tune", "vit_nano_patch4_28", "fashion_mnist:sneaker-0", "--pretrained", *COMMAND]
+        assert main([*command, "--methods", "zero_tprune"]) == 0
+        out = capsys.readouterr().out
+        assert '(timm.create_model("vit_nano_patch4_28", pretrained=True), "zero_tprune", keep_rate=' in out
+        assert "# zero_tprune on vit_nano_patch4_28 has no name of its own in timm" in out
+
+    def test_every_setting_is_a_line_without_a_terminal(self, grey: Path, capsys: Any) -> None:
+        assert main(["tune", "deit_tiny_patch16_224", str(grey), *COMMAND, *SMALL]) == 0
+        lines = capsys.readouterr().err.splitlines()
+        assert "1 settings: evit keep_rate=" in "\n".join(lines) or "1 settings: tome r=" in "\n".join(lines)
+        assert all(" settings: " in line for line in lines)
+
+    def test_a_long_silence_is_broken(self, grey: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        now = itertools.count(step=11.0)
+        monkeypatch.setattr("effvit.cli.tune.monotonic", lambda: next(now))
+        assert main(["tune", "deit_tiny_patch16_224", str(grey), *COMMAND, *SMALL]) == 0
+        said = capsys.readouterr().err
+        assert "settings: measuring" in said
+        assert "settings: comparing schedules" in said
+
+    def test_ctrl_c_leaves_a_file_to_go_on_from(
+        self, grey: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = tmp_path / "tuned.json"
+        command = ["tune", "deit_tiny_patch16_224", str(grey), *COMMAND, *SMALL]
+        exact, calls = effvit.measure.tune.profile_models, itertools.count()
+
+        def stopped(*args: Any, **kwargs: Any) -> Any:
+            if next(calls) == 2:
+                raise KeyboardInterrupt
+            return exact(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("effvit.measure.tune.profile_models", stopped)
+            assert main([*command, "--json", str(path)]) == 130
+        said = capsys.readouterr().err
+        assert f"settings are in {path}; the same command with --resume {path} goes on from there" in said
+        kept = read_tuning(path)
+        assert kept.best is None
+        assert kept.tried
+        assert main([*command, "--resume", str(path)]) == 0
+        assert read_tuning(path).best is not None
+        assert len(read_tuning(path).tried) > len(kept.tried)
+        assert [found.name for found in tmp_path.iterdir() if "tuned" in found.name] == ["tuned.json"]
+        assert main([*command, "--resume", str(path), "--batch-size", "2"]) == 2
+        assert "was made with batch_size 1, now it is 2" in capsys.readouterr().err
+
+    def test_ctrl_c_without_a_file_says_that_nothing_is_kept(
+        self, grey: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def stopped(*_: Any, **__: Any) -> Any:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("effvit.measure.tune.profile_models", stopped)
+        command = ["tune", "deit_tiny_patch16_224", str(grey), *COMMAND, *SMALL]
+        assert main(command) == 130
+        assert "nothing of the search is kept; with --json FILE it would go on" in capsys.readouterr().err
+        assert main([*command, "--json", str(tmp_path / "t.json")]) == 130
+        assert "no setting was measured yet" in capsys.readouterr().err
+
+    def test_report_shows_the_search(self, grey: Path, tmp_path: Path) -> None:
+        path, page = tmp_path / "tuned.json", tmp_path / "report.html"
+        assert main(["tune", "deit_tiny_patch16_224", str(grey), *COMMAND, *SMALL, "--json", str(path)]) == 0
+        assert main(["report", str(path), "--out", str(page)]) == 0
+        assert '"kind":"tune"' in page.read_text(encoding="utf-8")
+
+
+def test_a_file_from_before_resume_is_refused_with_both_values(dense: Any, images: torch.Tensor) -> None:
+    """What fingerprints it lacks cannot be compared."""
+    conditions = TuningConditions(8, SIZE, {"images": 2, "rounds": 8}, torch.get_num_threads(), "cpu", "float32")
+    old = Tuning(machine("cpu"), conditions, {"speedup": 1.5}, None, [], [])
+    with pytest.raises(ValueError, match=r"was made with weights None, now it is '\w{16}'"):
+        tune(dense, images, speedup=1.3, methods=["tome"], before=old)
+
+
+@pytest.mark.usefixtures("slow_methods")
+def test_a_search_that_names_none_is_written_and_said(grey: Path, tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "tuned.json"
+    assert main(["tune", "deit_tiny_patch16_224", str(grey), *COMMAND, *SMALL, "--json", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "none is named: no setting was measured faster than the dense model" in out
+    assert "create_model" not in out
+    assert json.loads(path.read_text())["best"] is None

@@ -4,8 +4,8 @@
       --json tuned.json
     python tools/check_tune.py tuned.json 'fashion_mnist:*' --pretrained --json docs/benchmarks/tune_cpu.json
 
-Of each method and place of its reduction the setting with the least divergence is taken; EViT without "reduce_at"
-reduces at the blocks of its paper. With --json the record is added to the file.
+Of each method and place of its reduction the setting with the least divergence is taken, on a ladder or block by block;
+EViT without "reduce_at" reduces at the blocks of its paper. With --json the record is added to the file.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = ["contenders", "main", "table"]
 def contenders(tuned: Tuning) -> list[Candidate]:
     """The best setting and, of every other method and place, the nearest to the dense model that reached the aim."""
     aim = tuned.target["speedup"] or 0
-    nearest = {_place(tuned.best): tuned.best}
+    nearest = {} if tuned.best is None else {_place(tuned.best): tuned.best}
     for candidate in sorted(tuned.tried, key=lambda c: c.fidelity.divergence):
         if candidate.speedup >= aim:
             nearest.setdefault(_place(candidate), candidate)
@@ -82,11 +82,13 @@ def check(args: argparse.Namespace) -> None:
     tuned = read_tuning(args.tuned)
     if tuned.host is None or tuned.target.get("speedup") is None:
         raise ValueError(f"{plain(args.tuned)} is not the result of `effvit tune --speedup`")
+    if tuned.best is None:
+        raise ValueError(f"{plain(args.tuned)} names no best setting to measure again; give the file of another search")
     torch.manual_seed(0)  # as the command line does
-    dense = build(tuned.host, {}, args.pretrained).eval()
+    conditions = tuned.conditions
+    dense = build(tuned.host, {"img_size": list(conditions.input_size[1:])}, args.pretrained).eval()
     rows = contenders(tuned)
     models = {"dense": dense, **reduced(dense, [(row.method, row.settings) for row in rows])}
-    conditions = tuned.conditions
     device = conditions.device
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("measuring", total=len(models) * (args.rounds + 2))

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic
+from typing import TypeAlias
 
 import torch
+from rich.progress import Progress, TaskID
 
 import effvit
 from effvit.cli import options
 from effvit.cli.models import RANDOM_WEIGHTS, check_device, create, has_random_weights
 from effvit.cli.output import output, progress
-from effvit.measure.json_files import write_json
-from effvit.measure.records import as_json, as_object
-from effvit.measure.tune import TUNED, tune
-from effvit.protocols import Json
+from effvit.measure.json_files import replace_json
+from effvit.measure.records import as_json, as_object, read_tuning
+from effvit.measure.tune import tune
+from effvit.measure.values import Candidate, Judged, Tuning
+from effvit.measure.variants import python_line, timm_line
+from effvit.messages import plain
+from effvit.protocols import Json, Settings, Size
 from effvit.show.pictures import open_images
-from effvit.show.tables import print_tuning
+from effvit.show.tables import candidate_text, print_tuning
 from effvit.show.visualize import load_images
 
 __all__ = ["add_command"]
+
+SILENCE = 10.0  # seconds without a line, at most, where there is no terminal to draw a bar on
+Known: TypeAlias = "Candidate | Judged"
 
 
 class Arguments(options.WeightArguments, options.MachineArguments):
@@ -28,11 +40,15 @@ class Arguments(options.WeightArguments, options.MachineArguments):
     images: list[str]
     speedup: float | None
     gmacs: float | None
-    method: list[str]
+    methods: list[str] | None
     batch_size: int
+    img_size: Size | None
     rounds: int
     final_rounds: int
+    moves: int
+    minutes: float | None
     json: Path | None
+    resume: Path | None
 
 
 def add_command(commands: options.Commands) -> None:
@@ -48,47 +64,150 @@ def add_command(commands: options.Commands) -> None:
     aim = command.add_mutually_exclusive_group(required=True)
     aim.add_argument("--speedup", type=float, metavar="FACTOR", help="target speed-up over MODEL, e.g. 1.5")
     aim.add_argument("--gmacs", type=float, help="billions of multiply-adds of one image not to exceed")
-    command.add_argument("--method", nargs="+", default=TUNED, metavar="NAME", help="methods to choose from")
+    command.add_argument(
+        *("--methods", "--method"), nargs="+", metavar="NAME", help="methods to choose from (default: all that can be)"
+    )
     command.add_argument("--batch-size", type=int, default=8)
+    command.add_argument("--img-size", type=options.parse_size, metavar="SIZE", help="side or HxW (default: MODEL's)")
     command.add_argument("--rounds", type=int, default=8, help="of each step of the search")
     command.add_argument("--final-rounds", type=int, default=40, help="of the measurement that decides")
-    command.add_argument("--json", type=Path, metavar="FILE", help="write model_name and settings for timm there")
+    command.add_argument(
+        "--moves", type=int, default=60, help="schedules block by block to compare for each method; 0 for none"
+    )
+    command.add_argument("--minutes", type=float, help="stop in so many, and say what was not tried")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write all that is found there, as it is found")
+    command.add_argument("--resume", type=Path, metavar="FILE", help="go on with the search in FILE, and write there")
     command.set_defaults(run=run_tune)
 
 
 def run_tune(arguments: Arguments) -> None:
     """Print the front of settings and the best one for the aim."""
     check_device(arguments.device)
+    before = None if arguments.resume is None else read_tuning(arguments.resume)
+    path = arguments.json or arguments.resume
     photos = open_images(arguments.images)
-    dense = create(arguments.model, arguments)
+    dense = create(arguments.model, arguments, arguments.img_size)
     images = load_images(dense, list(photos.values()))
     console = output()
     if has_random_weights(arguments):
         console.print(f"{arguments.model} has {RANDOM_WEIGHTS}", style="yellow")
     with progress() as bars:
-        task = bars.add_task("measuring", total=None)
-        result = tune(
-            dense,
-            images,
-            speedup=arguments.speedup,
-            macs=None if arguments.gmacs is None else round(1e9 * arguments.gmacs),
-            methods=arguments.method,
-            batch_size=arguments.batch_size,
-            rounds=arguments.rounds,
-            final_rounds=arguments.final_rounds,
-            on_run=lambda _: bars.advance(task),
-            threads=arguments.threads,
-            device=arguments.device,
-            dtype=getattr(torch, arguments.dtype),
-        )
+        report = Report(bars, bars.add_task("measuring", total=None), lambda found: write(path, arguments, found))
+        try:
+            result = tune(
+                dense,
+                images,
+                speedup=arguments.speedup,
+                macs=None if arguments.gmacs is None else round(1e9 * arguments.gmacs),
+                methods=arguments.methods,
+                batch_size=arguments.batch_size,
+                rounds=arguments.rounds,
+                final_rounds=arguments.final_rounds,
+                moves=arguments.moves,
+                minutes=arguments.minutes,
+                host=arguments.model,
+                before=before,
+                on_run=report.run,
+                on_candidate=report.candidate,
+                threads=arguments.threads,
+                device=arguments.device,
+                dtype=getattr(torch, arguments.dtype),
+            )
+        except KeyboardInterrupt:
+            say(interrupted(path, report.known))
+            raise
     print_tuning(console, result)
-    if arguments.json is not None:
-        name = f"{result.best.method}_{arguments.model}"
+    for line in lines(arguments, result.best):
+        console.print(line, soft_wrap=True)
+    write(path, arguments, result)
+
+
+@dataclass
+class Report:
+    """What a search tells while it runs: a bar on a terminal, else a line for each setting that was measured, and one
+    every few seconds between them.
+
+    Attributes:
+        bars: The progress bars, which draw nothing without a terminal.
+        task: The bar of this search.
+        keep: Called with the search as far as it is.
+        known: Settings so far.
+        said: When the last line was written.
+    """
+
+    bars: Progress
+    task: TaskID
+    keep: Callable[[Tuning], None]
+    known: int = 0
+    said: float = field(default_factory=lambda: monotonic())
+
+    def run(self, _: str) -> None:
+        """After a timed run."""
+        self.bars.advance(self.task)
+        self.now_and_then("measuring")
+
+    def candidate(self, candidate: Known, found: Tuning) -> None:
+        """After a setting was judged or measured."""
+        self.known = len(found.tried) + len(found.judged or ())
+        self.keep(found)
+        if isinstance(candidate, Candidate):
+            self.line(candidate_text(candidate))
+        else:
+            self.now_and_then("comparing schedules")
+
+    def now_and_then(self, what: str) -> None:
+        """Say it where nothing was said for a while."""
+        if monotonic() - self.said > SILENCE:
+            self.line(what)
+
+    def line(self, text: str) -> None:
+        """One more line, unless there is a bar."""
+        self.said = monotonic()
+        if self.bars.disable:
+            say(f"{self.known} settings: {text}")
+
+
+def say(text: str) -> None:
+    """A line beside the results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def interrupted(path: Path | None, known: int) -> str:
+    """What becomes of a search that was stopped."""
+    if path is None:
+        return "nothing of the search is kept; with --json FILE it would go on from there"
+    if known == 0:
+        return "no setting was measured yet, so that there is nothing to go on from"
+    return f"{known} settings are in {plain(path)}; the same command with --resume {plain(path)} goes on from there"
+
+
+def host_options(arguments: Arguments) -> Settings:
+    """The keywords that the host was created with."""
+    size: Settings = {} if arguments.img_size is None else {"img_size": list(arguments.img_size)}
+    return ({"pretrained": True} if arguments.pretrained else {}) | size
+
+
+def lines(arguments: Arguments, best: Candidate | None) -> list[str]:
+    """Python that makes the chosen model."""
+    if best is None:
+        return []
+    given = (arguments.model, host_options(arguments), best.method, best.settings)
+    named = timm_line(*given)
+    found = [python_line(*given), named or f"# {best.method} on {arguments.model} has no name of its own in timm"]
+    if arguments.checkpoint is not None:
+        found.append(f"# then effvit.load_checkpoint(model, {str(arguments.checkpoint)!r}) loads the weights")
+    return found
+
+
+def write(path: Path | None, arguments: Arguments, result: Tuning) -> None:
+    """Write the search, and beside its best setting what timm takes."""
+    if path is None:
+        return
+    best = result.best
+    ready: dict[str, Json] = {"model_name": None, "settings": None, "method": None, "host": arguments.model}
+    if best is not None:
+        name = f"{best.method}_{arguments.model}"
         known = name.partition(".")[0] in effvit.list_models()
-        ready: dict[str, Json] = {
-            "model_name": name if known else None,
-            "settings": as_json(result.best.settings),
-            "method": result.best.method,
-            "host": arguments.model,
-        }
-        write_json(arguments.json, ready | as_object(result))
+        ready |= {"model_name": name if known else None, "settings": as_json(best.settings), "method": best.method}
+        ready["python"] = as_json(lines(arguments, best))
+    replace_json(path, ready | as_object(result))

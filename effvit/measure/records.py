@@ -23,6 +23,7 @@ from effvit.measure.rules import (
     optional,
     picture,
     plain_value,
+    same_length,
     table_of,
     text,
     truth,
@@ -35,7 +36,9 @@ from effvit.measure.values import (
     Conditions,
     Cost,
     Fidelity,
+    Judged,
     Record,
+    Staircase,
     TokenRecord,
     Tuning,
     TuningConditions,
@@ -55,6 +58,7 @@ __all__ = [
     "profile_of",
     "read_profiles",
     "read_records",
+    "read_results",
     "read_tuning",
     "write_records",
 ]
@@ -126,7 +130,14 @@ CANDIDATE = fields(
         "speedup": POSITIVE,
         "interval": BOUNDS,
         "fidelity": FIDELITY,
-    }
+    },
+    {"rounds": whole(1)},
+)
+JUDGED = fields({"method": text, "settings": table_of(plain_value), "fidelity": FIDELITY})
+STAIRCASE = same_length(
+    fields({"tokens": list_of(whole(1), least=1), "seconds": list_of(POSITIVE, least=1), "rest": POSITIVE}),
+    "tokens",
+    "seconds",
 )
 KINDS: dict[str, Rule] = {
     "profile": fields({"machine": MACHINE, "conditions": CONDITIONS, "models": list_of(COST, least=1)}),
@@ -156,10 +167,11 @@ KINDS: dict[str, Rule] = {
                 }
             ),
             "target": table_of(POSITIVE),
-            "best": CANDIDATE,
-            "front": list_of(CANDIDATE, least=1),
-            "tried": list_of(CANDIDATE, least=1),
-        }
+            "best": optional(CANDIDATE),
+            "front": list_of(CANDIDATE),
+            "tried": list_of(CANDIDATE),
+        },
+        {"judged": list_of(JUDGED), "staircase": STAIRCASE, "untried": list_of(text)},
     ),
 }
 
@@ -193,11 +205,23 @@ def read_records(path: Path, kinds: tuple[str, ...] = ("profile", "tokens")) -> 
         OSError: As ``read_json``.
         ValueError: As ``read_json`` and ``check_record``; the message names the file and what is wrong in it.
     """
-    records = read_json(path)
+    return _checked(read_json(path), path, kinds)
+
+
+def read_results(path: Path) -> list[Json]:
+    """What a report shows of a file: its records, or the one search that it holds; errors as of ``read_records``."""
+    value = read_json(path)
+    if isinstance(value, dict) and value.get("kind") == Tuning.kind:
+        check_record(value, plain(path), (Tuning.kind,))
+        return [value]
+    return _checked(value, path, (Record.kind, TokenRecord.kind))
+
+
+def _checked(records: Json, path: Path, kinds: tuple[str, ...]) -> list[Json]:
     if not isinstance(records, list) or not records:
         raise ValueError(
             f"{plain(path)} must hold a list of records, at least one, got {type(records).__name__}; "
-            "effvit profile --json and effvit visualize --json write such files"
+            "effvit profile --json and effvit visualize --json write such files, effvit tune --json one of its own"
         )
     for index, record in enumerate(records):
         check_record(record, f"{plain(path)}, record {index}", kinds)
@@ -222,10 +246,26 @@ def read_tuning(path: Path) -> Tuning:
         Tuning,
         entries,
         conditions=_with_options(TuningConditions, _object(entries["conditions"])),
-        best=_candidate(_object(entries["best"])),
+        best=entries["best"] and _candidate(_object(entries["best"])),
         front=[_candidate(entry) for entry in _objects(entries["front"])],
         tried=[_candidate(entry) for entry in _objects(entries["tried"])],
+        **_progress(entries),
     )
+
+
+def _progress(entries: Mapping[str, Json]) -> dict[str, object]:
+    """What a file of a search may hold beside its result."""
+    found: dict[str, object] = {}
+    if "judged" in entries:
+        found["judged"] = [
+            _made(Judged, entry, fidelity=_made(Fidelity, _object(entry["fidelity"])))
+            for entry in _objects(entries["judged"])
+        ]
+    if "staircase" in entries:
+        steps = _object(entries["staircase"])
+        sides = {name: tuple(_list(steps[name])) for name in ("tokens", "seconds")}
+        found["staircase"] = _made(Staircase, steps, **sides)
+    return found
 
 
 def profile_of(value: Json) -> Record:
@@ -250,9 +290,13 @@ def _object(value: Json) -> dict[str, Json]:
     return value
 
 
-def _objects(value: Json) -> list[dict[str, Json]]:
+def _list(value: Json) -> list[Json]:
     assert isinstance(value, list)
-    return [_object(entry) for entry in value]
+    return value
+
+
+def _objects(value: Json) -> list[dict[str, Json]]:
+    return [_object(entry) for entry in _list(value)]
 
 
 def _made(kind: Callable[..., Made], value: Mapping[str, Json], **others: object) -> Made:

@@ -19,6 +19,7 @@ __all__ = [
     "optional",
     "picture",
     "plain_value",
+    "same_length",
     "table_of",
     "text",
     "truth",
@@ -151,6 +152,18 @@ def fields(rules: Mapping[str, Rule], others: Mapping[str, Rule] | None = None) 
         table_of(lambda entry, where: None)(value, place)
         for name, entry in entries.items():
             known.get(name, plain_value)(entry, f"{place}, {plain(name, 60)}")
+
+    return check
+
+
+def same_length(rule: Rule, first: str, second: str) -> Rule:
+    """An object that the rule takes, whose two fields are lists of one length."""
+
+    def check(value: Json, place: str) -> None:
+        rule(value, place)
+        own, other = (value.get(name) for name in (first, second)) if isinstance(value, dict) else (None, None)
+        if isinstance(own, list) and isinstance(other, list) and len(own) != len(other):
+            refuse(f"{place}, {second}", f"as long as {first}, {len(own)} entries", other)
 
     return check
 

@@ -6,112 +6,111 @@ for. The change of the outputs needs images without labels.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple, cast
+from time import monotonic
+from typing import TYPE_CHECKING, cast
 
+import numpy as np
 from torch import Tensor, nn
 
 from effvit.hosts.host import ReducedHost
 from effvit.measure.closed_form import closed_form_macs
 from effvit.measure.fidelity import Outputs, compare_outputs, outputs
 from effvit.measure.ideal import PlainViT, mean_counts
-from effvit.measure.profiler import Options, machine, profile_models, setup_of
-from effvit.measure.values import Candidate, Tuning, TuningConditions
+from effvit.measure.ladders import Family, Place, can_take, families, usable_part, weakest
+from effvit.measure.moves import improved
+from effvit.measure.profiler import Measurement, Options, machine, profile_models, setup_of
+from effvit.measure.records import as_json
+from effvit.measure.resume import fingerprint, refuse_other_conditions
+from effvit.measure.staircase import predicted, shortened, staircase_of, staircase_of_macs, token_counts
+from effvit.measure.values import Candidate, Judged, Staircase, Tuning, TuningConditions
 from effvit.measure.variants import reduce_by
 from effvit.protocols import Settings
 from effvit.reducers import METHODS
+from effvit.reducers.block_schedule import BlockSchedule
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["Family", "families", "front", "tune"]
+__all__ = ["families", "front", "tune"]
 
-TUNED = tuple(name for name, method in METHODS.items() if method.ladders(12, 196))
+SHARES = {"ladders": 0.4, "schedules": 0.65, "last": 1.0}  # of the minutes, after which a step gives way to the next
+STRONGER = tuple(1 + 0.03 * rung for rung in range(11))  # times what a schedule takes, where it misses the aim
+Key = tuple[str, str]
+"""A method and its settings as JSON."""
+
+
+class OutOfTime(Exception):
+    """The minutes that were given are over."""
+
+
+@dataclass
+class Clock:
+    """How long a search may go on.
+
+    Attributes:
+        minutes: In all; None for no limit.
+        share: Of the minutes, until which it may go on now.
+        begin: When it began, in seconds of ``time.monotonic``.
+    """
+
+    minutes: float | None
+    share: float = SHARES["ladders"]
+    begin: float = field(default_factory=lambda: monotonic())
+
+    def check(self) -> None:
+        """Raise ``OutOfTime`` where the share is used up."""
+        if self.minutes is not None and monotonic() - self.begin > 60 * self.share * self.minutes:
+            raise OutOfTime
 
 
 @dataclass(frozen=True)
-class Family:
-    """Settings of one method that differ in strength alone.
+class Aim:
+    """What a setting has to reach: a speed-up over the dense model, or a number of multiply-adds."""
 
-    Attributes:
-        method: Name of the method.
-        ladder: Settings from weak to strong.
-    """
+    speedup: float | None
+    macs: int | None
 
-    method: str
-    ladder: tuple[Settings, ...]
+    def __post_init__(self) -> None:
+        if (self.speedup is None) == (self.macs is None):
+            raise ValueError("give one aim: a speedup such as 1.5, or macs")
+        if self.speedup is not None and not self.speedup > 1:
+            raise ValueError(f"speedup must be above 1, got {self.speedup}")
 
+    def __str__(self) -> str:
+        return f"a speed-up of {self.speedup}" if self.macs is None else f"{self.macs} multiply-adds"
 
-class Place(NamedTuple):
-    """Where a setting stands: the number of the ladder, and that of its rung."""
+    def target(self) -> dict[str, float | None]:
+        """As files of results hold it."""
+        return {"speedup": self.speedup} if self.macs is None else {"macs": self.macs}
 
-    ladder: int
-    rung: int
-
-
-def families(dense: nn.Module, methods: Sequence[str] = TUNED) -> list[Family]:
-    """Ladders of settings of the methods for a plain ViT; settings the model cannot take are left out.
-
-    Raises:
-        TypeError: A model that is no plain ViT.
-        ValueError: A method that is not tuned, or none that the model can take.
-    """
-    unknown = [method for method in methods if method not in TUNED]
-    if unknown:
-        raise ValueError(f"{unknown[0]!r} is not tuned; tuned are {', '.join(TUNED)}")
-    if not hasattr(dense, "blocks"):
-        raise TypeError(f"tuned are plain ViTs, whose blocks follow each other in 'blocks', not {type(dense).__name__}")
-    host = cast("PlainViT", dense)
-    depth, patches = len(host.blocks), host.patch_embed.num_patches
-    found = []
-    for method in methods:
-        for ladder in METHODS[method].ladders(depth, patches):
-            usable = usable_part(dense, method, ladder)
-            if usable:
-                found.append(Family(method, tuple(usable)))
-    if not found:
-        raise ValueError(f"{type(dense).__name__} can take none of {', '.join(methods)}")
-    return found
+    def is_reached(self, candidate: Candidate) -> bool:
+        """Whether a measured setting reaches it, and is faster than the dense model beyond doubt."""
+        enough = candidate.speedup >= self.speedup if self.speedup is not None else candidate.macs <= (self.macs or 0)
+        return enough and is_faster(candidate)
 
 
-def usable_part(dense: nn.Module, method: str, ladder: Sequence[Settings]) -> Sequence[Settings]:
-    """The ladder from the first setting the model can take to the last before one that leaves no token."""
-    start = next((rung for rung, settings in enumerate(ladder) if can_take(dense, method, settings)), len(ladder))
-    ladder = ladder[start:]
-    end = weakest(lambda rungs: {0: not can_take(dense, method, ladder[rungs[0]])}, [len(ladder)])[0]
-    return ladder[:end]
+@dataclass(frozen=True)
+class Effort:
+    """How much a search measures: rounds of its steps and of what decides, and schedules to judge for each method."""
+
+    rounds: int
+    final_rounds: int
+    moves: int
 
 
-def can_take(dense: nn.Module, method: str, settings: Settings) -> bool:
-    """True if the model accepts these settings."""
-    try:
-        reduce_by(dense, method, settings)
-    except (ValueError, TypeError):
-        return False
-    return True
+def is_faster(candidate: Candidate) -> bool:
+    """Whether the interval of the speed-up lies above 1."""
+    return candidate.interval[0] > 1
 
 
-def weakest(reaches: Callable[[dict[int, int]], Mapping[int, bool]], lengths: Sequence[int]) -> dict[int, int | None]:
-    """For each ladder the first rung that reaches the aim, by bisection of all ladders side by side.
-
-    Args:
-        reaches: Ladder -> rung to try; returns for each whether that rung reaches it. Higher rungs reach more.
-        lengths: Rungs of each ladder.
-
-    Returns:
-        Ladder -> rung, None where even the last does not reach it.
-    """
-    low, high = dict.fromkeys(range(len(lengths)), 0), dict(enumerate(lengths))
-    while any(low[ladder] < high[ladder] for ladder in low):
-        tried = {ladder: (low[ladder] + high[ladder]) // 2 for ladder in low if low[ladder] < high[ladder]}
-        for ladder, reached in reaches(tried).items():
-            if reached:
-                high[ladder] = tried[ladder]
-            else:
-                low[ladder] = tried[ladder] + 1
-    return {ladder: rung if rung < lengths[ladder] else None for ladder, rung in low.items()}
+def key_of(method: str, settings: Settings) -> Key:
+    """What tells a setting from others, the same for tuples and lists."""
+    return method, json.dumps(as_json(settings), sort_keys=True)
 
 
 def front(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -129,70 +128,78 @@ def tune(
     *,
     speedup: float | None = None,
     macs: int | None = None,
-    methods: Sequence[str] = TUNED,
+    methods: Sequence[str] | None = None,
     batch_size: int = 8,
     rounds: int = 8,
     final_rounds: int = 40,
+    moves: int = 60,
+    minutes: float | None = None,
+    host: str | None = None,
+    before: Tuning | None = None,
     on_run: Callable[[str], None] | None = None,
+    on_candidate: Callable[[Candidate | Judged, Tuning], None] | None = None,
     **options: Unpack[Options],
 ) -> Tuning:
     """The setting with the least divergence from the dense model among those that reach the aim.
 
-    The strength of each family is bisected, all families in the same interleaved rounds. The weakest settings that
-    reach the aim and their neighbours are measured once more with more rounds, and a family that misses the aim then
-    goes on to stronger settings. The one chosen is measured again alone with the dense model; that is the speed-up it
-    is returned with, and if its interval lies below the aim, the choice goes on without it.
+    The strength of each family is bisected, all families in the same interleaved rounds. From the weakest setting of
+    each method that reaches the aim, reduction then moves between blocks (``effvit.measure.moves``), at no more than
+    the latency that the dense blocks have at these token counts (``effvit.measure.staircase``). The settings found and
+    their neighbours are measured once more with more rounds, and a family that misses the aim then goes on to stronger
+    settings. The one chosen is measured again alone with the dense model; that is the speed-up it is returned with,
+    and if its interval lies below the aim, the choice goes on without it.
 
     Args:
         dense: A timm ViT that methods here can reduce.
         images: (B, channels, H, W), normalised as the model takes them.
         speedup: Wished speed-up over the dense model, above 1; or
         macs: Multiply-adds of one image not to exceed.
-        methods: Methods to choose from.
+        methods: Methods to choose from; None means all that have ladders.
         batch_size: Images in the batch that is timed.
         rounds: Of each step of the bisection.
         final_rounds: Of the last measurement.
+        moves: Schedules to compare for each method on the way from a ladder's; 0 keeps to the ladders.
+        minutes: To stop in; what is left out then stands in ``untried``.
+        host: What the result calls the model.
+        before: A search to go on with, on the same model, images and machine.
         on_run: Called with a model's name after each timed run.
+        on_candidate: Called with each setting that was judged or measured, and the search so far.
         options: Further keywords of ``profile_models``: threads, device, dtype, compile.
 
     Returns:
-        The best setting beside all that were tried; it does not name the host.
+        The best setting beside all that were tried.
 
     Raises:
-        ValueError: Not exactly one aim, an aim out of reach, or a model or method that cannot be tuned.
+        ValueError: Not exactly one aim, an aim out of reach, a model or method that cannot be tuned, a search to go on
+            with that was made under other conditions.
     """
-    if (speedup is None) == (macs is None):
-        raise ValueError("give one aim: a speedup such as 1.5, or macs")
-    if speedup is not None and not speedup > 1:
-        raise ValueError(f"speedup must be above 1, got {speedup}")
-    trials = Trials(dense, images, tuple(families(dense, methods)), batch_size, on_run, options)
-    finals = trials.weakest_places(speedup, macs, rounds)
-    best = trials.chosen(finals, speedup, final_rounds)
-    if best is None:
-        fastest = max((candidate.speedup for candidate in trials.tried.values()), default=1.0)
-        aim = f"a speed-up of {speedup}" if macs is None else f"{macs} multiply-adds"
-        raise ValueError(
-            f"no setting of {', '.join(methods)} reaches {aim} here (fastest {fastest:.2f}x); ask for less, or "
-            "measure with a larger batch_size, where reduction pays more"
-        )
-    named = {"images": len(images), "rounds": rounds, "final_rounds": final_rounds}
+    aim, effort = Aim(speedup, macs), Effort(rounds, final_rounds, moves)
+    if minutes is not None and not minutes > 0:
+        raise ValueError(f"minutes must be above 0, got {minutes}")
+    if moves < 0:
+        raise ValueError(f"moves must be at least 0, got {moves}; 0 keeps to the ladders of the methods")
+    ladders = families(dense, methods)
+    conditions = conditions_of(dense, images, batch_size, effort, options)
+    empty = Tuning(machine(conditions.device), conditions, aim.target(), None, [], [], host)
+    trials = Trials(
+        dense, images, ladders, batch_size, aim, effort, empty, Clock(minutes), on_run, on_candidate, options
+    )
+    if before is not None:
+        refuse_other_conditions(before, empty)
+        trials.go_on_from(before)
+    return trials.search()
+
+
+def conditions_of(
+    dense: nn.Module, images: Tensor, batch_size: int, effort: Effort, options: Options
+) -> TuningConditions:
+    """What a search with these options of ``profile_models`` holds for."""
     setup = setup_of(options)
     others = {name: str(value) for name, value in options.items() if name not in setup}
-    conditions = TuningConditions(
-        batch_size=batch_size,
-        input_size=trials.size,
-        options={**named, **others},
-        **setup,
-    )
-    tried = list(trials.tried.values())
-    return Tuning(
-        machine=machine(conditions.device),
-        conditions=conditions,
-        target={"speedup": speedup} if macs is None else {"macs": macs},
-        best=best,
-        front=front(tried),
-        tried=tried,
-    )
+    named = {"images": len(images), "rounds": effort.rounds, "final_rounds": effort.final_rounds}
+    marks = {"weights": fingerprint(dense.state_dict().values()), "pixels": fingerprint([images])}
+    size = (images.shape[1], images.shape[2], images.shape[3])
+    return TuningConditions(batch_size, size, {**named, **marks, **others}, **setup)
 
 
 @dataclass
@@ -202,120 +209,322 @@ class Trials:
     Attributes:
         dense: The model.
         images: (B, channels, H, W) to run on and to compare outputs on.
-        families: Ladders of settings.
+        families: Ladders of settings; those of rearranged schedules are added to them.
         batch_size: Images in the batch that is timed.
+        aim: What to reach.
+        effort: How much to measure.
+        empty: The result as long as nothing was tried.
+        clock: How long to go on.
         on_run: Called with a name after each timed run.
+        on_candidate: Called with each setting judged or measured, and the search so far.
         options: Of ``profile_models``.
-        tried: What has been tried, by its place on the ladders.
+        tried: What was measured.
+        judged: What was compared with the dense outputs, and not measured.
+        staircase: What the blocks cost, once it was measured.
+        left: Step -> what is still to be done of it.
     """
 
     dense: nn.Module
     images: Tensor
-    families: Sequence[Family]
+    families: list[Family]
     batch_size: int
+    aim: Aim
+    effort: Effort
+    empty: Tuning
+    clock: Clock
     on_run: Callable[[str], None] | None
+    on_candidate: Callable[[Candidate | Judged, Tuning], None] | None
     options: Options
-    tried: dict[Place, Candidate] = field(default_factory=dict)
+    tried: dict[Key, Candidate] = field(default_factory=dict)
+    judged: dict[Key, Judged] = field(default_factory=dict)
+    staircase: Staircase | None = None
+    left: dict[str, str] = field(default_factory=dict)
 
     @property
     def size(self) -> tuple[int, int, int]:
         """(channels, H, W) of an image."""
-        return self.images.shape[1], self.images.shape[2], self.images.shape[3]
+        return self.empty.conditions.input_size
+
+    @property
+    def host(self) -> PlainViT:
+        """The model, as what is asked of it."""
+        return cast("PlainViT", self.dense)
 
     @cached_property
     def reference(self) -> Outputs:
         """Outputs of the dense model."""
         return outputs(self.dense, self.images)
 
-    def reduced(self, place: Place) -> nn.Module:
-        """The model with the settings of a place."""
-        family = self.families[place.ladder]
-        return reduce_by(self.dense, family.method, family.ladder[place.rung])
+    def go_on_from(self, before: Tuning) -> None:
+        """Take over what an earlier search measured."""
+        self.tried = {key_of(candidate.method, candidate.settings): candidate for candidate in before.tried}
+        self.judged = {key_of(judged.method, judged.settings): judged for judged in before.judged or ()}
+        self.staircase = before.staircase
 
-    def measure(self, places: Iterable[Place], rounds: int) -> None:
-        """Time the settings and the dense model in the same rounds; outputs and multiply-adds are looked at once."""
-        named = {f"{place.ladder}.{place.rung}": place for place in places}
-        models = {"dense": self.dense, **{name: self.reduced(place) for name, place in named.items()}}
-        speeds = profile_models(
-            models,
-            self.size,
-            self.batch_size,
-            rounds=rounds,
-            images=self.images,
-            on_run=self.on_run,
-            **self.options,
+    def so_far(self, best: Candidate | None = None) -> Tuning:
+        """The search as it stands."""
+        tried = list(self.tried.values())
+        judged = [judged for key, judged in self.judged.items() if key not in self.tried]
+        return replace(
+            self.empty,
+            best=best,
+            front=front(tried),
+            tried=tried,
+            judged=judged or None,
+            staircase=self.staircase,
+            untried=list(self.left.values()) or None,
         )
-        for speed in speeds[1:]:
-            place = named[speed.name]
-            known = self.tried.get(place) or self._compared(place, models[speed.name])
-            self.tried[place] = replace(known, speedup=speed.speedup, interval=speed.interval)
 
-    def _compared(self, place: Place, model: nn.Module) -> Candidate:
-        """The setting of a place with all but its speed."""
-        family = self.families[place.ladder]
-        macs = multiply_adds(model, self.size, self.images)
-        distances = compare_outputs(self.reference, outputs(model, self.images))
-        return Candidate(family.method, family.ladder[place.rung], macs, 1.0, (1.0, 1.0), distances)
+    # -- the steps of a search ----------------------------------------------------------------------------------------
 
-    def weakest_places(self, speedup: float | None, macs: int | None, rounds: int) -> set[Place]:
+    def search(self) -> Tuning:
+        """The result, of as much as there is time for."""
+        names = ", ".join(dict.fromkeys(family.method for family in self.families))
+        self.left["ladders"] = f"the ladders of {names} to their ends"
+        if self.effort.moves:
+            self.left["schedules"] = f"schedules block by block of {names}"
+        self.left["last"] = "the last measurement of what is chosen, alone with the dense model"
+        try:
+            found = self.weakest_places()
+            del self.left["ladders"]
+        except OutOfTime:
+            found = self.weakest_known()
+        self.clock.share = SHARES["schedules"]
+        with suppress(OutOfTime):
+            self.rearrange(found)
+        self.clock.share = SHARES["last"]
+        try:
+            best = self.chosen(found)
+            del self.left["last"]
+        except OutOfTime:
+            best = self.nearest(self.known_places())
+        if best is None and not self.left:
+            self.refuse_unreached(found)
+        return self.so_far(best)
+
+    def refuse_unreached(self, found: set[Place]) -> None:
+        """Raise a ValueError where there are faster settings than the dense model, but none that reaches the aim."""
+        faster = [candidate.speedup for candidate in self.tried.values() if is_faster(candidate)]
+        if faster or (not found and self.aim.macs is not None):
+            methods = ", ".join(dict.fromkeys(family.method for family in self.families))
+            raise ValueError(
+                f"no setting of {methods} reaches {self.aim} here (fastest {max(faster, default=1.0):.2f}x); ask for "
+                "less, or measure with a larger batch_size, where reduction pays more"
+            )
+
+    def weakest_places(self) -> set[Place]:
         """The weakest setting of each family that reaches the aim, by bisection; for a speed-up also its neighbours."""
+        macs = self.aim.macs
 
         def reaches(rungs: dict[int, int]) -> dict[int, bool]:
             places = [Place(*item) for item in rungs.items()]
             if macs is not None:
+                self.clock.check()
                 counts = [multiply_adds(self.reduced(place), self.size, self.images) for place in places]
                 return dict(zip(rungs, (count <= macs for count in counts), strict=True))
-            self.measure(places, rounds)
-            return {place.ladder: self.tried[place].speedup >= (speedup or 0) for place in places}
+            self.measure(places, self.effort.rounds)
+            return {place.ladder: self.candidate(place).speedup >= (self.aim.speedup or 0) for place in places}
 
         rungs = weakest(reaches, [len(family.ladder) for family in self.families])
         found = {Place(ladder, rung) for ladder, rung in rungs.items() if rung is not None}
-        if speedup is None:
+        if macs is not None:
             return found
         # Few rounds may have stopped the bisection a rung early or late.
         beside = {Place(ladder, rung + step) for ladder, rung in found for step in (-1, 1)}
         return found | {place for place in beside if self.exists(place)}
 
-    def exists(self, place: Place) -> bool:
-        """Whether the ladder has that rung."""
-        return 0 <= place.rung < len(self.families[place.ladder].ladder)
+    def rearrange(self, found: set[Place]) -> None:
+        """Add to ``found`` the first rung of a new ladder for each method, whose reduction was moved between blocks."""
+        starts: dict[str, list[Place]] = {}
+        for place in sorted(found):
+            if self.aim.macs is not None or (self.is_measured(place) and self.aim.is_reached(self.candidate(place))):
+                starts.setdefault(self.families[place.ladder].method, []).append(place)
+        names = list(starts) if self.effort.moves else []
+        steps = self.steps() if names else None
+        for number, method in enumerate(names):
+            self.left["schedules"] = f"schedules block by block of {', '.join(names[number:])}"
+            best = min(starts[method], key=lambda place: self.divergence(*self.named(place)) or 0.0)
+            ladder = self.moved(*self.named(best), steps) if steps is not None else []
+            if ladder:
+                self.families.append(Family(method, tuple(ladder)))
+                found.add(Place(len(self.families) - 1, 0))
+        self.left.pop("schedules", None)
 
-    def chosen(self, finals: set[Place], speedup: float | None, rounds: int) -> Candidate | None:
+    def moved(self, method: str, settings: Settings, steps: Staircase) -> Sequence[Settings]:
+        """A ladder from the schedule that moves between blocks lead to; empty if they lead nowhere."""
+        grid, depth = self.host.patch_embed.grid_size, len(self.host.blocks)
+        start = METHODS[method].block_schedule(settings, depth)
+        if start is None:
+            return []
+
+        def cost(schedule: BlockSchedule) -> float | None:
+            counts = token_counts(method, schedule.settings(), depth, grid)
+            return None if counts is None else predicted(steps, grid[0] * grid[1], counts)
+
+        best = improved(start, cost, lambda s: self.divergence(method, s.settings()), self.effort.moves)
+        if best == start:
+            return []
+        ladder = usable_part(self.dense, method, [best.scaled(factor).settings() for factor in STRONGER])
+        if self.aim.macs is None:
+            return ladder
+        models = (reduce_by(self.dense, method, rung) for rung in ladder)
+        macs = [multiply_adds(model, self.size, self.images) for model in models]
+        return [rung for rung, count in zip(ladder, macs, strict=True) if count <= self.aim.macs]
+
+    def steps(self) -> Staircase:
+        """What the blocks cost at each number of tokens: measured once, or multiply-adds."""
+        models = {} if self.aim.macs is not None else shortened(self.dense)
+        if not models:
+            return staircase_of_macs(self.dense, multiply_adds(self.dense, self.size, self.images))
+        if self.staircase is None:
+            named = {f"{count} tokens": model for count, model in models.items()}
+            dense, *speeds = self.profile(named, self.effort.rounds)
+            median = float(np.median(dense.seconds))
+            seconds = {count: median / speed.speedup for count, speed in zip(models, speeds, strict=True)}
+            self.staircase = staircase_of(seconds, len(self.host.blocks))
+        return self.staircase
+
+    def chosen(self, finals: set[Place]) -> Candidate | None:
         """The setting with the least divergence among those that reach the aim; None if none does.
 
         Args:
             finals: Settings that may reach it.
-            speedup: The aim; None means that all of them reach it.
-            rounds: Of each measurement.
         """
-        finals, fresh = set(finals), sorted(finals)
+        rounds, finals, fresh = self.effort.final_rounds, set(finals), sorted(finals)
         while True:
             while fresh:
                 self.measure(fresh, rounds)
                 finals |= set(fresh)
-                fresh = self.stronger(finals, speedup)
-            reached = self.reached(finals, speedup)
+                fresh = self.stronger(finals)
+            reached = self.reached(finals)
             if not reached:
                 return None
-            winner = min(reached, key=lambda place: self.tried[place].fidelity.divergence)
-            if speedup is None:
-                return self.tried[winner]
+            winner = min(reached, key=lambda place: self.candidate(place).fidelity.divergence)
+            if self.aim.speedup is None:
+                return self.candidate(winner)
             # The best of many noisy figures is too good on average: the winner has to reach the aim once more, alone.
-            self.measure([winner], rounds)
-            if self.tried[winner].interval[1] >= speedup:
-                return self.tried[winner]
-            fresh = self.stronger(finals, speedup)
+            self.measure([winner], rounds, again=True)
+            alone = self.candidate(winner)
+            if alone.interval[1] >= self.aim.speedup and is_faster(alone):
+                return alone
+            fresh = self.stronger(finals)
 
-    def reached(self, places: Iterable[Place], speedup: float | None) -> list[Place]:
+    # -- places -------------------------------------------------------------------------------------------------------
+
+    def named(self, place: Place) -> tuple[str, Settings]:
+        """Method and settings of a place."""
+        family = self.families[place.ladder]
+        return family.method, family.ladder[place.rung]
+
+    def reduced(self, place: Place) -> nn.Module:
+        """The model with the settings of a place."""
+        return reduce_by(self.dense, *self.named(place))
+
+    def is_measured(self, place: Place) -> bool:
+        """Whether its speed is known."""
+        return key_of(*self.named(place)) in self.tried
+
+    def candidate(self, place: Place) -> Candidate:
+        """What was measured of a place."""
+        return self.tried[key_of(*self.named(place))]
+
+    def exists(self, place: Place) -> bool:
+        """Whether the ladder has that rung."""
+        return 0 <= place.rung < len(self.families[place.ladder].ladder)
+
+    def known_places(self) -> set[Place]:
+        """The places whose speed is known."""
+        every = (Place(number, rung) for number, f in enumerate(self.families) for rung in range(len(f.ladder)))
+        return {place for place in every if self.is_measured(place)}
+
+    def weakest_known(self) -> set[Place]:
+        """Of each ladder the weakest place that is known to reach the aim."""
+        first: dict[int, Place] = {}
+        for place in self.reached(self.known_places()):
+            first.setdefault(place.ladder, place)
+        return set(first.values())
+
+    def nearest(self, places: Iterable[Place]) -> Candidate | None:
+        """Of the places that reach the aim, the one with the least divergence."""
+        reached = [self.candidate(place) for place in self.reached(places)]
+        return min(reached, key=lambda candidate: candidate.fidelity.divergence, default=None)
+
+    def reached(self, places: Iterable[Place]) -> list[Place]:
         """Those of the places that reach the aim, as far as it is known now."""
-        return [place for place in places if speedup is None or self.tried[place].speedup >= speedup]
+        return [place for place in sorted(places) if self.aim.is_reached(self.candidate(place))]
 
-    def stronger(self, finals: set[Place], speedup: float | None) -> list[Place]:
-        """The next rung of each family that misses the aim now."""
-        short = {place.ladder for place in finals} - {place.ladder for place in self.reached(finals, speedup)}
+    def stronger(self, finals: set[Place]) -> list[Place]:
+        """The next rung of each family that misses the aim now; none where multiply-adds say what reaches it."""
+        if self.aim.speedup is None:
+            return []
+        short = {place.ladder for place in finals} - {place.ladder for place in self.reached(finals)}
         last = {ladder: max(place.rung for place in finals if place.ladder == ladder) for ladder in sorted(short)}
         following = [Place(ladder, rung + 1) for ladder, rung in last.items()]
         return [place for place in following if self.exists(place)]
+
+    # -- measurements -------------------------------------------------------------------------------------------------
+
+    def measure(self, places: Iterable[Place], rounds: int, again: bool = False) -> None:
+        """Time the settings and the dense model in the same rounds, but those that so many rounds were spent on.
+
+        Args:
+            places: Where the settings stand.
+            rounds: To time them in.
+            again: Time all of them, whatever is known.
+        """
+        named = {
+            f"{place.ladder}.{place.rung}": place
+            for place in places
+            if again or not self.is_measured(place) or (self.candidate(place).rounds or 0) < rounds
+        }
+        if not named:
+            return
+        models = {name: self.reduced(place) for name, place in named.items()}
+        for speed in self.profile(models, rounds)[1:]:
+            method, settings = self.named(named[speed.name])
+            key = key_of(method, settings)
+            known = self.tried.get(key) or self.compared(method, settings, models[speed.name])
+            self.tried[key] = replace(known, speedup=speed.speedup, interval=speed.interval, rounds=rounds)
+            self.tell(self.tried[key])
+
+    def profile(self, models: Mapping[str, nn.Module], rounds: int) -> list[Measurement]:
+        """Speeds of the dense model and of others beside it; ``OutOfTime`` also in the midst of it."""
+
+        def after_run(name: str) -> None:
+            if self.on_run is not None:
+                self.on_run(name)
+            self.clock.check()
+
+        self.clock.check()
+        beside = {"dense": self.dense, **models}
+        return profile_models(
+            beside, self.size, self.batch_size, rounds=rounds, images=self.images, on_run=after_run, **self.options
+        )
+
+    def compared(self, method: str, settings: Settings, model: nn.Module) -> Candidate:
+        """A setting with all but its speed."""
+        known = self.judged.get(key_of(method, settings))
+        distances = known.fidelity if known else compare_outputs(self.reference, outputs(model, self.images))
+        macs = multiply_adds(model, self.size, self.images)
+        return Candidate(method, settings, macs, 1.0, (1.0, 1.0), distances)
+
+    def divergence(self, method: str, settings: Settings) -> float | None:
+        """How far a setting's outputs are from the dense model's; None where the model cannot take it."""
+        key = key_of(method, settings)
+        known = self.tried.get(key) or self.judged.get(key)
+        if known is None:
+            self.clock.check()
+            if not can_take(self.dense, method, settings):
+                return None
+            own = outputs(reduce_by(self.dense, method, settings), self.images)
+            known = self.judged[key] = Judged(method, settings, compare_outputs(self.reference, own))
+            self.tell(known)
+        return known.fidelity.divergence
+
+    def tell(self, candidate: Candidate | Judged) -> None:
+        """Tell the caller of a setting that is known now."""
+        if self.on_candidate is not None:
+            self.on_candidate(candidate, self.so_far())
 
 
 def multiply_adds(model: nn.Module, size: tuple[int, int, int], images: Tensor) -> int:

@@ -18,8 +18,10 @@ __all__ = [
     "Conditions",
     "Cost",
     "Fidelity",
+    "Judged",
     "Machine",
     "Record",
+    "Staircase",
     "TokenRecord",
     "TokenStage",
     "Tuning",
@@ -192,6 +194,7 @@ class Candidate:
         speedup: Over the dense model.
         interval: Its bootstrap 95 % interval.
         fidelity: Distances of the outputs from the dense model's.
+        rounds: It was timed in; None in files that do not hold it.
     """
 
     method: str
@@ -200,6 +203,38 @@ class Candidate:
     speedup: float
     interval: tuple[float, float]
     fidelity: Fidelity
+    rounds: int | None = None
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A setting whose outputs were compared and whose speed was predicted, not measured.
+
+    Attributes:
+        method: Name of the method.
+        settings: Settings that differ from its defaults.
+        fidelity: Distances of the outputs from the dense model's.
+    """
+
+    method: str
+    settings: Settings
+    fidelity: Fidelity
+
+
+@dataclass(frozen=True)
+class Staircase:
+    """What one dense block costs at each number of tokens.
+
+    Attributes:
+        tokens: Patch tokens, ascending.
+        seconds: Of a batch in one block at so many; between them it is interpolated. Multiply-adds of an image where
+            the aim is given in them, or where blocks cannot be timed by themselves.
+        rest: What is outside the blocks, in the same unit.
+    """
+
+    tokens: tuple[int, ...]
+    seconds: tuple[float, ...]
+    rest: float
 
 
 @dataclass(frozen=True)
@@ -209,7 +244,8 @@ class TuningConditions:
     Attributes:
         batch_size: Images in the batch that was timed.
         input_size: (channels, H, W) of an image.
-        options: Number of images and of rounds, and further keywords of ``profile_models`` that were given.
+        options: Number of images and of rounds, fingerprints of weights and images, and further keywords of
+            ``profile_models`` that were given.
         threads: CPU threads.
         device: Where it ran.
         dtype: Of weights and images, without "torch.".
@@ -231,20 +267,27 @@ class Tuning:
         machine: As of a ``Record``.
         conditions: What it holds for.
         target: The aim: {"speedup": factor} or {"macs": limit}.
-        best: The setting with the least divergence among those that reach the aim.
+        best: The setting with the least divergence among those that reach the aim; None if none that does was
+            measured faster than the dense model, or the search was left before it had chosen.
         front: The Pareto front in speed-up and divergence, slowest first.
-        tried: All.
+        tried: All that were measured.
         host: Name of the dense model, where it has one.
+        judged: Settings on the way to a schedule that were not timed.
+        staircase: What the predictions of their speed come from.
+        untried: What was left out for want of time, a sentence each.
     """
 
     kind: ClassVar[str] = "tune"
     machine: Machine
     conditions: TuningConditions
     target: Mapping[str, float | None]
-    best: Candidate
+    best: Candidate | None
     front: Sequence[Candidate]
     tried: Sequence[Candidate]
     host: str | None = None
+    judged: Sequence[Judged] | None = None
+    staircase: Staircase | None = None
+    untried: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from itertools import product
 
@@ -15,7 +16,7 @@ from effvit.measure.json_files import parse_json
 from effvit.messages import plain, shown
 from effvit.protocols import Setting, Settings
 
-__all__ = ["build", "list_variants", "parse_setting", "reduce_by", "reduced"]
+__all__ = ["build", "list_variants", "parse_setting", "python_line", "reduce_by", "reduced", "timm_line"]
 
 
 def parse_setting(text: str, option: str = "--set") -> tuple[str, Setting]:
@@ -65,6 +66,35 @@ def reduced(host: nn.Module, variants: Sequence[tuple[str, Settings]]) -> dict[s
 def reduce_by(host: nn.Module, method: str, settings: Settings) -> Reduced:
     """The host with that method and those settings."""
     return effvit.sparsify(host, method, recover=None, share=True, **settings)
+
+
+def python_line(host: str, options: Settings, method: str, settings: Settings) -> str:
+    """The call that makes the reduced form of timm's model ``host``, created with ``options``."""
+    dense = call("timm.create_model", [host], options)
+    return f"effvit.sparsify({', '.join([dense, text_of(method), *keywords(settings)])})"
+
+
+def timm_line(host: str, options: Settings, method: str, settings: Settings) -> str | None:
+    """The call of timm alone that makes the same model; None where this form of the host has no name."""
+    name = f"{method}_{host}"
+    if name.partition(".")[0] not in effvit.list_models():
+        return None
+    return call("timm.create_model", [name], {**options, **settings})
+
+
+def call(function: str, texts: Sequence[str], options: Settings) -> str:
+    """A call in Python."""
+    return f"{function}({', '.join([*map(text_of, texts), *keywords(options)])})"
+
+
+def keywords(settings: Settings) -> list[str]:
+    """Settings as arguments of a call."""
+    return [f"{name}={text_of(value) if isinstance(value, str) else value!r}" for name, value in settings.items()]
+
+
+def text_of(text: str) -> str:
+    """A text as Python has it, in double quotes."""
+    return json.dumps(text)
 
 
 def build(name: str, options: Mapping[str, Setting], pretrained: bool = False) -> nn.Module:

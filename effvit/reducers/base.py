@@ -19,6 +19,7 @@ from effvit.tokens import TokenMap, fx_leaf
 
 if TYPE_CHECKING:
     from effvit.block import ReducibleBlock
+    from effvit.reducers.block_schedule import BlockSchedule
 
 __all__ = ["Reducer", "check_finite", "refuse_recording"]
 
@@ -131,6 +132,18 @@ class Reducer(nn.Module):
             num_patches: Patches of its images.
         """
         return []
+
+    @classmethod
+    def block_schedule(cls, settings: Settings, depth: int) -> BlockSchedule | None:
+        """What the settings take in each block, for ``effvit.measure.tune`` to move between blocks.
+
+        None, for a method or settings without a value for each block: then only ``ladders`` are tried.
+
+        Args:
+            settings: A rung of a ladder.
+            depth: Blocks of the host.
+        """
+        return None
 
     @classmethod
     def demo(cls, num_patches: int) -> list[Settings]:

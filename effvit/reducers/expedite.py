@@ -13,6 +13,7 @@ from torch import Tensor
 from effvit.protocols import Settings
 from effvit.recover import NORMS, closeness, restore
 from effvit.reducers.base import Reducer, check_finite
+from effvit.reducers.block_schedule import BlockSchedule
 from effvit.reducers.cost import BlockSizes, Change
 from effvit.reducers.keep_rate import Rated
 from effvit.schedule import check_blocks, check_choice, check_count, check_fraction, check_number
@@ -256,6 +257,10 @@ class Expedite(Rated):
             "temperature": 0.05,
             "k": 4,
         }
+
+    @classmethod
+    def block_schedule(cls, settings: Settings, depth: int) -> BlockSchedule | None:
+        return None  # one place to cluster at
 
     def clusters(self, grid: tuple[int, int]) -> tuple[int, int]:
         """(h, w) clusters for an image of that patch grid."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from effvit.attention import AttnState, EditMap
 from effvit.protocols import Settings
 from effvit.reducers.base import FEW_PATCHES, Reducer, check_finite
+from effvit.reducers.block_schedule import BlockSchedule, tokens_by_block
 from effvit.reducers.cost import BlockSizes, Change
 from effvit.schedule import (
     check_blocks,
@@ -253,6 +254,10 @@ class GTP(Reducer):
     @classmethod
     def ladders(cls, depth: int, num_patches: int) -> list[list[Settings]]:
         return [[{"num_prop": number} for number in spread_ladder(depth, num_patches)]]
+
+    @classmethod
+    def block_schedule(cls, settings: Settings, depth: int) -> BlockSchedule | None:
+        return tokens_by_block(cls, "num_prop", settings, depth)
 
     def num_removed(self, num_tokens: int) -> int:
         """Patch tokens that leave of ``num_tokens``."""

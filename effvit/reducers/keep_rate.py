@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 
 from effvit.protocols import Settings
 from effvit.reducers.base import FEW_PATCHES, Reducer
+from effvit.reducers.block_schedule import BlockSchedule, rates_by_block
 from effvit.schedule import check_count, check_fraction, keep_rate_ladder, per_block
 
 __all__ = ["HasKeepRate", "KeepRate", "Rated", "kept_in_blocks"]
@@ -63,6 +64,10 @@ class Rated(Reducer):
     @classmethod
     def ladders(cls, depth: int, num_patches: int) -> list[list[Settings]]:
         return [keep_rate_ladder()]
+
+    @classmethod
+    def block_schedule(cls, settings: Settings, depth: int) -> BlockSchedule | None:
+        return rates_by_block(cls, settings, depth, anywhere=True)
 
 
 class KeepRate(Rated):

@@ -12,6 +12,7 @@ from torch import Tensor
 from effvit.attention import AttnState
 from effvit.protocols import Settings
 from effvit.reducers.base import FEW_PATCHES, Reducer, check_finite
+from effvit.reducers.block_schedule import BlockSchedule, tokens_by_block
 from effvit.reducers.cost import BlockSizes, Change, alternating_pairs
 from effvit.reducers.matching import alternating_match
 from effvit.schedule import check_switch, spread_ladder, tome_r
@@ -218,6 +219,10 @@ class ToMe(Reducer):
     @classmethod
     def ladders(cls, depth: int, num_patches: int) -> list[list[Settings]]:
         return [[{"r": r} for r in spread_ladder(depth, num_patches)]]
+
+    @classmethod
+    def block_schedule(cls, settings: Settings, depth: int) -> BlockSchedule | None:
+        return tokens_by_block(cls, "r", settings, depth)
 
     def num_merged(self, num_tokens: int) -> int:
         """Tokens that are merged away of ``num_tokens``."""

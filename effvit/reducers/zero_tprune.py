@@ -16,6 +16,7 @@ from torch import Tensor
 from effvit.attention import AttnState, EditMap
 from effvit.protocols import Settings
 from effvit.reducers.base import Reducer, check_finite
+from effvit.reducers.block_schedule import BlockSchedule, rates_by_block
 from effvit.reducers.cost import BlockSizes, Change, alternating_pairs
 from effvit.reducers.keep_rate import Rated
 from effvit.schedule import (
@@ -288,6 +289,10 @@ class ZeroTPrune(Rated):
     @classmethod
     def example(cls) -> Settings:
         return {"keep_rate": 0.7, "reduce_at": (0, 2), "r": 2, "num_iters": 3}
+
+    @classmethod
+    def block_schedule(cls, settings: Settings, depth: int) -> BlockSchedule | None:
+        return rates_by_block(cls, settings, depth, anywhere=False)  # r and num_iters are for these blocks too
 
     def after_similar(self, num_tokens: int) -> int:
         """Patch tokens the S-stage leaves of ``num_tokens``."""

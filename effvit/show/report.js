@@ -274,6 +274,38 @@ function renderPictures() {
   for (const [record, card] of cards) card.hidden = !isShown(record);
 }
 
+function tuneTable(record) {
+  const c = record.conditions, t = record.target;
+  const aim = t.speedup ? `speed-up ${t.speedup}` : t.macs ? `${number(t.macs / 1e9)} GMACs` : "no aim";
+  const place = c.device === "cpu" ? `${c.threads} thread${c.threads === 1 ? "" : "s"}` : c.device;
+  const heads = ["method", "settings", "GMACs", "speed-up", "divergence", "same class (%)"];
+  const same = (one, other) => JSON.stringify(one) === JSON.stringify(other);
+  const body = record.front.map((found) => {
+    const settings = Object.entries(found.settings).map(([name, value]) => `${name}=${JSON.stringify(value)}`).join(", ");
+    const unresolved = found.interval[0] <= 1 && found.interval[1] >= 1;
+    const best = record.best !== null && same(found, record.best);
+    return make("tr", { "data-best": best, style: best ? "font-weight: bold" : "" },
+      make("th", { scope: "row", class: "text" }, found.method), make("td", { class: "text" }, settings),
+      make("td", {}, number(found.macs / 1e9, 4)),
+      make("td", { class: unresolved ? "unresolved" : "" }, `${found.speedup.toFixed(2)} (${range(found.interval)})`),
+      make("td", {}, number(found.fidelity.divergence, 4)),
+      make("td", {}, found.fidelity.agreement == null ? "–" : number(100 * found.fidelity.agreement, 3)));
+  });
+  const head = heads.map((name, i) => make("th", { scope: "col", class: i < 2 ? "text" : "" }, name));
+  const size = `${c.input_size[1]} × ${c.input_size[2]}`, left = (record.untried ?? []).map((what) => `not tried: ${what}`);
+  const said = [`${record.host}, ${aim}: batch ${c.batch_size}, ${c.dtype}, ${place}, ${size}; ${machineText(record.machine)}`,
+    `${record.tried.length} settings measured`, ...(record.best === null ? ["none is named"] : []), ...left];
+  const table = make("table", {}, make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...body));
+  return [make("p", {}, said.join("; ")),
+    make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": `Search on ${record.host}` }, table)];
+}
+
+function renderSearches() {
+  const searches = records.filter((record) => record.kind === "tune");
+  byId("tuned").hidden = !searches.length;
+  byId("searches").replaceChildren(...searches.flatMap(tuneTable));
+}
+
 function renderFacts() {
   const table = make("table");
   for (const record of profiles) {
@@ -328,5 +360,6 @@ window.addEventListener("resize", () => {
 
 byId("cards").replaceChildren(...cards.map(([, card]) => card));
 renderFacts();
+renderSearches();
 readState();
 render();

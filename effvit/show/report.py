@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
-from effvit.measure.records import read_records
+from effvit.measure.records import read_results
 
-__all__ = ["read_records", "write_report"]
+__all__ = ["write_report"]
 
 SCRIPTS = ("report_plots.js", "report_tokens.js", "report.js")
 
@@ -18,15 +18,15 @@ def write_report(results: Sequence[Path], out: Path) -> None:
     """Write the records of the files as one HTML page with all it needs inside.
 
     Args:
-        results: JSON files that ``effvit profile --json`` and ``effvit visualize --json`` wrote.
+        results: JSON files that ``effvit profile``, ``visualize`` and ``tune`` wrote with ``--json``.
         out: The page to write; its folder is made if there is none.
 
     Raises:
-        OSError, ValueError: No file, or one that ``effvit.measure.records.read_records`` refuses.
+        OSError, ValueError: No file, or one that ``effvit.measure.records.read_results`` refuses.
     """
     if not results:
         raise ValueError("a report needs at least one file of results; write one with effvit profile --json FILE")
-    records = [record for path in results for record in read_records(path)]
+    records = [record for path in results for record in read_results(path)]
     # Without "<" nothing in the data can end the element it stands in.
     data = json.dumps(records, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     script = "\n".join(asset(name) for name in SCRIPTS)

@@ -9,10 +9,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from effvit.measure.values import BlockTime, Conditions, Cost, Record, Tuning
+from effvit.measure.values import BlockTime, Candidate, Conditions, Cost, Record, Tuning
 from effvit.protocols import Settings
 
 __all__ = [
+    "candidate_text",
+    "choice_text",
     "describe",
     "mean_and_range",
     "print_accuracies",
@@ -140,7 +142,7 @@ def _breakdown(name: str, blocks: Sequence[BlockTime]) -> Table:
 def print_tuning(console: Console, result: Tuning) -> None:
     """Print the front that ``effvit.measure.tune`` found and its best setting."""
     table = Table(
-        title=f"No other of the {len(result.tried)} settings tried is faster and nearer", title_justify="left"
+        title=f"No other of the {len(result.tried)} settings measured is faster and nearer", title_justify="left"
     )
     table.add_column("method")
     table.add_column("settings", max_width=60)
@@ -157,11 +159,34 @@ def print_tuning(console: Console, result: Tuning) -> None:
             "-" if same is None else f"{100 * same:.0f}",
             style="bold" if candidate == result.best else None,
         )
-    console.print(table)
-    best = result.best
-    console.print(
-        f"best: {best.method} {settings_text(best.settings)}, speed-up {best.speedup:.2f}{_interval(best.interval)}, "
-        f"{best.macs / 1e9:.3f} GMACs, divergence {best.fidelity.divergence:.4g}"
+    if result.front:
+        console.print(table)
+    for left in result.untried or ():
+        console.print(f"not tried for want of time: {left}", style="yellow")
+    console.print(choice_text(result), soft_wrap=True)
+
+
+def choice_text(result: Tuning) -> str:
+    """The best setting of a search, or why none is named."""
+    if result.best is not None:
+        return f"best: {candidate_text(result.best)}"
+    if not result.tried:
+        return "none is named: no setting was measured"
+    fastest = max(result.tried, key=lambda candidate: candidate.interval[0])
+    if result.untried and fastest.interval[0] > 1:
+        return f"none is named: time was over before one reached the aim; fastest so far: {candidate_text(fastest)}"
+    return (
+        "none is named: no setting was measured faster than the dense model (a 95 % interval above 1); "
+        f"fastest: {candidate_text(fastest)}. Larger batches or images gain more"
+    )
+
+
+def candidate_text(candidate: Candidate) -> str:
+    """A setting that was measured, in one line."""
+    return (
+        f"{candidate.method} {settings_text(candidate.settings)}, speed-up {candidate.speedup:.2f}"
+        f"{_interval(candidate.interval)}, {candidate.macs / 1e9:.3f} GMACs, "
+        f"divergence {candidate.fidelity.divergence:.4g}"
     )
 
 
