@@ -122,7 +122,12 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"propagation": "None", "graph_type": "Semantic"},
     ],
     "zero_tprune": [{"r": 0}, {"keep_rate": 1.0}, {"similarity": "manhattan", "r": 99}],
-    "expedite": [{"num_iters": 0}, {"restore_at": 3}, {"keep_rate": None, "num_clusters": (2, 3)}],
+    "expedite": [
+        {"num_iters": 0},
+        {"restore_at": 3},
+        {"keep_rate": None, "num_clusters": (2, 3)},
+        {"keep_rate": 0.8, "window_size": 1},  # in several tiles
+    ],
     "hot": [{"keep_rate": 0.999}, {"num_tokens": 5}],
 }
 

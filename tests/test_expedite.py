@@ -10,11 +10,26 @@ import torch.nn.functional as F
 from hosts import make_host, make_images, make_model
 from test_contract import assert_law
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import effvit
 from effvit.recover import reconstruct_tokens
-from effvit.reducers.expedite import assign_patches, cell_middles, cluster_tokens, local_mask, nearest_centre
+from effvit.reducers.expedite import assign_patches, cell_middles, cluster_centres, cluster_tokens, nearest_centre
+from effvit.reducers.tiles import Side, cut_side, first_patch, lay_tiles, tile_clusters, untile_clusters
 
+# Grid of patches, of clusters, and window: sides that do not divide, of several bands, of one row, of equal grids.
+TILED = [
+    ((14, 14), (10, 10), 5),
+    ((24, 17), (17, 12), 5),
+    ((40, 3), (29, 2), 3),
+    ((1, 30), (1, 23), 5),
+    ((30, 1), (22, 1), 1),
+    ((13, 13), (13, 13), 3),
+    ((20, 31), (13, 31), 1),
+    ((16, 16), (8, 4), 3),
+    ((12, 12), (9, 9), 99),
+]
 NO_CLASS_POOL = ("average_pool", "attention_pool", "register_no_class", "gated_grouped")
 
 
@@ -30,7 +45,7 @@ def slow_clusters(x: Tensor, clusters: tuple[int, int], num_iters: int, temperat
     centres = F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), clusters).flatten(2).transpose(1, 2)
     for _ in range(num_iters):
         distance = (tokens[:, :, None] - centres[:, None]).square().sum(-1) + far
-        shares = (-temperature * distance).softmax(-1).transpose(1, 2)
+        shares = (-temperature * distance).softmax(-1).transpose(1, 2).detach()
         centres = shares @ tokens / shares.sum(-1, keepdim=True).clamp(min=1e-16)
     return centres.unflatten(1, clusters)
 
@@ -46,6 +61,49 @@ class TestClusters:
         expected = slow_clusters(x, clusters, num_iters, 0.3, window)
         assert torch.allclose(cluster_tokens(x, clusters, num_iters, 0.3, window), expected, atol=1e-10)
 
+    @pytest.mark.parametrize(("grid", "clusters", "window"), TILED)
+    def test_centres_and_gradients_in_tiles_are_those_of_the_whole_formula(
+        self, grid: tuple[int, int], clusters: tuple[int, int], window: int
+    ) -> None:
+        x = torch.randn(2, *grid, 8, dtype=torch.float64, requires_grad=True)
+        centres, expected = cluster_tokens(x, clusters, 3, 0.3, window), slow_clusters(x, clusters, 3, 0.3, window)
+        assert torch.allclose(centres, expected, atol=1e-10)
+        weights = torch.randn_like(expected)
+        gradients = [torch.autograd.grad(y, x, weights)[0] for y in (centres, expected)]
+        assert torch.allclose(*gradients, atol=1e-10)
+
+    @pytest.mark.parametrize(("grid", "clusters", "window"), TILED)
+    def test_centres_in_float32_are_right_to_rounding(
+        self, grid: tuple[int, int], clusters: tuple[int, int], window: int
+    ) -> None:
+        x = torch.randn(1, *grid, 64)
+        expected = slow_clusters(x.double(), clusters, 5, 5e-3, window)
+        assert (cluster_centres(x, clusters, window_size=window) - expected).abs().max() < 1e-6 * expected.abs().max()
+
+    @pytest.mark.parametrize(("grid", "clusters", "window"), TILED)
+    def test_products_are_those_of_the_tiles(
+        self, grid: tuple[int, int], clusters: tuple[int, int], window: int
+    ) -> None:
+        with FlopCounterMode(display=False) as counter:
+            cluster_centres(torch.zeros(3, *grid, 8), clusters, 4, window_size=window)
+        rows, columns = (cut_side(*side, window) for side in zip(grid, clusters, strict=True))
+        assert counter.get_total_flops() == 2 * 3 * 4 * 2 * rows.pairs * columns.pairs * 8
+
+    def test_nothing_is_copied_from_the_host_or_read_back(self) -> None:
+        """On CUDA either would wait for the device."""
+
+        class Recorded(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                names.add(func.overloadpacket.__name__)
+                return func(*args, **kwargs or {})
+
+        x, names = torch.randn(1, 14, 14, 8), set[str]()
+        with Recorded():
+            centres = cluster_centres(x, (10, 10)).flatten(1, 2)
+            assign_patches(x.flatten(1, 2), centres, (14, 14), (10, 10))
+        assert "index_select" in names
+        assert not names & {"lift_fresh", "_to_copy", "_local_scalar_dense", "nonzero"}
+
     def test_labels_are_of_the_nearest_centre_wherever_it_is(self) -> None:
         x, centres = torch.randn(2, 30, 8), torch.randn(2, 7, 8)
         assert torch.equal(nearest_centre(x, centres), torch.cdist(x, centres).argmin(-1))
@@ -57,12 +115,6 @@ class TestClusters:
         assert anchor.tolist() == [[0, 2, 8, 10]]
         assert source[0, anchor[0]].tolist() == [0, 1, 2, 3]
         assert source.sum() == 0 + 1 + 2 + 3
-
-    def test_window_over_all_clusters_needs_no_mask(self) -> None:
-        assert local_mask((6, 6), (3, 3), 5, torch.zeros(1)) is None
-        mask = local_mask((6, 6), (3, 3), 3, torch.zeros(1))
-        assert mask is not None
-        assert mask[0].view(3, 3).isfinite().sum() == 4  # the corner and its three neighbours
 
     def test_gradient_is_that_of_means_with_fixed_shares(self) -> None:
         x = torch.randn(1, 4, 4, 8, dtype=torch.float64, requires_grad=True)
@@ -91,6 +143,66 @@ class TestClusters:
     def test_even_window(self) -> None:
         with pytest.raises(ValueError, match=r"window_size must be odd, .* got 4"):
             cluster_tokens(torch.zeros(1, 4, 4, 2), (2, 2), window_size=4)
+
+
+class TestTiles:
+    @pytest.mark.parametrize(("grid", "clusters", "window"), TILED)
+    def test_all_pairs_within_the_window_have_a_place_of_their_own(
+        self, grid: tuple[int, int], clusters: tuple[int, int], window: int
+    ) -> None:
+        """The place tells tile, patch and cluster: the pair must be of that patch and the clusters around its cell."""
+        rows, columns = (cut_side(*side, window) for side in zip(grid, clusters, strict=True))
+        tiling = lay_tiles(rows, columns, torch.zeros(1))
+        seen, number = tiling.seen.view(tiling.number, -1), clusters[0] * clusters[1]
+        names = tile_clusters(torch.arange(1, number + 1).view(1, 1, *clusters), rows, columns)[..., 0] - 1  # (T, G)
+        place = tiling.pairs.view(tiling.beyond.shape)
+        tile, rest = place // (seen.shape[1] * names.shape[1]), place % (seen.shape[1] * names.shape[1])
+        patch, cluster = seen[tile, rest // names.shape[1]], names[tile, rest % names.shape[1]]
+        assert torch.equal(patch, torch.arange(grid[0] * grid[1]).unsqueeze(1).expand_as(patch))
+        near = torch.zeros(grid[0] * grid[1], number, dtype=torch.bool)
+        near[patch[~tiling.beyond], cluster[~tiling.beyond]] = True
+        far = []
+        for patches, cells in zip(grid, clusters, strict=True):
+            cell = torch.arange(patches).unsqueeze(1) * cells // patches
+            far.append((cell - torch.arange(cells)).abs() > window // 2)
+        expected = ~(far[0][:, None, :, None] | far[1][None, :, None, :]).flatten(2).flatten(0, 1)
+        assert torch.equal(near, expected)
+        assert (~tiling.beyond).sum() == expected.sum() == place[~tiling.beyond].unique().numel()
+
+    @pytest.mark.parametrize("patches", range(1, 40, 3))
+    def test_no_band_sees_rows_that_none_of_them_needs(self, patches: int) -> None:
+        """A band needs the patches of its cells and of those in the window beside it; one more where cells differ."""
+        for cells in range(1, patches + 1):
+            side = cut_side(patches, cells, 5)
+            needed = []
+            for band in range(side.bands):
+                first, last = band * side.width - side.radius, (band + 1) * side.width + side.radius
+                end = min(patches, first_patch(last, patches, cells))
+                needed.append(end - max(0, first_patch(first, patches, cells)))
+            assert max(needed) <= side.reach <= max(needed) + 1
+            assert side.width * (side.bands - 1) < cells <= side.width * side.bands
+
+    @pytest.mark.parametrize(
+        ("side", "expected"),
+        [
+            ((14, 10, 5), Side(14, 10, 2, 2, 5, 10)),  # 7 cells of 1.4 rows
+            ((64, 46, 5), Side(64, 46, 2, 8, 6, 14)),  # 10 cells of 1.39 rows
+            ((14, 9, 5), Side(14, 9, 2, 1, 9, 14)),  # 14 * (9 + 5) against 2 * 11 * (5 + 5)
+            ((7, 5, 99), Side(7, 5, 4, 1, 5, 7)),
+            ((30, 22, 1), Side(30, 22, 0, 11, 2, 3)),
+        ],
+    )
+    def test_bands_are_those_with_the_least_pairs_and_repetitions(
+        self, side: tuple[int, int, int], expected: Side
+    ) -> None:
+        assert cut_side(*side) == expected
+
+    def test_clusters_return_from_their_tiles(self) -> None:
+        rows, columns = Side(30, 23, 2, 4, 6, 14), Side(14, 10, 2, 2, 5, 10)
+        centres = torch.randn(2, 3, 23, 10)
+        tiles = tile_clusters(centres, rows, columns)
+        assert tiles.shape == (2 * 4 * 2, 6 * 5, 3)
+        assert torch.equal(untile_clusters(tiles, rows, columns), centres.permute(0, 2, 3, 1))
 
 
 class TestModel:

@@ -16,35 +16,11 @@ from effvit.reducers.base import Reducer, check_finite
 from effvit.reducers.block_schedule import BlockSchedule
 from effvit.reducers.cost import BlockSizes, Change
 from effvit.reducers.keep_rate import Rated
+from effvit.reducers.tiles import Tiling, cut_side, first_patch, lay_tiles, tile_clusters, untile_clusters
 from effvit.schedule import check_blocks, check_choice, check_count, check_fraction, check_number
-from effvit.tokens import Moved, Reference, TokenMap, fx_leaf, wide_dtype, wide_product, without_autocast
+from effvit.tokens import Moved, Reference, TokenMap, fx_leaf, wide_dtype, wide_product
 
-__all__ = ["Expedite", "Restore", "cell_middles", "cluster_centres", "cluster_tokens", "local_mask", "nearest_centre"]
-
-
-def local_mask(grid: tuple[int, int], clusters: tuple[int, int], window_size: int, like: Tensor) -> Tensor | None:
-    """0 where a patch may belong to a cluster, -inf elsewhere: (H*W, h*w); None if every pair may.
-
-    A patch starts in the cell (row * h // H, column * w // W) of the cluster grid. It may belong to the clusters
-    at most window_size // 2 rows and columns away from that cell, in all iterations. (Officially the cell is
-    found by float32 interpolation, which puts a row or column elsewhere for some sizes above 43, such as 82 and 2.)
-
-    Args:
-        grid: (H, W) patches.
-        clusters: (h, w) clusters.
-        window_size: Odd side of the window of clusters.
-        like: Gives device and dtype.
-    """
-    radius = window_size // 2
-    if radius >= max(clusters) - 1:
-        return None
-    sides = []
-    for patches, cells in zip(grid, clusters, strict=True):
-        cell = torch.arange(patches, device=like.device) * cells // patches
-        far = (cell.unsqueeze(1) - torch.arange(cells, device=like.device)).abs() > radius  # (H, h) or (W, w)
-        sides.append(torch.zeros(patches, cells, device=like.device, dtype=like.dtype).masked_fill(far, -math.inf))
-    rows, columns = sides
-    return (rows[:, None, :, None] + columns[None, :, None, :]).flatten(2).flatten(0, 1)
+__all__ = ["Expedite", "Restore", "cell_middles", "cluster_centres", "cluster_tokens", "nearest_centre"]
 
 
 def cluster_tokens(
@@ -64,8 +40,13 @@ def cluster_centres(
     do not divide). In each iteration a token is shared among the clusters near its cell by a softmax over
     -temperature * squared distance, and a centre becomes the mean of its shares. As in
     hourglass_image_encoder.py@75a1c30 no gradient flows through the shares. The squared norm of a token is left
-    out of the distance, since the softmax does not see it, and the sums of the shares come out of the same product
-    as the centres, from a feature of ones.
+    out of the distance, since the softmax does not see it.
+
+    A token starts in the cell (row * h // H, column * w // W) of the cluster grid, and near it, in all iterations,
+    are the clusters at most window_size // 2 rows and columns away. (Officially the cell is found by float32
+    interpolation, which puts a row or column elsewhere for some sizes above 43, such as 82 and 2.) Officially
+    all tokens are compared with all clusters, and a mask takes out what is not near; here the cluster grid is cut into
+    tiles, each compared with the rectangle of tokens that can reach it (``effvit.reducers.tiles``).
 
     Args:
         x: (B, H, W, C) maps; whole images, or windows of them as one batch.
@@ -84,31 +65,34 @@ def cluster_centres(
     check_clusters(clusters, grid)
     check_window(window_size)
     x = x.to(wide_dtype(x.dtype))
-    centres = F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), clusters).flatten(2).transpose(1, 2)  # (B, h*w, C)
-    if num_iters:
-        tokens = F.pad(x.flatten(1, 2), (0, 1), value=1)  # (B, H*W, C+1)
-        mask = local_mask(grid, clusters, window_size, tokens)
-        with torch.no_grad():
-            shares = _shares(tokens, centres, mask, temperature)
-            for _ in range(num_iters - 1):
-                shares = _shares(tokens, _means(tokens, shares), mask, temperature)
-        centres = _means(tokens, shares)
-    return centres.unflatten(1, clusters)
+    centres = F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), clusters)  # (B, C, h, w)
+    if num_iters == 0:
+        return centres.permute(0, 2, 3, 1)
+    rows, columns = (cut_side(*side, window_size) for side in zip(grid, clusters, strict=True))
+    tiling = lay_tiles(rows, columns, x)
+    tokens = x.flatten(1, 2).index_select(1, tiling.seen).unflatten(1, (tiling.number, -1)).flatten(0, 1)  # (B*T, L, C)
+    with torch.no_grad():
+        shares = _shares(tokens, tile_clusters(centres, rows, columns), tiling, temperature)
+        for _ in range(num_iters - 1):
+            shares = _shares(tokens, _means(tokens, shares), tiling, temperature)
+    return untile_clusters(_means(tokens, shares), rows, columns)
 
 
-def _shares(tokens: Tensor, centres: Tensor, mask: Tensor | None, temperature: float) -> Tensor:
-    """Softmax over the centres (B, M, C) for each token (B, N, C+1), the last feature of which is one: (B, N, M)."""
-    offset = centres.square().sum(-1, keepdim=True).mul(-temperature)
-    keys = torch.cat([centres * (2 * temperature), offset], dim=-1).transpose(1, 2)  # (B, C+1, M)
-    with without_autocast(tokens):
-        logits = tokens @ keys if mask is None else torch.baddbmm(mask, tokens, keys)
-    return logits.softmax(dim=-1)
+def _shares(tokens: Tensor, centres: Tensor, tiling: Tiling, temperature: float) -> Tensor:
+    """Softmax over the centres near each token: tokens (B*T, L, C), centres (B*T, G, C) -> (B*T, L, G), 0 elsewhere."""
+    tiles = closeness(tokens, centres, temperature)
+    flat = tiles.unflatten(0, (-1, tiling.number)).flatten(1)  # (B, T*L*G)
+    pairs = tiling.pairs.expand(flat.shape[0], -1)  # (B, H*W*K)
+    near = flat.gather(1, pairs).unflatten(1, tiling.beyond.shape)  # (B, H*W, K)
+    shares = near.masked_fill(tiling.beyond, -math.inf).softmax(-1).flatten(1)
+    # Added, not written: a pair beyond the edge has a share of 0 in the place of another pair.
+    return torch.zeros_like(flat).scatter_add(1, pairs, shares).view_as(tiles)
 
 
 def _means(tokens: Tensor, shares: Tensor) -> Tensor:
-    """Means of the tokens (B, N, C+1), the last feature of which is one, by their shares (B, N, M): (B, M, C)."""
-    sums = wide_product(shares.transpose(1, 2), tokens)  # (B, M, C+1)
-    return sums[..., :-1] / sums[..., -1:].clamp(min=1e-16)
+    """Means of the tokens (B*T, L, C) by their shares (B*T, L, G): (B*T, G, C)."""
+    sums = wide_product(shares.transpose(1, 2), tokens)
+    return sums / shares.sum(1).unsqueeze(-1).clamp(min=1e-16)
 
 
 @torch.no_grad()
@@ -123,11 +107,14 @@ def nearest_centre(x: Tensor, centres: Tensor) -> Tensor:
 
 def cell_middles(grid: tuple[int, int], clusters: tuple[int, int], like: Tensor) -> Tensor:
     """(h*w,) the patch in the middle of every cell of the cluster grid, all different; ``like`` gives the device."""
-    sides = []
-    for patches, cells in zip(grid, clusters, strict=True):
-        first = [-(-cell * patches // cells) for cell in range(cells + 1)]
-        sides.append([(first[cell] + first[cell + 1] - 1) // 2 for cell in range(cells)])
-    return torch.tensor([row * grid[1] + column for row in sides[0] for column in sides[1]], device=like.device)
+    rows, columns = (
+        (first[:-1] + first[1:] - 1) // 2
+        for first in (
+            first_patch(torch.arange(cells + 1, device=like.device), patches, cells)
+            for patches, cells in zip(grid, clusters, strict=True)
+        )
+    )
+    return (rows.unsqueeze(1) * grid[1] + columns).flatten()
 
 
 def check_clusters(clusters: tuple[int, int], grid: tuple[int, int]) -> None:
@@ -286,12 +273,14 @@ class Expedite(Rated):
     def cost(self, at: BlockSizes) -> Change:
         patches = at.grid[0] * at.grid[1]
         side = math.sqrt(self.keep_rate or 0)
-        clusters = math.prod(self.num_clusters or (max(1, math.floor(n * side + 0.5)) for n in at.grid))
+        cells = self.num_clusters or tuple(max(1, math.floor(n * side + 0.5)) for n in at.grid)
+        clusters = math.prod(cells)
         if clusters == patches:
             return Change(patches, patches, patches, 0)
         # Hard labels of the patches, patches * clusters * dim, are for maps and pictures alone: no score needs them.
-        # Means of cells to start from; in each iteration the distances, then the new means, with a feature of ones.
-        macs = patches * at.dim + self.num_iters * 2 * patches * clusters * (at.dim + 1)
+        # Means of cells to start from; in each iteration the distances of all pairs in the tiles, then the new means.
+        sides = (cut_side(*side, self.window_size) for side in zip(at.grid, cells, strict=True))
+        macs = patches * at.dim + self.num_iters * 2 * math.prod(side.pairs for side in sides) * at.dim
         return Change(clusters, clusters, clusters, macs)
 
     def before(self, x: Tensor, tokens: TokenMap) -> tuple[Tensor, TokenMap]:
