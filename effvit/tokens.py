@@ -301,7 +301,7 @@ class TokenMap:
     valid: Tensor | None = None
     fused: Tensor | None = None
     history: History = NO_HISTORY
-    carry: Tensor | None = None
+    carry: Tensor | tuple[Tensor, ...] | None = None
     packed: bool = False
 
     @classmethod
