@@ -65,9 +65,11 @@ class SumMap(NamedTuple):
 
     Attributes:
         weigh: Weight of each query in ``received``, (B, heads, P+N) from the state; None: 1.
+        hold: Keep the map in the state if it is one piece.
     """
 
     weigh: Callable[[AttnState], Tensor] | None = None
+    hold: bool = False
 
 
 class AttnState(NamedTuple):
@@ -82,7 +84,7 @@ class AttnState(NamedTuple):
         keys: The map of the tokens that entered it, to which q, k and v belong.
         x: The normalised tokens that entered it, to tell where NaN scores come from.
         rows: The selected rows of the input sequence, None for all.
-        weights: (B, heads, P+N, P+N) softmax map, only for a method that asked for it.
+        weights: (B, heads, P+N, P+N) softmax map, only for a method that asked for it (and where it is not too large).
         sums: Its diagonal and column sums, likewise.
     """
 
@@ -216,23 +218,25 @@ def sum_in_pieces(state: AttnState, weigh: Tensor | None, out: Tensor | None) ->
     return MapSums(*(y.unflatten(0, state.q.shape[:2]) for y in (diagonal, received)))
 
 
-def sum_beside(state: AttnState, summing: SumMap) -> MapSums:
-    """The sums of the state's map, which is not applied to the values."""
+def sum_beside(state: AttnState, summing: SumMap) -> AttnState:
+    """The state with the sums of its map, which is not applied to the values."""
     with torch.no_grad():
         weigh = None if summing.weigh is None else summing.weigh(state)
         if is_one_piece(state.q):
-            return map_sums(state.softmax_map(), weigh)
-        return sum_in_pieces(state, weigh, None)
+            weights = state.softmax_map()
+            return state._replace(sums=map_sums(weights, weigh), weights=weights if summing.hold else None)
+        return state._replace(sums=sum_in_pieces(state, weigh, None))
 
 
-def sum_and_apply(state: AttnState, summing: SumMap) -> tuple[MapSums, Tensor]:
-    """The sums of the state's map and its product with the values, (B, heads, P+N, D)."""
+def sum_and_apply(state: AttnState, summing: SumMap) -> tuple[AttnState, Tensor]:
+    """The state with the sums of its map, and the map's product with the values, (B, heads, P+N, D)."""
     weigh = None if summing.weigh is None else summing.weigh(state)
     if is_one_piece(state.q):
         weights = state.softmax_map()
-        return map_sums(weights, weigh), weights.to(state.v.dtype) @ state.v
+        sums, out = map_sums(weights, weigh), weights.to(state.v.dtype) @ state.v
+        return state._replace(sums=sums, weights=weights if summing.hold else None), out
     out = torch.empty_like(state.v, memory_format=torch.contiguous_format)
-    return sum_in_pieces(state, weigh, out), out
+    return state._replace(sums=sum_in_pieces(state, weigh, out)), out
 
 
 def unpack_heads(x: Tensor, tokens: TokenMap) -> Tensor:
@@ -413,11 +417,10 @@ class TokenAttention(nn.Module):
             gate = take_rows(gate, rows) if gate is not None else None
             state = state._replace(tokens=selected, rows=rows)
         if isinstance(edit_map, SumMap) and (has_gradient(q) or (self.training and self.attn_drop.p > 0)):
-            state = state._replace(sums=sum_beside(state, edit_map))
+            state = sum_beside(state, edit_map)
             edit_map = None
         if isinstance(edit_map, SumMap):
-            sums, out = sum_and_apply(state, edit_map)
-            state = state._replace(sums=sums)
+            state, out = sum_and_apply(state, edit_map)
         elif edit_map is not None:
             weights = edit_map(state.softmax_map())
             state = state._replace(weights=weights)

@@ -105,12 +105,13 @@ def test_map_in_pieces_is_summed_and_applied_as_the_whole(
     x = torch.randn(2, 9, 12)
     tokens = replace(TokenMap.full(x, (2, 4), 1, 1), key_weight=torch.rand(2, 8) + 0.5)
     state = AttnState(q, k, v, 0.5, tokens=tokens, keys=tokens)
-    sums, out = attention.sum_and_apply(state, SumMap(weigh if weighted else None))
+    applied, out = attention.sum_and_apply(state, SumMap(weigh if weighted else None))
     beside = attention.sum_beside(state, SumMap(weigh if weighted else None))
     weights = state.softmax_map()
     expected = map_sums(weights, weigh(state) if weighted else None)
     assert torch.allclose(out, weights @ v, atol=1e-6)
-    for found in (sums, beside):
+    for found in (applied.sums, beside.sums):
+        assert found is not None
         assert torch.allclose(found.diagonal, weights.diagonal(dim1=-2, dim2=-1), atol=1e-6)
         assert torch.allclose(found.received, expected.received, atol=1e-6)
     rows = weigh(state).unsqueeze(-1) if weighted else 1.0

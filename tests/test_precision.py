@@ -103,9 +103,9 @@ class TestDecisions:
         weights = make_state(dtype).softmax_map()
         kept = torch.ones(2, 65).index_fill(1, torch.tensor([3, 8, 40]), 0)
         with autocast(half):
-            rank, part = weighted_page_rank(weights, 20, 8.0), weighted_page_rank(weights, 20, 8.0, 1, kept)
+            rank, part = weighted_page_rank(weights, 20, 8.0), weighted_page_rank(weights, 20, 8.0, 1, kept, 62)
         assert torch.allclose(rank.double(), weighted_page_rank(weights.double(), 20, 8.0), rtol=1e-4, atol=1e-7)
-        expected = weighted_page_rank(weights.double(), 20, 8.0, 1, kept.double())
+        expected = weighted_page_rank(weights.double(), 20, 8.0, 1, kept.double(), 62)
         assert torch.allclose(part.double(), expected, rtol=1e-4, atol=1e-7)
 
     @pytest.mark.parametrize("similarity", SIMILARITIES)
