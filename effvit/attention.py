@@ -18,9 +18,10 @@ from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
 from effvit.protocols import Layer
+from effvit.recording import is_recorded
 from effvit.tokens import TokenMap, fx_leaf, take_rows, wide_dtype, wide_product
 
-__all__ = ["ATTENTION_CLASSES", "AttnState", "Beside", "Selection"]
+__all__ = ["ATTENTION_CLASSES", "AttnState", "Beside", "MapSums", "Selection", "SumMap", "map_sums"]
 
 T = TypeVar("T")
 
@@ -47,6 +48,30 @@ class Selection(NamedTuple):
     tokens: TokenMap
 
 
+class MapSums(NamedTuple):
+    """What is left of a softmax map that was not kept.
+
+    Attributes:
+        diagonal: (B, heads, P+N) attention of each token to itself.
+        received: (B, heads, P+N) attention that each token gets from all queries.
+    """
+
+    diagonal: Tensor
+    received: Tensor
+
+
+class SumMap(NamedTuple):
+    """Asks attention for the MapSums of its softmax map, given as ``edit_map``.
+
+    Attributes:
+        weigh: Weight of each query in ``received``, (B, heads, P+N) from the state; None: 1.
+        hold: Keep the map in the state if it is one piece.
+    """
+
+    weigh: Callable[[AttnState], Tensor] | None = None
+    hold: bool = False
+
+
 class AttnState(NamedTuple):
     """What one block's attention knows, for a reducer to score tokens with.
 
@@ -59,7 +84,8 @@ class AttnState(NamedTuple):
         keys: The map of the tokens that entered it, to which q, k and v belong.
         x: The normalised tokens that entered it, to tell where NaN scores come from.
         rows: The selected rows of the input sequence, None for all.
-        weights: (B, heads, P+N, P+N) softmax map, only for a method that asked for it.
+        weights: (B, heads, P+N, P+N) softmax map, only for a method that asked for it (and where it is not too large).
+        sums: Its diagonal and column sums, likewise.
         bias: (B, 1, 1, P+N) ``keys.key_bias`` in the wide dtype, where attention has made it.
     """
 
@@ -72,6 +98,7 @@ class AttnState(NamedTuple):
     x: Tensor | None = None
     rows: Tensor | None = None
     weights: Tensor | None = None
+    sums: MapSums | None = None
     bias: Tensor | None = None
 
     def class_rows(self) -> Tensor:
@@ -94,7 +121,12 @@ class AttnState(NamedTuple):
         return (logits if bias is None else logits + bias).softmax(dim=-1)
 
     def softmax_map(self) -> Tensor:
-        """The whole softmax map (B, heads, P+N, P+N), in fp32 (fp64 for fp64), since methods rank tokens by it.
+        """The whole softmax map (B, heads, P+N, P+N), in fp32 (fp64 for fp64), since methods rank tokens by it."""
+        q, k = self.map_factors()
+        return wide_product(q, k.transpose(-2, -1)).softmax(dim=-1)
+
+    def map_factors(self) -> tuple[Tensor, Tensor]:
+        """Queries and keys (B, heads, P+N, D or D+1) in fp32 (fp64 for fp64) whose products are the map's logits.
 
         A key bias rides in one more feature, 1 for the queries, so the map is not passed over again to add it.
         """
@@ -104,7 +136,7 @@ class AttnState(NamedTuple):
         if bias is not None:
             q = F.pad(q, (0, 1), value=1)  # (B, heads, P+N, D+1)
             k = torch.cat([k, bias.transpose(-2, -1).expand(-1, k.shape[1], -1, -1)], dim=-1)
-        return wide_product(q, k.transpose(-2, -1)).softmax(dim=-1)
+        return q, k
 
 
 def biased_logits(q: Tensor, k: Tensor, scale: float, keys: TokenMap) -> Tensor:
@@ -115,7 +147,101 @@ def biased_logits(q: Tensor, k: Tensor, scale: float, keys: TokenMap) -> Tensor:
 
 
 Pick = Callable[[AttnState], Selection]
-EditMap = Callable[[Tensor], Tensor]
+EditMap = Callable[[Tensor], Tensor] | SumMap
+
+# Entries of a softmax map that are formed at once on a CPU: 2 MiB, which stay in its cache until they are applied.
+CACHED_ENTRIES = 2**19
+
+
+def map_sums(weights: Tensor, weigh: Tensor | None = None) -> MapSums:
+    """Diagonal and column sums of a softmax map (B, heads, N, N), its rows weighted by ``weigh`` (B, heads, N)."""
+    received = weights.sum(dim=-2) if weigh is None else wide_product(weigh.unsqueeze(-2), weights).squeeze(-2)
+    return MapSums(weights.diagonal(dim1=-2, dim2=-1), received)
+
+
+def piece_entries(q: Tensor) -> int:
+    """Entries of the map of q (B, heads, N, D) to form at once: as many as the MLP has hidden features, or fit a cache.
+
+    So the map takes no more memory than the MLP does, and one of up to 4 D tokens is a single piece but for a CPU.
+    """
+    entries = 4 * q.numel()
+    return min(entries, CACHED_ENTRIES) if q.device.type == "cpu" else entries
+
+
+def is_one_piece(q: Tensor) -> bool:
+    """Whether the softmax map of q (B, heads, N, D) is formed whole.
+
+    What is recorded must hold for other batches and sizes, so its map is one piece, which compilers fuse as they can.
+    """
+    if is_recorded(q) or torch.jit.is_tracing():
+        return True
+    return q.shape[0] * q.shape[1] * q.shape[2] ** 2 <= piece_entries(q)
+
+
+def has_gradient(q: Tensor) -> bool:
+    """Whether autograd follows q, and would keep every piece of a map that is applied.
+
+    False for what is exported or traced, where a map that is applied and summed costs less than both apart.
+    """
+    if is_recorded(q) and not torch.compiler.is_dynamo_compiling():
+        return False
+    return torch.is_grad_enabled() and q.requires_grad
+
+
+def sum_in_pieces(state: AttnState, weigh: Tensor | None, out: Tensor | None) -> MapSums:
+    """``map_sums`` of the state's map, of which only a piece is held: some heads, or some rows of one head.
+
+    Args:
+        state: What attention knows.
+        weigh: (B, heads, P+N) weight of each row.
+        out: (B, heads, P+N, D), filled with the map times the values; None: only the sums are wanted.
+    """
+    entries, length = piece_entries(state.q), state.q.shape[2]
+    q, k = (y.flatten(0, 1) for y in state.map_factors())
+    k = k.transpose(1, 2).contiguous()  # (B * heads, D, P+N): its products with few rows are 1.3 times as fast so
+    diagonal, received = q.new_empty(q.shape[:2]), q.new_zeros(q.shape[:2])
+    heads, rows = max(1, entries // length**2), max(1, min(length, entries // length))
+    row_weights = None if weigh is None else weigh.flatten(0, 1).unsqueeze(1)
+    values = state.v.flatten(0, 1)
+    applied = None if out is None else out.flatten(0, 1)
+    held = q.new_empty(heads, rows, length)
+    for first in range(0, len(q), heads):
+        maps = slice(first, first + heads)
+        for start in range(0, length, rows):
+            span = slice(start, start + rows)
+            part = q[maps, span]
+            weights = held[: part.shape[0], : part.shape[1]]
+            torch.bmm(part, k[maps], out=weights)
+            torch.softmax(weights, dim=-1, out=weights)
+            if applied is not None:
+                applied[maps, span] = weights.to(values.dtype) @ values[maps]
+            diagonal[maps, span] = weights.diagonal(start, 1, 2)
+            if row_weights is None:
+                received[maps] += weights.sum(1)
+            else:
+                received[maps] += wide_product(row_weights[maps, :, span], weights).squeeze(1)
+    return MapSums(*(y.unflatten(0, state.q.shape[:2]) for y in (diagonal, received)))
+
+
+def sum_beside(state: AttnState, summing: SumMap) -> AttnState:
+    """The state with the sums of its map, which is not applied to the values."""
+    with torch.no_grad():
+        weigh = None if summing.weigh is None else summing.weigh(state)
+        if is_one_piece(state.q):
+            weights = state.softmax_map()
+            return state._replace(sums=map_sums(weights, weigh), weights=weights if summing.hold else None)
+        return state._replace(sums=sum_in_pieces(state, weigh, None))
+
+
+def sum_and_apply(state: AttnState, summing: SumMap) -> tuple[AttnState, Tensor]:
+    """The state with the sums of its map, and the map's product with the values, (B, heads, P+N, D)."""
+    weigh = None if summing.weigh is None else summing.weigh(state)
+    if is_one_piece(state.q):
+        weights = state.softmax_map()
+        sums, out = map_sums(weights, weigh), weights.to(state.v.dtype) @ state.v
+        return state._replace(sums=sums, weights=weights if summing.hold else None), out
+    out = torch.empty_like(state.v, memory_format=torch.contiguous_format)
+    return state._replace(sums=sum_in_pieces(state, weigh, out)), out
 
 
 def unpack_heads(x: Tensor, tokens: TokenMap) -> Tensor:
@@ -270,7 +396,9 @@ class TokenAttention(nn.Module):
             tokens: Their map; its key bias enters the softmax.
             rope: Rotary table of the full grid, (H*W, D) or (heads, H*W, D).
             pick: Given, called with the state before attention; only the rows it selects are computed.
-            edit_map: Given, the softmax map is materialised, passed through it and kept in the state.
+            edit_map: Given, the softmax map is materialised, passed through it and kept in the state. A ``SumMap``
+                asks for sums of the map alone: it is formed in pieces, or beside the fused kernel where autograd
+                would keep it.
             beside: Takes the AttnState.
 
         Returns:
@@ -293,7 +421,12 @@ class TokenAttention(nn.Module):
             q = take_heads(q, rows)
             gate = take_rows(gate, rows) if gate is not None else None
             state = state._replace(tokens=selected, rows=rows)
-        if edit_map is not None:
+        if isinstance(edit_map, SumMap) and (has_gradient(q) or (self.training and self.attn_drop.p > 0)):
+            state = sum_beside(state, edit_map)
+            edit_map = None
+        if isinstance(edit_map, SumMap):
+            state, out = sum_and_apply(state, edit_map)
+        elif edit_map is not None:
             weights = edit_map(state.softmax_map())
             state = state._replace(weights=weights)
             dropped: Tensor = self.attn_drop(weights.to(v.dtype))

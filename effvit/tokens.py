@@ -437,7 +437,7 @@ class TokenMap:
     key_weight: Tensor | None = None
     valid: Tensor | None = None
     history: History = NO_HISTORY
-    carry: Tensor | None = None
+    carry: Tensor | tuple[Tensor, ...] | None = None
     packed: bool = False
 
     @classmethod

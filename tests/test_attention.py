@@ -12,11 +12,13 @@ from timm.layers.attention import AttentionRope
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
-from effvit.attention import ATTENTION_CLASSES, AttnState, Selection, _bias_as_features
+from effvit import attention
+from effvit.attention import ATTENTION_CLASSES, AttnState, Beside, Selection, SumMap, _bias_as_features, map_sums
 from effvit.block import rehouse
 from effvit.tokens import TokenMap, flat_rows, take_rows
 
-WAYS = ("fused", "eager", "edited", "packed")
+WAYS = ("fused", "eager", "edited", "summed", "packed")
+EDITS = {"edited": lambda weights: weights, "summed": SumMap()}
 
 
 def attend(attn: nn.Module, x: Tensor, way: str) -> Tensor:
@@ -27,7 +29,7 @@ def attend(attn: nn.Module, x: Tensor, way: str) -> Tensor:
         every = tokens.source
         tokens = tokens.keep(every, every.shape[1], valid=torch.ones_like(every, dtype=torch.bool), packed=True)
         return tokens.unpack(attn(tokens.pack(x), tokens))
-    return attn(x, tokens, edit_map=(lambda weights: weights) if way == "edited" else None)
+    return attn(x, tokens, edit_map=EDITS.get(way))
 
 
 def gated(cls: type[nn.Module]) -> tuple[nn.Module, nn.Module]:
@@ -87,6 +89,54 @@ def test_class_rows_are_those_of_the_softmax_map_with_weights_and_without_paddin
     assert torch.allclose(state.softmax_map(), expected, atol=1e-6)
     rows = state._replace(weights=expected if mapped else None).class_rows()
     assert torch.allclose(rows, expected[:, :, :2], atol=1e-6)
+
+
+def weigh(state: AttnState) -> Tensor:
+    """Weights of the queries: those of the class token and the first patch count more."""
+    return torch.ones_like(state.q[..., 0]).index_fill(2, torch.tensor([0, 1]), 3.5)
+
+
+@pytest.mark.parametrize("entries", [12 * 81, 200, 18, 1], ids=["many heads", "heads", "rows", "row"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_map_in_pieces_is_summed_and_applied_as_the_whole(
+    monkeypatch: pytest.MonkeyPatch, entries: int, weighted: bool
+) -> None:
+    """Nine tokens and three heads of two images, of whose maps 81 entries each only so many are held."""
+    monkeypatch.setattr(attention, "CACHED_ENTRIES", entries)
+    q, k, v = (torch.randn(2, 3, 9, 4) for _ in range(3))
+    x = torch.randn(2, 9, 12)
+    tokens = replace(TokenMap.full(x, (2, 4), 1, 1), key_weight=torch.rand(2, 8) + 0.5)
+    state = AttnState(q, k, v, 0.5, tokens=tokens, keys=tokens)
+    applied, out = attention.sum_and_apply(state, SumMap(weigh if weighted else None))
+    beside = attention.sum_beside(state, SumMap(weigh if weighted else None))
+    weights = state.softmax_map()
+    expected = map_sums(weights, weigh(state) if weighted else None)
+    assert torch.allclose(out, weights @ v, atol=1e-6)
+    for found in (applied.sums, beside.sums):
+        assert found is not None
+        assert torch.allclose(found.diagonal, weights.diagonal(dim1=-2, dim2=-1), atol=1e-6)
+        assert torch.allclose(found.received, expected.received, atol=1e-6)
+    rows = weigh(state).unsqueeze(-1) if weighted else 1.0
+    assert torch.allclose(expected.received, (rows * weights).sum(-2), atol=1e-6)
+
+
+def test_gradient_beside_the_sums_is_that_of_the_whole_map() -> None:
+    """With a gradient the output comes from the fused kernel, and autograd does not see the map that is summed."""
+    attn = make_model("tome", "class_token").blocks[0].attn
+    x = torch.randn(2, 9, 32, requires_grad=True)
+    tokens = replace(TokenMap.full(x, (2, 4), 1, 1), key_weight=torch.rand(2, 8) + 0.5)
+    beside: Beside[AttnState] = Beside()
+    cotangent = torch.randn(2, 9, 32)
+    own = attn(x, tokens, edit_map=SumMap(), beside=beside)
+    whole = attn(x, tokens, edit_map=lambda weights: weights)
+    assert torch.allclose(own, whole, atol=1e-6)
+    variables = [x, *(p for p in attn.parameters())]
+    for mine, theirs in zip(*(torch.autograd.grad(y, variables, cotangent) for y in (own, whole)), strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-5)
+    assert beside.value.sums is not None
+    assert not beside.value.sums.received.requires_grad
+    with torch.no_grad():
+        assert torch.allclose(attn(x, tokens, edit_map=SumMap()), whole, atol=1e-6)
 
 
 def test_grouped_keys_are_those_of_timm() -> None:

@@ -7,9 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from graphs import dense_graph, listed_graph
 from hosts import make_model
 
 from effvit.attention import AttnState
+from effvit.reducers import gtp
 from effvit.reducers.gtp import GRAPH_TYPES, GTP, propagation_graph
 from effvit.tokens import TokenMap
 
@@ -18,7 +20,7 @@ from effvit.tokens import TokenMap
 def test_patch_without_a_neighbour_gives_and_receives_nothing(num_prefix: int) -> None:
     """The only patch of an image touches no other, so its row of the adjacency is zero and stays so."""
     graph = propagation_graph(torch.randn(2, num_prefix + 1, 8), (1, 1), num_prefix, "Spatial", 8)
-    assert graph.tolist() == [[[0.0]], [[0.0]]]
+    assert dense_graph(graph).tolist() == [[[0.0]], [[0.0]]]
 
 
 def test_mean_of_the_removed_tokens_is_one_more() -> None:
@@ -32,7 +34,9 @@ def test_graph_is_that_of_the_slow_search(graph_type: str, num_prefix: int) -> N
     """Section 3.3 on a grid that is not square: D^-1/2 A D^-1/2 with the row sums D of the directed A, no loops."""
     x = torch.randn(1, num_prefix + 10, 6, requires_grad=True)
     graph = propagation_graph(x, (2, 5), num_prefix, graph_type, 2)
-    assert not graph.requires_grad
+    assert not graph.shares.requires_grad
+    number = {"Spatial": 0, "Semantic": 2, "Mixed": 2}[graph_type] + (graph_type != "Semantic") * 8
+    assert graph.neighbours.shape == (1, 10, number + (graph_type != "Spatial" and not num_prefix))
     unit = F.normalize(x[0, num_prefix:].detach(), dim=-1)
     adjacency = torch.zeros(10, 10)
     for i in range(10):
@@ -43,7 +47,22 @@ def test_graph_is_that_of_the_slow_search(graph_type: str, num_prefix: int) -> N
         adjacency[i, list(found)] = 1
     degree = adjacency.sum(1)
     expected = adjacency / (degree[:, None] * degree).sqrt()
-    assert torch.allclose(graph[0], expected.T, atol=1e-6)
+    assert torch.allclose(dense_graph(graph)[0], expected, atol=1e-6)
+
+
+def test_similar_patches_are_found_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(2, 41, 6)
+    whole = propagation_graph(x, (5, 8), 1, "Mixed", 4)
+    monkeypatch.setattr(gtp, "SIMILARITIES_AT_ONCE", 2 * 40 * 7)
+    parts = propagation_graph(x, (5, 8), 1, "Mixed", 4)
+    assert torch.equal(dense_graph(parts), dense_graph(whole))
+
+
+def test_patches_of_a_blank_image_have_no_more_neighbours_than_asked_for() -> None:
+    """The official threshold would make each of them a neighbour of all others, a graph of N * N edges."""
+    graph = dense_graph(propagation_graph(torch.ones(1, 13, 6), (3, 4), 1, "Semantic", 2))
+    assert ((graph > 0).sum(2) == 2).all()
+    assert (graph.diagonal(dim1=1, dim2=2) == 0).all()
 
 
 def test_removed_tokens_are_handed_to_the_nodes_of_the_kept() -> None:
@@ -53,7 +72,7 @@ def test_removed_tokens_are_handed_to_the_nodes_of_the_kept() -> None:
     """
     x, weights, graph = torch.randn(1, 5, 3), torch.rand(1, 2, 5, 5).square().softmax(-1), torch.rand(1, 6, 6)
     tokens = TokenMap.full(torch.zeros(1, 7, 1), (2, 3), 1, 1).keep(torch.tensor([[4, 1, 5, 2]]), 4)
-    tokens = replace(tokens, carry=graph, key_weight=torch.rand(1, 5) + 1)
+    tokens = replace(tokens, carry=listed_graph(graph), key_weight=torch.rand(1, 5) + 1)
     reducer = GTP.plan(1, num_prop=2, selection="IMGAttnMean", alpha=0.3)[0]
     k = torch.randn(1, 2, 5, 4)
     reduced, left = reducer.reduce(x, tokens, AttnState(k, k, k, 0.5, tokens=tokens, keys=tokens, weights=weights))
@@ -61,7 +80,7 @@ def test_removed_tokens_are_handed_to_the_nodes_of_the_kept() -> None:
     ranked = weights[0].sum(1).mean(0)[1:].argsort(descending=True).tolist()
     nodes, scales = tokens.anchor[0].tolist(), tokens.key_weight[0, 1:]
     for place, token in enumerate(ranked[:2]):
-        shares = {other: 0.3 * graph[0, nodes[other], nodes[token]] for other in ranked[2:]}
+        shares = {other: 0.3 * graph[0, nodes[token], nodes[other]] for other in ranked[2:]}
         expected = x[0, 1 + token] + sum(share * x[0, 1 + other] for other, share in shares.items())
         assert torch.allclose(reduced[0, 1 + place], expected, atol=1e-6)
         scale = scales[token] + sum(share * scales[other] for other, share in shares.items())

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from architectures import make_architecture
 from architectures import make_images as architecture_images
+from graphs import dense_graph
 from torch import Tensor
 
 from effvit.architectures.semantic_tokens import soft_assignment
@@ -94,17 +95,17 @@ class TestDecisions:
     def test_semantic_graph_has_the_neighbours_asked_for(self, dtype: torch.dtype, half: torch.dtype | None) -> None:
         x = (draw(2, 1, 32) + 0.2 * draw(2, 65, 32)).to(dtype)
         with autocast(half):
-            graph = propagation_graph(x, (8, 8), 1, "Semantic", 8)
-        assert torch.equal((graph > 0).sum(1), torch.full((2, 64), 8))  # entry [r, i] is the edge from i to r
-        assert torch.equal(graph > 0, propagation_graph(x.double(), (8, 8), 1, "Semantic", 8) > 0)
+            graph = dense_graph(propagation_graph(x, (8, 8), 1, "Semantic", 8))
+        assert torch.equal((graph > 0).sum(2), torch.full((2, 64), 8))
+        assert torch.equal(graph > 0, dense_graph(propagation_graph(x.double(), (8, 8), 1, "Semantic", 8)) > 0)
 
     def test_page_rank(self, dtype: torch.dtype, half: torch.dtype | None) -> None:
         weights = make_state(dtype).softmax_map()
         kept = torch.ones(2, 65).index_fill(1, torch.tensor([3, 8, 40]), 0)
         with autocast(half):
-            rank, part = weighted_page_rank(weights, 20, 8.0), weighted_page_rank(weights, 20, 8.0, 1, kept)
+            rank, part = weighted_page_rank(weights, 20, 8.0), weighted_page_rank(weights, 20, 8.0, 1, kept, 62)
         assert torch.allclose(rank.double(), weighted_page_rank(weights.double(), 20, 8.0), rtol=1e-4, atol=1e-7)
-        expected = weighted_page_rank(weights.double(), 20, 8.0, 1, kept.double())
+        expected = weighted_page_rank(weights.double(), 20, 8.0, 1, kept.double(), 62)
         assert torch.allclose(part.double(), expected, rtol=1e-4, atol=1e-7)
 
     @pytest.mark.parametrize("similarity", SIMILARITIES)

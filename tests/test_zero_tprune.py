@@ -5,15 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from hosts import make_model
 from torch import Tensor
 
+from effvit import attention
 from effvit.attention import AttnState
 from effvit.reducers.zero_tprune import (
     PARTITIONS,
     ZeroTPrune,
     aggregate_heads,
     head_variance,
+    page_rank_in_pieces,
     split_groups,
+    start_signal,
     weighted_page_rank,
 )
 from effvit.tokens import TokenMap
@@ -82,11 +86,47 @@ def slow_rank(weights: Tensor, places: list[int], votes: int, boost: float) -> T
 def test_page_rank_is_that_of_the_graph_of_those_left(places: range | tuple[int, ...]) -> None:
     weights = torch.randn(1, 2, 7, 7, dtype=torch.float64).softmax(-1)
     kept = torch.zeros(1, 7, dtype=torch.int64).index_fill(1, torch.tensor(places), 1)
-    signal = weighted_page_rank(weights, 3, 2.5, 1, kept if len(places) < 7 else None)
+    few = len(places) < 7
+    signal = weighted_page_rank(weights, 3, 2.5, 1, kept if few else None, len(places))
     expected = torch.stack([slow_rank(head, list(places), 3, 2.5) for head in weights[0]])
     assert torch.allclose(signal[0], expected)
     variance = (expected[:, list(places)] * len(places) - 1).square().mean(1)  # of scores of mean one
-    assert torch.allclose(head_variance(signal, kept)[0], variance)
+    assert torch.allclose(head_variance(signal, len(places))[0], variance)
+
+
+@pytest.mark.parametrize("entries", [8 * 49, 49, 20, 1], ids=["many heads", "head", "rows", "row"])
+@pytest.mark.parametrize("scale", [1, 8], ids=["most held", "all held"])
+def test_page_rank_in_pieces_is_that_of_the_whole_map(
+    monkeypatch: pytest.MonkeyPatch, entries: int, scale: int
+) -> None:
+    """Seven tokens of one or eight channels, of whose four maps as much is held as eight times the queries."""
+    monkeypatch.setattr(attention, "CACHED_ENTRIES", entries)
+    q, k = (torch.randn(2, 2, 7, scale, dtype=torch.float64) for _ in range(2))
+    signal = start_signal(q[..., 0], 7, 2.5, 1)
+    expected = weighted_page_rank((q @ k.transpose(-2, -1)).softmax(-1), 3, 2.5)
+    assert torch.allclose(page_rank_in_pieces(q, k, 3, signal), expected)
+
+
+@pytest.mark.parametrize("r", [0, 5])
+def test_importance_without_the_map_is_that_with_it(r: int) -> None:
+    """The votes of those left on a map formed anew from their queries and keys, in float64."""
+    x, q, k = torch.randn(3, 21, 3), *torch.randn(2, 3, 2, 21, 4, dtype=torch.float64)
+    tokens = TokenMap.full(x, (4, 5), 1, 1)
+    reducer = ZeroTPrune.plan(1, keep_rate=0.5, reduce_at=(0,), r=r, num_iters=3)[0]
+    state = AttnState(q, k, k, 0.5, tokens=tokens, keys=tokens, x=x)
+    kept = torch.ones(3, 21, dtype=torch.int64).index_fill(1, torch.tensor([2, 3, 7, 11, 20]), 0) if r else None
+    expected = reducer.importance(state._replace(weights=state.softmax_map()), 3, kept)
+    assert torch.allclose(reducer.importance(state, 3, kept), expected)
+
+
+@pytest.mark.parametrize("method", ["gtp", "zero_tprune"])
+def test_model_with_maps_in_pieces_is_that_with_whole_ones(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    model = make_model(method, "class_token")
+    images = torch.randn(2, 3, *model.patch_embed.img_size)
+    with torch.no_grad():
+        whole = model(images)
+        monkeypatch.setattr(attention, "CACHED_ENTRIES", 100)
+        assert torch.allclose(model(images), whole, atol=1e-6)
 
 
 def slow_importance(weights: Tensor, places: list[int], votes: int, boost: float) -> Tensor:

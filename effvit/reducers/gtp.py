@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from effvit.attention import AttnState, EditMap
+from effvit.attention import AttnState, EditMap, MapSums, SumMap, map_sums
 from effvit.protocols import Settings
+from effvit.recording import is_recorded
 from effvit.reducers.base import FEW_PATCHES, Reducer, check_finite
 from effvit.reducers.block_schedule import BlockSchedule, tokens_by_block
 from effvit.reducers.cost import BlockSizes, Change
@@ -24,20 +26,12 @@ from effvit.schedule import (
     per_block,
     spread_ladder,
 )
-from effvit.tokens import TokenMap, flat_rows, fx_leaf, take_rows, wide_dtype, wide_product, without_autocast
+from effvit.tokens import TokenMap, fx_leaf, take_rows, take_values, wide_dtype, wide_product, without_autocast
 
-__all__ = ["GRAPH_TYPES", "GTP", "PROPAGATIONS", "SELECTIONS", "propagation_graph", "sparsify_map"]
+__all__ = ["GRAPH_TYPES", "GTP", "PROPAGATIONS", "SELECTIONS", "Graph", "propagation_graph", "sparsify_map"]
 
 GRAPH_TYPES = ("Spatial", "Semantic", "Mixed")
 PROPAGATIONS = ("GraphProp", "Mean", "None")
-
-
-def _diagonal(weights: Tensor) -> Tensor:
-    return weights.diagonal(dim1=-2, dim2=-1)  # (B, heads, P+N)
-
-
-def _received(weights: Tensor) -> Tensor:
-    return weights.sum(dim=-2)  # (B, heads, P+N)
 
 
 def _dissimilarity(rows: Tensor) -> Tensor:
@@ -46,15 +40,16 @@ def _dissimilarity(rows: Tensor) -> Tensor:
     return -wide_product(rows, rows.sum(dim=1).unsqueeze(-1)).squeeze(-1)
 
 
-# Scores from the softmax map (B, heads, P+N, P+N) for all P+N keys, GTP section 3.2 and models_v3.py@97a1178.
-MAP_SCORES: dict[str, Callable[[Tensor], Tensor]] = {
-    "IMGAttnMean": lambda w: _received(w).mean(1),
-    "IMGAttnMax": lambda w: _received(w).amax(1),
-    "DiagAttnMean": lambda w: _diagonal(w).mean(1),
-    "DiagAttnMax": lambda w: _diagonal(w).amax(1),
-    "MixedAttnMean": lambda w: _diagonal(w).mean(1) * _received(w).mean(1),
-    "MixedAttnMax": lambda w: _diagonal(w).amax(1) * _received(w).amax(1),
-    "SumAttnMax": lambda w: _diagonal(w).amax(1) + _received(w).amax(1),
+# Scores from the diagonal and the column sums (B, heads, P+N) of the softmax map for all P+N keys, GTP section 3.2 and
+# models_v3.py@97a1178.
+MAP_SCORES: dict[str, Callable[[MapSums], Tensor]] = {
+    "IMGAttnMean": lambda sums: sums.received.mean(1),
+    "IMGAttnMax": lambda sums: sums.received.amax(1),
+    "DiagAttnMean": lambda sums: sums.diagonal.mean(1),
+    "DiagAttnMax": lambda sums: sums.diagonal.amax(1),
+    "MixedAttnMean": lambda sums: sums.diagonal.mean(1) * sums.received.mean(1),
+    "MixedAttnMax": lambda sums: sums.diagonal.amax(1) * sums.received.amax(1),
+    "SumAttnMax": lambda sums: sums.diagonal.amax(1) + sums.received.amax(1),
 }
 # Scores from the rows of the class token (B, heads, P+N): no map needed.
 CLASS_SCORES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -86,31 +81,64 @@ def sparsify_map(weights: Tensor, sparsity: float) -> Tensor:
     return weights * (weights >= threshold[..., None, None])
 
 
-def semantic_edges(patches: Tensor, num_neighbours: int) -> Tensor:
-    """(B, N, N) bool: edge from each patch to its ``num_neighbours`` most similar others by cosine; directed."""
-    similarity = F.normalize(patches, dim=-1)
-    similarity = wide_product(similarity, similarity.transpose(1, 2))  # (B, N, N)
-    threshold = similarity.topk(num_neighbours + 1, dim=-1).values[..., -1:]  # the patch itself is one of them
-    return similarity >= threshold
+class Graph(NamedTuple):
+    """The graph of the embedded patches: 8 touching neighbours, ``num_neighbours`` similar ones or both of each patch.
+
+    Attributes:
+        neighbours: (B, N, K) patches that hand content to each patch; the patch itself where it has fewer than K.
+        shares: (B, N, K) part of a neighbour's content that it hands over, D^-1/2 A D^-1/2.
+    """
+
+    neighbours: Tensor
+    shares: Tensor
 
 
-def spatial_edges(like: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(N, N) bool: edge between patches that touch, diagonally too."""
-    place = torch.arange(grid[0] * grid[1], device=like.device)
+SIMILARITIES_AT_ONCE = 2**20  # 4 MiB
+
+
+def similar_patches(patches: Tensor, number: int) -> Tensor:
+    """(B, N, number) most similar other patches of each by cosine.
+
+    Only some rows of the similarity are held, but where it is recorded, since other images may be larger.
+    """
+    batch, length = patches.shape[:2]
+    unit = F.normalize(patches, dim=-1)
+    place = torch.arange(length, device=patches.device)
+    rows = length if is_recorded(patches) else max(1, SIMILARITIES_AT_ONCE // (batch * length))
+    found = []
+    for part, itself in zip(unit.split(rows, dim=1), place.split(rows), strict=True):
+        similarity = wide_product(part, unit.transpose(1, 2))  # (B, rows, N)
+        similarity = similarity.masked_fill(itself[:, None] == place, -2)
+        found.append(similarity.topk(number, dim=-1).indices)
+    return torch.cat(found, dim=1)
+
+
+def touching_patches(like: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(N, 8) patches that touch each, diagonally too; the patch itself beyond the edges of the grid."""
+    place = torch.arange(grid[0] * grid[1], device=like.device)[:, None]
     row, column = torch.div(place, grid[1], rounding_mode="floor"), place % grid[1]
-    apart = torch.maximum((row[:, None] - row).abs(), (column[:, None] - column).abs())
-    return apart <= 1
+    step = torch.arange(8, device=like.device)
+    step = step + (step > 3)  # the fifth of the nine is the patch itself
+    row, column = row + torch.div(step, 3, rounding_mode="floor") - 1, column + step % 3 - 1  # (N, 8)
+    inside = (row >= 0) & (row < grid[0]) & (column >= 0) & (column < grid[1])
+    return torch.where(inside, row * grid[1] + column, place)
+
+
+def apart(place: Tensor, other: Tensor, grid: tuple[int, int]) -> Tensor:
+    """True where two patches do not touch."""
+    row = torch.div(place, grid[1], rounding_mode="floor") - torch.div(other, grid[1], rounding_mode="floor")
+    return torch.maximum(row.abs(), (place % grid[1] - other % grid[1]).abs()) > 1
 
 
 @fx_leaf
-def propagation_graph(
-    x: Tensor, grid: tuple[int, int], num_prefix: int, graph_type: str, num_neighbours: int
-) -> Tensor:
+def propagation_graph(x: Tensor, grid: tuple[int, int], num_prefix: int, graph_type: str, num_neighbours: int) -> Graph:
     """The normalised graph D^-1/2 A D^-1/2 of the embedded patches (GTP section 3.3, models_v3.py@97a1178).
 
-    D holds the row sums of the directed A on both sides. A patch without an edge keeps a zero row here, where
+    D holds the row sums of the directed A on both sides. A patch without an edge has no share here, where
     the official code divides by zero. Without a prefix token the official threshold is one place lower, which
-    gives every patch one neighbour more; that is followed.
+    gives every patch one neighbour more; that is followed. Of patches that are exactly as similar as the last
+    neighbour, as in a blank image without position embedding, the official code takes all, and we only as many as
+    were asked for.
 
     Args:
         x: (B, P+N, C) tokens before the first block.
@@ -118,28 +146,28 @@ def propagation_graph(
         num_prefix: P.
         graph_type: "Spatial" (the 8 neighbours), "Semantic" (most similar embeddings) or "Mixed" (either).
         num_neighbours: Neighbours in the semantic graph.
-
-    Returns:
-        (B, N, N), entry [b, r, i] the share of r that goes to i, i.e. the transpose of the paper's G.
     """
     patches = x[:, num_prefix:].detach().to(wide_dtype(x.dtype))  # only compared: nothing for autograd to keep
-    neighbours = num_neighbours if num_prefix else num_neighbours + 1
-    if graph_type != "Spatial" and not 0 < neighbours < patches.shape[1]:
+    similar = num_neighbours if num_prefix else num_neighbours + 1
+    if graph_type != "Spatial" and not 0 < similar < patches.shape[1]:
         raise ValueError(
             f"num_neighbours must be at least 1 and at most {patches.shape[1] - (1 if num_prefix else 2)}, "
             f"got {num_neighbours} for {patches.shape[1]} patches"
         )
-    if graph_type == "Spatial":
-        edges = spatial_edges(patches, grid).expand(patches.shape[0], -1, -1)
-    elif graph_type == "Semantic":
-        edges = semantic_edges(patches, neighbours)
+    place = torch.arange(grid[0] * grid[1], device=x.device)[:, None]
+    if graph_type == "Semantic":
+        neighbours = similar_patches(patches, similar)
     else:
-        edges = spatial_edges(patches, grid) | semantic_edges(patches, neighbours)
-    itself = torch.eye(patches.shape[1], dtype=torch.bool, device=patches.device)
-    adjacency = (edges & ~itself).to(patches.dtype)
-    degree = adjacency.sum(-1)  # (B, N)
+        neighbours = touching_patches(patches, grid).expand(patches.shape[0], -1, -1)
+    if graph_type == "Mixed":
+        more = similar_patches(patches, similar)
+        more = torch.where(apart(place, more, grid), more, place)  # those that touch are neighbours already
+        neighbours = torch.cat([neighbours, more], dim=-1)
+    edges = (neighbours != place).to(patches.dtype)
+    degree = edges.sum(-1)  # (B, N)
     root = torch.where(degree > 0, degree, 1).rsqrt()
-    return adjacency.transpose(1, 2) * root.unsqueeze(1) * root.unsqueeze(2)
+    others = root.gather(1, neighbours.flatten(1)).unflatten(1, neighbours.shape[1:])
+    return Graph(neighbours, edges * root.unsqueeze(-1) * others)
 
 
 class GTP(Reducer):
@@ -147,8 +175,11 @@ class GTP(Reducer):
 
     Each block ranks the patches by ``selection``, removes the last ``num_prop`` and adds
     ``alpha * G[kept, removed] @ removed`` to those that stay, which leave in descending order of score. The
-    graph is built once from the embedded image. The official sub-matrices of G are never made: a kept token
-    finds its node by its anchor.
+    graph is built once from the embedded image, as at most ``8 + num_neighbours`` (without a prefix token one more)
+    neighbours of a patch. The official sub-matrices of G are never made: a kept token finds its node by its anchor.
+
+    No softmax map is held but for a ``sparsity`` below 1 and the CosSim selections: their memory grows with the square
+    of the number of tokens.
 
     On a host that takes images of any size, a block with no more than ``num_prop`` patches keeps the best of them
     (the official code would keep none), patches have as many neighbours as there are, and a map too small for
@@ -201,7 +232,7 @@ class GTP(Reducer):
         The defaults of ``selection``, ``propagation``, ``graph_type``, ``num_neighbours`` and ``num_prop`` are ours to
         be usable at once: the official main.py@97a1178 has none (no selection, nothing propagated). Its README
         recommends a sparsity of 0.6 with num_prop 8, and an alpha of 0.4 with num_prop 4; ``sparsity`` is 1 here, which
-        leaves the fused attention kernel in place.
+        needs no whole attention map.
 
         Args:
             depth: Blocks of the host.
@@ -296,15 +327,15 @@ class GTP(Reducer):
                 return tokens
             neighbours = min(neighbours, tokens.num_patches - (1 if tokens.num_prefix else 2))
         graph = propagation_graph(x, tokens.grid, tokens.num_prefix, self.graph_type, neighbours)
-        scale = torch.ones_like(x[..., 0], dtype=graph.dtype) if self.token_scale else None
+        scale = torch.ones_like(x[..., 0], dtype=wide_dtype(x.dtype)) if self.token_scale else None
         return replace(tokens, carry=graph, key_weight=scale)
 
     def map_edit(self) -> EditMap | None:
         if self.sparsity < 1:
             return self.sparsify
-        if self.selection in MAP_SCORES or self.selection in ROW_SCORES:
-            return lambda weights: weights
-        return None
+        if self.selection in MAP_SCORES:
+            return SumMap()
+        return (lambda weights: weights) if self.selection in ROW_SCORES else None
 
     def sparsify(self, weights: Tensor) -> Tensor:
         """``sparsify_map``, where the map (B, heads, N, N) is large enough for it."""
@@ -321,10 +352,12 @@ class GTP(Reducer):
         if self.selection == "Random":
             keys = state.k[:, 0, num_prefix:, 0]
             return torch.rand_like(keys, dtype=wide_dtype(keys.dtype))
-        assert state.weights is not None
         if self.selection in ROW_SCORES:
+            assert state.weights is not None
             return ROW_SCORES[self.selection](state.weights[:, :, num_prefix:])
-        return MAP_SCORES[self.selection](state.weights)[:, num_prefix:]
+        sums = state.sums if state.weights is None else map_sums(state.weights)
+        assert sums is not None
+        return MAP_SCORES[self.selection](sums)[:, num_prefix:]
 
     def reduce(self, x: Tensor, tokens: TokenMap, state: AttnState) -> tuple[Tensor, TokenMap]:
         kept = tokens.num_tokens - self.num_removed(tokens.num_tokens)
@@ -332,40 +365,54 @@ class GTP(Reducer):
             return x, tokens
         scores = check_finite(self.scores(state), self.origin(f"{self.selection} scores"), state.x)
         ranked = scores.argsort(dim=-1, descending=True)  # (B, N)
-        index, removed = ranked[:, :kept], ranked[:, kept:]
         if self.propagation == "None":
-            return tokens.select(x, index, kept)
-        length = tokens.num_prefix + tokens.num_tokens
-        x_removed = take_rows(x, flat_rows(removed + tokens.num_prefix, length))  # (B, num_prop, C)
+            return tokens.select(x, ranked[:, :kept], kept)
+        num_prefix, rows = tokens.num_prefix, tokens.rows(ranked)
+        x = take_rows(x, rows)
+        stays, removed = x[:, : num_prefix + kept], x[:, num_prefix + kept :]
         if self.propagation == "Mean":
-            x_kept = take_rows(x, flat_rows(index, length, tokens.num_prefix))
-            mean = x_removed.mean(dim=1, keepdim=True)
-            return torch.cat([x_kept, mean], dim=1), tokens.fuse(ranked[:, : kept + 1], kept)
+            return torch.cat([stays, removed.mean(dim=1, keepdim=True)], dim=1), tokens.fuse(
+                ranked[:, : kept + 1], kept
+            )
 
         assert tokens.carry is not None
-        share = kept_shares(tokens.carry, tokens.anchor, index, removed)  # (B, num_prop, kept)
-        x_kept, left = tokens.select(x, index, kept)
-        x = propagate(x_kept, x_removed, F.pad(share, (tokens.num_prefix, 0)), self.alpha)
-        if tokens.key_weight is not None and left.key_weight is not None:
-            removed_weight = tokens.key_weight[:, tokens.num_prefix :].gather(1, removed)
-            given = wide_product(share.transpose(1, 2), removed_weight.unsqueeze(-1)).squeeze(-1)  # (B, kept)
-            left = replace(left, key_weight=left.key_weight + self.alpha * F.pad(given, (tokens.num_prefix, 0)))
+        share = kept_shares(tokens.carry, tokens.anchor.gather(1, ranked), kept, num_prefix)
+        x = propagate(stays, removed, share, self.alpha)
+        left = replace(tokens, key_weight=None).keep(ranked[:, :kept], kept)
+        if tokens.key_weight is not None:
+            scales = take_values(tokens.key_weight, rows).unsqueeze(-1)  # (B, P+N, 1)
+            scales = propagate(scales[:, : num_prefix + kept], scales[:, num_prefix + kept :], share, self.alpha)
+            left = replace(left, key_weight=scales.squeeze(-1))
         return x, left
 
 
 @fx_leaf
 def propagate(x: Tensor, removed: Tensor, share: Tensor, alpha: float) -> Tensor:
-    """x (B, P+K, C) plus alpha times the share (B, R, P+K) of the removed tokens (B, R, C) that goes to each.
+    """x (B, K, C) plus alpha times the share (B, K, R) of the removed tokens (B, R, C) that goes to each.
 
     Not in half precision under autocast: the result is the residual stream, which later blocks rank tokens by.
     """
     with without_autocast(x):
-        return torch.baddbmm(x, share.to(x.dtype).transpose(1, 2), removed, alpha=alpha)
+        return torch.baddbmm(x, share.to(x.dtype), removed, alpha=alpha)
 
 
 @fx_leaf
-def kept_shares(graph: Tensor, anchor: Tensor, index: Tensor, removed: Tensor) -> Tensor:
-    """The part of the graph (B, M, M) that leads from the removed to the kept tokens: (B, removed, kept)."""
-    rows = take_rows(graph, flat_rows(anchor.gather(1, removed), graph.shape[1]))  # (B, removed, M)
-    columns = anchor.gather(1, index).unsqueeze(1).expand(-1, rows.shape[1], -1)
-    return rows.gather(2, columns)
+def kept_shares(graph: Tensor | tuple[Tensor, ...], ranked: Tensor, kept: int, num_prefix: int) -> Tensor:
+    """What each token that stays gets of each that is removed: (B, P+kept, removed).
+
+    Args:
+        graph: The Graph of the full grid.
+        ranked: (B, N) patches of the tokens, those that stay in front.
+        kept: How many stay.
+        num_prefix: P tokens in front, which get nothing.
+    """
+    neighbours, shares = graph
+    number = ranked.shape[1] - kept
+    column = torch.full_like(neighbours[:, :, 0], number)  # (B, H*W): where it is among the removed, or behind
+    column = column.scatter(1, ranked[:, kept:], torch.arange(number, device=ranked.device).expand(ranked.shape[0], -1))
+    nodes = ranked[:, :kept].unsqueeze(-1).expand(-1, -1, neighbours.shape[-1])
+    neighbours, shares = neighbours.gather(1, nodes), shares.gather(1, nodes)  # (B, kept, K)
+    columns = column.gather(1, neighbours.flatten(1)).unflatten(1, neighbours.shape[1:])
+    share = shares.new_zeros(ranked.shape[0], num_prefix + kept, number + 1)
+    share[:, num_prefix:].scatter_(2, columns, shares)
+    return share[..., :number]

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from effvit.attention import AttnState, EditMap
+from effvit.attention import AttnState, EditMap, SumMap, map_sums, piece_entries, take_heads
 from effvit.protocols import Settings
 from effvit.reducers.base import Reducer, check_finite
 from effvit.reducers.block_schedule import BlockSchedule, rates_by_block
@@ -91,8 +91,27 @@ PRESETS: dict[str, Preset] = {
 }
 
 
+def start_signal(like: Tensor, number: int, first_boost: float, num_class: int) -> Tensor:
+    """What tokens vote with first (B, heads, N): ``first_boost`` times as much for the class-like ones in front.
+
+    Args:
+        like: A tensor of that shape, for device and dtype.
+        number: Tokens that vote, over which the signal sums to 1.
+        first_boost: Weight of the class-like tokens relative to any other.
+        num_class: Class-like tokens.
+    """
+    total = number - num_class + num_class * first_boost
+    signal = torch.ones_like(like)
+    return torch.cat([signal[..., :num_class] * (first_boost / total), signal[..., num_class:] / total], dim=-1)
+
+
 def weighted_page_rank(
-    weights: Tensor, num_iters: int, first_boost: float = 1.0, num_class: int = 1, kept: Tensor | None = None
+    weights: Tensor,
+    num_iters: int,
+    first_boost: float = 1.0,
+    num_class: int = 1,
+    kept: Tensor | None = None,
+    number: int | None = None,
 ) -> Tensor:
     """Importance every token of each head gathers by repeated voting with its attention, s <- A^T s (section 3.2).
 
@@ -107,25 +126,64 @@ def weighted_page_rank(
         num_class: Class-like tokens in front.
         kept: (B, N) 1 for the tokens of the sub-graph to vote on, 0 for the others. Rows are renormalised
             within it; no sub-matrix is made.
+        number: How many ones ``kept`` has for each image.
 
     Returns:
         (B, heads, N), sums to 1 over the tokens.
     """
-    signal = weights.new_ones(weights.shape[:2] + weights.shape[-1:])
-    signal = torch.cat([signal[..., :num_class] * first_boost, signal[..., num_class:]], dim=-1)  # (B, heads, N)
-    if kept is not None:
-        mask = kept.unsqueeze(1).to(weights.dtype)  # (B, 1, N)
-        signal = signal * mask
-        row_sum = wide_product(weights, mask.expand_as(signal).unsqueeze(-1)).squeeze(-1)  # (B, heads, N)
-        mask = mask.unsqueeze(2)  # (B, 1, 1, N)
-        row_scale = mask / row_sum.unsqueeze(2)  # (B, heads, 1, N)
-    signal = (signal / signal.sum(-1, keepdim=True)).unsqueeze(2)  # (B, heads, 1, N)
+    signal = start_signal(weights[..., 0], number or weights.shape[-1], first_boost, num_class).unsqueeze(2)
+    if kept is None:
+        for _ in range(num_iters):
+            signal = wide_product(signal, weights)  # (B, heads, 1, N)
+        return signal.squeeze(2)
+    mask = kept.to(weights.dtype)
+    row_sum = wide_product(weights.flatten(1, 2), mask.unsqueeze(-1)).unflatten(1, weights.shape[1:3])
+    mask = mask[:, None, None]  # (B, 1, 1, N)
+    row_scale = mask / row_sum.transpose(2, 3)  # (B, heads, 1, N); zero for those that left, so they do not vote
     for _ in range(num_iters):
-        signal = wide_product(signal, weights) if kept is None else wide_product(signal * row_scale, weights) * mask
-    return signal.squeeze(2)
+        signal = wide_product(signal * row_scale, weights)
+    return (signal * mask).squeeze(2)
 
 
-def aggregate_heads(signal: Tensor, var_range: tuple[float, float] | None, kept: Tensor | None = None) -> Tensor:
+def page_rank_in_pieces(q: Tensor, k: Tensor, num_iters: int, signal: Tensor) -> Tensor:
+    """``weighted_page_rank`` on a map that is too large to hold: some of it is, and the rest formed for each vote.
+
+    As much of it is held as the MLP has features in and behind its activation.
+
+    Args:
+        q: (B, heads, N, D) queries of those that vote, whose products with the keys are the logits of the map.
+        k: Their keys.
+        num_iters: Votes.
+        signal: (B, heads, N) what they vote with first.
+
+    Returns:
+        (B, heads, N).
+    """
+    length, entries, most = q.shape[2], piece_entries(q), 8 * q.numel()
+    shape, q, k, signal = q.shape[:2], q.flatten(0, 1), k.flatten(0, 1), signal.flatten(0, 1).unsqueeze(1)
+    k = k.transpose(1, 2).contiguous()
+    heads, rows = max(1, entries // length**2), max(1, min(length, entries // length))
+    ranks = []
+    for first in range(0, len(q), heads):
+        maps = slice(first, first + heads)
+        rank, held = signal[maps], list[Tensor]()
+        for _ in range(num_iters):
+            gathered = torch.zeros_like(rank)
+            for place, start in enumerate(range(0, length, rows)):
+                span = slice(start, start + rows)
+                if place < len(held):
+                    weights = held[place]
+                else:
+                    weights = wide_product(q[maps, span], k[maps]).softmax(dim=-1)
+                    if (place + 1) * heads * rows * length <= most:
+                        held.append(weights)
+                gathered += wide_product(rank[..., span], weights)
+            rank = gathered
+        ranks.append(rank)
+    return torch.cat(ranks).squeeze(1).unflatten(0, shape)
+
+
+def aggregate_heads(signal: Tensor, var_range: tuple[float, float] | None, number: int | None = None) -> Tensor:
     """Root mean square of the head scores over the heads whose variance is in range (EIR and VHF, section 3.2).
 
     The variance is that of N * s over the N tokens (mean one): the published range of 0.01 to 0.7
@@ -135,25 +193,25 @@ def aggregate_heads(signal: Tensor, var_range: tuple[float, float] | None, kept:
     Args:
         signal: (B, heads, N) from weighted_page_rank.
         var_range: Smallest and largest variance of a head that counts; None counts all.
-        kept: (B, N) 1 for the tokens of the sub-graph.
+        number: Tokens of the sub-graph, outside which the scores are 0; None means N.
 
     Returns:
         (B, N).
     """
     if var_range is None:
         return signal.square().mean(1).sqrt()
-    passed = ((head_variance(signal, kept) >= var_range[0]) & (head_variance(signal, kept) <= var_range[1])).to(
-        signal.dtype
-    )
-    passed = torch.where(passed.sum(1, keepdim=True) > 0, passed, torch.ones_like(passed)).unsqueeze(-1)
+    variance = head_variance(signal, number)
+    passed = variance.clamp(*var_range) == variance  # (B, heads)
+    passed = (passed | ~passed.any(1, keepdim=True)).to(signal.dtype).unsqueeze(-1)
     return ((signal.square() * passed).sum(1) / passed.sum(1)).sqrt()
 
 
-def head_variance(signal: Tensor, kept: Tensor | None = None) -> Tensor:
-    """(B, heads) population variance over the tokens of the head scores scaled to mean one."""
-    mask = torch.ones_like(signal) if kept is None else kept.unsqueeze(1).to(signal.dtype)
-    number = mask.sum(-1, keepdim=True)
-    return (((signal * number - 1) * mask).square().sum(-1, keepdim=True) / number).squeeze(-1)
+def head_variance(signal: Tensor, number: int | None = None) -> Tensor:
+    """(B, heads) population variance of the head scores, scaled to mean one, over the ``number`` tokens they rank.
+
+    Scores sum to 1, so those times n have the mean square n * sum(s^2).
+    """
+    return signal.square().sum(-1) * (number or signal.shape[-1]) - 1
 
 
 def split_groups(importance: Tensor, partition: str) -> tuple[Tensor, Tensor]:
@@ -193,7 +251,8 @@ class ZeroTPrune(Rated):
     Importance is a page rank on the attention of the block that has just run. A single vote (stage I') only
     orders the tokens for the S-stage, which removes r near-duplicates by their keys, heads concatenated; the
     I-stage then votes ``num_iters`` times among those left and keeps the best ``keep_rate`` of them, in image
-    order. Only reducing blocks compute a softmax map, and use it for their own output too.
+    order. Only reducing blocks compute a softmax map, and use it for their own output too. A map that is large is
+    formed in pieces, and anew for the votes of the I-stage: MACs are counted as if it were held.
 
     The paper prunes behind the MLP. An MLP sees one token at a time, so pruning before it, as here, gives the same
     tokens for less: costs lie below those the authors count.
@@ -315,43 +374,69 @@ class ZeroTPrune(Rated):
         return Change(at.tokens, at.tokens, left, votes * at.map_entries + matching)
 
     def map_edit(self) -> EditMap | None:
-        return lambda weights: weights
+        return SumMap(self.first_signal, hold=True)
+
+    def boost(self, number: int) -> float:
+        """Initial weight of the class-like tokens among ``number`` tokens that vote."""
+        return torch.sym_sqrt(number) if self.cls_boost is None else self.cls_boost
+
+    def first_signal(self, state: AttnState) -> Tensor:
+        """(B, heads, P+N) what the tokens have in the vote of stage I'."""
+        number = state.keys.num_prefix + state.keys.num_tokens
+        like = state.q[..., 0].to(wide_dtype(state.q.dtype))
+        return start_signal(like, number, self.boost(number), state.keys.num_class)
+
+    @torch.no_grad()
+    def first_importance(self, state: AttnState) -> Tensor:
+        """(B, P+N) page rank of all tokens after one vote."""
+        sums = state.sums
+        if sums is None:
+            assert state.weights is not None
+            sums = map_sums(state.weights, self.first_signal(state))
+        return aggregate_heads(sums.received, self.var_range)
 
     @torch.no_grad()
     def importance(self, state: AttnState, num_iters: int, kept: Tensor | None = None) -> Tensor:
-        """(B, P+N) page rank of all tokens, or of those where kept (B, P+N) is 1."""
-        assert state.weights is not None
+        """(B, P+N) page rank of all tokens, or of those where kept (B, P+N) is 1 and 0 for the others."""
         keys = state.keys
         number = keys.num_prefix + (keys.num_tokens if kept is None else self.after_similar(keys.num_tokens))
-        boost = torch.sym_sqrt(number) if self.cls_boost is None else self.cls_boost
-        signal = weighted_page_rank(state.weights, num_iters, boost, keys.num_class, kept)
-        return aggregate_heads(signal, self.var_range, kept)
+        boost = self.boost(number)
+        if state.weights is not None:
+            signal = weighted_page_rank(state.weights, num_iters, boost, keys.num_class, kept, number)
+            return aggregate_heads(signal, self.var_range, number)
+        q, k = state.map_factors()
+        if kept is None:
+            kept = torch.ones_like(state.q[:, 0, :, 0], dtype=torch.int64)
+        index = image_order(kept, number)
+        rows = flat_rows(index, kept.shape[1])
+        q, k = take_heads(q, rows), take_heads(k, rows)
+        signal = start_signal(q[..., 0], number, boost, keys.num_class)
+        ranks = aggregate_heads(page_rank_in_pieces(q, k, num_iters, signal), self.var_range)
+        return ranks.new_zeros(kept.shape).scatter(1, index, ranks)
 
     def reduce(self, x: Tensor, tokens: TokenMap, state: AttnState) -> tuple[Tensor, TokenMap]:
         num_prefix, distinct = tokens.num_prefix, self.after_similar(tokens.num_tokens)
-        left = torch.ones_like(tokens.anchor)  # (B, N) 1 for the tokens still there
-        kept = None
+        number = self.count(tokens.num_tokens, tokens.num_patches)
+        left = kept = None
         if distinct < tokens.num_tokens:
-            scores = check_finite(
-                self.importance(state, num_iters=1)[:, num_prefix:], self.origin("page rank"), state.x
-            )
+            scores = check_finite(self.first_importance(state)[:, num_prefix:], self.origin("page rank"), state.x)
             features = state.k[:, :, num_prefix:].detach().transpose(1, 2).flatten(2)  # (B, N, heads * D)
             group_a, group_b = split_groups(scores, self.partition)
             closest, _ = match_groups(features, group_a, group_b, self.similarity)
             pruned = group_a.gather(1, closest.topk(tokens.num_tokens - distinct, dim=1).indices)
-            left = left.scatter(1, pruned, 0)
+            left = torch.ones_like(tokens.anchor).scatter(1, pruned, 0)  # (B, N) 1 for the tokens still there
             kept = F.pad(left, (num_prefix, 0), value=1)  # (B, P+N)
-        number = self.count(tokens.num_tokens, tokens.num_patches)
         if number < distinct:
             scores = check_finite(
                 self.importance(state, self.num_iters, kept)[:, num_prefix:], self.origin("page rank"), x
             )
-            best = scores.masked_fill(left == 0, -1).topk(number, dim=1).indices
-            left = torch.zeros_like(left).scatter(1, best, 1)
-        return tokens.select(x, image_order(left, number), number)
+            if left is not None:
+                scores = scores.masked_fill(left == 0, -1)
+            return tokens.select(x, scores.topk(number, dim=1).indices.sort(dim=1).values, number)
+        return (x, tokens) if left is None else tokens.select(x, image_order(left, number), number)
 
 
 def image_order(left: Tensor, number: int) -> Tensor:
     """Positions of the ``number`` ones in each row of left (B, N), ascending: (B, number)."""
-    place = torch.ones_like(left).cumsum(1) - 1
-    return torch.where(left > 0, place, place + left.shape[1]).sort(dim=1).values[:, :number]
+    place = torch.arange(left.shape[1], device=left.device)
+    return (place - left * left.shape[1]).sort(dim=1).values[:, :number] + left.shape[1]
