@@ -14,8 +14,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from functools import cached_property, wraps
+from dataclasses import dataclass, field, replace
+from functools import wraps
 from typing import NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
@@ -349,34 +349,40 @@ class Trail:
         patches: (B, H*W) numbers of the patches.
         former: The trail before the last step; None where the tokens are the patches of the full grid.
         step: The last step.
+        composed: What was asked for so far. (``cached_property`` locks in Python 3.11, which torch.compile refuses.)
     """
 
     patches: Tensor
     former: Trail | None = None
     step: Step | None = None
+    composed: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def width(self) -> int:
         """Slots that an image has in the sequence, beside its prefix tokens."""
         return (self.patches if self.step is None else self.step.order).shape[1]
 
-    @cached_property
+    @property
     def source(self) -> Tensor:
         """(B, H*W) patch -> the token that carries it, -1 once it is dropped."""
         if self.former is None or self.step is None:
             return self.patches
-        target = self.step.target(self.patches[:, :1].expand(-1, self.former.width))
-        former = self.former.source
-        return torch.where(former < 0, former, target.gather(1, former.clamp(min=0)))
+        if "source" not in self.composed:
+            target = self.step.target(self.patches[:, :1].expand(-1, self.former.width))
+            former = self.former.source
+            self.composed["source"] = torch.where(former < 0, former, target.gather(1, former.clamp(min=0)))
+        return self.composed["source"]
 
-    @cached_property
+    @property
     def anchor(self) -> Tensor:
         """(B, N) token -> the patch whose position it keeps."""
         if self.former is None or self.step is None:
             return self.patches
-        return self.former.anchor.gather(1, self.step.order)
+        if "anchor" not in self.composed:
+            self.composed["anchor"] = self.former.anchor.gather(1, self.step.order)
+        return self.composed["anchor"]
 
-    @cached_property
+    @property
     def fused(self) -> Tensor | None:
         """(B, N) True for a token that sums up patches it does not stand for one by one; None: no token does."""
         if self.former is None or self.step is None:
