@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effvit.protocols import Settings
+from effvit.recording import compile_each_size
 from effvit.recover import NORMS, closeness, restore
 from effvit.reducers.base import Reducer, check_finite
 from effvit.reducers.block_schedule import BlockSchedule
@@ -294,6 +295,7 @@ class Expedite(Rated):
                 "expedite clusters the full grid, but patches were dropped before; "
                 "create the host with patch_drop_rate=0, or use it in eval mode only"
             )
+        compile_each_size((*tokens.grid, *clusters))  # the tiles are chosen by comparing sizes
         prefix, patches = tokens.split(x)
         options = (self.num_iters, self.temperature, self.window_size)
         centres = cluster_centres(patches.unflatten(1, tokens.grid), clusters, *options).flatten(1, 2)  # (B, h*w, C)
