@@ -34,6 +34,7 @@ FAST = {
     "test_hot.py",
     "test_images.py",
     "test_imports.py",
+    "test_kernels.py",
     "test_messages.py",
     "test_pictures.py",
     "test_plots.py",
