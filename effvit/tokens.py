@@ -205,10 +205,10 @@ def compact(order: Tensor, kept: Tensor, width: int, trim: bool, keep_mask: bool
     number = order.shape[1]
     width = min(width, number)
     if trim and not is_recorded(kept):
-        longest = int(counts.max())
-        ragged = int(counts.min()) < longest
-        width = min(width, longest)
-    place = torch.ones_like(order).cumsum(1) - 1
+        lengths: list[int] = counts.tolist()  # the one read of a block
+        ragged = min(lengths) < max(lengths)
+        width = min(width, max(lengths))
+    place = torch.arange(number, device=order.device)
     place = torch.where(kept, place, place + number).sort(dim=1).values[:, :width] % number
     index = order.gather(1, place)
     if not ragged and not keep_mask:

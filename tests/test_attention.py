@@ -81,9 +81,8 @@ def test_class_rows_are_those_of_the_softmax_map_with_weights_and_without_paddin
     x, q, k = torch.randn(2, 8, 16), torch.randn(2, 3, 8, 4), torch.randn(2, 3, 8, 4)
     valid = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
     tokens = replace(TokenMap.full(x, (2, 3), 2, 2), key_weight=torch.rand(2, 8) + 0.5, valid=valid)
-    weighted = (q @ k.transpose(-2, -1) * 0.3).exp() * (tokens.key_weight * F.pad(valid, (2, 0), value=True))[
-        :, None, None
-    ]
+    weight = tokens.key_weight * F.pad(valid, (2, 0), value=True)  # (B, P+N)
+    weighted = (q @ k.transpose(-2, -1) * 0.3).exp() * weight[:, None, None]
     expected = weighted / weighted.sum(-1, keepdim=True)
     state = AttnState(q, k, k, 0.3, tokens=tokens, keys=tokens)
     assert torch.allclose(state.softmax_map(), expected, atol=1e-6)
@@ -105,7 +104,7 @@ def test_map_in_pieces_is_summed_and_applied_as_the_whole(
     monkeypatch.setattr(attention, "CACHED_ENTRIES", entries)
     q, k, v = (torch.randn(2, 3, 9, 4) for _ in range(3))
     x = torch.randn(2, 9, 12)
-    tokens = replace(TokenMap.full(x, (2, 4), 1, 1), key_weight=torch.rand(2, 8) + 0.5)
+    tokens = replace(TokenMap.full(x, (2, 4), 1, 1), key_weight=torch.rand(2, 9) + 0.5)
     state = AttnState(q, k, v, 0.5, tokens=tokens, keys=tokens)
     applied, out = attention.sum_and_apply(state, SumMap(weigh if weighted else None))
     beside = attention.sum_beside(state, SumMap(weigh if weighted else None))
@@ -124,7 +123,7 @@ def test_gradient_beside_the_sums_is_that_of_the_whole_map() -> None:
     """With a gradient the output comes from the fused kernel, and autograd does not see the map that is summed."""
     attn = make_model("tome", "class_token").blocks[0].attn
     x = torch.randn(2, 9, 32, requires_grad=True)
-    tokens = replace(TokenMap.full(x, (2, 4), 1, 1), key_weight=torch.rand(2, 8) + 0.5)
+    tokens = replace(TokenMap.full(x, (2, 4), 1, 1), key_weight=torch.rand(2, 9) + 0.5)
     beside: Beside[AttnState] = Beside()
     cotangent = torch.randn(2, 9, 32)
     own = attn(x, tokens, edit_map=SumMap(), beside=beside)

@@ -32,9 +32,9 @@ KERNELS: dict[str, tuple[dict[str, Any], float]] = {
     "evit": ({}, 15.67),
     "tome": ({"r": 13}, 30.17),
     "gtp": ({}, 36.67),
-    "ats": ({}, 58.22),
+    "ats": ({}, 54.22),
     "zero_tprune": ({}, 86.0),
-    "dymu": ({"r_total": 96}, 79.67),  # calibrated, so that every block merges some
+    "dymu": ({"r_total": 96}, 75.67),  # calibrated, so that every block merges some
     "expedite": ({}, 133.0),  # in one block of the model
     "hot": ({}, 32.0),
 }
