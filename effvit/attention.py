@@ -114,9 +114,7 @@ class AttnState(NamedTuple):
         else:
             q, k = self.q[:, :, :num_class], self.k
         wide = wide_dtype(q.dtype)
-        # A product and a sum, since a product of matrices would copy the keys to lay them side by side.
-        q = (q.to(wide) * self.scale).unsqueeze(3)  # (B, heads, num_class, 1, D)
-        logits = (q * k.to(wide).unsqueeze(2)).sum(-1)  # (B, heads, num_class, P+N)
+        logits = wide_product(q.to(wide) * self.scale, k.transpose(-2, -1))  # (B, heads, num_class, P+N)
         bias = self.keys.key_bias(wide) if self.bias is None else self.bias
         return (logits if bias is None else logits + bias).softmax(dim=-1)
 

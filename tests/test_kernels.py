@@ -31,7 +31,7 @@ SIZE = (2, 3, 224, 224)
 KERNELS: dict[str, tuple[dict[str, Any], float]] = {
     "evit": ({}, 15.67),
     "tome": ({"r": 13}, 30.17),
-    "gtp": ({}, 36.67),
+    "gtp": ({}, 37.67),
     "ats": ({}, 54.22),
     "zero_tprune": ({}, 86.0),
     "dymu": ({"r_total": 96}, 75.67),  # calibrated, so that every block merges some

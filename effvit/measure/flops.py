@@ -72,6 +72,7 @@ IGNORED_OPERATORS = frozenset(f"aten::{name}{in_place}" for in_place in ("", "_"
     # making and moving tokens, adding one to another
     "clone", "col2im", "diagonal", "dropout", "expand_as", "eye", "feature_dropout", "fill", "im2col", "index_add",
     "index_copy", "index_select", "meshgrid", "new_ones", "numel", "numpy_T", "ones_like", "pad", "rand_like", "repeat",
+    "resolve_conj", "resolve_neg",
     "repeat_interleave", "reshape_as", "scatter", "scatter_add", "tile", "unflatten", "unfold", "view_as", "where",
 ))
 # fmt: on

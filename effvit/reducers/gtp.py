@@ -26,7 +26,7 @@ from effvit.schedule import (
     per_block,
     spread_ladder,
 )
-from effvit.tokens import TokenMap, fx_leaf, take_rows, take_values, wide_dtype, wide_product, without_autocast
+from effvit.tokens import TokenMap, fx_leaf, take_rows, wide_dtype, wide_product, without_autocast
 
 __all__ = ["GRAPH_TYPES", "GTP", "PROPAGATIONS", "SELECTIONS", "Graph", "propagation_graph", "sparsify_map"]
 
@@ -367,8 +367,8 @@ class GTP(Reducer):
         ranked = scores.argsort(dim=-1, descending=True)  # (B, N)
         if self.propagation == "None":
             return tokens.select(x, ranked[:, :kept], kept)
-        num_prefix, rows = tokens.num_prefix, tokens.rows(ranked)
-        x = take_rows(x, rows)
+        num_prefix = tokens.num_prefix
+        x = take_rows(x, tokens.rows(ranked))
         stays, removed = x[:, : num_prefix + kept], x[:, num_prefix + kept :]
         if self.propagation == "Mean":
             return torch.cat([stays, removed.mean(dim=1, keepdim=True)], dim=1), tokens.fuse(
@@ -380,9 +380,10 @@ class GTP(Reducer):
         x = propagate(stays, removed, share, self.alpha)
         left = replace(tokens, key_weight=None).keep(ranked[:, :kept], kept)
         if tokens.key_weight is not None:
-            scales = take_values(tokens.key_weight, rows).unsqueeze(-1)  # (B, P+N, 1)
-            scales = propagate(scales[:, : num_prefix + kept], scales[:, num_prefix + kept :], share, self.alpha)
-            left = replace(left, key_weight=scales.squeeze(-1))
+            scales = tokens.key_weight[:, num_prefix:].gather(1, ranked).unsqueeze(-1)  # (B, N, 1)
+            scales = propagate(scales[:, :kept], scales[:, kept:], share[:, num_prefix:], self.alpha)
+            prefix = tokens.key_weight[:, :num_prefix]  # to which nothing is handed
+            left = replace(left, key_weight=torch.cat([prefix, scales.squeeze(-1)], dim=1))
         return x, left
 
 
