@@ -438,6 +438,13 @@ SLOW = {name for name in RECORDERS if name.startswith(("torch.compile", "torch.e
 METHOD_CASES = "|".join((*SETTINGS, "tiny_vit"))
 REFUSALS = (
     Refusal(
+        r"torch\.export, dynamic batch",
+        r"dymu compat",
+        "fixed batch",
+        "With `compat=True` a batch of one image is merged otherwise than a larger one: export with a fixed batch, or "
+        "use `compat=False`.",
+    ),
+    Refusal(
         r"torch\.onnx, dynamo=False.*",
         r"(stvit|stvit_r_swin|stvit_swin|lookupvit).*",
         "dynamo=True",
