@@ -104,7 +104,7 @@ def bipartite_soft_matching(
     left = in_a[:, r:]
     if num_prefix:
         left = left.sort(dim=-1).values
-    in_b = places[(num_prefix + 1) % 2 : number : 2].expand(len(left), -1)
+    in_b = places[(num_prefix + 1) % 2 : number : 2].expand(left.shape[0], -1)
     kept = ranges.behind_prefix(num_prefix, left, in_b)
     return Matching(
         source=in_a[:, :r], destination=destination.gather(1, ranked[:, :r]), order=kept[:, num_prefix:], kept=kept
