@@ -37,6 +37,7 @@ __all__ = [
     "Step",
     "TokenMap",
     "Trail",
+    "add_rows",
     "autocast_enabled",
     "compact",
     "fix_traced_size",
@@ -46,7 +47,6 @@ __all__ = [
     "ranges_of",
     "sequence_rows",
     "take_rows",
-    "take_values",
     "wide_dtype",
     "wide_product",
     "without_autocast",
@@ -166,15 +166,14 @@ def flat_rows(index: Tensor, length: int, offset: int = 0, ranges: Ranges | None
 
 
 @fx_leaf
-def take_values(x: Tensor, rows: Tensor) -> Tensor:
-    """Entries of ``x.flatten()``: x (B, N), rows (B', K) -> (B', K)."""
-    return x.flatten().index_select(0, rows.flatten()).unflatten(0, rows.shape)
-
-
-@fx_leaf
 def take_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """Rows of ``x.flatten(0, 1)``: x (B, N, C), rows (B', K) -> (B', K, C)."""
+    """Rows of ``x.flatten(0, 1)``: x (B, N, C), rows (B', K) -> (B', K, C); likewise without the C."""
     return x.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, rows.shape)
+
+
+def add_rows(x: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    """x (B, N, C) with values (B', K, C) added to its flattened rows (B', K); likewise without the C."""
+    return x.flatten(0, 1).index_add(0, rows.flatten(), values.flatten(0, 1)).view_as(x)
 
 
 @fx_leaf
@@ -390,10 +389,14 @@ class Trail:
         former = self.former.fused
         if not self.step.fuses and former is None:
             return None
-        if former is None:
-            former = torch.zeros_like(self.patches[:, :1], dtype=torch.bool).expand(-1, self.former.width)
-        fused = former.gather(1, self.step.order)
-        return torch.cat([fused[:, :-1], torch.ones_like(fused[:, :1])], dim=1) if self.step.fuses else fused
+        if "fused" not in self.composed:
+            if former is None:
+                former = torch.zeros_like(self.patches[:, :1], dtype=torch.bool).expand(-1, self.former.width)
+            fused = former.gather(1, self.step.order)
+            if self.step.fuses:
+                fused = torch.cat([fused[:, :-1], torch.ones_like(fused[:, :1])], dim=1)
+            self.composed["fused"] = fused
+        return self.composed["fused"]
 
 
 class History(NamedTuple):
@@ -569,8 +572,8 @@ class TokenMap:
         size, key_weight = self.size, self.key_weight
         if size is not None or key_weight is not None:
             rows = self.rows(index) if rows is None else rows
-            size = None if size is None else take_values(size, rows)
-            key_weight = None if key_weight is None else take_values(key_weight, rows)
+            size = None if size is None else take_rows(size, rows)
+            key_weight = None if key_weight is None else take_rows(key_weight, rows)
         return self.relabel(Kept(index, valid), num_tokens, size, key_weight, valid, packed)
 
     def select(self, x: Tensor, index: Tensor, num_tokens: int) -> tuple[Tensor, TokenMap]:

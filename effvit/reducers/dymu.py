@@ -20,6 +20,7 @@ from effvit.schedule import check_choice, check_count, check_number, check_switc
 from effvit.tokens import (
     RAGGED,
     TokenMap,
+    add_rows,
     compact,
     fix_traced_size,
     fx_leaf,
@@ -241,7 +242,7 @@ def add_shares(x: Tensor, source: Tensor, destination: Tensor, share: Tensor, me
     if not is_recorded(x):
         source, destination, share = (y[merged].unsqueeze(0) for y in (source, destination, share))
     delta = (take_rows(x, source) - take_rows(x, destination)) * share.unsqueeze(-1)
-    return x.flatten(0, 1).index_add(0, destination.flatten(), delta.flatten(0, 1)).view_as(x)
+    return add_rows(x, destination, delta)
 
 
 @fx_leaf

@@ -19,11 +19,11 @@ from effvit.schedule import check_switch, spread_ladder, tome_r
 from effvit.tokens import (
     Ranges,
     TokenMap,
+    add_rows,
     fx_leaf,
     position_of,
     ranges_of,
     take_rows,
-    take_values,
     wide_dtype,
     wide_product,
 )
@@ -154,21 +154,11 @@ def merge_tokens(
     first = ranges.first(x.shape[1], num_prefix)
     source, destination = matching.source + first, matching.destination + first  # rows (B, r)
     kept = matching.kept + first
-    source_size = take_values(size, source)
-    size = add_values(size, destination, source_size)
-    share = (source_size / take_values(size, destination)).unsqueeze(-1).to(x.dtype)  # (B, r, 1)
+    source_size = take_rows(size, source)
+    size = add_rows(size, destination, source_size)
+    share = (source_size / take_rows(size, destination)).unsqueeze(-1).to(x.dtype)  # (B, r, 1)
     x = add_rows(x, destination, (take_rows(x, source) - take_rows(x, destination)) * share)
-    return take_rows(x, kept), take_values(size, kept)
-
-
-def add_rows(x: Tensor, rows: Tensor, values: Tensor) -> Tensor:
-    """x (B, N, C) with values (B, r, C) added to its flattened rows (B, r)."""
-    return x.flatten(0, 1).index_add(0, rows.flatten(), values.flatten(0, 1)).view_as(x)
-
-
-def add_values(x: Tensor, rows: Tensor, values: Tensor) -> Tensor:
-    """x (B, N) with values (B, r) added to its flattened entries (B, r)."""
-    return x.flatten().index_add(0, rows.flatten(), values.flatten()).view_as(x)
+    return take_rows(x, kept), take_rows(size, kept)
 
 
 class ToMe(Reducer):
