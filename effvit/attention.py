@@ -86,7 +86,6 @@ class AttnState(NamedTuple):
         rows: The selected rows of the input sequence, None for all.
         weights: (B, heads, P+N, P+N) softmax map, only for a method that asked for it (and where it is not too large).
         sums: Its diagonal and column sums, likewise.
-        bias: (B, 1, 1, P+N) ``keys.key_bias`` in the wide dtype, where attention has made it.
     """
 
     q: Tensor
@@ -99,7 +98,6 @@ class AttnState(NamedTuple):
     rows: Tensor | None = None
     weights: Tensor | None = None
     sums: MapSums | None = None
-    bias: Tensor | None = None
 
     def class_rows(self) -> Tensor:
         """Attention of the class-like tokens to all tokens, (B, heads, num_class, P+N), in fp32 (fp64 for fp64).
@@ -115,7 +113,7 @@ class AttnState(NamedTuple):
             q, k = self.q[:, :, :num_class], self.k
         wide = wide_dtype(q.dtype)
         logits = wide_product(q.to(wide) * self.scale, k.transpose(-2, -1))  # (B, heads, num_class, P+N)
-        bias = self.keys.key_bias(wide) if self.bias is None else self.bias
+        bias = self.keys.key_bias(wide)
         return (logits if bias is None else logits + bias).softmax(dim=-1)
 
     def softmax_map(self) -> Tensor:
@@ -130,7 +128,7 @@ class AttnState(NamedTuple):
         """
         wide = wide_dtype(self.q.dtype)
         q, k = self.q.to(wide) * self.scale, self.k.to(wide)
-        bias = self.keys.key_bias(wide) if self.bias is None else self.bias
+        bias = self.keys.key_bias(wide)
         if bias is not None:
             q = F.pad(q, (0, 1), value=1)  # (B, heads, P+N, D+1)
             k = torch.cat([k, bias.transpose(-2, -1).expand(-1, k.shape[1], -1, -1)], dim=-1)
@@ -166,6 +164,12 @@ def piece_entries(q: Tensor) -> int:
     return min(entries, CACHED_ENTRIES) if q.device.type == "cpu" else entries
 
 
+def piece_shape(q: Tensor) -> tuple[int, int]:
+    """Heads, and rows of each, of a piece of the map of q (B, heads, N, D): some rows of one head, or whole heads."""
+    entries, length = piece_entries(q), q.shape[2]
+    return max(1, entries // length**2), max(1, min(length, entries // length))
+
+
 def is_one_piece(q: Tensor) -> bool:
     """Whether the softmax map of q (B, heads, N, D) is formed whole.
 
@@ -194,11 +198,11 @@ def sum_in_pieces(state: AttnState, weigh: Tensor | None, out: Tensor | None) ->
         weigh: (B, heads, P+N) weight of each row.
         out: (B, heads, P+N, D), filled with the map times the values; None: only the sums are wanted.
     """
-    entries, length = piece_entries(state.q), state.q.shape[2]
+    length = state.q.shape[2]
+    heads, rows = piece_shape(state.q)
     q, k = (y.flatten(0, 1) for y in state.map_factors())
     k = k.transpose(1, 2).contiguous()  # (B * heads, D, P+N): its products with few rows are 1.3 times as fast so
     diagonal, received = q.new_empty(q.shape[:2]), q.new_zeros(q.shape[:2])
-    heads, rows = max(1, entries // length**2), max(1, min(length, entries // length))
     row_weights = None if weigh is None else weigh.flatten(0, 1).unsqueeze(1)
     values = state.v.flatten(0, 1)
     applied = None if out is None else out.flatten(0, 1)

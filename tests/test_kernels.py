@@ -33,7 +33,7 @@ KERNELS: dict[str, tuple[dict[str, Any], float]] = {
     "tome": ({"r": 13}, 30.17),
     "gtp": ({}, 37.67),
     "ats": ({}, 54.22),
-    "zero_tprune": ({}, 86.0),
+    "zero_tprune": ({}, 85.2),
     "dymu": ({"r_total": 96}, 75.67),  # calibrated, so that every block merges some
     "expedite": ({}, 133.0),  # in one block of the model
     "hot": ({}, 32.0),

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from effvit.attention import AttnState, EditMap, SumMap, map_sums, piece_entries, take_heads
+from effvit.attention import AttnState, EditMap, SumMap, map_sums, piece_shape, take_heads
 from effvit.protocols import Settings
 from effvit.reducers.base import Reducer, check_finite
 from effvit.reducers.block_schedule import BlockSchedule, rates_by_block
@@ -159,10 +159,10 @@ def page_rank_in_pieces(q: Tensor, k: Tensor, num_iters: int, signal: Tensor) ->
     Returns:
         (B, heads, N).
     """
-    length, entries, most = q.shape[2], piece_entries(q), 8 * q.numel()
+    length, most = q.shape[2], 8 * q.numel()
+    heads, rows = piece_shape(q)
     shape, q, k, signal = q.shape[:2], q.flatten(0, 1), k.flatten(0, 1), signal.flatten(0, 1).unsqueeze(1)
     k = k.transpose(1, 2).contiguous()
-    heads, rows = max(1, entries // length**2), max(1, min(length, entries // length))
     ranks = []
     for first in range(0, len(q), heads):
         maps = slice(first, first + heads)
@@ -424,7 +424,9 @@ class ZeroTPrune(Rated):
             group_a, group_b = split_groups(scores, self.partition)
             closest, _ = match_groups(features, group_a, group_b, self.similarity)
             pruned = group_a.gather(1, closest.topk(tokens.num_tokens - distinct, dim=1).indices)
-            left = torch.ones_like(tokens.anchor).scatter(1, pruned, 0)  # (B, N) 1 for the tokens still there
+            left = torch.ones_like(scores, dtype=torch.int64).scatter(
+                1, pruned, 0
+            )  # (B, N) 1 for the tokens still there
             kept = F.pad(left, (num_prefix, 0), value=1)  # (B, P+N)
         if number < distinct:
             scores = check_finite(
