@@ -26,7 +26,7 @@ from effvit.schedule import (
     per_block,
     spread_ladder,
 )
-from effvit.tokens import TokenMap, fx_leaf, take_rows, wide_dtype, wide_product, without_autocast
+from effvit.tokens import Kept, TokenMap, fx_leaf, take_rows, wide_dtype, wide_product, without_autocast
 
 __all__ = ["GRAPH_TYPES", "GTP", "PROPAGATIONS", "SELECTIONS", "Graph", "propagation_graph", "sparsify_map"]
 
@@ -378,13 +378,13 @@ class GTP(Reducer):
         assert tokens.carry is not None
         share = kept_shares(tokens.carry, tokens.anchor.gather(1, ranked), kept, num_prefix)
         x = propagate(stays, removed, share, self.alpha)
-        left = replace(tokens, key_weight=None).keep(ranked[:, :kept], kept)
+        key_weight = None
         if tokens.key_weight is not None:
             scales = tokens.key_weight[:, num_prefix:].gather(1, ranked).unsqueeze(-1)  # (B, N, 1)
             scales = propagate(scales[:, :kept], scales[:, kept:], share[:, num_prefix:], self.alpha)
             prefix = tokens.key_weight[:, :num_prefix]  # to which nothing is handed
-            left = replace(left, key_weight=torch.cat([prefix, scales.squeeze(-1)], dim=1))
-        return x, left
+            key_weight = torch.cat([prefix, scales.squeeze(-1)], dim=1)
+        return x, tokens.relabel(Kept(ranked[:, :kept]), kept, key_weight=key_weight)
 
 
 @fx_leaf
