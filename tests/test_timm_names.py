@@ -138,7 +138,8 @@ class TestFxTracing:
         traced = create_feature_extractor(
             model, return_nodes={nodes[-1]: "out"}, tracer_kwargs=tracer_kwargs(), suppress_diff_warning=True
         )
-        assert torch.allclose(traced(x)["out"], model(x), rtol=0, atol=1e-5)  # a plain run forms large maps in pieces
+        with torch.no_grad():  # with gradients a plain run takes sums of a map beside the fused kernel
+            assert torch.equal(traced(x)["out"], model(x))
 
     def test_traced_model_gives_every_parameter_a_gradient(self, name: str) -> None:
         model = build(name, num_classes=42, dynamic_img_size=False).train()
