@@ -106,13 +106,15 @@ class BlockMaker(NamedTuple):
             for j, rate in enumerate(self.rates[i][first:last])
         ]
 
-    def late_stages(
+    def stages(
         self, semantic: MakesSemantic, recover: Callable[..., Recovery] | None, use_global: bool
-    ) -> tuple[list[nn.Module], list[nn.Module]]:
-        """The blocks of the last two stages: of an STViT-R with ``recover``, else of an STViT."""
+    ) -> list[list[nn.Module]]:
+        """The blocks of the four stages: of an STViT-R with ``recover``, else of an STViT."""
         if recover is not None:
-            return self.dumbbells(semantic, recover, use_global), self.swin(3)
-        return self.semantic_to_the_end(semantic, use_global), self.grouped(3)
+            late = [self.dumbbells(semantic, recover, use_global), self.swin(3)]
+        else:
+            late = [self.semantic_to_the_end(semantic, use_global), self.grouped(3)]
+        return [self.swin(0), self.swin(1), *late]
 
     def dumbbells(self, semantic: MakesSemantic, recover: Callable[..., Recovery], use_global: bool) -> list[nn.Module]:
         """The third stage as a row of dumbbell units, of which the first may have global centres."""
@@ -234,21 +236,13 @@ class STViTSwin(PyramidBackbone):
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_depths(depths, check_switch("recovery", recovery))
-        check_key_windows(key_windows, use_global, relative_pos)
+        check_third_stage(depths, check_switch("recovery", recovery), key_windows, use_global, relative_pos)
         dd: Factory = {"device": device, "dtype": dtype}
         dims = [embed_dim * 2**i for i in range(4)]
         norm = partial(LayerNorm2d, eps=1e-5, **dd)
         out = norm if check_switch("out_norm", out_norm) else None
         super().__init__(
-            dims,
-            num_classes,
-            global_pool,
-            in_chans,
-            drop_rate=drop_rate,
-            out_norm=out,
-            output_fmt="NHWC",
-            **dd,
+            dims, num_classes, global_pool, in_chans, drop_rate=drop_rate, out_norm=out, output_fmt="NHWC", **dd
         )
         windows = check_windows(window_size)
         self.window, self.samples = windows[2], check_count("window_samples", window_samples, 1)
@@ -264,9 +258,8 @@ class STViTSwin(PyramidBackbone):
         near: NearWindows = {"window": self.window, "samples": window_samples, "mask_mode": mask_mode}
         semantic = partial(SemanticLayers, dims[2], num_heads[2], kernels=sides[:2], **form, **near, **shared)
         recover = partial(RestoreBlock, kernel=sides[2], **near) if key_windows == "dense" else TokenRecovery
-        late = blocks.late_stages(semantic, recover if recovery else None, use_global)
         self.stem = make_stem(stem, in_chans, embed_dim, dd)
-        self.stages = merging_stages(dims, (blocks.swin(0), blocks.swin(1), *late), dd)
+        self.stages = merging_stages(dims, blocks.stages(semantic, recover if recovery else None, use_global), dd)
         self.norm = nn.Identity() if out_norm else norm(dims[3])
         self.init_weights(needs_reset=False)
 
@@ -428,8 +421,11 @@ def check_kernels(kernels: Sequence[int] | None, key_windows: str, window: int, 
     return tuple(check_count("kernels", side, 1) for side in kernels)
 
 
-def check_depths(depths: Sequence[int], recovery: bool) -> None:
-    """Raise a ValueError unless the third stage can be built of that many blocks."""
+def check_third_stage(
+    depths: Sequence[int], recovery: bool, key_windows: str, use_global: bool, relative_pos: bool
+) -> None:
+    """Raise a ValueError unless the third stage can be built of that many blocks, with key windows of that form."""
+    check_key_windows(key_windows, use_global, relative_pos)
     if len(depths) != 4:
         raise ValueError(f"depths must name the blocks of four stages, got {list(depths)}")
     if recovery and (depths[2] % 6 or depths[2] == 0):
