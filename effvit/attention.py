@@ -82,6 +82,7 @@ class AttnState(NamedTuple):
         scale: Factor on q k^T.
         tokens: The map of the tokens that leave the attention: the selected ones if any were selected.
         keys: The map of the tokens that entered it, to which q, k and v belong.
+        bias: (B, 1, 1, P+N) its key bias in fp32 (fp64 for fp64), made once for scores and attention; None for none.
         x: The normalised tokens that entered it, to tell where NaN scores come from.
         rows: The selected rows of the input sequence, None for all.
         weights: (B, heads, P+N, P+N) softmax map, only for a method that asked for it (and where it is not too large).
@@ -94,10 +95,16 @@ class AttnState(NamedTuple):
     scale: float
     tokens: TokenMap
     keys: TokenMap
+    bias: Tensor | None
     x: Tensor | None = None
     rows: Tensor | None = None
     weights: Tensor | None = None
     sums: MapSums | None = None
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, v: Tensor, scale: float, tokens: TokenMap, x: Tensor | None = None) -> AttnState:
+        """The state before any selection: all tokens of the map, which makes the key bias."""
+        return cls(q, k, v, scale, tokens, tokens, tokens.key_bias(q.dtype), x)
 
     def class_rows(self) -> Tensor:
         """Attention of the class-like tokens to all tokens, (B, heads, num_class, P+N), in fp32 (fp64 for fp64).
@@ -113,8 +120,7 @@ class AttnState(NamedTuple):
             q, k = self.q[:, :, :num_class], self.k
         wide = wide_dtype(q.dtype)
         logits = wide_product(q.to(wide) * self.scale, k.transpose(-2, -1))  # (B, heads, num_class, P+N)
-        bias = self.keys.key_bias(wide)
-        return (logits if bias is None else logits + bias).softmax(dim=-1)
+        return (logits if self.bias is None else logits + self.bias).softmax(dim=-1)
 
     def softmax_map(self) -> Tensor:
         """The whole softmax map (B, heads, P+N, P+N), in fp32 (fp64 for fp64), since methods rank tokens by it."""
@@ -128,18 +134,10 @@ class AttnState(NamedTuple):
         """
         wide = wide_dtype(self.q.dtype)
         q, k = self.q.to(wide) * self.scale, self.k.to(wide)
-        bias = self.keys.key_bias(wide)
-        if bias is not None:
+        if self.bias is not None:
             q = F.pad(q, (0, 1), value=1)  # (B, heads, P+N, D+1)
-            k = torch.cat([k, bias.transpose(-2, -1).expand(-1, k.shape[1], -1, -1)], dim=-1)
+            k = torch.cat([k, self.bias.transpose(-2, -1).expand(-1, k.shape[1], -1, -1)], dim=-1)
         return q, k
-
-
-def biased_logits(q: Tensor, k: Tensor, scale: float, keys: TokenMap) -> Tensor:
-    """Attention logits (B, heads, Nq, P+N) of queries (B, heads, Nq, D) and the keys, with the bias of their map."""
-    logits = (q * scale) @ k.transpose(-2, -1)  # (B, heads, Nq, P+N)
-    bias = keys.key_bias(logits.dtype)
-    return logits if bias is None else logits + bias
 
 
 Pick = Callable[[AttnState], Selection]
@@ -417,7 +415,8 @@ class TokenAttention(nn.Module):
         if groups > 1:
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
 
-        state = AttnState(q, k, v, self.scale, tokens=tokens, keys=tokens, x=x)
+        state = AttnState.of(q, k, v, self.scale, tokens, x)
+        bias = state.bias
         if pick is not None:
             rows, selected = pick(state)
             q = take_heads(q, rows)
@@ -438,16 +437,18 @@ class TokenAttention(nn.Module):
                 k, v = (tokens.pack(y.transpose(1, 2)).transpose(1, 2) for y in (k, v))
             dropout_p = self.attn_drop.p if self.training else 0.0
             query_mask, key_mask = state.tokens.sequence_mask(), tokens.sequence_mask()
-            bias = None if tokens.key_weight is None else tokens.key_bias(wide_dtype(q.dtype))
-            if bias is not None:
-                bias = tokens.pack(bias[:, 0, 0])  # (1, T) without the -inf of the padding
-            out = variable_length_attention(q, k, v, query_mask, key_mask, dropout_p, bias)
+            # (1, T): without the padding, a bias says something only where keys have weights.
+            of_keys = tokens.pack(bias[:, 0, 0]) if bias is not None and tokens.key_weight is not None else None
+            out = variable_length_attention(q, k, v, query_mask, key_mask, dropout_p, of_keys)
         elif self.fused_attn:
             dropout_p = self.attn_drop.p if self.training else 0.0
-            bias = tokens.key_bias(q.dtype)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p)
+            mask = None if bias is None else bias.to(q.dtype)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
         else:
-            dropped = self.attn_drop(biased_logits(q, k, self.scale, tokens).softmax(dim=-1))
+            logits = (q * self.scale) @ k.transpose(-2, -1)  # (B, heads, Nq, P+N)
+            if bias is not None:
+                logits = logits + bias.to(logits.dtype)
+            dropped = self.attn_drop(logits.softmax(dim=-1))
             out = dropped @ v
 
         out = self.norm(out.transpose(1, 2).flatten(2))  # (B, P+K, heads * D)

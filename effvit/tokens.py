@@ -612,10 +612,10 @@ class TokenMap:
         return x[:, : self.num_prefix], x[:, self.num_prefix :]
 
     def key_bias(self, dtype: torch.dtype) -> Tensor | None:
-        """(B, 1, 1, P+N) bias on the attention logits: log of the key weights, -inf for padding.
+        """(B, 1, 1, P+N) bias on attention logits: log of the key weights, -inf for padding. None: no key has one.
 
-        The logarithm is taken in float32 (float64 for float64) and then cast to ``dtype``. It is broadcast
-        over heads and queries, so the fused kernels take it and no N x N mask is made.
+        It is in float32 (float64 for float64) for tokens of ``dtype``, and broadcast over heads and queries, so the
+        fused kernels take it and no N x N mask is made.
         """
         bias = None
         if self.key_weight is not None:
@@ -625,7 +625,7 @@ class TokenMap:
             if bias is None:
                 bias = torch.zeros_like(blocked, dtype=wide_dtype(dtype))
             bias = bias.masked_fill(blocked, float("-inf"))
-        return None if bias is None else bias[:, None, None].to(dtype)
+        return None if bias is None else bias[:, None, None]
 
     def position_table(self, table: Tensor) -> Tensor:
         """A rotary table for the current tokens.

@@ -65,7 +65,7 @@ def test_significance_is_class_attention_times_the_norm_of_the_value(value_norm:
     """Section 3.1, eq. 3, with the mean of the rows of class and distillation token; over its sum."""
     q, k, v = (torch.randn(2, 3, 8, 4) for _ in range(3))
     tokens = TokenMap.full(torch.zeros(2, 8, 1), (2, 3), 2, 2)
-    score = significance(AttnState(q, k, v, 0.5, tokens=tokens, keys=tokens), value_norm)
+    score = significance(AttnState.of(q, k, v, 0.5, tokens), value_norm)
     attention = (q @ k.transpose(-2, -1) * 0.5).softmax(-1)[:, :, :2].mean(2)
     if value_norm == "concat":
         expected = (attention.sum(1) * v.square().sum((1, 3)).sqrt())[:, 2:]

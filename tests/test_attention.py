@@ -84,7 +84,7 @@ def test_class_rows_are_those_of_the_softmax_map_with_weights_and_without_paddin
     weight = tokens.key_weight * F.pad(valid, (2, 0), value=True)  # (B, P+N)
     weighted = (q @ k.transpose(-2, -1) * 0.3).exp() * weight[:, None, None]
     expected = weighted / weighted.sum(-1, keepdim=True)
-    state = AttnState(q, k, k, 0.3, tokens=tokens, keys=tokens)
+    state = AttnState.of(q, k, k, 0.3, tokens)
     assert torch.allclose(state.softmax_map(), expected, atol=1e-6)
     rows = state._replace(weights=expected if mapped else None).class_rows()
     assert torch.allclose(rows, expected[:, :, :2], atol=1e-6)
@@ -105,7 +105,7 @@ def test_map_in_pieces_is_summed_and_applied_as_the_whole(
     q, k, v = (torch.randn(2, 3, 9, 4) for _ in range(3))
     x = torch.randn(2, 9, 12)
     tokens = replace(TokenMap.full(x, (2, 4), 1, 1), key_weight=torch.rand(2, 9) + 0.5)
-    state = AttnState(q, k, v, 0.5, tokens=tokens, keys=tokens)
+    state = AttnState.of(q, k, v, 0.5, tokens)
     applied, out = attention.sum_and_apply(state, SumMap(weigh if weighted else None))
     beside = attention.sum_beside(state, SumMap(weigh if weighted else None))
     weights = state.softmax_map()

@@ -337,7 +337,7 @@ def test_merging_of_one_image_is_that_of_the_slow_search(num_prefix: int) -> Non
         merged = sum(cosine > 0.8 for cosine in most_similar(metric, num_prefix)[1].values())
         assert 0 < merged < len(metric) // 2
         expected, size = slow_merge(x[0], size, metric, merged, num_prefix)
-        x, tokens = reducer.reduce(x, tokens, AttnState(k, k, k, 0.5, tokens=tokens, keys=tokens))
+        x, tokens = reducer.reduce(x, tokens, AttnState.of(k, k, k, 0.5, tokens))
         assert torch.allclose(x[0], expected, atol=1e-6)
         assert torch.equal(tokens.size[0], F.pad(size, (num_prefix, 0), value=1))
     assert size.max() > 2

@@ -29,7 +29,7 @@ def test_kept_are_the_most_attended_and_the_fused_token_their_rest_by_attention(
     x, q, k = torch.randn(3, 12, 5), torch.randn(3, 2, 12, 4), torch.randn(3, 2, 12, 4)
     tokens = TokenMap.full(x, (3, 3), 3, num_class)  # a register too, which scores nothing
     reducer = EViT.plan(1, keep_rate=0.5, reduce_at=(0,), fuse_token=fuse_token)[0]
-    reduced, left = reducer.reduce(x, tokens, AttnState(q, k, k, 0.5, tokens=tokens, keys=tokens))
+    reduced, left = reducer.reduce(x, tokens, AttnState.of(q, k, k, 0.5, tokens))
     attention = (q @ k.transpose(-2, -1) * 0.5).softmax(-1)[:, :, :num_class].mean((1, 2))[:, 3:]
     assert left.num_tokens == reducer.count(9, 9) == 5 + fuse_token  # 4.5 rounded up
     for image, scores, out, anchor in zip(x, attention, reduced, left.anchor, strict=True):

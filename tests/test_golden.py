@@ -529,7 +529,7 @@ def compare_propagation(case: Case, split: str, prefix: int) -> None:
         if propagation == "GraphProp":
             entering = TokenMap(**(vars(tokens) | {"carry": graph, "key_weight": scales}))
         q = torch.zeros(len(x), 1, x.shape[1], 1)
-        state = AttnState(q, q, q, 1.0, entering, entering, weights=weights)
+        state = AttnState.of(q, q, q, 1.0, entering)._replace(weights=weights)
         out, left = reducer.reduce(x, entering, state)  # type: ignore[operator]
         case.close(out, f"{split}/propagate/{propagation}/x")
         if propagation == "GraphProp":

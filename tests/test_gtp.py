@@ -75,7 +75,7 @@ def test_removed_tokens_are_handed_to_the_nodes_of_the_kept() -> None:
     tokens = replace(tokens, carry=listed_graph(graph), key_weight=torch.rand(1, 5) + 1)
     reducer = GTP.plan(1, num_prop=2, selection="IMGAttnMean", alpha=0.3)[0]
     k = torch.randn(1, 2, 5, 4)
-    reduced, left = reducer.reduce(x, tokens, AttnState(k, k, k, 0.5, tokens=tokens, keys=tokens, weights=weights))
+    reduced, left = reducer.reduce(x, tokens, AttnState.of(k, k, k, 0.5, tokens)._replace(weights=weights))
 
     ranked = weights[0].sum(1).mean(0)[1:].argsort(descending=True).tolist()
     nodes, scales = tokens.anchor[0].tolist(), tokens.key_weight[0, 1:]
@@ -96,7 +96,7 @@ def test_token_that_attends_as_no_other_stays_by_cosine() -> None:
     weights[..., 1] = 1
     weights[0, 0, 3] = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0])
     tokens, k = TokenMap.full(torch.zeros(1, 5, 1), (2, 2), 1, 1), torch.zeros(1, 1, 5, 4)
-    state = AttnState(k, k, k, 1.0, tokens=tokens, keys=tokens, weights=weights)
+    state = AttnState.of(k, k, k, 1.0, tokens)._replace(weights=weights)
     for selection in ("CosSimMean", "CosSimMax"):
         reducer = GTP.plan(1, selection=selection)[0]
         assert reducer.scores(state).argmax(1).tolist() == [2]

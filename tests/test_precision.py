@@ -42,7 +42,7 @@ def make_state(dtype: torch.dtype, num_tokens: int = 64) -> AttnState:
     base = draw(2, 3, 1, 16)
     q, k, v = ((base + 0.2 * draw(2, 3, num_tokens + 1, 16).roll(i, 0)).to(dtype) for i in range(3))
     tokens = TokenMap.full(draw(2, num_tokens + 1, 48), (8, num_tokens // 8), 1, 1)
-    return AttnState(q, k, v, 0.25, tokens=tokens, keys=tokens, x=None)
+    return AttnState.of(q, k, v, 0.25, tokens)
 
 
 def widened(state: AttnState) -> AttnState:

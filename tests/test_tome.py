@@ -27,7 +27,7 @@ def test_sizes_of_a_half_precision_model_count_every_patch() -> None:
     """All 300 tokens of a set are equally alike to those of the other, so one token takes them: bfloat16 has no 301."""
     x = torch.ones(1, 600, 8, dtype=torch.bfloat16)
     tokens, k = TokenMap.full(x, (20, 30), 0, 0), torch.ones(1, 2, 600, 4, dtype=torch.bfloat16)
-    merged, left = ToMe.plan(1, r=300)[0].reduce(x, tokens, AttnState(k, k, k, 0.5, tokens=tokens, keys=tokens))
+    merged, left = ToMe.plan(1, r=300)[0].reduce(x, tokens, AttnState.of(k, k, k, 0.5, tokens))
     assert left.size is not None
     assert merged.dtype == torch.bfloat16
     assert left.size[0].tolist() == torch.bincount(left.source[0], minlength=300).tolist()
@@ -46,7 +46,7 @@ def test_merging_is_that_of_the_slow_search(num_prefix: int, prop_attn: bool) ->
         k = torch.randn(3, 2, x.shape[1], 4)
         metric = k.mean(1)[:, num_prefix:]
         merged = [slow_merge(*image, 4, num_prefix) for image in zip(x, size, metric, strict=True)]
-        x, tokens = reducer.reduce(x, tokens, AttnState(k, k, k, 0.5, tokens=tokens, keys=tokens))
+        x, tokens = reducer.reduce(x, tokens, AttnState.of(k, k, k, 0.5, tokens))
         size = torch.stack([sizes for _, sizes in merged])
         assert torch.allclose(x, torch.stack([kept for kept, _ in merged]), atol=1e-6)
         assert tokens.size is not None

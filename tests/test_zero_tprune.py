@@ -64,7 +64,7 @@ def test_pruned_look_alikes_do_not_come_back_where_no_patch_gathers_importance(p
     x, weights = torch.randn(16, 9, 8), torch.zeros(16, 1, 9, 9)
     weights[..., 0] = 1
     tokens, k = TokenMap.full(x, (2, 4), 1, 1), torch.randn(16, 1, 9, 8)
-    state = AttnState(k, k, k, 1.0, tokens=tokens, keys=tokens, x=x, weights=weights)
+    state = AttnState.of(k, k, k, 1.0, tokens, x)._replace(weights=weights)
     settings = {"reduce_at": (0,), "r": 3, "num_iters": 2, "var_range": None, "partition": partition}
     left, kept = (ZeroTPrune.plan(1, keep_rate=rate, **settings)[0].reduce(x, tokens, state)[1] for rate in (1.0, 0.4))
     assert (left.num_tokens, kept.num_tokens) == (5, 2)
@@ -113,7 +113,7 @@ def test_importance_without_the_map_is_that_with_it(r: int) -> None:
     x, q, k = torch.randn(3, 21, 3), *torch.randn(2, 3, 2, 21, 4, dtype=torch.float64)
     tokens = TokenMap.full(x, (4, 5), 1, 1)
     reducer = ZeroTPrune.plan(1, keep_rate=0.5, reduce_at=(0,), r=r, num_iters=3)[0]
-    state = AttnState(q, k, k, 0.5, tokens=tokens, keys=tokens, x=x)
+    state = AttnState.of(q, k, k, 0.5, tokens, x)
     kept = torch.ones(3, 21, dtype=torch.int64).index_fill(1, torch.tensor([2, 3, 7, 11, 20]), 0) if r else None
     expected = reducer.importance(state._replace(weights=state.softmax_map()), 3, kept)
     assert torch.allclose(reducer.importance(state, 3, kept), expected)
@@ -145,7 +145,7 @@ def test_pruning_is_that_of_the_slow_search(cls_boost: float | None) -> None:
     tokens = TokenMap.full(x, (4, 5), 1, 1)
     settings = {"keep_rate": 0.5, "reduce_at": (0,), "r": 5, "num_iters": 2, "var_range": None}
     reducer = ZeroTPrune.plan(1, cls_boost=cls_boost, **settings)[0]
-    state = AttnState(k, k, k, 1.0, tokens=tokens, keys=tokens, x=x, weights=weights)
+    state = AttnState.of(k, k, k, 1.0, tokens, x)._replace(weights=weights)
     reduced, left = reducer.reduce(x, tokens, state)
     all_boost, left_boost = (21**0.5, 16**0.5) if cls_boost is None else (cls_boost, cls_boost)
     for image in range(6):

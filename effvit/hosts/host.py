@@ -294,7 +294,7 @@ class ReducedHost(Intermediates, Reduced):
         assert bias is not None
         if isinstance(self, VisionTransformer) and not self.pool_include_prefix:
             x, bias = x[:, tokens.num_prefix :], bias[..., tokens.num_prefix :]
-        return self.head(self.head_drop(self.fc_norm(self.attn_pool(x, attn_mask=bias))))
+        return self.head(self.head_drop(self.fc_norm(self.attn_pool(x, attn_mask=bias.to(x.dtype)))))
 
     def _intermediates(self, x: Tensor, take: Sequence[int], num_blocks: int | None) -> BlockFeatures:
         _, memory, reference = FILLS[self.recover]
