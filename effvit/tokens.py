@@ -125,27 +125,32 @@ class Ranges(NamedTuple):
     Attributes:
         images: (B, 1) numbers of the images.
         places: (L,) numbers of the places in a sequence.
+        prefix: (B, P) numbers of the prefix tokens where patches count from 0: -P to -1.
     """
 
     images: Tensor
     places: Tensor
+    prefix: Tensor
 
     def first(self, length: int, offset: int) -> Tensor:
         """(B, 1) row of place ``offset`` of each image in the flattened ``(B * length, C)`` sequence."""
         return torch.add(self.places[offset], self.images, alpha=length)
 
-    def behind_prefix(self, num_prefix: int, *index: Tensor) -> Tensor:
-        """Patch tokens ``index``, each (B, K), behind the prefix tokens, which count from -num_prefix."""
-        if num_prefix == 0 and len(index) == 1:
+    def behind_prefix(self, *index: Tensor) -> Tensor:
+        """The P prefix tokens in front of patch tokens ``index``, each (B, K)."""
+        if self.prefix.shape[1] == 0 and len(index) == 1:
             return index[0]
-        prefix = (self.places[:num_prefix] - num_prefix).expand(index[0].shape[0], -1)
-        return torch.cat([prefix, *index], dim=1)
+        return torch.cat([self.prefix, *index], dim=1)
 
 
 @fx_leaf
-def ranges_of(x: Tensor, length: int) -> Ranges:
-    """Ranges for x (B, ...) and sequences of ``length`` places."""
-    return Ranges(torch.arange(x.shape[0], device=x.device).unsqueeze(1), torch.arange(length, device=x.device))
+def ranges_of(x: Tensor, length: int, num_prefix: int) -> Ranges:
+    """Ranges for x (B, ...) and sequences of ``length`` places, the first ``num_prefix`` for prefix tokens."""
+    images = torch.arange(x.shape[0], device=x.device).unsqueeze(1)
+    prefix = images[:, :0]
+    if num_prefix:
+        prefix = torch.arange(-num_prefix, 0, device=x.device).expand(x.shape[0], -1)
+    return Ranges(images, torch.arange(length, device=x.device), prefix)
 
 
 @fx_leaf
@@ -156,13 +161,13 @@ def flat_rows(index: Tensor, length: int, offset: int = 0, ranges: Ranges | None
         index: (B, K) token positions of each image.
         length: Tokens an image has in the sequence to gather from.
         offset: Tokens in front of position 0, which are put in front of the result too.
-        ranges: Those of the batch, for ``length`` places at least; None: made here.
+        ranges: Those of the batch, for ``length`` places at least and as many prefix tokens; None: made here.
 
     Returns:
         (B, offset + K) int64.
     """
-    ranges = ranges_of(index, offset + 1) if ranges is None else ranges
-    return ranges.behind_prefix(offset, index) + ranges.first(length, offset)
+    ranges = ranges_of(index, offset + 1, offset) if ranges is None else ranges
+    return ranges.behind_prefix(index) + ranges.first(length, offset)
 
 
 @fx_leaf
@@ -283,7 +288,7 @@ class Layout(NamedTuple):
         grid: (H, W) patch grid.
         num_prefix: P, prefix tokens in front.
         num_class: Of these, the class-like tokens: 1 class, 2 with a distillation token, 0 without either.
-        ranges: Numbers of the images and of the P + H*W places in the full sequence.
+        ranges: Numbers of the images, of the P + H*W places in the full sequence and of the prefix tokens.
     """
 
     grid: tuple[int, int]
@@ -453,7 +458,7 @@ class TokenMap:
     def full(cls, x: Tensor, grid: tuple[int, int], num_prefix: int, num_class: int) -> TokenMap:
         """The map of an unreduced sequence x (B, P + H*W, C)."""
         number = grid[0] * grid[1]
-        ranges = ranges_of(x, num_prefix + number)
+        ranges = ranges_of(x, num_prefix + number, num_prefix)
         patches = ranges.places[:number].expand(x.shape[0], -1)  # (B, H*W)
         return cls(Trail(patches), Layout(grid, num_prefix, num_class, ranges), num_tokens=number)
 
@@ -516,6 +521,7 @@ class TokenMap:
         valid: Tensor | None = None,
         packed: bool = False,
         keeps_every_patch: bool = False,
+        anchor: Tensor | None = None,
     ) -> TokenMap:
         """The map after a step: after token i of this one went into token ``step.target(...)[:, i]`` of a new sequence.
 
@@ -527,6 +533,7 @@ class TokenMap:
             valid: New padding mask (B, num_tokens).
             packed: Whether the new sequence is packed.
             keeps_every_patch: Whether every token went into one that stands for all its patches.
+            anchor: (B, num_tokens) patches whose positions the new tokens keep, for a caller that has them.
 
         Raises:
             ValueError: The tokens stand for soft clusters, which cannot be followed through another reduction.
@@ -538,7 +545,7 @@ class TokenMap:
             )
         return replace(
             self,
-            trail=Trail(self.trail.patches, self.trail, step),
+            trail=Trail(self.trail.patches, self.trail, step, {} if anchor is None else {"anchor": anchor}),
             num_tokens=num_tokens,
             moved=True,
             complete=self.complete and keeps_every_patch,
@@ -621,10 +628,8 @@ class TokenMap:
         if self.key_weight is not None:
             bias = self.key_weight.to(wide_dtype(dtype)).log()
         if self.valid is not None:
-            blocked = ~self.sequence_mask()
-            if bias is None:
-                bias = torch.zeros_like(blocked, dtype=wide_dtype(dtype))
-            bias = bias.masked_fill(blocked, float("-inf"))
+            mask = self.sequence_mask()
+            bias = mask.to(wide_dtype(dtype)).log() if bias is None else bias.masked_fill(~mask, float("-inf"))
         return None if bias is None else bias[:, None, None]
 
     def position_table(self, table: Tensor) -> Tensor:

@@ -46,7 +46,8 @@ def significance(state: AttnState, value_norm: str = "concat") -> Tensor:
         (B, N), sums to 1 for each image; 0 for padding.
     """
     keys = state.keys
-    attention = state.class_rows().mean(2)[..., keys.num_prefix :]  # (B, heads, N)
+    rows = state.class_rows()[..., keys.num_prefix :]  # (B, heads, num_class, N)
+    attention = rows[:, :, 0] if keys.num_class == 1 else rows.mean(2)  # (B, heads, N)
     over = (1, 3) if value_norm == "concat" else (3,)
     norm = torch.linalg.vector_norm(state.v, dim=over, dtype=attention.dtype)  # (B, P+N), or (B, heads, P+N)
     if value_norm == "concat":
@@ -94,13 +95,16 @@ def inverse_transform_sample(
     Returns:
         The sample. The highest score is always in it for the official grid, whose last point is 1.
     """
-    keyed = scores if valid is None else scores.masked_fill(~valid, -1)
-    ascending, order = keyed.sort(dim=1)
-    real = ascending >= 0
-    cumulated = ascending.clamp(min=0).cumsum(1)
-    top = cumulated[:, -1:]
-    lowest = cumulated if compat else cumulated.masked_fill(~real, float("inf"))
-    bottom = lowest.amin(1, keepdim=True)
+    real = None
+    if valid is None:
+        ascending, order = scores.sort(dim=1)
+        cumulated = lowest = ascending.cumsum(1)  # (B, N)
+    else:
+        ascending, order = scores.masked_fill(~valid, -1).sort(dim=1)
+        real = ascending >= 0
+        cumulated = ascending.clamp(min=0).cumsum(1)
+        lowest = cumulated if compat else cumulated.masked_fill(~real, float("inf"))
+    top, bottom = cumulated[:, -1:], lowest.amin(1, keepdim=True)  # (B, 1)
     tiny = torch.finfo(scores.dtype).tiny
     height = ((cumulated - bottom) / (top - bottom).clamp(min=tiny)).clamp(min=0)  # (B, N), 0 to 1
 
@@ -117,8 +121,8 @@ def inverse_transform_sample(
         place = torch.ones_like(order[:, :-1]).cumsum(1) - 1
         last_point = last_point.masked_fill(place < scores.shape[1] - num_points, -1)
     every_point = torch.full_like(top, num_points - 1)  # as a number in F.pad it would fix the image size of a graph
-    reached = torch.cat([last_point, every_point], dim=1) > F.pad(last_point, (1, 0), value=-1)
-    return Sample(order, reached & real)
+    reached = torch.cat([last_point, every_point], dim=1) > F.pad(last_point, (1, 0), value=-1)  # (B, N)
+    return Sample(order, reached if real is None else reached & real)
 
 
 class ATS(Rated):

@@ -367,8 +367,8 @@ class GTP(Reducer):
         ranked = scores.argsort(dim=-1, descending=True)  # (B, N)
         if self.propagation == "None":
             return tokens.select(x, ranked[:, :kept], kept)
-        num_prefix = tokens.num_prefix
-        x = take_rows(x, tokens.rows(ranked))
+        num_prefix, rows = tokens.num_prefix, tokens.rows(ranked)
+        x = take_rows(x, rows)
         stays, removed = x[:, : num_prefix + kept], x[:, num_prefix + kept :]
         if self.propagation == "Mean":
             return torch.cat([stays, removed.mean(dim=1, keepdim=True)], dim=1), tokens.fuse(
@@ -376,15 +376,16 @@ class GTP(Reducer):
             )
 
         assert tokens.carry is not None
-        share = kept_shares(tokens.carry, tokens.anchor.gather(1, ranked), kept, num_prefix)
+        anchor = tokens.anchor.gather(1, ranked)  # (B, N)
+        share = kept_shares(tokens.carry, anchor, kept, num_prefix, tokens.layout.ranges.places)
         x = propagate(stays, removed, share, self.alpha)
         key_weight = None
         if tokens.key_weight is not None:
-            scales = tokens.key_weight[:, num_prefix:].gather(1, ranked).unsqueeze(-1)  # (B, N, 1)
-            scales = propagate(scales[:, :kept], scales[:, kept:], share[:, num_prefix:], self.alpha)
-            prefix = tokens.key_weight[:, :num_prefix]  # to which nothing is handed
-            key_weight = torch.cat([prefix, scales.squeeze(-1)], dim=1)
-        return x, tokens.relabel(Kept(ranked[:, :kept]), kept, key_weight=key_weight)
+            scales = take_rows(tokens.key_weight, rows).unsqueeze(-1)  # (B, P+N, 1); to prefix tokens nothing is handed
+            stays, removed = scales[:, : num_prefix + kept], scales[:, num_prefix + kept :]
+            key_weight = propagate(stays, removed, share, self.alpha).squeeze(-1)  # (B, P+kept)
+        step = Kept(ranked[:, :kept])
+        return x, tokens.relabel(step, kept, key_weight=key_weight, anchor=anchor[:, :kept])
 
 
 @fx_leaf
@@ -398,7 +399,9 @@ def propagate(x: Tensor, removed: Tensor, share: Tensor, alpha: float) -> Tensor
 
 
 @fx_leaf
-def kept_shares(graph: Tensor | tuple[Tensor, ...], ranked: Tensor, kept: int, num_prefix: int) -> Tensor:
+def kept_shares(
+    graph: Tensor | tuple[Tensor, ...], ranked: Tensor, kept: int, num_prefix: int, places: Tensor
+) -> Tensor:
     """What each token that stays gets of each that is removed: (B, P+kept, removed).
 
     Args:
@@ -406,11 +409,12 @@ def kept_shares(graph: Tensor | tuple[Tensor, ...], ranked: Tensor, kept: int, n
         ranked: (B, N) patches of the tokens, those that stay in front.
         kept: How many stay.
         num_prefix: P tokens in front, which get nothing.
+        places: (L,) whole numbers from 0 on, N or more.
     """
     neighbours, shares = graph
     number = ranked.shape[1] - kept
     column = torch.full_like(neighbours[:, :, 0], number)  # (B, H*W): where it is among the removed, or behind
-    column = column.scatter(1, ranked[:, kept:], torch.arange(number, device=ranked.device).expand(ranked.shape[0], -1))
+    column = column.scatter(1, ranked[:, kept:], places[:number].expand(ranked.shape[0], -1))
     nodes = ranked[:, :kept].unsqueeze(-1).expand(-1, -1, neighbours.shape[-1])
     neighbours, shares = neighbours.gather(1, nodes), shares.gather(1, nodes)  # (B, kept, K)
     columns = column.gather(1, neighbours.flatten(1)).unflatten(1, neighbours.shape[1:])

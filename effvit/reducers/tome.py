@@ -96,7 +96,7 @@ def bipartite_soft_matching(
         ValueError: Similarities that are NaN, see ``check_finite``.
     """
     number = metric.shape[1]
-    ranges = ranges_of(metric, number) if ranges is None else ranges
+    ranges = ranges_of(metric, number, num_prefix) if ranges is None else ranges
     places = ranges.places
     best, destination = alternating_match(metric, num_prefix)
     ranked = check_finite(best, origin, x).argsort(dim=-1, descending=True)  # (B, |A|)
@@ -105,7 +105,7 @@ def bipartite_soft_matching(
     if num_prefix:
         left = left.sort(dim=-1).values
     in_b = places[(num_prefix + 1) % 2 : number : 2].expand(left.shape[0], -1)
-    kept = ranges.behind_prefix(num_prefix, left, in_b)
+    kept = ranges.behind_prefix(left, in_b)
     return Matching(
         source=in_a[:, :r], destination=destination.gather(1, ranked[:, :r]), order=kept[:, num_prefix:], kept=kept
     )
@@ -148,7 +148,7 @@ def merge_tokens(
     Returns:
         (B, P+N-r, C) and the new sizes (B, P+N-r).
     """
-    ranges = ranges_of(x, num_prefix + 1) if ranges is None else ranges
+    ranges = ranges_of(x, num_prefix + 1, num_prefix) if ranges is None else ranges
     if size is None:
         size = torch.ones_like(x[..., 0], dtype=wide_dtype(x.dtype))
     first = ranges.first(x.shape[1], num_prefix)

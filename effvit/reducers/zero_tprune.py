@@ -28,7 +28,7 @@ from effvit.schedule import (
     per_block,
     spread_blocks,
 )
-from effvit.tokens import TokenMap, flat_rows, take_rows, wide_dtype, wide_product
+from effvit.tokens import TokenMap, flat_rows, ranges_of, take_rows, wide_dtype, wide_product
 
 __all__ = [
     "PARTITIONS",
@@ -239,8 +239,9 @@ def match_groups(
     In float32 (float64 for float64), whatever the dtype of the features.
     """
     length, features = features.shape[1], features.to(wide_dtype(features.dtype))
-    a = take_rows(features, flat_rows(group_a, length))
-    b = take_rows(features, flat_rows(group_b, length))
+    ranges = ranges_of(features, 1, 0)
+    a = take_rows(features, flat_rows(group_a, length, ranges=ranges))  # (B, |A|, heads * D)
+    b = take_rows(features, flat_rows(group_b, length, ranges=ranges))  # (B, |B|, heads * D)
     best, place = SIMILARITIES[similarity](a, b).max(-1)
     return best, group_b.gather(1, place)
 
