@@ -51,8 +51,8 @@ def nearest_token(tokens: TokenMap) -> Tensor:
     patch = torch.arange(tokens.grid[0] * width, device=tokens.source.device)
     row = torch.div(tokens.anchor, width, rounding_mode="floor")  # (B, N)
     column = tokens.anchor - row * width
-    patch_row = torch.div(patch, width, rounding_mode="floor")[None, :, None]
-    patch_column = patch[None, :, None] - patch_row * width
+    patch_row = torch.div(patch, width, rounding_mode="floor")[None, :, None]  # (1, H*W, 1)
+    patch_column = patch[None, :, None] - patch_row * width  # (1, H*W, 1)
     distance = (row.unsqueeze(1) - patch_row) ** 2 + (column.unsqueeze(1) - patch_column) ** 2  # (B, H*W, N)
     if tokens.valid is not None:
         far = tokens.grid[0] ** 2 + width**2
@@ -125,8 +125,8 @@ def reconstruct_tokens(
     logits = closeness(patches, centres, temperature)  # (B, N, M)
     if usable is not None:
         logits = logits.masked_fill(~usable.unsqueeze(1), torch.finfo(logits.dtype).min)
-    nearest = logits.detach().topk(k or min(20, number), dim=-1).values
-    largest = nearest[..., :1]
+    nearest = logits.detach().topk(k or min(20, number), dim=-1).values  # (B, N, k)
+    largest = nearest[..., :1]  # (B, N, 1)
     if norm == "official":  # the true distances, which are not negative
         largest = (patches.to(logits.dtype).square().sum(-1, keepdim=True) * temperature).maximum(largest)
     weights = (logits - largest).exp().masked_fill(logits < nearest[..., -1:], 0)
@@ -145,12 +145,12 @@ def _reconstruct(patches: Tensor, tokens: TokenMap) -> Tensor:
         )
     centres = reference.centres
     if centres is None:
-        centres = take_rows(reference.patches, flat_rows(tokens.anchor, tokens.num_patches))
+        centres = take_rows(reference.patches, flat_rows(tokens.anchor, tokens.num_patches))  # (B, N, C)
     usable = tokens.valid
     if tokens.fused is not None:  # a fused token is not what its anchor was
         usable = ~tokens.fused if usable is None else usable & ~tokens.fused
     options = (reference.temperature, reference.k, reference.norm)
-    mixture = reconstruct_tokens(patches, reference.patches, centres, *options, usable)
+    mixture = reconstruct_tokens(patches, reference.patches, centres, *options, usable)  # (B, H*W, C)
     if tokens.soft:
         return mixture
     return torch.where(tokens.on_its_own().unsqueeze(-1), _spread(patches, tokens.source), mixture)
@@ -344,7 +344,7 @@ class AttentionRecovery(nn.Module):
 
     def forward(self, x: Tensor, s: Tensor, valid: Tensor | None = None) -> Tensor:
         """Patches x (B, N, C) and tokens left s (B, M, C), False in ``valid`` (B, M) for padding -> (B, N, C)."""
-        mask = None if valid is None else valid[:, None, None]  # (B, heads, N, M)
+        mask = None if valid is None else valid[:, None, None]  # (B, 1, 1, M)
         return x + self.attn.attend(self.attn.q(self.norm(x)), self.attn.kv(self.norm(s)), mask)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
@@ -429,7 +429,7 @@ class TokenRecoveringAttention(nn.Module):
                 "give queries to a module without learned ones (num_queries=None), and none to a module with them"
             )
         queries = self.x_token if queries is None else queries
-        queries = queries.expand(kept.shape[0], -1, -1)
+        queries = queries.expand(kept.shape[0], -1, -1)  # (B, F, C)
         q, k, v = (self._heads(y) for y in (self.linear_q(queries), self.linear_k(kept), self.linear_v(kept)))
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, F, C)
         return queries + self.proj(out)

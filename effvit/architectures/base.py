@@ -253,7 +253,7 @@ class PyramidBackbone(nn.Module):
         return self._to_maps(x)
 
     def _to_maps(self, x: Tensor) -> Tensor:
-        return x.permute(0, 3, 1, 2) if self.stage_fmt == "NHWC" else x
+        return x.permute(0, 3, 1, 2) if self.stage_fmt == "NHWC" else x  # (B, C, H, W)
 
     @property
     def grad_checkpointing(self) -> bool:

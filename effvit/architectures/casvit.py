@@ -85,7 +85,7 @@ class AdditiveAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         qkv: Tensor = self.qkv(x)  # (B, 3C, H, W)
-        q, k, v = qkv.chunk(3, dim=1)
+        q, k, v = qkv.chunk(3, dim=1)  # (B, C, H, W) each
         gated: Tensor = self.gates_q(q) + self.gates_k(k)
         y: Tensor = self.dwconv(gated) * v
         y = self.proj_drop(self.proj(y))

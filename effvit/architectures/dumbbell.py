@@ -154,10 +154,10 @@ class WindowSeedBlock(WindowCrossBlock):
         samples, window = self.window, self.stride
         correct = self.mask_mode == "correct"
         pool = max_seeds if self.pool is None else self.pool
-        seeds = pool(to_windows(x, window, edge=correct), (window, window), (samples, samples))
+        seeds = pool(to_windows(x, window, edge=correct), (window, window), (samples, samples))  # (B * nW, s², C)
         if self.conv_pos is not None:
             grid = seeds.transpose(1, 2).unflatten(2, (samples, samples))  # (B * nW, C, s, s)
-            seeds = (grid + self.conv_pos(grid)).flatten(2).transpose(1, 2)
+            seeds = (grid + self.conv_pos(grid)).flatten(2).transpose(1, 2)  # (B * nW, s², C)
         return seed_map(seeds, x.shape[1:3], window, samples, live=correct)
 
     def forward(self, x: Tensor, s: Tensor | None = None) -> Tensor:  # type: ignore[override]  # maps
@@ -171,9 +171,10 @@ class WindowSeedBlock(WindowCrossBlock):
         literal = self.key_form == "cls"
         kernel, stride = (self.CLS_KERNEL, self.CLS_STRIDE) if literal else (self.kernel, None)
         y: Tensor = self.norm1(s)
-        q, own = to_windows(self.attn.q(y), self.window), to_windows(self.attn.kv(y), self.window)
-        near = inside_windows(self.attn.kv(self.norm1(x)), self.stride, kernel, stride)
-        kv = torch.cat([own, near], dim=1)
+        q = to_windows(self.attn.q(y), self.window)  # (B * nW, s², C)
+        own = to_windows(self.attn.kv(y), self.window)  # (B * nW, s², 2C)
+        near = inside_windows(self.attn.kv(self.norm1(x)), self.stride, kernel, stride)  # (B * nW, kH * kW, 2C)
+        kv = torch.cat([own, near], dim=1)  # (B * nW, s² + kH * kW, 2C)
         y = from_windows(self.attn.mix(q, kv, own_keys_mask(s, self.window, kv)), self.window, s.shape[1:3])
         return self.ls1(self.attn.project(y))
 
@@ -185,7 +186,7 @@ def own_keys_mask(s: Tensor, samples: int, kv: Tensor) -> Tensor | None:
     if mask is None:
         return None
     rest = mask.new_ones((mask.shape[0], 1, 1, kv.shape[1] - mask.shape[3]))
-    return torch.cat([mask, rest], dim=3)
+    return torch.cat([mask, rest], dim=3)  # (B * nW, 1, 1, Nk)
 
 
 class GroupBlock(CrossBlock):
@@ -231,11 +232,11 @@ class GroupBlock(CrossBlock):
         if bias is not None and is_exported():
             bias = bias.detach()  # for a mask with gradient, torch 2.11 traces one kernel and exports another's layout
         if self.samples is None:
-            y = self.attn.mix(q.flatten(1, 2), kv.flatten(1, 2), bias).view_as(q)
+            y = self.attn.mix(q.flatten(1, 2), kv.flatten(1, 2), bias).view_as(q)  # (B, h, w, C)
         else:
-            q, kv = to_windows(q, self.samples), to_windows(kv, self.samples)
+            q, kv = to_windows(q, self.samples), to_windows(kv, self.samples)  # (B * nW, s², C), (B * nW, s², 2C)
             mask = masked_bias(bias, key_mask(s, self.samples, self.samples))
-            y = from_windows(self.attn.mix(q, kv, mask), self.samples, s.shape[1:3])
+            y = from_windows(self.attn.mix(q, kv, mask), self.samples, s.shape[1:3])  # (B, h, w, C)
         y = self.drop_path1(self.ls1(self.attn.project(y)))
         return self.feedforward(s + y)
 
@@ -336,9 +337,9 @@ class SemanticLayers(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Image tokens (B, H, W, C) -> semantic tokens (B, h, w, C)."""
-        s = check_grid(self.stgm1(x), self.grid)
+        s = check_grid(self.stgm1(x), self.grid)  # (B, h, w, C)
         if isinstance(self.stgm2, SemanticBlock):
-            s = self.stgm2(s.flatten(1, 2), x.flatten(1, 2))[0].view_as(s)
+            s = self.stgm2(s.flatten(1, 2), x.flatten(1, 2))[0].view_as(s)  # (B, h, w, C)
         else:
             s = self.stgm2(x, s)
         return self.blocks(s)
@@ -354,7 +355,7 @@ class SemanticLayers(nn.Module):
                 "the semantic tokens of key_windows='dense' attend inside of windows and have no share in most "
                 "patches; create the model with key_windows='inside'"
             )
-        s = check_grid(self.stgm1(x), self.grid)
+        s = check_grid(self.stgm1(x), self.grid)  # (B, h, w, C)
         shares: Tensor = self.stgm2(s.flatten(1, 2), x.flatten(1, 2), True)[1]
         return shares
 
@@ -417,10 +418,10 @@ class DumbbellUnit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.block(x)
-        s: Tensor = self.semantic(x)
+        s: Tensor = self.semantic(x)  # (B, h, w, C)
         if isinstance(self.recover, RestoreBlock):
             return self.recover(x, s)
-        return self.recover(x.flatten(1, 2), s.flatten(1, 2)).view_as(x)
+        return self.recover(x.flatten(1, 2), s.flatten(1, 2)).view_as(x)  # (B, H, W, C)
 
     def assignment(self, x: Tensor) -> Tensor:
         """As of ``SemanticLayers``, for the map x (B, H, W, C) that comes in."""

@@ -124,12 +124,12 @@ class LookupBlock(Block):
 
     def forward(self, compressed: Tensor, lookup: Tensor, infuse: bool = True) -> tuple[Tensor, Tensor | None]:
         """Tokens (B, M, C) and (B, N, C) -> the same; without ``infuse`` the patches' half is skipped: None."""
-        gathered, weights = self.gather(compressed, lookup, infuse)
+        gathered, weights = self.gather(compressed, lookup, infuse)  # (B, M, C), (B, heads, M, N)
         y: Tensor
         compressed = super().forward(compressed + self.drop_path(gathered))
         if weights is None:
             return compressed, None
-        y = self.drop_path(self.infuse(self.norm_c(compressed), weights))
+        y = self.drop_path(self.infuse(self.norm_c(compressed), weights))  # (B, N, C)
         lookup = lookup + y
         y = self.drop_path(self.mlp_lookup(self.norm3(lookup)))
         return compressed, lookup + y
@@ -302,14 +302,14 @@ class LookupViT(SoftTokenViT):
 
     def _tokenise(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Images -> compressed tokens (B, M, C) and lookup tokens (B, N, C), each with its positions."""
-        patches: Tensor = self.patch_embed(x)
+        patches: Tensor = self.patch_embed(x)  # (B, H, W, C) if dynamic_img_size, else (B, N, C)
         positions: Tensor = self.pos_embed
         if self.dynamic_img_size:
-            positions = positions_for(patches, positions, self.patch_embed.grid_size)
+            positions = positions_for(patches, positions, self.patch_embed.grid_size)  # (1, N, C)
         else:
             patches = patches.unflatten(1, self.patch_embed.grid_size)  # (B, H, W, C)
-        table = self.pos_embed_compressed.unflatten(1, self.compressed_pos_grid)
-        compressed = resize_map(patches, self.compressed_grid, self.antialias)
+        table = self.pos_embed_compressed.unflatten(1, self.compressed_pos_grid)  # (1, rows, columns, C)
+        compressed = resize_map(patches, self.compressed_grid, self.antialias)  # (B, M, C)
         compressed = compressed + resize_map(table, self.compressed_grid, self.antialias)
         return self.pos_drop(compressed), self.pos_drop(patches.flatten(1, 2) + positions)
 
@@ -417,7 +417,7 @@ class LookupViT(SoftTokenViT):
             own["pos_embed"] = resample_abs_pos_embed(table, grid, _square("pos_embed", table), num_prefix_tokens=0)
         table = own.get("pos_embed_compressed")
         if table is not None and table.shape[1] != self.pos_embed_compressed.shape[1]:
-            grid_map = table.unflatten(1, _square("pos_embed_compressed", table))
+            grid_map = table.unflatten(1, _square("pos_embed_compressed", table))  # (1, rows, columns, C)
             own["pos_embed_compressed"] = resize_map(grid_map, self.compressed_pos_grid, self.antialias)
         return own, dropped
 

@@ -136,12 +136,13 @@ class LearnedSeeds(nn.Module):
         check_seed_grid(grid, out)
         maps = x.transpose(1, 2).unflatten(2, grid)  # (B, C, H, W)
         wide = wide_dtype(x.dtype)
-        mask, offset = self.proj(self.act(self.norm(self.conv(maps)))).to(wide).split([1, 2], dim=1)
+        predicted = self.proj(self.act(self.norm(self.conv(maps)))).to(wide)  # (B, 3, H, W)
+        mask, offset = predicted.split([1, 2], dim=1)  # (B, 1, H, W), (B, 2, H, W)
         samples = -(-grid[0] // out[0]), -(-grid[1] // out[1])
         points = window_points(out, samples, offset).expand(maps.shape[0], -1, -1, -1)  # (B, h*n, w*m, 2)
         shift = sample_windows(offset, points, out).mean(-1).tanh()  # (B, 2, h, w), in windows
-        shift = shift.permute(0, 2, 3, 1) * shift.new_tensor([2 / out[1], 2 / out[0]])  # (x, y), of the width 2
-        points = points + shift.repeat_interleave(samples[0], 1).repeat_interleave(samples[1], 2)
+        shift = shift.permute(0, 2, 3, 1) * shift.new_tensor([2 / out[1], 2 / out[0]])  # (B, h, w, 2): x, y of width 2
+        points = points + shift.repeat_interleave(samples[0], 1).repeat_interleave(samples[1], 2)  # (B, h*n, w*m, 2)
         sampled = sample_windows(torch.cat([maps.to(wide), mask], dim=1), points, out)  # (B, C+1, h, w, n*m)
         seeds = (sampled[:, :-1] * sampled[:, -1:].softmax(-1)).sum(-1)  # (B, C, h, w)
         return seeds.flatten(2).transpose(1, 2).to(x.dtype)
@@ -163,7 +164,7 @@ def soft_assignment(attn: CrossAttention, q: Tensor, kv: Tensor, num_patches: in
     Returns:
         (B, Np, Ns) in the wide dtype; rows sum to one.
     """
-    q, k = attn.split_heads(q), attn.split_heads(kv.chunk(2, dim=-1)[0])
+    q, k = attn.split_heads(q), attn.split_heads(kv.chunk(2, dim=-1)[0])  # (B, heads, Ns, D), (B, heads, Nk, D)
     scale = (attn.q.out_features // attn.num_heads) ** -0.5
     logits = wide_product(q.to(wide_dtype(q.dtype)) * scale, k.transpose(-2, -1))  # (B, heads, Ns, Nk)
     weights = logits.log_softmax(-1)[..., -num_patches:]  # (B, heads, Ns, Np)

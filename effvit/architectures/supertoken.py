@@ -326,8 +326,8 @@ class SuperTokenViT(PyramidBackbone):
         x = self.stages[stage].downsample(self.stages[:stage](self.stem(x)))
         x = blocks[block].pos_embed(blocks[:block](x))
         x = blocks[block].norm1(x.permute(0, 2, 3, 1))  # (B, H, W, C)
-        weights = associate(to_cells(x, attn.cell), attn.n_iter)
-        labels = from_cells(nearest_super_token(weights).unsqueeze(-1), attn.cell, like=x).squeeze(-1)
+        weights = associate(to_cells(x, attn.cell), attn.n_iter)  # (B, rows, columns, 9, p)
+        labels = from_cells(nearest_super_token(weights).unsqueeze(-1), attn.cell, like=x).squeeze(-1)  # (B, H, W)
         grid = (weights.shape[1], weights.shape[2])
         return SuperTokens(weights.flatten(1, 2).transpose(2, 3), labels, grid, attn.cell)
 
@@ -344,7 +344,7 @@ class SuperTokenViT(PyramidBackbone):
             last += len(stage.blocks)
             if stage.blocks[-1].attn.cell != (1, 1):
                 tokens = self.super_tokens(x, stage=i)
-                shares = all_shares(tokens)
+                shares = all_shares(tokens)  # (H, W, n)
                 stages.append(soft_stage(last, shares.flatten(0, 1), (shares.shape[0], shares.shape[1])))
         return stages
 
@@ -418,7 +418,7 @@ def all_shares(tokens: SuperTokens) -> Tensor:
     """(H, W, n) shares of all super tokens of the first image: zero but for the nine around each pixel."""
     association, (rows, columns) = tokens.association[0], tokens.grid  # (n, p, 9)
     numbers = torch.arange(1, rows * columns + 1, device=association.device).view(1, rows, columns, 1)
-    table = neighbours(numbers).view(rows * columns, 1, 9).expand_as(association)  # 0 outside the grid
+    table = neighbours(numbers).view(rows * columns, 1, 9).expand_as(association)  # (n, p, 9), 0 outside the grid
     shares = association.new_zeros(*association.shape[:2], rows * columns + 1).scatter_add(-1, table, association)
     cells = shares[..., 1:].unflatten(0, (1, rows, columns))  # (1, rows, columns, p, n)
     return from_cells(cells, tokens.cell, like=tokens.labels.unsqueeze(-1))[0]

@@ -36,7 +36,7 @@ class ConvStem(nn.Module):
         self.conv1, self.conv2 = layer(in_chans, dim // 2), layer(dim // 2, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv2(self.conv1(pad_images(x))).permute(0, 2, 3, 1)
+        return self.conv2(self.conv1(pad_images(x))).permute(0, 2, 3, 1)  # (B, H/4, W/4, C)
 
 
 class WindowBlock(SwinTransformerBlock):
@@ -99,5 +99,5 @@ class WindowBlock(SwinTransformerBlock):
             )
         window, shift = self.window_size[0], self.shift_size[0]
         mask = shift_mask(x, window, shift, self.shift_small) if shift else None
-        y = self.attn(to_windows(x, window, shift, self.shift_small), mask=mask)
-        return from_windows(y, window, x.shape[1:3], shift, self.shift_small)
+        y = self.attn(to_windows(x, window, shift, self.shift_small), mask=mask)  # (B * nW, N, C)
+        return from_windows(y, window, x.shape[1:3], shift, self.shift_small)  # (B, H, W, C)

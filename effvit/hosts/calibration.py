@@ -83,7 +83,7 @@ def calibrate(model: ReducedHost, batches: Iterable[Tensor]) -> list[float]:
         for module, mode in modes.items():
             module.training = mode
     if dist.is_available() and dist.is_initialized():
-        every = torch.cat([total, torch.tensor([seen])]).to(reducers[0].threshold.device)
+        every = torch.cat([total, torch.tensor([seen])]).to(reducers[0].threshold.device)  # (number of reducers + 1,)
         dist.all_reduce(every)
         total, everywhere = every[:-1].cpu(), int(every[-1])
         if everywhere:

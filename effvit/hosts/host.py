@@ -264,7 +264,7 @@ class ReducedHost(Intermediates, Reduced):
         if not self._pools_patches:
             return x
         if tokens.size is not None:
-            prefix, patches = tokens.split(x)
+            prefix, patches = tokens.split(x)  # (B, P, C), (B, N, C)
             return torch.cat([prefix, take_rows(patches, flat_rows(tokens.carriers(), patches.shape[1]))], dim=1)
         if tokens.valid is not None:
             with_prefix = getattr(self, "pool_include_prefix", False)
@@ -272,7 +272,7 @@ class ReducedHost(Intermediates, Reduced):
             if not with_prefix:
                 pooled = pooled & (pooled.cumsum(1) > tokens.num_prefix)
             weight = pooled.unsqueeze(-1).to(x.dtype)  # (B, P+N, 1)
-            mean = (x * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
+            mean = (x * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)  # (B, 1, C)
             return torch.where(tokens.sequence_mask().unsqueeze(-1), x, mean)
         return x
 
@@ -293,7 +293,7 @@ class ReducedHost(Intermediates, Reduced):
         bias = replace(tokens, key_weight=tokens.size).key_bias(x.dtype)
         assert bias is not None
         if isinstance(self, VisionTransformer) and not self.pool_include_prefix:
-            x, bias = x[:, tokens.num_prefix :], bias[..., tokens.num_prefix :]
+            x, bias = x[:, tokens.num_prefix :], bias[..., tokens.num_prefix :]  # (B, N, C), (B, 1, 1, N)
         return self.head(self.head_drop(self.fc_norm(self.attn_pool(x, attn_mask=bias.to(x.dtype)))))
 
     def _intermediates(self, x: Tensor, take: Sequence[int], num_blocks: int | None) -> BlockFeatures:

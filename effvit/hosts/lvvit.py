@@ -68,7 +68,7 @@ class ConvStemEmbed(FixedPatchEmbed):
         x = self.relu(self.bn2(self.conv2(x)))
         x = self.relu(self.bn3(self.conv3(x)))
         x = self.proj(x)  # (B, C, H, W)
-        return x.flatten(2).transpose(1, 2) if self.flatten else x.permute(0, 2, 3, 1)
+        return x.flatten(2).transpose(1, 2) if self.flatten else x.permute(0, 2, 3, 1)  # (B, N, C) or (B, H, W, C)
 
 
 class DampedBlock(Block):
@@ -147,7 +147,7 @@ class LVViT(VisionTransformer):
         """Tokens (B, 1+N, C) -> (B, num_classes); the pooled features if asked for, or without a head."""
         if pre_logits or self.num_classes == 0 or not self.global_pool:
             return super().forward_head(x, pre_logits)
-        of_class: Tensor = self.head(self.head_drop(x[:, 0]))
+        of_class: Tensor = self.head(self.head_drop(x[:, 0]))  # (B, num_classes)
         of_patches: Tensor = self.aux_head(x[:, 1:])  # (B, N, num_classes)
         return of_class + 0.5 * of_patches.amax(1)
 

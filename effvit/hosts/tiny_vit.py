@@ -121,7 +121,7 @@ class MergedAttention(Attention):
         if size is not None:
             bias = bias + size.log().to(bias.dtype)[:, None, None]
         qkv = self.qkv(self.norm(x)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B*nW, heads, K, 3D)
-        q, k, v = qkv.split([self.key_dim, self.key_dim, self.val_dim], dim=-1)
+        q, k, v = qkv.split([self.key_dim, self.key_dim, self.val_dim], dim=-1)  # (B*nW, heads, K, D) each
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
         return self.proj(y.transpose(1, 2).flatten(2))
 
@@ -146,13 +146,13 @@ class MergingBlock(TinyVitBlock):
         size, window = x.shape[1:3], self.window_size
         windows = to_windows(x, window)  # (B*nW, N, C)
         merging = self.match(windows)
-        merged, weight = merging.merge(windows)
+        merged, weight = merging.merge(windows)  # (B*nW, N-r, C), (B*nW, N-r)
         y: Tensor = self.attn(merged, merging.matching.order, weight if self.reducer.prop_attn else None)
         x = x + self.drop_path1(from_windows(merging.spread(y), window, size))
         x = self.local_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         if merged.shape[0] * merged.shape[1] >= x.shape[0] * size[0] * size[1]:  # of a small map in padded windows
             return x + self.drop_path2(self.mlp(x))
-        y = self.mlp(merging.merge(to_windows(x, window))[0])
+        y = self.mlp(merging.merge(to_windows(x, window))[0])  # (B*nW, N-r, C)
         return x + self.drop_path2(from_windows(merging.spread(y), window, size))
 
     @torch.no_grad()
@@ -237,14 +237,15 @@ class ClusteredStage(TinyVitStage):
         reducer, size, window, cells = self.reducer, x.shape[1:3], self.window, self.cells
         patches = to_windows(x, window)  # (B*nW, N, C)
         options = (reducer.num_iters, reducer.temperature, reducer.window_size)
-        centres = cluster_centres(patches.unflatten(1, (window, window)), (cells, cells), *options).flatten(1, 2)
+        maps = patches.unflatten(1, (window, window))  # (B*nW, window, window, C)
+        centres = cluster_centres(maps, (cells, cells), *options).flatten(1, 2)  # (B*nW, cells², C)
         check_finite(centres.detach().sum(-1), reducer.origin("cluster centres"), x)
         grid = [num_windows(side, window) * cells for side in size]
         z = from_windows(centres.to(x.dtype), cells, grid)  # (B, nH*cells, nW*cells, C)
         for block in self.blocks[self.first : self.last]:
             z = block(z)
         z = to_windows(z, cells)  # (B*nW, cells², C)
-        x = reconstruct_tokens(z, patches, centres, reducer.temperature, reducer.k, reducer.norm)
+        x = reconstruct_tokens(z, patches, centres, reducer.temperature, reducer.k, reducer.norm)  # (B*nW, N, C)
         return from_windows(x, window, size)
 
 

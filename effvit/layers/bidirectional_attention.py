@@ -86,7 +86,7 @@ class GatherAttention(nn.Module):
         if infuse:
             logits = wide_product(q.to(wide_dtype(q.dtype)) * self.scale, k.transpose(-2, -1))  # (B, heads, M, N)
             weights, back = exchange_weights(logits, self.infusion)
-            x = self.attn_drop(weights).to(v.dtype) @ v
+            x = self.attn_drop(weights).to(v.dtype) @ v  # (B, heads, M, D)
         else:
             x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0)
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2))), back

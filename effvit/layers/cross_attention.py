@@ -60,9 +60,9 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
 
 def mix_heads(q: Tensor, kv: Tensor, num_heads: int, attn_mask: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:
     """Values weighted by attention, head by head: q (..., Nq, C) and kv (..., Nk, 2C) -> (..., Nq, C)."""
-    k, v = kv.chunk(2, dim=-1)
-    q, k, v = (split_heads(x, num_heads) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p)
+    k, v = kv.chunk(2, dim=-1)  # (..., Nk, C) each
+    q, k, v = (split_heads(x, num_heads) for x in (q, k, v))  # (..., heads, Nq, D), (..., heads, Nk, D) twice
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p)  # (..., heads, Nq, D)
     return out.transpose(-3, -2).flatten(-2)
 
 
@@ -102,7 +102,7 @@ def window_attention(
         return mix_heads(q.flatten(1, 2), kv.flatten(1, 2), num_heads, mask, dropout_p).view_as(q)
     if border is None:
         attn_mask = key_mask(kv, kernel, stride)
-    key_windows = overlapping_windows(kv, kernel, stride, border)
+    key_windows = overlapping_windows(kv, kernel, stride, border)  # (B * nW, kernel², 2C)
     return from_windows(mix_heads(to_windows(q, window), key_windows, num_heads, attn_mask, dropout_p), window, size)
 
 
@@ -228,7 +228,7 @@ class CrossBlock(nn.Module):
 
     def forward(self, x: Tensor, *keys: Tensor) -> Tensor:
         """Queries x (B, Nq, C) attend to all the tokens of ``keys``, each (B, Nk, C); returns (B, Nq, C)."""
-        y = keys[0] if len(keys) == 1 else torch.cat(keys, dim=1)
+        y = keys[0] if len(keys) == 1 else torch.cat(keys, dim=1)  # (B, Nk, C) of all keys
         z: Tensor = self.drop_path1(self.ls1(self.attn(self.norm1(x), self.norm1(y))))
         return self.feedforward(x + z)
 
@@ -284,13 +284,13 @@ class WindowCrossBlock(CrossBlock):
             image_window: Side of a window of image tokens, likewise.
         """
         q: Tensor = self.attn.q(self.norm1(x))
-        kv: Tensor = self.attn.kv(self.norm1(y))
+        kv: Tensor = self.attn.kv(self.norm1(y))  # (B, h, w, 2C)
         border = mask = None
         if self.mask_mode != "correct":
             border = self.attn.kv(self.norm1(y.new_zeros(1, self.attn.q.in_features)))[0]  # (2C,)
             # Softmax does not see one vector added to all keys. Without this one the many border keys are zero, and
             # the gradient of the queries is no difference of large sums.
-            key = F.pad(border.chunk(2)[0], (0, self.attn.q.in_features))
+            key = F.pad(border.chunk(2)[0], (0, self.attn.q.in_features))  # (2C,), zeros for the value
             kv, border = kv - key, border - key
             mask = key_mask(y, self.kernel, self.stride, self.mask_mode, image, image_window)
         sides = self.window, self.stride, self.kernel

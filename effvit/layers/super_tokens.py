@@ -56,7 +56,7 @@ def to_cells(x: Tensor, cell: tuple[int, int]) -> Tensor:
     height, width = x.shape[1:3]
     below, right = -height % cell[0], -width % cell[1]
     if below or right:
-        x = F.pad(x, (0, 0, 0, right, 0, below))
+        x = F.pad(x, (0, 0, 0, right, 0, below))  # (B, rows * h, columns * w, C)
     x = x.unflatten(1, (-1, cell[0])).unflatten(3, (-1, cell[1]))  # (B, rows, h, columns, w, C)
     return x.transpose(2, 3).flatten(3, 4)
 
@@ -64,7 +64,7 @@ def to_cells(x: Tensor, cell: tuple[int, int]) -> Tensor:
 @fx_leaf
 def from_cells(pixels: Tensor, cell: tuple[int, int], like: Tensor) -> Tensor:
     """Inverse of ``to_cells``: (B, rows, columns, h * w, C) -> (B, H, W, C), cropped to the map ``like``."""
-    x = pixels.unflatten(3, cell).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    x = pixels.unflatten(3, cell).transpose(2, 3).flatten(3, 4).flatten(1, 2)  # (B, rows * h, columns * w, C)
     return x[:, : like.shape[1], : like.shape[2]]
 
 
@@ -75,7 +75,7 @@ def neighbours(grid: Tensor) -> Tensor:
     In raster order, the cell itself fifth; zeros outside the grid.
     """
     rows, columns = grid.shape[1:3]
-    padded = F.pad(grid, (0, 0, 1, 1, 1, 1))
+    padded = F.pad(grid, (0, 0, 1, 1, 1, 1))  # (B, rows + 2, columns + 2, C)
     return torch.stack([padded[:, i : i + rows, j : j + columns] for i in range(3) for j in range(3)], dim=3)
 
 
@@ -86,7 +86,7 @@ def sum_from_neighbours(values: Tensor) -> Tensor:
     (B, rows, columns, 9, C) -> (B, rows, columns, C).
     """
     rows, columns = values.shape[1:3]
-    padded = F.pad(values, (0, 0, 0, 0, 1, 1, 1, 1))
+    padded = F.pad(values, (0, 0, 0, 0, 1, 1, 1, 1))  # (B, rows + 2, columns + 2, 9, C)
     shares = [padded[:, 2 - i : 2 - i + rows, 2 - j : 2 - j + columns, 3 * i + j] for i in range(3) for j in range(3)]
     return torch.stack(shares).sum(0)
 
@@ -106,16 +106,16 @@ def associate(pixels: Tensor, n_iter: int = 1) -> Tensor:
         last because a softmax over the last nine numbers takes 20 times as long on a CPU as over pixel rows.
     """
     pixels = pixels.detach().to(wide_dtype(pixels.dtype))
-    centres = pixels.mean(3)
-    weights = _weights(pixels, centres)
+    centres = pixels.mean(3)  # (B, rows, columns, C)
+    weights = _weights(pixels, centres)  # (B, rows, columns, 9, p)
     for _ in range(n_iter - 1):
         weights = _weights(pixels, _means(weights, wide_product(weights, pixels)))
     return weights
 
 
 def _weights(pixels: Tensor, centres: Tensor) -> Tensor:
-    keys = neighbours(centres * pixels.shape[-1] ** -0.5)  # the scale goes to the smaller factor
-    return wide_product(keys, pixels.transpose(-1, -2)).softmax(3)
+    keys = neighbours(centres * pixels.shape[-1] ** -0.5)  # (B, rows, columns, 9, C); scale on the smaller factor
+    return wide_product(keys, pixels.transpose(-1, -2)).softmax(3)  # (B, rows, columns, 9, p)
 
 
 def to_super_tokens(pixels: Tensor, association: Tensor) -> Tensor:
@@ -208,8 +208,8 @@ class SuperTokenAttention(nn.Module):
         """(B, H, W, C) -> (B, H, W, C)."""
         if self.cell == (1, 1):
             return self.refine(x.flatten(1, 2)).view_as(x)
-        pixels = to_cells(x, self.cell)
-        association = associate(pixels, self.n_iter)
-        tokens = to_super_tokens(pixels, association)
+        pixels = to_cells(x, self.cell)  # (B, rows, columns, p, C)
+        association = associate(pixels, self.n_iter)  # (B, rows, columns, 9, p)
+        tokens = to_super_tokens(pixels, association)  # (B, rows, columns, C)
         tokens = self.refine(tokens.flatten(1, 2)).view_as(tokens)
         return from_cells(to_pixels(tokens, association), self.cell, like=x)

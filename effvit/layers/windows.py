@@ -67,10 +67,10 @@ def to_windows(x: Tensor, window: int, shift: int = 0, shift_small: bool = True,
     rows, columns = num_windows(height, window) * window, num_windows(width, window) * window
     if (rows, columns) != (height, width):
         if edge:
-            x = x.index_select(1, torch.arange(rows, device=x.device).clamp(max=height - 1))
-            x = x.index_select(2, torch.arange(columns, device=x.device).clamp(max=width - 1))
+            x = x.index_select(1, torch.arange(rows, device=x.device).clamp(max=height - 1))  # (B, rows, W, C)
+            x = x.index_select(2, torch.arange(columns, device=x.device).clamp(max=width - 1))  # (B, rows, columns, C)
         else:
-            x = F.pad(x, (0, 0, 0, columns - width, 0, rows - height))
+            x = F.pad(x, (0, 0, 0, columns - width, 0, rows - height))  # (B, rows, columns, C)
     up, left = (shift_of(side, window, shift, shift_small) for side in (height, width))
     if up or left:
         x = x.roll((-up, -left), (1, 2))
@@ -82,7 +82,7 @@ def from_windows(windows: Tensor, window: int, size: Size, shift: int = 0, shift
     """The map (B, H, W, C) of ``size`` (H, W) that ``to_windows`` cut into (B * nW, window * window, C)."""
     height, width = size
     rows, columns = num_windows(height, window) * window, num_windows(width, window) * window
-    x = window_reverse(windows.unflatten(1, (window, window)), (window, window), rows, columns)
+    x = window_reverse(windows.unflatten(1, (window, window)), (window, window), rows, columns)  # (B, rows, columns, C)
     up, left = (shift_of(side, window, shift, shift_small) for side in (height, width))
     if up or left:
         x = x.roll((up, left), (1, 2))
@@ -104,7 +104,7 @@ def shift_mask(x: Tensor, window: int, shift: int, shift_small: bool = True) -> 
 
     part = 3 * parts(x.shape[1])[:, None] + parts(x.shape[2])  # (H, W)
     part = window_partition(part[None, :, :, None], (window, window)).flatten(1)  # (nW, N)
-    apart = part[:, :, None] != part[:, None, :]
+    apart = part[:, :, None] != part[:, None, :]  # (nW, N, N)
     return x.new_zeros(apart.shape).masked_fill(apart, -100.0)
 
 
@@ -287,7 +287,7 @@ def spread_cells(s: Tensor, size: Size, window: int, samples: int, merged: int =
     """
     for dim, side in enumerate(size, start=1):
         cell = cell_of_position(side * merged, window, samples, s.device)[::merged]
-        s = s.index_select(dim, torch.div(cell, merged, rounding_mode="floor"))
+        s = s.index_select(dim, torch.div(cell, merged, rounding_mode="floor"))  # (B, H, w, C), then (B, H, W, C)
     return s
 
 

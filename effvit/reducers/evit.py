@@ -101,8 +101,8 @@ class EViT(KeepRate):
         if not self.fuse_token:
             return tokens.select(x, scores.topk(kept, dim=1).indices, kept)
 
-        ranked = scores.topk(kept + 1, dim=1).indices
-        index = ranked[:, :kept]
+        ranked = scores.topk(kept + 1, dim=1).indices  # (B, kept+1)
+        index = ranked[:, :kept]  # (B, kept)
         fused = fuse_rest(x[:, tokens.num_prefix :], scores, index)  # (B, 1, C)
         return torch.cat([take_rows(x, tokens.rows(index)), fused], dim=1), tokens.fuse(ranked, kept)
 

@@ -115,7 +115,7 @@ def similar_patches(patches: Tensor, number: int) -> Tensor:
 
 def touching_patches(like: Tensor, grid: tuple[int, int]) -> Tensor:
     """(N, 8) patches that touch each, diagonally too; the patch itself beyond the edges of the grid."""
-    place = torch.arange(grid[0] * grid[1], device=like.device)[:, None]
+    place = torch.arange(grid[0] * grid[1], device=like.device)[:, None]  # (N, 1)
     row, column = torch.div(place, grid[1], rounding_mode="floor"), place % grid[1]
     step = torch.arange(8, device=like.device)
     step = step + (step > 3)  # the fifth of the nine is the patch itself
@@ -154,19 +154,19 @@ def propagation_graph(x: Tensor, grid: tuple[int, int], num_prefix: int, graph_t
             f"num_neighbours must be at least 1 and at most {patches.shape[1] - (1 if num_prefix else 2)}, "
             f"got {num_neighbours} for {patches.shape[1]} patches"
         )
-    place = torch.arange(grid[0] * grid[1], device=x.device)[:, None]
+    place = torch.arange(grid[0] * grid[1], device=x.device)[:, None]  # (N, 1)
     if graph_type == "Semantic":
-        neighbours = similar_patches(patches, similar)
+        neighbours = similar_patches(patches, similar)  # (B, N, K)
     else:
-        neighbours = touching_patches(patches, grid).expand(patches.shape[0], -1, -1)
+        neighbours = touching_patches(patches, grid).expand(patches.shape[0], -1, -1)  # (B, N, 8)
     if graph_type == "Mixed":
-        more = similar_patches(patches, similar)
+        more = similar_patches(patches, similar)  # (B, N, similar)
         more = torch.where(apart(place, more, grid), more, place)  # those that touch are neighbours already
-        neighbours = torch.cat([neighbours, more], dim=-1)
+        neighbours = torch.cat([neighbours, more], dim=-1)  # (B, N, 8 + similar)
     edges = (neighbours != place).to(patches.dtype)
     degree = edges.sum(-1)  # (B, N)
     root = torch.where(degree > 0, degree, 1).rsqrt()
-    others = root.gather(1, neighbours.flatten(1)).unflatten(1, neighbours.shape[1:])
+    others = root.gather(1, neighbours.flatten(1)).unflatten(1, neighbours.shape[1:])  # (B, N, K)
     return Graph(neighbours, edges * root.unsqueeze(-1) * others)
 
 
@@ -369,7 +369,7 @@ class GTP(Reducer):
             return tokens.select(x, ranked[:, :kept], kept)
         num_prefix, rows = tokens.num_prefix, tokens.rows(ranked)
         x = take_rows(x, rows)
-        stays, removed = x[:, : num_prefix + kept], x[:, num_prefix + kept :]
+        stays, removed = x[:, : num_prefix + kept], x[:, num_prefix + kept :]  # (B, P+kept, C), (B, removed, C)
         if self.propagation == "Mean":
             return torch.cat([stays, removed.mean(dim=1, keepdim=True)], dim=1), tokens.fuse(
                 ranked[:, : kept + 1], kept
@@ -377,7 +377,7 @@ class GTP(Reducer):
 
         assert tokens.carry is not None
         anchor = tokens.anchor.gather(1, ranked)  # (B, N)
-        share = kept_shares(tokens.carry, anchor, kept, num_prefix, tokens.layout.ranges.places)
+        share = kept_shares(tokens.carry, anchor, kept, num_prefix, tokens.layout.ranges.places)  # (B, P+kept, removed)
         x = propagate(stays, removed, share, self.alpha)
         key_weight = None
         if tokens.key_weight is not None:
@@ -415,9 +415,9 @@ def kept_shares(
     number = ranked.shape[1] - kept
     column = torch.full_like(neighbours[:, :, 0], number)  # (B, H*W): where it is among the removed, or behind
     column = column.scatter(1, ranked[:, kept:], places[:number].expand(ranked.shape[0], -1))
-    nodes = ranked[:, :kept].unsqueeze(-1).expand(-1, -1, neighbours.shape[-1])
+    nodes = ranked[:, :kept].unsqueeze(-1).expand(-1, -1, neighbours.shape[-1])  # (B, kept, K)
     neighbours, shares = neighbours.gather(1, nodes), shares.gather(1, nodes)  # (B, kept, K)
-    columns = column.gather(1, neighbours.flatten(1)).unflatten(1, neighbours.shape[1:])
+    columns = column.gather(1, neighbours.flatten(1)).unflatten(1, neighbours.shape[1:])  # (B, kept, K)
     share = shares.new_zeros(ranked.shape[0], num_prefix + kept, number + 1)
     share[:, num_prefix:].scatter_(2, columns, shares)
     return share[..., :number]

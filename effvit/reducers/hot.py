@@ -22,7 +22,7 @@ def squared_distances(x: Tensor) -> Tensor:
     """(B, N, N) squared distances of x (B, N, C), divided by C: symmetric to the last bit, exact zeros to itself."""
     product = wide_product(x, x.transpose(1, 2))  # (B, N, N)
     twice = product + product.transpose(1, 2)
-    norm = twice.diagonal(dim1=1, dim2=2) / 2
+    norm = twice.diagonal(dim1=1, dim2=2) / 2  # (B, N)
     return (norm.unsqueeze(1) + norm.unsqueeze(2) - twice).clamp(min=0) / x.shape[2]
 
 
@@ -61,7 +61,7 @@ def peak_scores(x: Tensor, k: int = 2, compat: bool = False) -> Tensor:
     denser = other > own  # (B, N, N): column against row
     if not compat:
         place = torch.arange(length, device=x.device)
-        earlier = place.unsqueeze(1) > place
+        earlier = place.unsqueeze(1) > place  # (N, N)
         denser = denser | ((other == own) & earlier)
     farthest = squared.flatten(1).amax(1)[:, None, None]  # (B, 1, 1)
     return torch.where(denser, squared, farthest).amin(-1).sqrt() * density
@@ -145,5 +145,5 @@ class HoT(KeepRate):
     def prune(self, x: Tensor, tokens: TokenMap, kept: int) -> tuple[Tensor, TokenMap]:
         """x (B, P+N, C) -> (B, P+kept, C) and the map of the kept tokens."""
         k = min(self.k, tokens.num_tokens) if self.any_size else self.k
-        scores = check_finite(peak_scores(tokens.split(x)[1], k), self.origin("peak scores"), x)
+        scores = check_finite(peak_scores(tokens.split(x)[1], k), self.origin("peak scores"), x)  # (B, N)
         return tokens.select(x, highest(scores, kept), kept)

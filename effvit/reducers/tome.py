@@ -98,13 +98,13 @@ def bipartite_soft_matching(
     number = metric.shape[1]
     ranges = ranges_of(metric, number, num_prefix) if ranges is None else ranges
     places = ranges.places
-    best, destination = alternating_match(metric, num_prefix)
+    best, destination = alternating_match(metric, num_prefix)  # (B, |A|) each
     ranked = check_finite(best, origin, x).argsort(dim=-1, descending=True)  # (B, |A|)
     in_a = torch.add(places[num_prefix % 2], ranked, alpha=2)
-    left = in_a[:, r:]
+    left = in_a[:, r:]  # (B, |A|-r)
     if num_prefix:
         left = left.sort(dim=-1).values
-    in_b = places[(num_prefix + 1) % 2 : number : 2].expand(left.shape[0], -1)
+    in_b = places[(num_prefix + 1) % 2 : number : 2].expand(left.shape[0], -1)  # (B, |B|)
     kept = ranges.behind_prefix(left, in_b)
     return Matching(
         source=in_a[:, :r], destination=destination.gather(1, ranked[:, :r]), order=kept[:, num_prefix:], kept=kept
@@ -123,10 +123,10 @@ def kth_bipartite_target(metric: Tensor, k: int) -> Tensor:
     """
     metric = F.normalize(metric.to(wide_dtype(metric.dtype)), dim=-1)
     groups: Tensor = metric[:, : metric.shape[1] // k * k].unflatten(1, (-1, k))  # (B, N // k, k, D)
-    absorbing = groups[:, :, -1]
-    similarity = wide_product(groups[:, :, :-1].flatten(1, 2), absorbing.transpose(1, 2))
+    others, absorbing = groups[:, :, :-1].flatten(1, 2), groups[:, :, -1]  # (B, N // k * (k - 1), D), (B, N // k, D)
+    similarity = wide_product(others, absorbing.transpose(1, 2))  # (B, N // k * (k - 1), N // k)
     nearest = similarity.argmax(-1)  # (B, N // k * (k - 1))
-    itself = torch.ones_like(nearest[:, :: k - 1]).cumsum(1) - 1
+    itself = torch.ones_like(nearest[:, :: k - 1]).cumsum(1) - 1  # (B, N // k)
     return torch.cat([nearest.unflatten(1, (-1, k - 1)), itself.unsqueeze(-1)], dim=2).flatten(1)
 
 
@@ -154,7 +154,7 @@ def merge_tokens(
     first = ranges.first(x.shape[1], num_prefix)
     source, destination = matching.source + first, matching.destination + first  # rows (B, r)
     kept = matching.kept + first
-    source_size = take_rows(size, source)
+    source_size = take_rows(size, source)  # (B, r)
     size = add_rows(size, destination, source_size)
     share = (source_size / take_rows(size, destination)).unsqueeze(-1).to(x.dtype)  # (B, r, 1)
     x = add_rows(x, destination, (take_rows(x, source) - take_rows(x, destination)) * share)

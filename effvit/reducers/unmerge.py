@@ -19,7 +19,7 @@ def virtual_unmerge(x: Tensor, group: Tensor) -> Tensor:
         x: Values of the n tokens.
         group: (B, N) or (N,) position -> token, e.g. ``TokenMap.source``.
     """
-    group = group.expand(x.shape[0], -1)
+    group = group.expand(x.shape[0], -1)  # (B, N)
     return take_rows(x.transpose(1, 2), flat_rows(group, x.shape[2])).transpose(1, 2)
 
 
@@ -29,7 +29,7 @@ def remerge(x: Tensor, group: Tensor, num_tokens: int) -> Tensor:
     The inverse of ``virtual_unmerge``. A token no position belongs to gets zeros.
     """
     batch, heads, _, width = x.shape
-    group = group.expand(batch, -1)
+    group = group.expand(batch, -1)  # (B, N)
     rows = flat_rows(group, num_tokens).flatten()  # (B * N,)
     flat = x.transpose(1, 2).reshape(-1, heads * width)  # (B * N, heads * D)
     total = flat.new_zeros(batch * num_tokens, heads * width).index_add(0, rows, flat)
@@ -63,7 +63,7 @@ def virtual_unmerged_attention(
         (B, heads, n, D): the outputs of the positions, averaged over those that share a token.
     """
     number = q.shape[2]
-    cos, sin = (table.unsqueeze(-3) for table in (cos, sin))  # for all heads
-    q, k = (apply_rot_embed(virtual_unmerge(y, group), sin, cos, half=True) for y in (q, k))
+    cos, sin = (table.unsqueeze(-3) for table in (cos, sin))  # (1, N, D) or (B, 1, N, D), for all heads
+    q, k = (apply_rot_embed(virtual_unmerge(y, group), sin, cos, half=True) for y in (q, k))  # (B, heads, N, D)
     out = F.scaled_dot_product_attention(q, k, virtual_unmerge(v, group), is_causal=is_causal)
     return remerge(out, group, number)

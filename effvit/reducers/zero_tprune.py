@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 PARTITIONS = ("sequential_u", "sequential_i", "alternate")
-SIMILARITIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+SIMILARITIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # (B, |A|, D), (B, |B|, D) -> (B, |A|, |B|)
     "cosine": lambda a, b: wide_product(F.normalize(a, dim=-1), F.normalize(b, dim=-1).transpose(-2, -1)),
     "dot": lambda a, b: wide_product(a, b.transpose(-2, -1)),
     "euclidean": lambda a, b: -torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist"),
@@ -161,12 +161,13 @@ def page_rank_in_pieces(q: Tensor, k: Tensor, num_iters: int, signal: Tensor) ->
     """
     length, most = q.shape[2], 8 * q.numel()
     heads, rows = piece_shape(q)
-    shape, q, k, signal = q.shape[:2], q.flatten(0, 1), k.flatten(0, 1), signal.flatten(0, 1).unsqueeze(1)
-    k = k.transpose(1, 2).contiguous()
+    shape, q = q.shape[:2], q.flatten(0, 1)  # (B * heads, N, D)
+    k = k.flatten(0, 1).transpose(1, 2).contiguous()  # (B * heads, D, N)
+    signal = signal.flatten(0, 1).unsqueeze(1)  # (B * heads, 1, N)
     ranks = []
     for first in range(0, len(q), heads):
         maps = slice(first, first + heads)
-        rank, held = signal[maps], list[Tensor]()
+        rank, held = signal[maps], list[Tensor]()  # (heads, 1, N)
         for _ in range(num_iters):
             gathered = torch.zeros_like(rank)
             for place, start in enumerate(range(0, length, rows)):
@@ -174,7 +175,7 @@ def page_rank_in_pieces(q: Tensor, k: Tensor, num_iters: int, signal: Tensor) ->
                 if place < len(held):
                     weights = held[place]
                 else:
-                    weights = wide_product(q[maps, span], k[maps]).softmax(dim=-1)
+                    weights = wide_product(q[maps, span], k[maps]).softmax(dim=-1)  # (heads, rows, N)
                     if (place + 1) * heads * rows * length <= most:
                         held.append(weights)
                 gathered += wide_product(rank[..., span], weights)
@@ -202,7 +203,7 @@ def aggregate_heads(signal: Tensor, var_range: tuple[float, float] | None, numbe
         return signal.square().mean(1).sqrt()
     variance = head_variance(signal, number)
     passed = variance.clamp(*var_range) == variance  # (B, heads)
-    passed = (passed | ~passed.any(1, keepdim=True)).to(signal.dtype).unsqueeze(-1)
+    passed = (passed | ~passed.any(1, keepdim=True)).to(signal.dtype).unsqueeze(-1)  # (B, heads, 1)
     return ((signal.square() * passed).sum(1) / passed.sum(1)).sqrt()
 
 
@@ -408,11 +409,11 @@ class ZeroTPrune(Rated):
         q, k = state.map_factors()
         if kept is None:
             kept = torch.ones_like(state.q[:, 0, :, 0], dtype=torch.int64)
-        index = image_order(kept, number)
+        index = image_order(kept, number)  # (B, number)
         rows = flat_rows(index, kept.shape[1])
-        q, k = take_heads(q, rows), take_heads(k, rows)
-        signal = start_signal(q[..., 0], number, boost, keys.num_class)
-        ranks = aggregate_heads(page_rank_in_pieces(q, k, num_iters, signal), self.var_range)
+        q, k = take_heads(q, rows), take_heads(k, rows)  # (B, heads, number, D)
+        signal = start_signal(q[..., 0], number, boost, keys.num_class)  # (B, heads, number)
+        ranks = aggregate_heads(page_rank_in_pieces(q, k, num_iters, signal), self.var_range)  # (B, number)
         return ranks.new_zeros(kept.shape).scatter(1, index, ranks)
 
     def reduce(self, x: Tensor, tokens: TokenMap, state: AttnState) -> tuple[Tensor, TokenMap]:
@@ -424,10 +425,8 @@ class ZeroTPrune(Rated):
             features = state.k[:, :, num_prefix:].detach().transpose(1, 2).flatten(2)  # (B, N, heads * D)
             group_a, group_b = split_groups(scores, self.partition)
             closest, _ = match_groups(features, group_a, group_b, self.similarity)
-            pruned = group_a.gather(1, closest.topk(tokens.num_tokens - distinct, dim=1).indices)
-            left = torch.ones_like(scores, dtype=torch.int64).scatter(
-                1, pruned, 0
-            )  # (B, N) 1 for the tokens still there
+            pruned = group_a.gather(1, closest.topk(tokens.num_tokens - distinct, dim=1).indices)  # (B, r)
+            left = torch.ones_like(scores, dtype=torch.int64).scatter(1, pruned, 0)  # (B, N) 1 where still there
             kept = F.pad(left, (num_prefix, 0), value=1)  # (B, P+N)
         if number < distinct:
             scores = check_finite(
