@@ -267,42 +267,41 @@ def variable_length_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    query_mask: Tensor,
-    key_mask: Tensor,
+    queries: TokenMap,
+    keys: TokenMap,
     dropout_p: float,
     key_bias: Tensor | None = None,
 ) -> Tensor:
     """Attention inside each image of a packed batch: q (1, heads, Tq, D), k and v (1, heads, Tk, D).
 
     On a CPU, and in a trace, which knows no nested tensors, one fused call an image; elsewhere one call on jagged
-    nested tensors, which dispatch to the variable-length flash or memory-efficient kernels.
+    nested tensors, which dispatch to the variable-length flash or memory-efficient kernels. The lengths are those that
+    the maps know, so none is read from the device.
 
     Args:
         q: Queries of all images, one image after another.
         k: Keys, likewise.
         v: Values, likewise.
-        query_mask: (B, P+K) True where a padded sequence of the queries holds a token.
-        key_mask: (B, P+N), likewise for the keys.
+        queries: Map of the tokens of the queries.
+        keys: Map of those of the keys.
         dropout_p: Attention dropout.
         key_bias: (1, Tk) bias on the logits of each key, None for none.
 
     Returns:
         (1, heads, Tq, D).
     """
-    query_lengths, key_lengths = query_mask.sum(1), key_mask.sum(1)
     if q.device.type == "cpu" or torch.jit.is_tracing():
-        q_rows: list[int] = query_lengths.tolist()
-        k_rows: list[int] = key_lengths.tolist()
+        q_rows, k_rows = queries.sequence_lengths(), keys.sequence_lengths()
         masks: Sequence[Tensor | None]
         masks = [None] * len(k_rows) if key_bias is None else key_bias[:, None, None].to(q.dtype).split(k_rows, dim=3)
         images = zip(q.split(q_rows, dim=2), k.split(k_rows, dim=2), v.split(k_rows, dim=2), masks, strict=True)
         outputs = [F.scaled_dot_product_attention(qi, ki, vi, mask, dropout_p) for qi, ki, vi, mask in images]
         return torch.cat(outputs, dim=2)
     if key_bias is None:
-        return _jagged_attention(q, k, v, query_lengths, key_lengths, dropout_p)
+        return _jagged_attention(q, k, v, queries, keys, dropout_p)
     width, scale = q.shape[-1], q.shape[-1] ** -0.5
     q, k, v = _bias_as_features(q, k, v, key_bias, scale)
-    return _jagged_attention(q, k, v, query_lengths, key_lengths, dropout_p, scale)[..., :width]
+    return _jagged_attention(q, k, v, queries, keys, dropout_p, scale)[..., :width]
 
 
 def _bias_as_features(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -323,18 +322,21 @@ def _jagged_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    query_lengths: Tensor,
-    key_lengths: Tensor,
+    queries: TokenMap,
+    keys: TokenMap,
     dropout_p: float,
     scale: float | None = None,
 ) -> Tensor:
-    def jagged(x: Tensor, lengths: Tensor) -> Tensor:
-        offsets = F.pad(lengths.cumsum(0), (1, 0))  # (B+1,)
+    def jagged(x: Tensor, tokens: TokenMap) -> Tensor:
+        offsets = F.pad(tokens.sequence_mask().sum(1).cumsum(0), (1, 0))  # (B+1,)
         rows = x.squeeze(0).transpose(0, 1).contiguous()  # (T, heads, D)
-        return torch.nested.nested_tensor_from_jagged(rows, offsets).transpose(1, 2)
+        lengths = tokens.sequence_lengths()
+        least, most = min(lengths), max(lengths)  # else the kernels would read them from the offsets
+        nested = torch.nested.nested_tensor_from_jagged(rows, offsets, min_seqlen=least, max_seqlen=most)
+        return nested.transpose(1, 2)
 
     out = F.scaled_dot_product_attention(
-        jagged(q, query_lengths), jagged(k, key_lengths), jagged(v, key_lengths), dropout_p=dropout_p, scale=scale
+        jagged(q, queries), jagged(k, keys), jagged(v, keys), dropout_p=dropout_p, scale=scale
     )
     return out.transpose(1, 2).values().transpose(0, 1).unsqueeze(0)  # (1, heads, Tq, D)
 
@@ -436,10 +438,9 @@ class TokenAttention(nn.Module):
             if not tokens.packed:
                 k, v = (tokens.pack(y.transpose(1, 2)).transpose(1, 2) for y in (k, v))
             dropout_p = self.attn_drop.p if self.training else 0.0
-            query_mask, key_mask = state.tokens.sequence_mask(), tokens.sequence_mask()
             # (1, T): without the padding, a bias says something only where keys have weights.
             of_keys = tokens.pack(bias[:, 0, 0]) if bias is not None and tokens.key_weight is not None else None
-            out = variable_length_attention(q, k, v, query_mask, key_mask, dropout_p, of_keys)
+            out = variable_length_attention(q, k, v, state.tokens, tokens, dropout_p, of_keys)
         elif self.fused_attn:
             dropout_p = self.attn_drop.p if self.training else 0.0
             mask = None if bias is None else bias.to(q.dtype)

@@ -26,6 +26,7 @@ from effvit.recording import is_recorded
 
 __all__ = [
     "RAGGED",
+    "Compact",
     "Fused",
     "History",
     "Kept",
@@ -47,6 +48,7 @@ __all__ = [
     "ranges_of",
     "sequence_rows",
     "take_rows",
+    "true_places",
     "wide_dtype",
     "wide_product",
     "without_autocast",
@@ -191,33 +193,62 @@ def position_of(index: Tensor, like: Tensor, valid: Tensor | None = None) -> Ten
 
 
 @fx_leaf
-def compact(order: Tensor, kept: Tensor, width: int, trim: bool, keep_mask: bool) -> tuple[Tensor, Tensor | None]:
+def true_places(mask: Tensor, number: int) -> Tensor:
+    """Places (number,) of the True entries of the flattened mask, in order, for who knows how many there are.
+
+    As ``mask.flatten().nonzero()``, which reads their number from the device.
+    """
+    mask = mask.flatten()
+    place = mask.cumsum(0) - 1
+    places = place.new_empty(number + 1)  # the last slot takes what is False
+    every = torch.arange(len(mask), device=mask.device)
+    return places.scatter_(0, torch.where(mask, place, number), every)[:number]
+
+
+class Compact(NamedTuple):
+    """The kept tokens of each image in front.
+
+    Attributes:
+        order: (B, width) tokens in their new order.
+        valid: (B, width) True for slots that hold one; None if all do.
+        lengths: Kept tokens of each image, if they were read from the device.
+    """
+
+    order: Tensor
+    valid: Tensor | None
+    lengths: tuple[int, ...] | None
+
+
+@fx_leaf
+def compact(
+    order: Tensor, kept: Tensor, width: int, trim: bool, keep_mask: bool = False, packed: bool = False
+) -> Compact:
     """The kept tokens of each image in front, for a method whose number of tokens depends on the image.
+
+    The numbers are read from the device once, to trim or to pack, unless ``kept`` is recorded.
 
     Args:
         order: (B, N) tokens of each image in their new order.
         kept: (B, N) True where the token in ``order`` stays.
         width: Slots of each image, at least the largest number of kept tokens.
-        trim: Cut to the largest number kept in the batch, which is read from the device, unless ``kept`` is recorded.
+        trim: Cut to the largest number kept in the batch, unless ``kept`` is recorded.
         keep_mask: Return the mask even if no slot is empty.
-
-    Returns:
-        Tokens (B, width), and (B, width) True for slots that hold one; None if all do.
+        packed: The tokens are to be packed, which needs the mask, and the numbers.
     """
     counts = kept.sum(1)
-    ragged = True
     number = order.shape[1]
     width = min(width, number)
-    if trim and not is_recorded(kept):
-        lengths: list[int] = counts.tolist()  # the one read of a block
-        ragged = min(lengths) < max(lengths)
+    lengths: tuple[int, ...] | None = None
+    if (trim or packed) and not is_recorded(kept):
+        lengths = tuple(counts.tolist())  # the one read of a block
+    if trim and lengths is not None:
         width = min(width, max(lengths))
     place = torch.arange(number, device=order.device)
     place = torch.where(kept, place, place + number).sort(dim=1).values[:, :width] % number
     index = order.gather(1, place)
-    if not ragged and not keep_mask:
-        return index, None
-    return index, torch.arange(width, device=index.device) < counts.unsqueeze(1)
+    if lengths is not None and min(lengths) == width and not (keep_mask or packed):
+        return Compact(index, None, lengths)
+    return Compact(index, torch.arange(width, device=index.device) < counts.unsqueeze(1), lengths)
 
 
 @fx_leaf
@@ -232,15 +263,20 @@ def _all_valid(images: Tensor, length: int) -> Tensor:
 
 
 @fx_leaf
-def _pack(x: Tensor, mask: Tensor) -> Tensor:
-    return x.flatten(0, 1)[mask.flatten()].unsqueeze(0)  # (1, T, C)
+def _pack(x: Tensor, tokens: TokenMap) -> Tensor:
+    return take_rows(x, _rows_in_use(tokens).unsqueeze(0))  # (1, T, C)
 
 
 @fx_leaf
 def _unpack(x: Tensor, mask: Tensor) -> Tensor:
     padded = x.new_zeros((mask.numel(), *x.shape[2:]))
-    rows = mask.flatten().nonzero().squeeze(1)  # (T,)
+    rows = true_places(mask, x.shape[1])  # (T,)
     return padded.index_copy(0, rows, x.squeeze(0)).unflatten(0, mask.shape)  # (B, P+N, C)
+
+
+def _rows_in_use(tokens: TokenMap) -> Tensor:
+    """(T,) rows of the flattened padded sequence that hold a token."""
+    return true_places(tokens.sequence_mask(), sum(tokens.sequence_lengths()))
 
 
 class Reference(NamedTuple):
@@ -437,6 +473,7 @@ class TokenMap:
         size: (B, P+N) patches a merged token stands for: its weight in a mean; 1 for prefix tokens. None: one each.
         key_weight: (B, P+N) factor on the attention a token receives as a key; 1 for prefix tokens. None: one each.
         valid: (B, N) False for the padding of an image with fewer tokens than its neighbours. None: all valid.
+        lengths: Patch tokens of each image as numbers of Python, where ``valid`` comes from reading them. None: unread.
         history: What is kept of the blocks before; ``memory``, ``reference`` and ``present`` read it.
         carry: What a method hands from block to block (GTP: its graph).
         packed: The sequence is one row (1, T, C) of all valid tokens of all images, without padding.
@@ -450,6 +487,7 @@ class TokenMap:
     size: Tensor | None = None
     key_weight: Tensor | None = None
     valid: Tensor | None = None
+    lengths: tuple[int, ...] | None = None
     history: History = NO_HISTORY
     carry: Tensor | tuple[Tensor, ...] | None = None
     packed: bool = False
@@ -522,6 +560,7 @@ class TokenMap:
         packed: bool = False,
         keeps_every_patch: bool = False,
         anchor: Tensor | None = None,
+        lengths: tuple[int, ...] | None = None,
     ) -> TokenMap:
         """The map after a step: after token i of this one went into token ``step.target(...)[:, i]`` of a new sequence.
 
@@ -534,6 +573,7 @@ class TokenMap:
             packed: Whether the new sequence is packed.
             keeps_every_patch: Whether every token went into one that stands for all its patches.
             anchor: (B, num_tokens) patches whose positions the new tokens keep, for a caller that has them.
+            lengths: Patch tokens of each image, if they were read.
 
         Raises:
             ValueError: The tokens stand for soft clusters, which cannot be followed through another reduction.
@@ -552,6 +592,7 @@ class TokenMap:
             size=size,
             key_weight=key_weight,
             valid=valid,
+            lengths=lengths,
             packed=packed,
         )
 
@@ -566,6 +607,7 @@ class TokenMap:
         valid: Tensor | None = None,
         packed: bool = False,
         rows: Tensor | None = None,
+        lengths: tuple[int, ...] | None = None,
     ) -> TokenMap:
         """The map after only some tokens were kept.
 
@@ -575,13 +617,14 @@ class TokenMap:
             valid: (B, num_tokens) False where the new sequence has only padding.
             packed: Whether the new sequence is packed.
             rows: ``self.rows(index)``, for a caller that has them.
+            lengths: Tokens that each image keeps, if they were read.
         """
         size, key_weight = self.size, self.key_weight
         if size is not None or key_weight is not None:
             rows = self.rows(index) if rows is None else rows
             size = None if size is None else take_rows(size, rows)
             key_weight = None if key_weight is None else take_rows(key_weight, rows)
-        return self.relabel(Kept(index, valid), num_tokens, size, key_weight, valid, packed)
+        return self.relabel(Kept(index, valid), num_tokens, size, key_weight, valid, packed, lengths=lengths)
 
     def select(self, x: Tensor, index: Tensor, num_tokens: int) -> tuple[Tensor, TokenMap]:
         """Keep the prefix tokens and some patch tokens of x (B, P+N, C).
@@ -655,7 +698,7 @@ class TokenMap:
 
     def pack(self, x: Tensor) -> Tensor:
         """Padded (B, P+N, ...) -> (1, T, ...) of the valid tokens of all images, one image after another."""
-        return _pack(x, self.sequence_mask())
+        return _pack(x, self)
 
     def unpack(self, x: Tensor) -> Tensor:
         """Packed (1, T, ...) -> padded (B, P+N, ...), zeros in the padding."""
@@ -696,6 +739,15 @@ class TokenMap:
             return self.valid.sum(1)
         return torch.full_like(self.layout.ranges.images[:, 0], self.width)
 
+    def sequence_lengths(self) -> list[int]:
+        """Tokens of each image, prefix tokens included; read from the device only where nobody has read them."""
+        lengths = self.lengths
+        if lengths is None and self.valid is not None:
+            lengths = tuple(self.counts().tolist())
+        if lengths is None:
+            lengths = (self.width,) * self.layout.ranges.images.shape[0]
+        return [self.num_prefix + length for length in lengths]
+
     def labels(self) -> Tensor:
         """(B, H, W) token that carries each patch, -1 where it was dropped: what a picture is drawn from."""
         return self.source.unflatten(1, self.grid)
@@ -711,4 +763,4 @@ def sequence_rows(tokens: TokenMap, index: Tensor) -> Tensor:
 @fx_leaf
 def packed_rows(tokens: TokenMap, index: Tensor, left: TokenMap) -> Tensor:
     """Rows (1, T) of the input sequence, padded or packed, that hold the tokens ``index`` of all images."""
-    return sequence_rows(tokens, index)[left.sequence_mask()].unsqueeze(0)
+    return sequence_rows(tokens, index).flatten()[_rows_in_use(left)].unsqueeze(0)

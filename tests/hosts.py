@@ -7,9 +7,11 @@ from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 import pytest
+import torch
 
 from effvit.reducers import METHODS
 from effvit.testing import HOSTS, make_host, make_images, make_model, pairs
+from effvit.tokens import TokenMap
 
 __all__ = [
     "HOSTS",
@@ -23,6 +25,7 @@ __all__ = [
     "make_host",
     "make_images",
     "make_model",
+    "packed_map",
     "released",
 ]
 
@@ -32,6 +35,14 @@ OFF = {name: method.off() for name, method in METHODS.items()}
 PAIRS = pairs()
 
 Pair = tuple[str, str]
+
+
+def packed_map(*lengths: int) -> TokenMap:
+    """The map of a packed batch of images with so many tokens and no prefix, nobody having read how many."""
+    most = max(lengths)
+    tokens = TokenMap.full(torch.zeros(len(lengths), most, 1), (1, most), num_prefix=0, num_class=0)
+    valid = torch.arange(most) < torch.tensor(lengths).unsqueeze(1)
+    return tokens.keep(tokens.source, most, valid=valid, packed=True)
 
 
 def covering(pairs: Sequence[Pair], taken: Counter[Pair] | None = None) -> set[Pair]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from hosts import HOSTS, make_host, make_images, make_model
+from hosts import HOSTS, make_host, make_images, make_model, packed_map
 from safetensors.torch import save_file
 from slow_merging import most_similar, slow_merge
 from timm.models import save_for_hf
@@ -27,6 +29,7 @@ from effvit.reducers.dymu import (
 )
 from effvit.reducers.unmerge import remerge, virtual_unmerge, virtual_unmerged_attention
 from effvit.schedule import R_SCHEDULES, dymu_r
+from effvit.testing.reads import count_reads
 from effvit.tokens import TokenMap
 
 
@@ -307,15 +310,33 @@ def test_packed_batches_run_in_bfloat16() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_jagged_attention_is_told_the_lengths_that_it_would_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernels ask each factor for its shortest and longest image, and read them from the offsets if it has none."""
+    from effvit import attention
+
+    factors: list[Any] = []
+
+    def attend(q: Any, k: Any, v: Any, **_: object) -> Any:
+        factors.extend((q, k, v))
+        return q
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", attend)
+    queries, keys = (replace(packed_map(*lengths), lengths=lengths) for lengths in ((3, 4), (5, 3)))
+    q, k, v = (torch.randn(1, 2, number, 8) for number in (7, 8, 8))
+    assert not count_reads(lambda: attention._jagged_attention(q, k, v, queries, keys, 0.0))
+    assert [(y._maybe_min_seqlen, y._maybe_max_seqlen) for y in factors] == [(3, 4), (3, 5), (3, 5)]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 def test_bias_of_jagged_attention_agrees_with_a_mask() -> None:
     from effvit.attention import _bias_as_features, _jagged_attention, variable_length_attention
 
-    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    tokens = packed_map(5, 3)
     q, k, v = (torch.randn(1, 2, 8, 16) for _ in range(3))
     bias = torch.randint(1, 9, (1, 8)).float().log()
-    expected = variable_length_attention(q, k, v, mask, mask, 0.0, bias)
+    expected = variable_length_attention(q, k, v, tokens, tokens, 0.0, bias)
     wider = _bias_as_features(q, k, v, bias, 0.25)
-    out = _jagged_attention(*wider, mask.sum(1), mask.sum(1), 0.0, 0.25)[..., :16]
+    out = _jagged_attention(*wider, tokens, tokens, 0.0, 0.25)[..., :16]
     assert torch.allclose(out, expected, atol=1e-6)
     half = _bias_as_features(*(y.bfloat16() for y in (q, k, v)), bias, 0.25)
     exact = half[1][..., 16:18].float().sum(-1) * 0.25

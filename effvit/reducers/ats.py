@@ -133,6 +133,9 @@ class ATS(Rated):
 
     By default an image's result does not depend on its batch: the score distribution is scaled over the image's
     own tokens. ``compat=True`` reproduces ats_block.py@9271257, which scales it over the padding too.
+
+    A forward pass reads from the device once per reducing block: how many tokens each image keeps. Padded with
+    ``drop_tokens=False`` it never does.
     """
 
     name = "ats"
@@ -159,6 +162,7 @@ class ATS(Rated):
         self.ragged = ragged
         self.drop_tokens = drop_tokens
         self.compat = compat
+        self.reads_counts = drop_tokens or ragged == "packed"
 
     @classmethod
     def plan(
@@ -247,12 +251,12 @@ class ATS(Rated):
         num_points = self.num_points(tokens.num_patches)
         sample = inverse_transform_sample(scores, num_points, tokens.valid, self.grid, self.compat)
         width = self.count(tokens.num_tokens, tokens.num_patches)
-        keep_mask = is_recorded(scores) or self.ragged == "packed"
-        index, valid = compact(sample.order, sample.picked, width, self.drop_tokens, keep_mask)
-        left = tokens.keep(index, width, valid=valid, packed=self.ragged == "packed")
-        if self.ragged == "padded":
-            return Selection(tokens.rows(index), left)
-        return Selection(packed_rows(tokens, index, left), left)
+        packed = self.ragged == "packed"
+        kept = compact(sample.order, sample.picked, width, self.drop_tokens, is_recorded(scores), packed)
+        left = tokens.keep(kept.order, width, valid=kept.valid, packed=packed, lengths=kept.lengths)
+        if not packed:
+            return Selection(tokens.rows(kept.order), left)
+        return Selection(packed_rows(tokens, kept.order, left), left)
 
     def check_recordable(self, q: Tensor) -> None:
         """Raise a ValueError where a graph of fixed shapes would differ from a plain run, or cannot be made."""

@@ -79,6 +79,8 @@ class Reducer(nn.Module):
         summary: One line on the method with its source.
         needs_class_token: The method scores patches by the class token.
         variable_length: The method keeps a different number of tokens for each image.
+        reads_counts: How many tokens stay is read from the device, once each time the block runs. Nothing else may be
+            read from it, and nothing at all where this is False: a GPU would stand still.
         keeps_every_patch: No patch is dropped: each is part of a merged token or of a cluster.
         open_sides: Sides of the patch grid, 0 to 2, of which ``torch.export`` can follow the token counts where they
             are unknown; see ``check_size``.
@@ -95,6 +97,7 @@ class Reducer(nn.Module):
     summary: str
     needs_class_token = False
     variable_length = False
+    reads_counts = False
     keeps_every_patch = False
     open_sides = 2
     learns = False

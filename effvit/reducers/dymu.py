@@ -28,6 +28,7 @@ from effvit.tokens import (
     position_of,
     sequence_rows,
     take_rows,
+    true_places,
     wide_dtype,
 )
 
@@ -55,6 +56,7 @@ class Merge(NamedTuple):
         merged: (B, |A|) True where the source is merged into its destination.
         order: (B, K) the tokens that stay, in their new order.
         valid: (B, K) False for the padding of images that keep fewer; None if no slot is empty.
+        lengths: Tokens that each image keeps, if they were read from the device.
         threshold: The similarity above which tokens were merged: the given one, or that of the batch.
         official: The order, and so the division, of the official batch path.
     """
@@ -64,6 +66,7 @@ class Merge(NamedTuple):
     merged: Tensor
     order: Tensor
     valid: Tensor | None
+    lengths: tuple[int, ...] | None
     threshold: Tensor
     official: bool
     fuses: bool = False
@@ -120,6 +123,7 @@ def plan_merge(
     compat: bool = False,
     trim: bool = True,
     keep_mask: bool = False,
+    packed: bool = False,
 ) -> Merge:
     """Choose the tokens to merge (DyMU, 2504.17040, section 3.1).
 
@@ -138,6 +142,7 @@ def plan_merge(
             the limit of one half, and left as A, then B, each in its order, even where nothing was merged.
         trim: Cut the padding to the longest image.
         keep_mask: Return the mask even if no slot is empty.
+        packed: The tokens are to be packed.
     """
     if compat:
         metric = fix_traced_size(metric, 0)  # one image is merged otherwise than several
@@ -172,14 +177,23 @@ def plan_merge(
         order = torch.where(merged.any(1, keepdim=True), order, patch)
     left = torch.ones_like(patch, dtype=torch.bool) if valid is None else valid
     left = left & ~torch.zeros_like(left).scatter(1, source, merged)
-    order, valid = compact(order, left.gather(1, order), number, trim, keep_mask)
-    return Merge(source, destination, merged, order, valid, threshold, official)
+    kept = compact(order, left.gather(1, order), number, trim, keep_mask, packed)
+    return Merge(source, destination, merged, *kept, threshold, official)
 
 
 def _finite_match(metric: Tensor, num_prefix: int, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     """alternating_match in which similarities that are not finite are -inf, so that nothing is merged by them."""
     best, destination = alternating_match(metric, num_prefix, valid)
     return torch.where(best.isfinite(), best, float("-inf")), destination
+
+
+@fx_leaf
+def number_merged(tokens: TokenMap, merge: Merge) -> int | None:
+    """How many tokens of the batch are merged: how many fewer are left, where that was read from the device."""
+    if merge.lengths is None:
+        return None
+    before = tokens.sequence_lengths()
+    return sum(before) - len(before) * tokens.num_prefix - sum(merge.lengths)
 
 
 def apply_merge(x: Tensor, tokens: TokenMap, merge: Merge, packed: bool) -> tuple[Tensor, TokenMap]:
@@ -207,7 +221,7 @@ def apply_merge(x: Tensor, tokens: TokenMap, merge: Merge, packed: bool) -> tupl
     share = torch.where(merge.merged, source_size / size.gather(1, merge.destination), 0).to(x.dtype)
     source = sequence_rows(tokens, merge.source)[:, num_prefix:]  # (B, |A|)
     destination = sequence_rows(tokens, merge.destination)[:, num_prefix:]
-    x = add_shares(x, source, destination, share, merge.merged)
+    x = add_shares(x, source, destination, share, merge.merged, number_merged(tokens, merge))
 
     size = size.gather(1, merge.order)
     if merge.valid is not None:
@@ -221,16 +235,19 @@ def apply_merge(x: Tensor, tokens: TokenMap, merge: Merge, packed: bool) -> tupl
         valid=merge.valid,
         packed=packed,
         keeps_every_patch=True,
+        lengths=merge.lengths,
     )
     rows = packed_rows(tokens, merge.order, left) if packed else sequence_rows(tokens, merge.order)
     return official_division(take_rows(x, rows), size, merge.official), left
 
 
 @fx_leaf
-def add_shares(x: Tensor, source: Tensor, destination: Tensor, share: Tensor, merged: Tensor) -> Tensor:
+def add_shares(
+    x: Tensor, source: Tensor, destination: Tensor, share: Tensor, merged: Tensor, number: int | None
+) -> Tensor:
     """x with the difference of each source row to its destination row, times its share, added to the latter.
 
-    Only the merged rows are computed with, whose number is read from the device, unless x is recorded.
+    Only the merged rows are computed with, if their number is known and x is not recorded.
 
     Args:
         x: (B, P+N, C), or (1, T, C) packed.
@@ -238,9 +255,11 @@ def add_shares(x: Tensor, source: Tensor, destination: Tensor, share: Tensor, me
         destination: (B, |A|), likewise.
         share: (B, |A|), 0 for rows that are not merged.
         merged: (B, |A|) True for the rows that are.
+        number: How many are.
     """
-    if not is_recorded(x):
-        source, destination, share = (y[merged].unsqueeze(0) for y in (source, destination, share))
+    if number is not None and not is_recorded(x):
+        place = true_places(merged, number).unsqueeze(0)  # (1, number)
+        source, destination, share = (take_rows(y, place) for y in (source, destination, share))
     delta = (take_rows(x, source) - take_rows(x, destination)) * share.unsqueeze(-1)
     return add_rows(x, destination, delta)
 
@@ -265,6 +284,9 @@ class DyMU(Reducer):
     similarities within 1e-6 of the threshold are not above it; all prefix tokens are protected, not only the class
     token; what is not finite is never merged. LayerScale is applied, which the official timm block forgets.
 
+    A forward pass reads from the device once per reducing block: how many tokens each image keeps, which tells how
+    many are merged. (Twice where only the buffer says that there is a threshold, filled past ``load_state_dict``.)
+
     Attributes:
         threshold: Saved buffer, in float32 or wider whatever the dtype of the model.
         num_batches: Saved buffer, calibration batches the threshold is the mean of; 0 for none.
@@ -274,6 +296,7 @@ class DyMU(Reducer):
     name = "dymu"
     summary = "merge what is more similar than thresholds learnt from batches (2504.17040)"
     variable_length = True
+    reads_counts = True
     keeps_every_patch = True
     learns = True
     threshold: Tensor
@@ -369,13 +392,14 @@ class DyMU(Reducer):
                 self.r,
                 self.max_r,
                 self.compat,
-                keep_mask=recorded or self.ragged == "packed",
+                keep_mask=recorded,
+                packed=self.ragged == "packed",
             )
         if self.ranking:
             tokens = replace(tokens, carry=merge.threshold)
         # A trace that is only counted goes on too: it would drop an unused matching as dead code.
         recorded = recorded or torch.jit.is_tracing()
-        if not (recorded or merge.official or merge.merged.any()):
+        if not (recorded or merge.official or number_merged(tokens, merge)):
             return x, tokens
         return apply_merge(x, tokens, merge, self.ragged == "packed")
 
