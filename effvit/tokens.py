@@ -46,7 +46,7 @@ __all__ = [
     "fx_leaf",
     "packed_rows",
     "ranges_of",
-    "sequence_rows",
+    "rows_in_sequence",
     "take_rows",
     "true_places",
     "wide_dtype",
@@ -199,10 +199,16 @@ def true_places(mask: Tensor, number: int) -> Tensor:
     As ``mask.flatten().nonzero()``, which reads their number from the device.
     """
     mask = mask.flatten()
-    place = mask.cumsum(0) - 1
+    if mask.device.type == "cpu":
+        return torch.nonzero_static(mask, size=number).squeeze(1)
+    return scattered_places(mask, number)
+
+
+def scattered_places(mask: Tensor, number: int) -> Tensor:
+    """``true_places`` of a mask (N,) by operators that every device has, none of which reads."""
+    place = torch.where(mask, mask.cumsum(0) - 1, number)
     places = place.new_empty(number + 1)  # the last slot takes what is False
-    every = torch.arange(len(mask), device=mask.device)
-    return places.scatter_(0, torch.where(mask, place, number), every)[:number]
+    return places.scatter_(0, place, torch.arange(len(mask), device=mask.device))[:number]
 
 
 class Compact(NamedTuple):
@@ -710,7 +716,7 @@ class TokenMap:
         Args:
             x: (B, P+N, C) tokens of this map; (1, T, C) packed.
         """
-        rows = sequence_rows(self, self.source.clamp(min=0))[:, self.num_prefix :]  # (B, H*W)
+        rows = rows_in_sequence(self, self.rows(self.source.clamp(min=0)))[0][:, self.num_prefix :]  # (B, H*W)
         if self.complete or self.memory is None:
             return Memory((x,), rows)
         former = self.memory.sequences
@@ -754,13 +760,15 @@ class TokenMap:
 
 
 @fx_leaf
-def sequence_rows(tokens: TokenMap, index: Tensor) -> Tensor:
-    """Rows (B, P+K) of the prefix tokens and the tokens ``index`` (B, K) in the flattened sequence, packed or not."""
-    rows = tokens.rows(index)
-    return (tokens.sequence_mask().flatten().cumsum(0) - 1)[rows] if tokens.packed else rows
+def rows_in_sequence(tokens: TokenMap, *rows: Tensor) -> tuple[Tensor, ...]:
+    """Rows of the flattened padded sequence, each (B, K), as rows of the sequence as it is: packed or not."""
+    if not tokens.packed:
+        return rows
+    place = tokens.sequence_mask().flatten().cumsum(0) - 1  # (B * (P+N),)
+    return tuple(place[each] for each in rows)
 
 
 @fx_leaf
 def packed_rows(tokens: TokenMap, index: Tensor, left: TokenMap) -> Tensor:
     """Rows (1, T) of the input sequence, padded or packed, that hold the tokens ``index`` of all images."""
-    return sequence_rows(tokens, index).flatten()[_rows_in_use(left)].unsqueeze(0)
+    return left.pack(rows_in_sequence(tokens, tokens.rows(index))[0])

@@ -33,8 +33,8 @@ KERNELS: dict[str, tuple[dict[str, Any], float]] = {
     "tome": ({"r": 13}, 29.25),
     "gtp": ({}, 33.83),
     "ats": ({}, 47.33),
-    "zero_tprune": ({}, 82.4),
-    "dymu": ({"r_total": 96}, 72.75),  # calibrated, so that every block merges some
+    "zero_tprune": ({}, 79.8),
+    "dymu": ({"r_total": 96}, 57.75),  # calibrated, so that every block merges some
     "expedite": ({}, 134.0),  # in one block of the model
     "hot": ({}, 32.0),
 }

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from effvit.tokens import Moved, TokenMap, fix_traced_size, flat_rows, position_of, sequence_rows, take_rows, wide_dtype
+from effvit.tokens import (
+    Moved,
+    TokenMap,
+    fix_traced_size,
+    flat_rows,
+    position_of,
+    rows_in_sequence,
+    scattered_places,
+    take_rows,
+    true_places,
+    wide_dtype,
+)
 
 GRID = (3, 4)
 NUM_PATCHES = 12
@@ -196,6 +208,14 @@ class TestPacking:
         assert full_map().sequence_mask().all()
 
 
+@pytest.mark.parametrize("places", [true_places, scattered_places])
+def test_places_of_a_mask_are_those_that_nonzero_reads(places: Callable[[Tensor, int], Tensor]) -> None:
+    mask = torch.rand(5, 7) < 0.3
+    expected = mask.flatten().nonzero().squeeze(1)
+    assert torch.equal(places(mask if places is true_places else mask.flatten(), len(expected)), expected)
+    assert places(torch.zeros(4, dtype=torch.bool), 0).shape == (0,)
+
+
 class TestKeyBias:
     def test_unit_weights_need_no_bias(self) -> None:
         assert kept_map(5).key_bias(torch.float32) is None
@@ -325,5 +345,5 @@ def test_rows_of_a_packed_sequence_are_behind_no_padding() -> None:
     valid, index = torch.tensor([[True, False], [True, True]]), torch.tensor([[0], [1]])
     tokens = full_map().keep(random_choice(2, NUM_PATCHES, 2), 2, valid=valid, packed=True)
     x = torch.randn(2, PREFIX + 2, 4)
-    packed = take_rows(tokens.pack(x), sequence_rows(tokens, index))
+    packed = take_rows(tokens.pack(x), rows_in_sequence(tokens, tokens.rows(index))[0])
     assert torch.equal(packed, take_rows(x, flat_rows(index, PREFIX + 2, PREFIX)))

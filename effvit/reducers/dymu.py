@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -24,9 +25,8 @@ from effvit.tokens import (
     compact,
     fix_traced_size,
     fx_leaf,
-    packed_rows,
     position_of,
-    sequence_rows,
+    rows_in_sequence,
     take_rows,
     true_places,
     wide_dtype,
@@ -154,37 +154,40 @@ def plan_merge(
         )
     official = compat and (threshold is None or batch > 1)
     patch = torch.arange(number, device=metric.device).expand(batch, -1)  # (B, N)
-    source, others = patch[:, num_prefix % 2 :: 2], patch[:, (num_prefix + 1) % 2 :: 2]
+    in_a, in_b = slice(num_prefix % 2, None, 2), slice((num_prefix + 1) % 2, None, 2)
+    source = patch[:, in_a]  # (B, |A|)
     if number < 2:
-        best, destination = metric.new_full(source.shape, float("-inf")), source
+        best, destination = metric.new_full(source.shape, -math.inf), source
     else:
-        best, destination = _finite_match(metric, num_prefix, valid)
+        best, destination = alternating_match(metric, num_prefix, valid)
+        best = best.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)  # nothing is merged by such values
     falling = not official and num_prefix == 0
     rank = None
     if falling or max_r is not None or (not official and num_prefix % 2 == 0):
         rank = descending_rank(best)
         limit = torch.full_like(patch[:, :1], number) if valid is None else valid.sum(1, keepdim=True)
         limit = torch.full_like(limit, number) if official else limit // 2
-        best = best.masked_fill(rank >= (limit if max_r is None else limit.clamp(max=max_r)), float("-inf"))
+        best = best.masked_fill(rank >= (limit if max_r is None else limit.clamp(max=max_r)), -math.inf)
     if threshold is None:
         merged, threshold = top_of_batch(best, min(r, number // 2), num_prefix)
     else:
         merged = best > threshold.to(best.dtype) + (0 if compat else TIE)
 
-    first = torch.zeros_like(source).scatter(1, rank, source) if falling and rank is not None else source
-    order = torch.cat([first, others], dim=1)  # (B, N)
+    stays, every = ~merged, torch.ones_like(patch, dtype=torch.bool) if valid is None else valid
+    if valid is not None:
+        stays = stays & valid[:, in_a]
+    first = source
+    if falling and rank is not None:
+        first, stays = (torch.zeros_like(y).scatter(1, rank, y) for y in (source, stays))
+    order = torch.cat([first, patch[:, in_b]], dim=1)  # (B, N)
+    stays = torch.cat([stays, every[:, in_b]], dim=1)
     if not official:
-        order = torch.where(merged.any(1, keepdim=True), order, patch)
-    left = torch.ones_like(patch, dtype=torch.bool) if valid is None else valid
-    left = left & ~torch.zeros_like(left).scatter(1, source, merged)
-    kept = compact(order, left.gather(1, order), number, trim, keep_mask, packed)
+        merges = merged.any(1, keepdim=True)
+        order = torch.where(merges, order, patch)
+        if valid is not None:
+            stays = torch.where(merges, stays, valid)
+    kept = compact(order, stays, number, trim, keep_mask, packed)
     return Merge(source, destination, merged, *kept, threshold, official)
-
-
-def _finite_match(metric: Tensor, num_prefix: int, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """alternating_match in which similarities that are not finite are -inf, so that nothing is merged by them."""
-    best, destination = alternating_match(metric, num_prefix, valid)
-    return torch.where(best.isfinite(), best, float("-inf")), destination
 
 
 @fx_leaf
@@ -211,22 +214,27 @@ def apply_merge(x: Tensor, tokens: TokenMap, merge: Merge, packed: bool) -> tupl
     Returns:
         (B, P+K, C), or packed, and its map with sizes.
     """
-    num_prefix = tokens.num_prefix
-    if tokens.size is None:
-        size = torch.ones_like(tokens.trail.patches[:, :1], dtype=wide_dtype(x.dtype)).expand(-1, tokens.width)
-    else:
-        size = tokens.size[:, num_prefix:]
-    source_size = size.gather(1, merge.source)
-    size = size.scatter_add(1, merge.destination, torch.where(merge.merged, source_size, 0))
-    share = torch.where(merge.merged, source_size / size.gather(1, merge.destination), 0).to(x.dtype)
-    source = sequence_rows(tokens, merge.source)[:, num_prefix:]  # (B, |A|)
-    destination = sequence_rows(tokens, merge.destination)[:, num_prefix:]
-    x = add_shares(x, source, destination, share, merge.merged, number_merged(tokens, merge))
+    size = tokens.size
+    if size is None:
+        one = torch.ones_like(tokens.layout.ranges.images, dtype=wide_dtype(x.dtype))  # (B, 1)
+        size = one.expand(-1, tokens.num_prefix + tokens.width)
+    number = None if is_recorded(x) else number_merged(tokens, merge)
+    first = tokens.layout.ranges.first(tokens.num_prefix + tokens.width, tokens.num_prefix)
+    source, destination = merge.source + first, merge.destination + first  # rows (B, |A|) of a padded sequence
+    if number is not None:  # only the merged rows are computed with
+        place = true_places(merge.merged, number).unsqueeze(0)
+        source, destination = take_rows(source, place), take_rows(destination, place)  # (1, number)
 
-    size = size.gather(1, merge.order)
+    def of_merged(values: Tensor) -> Tensor:
+        return values if number is not None else torch.where(merge.merged, values, 0)
+
+    gain = of_merged(take_rows(size, source))
+    size = add_rows(size, destination, gain)
+    share = of_merged(gain / take_rows(size, destination)).unsqueeze(-1).to(x.dtype)  # of padding it is 0 / 0
+    kept = tokens.rows(merge.order)  # (B, P+K)
+    size = take_rows(size, kept)
     if merge.valid is not None:
-        size = size * merge.valid
-    size = F.pad(size, (num_prefix, 0), value=1)  # (B, P+K)
+        size = size * F.pad(merge.valid, (tokens.num_prefix, 0), value=True)
     left = tokens.relabel(
         merge,
         tokens.num_tokens,
@@ -237,31 +245,10 @@ def apply_merge(x: Tensor, tokens: TokenMap, merge: Merge, packed: bool) -> tupl
         keeps_every_patch=True,
         lengths=merge.lengths,
     )
-    rows = packed_rows(tokens, merge.order, left) if packed else sequence_rows(tokens, merge.order)
-    return official_division(take_rows(x, rows), size, merge.official), left
-
-
-@fx_leaf
-def add_shares(
-    x: Tensor, source: Tensor, destination: Tensor, share: Tensor, merged: Tensor, number: int | None
-) -> Tensor:
-    """x with the difference of each source row to its destination row, times its share, added to the latter.
-
-    Only the merged rows are computed with, if their number is known and x is not recorded.
-
-    Args:
-        x: (B, P+N, C), or (1, T, C) packed.
-        source: (B, |A|) rows of the flattened x.
-        destination: (B, |A|), likewise.
-        share: (B, |A|), 0 for rows that are not merged.
-        merged: (B, |A|) True for the rows that are.
-        number: How many are.
-    """
-    if number is not None and not is_recorded(x):
-        place = true_places(merged, number).unsqueeze(0)  # (1, number)
-        source, destination, share = (take_rows(y, place) for y in (source, destination, share))
-    delta = (take_rows(x, source) - take_rows(x, destination)) * share.unsqueeze(-1)
-    return add_rows(x, destination, delta)
+    source, destination, kept = rows_in_sequence(tokens, source, destination, kept)
+    x = add_rows(x, destination, (take_rows(x, source) - take_rows(x, destination)) * share)
+    x = take_rows(x, left.pack(kept) if packed else kept)
+    return official_division(x, size, merge.official), left
 
 
 @fx_leaf
@@ -383,7 +370,7 @@ class DyMU(Reducer):
         with torch.no_grad():
             metric = state.k.mean(dim=1, dtype=wide_dtype(state.k.dtype))
             metric = (tokens.unpack(metric) if tokens.packed else metric)[:, tokens.num_prefix :]  # (B, N, D)
-            check_finite(metric.sum(-1), self.origin("keys"), state.x)
+            check_finite(metric, self.origin("keys"), state.x)
             merge = plan_merge(
                 metric,
                 tokens.valid,

@@ -201,10 +201,11 @@ def aggregate_heads(signal: Tensor, var_range: tuple[float, float] | None, numbe
     """
     if var_range is None:
         return signal.square().mean(1).sqrt()
-    variance = head_variance(signal, number)
+    square = signal.square()
+    variance = _variance(square, number)
     passed = variance.clamp(*var_range) == variance  # (B, heads)
     passed = (passed | ~passed.any(1, keepdim=True)).to(signal.dtype).unsqueeze(-1)  # (B, heads, 1)
-    return ((signal.square() * passed).sum(1) / passed.sum(1)).sqrt()
+    return ((square * passed).sum(1) / passed.sum(1)).sqrt()
 
 
 def head_variance(signal: Tensor, number: int | None = None) -> Tensor:
@@ -212,7 +213,11 @@ def head_variance(signal: Tensor, number: int | None = None) -> Tensor:
 
     Scores sum to 1, so those times n have the mean square n * sum(s^2).
     """
-    return signal.square().sum(-1) * (number or signal.shape[-1]) - 1
+    return _variance(signal.square(), number)
+
+
+def _variance(square: Tensor, number: int | None) -> Tensor:
+    return square.sum(-1) * (number or square.shape[-1]) - 1
 
 
 def split_groups(importance: Tensor, partition: str) -> tuple[Tensor, Tensor]:
@@ -239,12 +244,17 @@ def match_groups(
 
     In float32 (float64 for float64), whatever the dtype of the features.
     """
+    best, place = _similarities(features, group_a, group_b, similarity).max(-1)
+    return best, group_b.gather(1, place)
+
+
+def _similarities(features: Tensor, group_a: Tensor, group_b: Tensor, similarity: str) -> Tensor:
+    """(B, |A|, |B|) similarity of each token of group A to each of B."""
     length, features = features.shape[1], features.to(wide_dtype(features.dtype))
     ranges = ranges_of(features, 1, 0)
     a = take_rows(features, flat_rows(group_a, length, ranges=ranges))  # (B, |A|, heads * D)
     b = take_rows(features, flat_rows(group_b, length, ranges=ranges))  # (B, |B|, heads * D)
-    best, place = SIMILARITIES[similarity](a, b).max(-1)
-    return best, group_b.gather(1, place)
+    return SIMILARITIES[similarity](a, b)
 
 
 class ZeroTPrune(Rated):
@@ -424,7 +434,7 @@ class ZeroTPrune(Rated):
             scores = check_finite(self.first_importance(state)[:, num_prefix:], self.origin("page rank"), state.x)
             features = state.k[:, :, num_prefix:].detach().transpose(1, 2).flatten(2)  # (B, N, heads * D)
             group_a, group_b = split_groups(scores, self.partition)
-            closest, _ = match_groups(features, group_a, group_b, self.similarity)
+            closest = _similarities(features, group_a, group_b, self.similarity).amax(-1)  # (B, |A|)
             pruned = group_a.gather(1, closest.topk(tokens.num_tokens - distinct, dim=1).indices)  # (B, r)
             left = torch.ones_like(scores, dtype=torch.int64).scatter(1, pruned, 0)  # (B, N) 1 where still there
             kept = F.pad(left, (num_prefix, 0), value=1)  # (B, P+N)
