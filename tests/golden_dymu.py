@@ -21,7 +21,6 @@ from effvit.hosts.calibration import ranking
 from effvit.hosts.checkpoints import official_state_dict, place_thresholds
 from effvit.hosts.host import ReducedHost, TokenFeatures
 from effvit.reducers.dymu import (
-    OFFICIAL_EPS,
     apply_merge,
     plan_merge,
 )
@@ -244,11 +243,7 @@ def compare_matching(case: Case, key: str, row: dict[str, Any]) -> None:
     mask = left.sequence_mask()
     assert mask.sum(1).tolist() == row["count"], key
     assert left.size is not None
-    first = case[f"{key}/size_in"][:, :prefix]  # the class token has any size here, and is divided by it
-    case.close(torch.cat([first, left.size[:, prefix:].unsqueeze(-1)], dim=1), f"{key}/size_out")
-    if merge.official:
-        whole = first / (first + OFFICIAL_EPS) * (1 + OFFICIAL_EPS)
-        out = torch.cat([out[:, :prefix] * whole, out[:, prefix:]], dim=1)
+    case.close(left.size.unsqueeze(-1), f"{key}/size_out")
     case.close(out * mask.unsqueeze(-1), f"{key}/x_out")
     if f"{key}/padding_out" in case:
         case.equal(~mask, f"{key}/padding_out")
