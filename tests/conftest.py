@@ -39,6 +39,7 @@ FAST = {
     "test_pictures.py",
     "test_plots.py",
     "test_recording.py",
+    "test_reads.py",
     "test_records.py",
     "test_recover.py",
     "test_register.py",

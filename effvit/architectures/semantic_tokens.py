@@ -141,7 +141,8 @@ class LearnedSeeds(nn.Module):
         samples = -(-grid[0] // out[0]), -(-grid[1] // out[1])
         points = window_points(out, samples, offset).expand(maps.shape[0], -1, -1, -1)  # (B, h*n, w*m, 2)
         shift = sample_windows(offset, points, out).mean(-1).tanh()  # (B, 2, h, w), in windows
-        shift = shift.permute(0, 2, 3, 1) * shift.new_tensor([2 / out[1], 2 / out[0]])  # (B, h, w, 2): x, y of width 2
+        right, down = shift.unbind(1)
+        shift = torch.stack([right * (2 / out[1]), down * (2 / out[0])], dim=-1)  # (B, h, w, 2), of the width 2
         points = points + shift.repeat_interleave(samples[0], 1).repeat_interleave(samples[1], 2)  # (B, h*n, w*m, 2)
         sampled = sample_windows(torch.cat([maps.to(wide), mask], dim=1), points, out)  # (B, C+1, h, w, n*m)
         seeds = (sampled[:, :-1] * sampled[:, -1:].softmax(-1)).sum(-1)  # (B, C, h, w)

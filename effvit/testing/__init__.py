@@ -20,9 +20,11 @@ show the values of a failed assertion.
 """
 
 from effvit.testing.architectures import ArchitectureContract, SmallModel, parametrize_models
+from effvit.testing.fakes import assert_runs_on_fakes
 from effvit.testing.laws import assert_equal_scores_and_gradients, assert_law, double
 from effvit.testing.methods import Contract, pairs, parametrize
 from effvit.testing.models import HOSTS, SIZE, make_host, make_images, make_model
+from effvit.testing.reads import assert_reads, count_reads
 
 __all__ = [
     "HOSTS",
@@ -32,6 +34,9 @@ __all__ = [
     "SmallModel",
     "assert_equal_scores_and_gradients",
     "assert_law",
+    "assert_reads",
+    "assert_runs_on_fakes",
+    "count_reads",
     "double",
     "make_host",
     "make_images",

@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import pytest
@@ -22,8 +23,10 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 
 from effvit.measure.flops import count_flops
 from effvit.protocols import Setting, Settings, Size
-from effvit.testing.laws import assert_equal_scores_and_gradients, copies_through_files
+from effvit.testing.fakes import assert_runs_on_fakes
+from effvit.testing.laws import assert_equal_scores_and_gradients, copies_through_files, scores_and_intermediates
 from effvit.testing.models import noise, perturb
+from effvit.testing.reads import assert_reads
 from effvit.testing.surface import Backbone, MapModel
 
 __all__ = ["ArchitectureContract", "SmallModel", "parametrize_models"]
@@ -206,6 +209,18 @@ class ArchitectureContract:
             assert features.shape[-2:] == tuple(math.ceil(side / reduction) for side in x.shape[-2:])
         total(tuple(maps)).backward()
         assert not [name for name, p in model.named_parameters() if p.grad is None]
+
+    def test_runs_on_fake_cuda_tensors(self, case: SmallModel) -> None:
+        """In training and under autocast too: no tensor is made on another device, and no value is read."""
+        model, x = case.make(), case.images()
+        assert_runs_on_fakes(model, partial(scores_and_intermediates, model), x)
+        assert_runs_on_fakes(model.train(), partial(scores_and_intermediates, model), x, autocast=True)
+
+    def test_device_is_never_read(self, case: SmallModel) -> None:
+        """Counted on real tensors, in training too."""
+        model, x = case.make(), case.images()
+        for training in (False, True):
+            assert_reads(partial(scores_and_intermediates, model.train(training), x), 0)
 
     def test_every_operator_is_counted(self, case: SmallModel) -> None:
         report = count_flops(case.make(), (3, *case.size))

@@ -11,8 +11,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from effvit.hosts.host import ReducedHost
+from effvit.hosts.host import ReducedHost, TokenFeatures
 from effvit.protocols import Layer
+from effvit.recover import FILLS, to_map
+from effvit.testing.surface import Backbone
 from effvit.tokens import TokenMap
 
 __all__ = [
@@ -21,7 +23,9 @@ __all__ = [
     "copies_through_files",
     "double",
     "maps_and_scores",
+    "maps_of_every_fill",
     "scores_and_gradients",
+    "scores_and_intermediates",
 ]
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -45,6 +49,17 @@ def assert_law(tokens: TokenMap) -> None:
 def maps_and_scores(model: ReducedHost, x: Tensor) -> list[Tensor]:
     """The maps of all blocks and the scores."""
     return [*model.forward_intermediates(x, intermediates_only=True), model(x)]
+
+
+def scores_and_intermediates(model: Backbone | ReducedHost, x: Tensor) -> list[object]:
+    """What ``forward`` makes of the images, and ``forward_intermediates``."""
+    return [model(x), model.forward_intermediates(x)]
+
+
+def maps_of_every_fill(model: ReducedHost, features: TokenFeatures) -> list[Tensor]:
+    """The tokens left as full maps by every fill that the model has what it needs for."""
+    fills = [fill for fill in FILLS if fill != "attention" or model.recovery is not None]
+    return [to_map(*features, fill, model.recovery) for fill in fills]
 
 
 def scores_and_gradients(run: Layer, model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

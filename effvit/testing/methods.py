@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from functools import partial
 
 import pytest
 import torch
@@ -13,17 +14,23 @@ from torch import Tensor
 
 import effvit
 from effvit.block import call_block
+from effvit.protocols import Settings
 from effvit.recover import FILLS
 from effvit.reducers import METHODS
+from effvit.testing.fakes import assert_runs_on_fakes
 from effvit.testing.laws import (
     assert_equal_scores_and_gradients,
     assert_law,
     copies_through_files,
     double,
     maps_and_scores,
+    maps_of_every_fill,
     scores_and_gradients,
+    scores_and_intermediates,
 )
 from effvit.testing.models import HOSTS, example, make_host, make_images, make_model, reduce
+from effvit.testing.reads import assert_reads
+from effvit.tokens import RAGGED
 
 __all__ = ["Contract", "pairs", "parametrize"]
 
@@ -232,6 +239,30 @@ class Contract:
         model = make_model(method, host)
         x = make_images(model)
         assert_equal_scores_and_gradients(torch.compile(model, fullgraph=True, backend="eager"), model, x)
+
+    def test_runs_on_fake_cuda_tensors(self, method: str, host: str) -> None:
+        """All fills, training and autocast: no tensor is made on another device, and nothing static reads a value."""
+        model = make_model(method, host, recover=None if METHODS[method].keeps_every_patch else "attention")
+
+        def scores_and_fills(x: Tensor) -> list[object]:
+            return [model(x), maps_of_every_fill(model, model.forward_tokens(x, memory=True))]
+
+        x = make_images(model)
+        assert_runs_on_fakes(model, scores_and_fills, x)
+        assert_runs_on_fakes(model.train(), partial(scores_and_intermediates, model), x, autocast=True)
+
+    def test_device_is_read_once_a_block_at_most_as_declared(self, method: str, host: str) -> None:
+        """Counted on real tensors, padded and packed, in training too; dense maps take no further read."""
+        recover = None if METHODS[method].keeps_every_patch else "attention"
+        ragged: list[Settings] = [{"ragged": way} for way in RAGGED] if "ragged" in METHODS[method].defaults() else [{}]
+        for settings in ragged:
+            model = make_model(method, host, recover=recover, **settings)
+            declared = sum(reducer.reads_counts for reducer in model.reducers.values())
+            x = make_images(model)
+            for training in (False, True):
+                assert_reads(partial(model.train(training), x), declared)
+                assert_reads(partial(model.forward_intermediates, x), declared)
+                assert_reads(partial(maps_of_every_fill, model, model.forward_tokens(x, memory=True)), 0)
 
     @pytest.mark.parametrize("fill", FILLS)
     def test_every_fill_gives_full_finite_maps(self, method: str, host: str, fill: str) -> None:

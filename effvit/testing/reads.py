@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from traceback import walk_tb
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from effvit.reducers.base import check_finite
 
-__all__ = ["Read", "count_reads", "place_of_call"]
+__all__ = ["Read", "assert_reads", "count_reads", "place_of_call", "place_of_error"]
 
 aten = torch.ops.aten
 
@@ -26,6 +27,7 @@ aten = torch.ops.aten
 VALUES = {
     aten._local_scalar_dense,  # item, bool, int, float, a tensor as an index of Python or as a condition
     aten.equal,
+    aten.allclose,
     aten.nonzero,
     aten.masked_select,
     aten._unique2,
@@ -38,6 +40,7 @@ VALUES = {
 HANDED_OUT = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.cpu}
 # The check of scores reads on a CPU alone, or where a user asks for it; see its docstring.
 ONLY_ON_A_CPU: set[CodeType] = {check_finite.__wrapped__.__code__}  # type: ignore[attr-defined]  # of functools.wraps
+AT_WORK = {__name__, "effvit.testing.fakes", "contextlib"}  # modules of which no frame is the place of a read
 
 
 class Read(NamedTuple):
@@ -55,23 +58,34 @@ class Read(NamedTuple):
         return f"{self.operator} at {self.place}"
 
 
+def _own(frame: FrameType) -> bool:
+    """Whether a frame belongs neither to torch nor to what is at work here."""
+    module: str = frame.f_globals.get("__name__", "")
+    return module not in AT_WORK and module.partition(".")[0] != "torch"
+
+
 def _own_frame() -> FrameType | None:
-    """The innermost frame that belongs neither to torch nor to this module."""
+    """The innermost frame of our own that is running."""
     frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        package = frame.f_globals.get("__name__", "").partition(".")[0]
-        if frame.f_globals is not globals() and package not in ("torch", "contextlib", "functools"):
-            return frame
+    while frame is not None and not _own(frame):
         frame = frame.f_back
-    return None
+    return frame
+
+
+def _place(frame: FrameType, line: int) -> str:
+    return f"{frame.f_globals.get('__name__')}:{line} in {frame.f_code.co_name}"
 
 
 def place_of_call() -> str:
-    """The line, outside torch, whose call is at work: "my_package.my_module:12 in reduce"."""
+    """The line outside torch that is running: "my_package.my_module:12 in reduce"."""
     frame = _own_frame()
-    if frame is None:
-        return "an unknown line"
-    return f"{frame.f_globals.get('__name__')}:{frame.f_lineno} in {frame.f_code.co_name}"
+    return "an unknown line" if frame is None else _place(frame, frame.f_lineno)
+
+
+def place_of_error(error: BaseException) -> str:
+    """The innermost line outside torch that an error came from, likewise."""
+    lines = [(frame, line) for frame, line in walk_tb(error.__traceback__) if _own(frame)]
+    return _place(*lines[-1]) if lines else "an unknown line"
 
 
 def depends_on_values(operator: Any, arguments: Sequence[Any], settings: Mapping[str, Any]) -> bool:
@@ -115,6 +129,16 @@ class _Methods(TorchFunctionMode):
         return func(*args, **kwargs or {})
 
 
+def assert_reads(run: Callable[[], object], number: int) -> None:
+    """``run`` reads the device ``number`` times; the message of the AssertionError names operators and lines."""
+    reads = count_reads(run)
+    lines = "".join(f"\n  {read}" for read in reads)
+    assert len(reads) == number, (
+        f"the device was read {len(reads)} times, but the blocks declare {number} reads in all (Reducer.reads_counts: "
+        f"one in a forward pass of each block that reads how many tokens stay){lines}"
+    )
+
+
 def count_reads(run: Callable[[], object]) -> list[Read]:
     """Every read of a device that ``run`` makes, in order, found by running it on a CPU.
 
@@ -125,9 +149,8 @@ def count_reads(run: Callable[[], object]) -> list[Read]:
 
     def note(operator: str) -> None:
         frame = _own_frame()
-        while frame is not None and frame.f_code in ONLY_ON_A_CPU:
-            return
-        reads.append(Read(operator, place_of_call()))
+        if frame is None or frame.f_code not in ONLY_ON_A_CPU:
+            reads.append(Read(operator, place_of_call()))
 
     with _Methods(note), _Operators(note):
         run()
