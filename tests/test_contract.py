@@ -91,14 +91,14 @@ def test_packed_and_padded_batches_of_ats_agree() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
-def test_jagged_attention_agrees_with_one_call_an_image() -> None:
-    from effvit.attention import _jagged_attention, variable_length_attention
+def testjagged_attention_agrees_with_one_call_an_image() -> None:
+    from effvit.attention import jagged_attention, variable_length_attention
 
     query_mask = torch.tensor([[True] * 3 + [False], [True] * 4])
     key_mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
     q, k, v = torch.randn(1, 2, 7, 8), torch.randn(1, 2, 8, 8), torch.randn(1, 2, 8, 8)
     expected = variable_length_attention(q, k, v, query_mask, key_mask, 0.0)
-    actual = _jagged_attention(q, k, v, query_mask.sum(1), key_mask.sum(1), 0.0)
+    actual = jagged_attention(q, k, v, query_mask.sum(1), key_mask.sum(1), 0.0)
     assert torch.allclose(actual, expected, atol=1e-6)
 
 

@@ -307,17 +307,17 @@ def test_packed_batches_run_in_bfloat16() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
-def test_bias_of_jagged_attention_agrees_with_a_mask() -> None:
-    from effvit.attention import _bias_as_features, _jagged_attention, variable_length_attention
+def test_bias_ofjagged_attention_agrees_with_a_mask() -> None:
+    from effvit.attention import bias_as_features, jagged_attention, variable_length_attention
 
     mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
     q, k, v = (torch.randn(1, 2, 8, 16) for _ in range(3))
     bias = torch.randint(1, 9, (1, 8)).float().log()
     expected = variable_length_attention(q, k, v, mask, mask, 0.0, bias)
-    wider = _bias_as_features(q, k, v, bias, 0.25)
-    out = _jagged_attention(*wider, mask.sum(1), mask.sum(1), 0.0, 0.25)[..., :16]
+    wider = bias_as_features(q, k, v, bias, 0.25)
+    out = jagged_attention(*wider, mask.sum(1), mask.sum(1), 0.0, 0.25)[..., :16]
     assert torch.allclose(out, expected, atol=1e-6)
-    half = _bias_as_features(*(y.bfloat16() for y in (q, k, v)), bias, 0.25)
+    half = bias_as_features(*(y.bfloat16() for y in (q, k, v)), bias, 0.25)
     exact = half[1][..., 16:18].float().sum(-1) * 0.25
     assert torch.allclose(exact, bias[:, None].expand(-1, 2, -1), atol=1e-4)
 

@@ -18,6 +18,7 @@ from effvit.measure.profiler import (
     measurement,
     median_interval,
     peak_memory,
+    prepared,
     profile_models,
     resolved,
     still_faster,
@@ -184,6 +185,23 @@ def test_peak_memory_falls_with_the_tokens():
     model = tiny_vit()
     dense, half = profile_models({"a": model, "b": effvit.sparsify(model, "tome", r=4)}, SIZE, 2, rounds=1)
     assert dense.peak_memory > half.peak_memory > 0
+
+
+def test_many_models_of_one_class_are_all_compiled(monkeypatch):
+    """Dynamo keeps eight compiled forms of a function by default, and runs what comes then as it is."""
+    graphs = []
+    compiler = torch.compile
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: compiler(model, dynamic=dynamic, backend=backend))
+    batch = torch.zeros(1, 4)
+    with torch._dynamo.config.patch(recompile_limit=8):
+        for width in range(1, 11):
+            prepared("model", nn.Linear(4, width), batch, compile=True, cuda_graphs=False)(batch)
+    assert len(graphs) == 10
 
 
 def test_compiled_models_are_measured(monkeypatch):
