@@ -1,4 +1,4 @@
-"""What a step of ``measure_gpu.py`` measures: models beside each other, kernels for packed batches, a training."""
+"""What a step of ``measure_gpu.py`` measures: models beside each other, packed batches, kernels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import timm
 import torch
-import torch.nn.functional as F
 from benchmark_overhead import sharpen
 from torch import Tensor, nn
 
@@ -21,7 +20,7 @@ from effvit.hosts.host import ReducedHost
 from effvit.hosts.surface import Reduced
 from effvit.measure.closed_form import closed_form_macs
 from effvit.measure.costs import IDEAL, conditions_of, cost_of, ideals, is_reduced, tokens_by_block
-from effvit.measure.ideal import IDEAL_HOSTS, PlainViT
+from effvit.measure.ideal import PlainViT
 from effvit.measure.launches import device_kernels, launches
 from effvit.measure.packed_kernels import KERNELS, WithKernel, reason_against
 from effvit.measure.profiler import (
@@ -44,7 +43,19 @@ from effvit.messages import one_line
 from effvit.protocols import Json, Settings
 from effvit.reducers import METHODS
 
-__all__ = ["MODES", "Bench", "Host", "compare_kernels", "compare_methods", "compare_pair", "train_nano"]
+__all__ = [
+    "MODES",
+    "Bench",
+    "Host",
+    "compare_kernels",
+    "compare_methods",
+    "compare_pair",
+    "count_kernels",
+    "message_of",
+    "noting",
+    "reduced_by",
+    "time_beside",
+]
 
 MODES = ("eager", "CUDA graphs", "compiled")
 WARM_UP = 4  # rounds that a step reckons with before those that count
@@ -85,7 +96,8 @@ class Bench:
 
     def end_of(self, share: float) -> float:
         """When a share of the seconds is over that begin now, in seconds of ``time.monotonic``."""
-        return min(self.end, monotonic() + share * self.seconds)
+        now = monotonic()
+        return now + share * min(self.seconds, self.end - now)
 
 
 class Host(NamedTuple):
@@ -108,6 +120,11 @@ class Host(NamedTuple):
         model = timm.create_model(self.name, img_size=self.pixels(bench), **small).eval()
         sharpen(model, SHARPEN)
         return model.to(bench.device, bench.dtype)
+
+    def images(self, bench: Bench, batch_size: int) -> Tensor:
+        """``varied_images`` of its size."""
+        pixels = self.pixels(bench)
+        return varied_images(bench, (3, pixels, pixels), batch_size)
 
     def pixels(self, bench: Bench) -> int:
         """Pixels of a side, fewer on a dry run."""
@@ -202,7 +219,7 @@ def time_beside(
     runs: dict[str, Run] = {}
     memory: dict[str, int] = {}
     once: dict[str, float] = {}
-    end_of_first, end = bench.end_of(0.75), bench.end_of(1)
+    end_of_first, end = bench.end_of(0.75), bench.end_of(1)  # the rest of the time is for the rounds
     longest = bench.seconds / (WARM_UP + bench.rounds[0])
     for name, model in models.items():
         bench.check()
@@ -257,10 +274,11 @@ def record_of(
         model, counts = models[name], tokens.get(name)
         adapts = isinstance(model, Reduced) and model.variable_length
         rounded = [round(count) for count in counts or []] if adapts else None
-        macs = sum(closed_form_macs(model, size, token_counts=rounded).values())
-        cost = cost_of(model, timed.speeds[name], timed.speeds.get(IDEAL + name), counts, macs)
-        host = first if is_reduced(model, baseline) else None
-        costs.append(replace(cost, host=host, mac_ratio=(costs[0].macs if costs else macs) / macs))
+        with noting(f"costs of {name}", timed.left_out):  # a method from outside may have no closed form
+            macs = sum(closed_form_macs(model, size, token_counts=rounded).values())
+            cost = cost_of(model, timed.speeds[name], timed.speeds.get(IDEAL + name), counts, macs)
+            host = first if is_reduced(model, baseline) else None
+            costs.append(replace(cost, host=host, mac_ratio=(costs[0].macs if costs else macs) / macs))
     options: ProfileOptions = {
         "device": bench.device,
         "dtype": bench.dtype,
@@ -271,18 +289,30 @@ def record_of(
     record = Record(machine(bench.device.type), conditions_of(len(batch), size, images, options), costs)
     return {
         "record": as_json(record.with_weights("random")),
-        "kernels": kernels_of(models, timed, batch, mode),
+        "kernels": kernels_of(models, timed, batch, launched=mode == "eager", on_device=mode == "compiled"),
         "left_out": dict(timed.left_out),
     }
 
 
-def kernels_of(models: Mapping[str, nn.Module], timed: Timed, batch: Tensor, mode: str) -> dict[str, Json]:
-    """Name -> ATen calls that launch a kernel (eager alone) and what the device executes (CUDA alone)."""
+def kernels_of(
+    models: Mapping[str, nn.Module], timed: Timed, batch: Tensor, launched: bool, on_device: bool
+) -> dict[str, Json]:
+    """Name -> counts of kernels of a pass of what was measured but the ideals; what cannot be counted is left out.
+
+    Args:
+        models: Name -> model.
+        timed: What was measured of them.
+        batch: (B, channels, H, W).
+        launched: Count ATen calls that launch a kernel, of the model as it is.
+        on_device: Count what the device executes, of the model as it ran. Tracing may slow down what runs afterwards.
+    """
     found: dict[str, Json] = {}
     for name, run in timed.runs.items():
+        if name.startswith(IDEAL):
+            continue
         with noting(f"kernels of {name}", timed.left_out):
-            called = launches(models[name], batch) if mode == "eager" else None
-            found[name] = {"launches": called, "device": device_kernels(run, batch)}
+            counts: dict[str, Json] = {"launches": launches(models[name], batch)} if launched else {}
+            found[name] = counts | ({"device": device_kernels(run, batch)} if on_device else {})
     return found
 
 
@@ -292,14 +322,10 @@ def kernels_of(models: Mapping[str, nn.Module], timed: Timed, batch: Tensor, mod
 def compare_methods(bench: Bench, host: Host, batch_size: int, mode: str) -> dict[str, Json]:
     """The dense model, every method on it, and the ideal of each at the tokens it left of this batch."""
     bench.check_mode(mode)
-    dense = host.build(bench)
-    pixels = host.pixels(bench)
-    batch = varied_images(bench, (3, pixels, pixels), batch_size)
+    dense, batch = host.build(bench), host.images(bench, batch_size)
     models: dict[str, nn.Module] = {"dense": dense}
     tokens = {"dense": tokens_by_block(dense, batch)}
     left_out: dict[str, str] = {}
-    if type(dense) not in IDEAL_HOSTS:
-        left_out["ideals"] = f"effvit.measure.ideal has none of a {type(dense).__name__}"
     for method in effvit.list_methods():
         bench.check()
         if mode == "CUDA graphs" and METHODS[method].variable_length:
@@ -345,108 +371,65 @@ def compare_kernels(bench: Bench, host: Host, batch_size: int) -> dict[str, Json
     The first of these kernels is the one that ``packed_attention`` takes by itself. The difference is that of the class
     scores from the padded batch's, as a share of their norm.
     """
-    dense = host.build(bench)
-    pixels = host.pixels(bench)
-    batch = varied_images(bench, (3, pixels, pixels), batch_size)
+    dense, batch = host.build(bench), host.images(bench, batch_size)
     reasons = {kernel: reason_against(kernel, bench.device, bench.dtype) for kernel in KERNELS}
     kernels = [kernel for kernel, reason in reasons.items() if reason is None]
-    found: dict[str, Json] = {"kernels": [*kernels], "left_out": {k: reason for k, reason in reasons.items() if reason}}
+    left_out = {kernel: reason for kernel, reason in reasons.items() if reason is not None}
+    methods: dict[str, Json] = {}
     for method in (name for name in effvit.list_methods() if "ragged" in METHODS[name].defaults()):
-        padded = reduced_by(dense, method, batch, ragged="padded")
-        packed = reduce_by(dense, method, {**padded.settings, "ragged": "packed"}).eval()
-        models: dict[str, nn.Module] = {"dense": dense, "padded": padded}
-        models |= {f"packed {kernel}": WithKernel(packed, kernel) for kernel in kernels}
-        counts = {"dense": None, "padded": tokens_by_block(padded, batch)}
-        models |= ideals({"dense": dense, "padded": padded}, counts)
-        timed = time_beside(bench, models, batch, "eager", {})
-        found[method] = {
-            "speeds": as_json(list(timed.speeds.values())),
-            "tokens": as_json(counts["padded"]),
-            "differences": {k: difference(m, padded, batch) for k, m in models.items() if isinstance(m, WithKernel)},
-            "launched": kernels_of(models, timed, batch, "eager"),
-            "left_out": dict(timed.left_out),
-        }
-    return found
+        with noting(method, left_out):
+            methods[method] = padded_against_packed(bench, dense, method, kernels, batch)
+    return {"kernels": [*kernels], "methods": methods, "left_out": dict(left_out)}
+
+
+def padded_against_packed(
+    bench: Bench, dense: nn.Module, method: str, kernels: Sequence[str], batch: Tensor
+) -> dict[str, Json]:
+    """Of one method on a batch (B, channels, H, W): its padded form, the packed one with each kernel, and its ideal.
+
+    What FlexAttention launches cannot be counted, which then stands in what was left out.
+    """
+    padded = reduced_by(dense, method, batch, ragged="padded")
+    packed = reduce_by(dense, method, {**padded.settings, "ragged": "packed"}).eval()
+    models: dict[str, nn.Module] = {"dense": dense, "padded": padded}
+    models |= {f"packed {kernel}": WithKernel(packed, kernel) for kernel in kernels}
+    tokens = {"dense": None, "padded": tokens_by_block(padded, batch)}
+    timed = time_beside(bench, {**models, **ideals({"dense": dense, "padded": padded}, tokens)}, batch, "eager", {})
+    differences: dict[str, Json] = {}
+    for name in (name for name in timed.runs if isinstance(models.get(name), WithKernel)):
+        with noting(f"difference of {name}", timed.left_out):
+            differences[name] = difference(models[name], padded, batch)
+    return {
+        "speeds": as_json(list(timed.speeds.values())),
+        "tokens": as_json(tokens["padded"]),
+        "differences": differences,
+        "kernels": kernels_of(models, timed, batch, launched=True, on_device=False),
+        "left_out": dict(timed.left_out),
+    }
+
+
+def count_kernels(bench: Bench, host: Host, batch_size: int) -> dict[str, Json]:
+    """What the dense model and every method launch and the device executes, eager and untimed."""
+    dense, batch = host.build(bench), host.images(bench, batch_size)
+    models: dict[str, nn.Module] = {"dense": dense}
+    timed = Timed({}, {}, {})
+    for method in effvit.list_methods():
+        with noting(method, timed.left_out):
+            models[method] = reduced_by(dense, method, batch)
+    timed.runs.update(models)
+    kernels = kernels_of(models, timed, batch, launched=True, on_device=True)
+    return {"kernels": kernels, "left_out": dict(timed.left_out)}
 
 
 @torch.inference_mode()
 def difference(model: nn.Module, reference: nn.Module, batch: Tensor) -> float:
-    """Norm of the difference of two models' class scores over that of the reference's."""
-    expected = reference(batch).float()
-    return float((model(batch).float() - expected).norm() / expected.norm())
+    """Norm of the difference of two models' class scores over that of the reference's.
 
-
-# -- training -------------------------------------------------------------------------------------------------------
-
-
-def drawn_gratings(number: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Images (number, 1, 28, 28) of gratings in noise, and (number,) which of ten directions they have."""
-    rng = torch.Generator().manual_seed(seed)
-    labels = torch.randint(10, (number,), generator=rng)
-    angle = labels[:, None, None] * (math.pi / 10)
-    phase = 2 * math.pi * torch.rand(number, 1, 1, generator=rng)
-    row, column = torch.meshgrid(torch.arange(28.0), torch.arange(28.0), indexing="ij")
-    waves = torch.sin(1.2 * (angle.cos() * column + angle.sin() * row) + phase)
-    images = waves + torch.randn(number, 28, 28, generator=rng)
-    return images.unsqueeze(1), labels
-
-
-def train_nano(bench: Bench, batch_size: int, iterations: int) -> dict[str, Json]:
-    """A short training of vit_nano_patch4_28, dense and with every method, on gratings drawn here.
-
-    AdamW at 1e-3, autocast to the dtype, the same batches for all. Returns for each the images a second, the mean loss
-    of the first and the last tenth of the iterations, and the top-1 accuracy on other gratings in percent.
+    Raises:
+        ValueError: Scores that are not finite.
     """
-    images, labels = (y.to(bench.device) for y in drawn_gratings(batch_size * min(iterations, 50), seed=0))
-    held_out = tuple(y.to(bench.device) for y in drawn_gratings(2 * batch_size, seed=1))
-    end = bench.end_of(1)
-    found: dict[str, Json] = {}
-    left_out: dict[str, str] = {}
-    for method in (None, *effvit.list_methods()):
-        bench.check()
-        name = method or "dense"
-        if monotonic() > end:
-            left_out[name] = "its turn came after the time of the step"
-            continue
-        with noting(name, left_out):
-            torch.manual_seed(0)
-            model = timm.create_model("vit_nano_patch4_28", depth=2 if bench.dry else 12).to(bench.device)
-            if method is not None:
-                model = reduced_by(model, method, images[:batch_size])
-            found[name] = trained(bench, model, images, labels, held_out, batch_size, iterations)
-    return {"models": found, "left_out": dict(left_out), "batch_size": batch_size, "iterations": iterations}
-
-
-def trained(
-    bench: Bench,
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    held_out: Sequence[Tensor],
-    batch_size: int,
-    iterations: int,
-) -> dict[str, Json]:
-    """Train the model and say how fast it was and what it learnt; arguments and result as of ``train_nano``."""
-    optimiser = torch.optim.AdamW(model.train().parameters(), lr=1e-3)
-    losses = []
-    begin = monotonic()
-    for iteration in range(iterations):
-        bench.check()
-        rows = torch.arange(iteration * batch_size, (iteration + 1) * batch_size, device=images.device) % len(images)
-        with torch.autocast(bench.device.type, dtype=bench.dtype):
-            loss = F.cross_entropy(model(images[rows]).float(), labels[rows])
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        losses.append(loss.detach())
-    values = torch.stack(losses).tolist()  # waits for the device
-    seconds = monotonic() - begin
-    tenth = max(1, iterations // 10)
-    with torch.inference_mode(), torch.autocast(bench.device.type, dtype=bench.dtype):
-        right = (model.eval()(held_out[0]).argmax(1) == held_out[1]).float().mean()
-    return {
-        "images_per_second": batch_size * iterations / seconds,
-        "first_loss": sum(values[:tenth]) / tenth,
-        "last_loss": sum(values[-tenth:]) / tenth,
-        "top1": 100 * float(right),
-    }
+    expected = reference(batch).float()
+    found = float((model(batch).float() - expected).norm() / expected.norm())
+    if not math.isfinite(found):
+        raise ValueError("the class scores are not finite")
+    return found

@@ -24,7 +24,16 @@ from typing import NamedTuple, TypeAlias
 import timm
 import torch
 from benchmark_architectures import PAIRS, Pair, model_pair
-from gpu_steps import Bench, Host, compare_kernels, compare_methods, compare_pair, message_of, train_nano
+from gpu_steps import (
+    Bench,
+    Host,
+    compare_kernels,
+    compare_methods,
+    compare_pair,
+    count_kernels,
+    message_of,
+)
+from gpu_training import train_nano
 
 from effvit.measure.json_files import replace_json
 from effvit.measure.profiler import machine
@@ -104,6 +113,15 @@ def kernels_step(host: Host, batch_size: int) -> Step:
     return Step(f"padded against packed, {host.label}, batch {batch_size}", "kernels", 20.0, measure)
 
 
+def counting_step(host: Host, batch_size: int) -> Step:
+    """Kernels of all methods."""
+
+    def measure(bench: Bench) -> dict[str, Json]:
+        return count_kernels(bench, host, 2 if bench.dry else batch_size)
+
+    return Step(f"kernels executed, {host.label}, batch {batch_size}", "counts", 20.0, measure)
+
+
 def training_step() -> Step:
     """A short training of vit_nano."""
 
@@ -123,6 +141,7 @@ def plan() -> list[Step]:
         kernels_step(DEIT_S, 128),
         methods_step(DEIT_S, 128, "compiled"),
         training_step(),
+        counting_step(DEIT_S, 128),
     ]
     rest = [
         kernels_step(VIT_L, 128),

@@ -14,7 +14,7 @@ from effvit.hosts.surface import Reduced
 from effvit.measure.breakdown import time_by_block
 from effvit.measure.fidelity import compare_outputs, outputs
 from effvit.measure.flops import count_flops
-from effvit.measure.ideal import IDEAL_HOSTS, IdealViT, PlainViT, mean_counts
+from effvit.measure.ideal import PlainViT, ideal_of, mean_counts
 from effvit.measure.profiler import (
     Measurement,
     ProfileOptions,
@@ -113,13 +113,12 @@ def ideals(models: Mapping[str, nn.Module], tokens: Mapping[str, Sequence[float]
         tokens: Name -> patch tokens that leave each block.
     """
     dense = next(iter(models.values()))
-    if type(dense) not in IDEAL_HOSTS:
-        return {}
-    return {
-        IDEAL + name: IdealViT(dense, [round(count) for count in tokens[name] or []])
+    found = {
+        IDEAL + name: ideal_of(dense, [round(count) for count in tokens[name] or []])
         for name, model in models.items()
         if is_reduced(model, dense)
     }
+    return {name: ideal for name, ideal in found.items() if ideal is not None}
 
 
 def cost_of(

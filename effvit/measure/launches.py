@@ -58,7 +58,10 @@ def launches(model: nn.Module, x: Tensor) -> int:
 
 
 def device_kernels(run: Callable[[Tensor], object], x: Tensor) -> int | None:
-    """What a CUDA device executes for a batch x, compiled or not: kernels, copies and fills; None on other devices."""
+    """What a CUDA device executes for a batch x, compiled or not: kernels, copies and fills.
+
+    None on other devices, and where the driver lets no one trace it.
+    """
     if not x.is_cuda:
         return None
     with torch.inference_mode():
@@ -67,4 +70,4 @@ def device_kernels(run: Callable[[Tensor], object], x: Tensor) -> int | None:
         with profile(activities=[ProfilerActivity.CUDA]) as recorded:
             run(x)
             torch.cuda.synchronize(x.device)
-    return sum(event.device_type == DeviceType.CUDA for event in recorded.events() or ())
+    return sum(event.device_type == DeviceType.CUDA for event in recorded.events() or ()) or None

@@ -333,6 +333,8 @@ def graphed(name: str, run: Run, batch: Tensor) -> Run:
 class _LiveBytes(TorchDispatchMode):
     """Adds up the storages that operators make, as long as they live."""
 
+    supports_higher_order_operators = True  # such as FlexAttention, of which the outputs alone count
+
     def __init__(self) -> None:
         super().__init__()
         self.alive: set[int] = set()
