@@ -5,6 +5,8 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+from contextlib import AbstractContextManager, nullcontext
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from torch import nn
 import effvit
 from effvit.measure.profiler import (
     Measurement,
+    graphed,
     measurement,
     median_interval,
     peak_memory,
@@ -185,6 +188,32 @@ def test_peak_memory_falls_with_the_tokens():
     model = tiny_vit()
     dense, half = profile_models({"a": model, "b": effvit.sparsify(model, "tome", r=4)}, SIZE, 2, rounds=1)
     assert dense.peak_memory > half.peak_memory > 0
+
+
+def test_a_model_that_no_graph_can_hold_gives_the_stream_back(monkeypatch):
+    """As on a device: what fails is the end of the capture, and torch then leaves its stream in place."""
+    now = ["default"]
+
+    class Capture(AbstractContextManager):
+        def __init__(self, graph):
+            now.append("capture")
+
+        def __exit__(self, *error):
+            raise RuntimeError("operation not permitted\nwhen capturing")
+
+    before = MagicMock()
+    for name, fake in {
+        "Stream": MagicMock(),
+        "CUDAGraph": MagicMock(),
+        "current_stream": lambda device: before,
+        "stream": lambda stream: nullcontext(),
+        "graph": Capture,
+        "set_stream": now.append,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    with pytest.raises(ValueError, match=r"ats cannot be captured as a CUDA graph \(operation not permitted\)"):
+        graphed("ats", nn.Identity(), torch.zeros(1))
+    assert now == ["default", "capture", before]
 
 
 def test_many_models_of_one_class_are_all_compiled(monkeypatch):

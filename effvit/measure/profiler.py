@@ -311,18 +311,20 @@ def graphed(name: str, run: Run, batch: Tensor) -> Run:
     Raises:
         ValueError: It cannot be captured, because it waits for the device.
     """
+    before = torch.cuda.current_stream(batch.device)
     stream = torch.cuda.Stream(batch.device)
-    stream.wait_stream(torch.cuda.current_stream(batch.device))
+    stream.wait_stream(before)
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.inference_mode():
             with torch.cuda.stream(stream):
                 for _ in range(3):
                     run(batch)
-            torch.cuda.current_stream(batch.device).wait_stream(stream)
+            before.wait_stream(stream)
             with torch.cuda.graph(graph):
                 run(batch)
     except RuntimeError as error:
+        torch.cuda.set_stream(before)  # torch leaves that of the capture in place where a capture fails
         raise ValueError(
             f"{name} cannot be captured as a CUDA graph ({str(error).splitlines()[0]}): its token counts depend on the "
             "image; measure it without cuda_graphs, or with settings of fixed counts (ragged='padded')"
