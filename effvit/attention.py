@@ -21,7 +21,17 @@ from effvit.protocols import Layer
 from effvit.recording import is_recorded
 from effvit.tokens import TokenMap, fx_leaf, take_rows, wide_dtype, wide_product
 
-__all__ = ["ATTENTION_CLASSES", "AttnState", "Beside", "MapSums", "Selection", "SumMap", "map_sums"]
+__all__ = [
+    "ATTENTION_CLASSES",
+    "AttnState",
+    "Beside",
+    "MapSums",
+    "Selection",
+    "SumMap",
+    "bias_as_features",
+    "jagged_attention",
+    "map_sums",
+]
 
 T = TypeVar("T")
 
@@ -298,13 +308,13 @@ def variable_length_attention(
         outputs = [F.scaled_dot_product_attention(qi, ki, vi, mask, dropout_p) for qi, ki, vi, mask in images]
         return torch.cat(outputs, dim=2)
     if key_bias is None:
-        return _jagged_attention(q, k, v, queries, keys, dropout_p)
+        return jagged_attention(q, k, v, queries, keys, dropout_p)
     width, scale = q.shape[-1], q.shape[-1] ** -0.5
-    q, k, v = _bias_as_features(q, k, v, key_bias, scale)
-    return _jagged_attention(q, k, v, queries, keys, dropout_p, scale)[..., :width]
+    q, k, v = bias_as_features(q, k, v, key_bias, scale)
+    return jagged_attention(q, k, v, queries, keys, dropout_p, scale)[..., :width]
 
 
-def _bias_as_features(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def bias_as_features(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v (1, heads, T, D + 8) whose products hold the bias: variable-length kernels take no mask.
 
     The bias is split into a high and a low part, so that it keeps its precision in bfloat16. Flash attention wants
@@ -318,7 +328,7 @@ def _bias_as_features(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, scale: 
     return torch.cat([q, ones], dim=-1), torch.cat([k, columns], dim=-1), F.pad(v, (0, 8))
 
 
-def _jagged_attention(
+def jagged_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -327,6 +337,21 @@ def _jagged_attention(
     dropout_p: float,
     scale: float | None = None,
 ) -> Tensor:
+    """Attention inside each image by one call on jagged nested tensors.
+
+    Args:
+        q: (1, heads, Tq, D) queries of all images, one image after another.
+        k: (1, heads, Tk, D), likewise.
+        v: (1, heads, Tk, D), likewise.
+        queries: Map of the tokens of the queries.
+        keys: Map of those of the keys.
+        dropout_p: Attention dropout.
+        scale: Factor on q k^T; None: 1 / sqrt(D).
+
+    Returns:
+        (1, heads, Tq, D).
+    """
+
     def jagged(x: Tensor, tokens: TokenMap) -> Tensor:
         offsets = F.pad(tokens.sequence_mask().sum(1).cumsum(0), (1, 0))  # (B+1,)
         rows = x.squeeze(0).transpose(0, 1).contiguous()  # (T, heads, D)

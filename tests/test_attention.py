@@ -13,7 +13,7 @@ from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
 from effvit import attention
-from effvit.attention import ATTENTION_CLASSES, AttnState, Beside, Selection, SumMap, _bias_as_features, map_sums
+from effvit.attention import ATTENTION_CLASSES, AttnState, Beside, Selection, SumMap, bias_as_features, map_sums
 from effvit.block import rehouse
 from effvit.tokens import TokenMap, flat_rows, take_rows
 
@@ -150,7 +150,7 @@ def test_grouped_keys_are_those_of_timm() -> None:
 def test_bias_that_rides_in_features_keeps_sixteen_bits_in_bfloat16() -> None:
     """Of the two parts of eight bits each; what is added to the products over the scale is the bias."""
     zeros, bias = torch.zeros(1, 2, 7, 8, dtype=torch.bfloat16), torch.rand(1, 7) * 5
-    q, k, _ = _bias_as_features(zeros, zeros, zeros, bias, 0.25)
+    q, k, _ = bias_as_features(zeros, zeros, zeros, bias, 0.25)
     product = q.float() @ k.float().transpose(-2, -1) * 0.25
     assert torch.allclose(product, bias[:, None, None].expand_as(product), rtol=2**-15, atol=0)
 

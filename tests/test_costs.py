@@ -17,7 +17,7 @@ from effvit.measure.breakdown import time_by_block
 from effvit.measure.costs import profile, tokens_by_block
 from effvit.measure.fidelity import compare_outputs, fidelity, outputs
 from effvit.measure.flops import count_flops
-from effvit.measure.ideal import IdealViT
+from effvit.measure.ideal import IdealViT, ideal_of
 from effvit.measure.records import as_object
 from effvit.measure.values import BlockTime
 from effvit.show.tables import write_csv
@@ -122,6 +122,20 @@ class TestIdeal:
         model, x = tiny_vit(), torch.randn(2, *SIZE)
         with torch.no_grad():
             torch.testing.assert_close(IdealViT(model, [16, 16])(x), model(x))
+
+    @pytest.mark.parametrize("mixed", [False, True])
+    def test_with_all_tokens_it_is_the_dense_rotary_model(self, mixed):
+        """Of DINOv3, and of a model with a rotary table for each block."""
+        name = "vit_small_patch16_rope_mixed_224" if mixed else "vit_small_patch16_dinov3"
+        torch.manual_seed(0)
+        model = timm.create_model(name, img_size=64, depth=2, embed_dim=48, num_heads=3, num_classes=10).eval()
+        x = torch.randn(2, *SIZE)
+        with torch.no_grad():
+            torch.testing.assert_close(ideal_of(model, [16, 16])(x), model(x))
+            assert ideal_of(model, [13, 10])(x).isfinite().all()
+
+    def test_a_class_without_one_has_none(self):
+        assert ideal_of(timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1)), [1] * 4) is None
 
     def test_it_costs_what_the_tokens_cost(self):
         model = tiny_vit()

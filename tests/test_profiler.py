@@ -5,6 +5,8 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+from contextlib import AbstractContextManager, nullcontext
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -15,9 +17,11 @@ from torch import nn
 import effvit
 from effvit.measure.profiler import (
     Measurement,
+    graphed,
     measurement,
     median_interval,
     peak_memory,
+    prepared,
     profile_models,
     resolved,
     still_faster,
@@ -184,6 +188,49 @@ def test_peak_memory_falls_with_the_tokens():
     model = tiny_vit()
     dense, half = profile_models({"a": model, "b": effvit.sparsify(model, "tome", r=4)}, SIZE, 2, rounds=1)
     assert dense.peak_memory > half.peak_memory > 0
+
+
+def test_a_model_that_no_graph_can_hold_gives_the_stream_back(monkeypatch):
+    """As on a device: what fails is the end of the capture, and torch then leaves its stream in place."""
+    now = ["default"]
+
+    class Capture(AbstractContextManager):
+        def __init__(self, graph):
+            now.append("capture")
+
+        def __exit__(self, *error):
+            raise RuntimeError("operation not permitted\nwhen capturing")
+
+    before = MagicMock()
+    for name, fake in {
+        "Stream": MagicMock(),
+        "CUDAGraph": MagicMock(),
+        "current_stream": lambda device: before,
+        "stream": lambda stream: nullcontext(),
+        "graph": Capture,
+        "set_stream": now.append,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    with pytest.raises(ValueError, match=r"ats cannot be captured as a CUDA graph \(operation not permitted\)"):
+        graphed("ats", nn.Identity(), torch.zeros(1))
+    assert now == ["default", "capture", before]
+
+
+def test_many_models_of_one_class_are_all_compiled(monkeypatch):
+    """Dynamo keeps eight compiled forms of a function by default, and runs what comes then as it is."""
+    graphs = []
+    compiler = torch.compile
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: compiler(model, dynamic=dynamic, backend=backend))
+    batch = torch.zeros(1, 4)
+    with torch._dynamo.config.patch(recompile_limit=8):
+        for width in range(1, 11):
+            prepared("model", nn.Linear(4, width), batch, compile=True, cuda_graphs=False)(batch)
+    assert len(graphs) == 10
 
 
 def test_compiled_models_are_measured(monkeypatch):

@@ -14,7 +14,7 @@ from effvit.hosts.surface import Reduced
 from effvit.measure.breakdown import time_by_block
 from effvit.measure.fidelity import compare_outputs, outputs
 from effvit.measure.flops import count_flops
-from effvit.measure.ideal import IDEAL_HOSTS, IdealViT, PlainViT, mean_counts
+from effvit.measure.ideal import PlainViT, ideal_of, mean_counts
 from effvit.measure.profiler import (
     Measurement,
     ProfileOptions,
@@ -31,9 +31,9 @@ from effvit.measure.values import Conditions, Cost, Record
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["profile"]
+__all__ = ["IDEAL", "conditions_of", "cost_of", "ideals", "is_reduced", "profile", "tokens_by_block"]
 
-IDEAL = "ideal of "
+IDEAL = "ideal of "  # before the name of a model, that of its ideal
 
 
 def profile(
@@ -83,12 +83,15 @@ def profile(
     batch = fill_batch(sample, batch_size).to(*placement) if breakdown else None
     costs: list[Cost] = []
     for name, model in models.items():
-        cost = cost_of(model, measured[name], measured.get(IDEAL + name), sample, tokens[name])
+        adapts = isinstance(model, Reduced) and model.variable_length
+        counted = count_flops(model, input_size, images=sample if adapts else None)
+        cost = cost_of(model, measured[name], measured.get(IDEAL + name), tokens[name], counted.total)
         baseline = costs[0] if costs else cost
         of_dense = is_reduced(model, dense)
         costs.append(
             replace(
                 cost,
+                uncounted=counted.uncounted,
                 host=baseline.name if of_dense else None,
                 mac_ratio=baseline.macs / cost.macs if cost.macs else None,
                 breakdown=None if batch is None else time_by_block(model, batch),
@@ -110,17 +113,16 @@ def ideals(models: Mapping[str, nn.Module], tokens: Mapping[str, Sequence[float]
         tokens: Name -> patch tokens that leave each block.
     """
     dense = next(iter(models.values()))
-    if type(dense) not in IDEAL_HOSTS:
-        return {}
-    return {
-        IDEAL + name: IdealViT(dense, [round(count) for count in tokens[name] or []])
+    found = {
+        IDEAL + name: ideal_of(dense, [round(count) for count in tokens[name] or []])
         for name, model in models.items()
         if is_reduced(model, dense)
     }
+    return {name: ideal for name, ideal in found.items() if ideal is not None}
 
 
 def cost_of(
-    model: nn.Module, speed: Measurement, ideal: Measurement | None, sample: Tensor, tokens: Sequence[float] | None
+    model: nn.Module, speed: Measurement, ideal: Measurement | None, tokens: Sequence[float] | None, macs: int
 ) -> Cost:
     """What a model costs, as far as it can be said without the others.
 
@@ -128,12 +130,10 @@ def cost_of(
         model: The model.
         speed: What was measured of it.
         ideal: What was measured of its ideal, if it has one.
-        sample: (B, channels, H, W) images that multiply-adds are a mean over where tokens depend on the image.
         tokens: Patch tokens that leave each block.
+        macs: Multiply-adds of one image.
     """
     method = model if isinstance(model, Reduced) else None
-    adapts = method is not None and method.variable_length
-    report = count_flops(model, (sample.shape[1], sample.shape[2], sample.shape[3]), images=sample if adapts else None)
     efficiency, bounds = (None, None) if ideal is None else median_ratio(ideal.seconds, speed.seconds)
     return Cost(
         name=speed.name,
@@ -141,8 +141,8 @@ def cost_of(
         method=None if method is None else method.method,
         settings={} if method is None else dict(method.settings),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        macs=report.total,
-        uncounted=report.uncounted,
+        macs=macs,
+        uncounted={},
         tokens=tokens,
         images_per_second=speed.images_per_second,
         latency=speed.latency,

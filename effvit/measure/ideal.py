@@ -7,6 +7,7 @@ from typing import Protocol, cast
 
 import torch
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva, EvaBlock
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -14,7 +15,7 @@ from effvit.hosts.host import ReducedHost
 from effvit.measure.flops import eval_twin
 from effvit.protocols import Layer, PatchEmbedding
 
-__all__ = ["IDEAL_HOSTS", "IdealViT", "PlainViT", "mean_counts"]
+__all__ = ["IDEAL_HOSTS", "IdealEva", "IdealViT", "PlainViT", "ideal_of", "mean_counts"]
 
 IDEAL_HOSTS = (VisionTransformer, VisionTransformerDistilled)
 
@@ -70,6 +71,76 @@ class IdealViT(nn.Module):
             x = x[:, :length]
             x = x + block.ls2(block.mlp(block.norm2(x)))
         return self.dense.forward_head(self.dense.norm(x))
+
+
+class EvaAttention(Protocol):
+    """What is asked of the attention of timm's Eva."""
+
+    def __call__(self, x: Tensor, /, rope: Tensor | None = None) -> Tensor: ...
+
+
+class RotaryBlock(Protocol):
+    """What is asked of the blocks of timm's Eva."""
+
+    norm1: Layer
+    attn: EvaAttention
+    gamma_1: Tensor | None
+    norm2: Layer
+    mlp: Layer
+    gamma_2: Tensor | None
+
+
+class RotaryViT(Protocol):
+    """What is asked of timm's Eva."""
+
+    num_prefix_tokens: int
+    patch_embed: PatchEmbedding
+    blocks: Sequence[RotaryBlock]
+    norm_pre: Layer
+    norm: Layer
+
+    def _pos_embed(self, x: Tensor, /) -> tuple[Tensor, Tensor | None]: ...
+
+    def forward_head(self, x: Tensor, /) -> Tensor: ...
+
+
+class IdealEva(nn.Module):
+    """``IdealViT`` for timm's Eva (EVA, DINOv3), whose rotary table is shortened with the sequence.
+
+    Args:
+        dense: The Eva, whose blocks are all of timm's class ``EvaBlock``.
+        counts: Patch tokens that leave each block.
+    """
+
+    dense: RotaryViT
+
+    def __init__(self, dense: nn.Module, counts: Sequence[int]) -> None:
+        super().__init__()
+        self.dense = cast("RotaryViT", dense)
+        self.counts = list(counts)
+        self.table_of_each = bool(getattr(dense, "rope_mixed", False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, rope = self.dense._pos_embed(self.dense.patch_embed(x))
+        x = self.dense.norm_pre(x)
+        for number, (block, count) in enumerate(zip(self.dense.blocks, self.counts, strict=True)):
+            table = rope[number] if self.table_of_each and rope is not None else rope
+            y = block.attn(block.norm1(x), rope=table)
+            x = x + (y if block.gamma_1 is None else block.gamma_1 * y)
+            x = x[:, : self.dense.num_prefix_tokens + count]
+            rope = None if rope is None else rope[..., :count, :]
+            y = block.mlp(block.norm2(x))
+            x = x + (y if block.gamma_2 is None else block.gamma_2 * y)
+        return self.dense.forward_head(self.dense.norm(x))
+
+
+def ideal_of(dense: nn.Module, counts: Sequence[int]) -> nn.Module | None:
+    """The ideal of a host whose blocks leave so many patch tokens each; None for a class of host without one."""
+    if type(dense) in IDEAL_HOSTS:
+        return IdealViT(dense, counts)
+    if type(dense) is Eva and all(type(block) is EvaBlock for block in cast("RotaryViT", dense).blocks):
+        return IdealEva(dense, counts)
+    return None
 
 
 @torch.no_grad()

@@ -46,6 +46,7 @@ SEED = 0
 RESAMPLES = 2000
 MAX_WARMUP = 10
 PERCENTILES = (10, 50, 90, 99)
+COMPILED_FORMS = 64  # of one function that are kept
 TRIM_THRESHOLD, MMAP_MAX = -1, -4  # parameters of mallopt, from glibc's malloc.h
 
 Run: TypeAlias = Callable[[Tensor], object]
@@ -223,11 +224,7 @@ def profile_models(
     torch.set_num_threads(threads or threads_before)
     try:
         memory = {name: peak_memory(twin, batch) for name, twin in twins.items()}
-        runs: dict[str, Run] = dict(twins)
-        if compile:
-            runs = {name: torch.compile(twin, dynamic=False) for name, twin in twins.items()}
-        if cuda_graphs:
-            runs = {name: graphed(name, run, batch) for name, run in runs.items()}
+        runs = {name: prepared(name, twin, batch, compile, cuda_graphs) for name, twin in twins.items()}
         seconds = interleaved(runs, batch, rounds, warmup, precision, max_rounds, on_run)
     finally:
         torch.set_num_threads(threads_before)
@@ -298,24 +295,36 @@ def timed_run(run: Run, batch: Tensor) -> float:
         return time.perf_counter() - begin
 
 
+def prepared(name: str, model: nn.Module, batch: Tensor, compile: bool, cuda_graphs: bool) -> Run:
+    """The model as it is to run on this batch: as it is, compiled, as a CUDA graph, or both; errors as ``graphed``."""
+    run: Run = model
+    if compile:
+        # Models of one class share a forward, and beyond the limit dynamo would run the next of them uncompiled.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_FORMS)
+        run = torch.compile(model, dynamic=False)
+    return graphed(name, run, batch) if cuda_graphs else run
+
+
 def graphed(name: str, run: Run, batch: Tensor) -> Run:
     """The model on this batch as a CUDA graph.
 
     Raises:
         ValueError: It cannot be captured, because it waits for the device.
     """
+    before = torch.cuda.current_stream(batch.device)
     stream = torch.cuda.Stream(batch.device)
-    stream.wait_stream(torch.cuda.current_stream(batch.device))
+    stream.wait_stream(before)
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.inference_mode():
             with torch.cuda.stream(stream):
                 for _ in range(3):
                     run(batch)
-            torch.cuda.current_stream(batch.device).wait_stream(stream)
+            before.wait_stream(stream)
             with torch.cuda.graph(graph):
                 run(batch)
     except RuntimeError as error:
+        torch.cuda.set_stream(before)  # torch leaves that of the capture in place where a capture fails
         raise ValueError(
             f"{name} cannot be captured as a CUDA graph ({str(error).splitlines()[0]}): its token counts depend on the "
             "image; measure it without cuda_graphs, or with settings of fixed counts (ragged='padded')"
@@ -325,6 +334,8 @@ def graphed(name: str, run: Run, batch: Tensor) -> Run:
 
 class _LiveBytes(TorchDispatchMode):
     """Adds up the storages that operators make, as long as they live."""
+
+    supports_higher_order_operators = True  # such as FlexAttention, of which the outputs alone count
 
     def __init__(self) -> None:
         super().__init__()
