@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 from gpu_steps import Bench, time_beside
+from hosts import packed_map
 from scripts import load_tool
 from torch import Tensor, nn
 
@@ -19,6 +20,7 @@ from effvit import attention
 from effvit.measure.packed_kernels import KERNELS, WithKernel, packed_attention, reason_against, tiles_of_images
 from effvit.measure.records import read_records
 from effvit.reducers import METHODS
+from effvit.tokens import TokenMap
 
 nested = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 
@@ -222,10 +224,9 @@ class TestPackedKernels:
     LENGTHS = (((3, 4), (5, 3)), ((200, 1, 130), (250, 40, 130)))
 
     @staticmethod
-    def batch(queries: tuple[int, ...], keys: tuple[int, ...]) -> tuple[Tensor, ...]:
-        masks = [torch.arange(max(n)) < torch.tensor(n).unsqueeze(1) for n in (queries, keys)]
+    def batch(queries: tuple[int, ...], keys: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, TokenMap, TokenMap]:
         q, k, v = (torch.randn(1, 2, sum(n), 16) for n in (queries, keys, keys))
-        return q, k, v, *masks
+        return q, k, v, packed_map(*queries), packed_map(*keys)
 
     @nested
     @pytest.mark.parametrize("kernel", ["flex", "jagged"])
