@@ -194,10 +194,9 @@ def true_places(mask: Tensor, number: int) -> Tensor:
     As ``mask.flatten().nonzero()``, which reads their number from the device.
     """
     mask = mask.flatten()
-    place = mask.cumsum(0) - 1
-    places = place.new_empty(number + 1)  # the last slot takes what is False
-    every = torch.arange(len(mask), device=mask.device)
-    return places.scatter_(0, torch.where(mask, place, number), every)[:number]
+    rank = mask.cumsum(0) * mask  # 1 for the first that is True, 0 for what is False
+    places = rank.new_empty(number + 1)
+    return places.scatter_(0, rank, torch.arange(len(mask), device=mask.device))[1:]
 
 
 class Compact(NamedTuple):
