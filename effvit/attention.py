@@ -446,9 +446,10 @@ class TokenAttention(nn.Module):
         bias = state.bias
         if pick is not None:
             rows, selected = pick(state)
+            # Made anew, since what ``_replace`` gives comes out empty of a graph that dynamo breaks in this branch.
+            state = AttnState(q, k, v, self.scale, selected, tokens, bias, x, rows)
             q = take_heads(q, rows)
             gate = take_rows(gate, rows) if gate is not None else None
-            state = state._replace(tokens=selected, rows=rows)
         if isinstance(edit_map, SumMap) and (has_gradient(q) or (self.training and self.attn_drop.p > 0)):
             state = sum_beside(state, edit_map)
             edit_map = None

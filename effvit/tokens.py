@@ -206,9 +206,9 @@ def true_places(mask: Tensor, number: int) -> Tensor:
 
 def scattered_places(mask: Tensor, number: int) -> Tensor:
     """``true_places`` of a mask (N,) by operators that every device has, none of which reads."""
-    place = torch.where(mask, mask.cumsum(0) - 1, number)
-    places = place.new_empty(number + 1)  # the last slot takes what is False
-    return places.scatter_(0, place, torch.arange(len(mask), device=mask.device))[:number]
+    rank = mask.cumsum(0) * mask  # 1 for the first that is True, 0 for what is False
+    places = rank.new_empty(number + 1)
+    return places.scatter_(0, rank, torch.arange(len(mask), device=mask.device))[1:]
 
 
 class Compact(NamedTuple):
