@@ -25,7 +25,6 @@ from torch import Tensor
 from effvit.recording import is_recorded
 
 __all__ = [
-    "RAGGED",
     "Compact",
     "Fused",
     "History",
@@ -53,8 +52,6 @@ __all__ = [
     "wide_product",
     "without_autocast",
 ]
-
-RAGGED = ("padded", "packed")
 
 P = ParamSpec("P")
 R = TypeVar("R")

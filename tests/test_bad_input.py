@@ -161,12 +161,12 @@ class TestSettingsOutOfRange:
             ("gtp", "graph_type", "Spatial, Semantic, Mixed"),
             ("ats", "grid", "official, midpoint"),
             ("ats", "value_norm", "concat, per_head"),
-            ("ats", "ragged", "padded, packed"),
+            ("ats", "ragged", "auto, padded, packed"),
             ("zero_tprune", "preset", "quoted_deit_small, .*"),
             ("zero_tprune", "partition", "sequential_u, sequential_i, alternate"),
             ("zero_tprune", "similarity", "cosine, dot, euclidean, manhattan"),
             ("dymu", "r_schedule", "constant, linear, reverse_linear"),
-            ("dymu", "ragged", "padded, packed"),
+            ("dymu", "ragged", "auto, padded, packed"),
         ],
     )
     def test_choices_that_do_not_exist(self, method: str, name: str, known: str) -> None:

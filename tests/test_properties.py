@@ -20,9 +20,9 @@ import effvit
 from effvit.recover import FILLS, NORMS
 from effvit.reducers import METHODS
 from effvit.reducers.gtp import GRAPH_TYPES, PROPAGATIONS, SELECTIONS
+from effvit.reducers.ragged import RAGGED
 from effvit.reducers.zero_tprune import PARTITIONS, SIMILARITIES
 from effvit.schedule import R_SCHEDULES
-from effvit.tokens import RAGGED
 
 REFUSALS = re.compile(
     r"would leave -?\d+ of \d+ patch tokens|scores patches by the class token|which attention pooling"
@@ -97,7 +97,7 @@ def methods(draw: st.DrawFn, depth: int) -> tuple[str, dict[str, Any]]:
             "reduce_at": blocks,
             "grid": draw(st.sampled_from(["official", "midpoint"])),
             "value_norm": draw(st.sampled_from(["concat", "per_head"])),
-            "ragged": draw(st.sampled_from(["padded", "packed"])),
+            "ragged": draw(st.sampled_from(RAGGED)),
             "drop_tokens": draw(st.booleans()),
         }
     elif method == "dymu":

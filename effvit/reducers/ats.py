@@ -16,6 +16,7 @@ from effvit.recording import is_recorded
 from effvit.reducers.base import Reducer, check_finite, refuse_recording
 from effvit.reducers.cost import BlockSizes, Change
 from effvit.reducers.keep_rate import Rated
+from effvit.reducers.ragged import RAGGED, packs, padded_if
 from effvit.schedule import (
     check_blocks,
     check_choice,
@@ -24,7 +25,7 @@ from effvit.schedule import (
     check_switch,
     per_block,
 )
-from effvit.tokens import RAGGED, compact, fx_leaf, packed_rows
+from effvit.tokens import compact, fx_leaf, packed_rows
 
 __all__ = ["ATS", "GRIDS", "inverse_transform_sample", "significance"]
 
@@ -174,7 +175,7 @@ class ATS(Rated):
         num_tokens: int | Sequence[int] | None = None,
         grid: str = "official",
         value_norm: str = "concat",
-        ragged: str = "padded",
+        ragged: str = "auto",
         drop_tokens: bool = True,
         compat: bool = False,
     ) -> dict[int, Reducer]:
@@ -190,9 +191,9 @@ class ATS(Rated):
                 counts the class token, minus 1).
             grid: "official" or "midpoint", see ``inverse_transform_sample``.
             value_norm: "concat" or "per_head", see ``significance``.
-            ragged: How images with different counts share a batch: "padded" to the longest with a key mask, or
-                "packed" one after another with variable-length attention and no padding. Equal results; only
-                "padded" can be exported.
+            ragged: How images with different counts share a batch: "padded" to the longest with a key mask, "packed"
+                one after another with variable-length attention and no padding, or "auto", whichever is faster for
+                the batch (see ``effvit.reducers.ragged``). Equal results; "packed" cannot be exported.
             drop_tokens: Cut the padding to the longest image; False keeps ``num_tokens`` slots, as whatever is
                 compiled, exported or traced does. Same result, except with ``compat``, which then refuses to be.
             compat: Reproduce the official batch dependence and cropping.
@@ -203,8 +204,7 @@ class ATS(Rated):
             ("ragged", ragged, RAGGED),
         ):
             check_choice(name, value, known)
-        if compat and ragged == "packed":
-            raise ValueError("compat=True reproduces the official padded batch; it needs ragged='padded'")
+        ragged = padded_if(compat, ragged)
         check_switch("drop_tokens", drop_tokens)
         check_switch("compat", compat)
         blocks = check_blocks("reduce_at", range(depth // 4, depth) if reduce_at is None else reduce_at, depth)
@@ -242,21 +242,21 @@ class ATS(Rated):
     def pick(self) -> Pick | None:
         return None if self.keep_rate == 1 else self.sample  # off by set_keep_rate, as ``plan`` leaves such a block out
 
-    @torch.no_grad()
     def sample(self, state: AttnState) -> Selection:
         """Sample the query rows that are computed from the scores of all tokens."""
         tokens = state.keys
         self.check_recordable(state.q)
-        scores = check_finite(significance(state, self.value_norm), self.origin("token scores"), state.x)
-        num_points = self.num_points(tokens.num_patches)
-        sample = inverse_transform_sample(scores, num_points, tokens.valid, self.grid, self.compat)
         width = self.count(tokens.num_tokens, tokens.num_patches)
-        packed = self.ragged == "packed"
-        kept = compact(sample.order, sample.picked, width, self.drop_tokens, is_recorded(scores), packed)
+        with torch.no_grad():
+            scores = check_finite(significance(state, self.value_norm), self.origin("token scores"), state.x)
+            num_points = self.num_points(tokens.num_patches)
+            sample = inverse_transform_sample(scores, num_points, tokens.valid, self.grid, self.compat)
+            must_pack = self.ragged == "packed"
+            kept = compact(sample.order, sample.picked, width, self.drop_tokens, is_recorded(scores), must_pack)
+        packed = tokens.packed or packs(self.ragged, kept.lengths, tokens.num_prefix, state.q)
         left = tokens.keep(kept.order, width, valid=kept.valid, packed=packed, lengths=kept.lengths)
-        if not packed:
-            return Selection(tokens.rows(kept.order), left)
-        return Selection(packed_rows(tokens, kept.order, left), left)
+        rows = packed_rows(tokens, kept.order, left) if packed else tokens.rows(kept.order)
+        return Selection(rows, left)
 
     def check_recordable(self, q: Tensor) -> None:
         """Raise a ValueError where a graph of fixed shapes would differ from a plain run, or cannot be made."""

@@ -17,9 +17,9 @@ from effvit.recording import is_exported, is_recorded
 from effvit.reducers.base import FEW_PATCHES, Reducer, check_finite
 from effvit.reducers.cost import BlockSizes, Change, alternating_pairs
 from effvit.reducers.matching import alternating_match
+from effvit.reducers.ragged import RAGGED, packs, padded_if
 from effvit.schedule import check_choice, check_count, check_number, check_switch, dymu_r, per_block
 from effvit.tokens import (
-    RAGGED,
     TokenMap,
     add_rows,
     compact,
@@ -310,7 +310,7 @@ class DyMU(Reducer):
         r_schedule: str = "constant",
         thresholds: Sequence[float] | None = None,
         max_r_per_instance_ratio: float | None = None,
-        ragged: str = "padded",
+        ragged: str = "auto",
         compat: bool = False,
     ) -> dict[int, Reducer]:
         """Settings of the method.
@@ -325,15 +325,14 @@ class DyMU(Reducer):
             thresholds: Cosine similarities to merge above, one for each block, in place of calibration; they
                 stay even if a checkpoint holds others. Those of blocks with r 0 are not used.
             max_r_per_instance_ratio: At most this multiple of a block's r is merged in each image; None: no limit.
-            ragged: How images with different counts share a batch: "padded" to the longest with a key mask, or
-                "packed" one after another with variable-length attention and no padding. Equal results; only
-                "padded" can be exported.
+            ragged: How images with different counts share a batch: "padded" to the longest with a key mask, "packed"
+                one after another with variable-length attention and no padding, or "auto", whichever is faster for
+                the batch (see ``effvit.reducers.ragged``). Equal results; "packed" cannot be exported.
             compat: Reproduce the official padded batch, in which an image is merged otherwise than alone.
         """
         check_choice("ragged", ragged, RAGGED)
         check_switch("compat", compat)
-        if compat and ragged == "packed":
-            raise ValueError("compat=True reproduces the official padded batch; it needs ragged='padded'")
+        ragged = padded_if(compat, ragged)
         blocks = tuple(range(depth))
         if isinstance(r_total, (list, tuple)):
             values: dict[int, int] = per_block("r_total", r_total, blocks)
@@ -388,7 +387,8 @@ class DyMU(Reducer):
         recorded = recorded or torch.jit.is_tracing()
         if not (recorded or merge.official or number_merged(tokens, merge)):
             return x, tokens
-        return apply_merge(x, tokens, merge, self.ragged == "packed")
+        packed = tokens.packed or packs(self.ragged, merge.lengths, tokens.num_prefix, state.q)
+        return apply_merge(x, tokens, merge, packed)
 
     # -- thresholds --------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from effvit.block import call_block
 from effvit.protocols import Settings
 from effvit.recover import FILLS
 from effvit.reducers import METHODS
+from effvit.reducers.ragged import RAGGED
 from effvit.testing.fakes import assert_runs_on_fakes
 from effvit.testing.laws import (
     assert_equal_scores_and_gradients,
@@ -30,7 +31,6 @@ from effvit.testing.laws import (
 )
 from effvit.testing.models import HOSTS, example, make_host, make_images, make_model, reduce
 from effvit.testing.reads import assert_reads
-from effvit.tokens import RAGGED
 
 __all__ = ["Contract", "pairs", "parametrize"]
 
