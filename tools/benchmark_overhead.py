@@ -5,6 +5,7 @@ overhead. All models run interleaved, each once a round in random order; a figur
 ratio within a round, with its bootstrap 95 % interval.
 
     python tools/benchmark_overhead.py --rounds 40 --json overhead.json
+    python tools/benchmark_overhead.py --images pictures --only dymu
     python tools/benchmark_overhead.py --device cuda --dtype bfloat16 --batch-size 128
 """
 
@@ -26,6 +27,10 @@ from torch import Tensor, nn
 import effvit
 from effvit.measure.ideal import IdealViT, mean_counts
 from effvit.measure.profiler import Measurement, machine, median_ratio, noise, profile_models
+from effvit.reducers import METHODS
+from effvit.reducers.ragged import RAGGED
+from effvit.show.pictures import fashion_pictures, photographs
+from effvit.show.visualize import load_images
 
 CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "EViT 0.7": ("evit", {"keep_rate": 0.7}),
@@ -34,9 +39,23 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "ToMe r 13": ("tome", {"r": 13}),
     "Zero-TPrune": ("zero_tprune", {}),
     "GTP 8": ("gtp", {"num_prop": 8}),
-    "ATS padded": ("ats", {"ragged": "padded"}),
-    "ATS packed": ("ats", {"ragged": "packed"}),
+    "Expedite": ("expedite", {}),
+    "HoT": ("hot", {}),
+    **{f"ATS {ragged}": ("ats", {"ragged": ragged}) for ragged in RAGGED},
+    **{f"DyMU {ragged}": ("dymu", {"ragged": ragged}) for ragged in RAGGED},
 }
+
+
+def pictures(model: nn.Module, batch_size: int) -> Tensor:
+    """Pictures of different content, for a model of grey ones those of Fashion-MNIST: as often as the batch needs."""
+    found = [p.image for p in fashion_pictures().values()] if is_grey(model) else list(photographs().values())
+    images = load_images(model, found)
+    return images.repeat(-(-batch_size // len(images)), 1, 1, 1)[:batch_size]
+
+
+def is_grey(model: nn.Module) -> bool:
+    """Whether the model takes images of one channel."""
+    return model.patch_embed.proj.in_channels == 1
 
 
 def sharpen(dense: nn.Module, factor: float) -> None:
@@ -73,6 +92,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--sharpen", type=float, default=12.0, help="factor on the query weights")
+    parser.add_argument(
+        "--images", default="noise", choices=("noise", "pictures"), help="pictures differ in how many tokens they need"
+    )
     parser.add_argument("--only", default="", help="run the configurations whose name contains this")
     parser.add_argument("--json", type=Path, help="write figures, samples, machine and versions here")
     args = parser.parse_args()
@@ -81,13 +103,15 @@ def main() -> None:
     torch.manual_seed(0)
     dense = timm.create_model(args.model).eval()
     sharpen(dense, args.sharpen)
-    size = (3, *dense.patch_embed.img_size)
-    images = noise(size, args.batch_size)
+    size = (1 if is_grey(dense) else 3, *dense.patch_embed.img_size)
+    images = pictures(dense, args.batch_size) if args.images == "pictures" else noise(size, args.batch_size)
     models: dict[str, nn.Module] = {"dense": dense}
     counts: dict[str, list[int]] = {}
     for name, (method, settings) in CONFIGURATIONS.items():
         if args.only.lower() in name.lower():
-            model = effvit.sparsify(dense, method, **settings)
+            model = effvit.sparsify(dense, method, **settings).eval()
+            if METHODS[method].learns:
+                effvit.calibrate(model, [images])
             counts[name] = [round(count) for count in mean_counts(model, images)]
             models[name] = model
             models[f"ideal {name}"] = IdealViT(dense, counts[name])
@@ -97,7 +121,8 @@ def main() -> None:
     )
     by_name = {m.name: m for m in measured}
 
-    table = Table(title=f"{args.model}, batch {args.batch_size}, {args.dtype}, {args.device}, {args.threads} thread(s)")
+    conditions = f"{args.images}, batch {args.batch_size}, {args.dtype}, {args.device}, {args.threads} thread(s)"
+    table = Table(title=f"{args.model}, {conditions}")
     for column in (
         "method",
         "tokens left",
