@@ -9,6 +9,7 @@ import torch
 from hosts import make_host, make_images, make_model
 
 import effvit
+from effvit.reducers import hot
 from effvit.reducers.hot import density_peaks, peak_scores, squared_distances
 
 
@@ -46,6 +47,27 @@ def test_distances_are_symmetric_to_the_last_bit_with_zeros_to_itself() -> None:
     distance = squared_distances(100 * torch.randn(2, 50, 33))
     assert torch.equal(distance, distance.transpose(1, 2))
     assert (distance.diagonal(dim1=1, dim2=2) == 0).all()
+
+
+@pytest.mark.parametrize("length", [40, 45])
+def test_scores_by_blocks_are_those_of_all_distances(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(3, length, 8, dtype=torch.float64)
+    x[0, 30] = x[0, 3]  # in another block
+    x[1, 21:23] = x[1, 20]
+    expected = peak_scores(x, 3)
+    monkeypatch.setattr(hot, "WIDTHS_WHOLE", 0)
+    monkeypatch.setattr(hot, "LEAST_BLOCK", 16)
+    assert torch.allclose(peak_scores(x, 3), expected, atol=1e-7)  # a root of what should be 0 is 1e-8
+
+
+def test_of_equal_tokens_in_different_blocks_the_first_is_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hot, "WIDTHS_WHOLE", 0)
+    monkeypatch.setattr(hot, "LEAST_BLOCK", 2)
+    x = torch.zeros(1, 6, 4)
+    x[0, 5] = 1  # the only one that is elsewhere
+    scores = peak_scores(x, 2)[0]
+    assert scores[0] > 0
+    assert scores[1:5].tolist() == [0.0] * 4
 
 
 def test_equal_tokens_are_spread_over_the_sequence_in_order() -> None:

@@ -23,7 +23,7 @@ KERNELS: dict[str, tuple[dict[str, Any], float]] = {
     "evit": ({}, 15.0),
     "tome": ({"r": 13}, 29.25),
     "gtp": ({}, 33.83),
-    "ats": ({}, 47.33),
+    "ats": ({}, 46.33),
     "zero_tprune": ({}, 79.8),
     "dymu": ({"r_total": 96}, 57.75),  # calibrated, so that every block merges some
     "expedite": ({}, 134.0),  # in one block of the model

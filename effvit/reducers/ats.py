@@ -107,7 +107,9 @@ def inverse_transform_sample(
         lowest = cumulated if compat else cumulated.masked_fill(~real, float("inf"))
     top, bottom = cumulated[:, -1:], lowest.amin(1, keepdim=True)  # (B, 1)
     tiny = torch.finfo(scores.dtype).tiny
-    height = ((cumulated - bottom) / (top - bottom).clamp(min=tiny)).clamp(min=0)  # (B, N), 0 to 1
+    height = (cumulated - bottom) / (top - bottom).clamp(min=tiny)  # (B, N), 0 to 1
+    if real is not None:
+        height = height.clamp(min=0)  # of padding
 
     if grid == "official":
         first = height.masked_fill(height <= 0, 1).amin(1, keepdim=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from effvit.protocols import Settings
+from effvit.recording import is_recorded
 from effvit.reducers.base import Reducer, check_finite
 from effvit.reducers.cost import BlockSizes, Change
 from effvit.reducers.keep_rate import KeepRate, kept_in_blocks
@@ -16,6 +17,11 @@ from effvit.schedule import check_blocks, check_count
 from effvit.tokens import TokenMap, fx_leaf, wide_dtype, wide_product
 
 __all__ = ["HoT", "density_peaks", "peak_scores", "squared_distances"]
+
+# The distances of all pairs are held where there are at most so many times as many tokens as channels: then they take
+# no more memory than the MLP.
+WIDTHS_WHOLE = 2
+LEAST_BLOCK = 512  # tokens of a block of distances
 
 
 def squared_distances(x: Tensor) -> Tensor:
@@ -55,6 +61,8 @@ def peak_scores(x: Tensor, k: int = 2, compat: bool = False) -> Tensor:
     if not 2 <= k <= length:
         raise ValueError(f"k must be at least 2 and at most the number of tokens, got {k} for {length} tokens")
     x = x.to(wide_dtype(x.dtype))
+    if not (compat or length <= WIDTHS_WHOLE * x.shape[2] or is_recorded(x) or torch.jit.is_tracing()):
+        return _scores_by_blocks(x, k)
     squared: Tensor = (torch.cdist(x, x) / x.shape[2] ** 0.5).square() if compat else squared_distances(x)
     density = squared.topk(k, dim=-1, largest=False).values.mean(-1).neg().exp()  # (B, N)
     other, own = density.unsqueeze(1), density.unsqueeze(2)  # (B, 1, N), (B, N, 1)
@@ -65,6 +73,47 @@ def peak_scores(x: Tensor, k: int = 2, compat: bool = False) -> Tensor:
         denser = denser | ((other == own) & earlier)
     farthest = squared.flatten(1).amax(1)[:, None, None]  # (B, 1, 1)
     return torch.where(denser, squared, farthest).amin(-1).sqrt() * density
+
+
+def _scores_by_blocks(x: Tensor, k: int) -> Tensor:
+    """``peak_scores`` of x (B, N, C) that holds the distances of a block of tokens to another, and not all of them."""
+    best = x.new_full((*x.shape[:2], k), math.inf)  # (B, N, k) smallest squared distances
+    farthest = x.new_zeros(x.shape[0], 1)
+    for rows, columns, squared in _distances_by_blocks(x):
+        farthest = torch.maximum(farthest, squared.flatten(1).amax(1, keepdim=True))
+        for span, near in ((rows, squared), (columns, squared.transpose(1, 2)))[: 1 + (rows != columns)]:
+            best[:, span] = torch.cat([best[:, span], near], dim=-1).topk(k, dim=-1, largest=False).values
+    density = best.mean(-1).neg().exp()  # (B, N)
+    nearest = farthest.repeat(1, x.shape[1])  # (B, N) squared distance to a denser token
+    for rows, columns, squared in _distances_by_blocks(x):
+        own, other = density[:, rows].unsqueeze(2), density[:, columns].unsqueeze(1)
+        if rows == columns:
+            place = torch.arange(squared.shape[1], device=x.device)
+            denser = (other > own) | ((other == own) & (place.unsqueeze(1) > place))
+        else:
+            denser = other > own  # of equal ones the first is denser, and that is the row
+            near = squared.masked_fill(denser, math.inf).amin(1)  # (B, columns)
+            nearest[:, columns] = torch.minimum(nearest[:, columns], near)
+        near = squared.masked_fill(~denser, math.inf).amin(2)  # (B, rows)
+        nearest[:, rows] = torch.minimum(nearest[:, rows], near)
+    return nearest.sqrt() * density
+
+
+def _distances_by_blocks(x: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+    """``squared_distances`` of x (B, N, C) in blocks on and above the diagonal: rows, columns, (B, rows, columns).
+
+    A block stands for its mirror image too, so that the distance of two tokens is the same from both sides.
+    """
+    length, dim = x.shape[1:]
+    side = max(LEAST_BLOCK, dim)
+    spans = [slice(start, min(start + side, length)) for start in range(0, length, side)]
+    norm = x.square().sum(-1)  # (B, N)
+    for number, rows in enumerate(spans):
+        yield rows, rows, squared_distances(x[:, rows])
+        for columns in spans[number + 1 :]:
+            product = wide_product(x[:, rows], x[:, columns].transpose(1, 2))
+            squared = norm[:, rows].unsqueeze(2) + norm[:, columns].unsqueeze(1) - 2 * product
+            yield rows, columns, squared.clamp(min=0) / dim
 
 
 def density_peaks(x: Tensor, num_clusters: int, k: int = 2, compat: bool = False) -> Tensor:
