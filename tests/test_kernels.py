@@ -1,4 +1,4 @@
-"""Kernels that each method launches beside its dense host in a reducing block: exact counts, no timing.
+"""Kernels and memory that each method takes beside its dense host: exact counts, no timing.
 
 A method that begins to launch more must say why. What a batch needs once (ranges, GTP's graph) counts as a share of the
 blocks that reduce.
@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import effvit
 from effvit.measure.launches import device_kernels, launches
+from effvit.measure.profiler import peak_memory
 from effvit.reducers import METHODS
 
 SIZE = (2, 3, 224, 224)
@@ -54,3 +55,25 @@ def test_a_reducing_block_launches_as_many_kernels_as_the_table_says(method: str
 
 def test_a_cpu_has_no_kernels_of_a_device(dense: nn.Module) -> None:
     assert device_kernels(dense, torch.zeros(SIZE)) is None
+
+
+@pytest.fixture(scope="module")
+def large() -> tuple[nn.Module, Tensor, int]:
+    """A host of 1,600 patches, an image, and the peak bytes of the host's forward pass."""
+    torch.manual_seed(0)
+    host = timm.create_model("deit_tiny_patch16_224", img_size=640).eval()
+    x = torch.randn(1, 3, 640, 640)
+    return host, x, peak_memory(host, x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", KERNELS)
+def test_memory_of_large_images_stays_near_that_of_the_dense_model(
+    method: str, large: tuple[nn.Module, Tensor, int]
+) -> None:
+    """What grows with the square of the tokens, a map or all distances, would be far above."""
+    host, x, dense_peak = large
+    model = effvit.sparsify(host, method).eval()
+    if METHODS[method].learns:
+        effvit.calibrate(model, [x])
+    assert peak_memory(model, x) < 1.5 * dense_peak

@@ -99,12 +99,12 @@ def test_page_rank_is_that_of_the_graph_of_those_left(places: range | tuple[int,
 def test_page_rank_in_pieces_is_that_of_the_whole_map(
     monkeypatch: pytest.MonkeyPatch, entries: int, scale: int
 ) -> None:
-    """Seven tokens of one or eight channels, of whose four maps as much is held as eight times the queries."""
+    """Seven tokens of one or eight channels, of whose four maps as much is held as six times the queries."""
     monkeypatch.setattr(attention, "CACHED_ENTRIES", entries)
     q, k = (torch.randn(2, 2, 7, scale, dtype=torch.float64) for _ in range(2))
     signal = start_signal(q[..., 0], 7, 2.5, 1)
     expected = weighted_page_rank((q @ k.transpose(-2, -1)).softmax(-1), 3, 2.5)
-    assert torch.allclose(page_rank_in_pieces(q, k, 3, signal), expected)
+    assert torch.allclose(page_rank_in_pieces(q, k.transpose(2, 3), 3, signal), expected)
 
 
 @pytest.mark.parametrize("r", [0, 5])

@@ -148,21 +148,21 @@ def weighted_page_rank(
 def page_rank_in_pieces(q: Tensor, k: Tensor, num_iters: int, signal: Tensor) -> Tensor:
     """``weighted_page_rank`` on a map that is too large to hold: some of it is, and the rest formed for each vote.
 
-    As much of it is held as the MLP has features in and behind its activation.
+    As much of it is held as is left of what the MLP takes, beside queries, keys and a piece that is formed.
 
     Args:
         q: (B, heads, N, D) queries of those that vote, whose products with the keys are the logits of the map.
-        k: Their keys.
+        k: (B, heads, D, N) their keys; products with few rows are 1.3 times as fast where these lie in this order.
         num_iters: Votes.
         signal: (B, heads, N) what they vote with first.
 
     Returns:
         (B, heads, N).
     """
-    length, most = q.shape[2], 8 * q.numel()
+    length, most = q.shape[2], 6 * q.numel()
     heads, rows = piece_shape(q)
     shape, q = q.shape[:2], q.flatten(0, 1)  # (B * heads, N, D)
-    k = k.flatten(0, 1).transpose(1, 2).contiguous()  # (B * heads, D, N)
+    k = k.flatten(0, 1)  # (B * heads, D, N)
     signal = signal.flatten(0, 1).unsqueeze(1)  # (B * heads, 1, N)
     ranks = []
     for first in range(0, len(q), heads):
@@ -416,12 +416,12 @@ class ZeroTPrune(Rated):
         if state.weights is not None:
             signal = weighted_page_rank(state.weights, num_iters, boost, keys.num_class, kept, number)
             return aggregate_heads(signal, self.var_range, number)
-        q, k = state.map_factors()
         if kept is None:
             kept = torch.ones_like(state.q[:, 0, :, 0], dtype=torch.int64)
         index = image_order(kept, number)  # (B, number)
         rows = flat_rows(index, kept.shape[1])
-        q, k = take_heads(q, rows), take_heads(k, rows)  # (B, heads, number, D)
+        q, k = (take_heads(y, rows) for y in state.map_factors())  # (B, heads, number, D)
+        k = k.transpose(2, 3).contiguous()  # (B, heads, D, number)
         signal = start_signal(q[..., 0], number, boost, keys.num_class)  # (B, heads, number)
         ranks = aggregate_heads(page_rank_in_pieces(q, k, num_iters, signal), self.var_range)  # (B, number)
         return ranks.new_zeros(kept.shape).scatter(1, index, ranks)
