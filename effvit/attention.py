@@ -397,6 +397,9 @@ class TokenAttention(nn.Module):
     norm: Layer
     proj: Layer
     proj_drop: Layer
+    # Of some of timm's classes alone.
+    num_kv_groups: int = 1
+    rotate_half: bool = False
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens (B, N, C) -> q, k, v, each (B, heads, N, D)."""
@@ -435,12 +438,10 @@ class TokenAttention(nn.Module):
         q, k, v = self._project(x)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
-            half = bool(getattr(self, "rotate_half", False))
-            q = _rotate(q, tokens, rope, half).type_as(v)
-            k = _rotate(k, tokens, rope, half).type_as(v)
-        groups: int = getattr(self, "num_kv_groups", 1)
-        if groups > 1:
-            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+            q = _rotate(q, tokens, rope, self.rotate_half).type_as(v)
+            k = _rotate(k, tokens, rope, self.rotate_half).type_as(v)
+        if self.num_kv_groups > 1:
+            k, v = (y.repeat_interleave(self.num_kv_groups, dim=1) for y in (k, v))
 
         state = AttnState.of(q, k, v, self.scale, tokens, x)
         bias = state.bias

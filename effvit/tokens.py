@@ -21,6 +21,7 @@ from typing import NamedTuple, ParamSpec, Protocol, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx import Proxy
 
 from effvit.recording import is_recorded
 
@@ -37,7 +38,6 @@ __all__ = [
     "Step",
     "TokenMap",
     "Trail",
-    "add_rows",
     "autocast_enabled",
     "compact",
     "fix_traced_size",
@@ -67,8 +67,10 @@ def fx_leaf(function: Callable[P, R]) -> Callable[P, R]:
     @wraps(function)
     def leaf(*args: P.args, **kwargs: P.kwargs) -> R:
         for argument in args:
+            if type(argument) is Tensor:  # as nearly all are, at every call
+                continue
             placeholder = argument.trail.patches if isinstance(argument, TokenMap) else argument
-            if isinstance(placeholder, torch.fx.Proxy):
+            if isinstance(placeholder, Proxy):
                 return placeholder.tracer.create_proxy("call_function", leaf, args, kwargs)
         return function(*args, **kwargs)
 
@@ -99,7 +101,9 @@ def wide_product(a: Tensor, b: Tensor) -> Tensor:
 
     Casting the factors is not enough: inside autocast the product itself casts them back.
     """
-    dtype = wide_dtype(a.dtype)
+    dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
+    if not autocast_enabled(a):
+        return a.to(dtype) @ b.to(dtype)
     with without_autocast(a):
         return a.to(dtype) @ b.to(dtype)
 
@@ -172,12 +176,7 @@ def flat_rows(index: Tensor, length: int, offset: int = 0, ranges: Ranges | None
 @fx_leaf
 def take_rows(x: Tensor, rows: Tensor) -> Tensor:
     """Rows of ``x.flatten(0, 1)``: x (B, N, C), rows (B', K) -> (B', K, C); likewise without the C."""
-    return x.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, rows.shape)
-
-
-def add_rows(x: Tensor, rows: Tensor, values: Tensor) -> Tensor:
-    """x (B, N, C) with values (B', K, C) added to its flattened rows (B', K); likewise without the C."""
-    return x.flatten(0, 1).index_add(0, rows.flatten(), values.flatten(0, 1)).view_as(x)
+    return x.flatten(0, 1).index_select(0, rows.flatten()).view(*rows.shape, *x.shape[2:])
 
 
 @fx_leaf
@@ -586,16 +585,18 @@ class TokenMap:
                 "tokens that stand for soft clusters cannot be reduced again, since a patch is a mixture of several; "
                 "restore the full grid first (effvit.recover.restore)"
             )
-        return replace(
-            self,
-            trail=Trail(self.trail.patches, self.trail, step, {} if anchor is None else {"anchor": anchor}),
-            num_tokens=num_tokens,
+        return TokenMap(
+            Trail(self.trail.patches, self.trail, step, {} if anchor is None else {"anchor": anchor}),
+            self.layout,
+            num_tokens,
             moved=True,
             complete=self.complete and keeps_every_patch,
             size=size,
             key_weight=key_weight,
             valid=valid,
             lengths=lengths,
+            history=self.history,
+            carry=self.carry,
             packed=packed,
         )
 
@@ -758,7 +759,7 @@ class TokenMap:
 
 @fx_leaf
 def rows_in_sequence(tokens: TokenMap, *rows: Tensor) -> tuple[Tensor, ...]:
-    """Rows of the flattened padded sequence, each (B, K), as rows of the sequence as it is: packed or not."""
+    """Rows of the flattened padded sequence, of any shape, as rows of the sequence as it is: packed or not."""
     if not tokens.packed:
         return rows
     place = tokens.sequence_mask().flatten().cumsum(0) - 1  # (B * (P+N),)

@@ -26,7 +26,7 @@ KERNELS: dict[str, tuple[dict[str, Any], float]] = {
     "gtp": ({}, 33.83),
     "ats": ({}, 46.33),
     "zero_tprune": ({}, 79.8),
-    "dymu": ({"r_total": 96}, 57.75),  # calibrated, so that every block merges some
+    "dymu": ({"r_total": 96}, 57.67),  # calibrated, so that every block merges some
     "expedite": ({}, 134.0),  # in one block of the model
     "hot": ({}, 32.0),
 }

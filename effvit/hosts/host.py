@@ -12,6 +12,7 @@ import fnmatch
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar, cast
 
 import timm
@@ -196,7 +197,7 @@ class ReducedHost(Intermediates, Reduced):
         """
         x, rope, tokens = self._start(x, memory, reference)
         taken = []
-        for i, block in enumerate(self.blocks[:num_blocks]):
+        for i, block in enumerate(islice(self.blocks, num_blocks)):
             if memory and block.reducer is not None and not block.reducer.keeps_every_patch:
                 tokens = tokens.remember(x)
             if reference and block.reducer is not None and tokens.reference is None:

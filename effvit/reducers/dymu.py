@@ -16,12 +16,11 @@ from effvit.protocols import Settings
 from effvit.recording import is_exported, is_recorded
 from effvit.reducers.base import FEW_PATCHES, Reducer, check_finite
 from effvit.reducers.cost import BlockSizes, Change, alternating_pairs
-from effvit.reducers.matching import alternating_match
+from effvit.reducers.matching import alternating_match, move_shares
 from effvit.reducers.ragged import RAGGED, packs, padded_if
 from effvit.schedule import check_choice, check_count, check_number, check_switch, dymu_r, per_block
 from effvit.tokens import (
     TokenMap,
-    add_rows,
     compact,
     fix_traced_size,
     fx_leaf,
@@ -220,19 +219,21 @@ def apply_merge(x: Tensor, tokens: TokenMap, merge: Merge, packed: bool) -> tupl
         size = one.expand(-1, tokens.num_prefix + tokens.width)
     number = None if is_recorded(x) else number_merged(tokens, merge)
     first = tokens.layout.ranges.first(tokens.num_prefix + tokens.width, tokens.num_prefix)
-    source, destination = merge.source + first, merge.destination + first  # rows (B, |A|) of a padded sequence
+    source = (merge.source + first).flatten()  # (B * |A|,) rows of all images, padded
+    destination, merged = (merge.destination + first).flatten(), merge.merged.flatten()
     if number is not None:  # only the merged rows are computed with
-        place = true_places(merge.merged, number).unsqueeze(0)
-        source, destination = take_rows(source, place), take_rows(destination, place)  # (1, number)
+        place = true_places(merged, number)
+        source, destination = source.index_select(0, place), destination.index_select(0, place)  # (number,)
 
     def of_merged(values: Tensor) -> Tensor:
-        return values if number is not None else torch.where(merge.merged, values, 0)
+        return values if number is not None else torch.where(merged, values, 0)
 
-    gain = of_merged(take_rows(size, source))
-    size = add_rows(size, destination, gain)
-    share = of_merged(gain / take_rows(size, destination)).unsqueeze(-1).to(x.dtype)  # of padding it is 0 / 0
+    sizes = size.flatten()
+    gain = of_merged(sizes.index_select(0, source))
+    sizes = sizes.index_add(0, destination, gain)
+    share = of_merged(gain / sizes.index_select(0, destination)).unsqueeze(1).to(x.dtype)  # of padding it is 0 / 0
     kept = tokens.rows(merge.order)  # (B, P+K)
-    size = take_rows(size, kept)
+    size = sizes.index_select(0, kept.flatten()).view(kept.shape)
     if merge.valid is not None:
         size = size * F.pad(merge.valid, (tokens.num_prefix, 0), value=True)
     left = tokens.relabel(
@@ -246,8 +247,8 @@ def apply_merge(x: Tensor, tokens: TokenMap, merge: Merge, packed: bool) -> tupl
         lengths=merge.lengths,
     )
     source, destination, kept = rows_in_sequence(tokens, source, destination, kept)
-    x = add_rows(x, destination, (take_rows(x, source) - take_rows(x, destination)) * share)
-    x = take_rows(x, left.pack(kept) if packed else kept)
+    rows = move_shares(x.flatten(0, 1), source, destination, share)
+    x = take_rows(rows.unsqueeze(0), left.pack(kept) if packed else kept)
     return official_division(x, size, merge.official), left
 
 

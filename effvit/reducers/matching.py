@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
 from effvit.tokens import fx_leaf, wide_dtype, wide_product
 
-__all__ = ["alternating_match"]
+__all__ = ["alternating_match", "move_shares"]
+
+SMALLEST_NORM = 1e-12  # of ``F.normalize``
 
 
 @fx_leaf
@@ -27,7 +29,8 @@ def alternating_match(metric: Tensor, num_prefix: int, valid: Tensor | None = No
         Largest similarity (B, |A|), -inf for padding and where B is all padding; and the place (B, |A|) of the
         matched token among the N patch tokens. Token i of A is patch token ``2 * i + num_prefix % 2``.
     """
-    metric = F.normalize(metric.to(wide_dtype(metric.dtype)), dim=-1)
+    metric = metric.to(wide_dtype(metric.dtype))
+    metric = metric / torch.linalg.vector_norm(metric, dim=-1, keepdim=True).clamp(min=SMALLEST_NORM)
     first_a, first_b = num_prefix % 2, (num_prefix + 1) % 2
     similarity = wide_product(metric[:, first_a::2], metric[:, first_b::2].transpose(1, 2))  # (B, |A|, |B|)
     if valid is not None:
@@ -36,3 +39,18 @@ def alternating_match(metric: Tensor, num_prefix: int, valid: Tensor | None = No
     if valid is not None:
         best = best.masked_fill(~valid[:, first_a::2], float("-inf"))
     return best, 2 * match + first_b if first_b else 2 * match
+
+
+def move_shares(x: Tensor, source: Tensor, destination: Tensor, share: Tensor) -> Tensor:
+    """Rows of x (T, C) after merging: each destination becomes a mean with what goes into it.
+
+    It takes a share of the difference, so two equal rows merge without any rounding.
+
+    Args:
+        x: Rows of all images.
+        source: (r,) rows that are merged away.
+        destination: (r,) the row each of them goes into.
+        share: (r, 1) part of the sum that is the source's.
+    """
+    difference = x.index_select(0, source) - x.index_select(0, destination)
+    return x.index_add(0, destination, difference * share)

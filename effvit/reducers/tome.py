@@ -14,16 +14,14 @@ from effvit.protocols import Settings
 from effvit.reducers.base import FEW_PATCHES, Reducer, check_finite
 from effvit.reducers.block_schedule import BlockSchedule, tokens_by_block
 from effvit.reducers.cost import BlockSizes, Change, alternating_pairs
-from effvit.reducers.matching import alternating_match
+from effvit.reducers.matching import alternating_match, move_shares
 from effvit.schedule import check_switch, spread_ladder, tome_r
 from effvit.tokens import (
     Ranges,
     TokenMap,
-    add_rows,
     fx_leaf,
     position_of,
     ranges_of,
-    take_rows,
     wide_dtype,
     wide_product,
 )
@@ -130,6 +128,7 @@ def kth_bipartite_target(metric: Tensor, k: int) -> Tensor:
     return torch.cat([nearest.unflatten(1, (-1, k - 1)), itself.unsqueeze(-1)], dim=2).flatten(1)
 
 
+@fx_leaf
 def merge_tokens(
     x: Tensor, size: Tensor | None, matching: Matching, num_prefix: int = 0, ranges: Ranges | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -149,16 +148,17 @@ def merge_tokens(
         (B, P+N-r, C) and the new sizes (B, P+N-r).
     """
     ranges = ranges_of(x, num_prefix + 1, num_prefix) if ranges is None else ranges
-    if size is None:
-        size = torch.ones_like(x[..., 0], dtype=wide_dtype(x.dtype))
     first = ranges.first(x.shape[1], num_prefix)
-    source, destination = matching.source + first, matching.destination + first  # rows (B, r)
-    kept = matching.kept + first
-    source_size = take_rows(size, source)  # (B, r)
-    size = add_rows(size, destination, source_size)
-    share = (source_size / take_rows(size, destination)).unsqueeze(-1).to(x.dtype)  # (B, r, 1)
-    x = add_rows(x, destination, (take_rows(x, source) - take_rows(x, destination)) * share)
-    return take_rows(x, kept), take_rows(size, kept)
+    source = (matching.source + first).flatten()  # (B * r,) rows of all images
+    destination = (matching.destination + first).flatten()
+    kept = matching.kept + first  # (B, P+N-r)
+    sizes = torch.ones_like(x[..., 0], dtype=wide_dtype(x.dtype)) if size is None else size
+    sizes = sizes.flatten()
+    gain = sizes.index_select(0, source)
+    sizes = sizes.index_add(0, destination, gain)
+    share = (gain / sizes.index_select(0, destination)).unsqueeze(1).to(x.dtype)
+    x = move_shares(x.flatten(0, 1), source, destination, share).index_select(0, kept.flatten())
+    return x.view(*kept.shape, -1), sizes.index_select(0, kept.flatten()).view(kept.shape)
 
 
 class ToMe(Reducer):
