@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from effvit.recording import is_recorded
+from effvit.recording import count_in_graph, graphs_count, is_recorded
 
 __all__ = [
     "RAGGED",
@@ -231,7 +231,8 @@ def compact(
 ) -> Compact:
     """The kept tokens of each image in front, for a method whose number of tokens depends on the image.
 
-    The numbers are read from the device once, to trim or to pack, unless ``kept`` is recorded.
+    The numbers are read from the device once, to trim or to pack, unless ``kept`` is recorded. A graph compiled by
+    ``effvit.compile`` reads the largest of them, to trim.
 
     Args:
         order: (B, N) tokens of each image in their new order.
@@ -243,12 +244,15 @@ def compact(
     """
     counts = kept.sum(1)
     number = order.shape[1]
-    width = min(width, number)
     lengths: tuple[int, ...] | None = None
-    if (trim or packed) and not is_recorded(kept):
-        lengths = tuple(counts.tolist())  # the one read of a block
-    if trim and lengths is not None:
-        width = min(width, max(lengths))
+    if trim and graphs_count():
+        width = count_in_graph(counts, number)
+    else:
+        width = min(width, number)
+        if (trim or packed) and not is_recorded(kept):
+            lengths = tuple(counts.tolist())  # the one read of a block
+        if trim and lengths is not None:
+            width = min(width, max(lengths))
     place = torch.arange(number, device=order.device)
     place = torch.where(kept, place, place + number).sort(dim=1).values[:, :width] % number
     index = order.gather(1, place)
