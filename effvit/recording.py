@@ -67,15 +67,15 @@ def graphs_count() -> bool:
     return torch.compiler.is_dynamo_compiling() and _counts_in_graphs()
 
 
-def count_in_graph(counts: Tensor, number: int) -> int:
-    """The largest of counts (B,), each at most ``number``, as a size of the graph that reads it; at least 2.
+def count_in_graph(count: Tensor, most: int) -> int:
+    """A count, at most ``most``, as a size of the graph that reads it; at least 2, and a count of 1 becomes 2.
 
     Compilers take sizes of 0 and 1 for special, so what may be one of them would have to be known.
     """
-    largest = int(counts.amax().clamp(min=2).item())
-    torch._check(largest >= 2)
-    torch._check(largest <= number)
-    return largest
+    size = int(count.clamp(min=2).item())
+    torch._check(size >= 2)
+    torch._check(size <= most)
+    return size
 
 
 def is_legacy_onnx() -> bool:

@@ -245,8 +245,8 @@ def compact(
     counts = kept.sum(1)
     number = order.shape[1]
     lengths: tuple[int, ...] | None = None
-    if trim and graphs_count():
-        width = count_in_graph(counts, number)
+    if (trim or packed) and graphs_count():
+        width = count_in_graph(counts.amax(), number)
     else:
         width = min(width, number)
         if (trim or packed) and not is_recorded(kept):
@@ -286,7 +286,15 @@ def _unpack(x: Tensor, mask: Tensor) -> Tensor:
 
 def _rows_in_use(tokens: TokenMap) -> Tensor:
     """(T,) rows of the flattened padded sequence that hold a token."""
-    return true_places(tokens.sequence_mask(), sum(tokens.sequence_lengths()))
+    mask = tokens.sequence_mask()
+    if not graphs_count():
+        return true_places(mask, sum(tokens.sequence_lengths()))
+    known = tokens.trail.composed
+    if "rows" not in known:  # once for a map: a compiler does not know that a size read again is the same
+        every = tokens.valid is None
+        number = mask.numel() if every else count_in_graph(mask.sum(), mask.numel())
+        known["rows"] = scattered_places(mask.flatten(), number)
+    return known["rows"]
 
 
 class Reference(NamedTuple):
@@ -399,7 +407,7 @@ class Trail:
         patches: (B, H*W) numbers of the patches.
         former: The trail before the last step; None where the tokens are the patches of the full grid.
         step: The last step.
-        composed: What was asked for so far. (``cached_property`` locks in Python 3.11, which torch.compile refuses.)
+        composed: What was asked for so far, rows in use included where a graph counts. (``cached_property`` locks in Python 3.11, which torch.compile refuses.)
     """
 
     patches: Tensor

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch._dynamo import OptimizedModule
 
+import effvit.packed_operator  # noqa: F401 - graphs call it by its name
 from effvit.recording import counts_in_graphs
 from effvit.reducers import Reducer
 
@@ -43,8 +45,7 @@ def compile(model: ModelT, **options: Any) -> ModelT:
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a model, an nn.Module, got {type(model).__name__}")
     if any(isinstance(module, Reducer) and module.variable_length for module in model.modules()):
-        # Frames of its own: those that plain torch.compile has compiled for the same model hold all slots.
-        model._compiled_call_impl = _counting(model, torch.compile(_call, **options))
+        model._compiled_call_impl = _counting(model, torch.compile(_own_call(), **options))
     else:
         model.compile(**options)
     return model
@@ -52,6 +53,15 @@ def compile(model: ModelT, **options: Any) -> ModelT:
 
 def _call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return model._call_impl(*args, **kwargs)
+
+
+def _own_call() -> Callable[..., Any]:
+    """``_call`` with a code object of its own.
+
+    To that dynamo ties what it has compiled: eight forms at most, of all models together if they shared it, and a plain
+    ``torch.compile`` of the same model holds graphs of all slots, which must not be taken here.
+    """
+    return FunctionType(_call.__code__.replace(), globals(), _call.__name__)
 
 
 def _counting(model: nn.Module, compiled: Callable[..., Any]) -> Callable[..., Any]:
