@@ -65,9 +65,11 @@ def _own_call() -> Callable[..., Any]:
 
 
 def _counting(model: nn.Module, compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """The compiled ``_call`` of the model, where what is compiled reads token counts."""
+    """The compiled ``_call`` of the model, where what is compiled reads token counts; recorders meet the plain one."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return model._call_impl(*args, **kwargs)
         with counts_in_graphs():
             return compiled(model, *args, **kwargs)
 
