@@ -17,6 +17,7 @@ install()
 
 from effvit.hosts.calibration import calibrate
 from effvit.hosts.checkpoints import load_checkpoint
+from effvit.hosts.compiling import compile
 from effvit.hosts.host import TokenFeatures, list_methods, method_settings, register_host, sparsify
 from effvit.recover import register_fill, to_map
 from effvit.reducers import Reducer, register_method
@@ -34,6 +35,7 @@ __all__ = [
     "TokenFeatures",
     "TokenMap",
     "calibrate",
+    "compile",
     "cosine_keep_rate",
     "count_flops",
     "list_methods",

@@ -18,16 +18,19 @@ from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
 from effvit.protocols import Layer
-from effvit.recording import is_recorded
+from effvit.recording import graphs_count, is_recorded
 from effvit.tokens import TokenMap, fx_leaf, take_rows, wide_dtype, wide_product
 
 __all__ = [
     "ATTENTION_CLASSES",
     "AttnState",
     "Beside",
+    "Images",
     "MapSums",
     "Selection",
     "SumMap",
+    "attend_one_by_one",
+    "attend_together",
     "bias_as_features",
     "jagged_attention",
     "map_sums",
@@ -300,18 +303,58 @@ def variable_length_attention(
     Returns:
         (1, heads, Tq, D).
     """
+    if graphs_count() and not dropout_p:
+        counts = queries.sequence_mask().sum(1), keys.sequence_mask().sum(1)
+        operator: Callable[..., Tensor] = torch.ops.effvit.packed_attention  # of effvit.packed_operator
+        return operator(q, k, v, *counts, key_bias)
     if q.device.type == "cpu" or torch.jit.is_tracing():
-        q_rows, k_rows = queries.sequence_lengths(), keys.sequence_lengths()
-        masks: Sequence[Tensor | None]
-        masks = [None] * len(k_rows) if key_bias is None else key_bias[:, None, None].to(q.dtype).split(k_rows, dim=3)
-        images = zip(q.split(q_rows, dim=2), k.split(k_rows, dim=2), v.split(k_rows, dim=2), masks, strict=True)
-        outputs = [F.scaled_dot_product_attention(qi, ki, vi, mask, dropout_p) for qi, ki, vi, mask in images]
-        return torch.cat(outputs, dim=2)
+        return attend_one_by_one(q, k, v, queries.sequence_lengths(), keys.sequence_lengths(), dropout_p, key_bias)
+    return attend_together(q, k, v, Images.of(queries), Images.of(keys), dropout_p, key_bias)
+
+
+class Images(NamedTuple):
+    """How many tokens each image of a packed batch has, prefix tokens included.
+
+    Attributes:
+        counts: (B,) on the device of the tokens.
+        lengths: The same as numbers of Python.
+    """
+
+    counts: Tensor
+    lengths: list[int]
+
+    @classmethod
+    def of(cls, tokens: TokenMap) -> Images:
+        """Those of a map."""
+        return cls(tokens.sequence_mask().sum(1), tokens.sequence_lengths())
+
+
+def attend_together(
+    q: Tensor, k: Tensor, v: Tensor, queries: Images, keys: Images, dropout_p: float, key_bias: Tensor | None
+) -> Tensor:
+    """``variable_length_attention`` by one call on jagged nested tensors."""
     if key_bias is None:
-        return jagged_attention(q, k, v, queries, keys, dropout_p)
+        return attend_jagged(q, k, v, queries, keys, dropout_p)
     width, scale = q.shape[-1], q.shape[-1] ** -0.5
     q, k, v = bias_as_features(q, k, v, key_bias, scale)
-    return jagged_attention(q, k, v, queries, keys, dropout_p, scale)[..., :width]
+    return attend_jagged(q, k, v, queries, keys, dropout_p, scale)[..., :width]
+
+
+def attend_one_by_one(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_lengths: list[int],
+    k_lengths: list[int],
+    dropout_p: float,
+    key_bias: Tensor | None,
+) -> Tensor:
+    """``variable_length_attention`` by one fused call an image, of images of so many tokens."""
+    masks: Sequence[Tensor | None]
+    masks = [None] * len(k_lengths) if key_bias is None else key_bias[:, None, None].to(q.dtype).split(k_lengths, dim=3)
+    images = zip(q.split(q_lengths, dim=2), k.split(k_lengths, dim=2), v.split(k_lengths, dim=2), masks, strict=True)
+    outputs = [F.scaled_dot_product_attention(qi, ki, vi, mask, dropout_p) for qi, ki, vi, mask in images]
+    return torch.cat(outputs, dim=2)
 
 
 def bias_as_features(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -352,11 +395,24 @@ def jagged_attention(
         (1, heads, Tq, D).
     """
 
-    def jagged(x: Tensor, tokens: TokenMap) -> Tensor:
-        offsets = F.pad(tokens.sequence_mask().sum(1).cumsum(0), (1, 0))  # (B+1,)
+    return attend_jagged(q, k, v, Images.of(queries), Images.of(keys), dropout_p, scale)
+
+
+def attend_jagged(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    queries: Images,
+    keys: Images,
+    dropout_p: float,
+    scale: float | None = None,
+) -> Tensor:
+    """``jagged_attention`` of images of so many tokens."""
+
+    def jagged(x: Tensor, images: Images) -> Tensor:
+        offsets = F.pad(images.counts.cumsum(0), (1, 0))  # (B+1,)
         rows = x.squeeze(0).transpose(0, 1).contiguous()  # (T, heads, D)
-        lengths = tokens.sequence_lengths()
-        least, most = min(lengths), max(lengths)  # else the kernels would read them from the offsets
+        least, most = min(images.lengths), max(images.lengths)  # else the kernels would read them from the offsets
         nested = torch.nested.nested_tensor_from_jagged(rows, offsets, min_seqlen=least, max_seqlen=most)
         return nested.transpose(1, 2)
 

@@ -8,17 +8,21 @@ result with counts fixed by the shapes alone, or raises an error that names the 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
+import torch._dynamo.config
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 __all__ = [
     "compile_each_size",
+    "count_in_graph",
+    "counts_in_graphs",
+    "graphs_count",
     "is_exported",
     "is_legacy_onnx",
     "is_recorded",
@@ -29,6 +33,7 @@ __all__ = [
 ]
 
 _TRACED_ONCE: ContextVar[bool] = ContextVar("traced_once", default=False)
+_COUNTS_IN_GRAPHS: ContextVar[bool] = ContextVar("counts_in_graphs", default=False)
 
 
 @contextmanager
@@ -39,6 +44,38 @@ def traced_once() -> Iterator[None]:
         yield
     finally:
         _TRACED_ONCE.reset(token)
+
+
+@contextmanager
+def counts_in_graphs() -> Iterator[None]:
+    """Context in which what ``torch.compile`` compiles reads token counts, as a plain run does: see ``graphs_count``."""
+    token = _COUNTS_IN_GRAPHS.set(True)
+    try:
+        with torch._dynamo.config.patch(capture_scalar_outputs=True):
+            yield
+    finally:
+        _COUNTS_IN_GRAPHS.reset(token)
+
+
+@torch.compiler.assume_constant_result  # dynamo cannot trace into a ContextVar
+def _counts_in_graphs() -> bool:
+    return _COUNTS_IN_GRAPHS.get()
+
+
+def graphs_count() -> bool:
+    """Whether a graph is compiled that reads token counts while it runs; sizes made of them are unknown until then."""
+    return torch.compiler.is_dynamo_compiling() and _counts_in_graphs()
+
+
+def count_in_graph(count: Tensor, most: int) -> int:
+    """A count, at most ``most``, as a size of the graph that reads it; at least 2, and a count of 1 becomes 2.
+
+    Compilers take sizes of 0 and 1 for special, so what may be one of them would have to be known.
+    """
+    size = int(count.clamp(min=2).item())
+    torch._check(size >= 2)
+    torch._check(size <= most)
+    return size
 
 
 def is_legacy_onnx() -> bool:

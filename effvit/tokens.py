@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Proxy
 
-from effvit.recording import is_recorded
+from effvit.recording import count_in_graph, graphs_count, is_recorded
 
 __all__ = [
     "Compact",
@@ -227,7 +227,8 @@ def compact(
 ) -> Compact:
     """The kept tokens of each image in front, for a method whose number of tokens depends on the image.
 
-    The numbers are read from the device once, to trim or to pack, unless ``kept`` is recorded.
+    The numbers are read from the device once, to trim or to pack, unless ``kept`` is recorded. A graph compiled by
+    ``effvit.compile`` reads the largest of them, to trim.
 
     Args:
         order: (B, N) tokens of each image in their new order.
@@ -239,12 +240,15 @@ def compact(
     """
     counts = kept.sum(1)
     number = order.shape[1]
-    width = min(width, number)
     lengths: tuple[int, ...] | None = None
-    if (trim or packed) and not is_recorded(kept):
-        lengths = tuple(counts.tolist())  # the one read of a block
-    if trim and lengths is not None:
-        width = min(width, max(lengths))
+    if (trim or packed) and graphs_count():
+        width = count_in_graph(counts.amax(), number)
+    else:
+        width = min(width, number)
+        if (trim or packed) and not is_recorded(kept):
+            lengths = tuple(counts.tolist())  # the one read of a block
+        if trim and lengths is not None:
+            width = min(width, max(lengths))
     place = torch.arange(number, device=order.device)
     place = torch.where(kept, place, place + number).sort(dim=1).values[:, :width] % number
     index = order.gather(1, place)
@@ -278,7 +282,15 @@ def _unpack(x: Tensor, mask: Tensor) -> Tensor:
 
 def _rows_in_use(tokens: TokenMap) -> Tensor:
     """(T,) rows of the flattened padded sequence that hold a token."""
-    return true_places(tokens.sequence_mask(), sum(tokens.sequence_lengths()))
+    mask = tokens.sequence_mask()
+    if not graphs_count():
+        return true_places(mask, sum(tokens.sequence_lengths()))
+    known = tokens.trail.composed
+    if "rows" not in known:  # once for a map: a compiler does not know that a size read again is the same
+        every = tokens.valid is None
+        number = mask.numel() if every else count_in_graph(mask.sum(), mask.numel())
+        known["rows"] = scattered_places(mask.flatten(), number)
+    return known["rows"]
 
 
 class Reference(NamedTuple):
@@ -391,7 +403,7 @@ class Trail:
         patches: (B, H*W) numbers of the patches.
         former: The trail before the last step; None where the tokens are the patches of the full grid.
         step: The last step.
-        composed: What was asked for so far. (``cached_property`` locks in Python 3.11, which torch.compile refuses.)
+        composed: What was asked for so far, rows in use included where a graph counts. (``cached_property`` locks in Python 3.11, which torch.compile refuses.)
     """
 
     patches: Tensor

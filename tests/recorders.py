@@ -477,7 +477,7 @@ REFUSALS = (
         r"(ats|dymu) packed.*",
         "ragged='padded'",
         "The length of a packed batch depends on its images: use `ragged='padded'`, which gives the same result. "
-        "`torch.compile` without `fullgraph=True` runs it with graph breaks.",
+        "`effvit.compile` makes one graph of it; `torch.compile` without `fullgraph=True` runs it in dozens of pieces.",
     ),
     Refusal(
         r"(?!torch\.fx).*",
@@ -536,6 +536,25 @@ models that accept them, on images of another size, unless the recorder fixes th
 own error then rejects other shapes. A row with only the name of a method uses the settings of its `example`; other rows
 name what differs.
 """
+COMPILING = """
+## effvit.compile
+
+`effvit.compile(model, **options)` compiles a model in place and returns it: the same object, class and `state_dict`,
+whose calls run compiled. Methods of fixed token counts are compiled as by `model.compile(**options)`: one graph, one
+more once the batch size changes and, by torch's rule, one for a batch of one image. A schedule of keep rates takes two
+graphs, but Expedite, whose clusters are laid out for each grid, takes one for every grid.
+
+Where counts depend on the image (ATS and DyMU, padded or packed), plain `torch.compile` keeps all slots, so that it
+saves nothing. `effvit.compile` makes one graph that reads how many tokens stay, once a block as a plain run does, and
+goes on with sizes that were unknown before; other counts do not compile anew. It is tested with torch 2.11.
+
+- Only calls are compiled, not `forward_features` or `forward_intermediates`; a model of `features_only=True`, or any
+  module that holds a reduced model, can be given as a whole.
+- Copies, pickles and what `effvit.sparsify` makes of the model are not compiled.
+- A CUDA graph cannot hold a read: use plain `torch.compile`, or `drop_tokens=False` for ATS.
+- Packed batches in training: the gradients of their attention form each image's softmax map; padded ones do not.
+- A method of your own whose counts depend on the image gets them compiled if it selects by `effvit.tokens.compact`.
+"""
 COLUMNS = {
     "torch.compile": (
         "`torch.compile` with `fullgraph=True`, any batch and size; STViT on Swin and super-token SViT: "
@@ -578,4 +597,4 @@ def export_page(verdicts: dict[str, dict[str, str]]) -> str:
         lines.append(f"| {case.replace('_img_size', '_img_size=True')} | {' | '.join(cells)} |")
     lines += ["", "Refused with an error:", ""]
     lines += [f"- **{letters[entry]}**: {entry.note}" for entry in REFUSALS]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + COMPILING

@@ -189,7 +189,7 @@ def profile_models(
         threads: CPU threads during the measurement; None leaves the setting of torch.
         device: Where to run.
         dtype: Of parameters and images.
-        compile: Run every model through ``torch.compile``.
+        compile: Run every model through ``effvit.compile``; with ``cuda_graphs`` through ``torch.compile``.
         cuda_graphs: Replay every model as a CUDA graph, which leaves out the time the CPU takes to launch kernels.
         images: (B, channels, H, W) to measure on, repeated to fill the batch; None means seeded noise.
         on_run: Called with the model's name after each run.
@@ -301,7 +301,8 @@ def prepared(name: str, model: nn.Module, batch: Tensor, compile: bool, cuda_gra
     if compile:
         # Models of one class share a forward, and beyond the limit dynamo would run the next of them uncompiled.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_FORMS)
-        run = torch.compile(model, dynamic=False)
+        # What a CUDA graph holds cannot wait for a count, so it has all slots, as plain torch.compile compiles them.
+        run = torch.compile(model, dynamic=False) if cuda_graphs else effvit.compile(model, dynamic=False)
     return graphed(name, run, batch) if cuda_graphs else run
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from effvit.attention import AttnState, EditMap, Pick
 from effvit.protocols import Host, Settings
-from effvit.recording import is_recorded, refuse_open_sides
+from effvit.recording import graphs_count, is_recorded, refuse_open_sides
 from effvit.reducers.cost import BlockSizes, Change
 from effvit.tokens import TokenMap, fx_leaf
 
@@ -227,7 +227,9 @@ class Reducer(nn.Module):
         refuse_open_sides(grid, self.open_sides, f"{self.name} in block {self.block}", "token counts")
 
     def refuse_packed_recording(self, x: Tensor) -> None:
-        """Raise a ValueError if x is recorded, for a block that packs its batch."""
+        """Raise a ValueError if x is recorded, for a block that packs its batch; a graph that counts can do so."""
+        if graphs_count():
+            return
         refuse_recording(
             x,
             f"{self.name} in block {self.block}: a batch with ragged='packed' is as long as its images need",

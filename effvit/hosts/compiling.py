@@ -1,0 +1,76 @@
+"""``torch.compile`` of models whose token counts depend on the image, without giving up what they save."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch._dynamo import OptimizedModule
+
+import effvit.packed_operator  # noqa: F401 - graphs call it by its name
+from effvit.recording import counts_in_graphs
+from effvit.reducers import Reducer
+
+__all__ = ["compile"]
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def compile(model: ModelT, **options: Any) -> ModelT:
+    """The model itself, whose calls run compiled from now on; ``state_dict``, class and all methods stay.
+
+    A model of fixed token counts is compiled as by ``model.compile(**options)``. Where counts depend on the image (ATS,
+    DyMU), plain ``torch.compile`` makes a graph of all slots, which saves nothing; here the graph reads the counts while
+    it runs, once a block as a plain run does, and goes on with sizes that it did not know before. So any counts take the
+    same graph, padded or packed.
+
+    Only calls are compiled: ``forward_features``, ``forward_intermediates`` and ``forward_tokens`` run as they are, but
+    a model of ``features_only=True``, or any module that holds a reduced one, can be given as a whole. Copies, pickles
+    and what ``effvit.sparsify`` makes of the model are not compiled. A second call takes the new options.
+
+    Args:
+        model: A model of ``effvit.sparsify`` or ``timm.create_model``, or a module that holds some.
+        options: Those of ``torch.compile``, such as ``mode``, ``dynamic``, ``fullgraph`` and ``backend``.
+
+    Raises:
+        TypeError: No module, or what ``torch.compile`` made of one.
+    """
+    if isinstance(model, OptimizedModule):
+        raise TypeError(
+            "the model is compiled by torch.compile already; give effvit.compile the model that torch.compile was given"
+        )
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a model, an nn.Module, got {type(model).__name__}")
+    if any(isinstance(module, Reducer) and module.variable_length for module in model.modules()):
+        model._compiled_call_impl = _counting(model, torch.compile(_own_call(), **options))
+    else:
+        model.compile(**options)
+    return model
+
+
+def _call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return model._call_impl(*args, **kwargs)
+
+
+def _own_call() -> Callable[..., Any]:
+    """``_call`` with a code object of its own.
+
+    To that dynamo ties what it has compiled: eight forms at most, of all models together if they shared it, and a plain
+    ``torch.compile`` of the same model holds graphs of all slots, which must not be taken here.
+    """
+    return FunctionType(_call.__code__.replace(), globals(), _call.__name__)
+
+
+def _counting(model: nn.Module, compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """The compiled ``_call`` of the model, where what is compiled reads token counts; recorders meet the plain one."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return model._call_impl(*args, **kwargs)
+        with counts_in_graphs():
+            return compiled(model, *args, **kwargs)
+
+    return call
