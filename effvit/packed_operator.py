@@ -14,9 +14,7 @@ __all__ = ["packed_attention"]
 
 
 @torch.library.custom_op("effvit::packed_attention", mutates_args=())
-def packed_attention(
-    q: Tensor, k: Tensor, v: Tensor, queries: Tensor, keys: Tensor, key_bias: Tensor | None
-) -> Tensor:
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, queries: Tensor, keys: Tensor, key_bias: Tensor | None) -> Tensor:
     """``effvit.attention.variable_length_attention`` where the numbers of tokens are tensors, read when it runs.
 
     Args:

@@ -91,6 +91,19 @@ def is_exported() -> bool:
     return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
 
 
+@torch.compiler.assume_constant_result  # dynamo cannot trace into its imports
+def _in_onnx_export() -> bool:
+    return torch.onnx.is_in_onnx_export()
+
+
+def is_exported_again() -> bool:
+    """Whether ``torch.onnx.export`` with ``dynamo=True`` records in strict mode: it has met an error in the default one.
+
+    Strict mode, which is dynamo's, shows a size that was to be dynamic as a number of Python.
+    """
+    return torch.compiler.is_dynamo_compiling() and _in_onnx_export()
+
+
 def num_open_sides(grid: Iterable[int]) -> int:
     """Sides of a grid, 0 to 2, that an exporter leaves open, so that a count read from them is an expression.
 

@@ -438,7 +438,7 @@ SLOW = {name for name in RECORDERS if name.startswith(("torch.compile", "torch.e
 METHOD_CASES = "|".join((*SETTINGS, "tiny_vit"))
 REFUSALS = (
     Refusal(
-        r"torch\.export, dynamic batch",
+        r"torch\.export, dynamic batch|torch\.onnx, dynamo=True",
         r"dymu compat",
         "fixed batch",
         "With `compat=True` a batch of one image is merged otherwise than a larger one: export with a fixed batch, or "

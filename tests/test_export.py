@@ -40,6 +40,7 @@ NAMED = {
     ("torch.onnx, dynamo=True", "evit dinov3"),
     ("torch.onnx, dynamo=True", "casvit"),
     ("torch.onnx, dynamo=True", "ats"),
+    ("torch.onnx, dynamo=True", "dymu compat"),
     ("torch.compile", "evit"),
     ("torch.compile", "ats packed eva02"),
     ("torch.export, dynamic size", "evit dynamic_img_size"),

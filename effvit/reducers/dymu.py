@@ -13,7 +13,7 @@ from torch import Tensor
 
 from effvit.attention import AttnState
 from effvit.protocols import Settings
-from effvit.recording import is_exported, is_recorded
+from effvit.recording import is_exported, is_exported_again, is_recorded
 from effvit.reducers.base import FEW_PATCHES, Reducer, check_finite
 from effvit.reducers.cost import BlockSizes, Change, alternating_pairs
 from effvit.reducers.matching import alternating_match, move_shares
@@ -146,7 +146,7 @@ def plan_merge(
     if compat:
         metric = fix_traced_size(metric, 0)  # one image is merged otherwise than several
     batch, number = metric.shape[:2]
-    if compat and is_exported() and isinstance(batch, torch.SymInt):
+    if compat and (is_exported_again() or (is_exported() and isinstance(batch, torch.SymInt))):
         raise ValueError(
             "dymu with compat=True merges a batch of one image otherwise than a larger one, as the official code does, "
             "so it cannot be exported with a dynamic batch; export with a fixed batch, or use compat=False"
