@@ -23,9 +23,9 @@ def compile(model: ModelT, **options: Any) -> ModelT:
     """The model itself, whose calls run compiled from now on; ``state_dict``, class and all methods stay.
 
     A model of fixed token counts is compiled as by ``model.compile(**options)``. Where counts depend on the image (ATS,
-    DyMU), plain ``torch.compile`` makes a graph of all slots, which saves nothing; here the graph reads the counts while
-    it runs, once a block as a plain run does, and goes on with sizes that it did not know before. So any counts take the
-    same graph, padded or packed.
+    DyMU), plain ``torch.compile`` makes a graph of all slots, which saves nothing; here the graph reads the counts
+    while it runs, in each block as a plain run does, and goes on with sizes that it did not know before. So any counts
+    take the same graph, padded or packed.
 
     Only calls are compiled: ``forward_features``, ``forward_intermediates`` and ``forward_tokens`` run as they are, but
     a model of ``features_only=True``, or any module that holds a reduced one, can be given as a whole. Copies, pickles
