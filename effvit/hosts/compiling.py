@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import FunctionType
 from typing import Any, TypeVar
 
@@ -44,10 +45,8 @@ def compile(model: ModelT, **options: Any) -> ModelT:
         )
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a model, an nn.Module, got {type(model).__name__}")
-    if any(isinstance(module, Reducer) and module.variable_length for module in model.modules()):
-        model._compiled_call_impl = _counting(model, torch.compile(_own_call(), **options))
-    else:
-        model.compile(**options)
+    counts = any(isinstance(module, Reducer) and module.variable_length for module in model.modules())
+    model._compiled_call_impl = _recordable(model, torch.compile(_own_call(), **options), counts)
     return model
 
 
@@ -64,13 +63,13 @@ def _own_call() -> Callable[..., Any]:
     return FunctionType(_call.__code__.replace(), globals(), _call.__name__)
 
 
-def _counting(model: nn.Module, compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """The compiled ``_call`` of the model, where what is compiled reads token counts; recorders meet the plain one."""
+def _recordable(model: nn.Module, compiled: Callable[..., Any], counts: bool) -> Callable[..., Any]:
+    """The compiled ``_call`` of the model, in whose graphs token counts are read or not; recorders meet the model."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return model._call_impl(*args, **kwargs)
-        with counts_in_graphs():
+        with counts_in_graphs() if counts else nullcontext():
             return compiled(model, *args, **kwargs)
 
     return call
