@@ -1,4 +1,4 @@
-"""Attention inside the images of a packed batch as one operator, for graphs that do not know how long the images are."""
+"""Attention inside the images of a packed batch as one operator, for graphs that do not know the lengths."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def packed_attention_gradients(
     biases = [None] * len(k_lengths) if key_bias is None else key_bias[:, None, None].to(wide).split(k_lengths, dim=3)
     apart = [y.to(wide).split(q_lengths, dim=2) for y in (q, grad)]
     apart += [y.to(wide).split(k_lengths, dim=2) for y in (k, v)]
-    found = [_gradients_of_one(*image, bias) for *image, bias in zip(*apart, biases, strict=True)]
+    images = zip(*apart, biases, strict=True)
+    found = [_gradients_of_one(qi, of_out, ki, vi, bias) for qi, of_out, ki, vi, bias in images]
     of_q, of_k, of_v = (torch.cat(parts, dim=2).to(q.dtype) for parts in zip(*found, strict=True))
     return of_q, of_k, of_v
 

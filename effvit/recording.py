@@ -8,7 +8,7 @@ result with counts fixed by the shapes alone, or raises an error that names the 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -48,7 +48,7 @@ def traced_once() -> Iterator[None]:
 
 @contextmanager
 def counts_in_graphs() -> Iterator[None]:
-    """Context in which what ``torch.compile`` compiles reads token counts, as a plain run does: see ``graphs_count``."""
+    """Context in which what ``torch.compile`` compiles reads token counts, as plain runs do; see ``graphs_count``."""
     token = _COUNTS_IN_GRAPHS.set(True)
     try:
         with torch._dynamo.config.patch(capture_scalar_outputs=True):
@@ -67,13 +67,13 @@ def graphs_count() -> bool:
     return torch.compiler.is_dynamo_compiling() and _counts_in_graphs()
 
 
-def count_in_graph(count: Tensor, most: int) -> int:
-    """A count, at most ``most``, as a size of the graph that reads it; at least 2, and a count of 1 becomes 2.
+def count_in_graph(count: Tensor, least: int, most: int) -> int:
+    """A count from ``least`` to ``most`` as a size of the graph that reads it; another is an error when it runs.
 
-    Compilers take sizes of 0 and 1 for special, so what may be one of them would have to be known.
+    Compilers take sizes of 0 and 1 for special, so a size that may be one of them, or whose half may, is of no use.
     """
-    size = int(count.clamp(min=2).item())
-    torch._check(size >= 2)
+    size = int(count.item())
+    torch._check(size >= least)
     torch._check(size <= most)
     return size
 
@@ -97,7 +97,7 @@ def _in_onnx_export() -> bool:
 
 
 def is_exported_again() -> bool:
-    """Whether ``torch.onnx.export`` with ``dynamo=True`` records in strict mode: it has met an error in the default one.
+    """Whether ``torch.onnx.export`` with ``dynamo=True`` records in strict mode, after an error in its default mode.
 
     Strict mode, which is dynamo's, shows a size that was to be dynamic as a number of Python.
     """

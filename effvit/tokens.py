@@ -53,6 +53,8 @@ __all__ = [
     "without_autocast",
 ]
 
+LEAST_SLOTS = 4  # of an image in a graph that reads counts: its compiler must know that half of them are no single one
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -242,7 +244,8 @@ def compact(
     number = order.shape[1]
     lengths: tuple[int, ...] | None = None
     if (trim or packed) and graphs_count():
-        width = count_in_graph(counts.amax(), number)
+        least = min(LEAST_SLOTS, number)
+        width = count_in_graph(counts.amax().clamp(min=least), least, number)
     else:
         width = min(width, number)
         if (trim or packed) and not is_recorded(kept):
@@ -288,7 +291,7 @@ def _rows_in_use(tokens: TokenMap) -> Tensor:
     known = tokens.trail.composed
     if "rows" not in known:  # once for a map: a compiler does not know that a size read again is the same
         every = tokens.valid is None
-        number = mask.numel() if every else count_in_graph(mask.sum(), mask.numel())
+        number = mask.numel() if every else count_in_graph(mask.sum(), 2, mask.numel())
         known["rows"] = scattered_places(mask.flatten(), number)
     return known["rows"]
 
@@ -403,7 +406,8 @@ class Trail:
         patches: (B, H*W) numbers of the patches.
         former: The trail before the last step; None where the tokens are the patches of the full grid.
         step: The last step.
-        composed: What was asked for so far, rows in use included where a graph counts. (``cached_property`` locks in Python 3.11, which torch.compile refuses.)
+        composed: What was asked for so far, and the rows in use where a graph counts. (``cached_property`` locks
+            in Python 3.11, which torch.compile refuses.)
     """
 
     patches: Tensor
@@ -710,6 +714,8 @@ class TokenMap:
         """(B, P+N) True where a padded sequence holds a token."""
         if self.valid is None:
             return _all_valid(self.layout.ranges.images, self.num_prefix + self.width)
+        if graphs_count():  # of a bool that is padded and then summed, inductor (torch 2.11) makes C++ that is invalid
+            return F.pad(self.valid.long(), (self.num_prefix, 0), value=1) > 0
         return F.pad(self.valid, (self.num_prefix, 0), value=True)
 
     def pack(self, x: Tensor) -> Tensor:

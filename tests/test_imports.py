@@ -27,7 +27,7 @@ ROWS = (
     ("compat", "messages", "recording", "requirements", "schedule"),
     ("tokens",),
     ("attention", "layers"),
-    ("block", "recover"),
+    ("block", "packed_operator", "recover"),
     ("reducers",),
     ("hosts",),
     ("architectures",),

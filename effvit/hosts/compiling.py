@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import FunctionType
 from typing import Any, TypeVar
 
@@ -23,9 +24,9 @@ def compile(model: ModelT, **options: Any) -> ModelT:
     """The model itself, whose calls run compiled from now on; ``state_dict``, class and all methods stay.
 
     A model of fixed token counts is compiled as by ``model.compile(**options)``. Where counts depend on the image (ATS,
-    DyMU), plain ``torch.compile`` makes a graph of all slots, which saves nothing; here the graph reads the counts while
-    it runs, once a block as a plain run does, and goes on with sizes that it did not know before. So any counts take the
-    same graph, padded or packed.
+    DyMU), plain ``torch.compile`` makes a graph of all slots, which saves nothing; here the graph reads the counts
+    while it runs, in each block as a plain run does, and goes on with sizes that it did not know before. So any counts
+    take the same graph, padded or packed.
 
     Only calls are compiled: ``forward_features``, ``forward_intermediates`` and ``forward_tokens`` run as they are, but
     a model of ``features_only=True``, or any module that holds a reduced one, can be given as a whole. Copies, pickles
@@ -44,10 +45,8 @@ def compile(model: ModelT, **options: Any) -> ModelT:
         )
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a model, an nn.Module, got {type(model).__name__}")
-    if any(isinstance(module, Reducer) and module.variable_length for module in model.modules()):
-        model._compiled_call_impl = _counting(model, torch.compile(_own_call(), **options))
-    else:
-        model.compile(**options)
+    counts = any(isinstance(module, Reducer) and module.variable_length for module in model.modules())
+    model._compiled_call_impl = _recordable(model, torch.compile(_own_call(), **options), counts)
     return model
 
 
@@ -64,13 +63,13 @@ def _own_call() -> Callable[..., Any]:
     return FunctionType(_call.__code__.replace(), globals(), _call.__name__)
 
 
-def _counting(model: nn.Module, compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """The compiled ``_call`` of the model, where what is compiled reads token counts; recorders meet the plain one."""
+def _recordable(model: nn.Module, compiled: Callable[..., Any], counts: bool) -> Callable[..., Any]:
+    """The compiled ``_call`` of the model, in whose graphs token counts are read or not; recorders meet the model."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return model._call_impl(*args, **kwargs)
-        with counts_in_graphs():
+        with counts_in_graphs() if counts else nullcontext():
             return compiled(model, *args, **kwargs)
 
     return call
