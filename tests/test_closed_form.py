@@ -57,7 +57,7 @@ def unseen(model: nn.Module) -> int:
         return 0
     patches, reducers = model.patch_embed.num_patches, model.reducers
     if model.method == "gtp":  # the key weights that the last block hands on
-        left = model.token_counts()[-1]
+        left = model.num_prefix_tokens + model.token_counts()[-1]
         return left * reducers[len(model.blocks) - 1].num_prop
     if model.method == "expedite":  # the hard labels of the patches
         return patches * prod(next(iter(reducers.values())).clusters(model.patch_embed.grid_size)) * model.embed_dim

@@ -315,7 +315,7 @@ class GTP(Reducer):
             macs += at.map_entries  # the bias of the keys is one more feature of q k^T
         if self.propagation == "GraphProp":
             macs += (at.prefix + kept) * removed * at.dim  # G times the removed tokens
-            macs += kept * removed if self.token_scale and not at.last else 0  # scales for the next block
+            macs += (at.prefix + kept) * removed if self.token_scale and not at.last else 0  # scales for the next block
         return Change(at.tokens, at.tokens, kept + (self.propagation == "Mean" and removed > 0), macs)
 
     def start(self, x: Tensor, tokens: TokenMap) -> TokenMap:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from effvit.recording import is_recorded
+
 __all__ = ["RAGGED", "packs", "padded_if"]
 
 RAGGED = ("auto", "padded", "packed")
@@ -43,7 +45,9 @@ def packs(ragged: str, lengths: Sequence[int] | None, num_prefix: int, q: Tensor
     """
     if ragged != "auto":
         return ragged == "packed"
-    if lengths is None or torch.is_grad_enabled() or q.device.type != "cpu" or torch.jit.is_tracing():
+    if is_recorded(q) or torch.jit.is_tracing() or lengths is None:
+        return False
+    if torch.is_grad_enabled() or q.device.type != "cpu":
         return False
     longest, dim = num_prefix + max(lengths), q.shape[1] * q.shape[3]
     padding = len(lengths) * max(lengths) - sum(lengths)
