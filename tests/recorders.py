@@ -548,6 +548,9 @@ Where counts depend on the image (ATS and DyMU, padded or packed), plain `torch.
 saves nothing. `effvit.compile` makes one graph that reads how many tokens stay, once a block as a plain run does, and
 goes on with sizes that were unknown before; other counts do not compile anew. It is tested with torch 2.11.
 
+- **Not solved**: DyMU on DeiT-Ti (padded, 224 px) compiled by inductor of torch 2.11 on a CPU gives scores that differ
+  from the plain run by 0.1. The same graph run by `backend="eager"` gives the plain scores, and so does inductor on
+  models of two blocks and 36 patches. Do not use DyMU compiled by inductor before this is found.
 - Only calls are compiled, not `forward_features` or `forward_intermediates`; a model of `features_only=True`, or any
   module that holds a reduced model, can be given as a whole.
 - Copies, pickles and what `effvit.sparsify` makes of the model are not compiled.
