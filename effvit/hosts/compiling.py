@@ -23,10 +23,10 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 def compile(model: ModelT, **options: Any) -> ModelT:
     """The model itself, whose calls run compiled from now on; ``state_dict``, class and all methods stay.
 
-    A model of fixed token counts is compiled as by ``model.compile(**options)``. Where counts depend on the image (ATS,
-    DyMU), plain ``torch.compile`` makes a graph of all slots, which saves nothing; here the graph reads the counts
-    while it runs, in each block as a plain run does, and goes on with sizes that it did not know before. So any counts
-    take the same graph, padded or packed.
+    A model of fixed token counts is compiled as by ``model.compile(**options)``. Where counts depend on the image,
+    plain ``torch.compile`` makes a graph of all slots, which saves nothing. For ATS the graph reads the counts while it
+    runs, in each block as a plain run does, and goes on with sizes that it did not know before. So any counts take the
+    same graph, padded or packed. DyMU keeps all slots (see ``Reducer.graph_reads_counts``).
 
     Only calls are compiled: ``forward_features``, ``forward_intermediates`` and ``forward_tokens`` run as they are, but
     a model of ``features_only=True``, or any module that holds a reduced one, can be given as a whole. Copies, pickles
@@ -45,7 +45,8 @@ def compile(model: ModelT, **options: Any) -> ModelT:
         )
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a model, an nn.Module, got {type(model).__name__}")
-    counts = any(isinstance(module, Reducer) and module.variable_length for module in model.modules())
+    ragged = [module for module in model.modules() if isinstance(module, Reducer) and module.variable_length]
+    counts = bool(ragged) and all(reducer.graph_reads_counts for reducer in ragged)
     model._compiled_call_impl = _recordable(model, torch.compile(_own_call(), **options), counts)
     return model
 

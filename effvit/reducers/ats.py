@@ -145,6 +145,7 @@ class ATS(Rated):
     summary = "sample tokens from the class-attention distribution, as many as the image needs (2111.15667)"
     needs_class_token = True
     variable_length = True
+    graph_reads_counts = True
 
     def __init__(
         self,

@@ -284,6 +284,8 @@ class DyMU(Reducer):
     name = "dymu"
     summary = "merge what is more similar than thresholds learnt from batches (2504.17040)"
     variable_length = True
+    # Not graph_reads_counts: for merges of unknown numbers of tokens inductor's vector code (torch 2.11, CPU) gave
+    # wrong scores in three blocks of DeiT-Ti; backend="eager" and code without vectors gave the right ones.
     reads_counts = True
     keeps_every_patch = True
     learns = True
