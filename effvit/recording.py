@@ -24,6 +24,7 @@ __all__ = [
     "counts_in_graphs",
     "graphs_count",
     "is_exported",
+    "is_exported_again",
     "is_legacy_onnx",
     "is_recorded",
     "refuse_fx",

@@ -46,6 +46,7 @@ __all__ = [
     "packed_rows",
     "ranges_of",
     "rows_in_sequence",
+    "scattered_places",
     "take_rows",
     "true_places",
     "wide_dtype",
