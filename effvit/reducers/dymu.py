@@ -16,7 +16,7 @@ from effvit.protocols import Settings
 from effvit.recording import is_exported, is_exported_again, is_recorded
 from effvit.reducers.base import FEW_PATCHES, Reducer, check_finite
 from effvit.reducers.cost import BlockSizes, Change, alternating_pairs
-from effvit.reducers.matching import alternating_match, move_shares
+from effvit.reducers.matching import alternating_match, merge_sizes, move_shares
 from effvit.reducers.ragged import RAGGED, packs, padded_if
 from effvit.schedule import check_choice, check_count, check_number, check_switch, dymu_r, per_block
 from effvit.tokens import (
@@ -220,18 +220,12 @@ def apply_merge(x: Tensor, tokens: TokenMap, merge: Merge, packed: bool) -> tupl
     number = None if is_recorded(x) else number_merged(tokens, merge)
     first = tokens.layout.ranges.first(tokens.num_prefix + tokens.width, tokens.num_prefix)
     source = (merge.source + first).flatten()  # (B * |A|,) rows of all images, padded
-    destination, merged = (merge.destination + first).flatten(), merge.merged.flatten()
+    destination = (merge.destination + first).flatten()
+    merged: Tensor | None = merge.merged.flatten()
     if number is not None:  # only the merged rows are computed with
-        place = true_places(merged, number)
-        source, destination = source.index_select(0, place), destination.index_select(0, place)  # (number,)
-
-    def of_merged(values: Tensor) -> Tensor:
-        return values if number is not None else torch.where(merged, values, 0)
-
-    sizes = size.flatten()
-    gain = of_merged(sizes.index_select(0, source))
-    sizes = sizes.index_add(0, destination, gain)
-    share = of_merged(gain / sizes.index_select(0, destination)).unsqueeze(1).to(x.dtype)  # of padding it is 0 / 0
+        place = true_places(merge.merged, number)
+        source, destination, merged = source.index_select(0, place), destination.index_select(0, place), None
+    sizes, share = merge_sizes(size.flatten(), source, destination, merged)
     kept = tokens.rows(merge.order)  # (B, P+K)
     size = sizes.index_select(0, kept.flatten()).view(kept.shape)
     if merge.valid is not None:
@@ -247,7 +241,7 @@ def apply_merge(x: Tensor, tokens: TokenMap, merge: Merge, packed: bool) -> tupl
         lengths=merge.lengths,
     )
     source, destination, kept = rows_in_sequence(tokens, source, destination, kept)
-    rows = move_shares(x.flatten(0, 1), source, destination, share)
+    rows = move_shares(x.flatten(0, 1), source, destination, share.to(x.dtype))
     x = take_rows(rows.unsqueeze(0), left.pack(kept) if packed else kept)
     return official_division(x, size, merge.official), left
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from effvit.tokens import fx_leaf, wide_dtype, wide_product
 
-__all__ = ["alternating_match", "move_shares"]
+__all__ = ["alternating_match", "merge_sizes", "move_shares"]
 
 SMALLEST_NORM = 1e-12  # of ``F.normalize``
 
@@ -39,6 +39,27 @@ def alternating_match(metric: Tensor, num_prefix: int, valid: Tensor | None = No
     if valid is not None:
         best = best.masked_fill(~valid[:, first_a::2], float("-inf"))
     return best, 2 * match + first_b if first_b else 2 * match
+
+
+def merge_sizes(
+    size: Tensor, source: Tensor, destination: Tensor, merged: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sizes (T,) after merging, and the share (r, 1) that each source has of what it goes into.
+
+    Args:
+        size: Sizes of all rows.
+        source: (r,) rows that are merged away.
+        destination: (r,) the row each of them goes into.
+        merged: (r,) False for pairs that are not merged after all, whose share is 0. None: all are.
+    """
+    gain = size.index_select(0, source)
+    if merged is not None:
+        gain = torch.where(merged, gain, 0)
+    size = size.index_add(0, destination, gain)
+    share = gain / size.index_select(0, destination)
+    if merged is not None:
+        share = torch.where(merged, share, 0)  # of padding it is 0 / 0
+    return size, share.unsqueeze(1)
 
 
 def move_shares(x: Tensor, source: Tensor, destination: Tensor, share: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from effvit.protocols import Settings
 from effvit.reducers.base import FEW_PATCHES, Reducer, check_finite
 from effvit.reducers.block_schedule import BlockSchedule, tokens_by_block
 from effvit.reducers.cost import BlockSizes, Change, alternating_pairs
-from effvit.reducers.matching import alternating_match, move_shares
+from effvit.reducers.matching import alternating_match, merge_sizes, move_shares
 from effvit.schedule import check_switch, spread_ladder, tome_r
 from effvit.tokens import (
     Ranges,
@@ -153,11 +153,8 @@ def merge_tokens(
     destination = (matching.destination + first).flatten()
     kept = matching.kept + first  # (B, P+N-r)
     sizes = torch.ones_like(x[..., 0], dtype=wide_dtype(x.dtype)) if size is None else size
-    sizes = sizes.flatten()
-    gain = sizes.index_select(0, source)
-    sizes = sizes.index_add(0, destination, gain)
-    share = (gain / sizes.index_select(0, destination)).unsqueeze(1).to(x.dtype)
-    x = move_shares(x.flatten(0, 1), source, destination, share).index_select(0, kept.flatten())
+    sizes, share = merge_sizes(sizes.flatten(), source, destination)
+    x = move_shares(x.flatten(0, 1), source, destination, share.to(x.dtype)).index_select(0, kept.flatten())
     return x.view(*kept.shape, -1), sizes.index_select(0, kept.flatten()).view(kept.shape)
 
 
