@@ -65,14 +65,18 @@ def peak_scores(x: Tensor, k: int = 2, compat: bool = False) -> Tensor:
         return _scores_by_blocks(x, k)
     squared: Tensor = (torch.cdist(x, x) / x.shape[2] ** 0.5).square() if compat else squared_distances(x)
     density = squared.topk(k, dim=-1, largest=False).values.mean(-1).neg().exp()  # (B, N)
-    other, own = density.unsqueeze(1), density.unsqueeze(2)  # (B, 1, N), (B, N, 1)
-    denser = other > own  # (B, N, N): column against row
-    if not compat:
-        place = torch.arange(length, device=x.device)
-        earlier = place.unsqueeze(1) > place  # (N, N)
-        denser = denser | ((other == own) & earlier)
+    denser = _denser(density, first_of_equals=not compat)
     farthest = squared.flatten(1).amax(1)[:, None, None]  # (B, 1, 1)
     return torch.where(denser, squared, farthest).amin(-1).sqrt() * density
+
+
+def _denser(density: Tensor, first_of_equals: bool = True) -> Tensor:
+    """(B, N, N) True where the token of the column is denser than that of the row; density is (B, N)."""
+    other, own = density.unsqueeze(1), density.unsqueeze(2)  # (B, 1, N), (B, N, 1)
+    if not first_of_equals:
+        return other > own
+    place = torch.arange(density.shape[1], device=density.device)
+    return (other > own) | ((other == own) & (place.unsqueeze(1) > place))
 
 
 def _scores_by_blocks(x: Tensor, k: int) -> Tensor:
@@ -86,12 +90,10 @@ def _scores_by_blocks(x: Tensor, k: int) -> Tensor:
     density = best.mean(-1).neg().exp()  # (B, N)
     nearest = farthest.repeat(1, x.shape[1])  # (B, N) squared distance to a denser token
     for rows, columns, squared in _distances_by_blocks(x):
-        own, other = density[:, rows].unsqueeze(2), density[:, columns].unsqueeze(1)
         if rows == columns:
-            place = torch.arange(squared.shape[1], device=x.device)
-            denser = (other > own) | ((other == own) & (place.unsqueeze(1) > place))
-        else:
-            denser = other > own  # of equal ones the first is denser, and that is the row
+            denser = _denser(density[:, rows])
+        else:  # of equal ones the first is denser, and that is the row
+            denser = density[:, columns].unsqueeze(1) > density[:, rows].unsqueeze(2)
             near = squared.masked_fill(denser, math.inf).amin(1)  # (B, columns)
             nearest[:, columns] = torch.minimum(nearest[:, columns], near)
         near = squared.masked_fill(~denser, math.inf).amin(2)  # (B, rows)
