@@ -328,16 +328,21 @@ class Images(NamedTuple):
         """Those of a map."""
         return cls(tokens.sequence_mask().sum(1), tokens.sequence_lengths())
 
+    @property
+    def offsets(self) -> Tensor:
+        """(B+1,) first row of each image in the packed sequence, and its end."""
+        return F.pad(self.counts.cumsum(0), (1, 0))
+
 
 def attend_together(
     q: Tensor, k: Tensor, v: Tensor, queries: Images, keys: Images, dropout_p: float, key_bias: Tensor | None
 ) -> Tensor:
     """``variable_length_attention`` by one call on jagged nested tensors."""
     if key_bias is None:
-        return attend_jagged(q, k, v, queries, keys, dropout_p)
+        return jagged_attention(q, k, v, queries, keys, dropout_p)
     width, scale = q.shape[-1], q.shape[-1] ** -0.5
     q, k, v = bias_as_features(q, k, v, key_bias, scale)
-    return attend_jagged(q, k, v, queries, keys, dropout_p, scale)[..., :width]
+    return jagged_attention(q, k, v, queries, keys, dropout_p, scale)[..., :width]
 
 
 def attend_one_by_one(
@@ -375,8 +380,8 @@ def jagged_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    queries: TokenMap,
-    keys: TokenMap,
+    queries: Images,
+    keys: Images,
     dropout_p: float,
     scale: float | None = None,
 ) -> Tensor:
@@ -386,8 +391,8 @@ def jagged_attention(
         q: (1, heads, Tq, D) queries of all images, one image after another.
         k: (1, heads, Tk, D), likewise.
         v: (1, heads, Tk, D), likewise.
-        queries: Map of the tokens of the queries.
-        keys: Map of those of the keys.
+        queries: How many queries each image has.
+        keys: How many keys.
         dropout_p: Attention dropout.
         scale: Factor on q k^T; None: 1 / sqrt(D).
 
@@ -395,25 +400,10 @@ def jagged_attention(
         (1, heads, Tq, D).
     """
 
-    return attend_jagged(q, k, v, Images.of(queries), Images.of(keys), dropout_p, scale)
-
-
-def attend_jagged(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    queries: Images,
-    keys: Images,
-    dropout_p: float,
-    scale: float | None = None,
-) -> Tensor:
-    """``jagged_attention`` of images of so many tokens."""
-
     def jagged(x: Tensor, images: Images) -> Tensor:
-        offsets = F.pad(images.counts.cumsum(0), (1, 0))  # (B+1,)
         rows = x.squeeze(0).transpose(0, 1).contiguous()  # (T, heads, D)
         least, most = min(images.lengths), max(images.lengths)  # else the kernels would read them from the offsets
-        nested = torch.nested.nested_tensor_from_jagged(rows, offsets, min_seqlen=least, max_seqlen=most)
+        nested = torch.nested.nested_tensor_from_jagged(rows, images.offsets, min_seqlen=least, max_seqlen=most)
         return nested.transpose(1, 2)
 
     out = F.scaled_dot_product_attention(

@@ -92,12 +92,12 @@ def test_packed_and_padded_batches_of_ats_agree() -> None:
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 def test_jagged_attention_agrees_with_one_call_an_image() -> None:
-    from effvit.attention import jagged_attention, variable_length_attention
+    from effvit.attention import Images, jagged_attention, variable_length_attention
 
     queries, keys = packed_map(3, 4), packed_map(5, 3)
     q, k, v = torch.randn(1, 2, 7, 8), torch.randn(1, 2, 8, 8), torch.randn(1, 2, 8, 8)
     expected = variable_length_attention(q, k, v, queries, keys, 0.0)
-    actual = jagged_attention(q, k, v, queries, keys, 0.0)
+    actual = jagged_attention(q, k, v, Images.of(queries), Images.of(keys), 0.0)
     assert torch.allclose(actual, expected, atol=1e-6)
 
 

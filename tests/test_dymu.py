@@ -323,20 +323,21 @@ def test_jagged_attention_is_told_the_lengths_that_it_would_read(monkeypatch: py
     monkeypatch.setattr(attention.F, "scaled_dot_product_attention", attend)
     queries, keys = (replace(packed_map(*lengths), lengths=lengths) for lengths in ((3, 4), (5, 3)))
     q, k, v = (torch.randn(1, 2, number, 8) for number in (7, 8, 8))
-    assert not count_reads(lambda: attention.jagged_attention(q, k, v, queries, keys, 0.0))
+    of_queries, of_keys = attention.Images.of(queries), attention.Images.of(keys)
+    assert not count_reads(lambda: attention.jagged_attention(q, k, v, of_queries, of_keys, 0.0))
     assert [(y._maybe_min_seqlen, y._maybe_max_seqlen) for y in factors] == [(3, 4), (3, 5), (3, 5)]
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 def test_bias_of_jagged_attention_agrees_with_a_mask() -> None:
-    from effvit.attention import bias_as_features, jagged_attention, variable_length_attention
+    from effvit.attention import Images, bias_as_features, jagged_attention, variable_length_attention
 
     tokens = packed_map(5, 3)
     q, k, v = (torch.randn(1, 2, 8, 16) for _ in range(3))
     bias = torch.randint(1, 9, (1, 8)).float().log()
     expected = variable_length_attention(q, k, v, tokens, tokens, 0.0, bias)
     wider = bias_as_features(q, k, v, bias, 0.25)
-    out = jagged_attention(*wider, tokens, tokens, 0.0, 0.25)[..., :16]
+    out = jagged_attention(*wider, Images.of(tokens), Images.of(tokens), 0.0, 0.25)[..., :16]
     assert torch.allclose(out, expected, atol=1e-6)
     half = bias_as_features(*(y.bfloat16() for y in (q, k, v)), bias, 0.25)
     exact = half[1][..., 16:18].float().sum(-1) * 0.25

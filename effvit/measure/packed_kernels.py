@@ -14,11 +14,10 @@ from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effvit import attention
-from effvit.attention import bias_as_features, jagged_attention
+from effvit.attention import Images, attend_together, bias_as_features
 from effvit.tokens import TokenMap, wide_dtype
 
 __all__ = ["KERNELS", "WithKernel", "packed_attention", "reason_against"]
@@ -56,24 +55,19 @@ class Packed(NamedTuple):
 Kernel: TypeAlias = Callable[[Packed], Tensor]
 
 
-def offsets(tokens: TokenMap) -> Tensor:
-    """(B+1,) first row of each image in a packed sequence, and its end."""
-    return F.pad(tokens.sequence_mask().sum(1).cumsum(0), (1, 0))
-
-
 def jagged(batch: Packed) -> Tensor:
     """One call on jagged nested tensors: (1, heads, Tq, D)."""
-    q, k, v, scale = batch.without_bias()
-    out = jagged_attention(q, k, v, batch.queries, batch.keys, 0.0, scale)
-    return out[..., : batch.v.shape[-1]]
+    images = Images.of(batch.queries), Images.of(batch.keys)
+    return attend_together(batch.q, batch.k, batch.v, *images, 0.0, batch.key_bias)
 
 
 def varlen(batch: Packed) -> Tensor:
     """``torch.nn.attention.varlen``: (1, heads, Tq, D). No length is read from the device."""
     q, k, v, scale = batch.without_bias()
     rows = (y.squeeze(0).transpose(0, 1).contiguous() for y in (q, k, v))  # (T, heads, D)
-    ends = (offsets(tokens).int() for tokens in (batch.queries, batch.keys))
-    longest = (max(tokens.sequence_lengths()) for tokens in (batch.queries, batch.keys))
+    images = [Images.of(tokens) for tokens in (batch.queries, batch.keys)]
+    ends = (each.offsets.int() for each in images)
+    longest = (max(each.lengths) for each in images)
     run: Any = importlib.import_module("torch.nn.attention.varlen").varlen_attn
     out: Tensor = run(*rows, *ends, *longest, scale=scale)
     return out.transpose(0, 1).unsqueeze(0)[..., : batch.v.shape[-1]]
@@ -91,7 +85,7 @@ def flex(batch: Packed) -> Tensor:
     def biased(score: Tensor, b: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return score if bias is None else score + bias[key]
 
-    number, tiles = tiles_of_images(of_query, offsets(batch.keys), len(of_key))
+    number, tiles = tiles_of_images(of_query, Images.of(batch.keys).offsets, len(of_key))
     mask = module.BlockMask.from_kv_blocks(
         number[None, None],
         tiles[None, None],
