@@ -297,13 +297,15 @@ def timed_run(run: Run, batch: Tensor) -> float:
 
 def prepared(name: str, model: nn.Module, batch: Tensor, compile: bool, cuda_graphs: bool) -> Run:
     """The model as it is to run on this batch: as it is, compiled, as a CUDA graph, or both; errors as ``graphed``."""
+    if not cuda_graphs:
+        return effvit.compile(model, dynamic=False) if compile else model
     run: Run = model
     if compile:
         # Models of one class share a forward, and beyond the limit dynamo would run the next of them uncompiled.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_FORMS)
         # What a CUDA graph holds cannot wait for a count, so it has all slots, as plain torch.compile compiles them.
-        run = torch.compile(model, dynamic=False) if cuda_graphs else effvit.compile(model, dynamic=False)
-    return graphed(name, run, batch) if cuda_graphs else run
+        run = torch.compile(model, dynamic=False)
+    return graphed(name, run, batch)
 
 
 def graphed(name: str, run: Run, batch: Tensor) -> Run:
