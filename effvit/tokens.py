@@ -104,9 +104,7 @@ def wide_product(a: Tensor, b: Tensor) -> Tensor:
 
     Casting the factors is not enough: inside autocast the product itself casts them back.
     """
-    dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
-    if not autocast_enabled(a):
-        return a.to(dtype) @ b.to(dtype)
+    dtype = wide_dtype(a.dtype)
     with without_autocast(a):
         return a.to(dtype) @ b.to(dtype)
 

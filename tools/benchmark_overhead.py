@@ -30,7 +30,7 @@ from effvit.measure.profiler import Measurement, machine, median_ratio, noise, p
 from effvit.reducers import METHODS
 from effvit.reducers.ragged import RAGGED
 from effvit.show.pictures import fashion_pictures, photographs
-from effvit.show.visualize import load_images
+from effvit.show.visualize import data_config, load_images
 
 CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "EViT 0.7": ("evit", {"keep_rate": 0.7}),
@@ -48,14 +48,10 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def pictures(model: nn.Module, batch_size: int) -> Tensor:
     """Pictures of different content, for a model of grey ones those of Fashion-MNIST: as often as the batch needs."""
-    found = [p.image for p in fashion_pictures().values()] if is_grey(model) else list(photographs().values())
+    grey = data_config(model)["input_size"][0] == 1
+    found = [p.image for p in fashion_pictures().values()] if grey else list(photographs().values())
     images = load_images(model, found)
     return images.repeat(-(-batch_size // len(images)), 1, 1, 1)[:batch_size]
-
-
-def is_grey(model: nn.Module) -> bool:
-    """Whether the model takes images of one channel."""
-    return model.patch_embed.proj.in_channels == 1
 
 
 def sharpen(dense: nn.Module, factor: float) -> None:
@@ -103,7 +99,7 @@ def main() -> None:
     torch.manual_seed(0)
     dense = timm.create_model(args.model).eval()
     sharpen(dense, args.sharpen)
-    size = (1 if is_grey(dense) else 3, *dense.patch_embed.img_size)
+    size = data_config(dense)["input_size"]
     images = pictures(dense, args.batch_size) if args.images == "pictures" else noise(size, args.batch_size)
     models: dict[str, nn.Module] = {"dense": dense}
     counts: dict[str, list[int]] = {}
