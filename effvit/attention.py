@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from effvit.protocols import Layer
 from effvit.recording import graphs_count, is_recorded
-from effvit.tokens import TokenMap, fx_leaf, take_rows, wide_dtype, wide_product
+from effvit.tokens import TokenMap, fx_leaf, take_rows, wide_dtype, wide_product, widened
 
 __all__ = [
     "ATTENTION_CLASSES",
@@ -196,9 +196,9 @@ def has_gradient(q: Tensor) -> bool:
 
     False for what is exported or traced, where a map that is applied and summed costs less than both apart.
     """
-    if is_recorded(q) and not torch.compiler.is_dynamo_compiling():
+    if not (torch.is_grad_enabled() and q.requires_grad):
         return False
-    return torch.is_grad_enabled() and q.requires_grad
+    return torch.compiler.is_dynamo_compiling() or not is_recorded(q)
 
 
 def sum_in_pieces(state: AttnState, weigh: Tensor | None, out: Tensor | None) -> MapSums:
@@ -368,7 +368,7 @@ def bias_as_features(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, scale: f
     The bias is split into a high and a low part, so that it keeps its precision in bfloat16. Flash attention wants
     equal widths of q, k and v in multiples of 8.
     """
-    bias = key_bias.to(wide_dtype(key_bias.dtype)) / scale  # (1, Tk)
+    bias = widened(key_bias) / scale  # (1, Tk)
     high = bias.to(k.dtype)
     low = (bias - high).to(k.dtype)
     columns = F.pad(torch.stack([high, low], dim=-1), (0, 6))[:, None].expand(-1, k.shape[1], -1, -1)

@@ -168,8 +168,9 @@ class ReducibleBlock(nn.Module):
                 "blocks do not work; call model.trace_tokens(images) for the tokens behind every block, "
                 "model.forward_tokens(images) for the last, or model.forward_intermediates(images) for maps"
             )
-        if self.reducer is not None:
-            x, tokens = self.reducer(x, tokens, self, rope)
+        reducer = self.reducer
+        if reducer is not None:
+            x, tokens = reducer(x, tokens, self, rope)
         else:
             x = self.attend(x, tokens, rope)[0]  # dropping the state frees q, k and v before the MLP runs
             x = self.feedforward(x)

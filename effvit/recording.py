@@ -174,18 +174,17 @@ def refuse_fx(x: Tensor, cause: str, remedy: str, extractors: bool = True) -> No
 def is_recorded(x: Tensor) -> bool:
     """Whether operations on ``x`` are recorded, transformed or only simulated, so that no value of it may be read.
 
-    That is so under ``torch.compile``, ``torch.export``, both ONNX exporters, ``torch.jit.trace``, ``make_fx``, CUDA
-    graph capture and the transforms of ``torch.func``, and for placeholders of ``torch.fx``, fake tensors and tensors
-    on the meta device.
+    That is so under ``torch.compile``, ``torch.export``, both ONNX exporters (which trace or export),
+    ``torch.jit.trace``, ``make_fx``, CUDA graph capture and the transforms of ``torch.func``, and for placeholders of
+    ``torch.fx``, fake tensors and tensors on the meta device.
     """
     if torch.compiler.is_compiling():  # first, since dynamo folds it to a constant and skips the rest
         return True
     if torch.jit.is_tracing() and not _TRACED_ONCE.get():
         return True
-    if torch.onnx.is_in_onnx_export() or get_proxy_mode() is not None:
+    if type(x) is not Tensor and isinstance(x, (torch.fx.Proxy, FakeTensor)):
         return True
-    if isinstance(x, (torch.fx.Proxy, FakeTensor)):
+    if get_proxy_mode() is not None or torch._C._functorch.is_functorch_wrapped_tensor(x):
         return True
-    if torch._C._functorch.is_functorch_wrapped_tensor(x) or x.device.type == "meta":
-        return True
-    return x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    device = x.device.type
+    return device == "meta" or (device == "cuda" and torch.cuda.is_current_stream_capturing())

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from effvit.layers.cross_attention import CrossAttention, CrossBlock, WindowCrossBlock
 from effvit.protocols import Device
 from effvit.schedule import check_choice
-from effvit.tokens import TokenMap, flat_rows, fx_leaf, take_rows, wide_dtype, without_autocast
+from effvit.tokens import TokenMap, flat_rows, fx_leaf, take_rows, wide_dtype, widened, without_autocast
 
 __all__ = [
     "FILLS",
@@ -75,7 +75,7 @@ def closeness(x: Tensor, centres: Tensor, temperature: float) -> Tensor:
     Returns:
         (B, N, M) in float32 (float64 for float64), also under autocast.
     """
-    x, centres = x.to(wide_dtype(x.dtype)), centres.to(wide_dtype(x.dtype))
+    x, centres = widened(x), centres.to(wide_dtype(x.dtype))
     with without_autocast(x):
         offset = centres.square().sum(-1).mul(-temperature).unsqueeze(1)  # (B, 1, M)
         return torch.baddbmm(offset, x, centres.transpose(1, 2), alpha=2 * temperature)

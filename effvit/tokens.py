@@ -21,7 +21,7 @@ from typing import NamedTuple, ParamSpec, Protocol, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx import Proxy
+from torch.fx import Proxy, _symbolic_trace
 
 from effvit.recording import count_in_graph, graphs_count, is_recorded
 
@@ -48,9 +48,11 @@ __all__ = [
     "rows_in_sequence",
     "scattered_places",
     "take_rows",
+    "trimmed",
     "true_places",
     "wide_dtype",
     "wide_product",
+    "widened",
     "without_autocast",
 ]
 
@@ -69,12 +71,11 @@ def fx_leaf(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def leaf(*args: P.args, **kwargs: P.kwargs) -> R:
-        for argument in args:
-            if type(argument) is Tensor:  # as nearly all are, at every call
-                continue
-            placeholder = argument.trail.patches if isinstance(argument, TokenMap) else argument
-            if isinstance(placeholder, Proxy):
-                return placeholder.tracer.create_proxy("call_function", leaf, args, kwargs)
+        if _symbolic_trace._is_fx_tracing_flag:  # asked first: these functions run many times a block
+            for argument in args:
+                placeholder = argument.trail.patches if isinstance(argument, TokenMap) else argument
+                if isinstance(placeholder, Proxy):
+                    return placeholder.tracer.create_proxy("call_function", leaf, args, kwargs)
         return function(*args, **kwargs)
 
     return leaf
@@ -86,9 +87,16 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+@fx_leaf
+def widened(x: Tensor) -> Tensor:
+    """x in its ``wide_dtype``."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
 def autocast_enabled(x: Tensor) -> bool:
     """Whether autocast is on for the device of ``x``; the meta device has none."""
-    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+    device = x.device.type
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[None]:
@@ -104,9 +112,9 @@ def wide_product(a: Tensor, b: Tensor) -> Tensor:
 
     Casting the factors is not enough: inside autocast the product itself casts them back.
     """
-    dtype = wide_dtype(a.dtype)
+    a = widened(a)
     with without_autocast(a):
-        return a.to(dtype) @ b.to(dtype)
+        return a @ b.to(a.dtype)
 
 
 @fx_leaf
@@ -128,17 +136,17 @@ class Ranges(NamedTuple):
 
     Attributes:
         images: (B, 1) numbers of the images.
-        places: (L,) numbers of the places in a sequence.
+        sequence: (B, L) numbers of the places in a sequence.
         prefix: (B, P) numbers of the prefix tokens where patches count from 0: -P to -1.
     """
 
     images: Tensor
-    places: Tensor
+    sequence: Tensor
     prefix: Tensor
 
     def first(self, length: int, offset: int) -> Tensor:
         """(B, 1) row of place ``offset`` of each image in the flattened ``(B * length, C)`` sequence."""
-        return torch.add(self.places[offset], self.images, alpha=length)
+        return torch.add(self.sequence[:, offset : offset + 1], self.images, alpha=length)
 
     def behind_prefix(self, *index: Tensor) -> Tensor:
         """The P prefix tokens in front of patch tokens ``index``, each (B, K)."""
@@ -154,7 +162,7 @@ def ranges_of(x: Tensor, length: int, num_prefix: int) -> Ranges:
     prefix = images[:, :0]
     if num_prefix:
         prefix = torch.arange(-num_prefix, 0, device=x.device).expand(x.shape[0], -1)
-    return Ranges(images, torch.arange(length, device=x.device), prefix)
+    return Ranges(images, torch.arange(length, device=x.device).expand(x.shape[0], -1), prefix)
 
 
 @fx_leaf
@@ -239,24 +247,32 @@ def compact(
         keep_mask: Return the mask even if no slot is empty.
         packed: The tokens are to be packed, which needs the mask, and the numbers.
     """
-    counts = kept.sum(1)
     number = order.shape[1]
+    place = torch.arange(number, device=order.device)
+    place = torch.where(kept, place, place + number).sort(dim=1).values % number
+    return trimmed(order.gather(1, place), kept.sum(1), width, trim, keep_mask, packed)
+
+
+@fx_leaf
+def trimmed(
+    order: Tensor, counts: Tensor, width: int, trim: bool, keep_mask: bool = False, packed: bool = False
+) -> Compact:
+    """``compact`` where the kept tokens are in front already: (B,) ``counts`` of those in ``order`` (B, N)."""
     lengths: tuple[int, ...] | None = None
+    number = order.shape[1]
     if (trim or packed) and graphs_count():
         least = min(LEAST_SLOTS, number)
         width = count_in_graph(counts.amax().clamp(min=least), least, number)
     else:
         width = min(width, number)
-        if (trim or packed) and not is_recorded(kept):
+        if (trim or packed) and not is_recorded(counts):
             lengths = tuple(counts.tolist())  # the one read of a block
         if trim and lengths is not None:
             width = min(width, max(lengths))
-    place = torch.arange(number, device=order.device)
-    place = torch.where(kept, place, place + number).sort(dim=1).values[:, :width] % number
-    index = order.gather(1, place)
+    order = order[:, :width]
     if lengths is not None and min(lengths) == width and not (keep_mask or packed):
-        return Compact(index, None, lengths)
-    return Compact(index, torch.arange(width, device=index.device) < counts.unsqueeze(1), lengths)
+        return Compact(order, None, lengths)
+    return Compact(order, torch.arange(width, device=order.device) < counts.unsqueeze(1), lengths)
 
 
 @fx_leaf
@@ -514,7 +530,7 @@ class TokenMap:
         """The map of an unreduced sequence x (B, P + H*W, C)."""
         number = grid[0] * grid[1]
         ranges = ranges_of(x, num_prefix + number, num_prefix)
-        patches = ranges.places[:number].expand(x.shape[0], -1)  # (B, H*W)
+        patches = ranges.sequence[:, :number]  # (B, H*W)
         return cls(Trail(patches), Layout(grid, num_prefix, num_class, ranges), num_tokens=number)
 
     @property

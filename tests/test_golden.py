@@ -374,7 +374,7 @@ def compare_matching_functions(case: Case) -> None:
         compare_matching(case, metric[:, prefix:], r, prefix, f"s{i}")
         matching = bipartite_soft_matching(metric[:, prefix:], r, prefix)
         target = matching_target(matching, torch.zeros(x.shape[0], x.shape[1] - prefix, dtype=torch.int64))
-        merged, new_size = merge_tokens(x, size, matching, prefix)
+        merged, new_size = merge_tokens(x, size, matching)
         case.close(merged, f"s{i}/merged_x")
         case.close(new_size.unsqueeze(-1), f"s{i}/merged_size")
         whole = torch.cat([torch.arange(prefix).expand(len(x), -1), target + prefix], dim=1)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from effvit.layers.cross_attention import CrossAttention, CrossBlock, CrossSettings
 from effvit.layers.macs import Terms, layers
 from effvit.protocols import Device, Factory, Size
-from effvit.tokens import fx_leaf, wide_dtype, wide_product
+from effvit.tokens import fx_leaf, wide_dtype, wide_product, widened
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -167,7 +167,7 @@ def soft_assignment(attn: CrossAttention, q: Tensor, kv: Tensor, num_patches: in
     """
     q, k = attn.split_heads(q), attn.split_heads(kv.chunk(2, dim=-1)[0])  # (B, heads, Ns, D), (B, heads, Nk, D)
     scale = (attn.q.out_features // attn.num_heads) ** -0.5
-    logits = wide_product(q.to(wide_dtype(q.dtype)) * scale, k.transpose(-2, -1))  # (B, heads, Ns, Nk)
+    logits = wide_product(widened(q) * scale, k.transpose(-2, -1))  # (B, heads, Ns, Nk)
     weights = logits.log_softmax(-1)[..., -num_patches:]  # (B, heads, Ns, Np)
     return weights.logsumexp(1).transpose(1, 2).softmax(-1)
 

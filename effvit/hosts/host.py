@@ -153,17 +153,18 @@ class ReducedHost(Intermediates, Reduced):
         self.check_whole()
         check_images(x, self)
         refuse_open_sizes(x, self)
-        if self.reducers:
+        reducers = list(self.reducers.values())
+        if reducers:
             refuse_legacy_onnx(f"a model reduced by {self.method}")
         grid = patch_grid(x, self)
         if getattr(self, "dynamic_img_size", False):
-            for reducer in self.reducers.values():
+            for reducer in reducers:
                 reducer.check_size(grid)
             check_counts(self, grid)
         x, rope = self._embed(x)
         tokens = TokenMap.full(x, grid, self.num_prefix_tokens, self.num_class_tokens)
         tokens = tokens.remember(x) if memory else tokens
-        for reducer in list(self.reducers.values())[:1]:
+        for reducer in reducers[:1]:
             tokens = reducer.start(x, tokens)
         if self.token_drop is not None:
             full = x

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from effvit.protocols import Device, Factory
 from effvit.schedule import check_choice
-from effvit.tokens import wide_dtype, wide_product
+from effvit.tokens import wide_product, widened
 
 __all__ = ["INFUSIONS", "GatherAttention", "InfuseAttention", "ProjectionSettings", "exchange_weights"]
 
@@ -84,7 +84,7 @@ class GatherAttention(nn.Module):
         )
         back = None
         if infuse:
-            logits = wide_product(q.to(wide_dtype(q.dtype)) * self.scale, k.transpose(-2, -1))  # (B, heads, M, N)
+            logits = wide_product(widened(q) * self.scale, k.transpose(-2, -1))  # (B, heads, M, N)
             weights, back = exchange_weights(logits, self.infusion)
             x = self.attn_drop(weights).to(v.dtype) @ v  # (B, heads, M, D)
         else:

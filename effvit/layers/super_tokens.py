@@ -23,7 +23,7 @@ from timm.layers import Attention
 from torch import Tensor, nn
 
 from effvit.protocols import Device
-from effvit.tokens import fix_traced_size, fx_leaf, wide_dtype, wide_product
+from effvit.tokens import fix_traced_size, fx_leaf, wide_product, widened
 
 __all__ = [
     "SuperTokenAttention",
@@ -105,7 +105,7 @@ def associate(pixels: Tensor, n_iter: int = 1) -> Tensor:
         (B, rows, columns, 9, p), float32 or float64; order of the nine as in ``neighbours``. They do not come
         last because a softmax over the last nine numbers takes 20 times as long on a CPU as over pixel rows.
     """
-    pixels = pixels.detach().to(wide_dtype(pixels.dtype))
+    pixels = widened(pixels.detach())
     centres = pixels.mean(3)  # (B, rows, columns, C)
     weights = _weights(pixels, centres)  # (B, rows, columns, 9, p)
     for _ in range(n_iter - 1):

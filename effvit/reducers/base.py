@@ -39,7 +39,7 @@ def check_finite(scores: Tensor, origin: str, x: Tensor | None) -> Tensor:
         return scores
     if scores.device.type != "cpu" and not (os.environ.get(CHECK_FINITE) == "1" or torch.is_anomaly_enabled()):
         return scores
-    total = float(scores.detach().sum())
+    total = scores.sum().item()
     if math.isnan(total) and scores.isnan().any():  # infinities of both signs have no sum either
         image = int(scores.isnan().flatten(1).any(1).nonzero()[0])
         cause = (

@@ -16,17 +16,17 @@ from effvit.protocols import Settings
 from effvit.recording import is_exported, is_exported_again, is_recorded
 from effvit.reducers.base import FEW_PATCHES, Reducer, check_finite
 from effvit.reducers.cost import BlockSizes, Change, alternating_pairs
-from effvit.reducers.matching import alternating_match, merge_sizes, move_shares
+from effvit.reducers.matching import alternating_match, mean_keys, merge_sizes, move_shares
 from effvit.reducers.ragged import RAGGED, packs, padded_if
 from effvit.schedule import check_choice, check_count, check_number, check_switch, dymu_r, per_block
 from effvit.tokens import (
     TokenMap,
-    compact,
     fix_traced_size,
     fx_leaf,
     position_of,
     rows_in_sequence,
     take_rows,
+    trimmed,
     true_places,
     wide_dtype,
 )
@@ -153,12 +153,14 @@ def plan_merge(
         )
     official = compat and (threshold is None or batch > 1)
     patch = torch.arange(number, device=metric.device).expand(batch, -1)  # (B, N)
-    in_a, in_b = slice(num_prefix % 2, None, 2), slice((num_prefix + 1) % 2, None, 2)
+    first_a, first_b = num_prefix % 2, (num_prefix + 1) % 2
+    in_a, in_b = slice(first_a, None, 2), slice(first_b, None, 2)
     source = patch[:, in_a]  # (B, |A|)
     if number < 2:
         best, destination = metric.new_full(source.shape, -math.inf), source
     else:
-        best, destination = alternating_match(metric, num_prefix, valid)
+        best, match = alternating_match(metric, num_prefix, valid)
+        destination = 2 * match + first_b
         best = best.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)  # nothing is merged by such values
     falling = not official and num_prefix == 0
     rank = None
@@ -172,20 +174,21 @@ def plan_merge(
     else:
         merged = best > threshold.to(best.dtype) + (0 if compat else TIE)
 
-    stays, every = ~merged, torch.ones_like(patch, dtype=torch.bool) if valid is None else valid
+    # Sorted by numbers that are places modulo N: A comes first, then B, then what is dropped and padding. An image that
+    # merges nothing keeps its order.
+    behind = number * (number + 1)
+    merges = merged.sum(1, keepdim=True)  # (B, 1)
+    place, counts = patch, number - merges.squeeze(1)
     if valid is not None:
-        stays = stays & valid[:, in_a]
-    first = source
+        place, counts = torch.where(valid, patch, patch + behind), counts - number + valid.sum(1)
+    place_a, place_b = place[:, in_a], place[:, in_b]
     if falling and rank is not None:
-        first, stays = (torch.zeros_like(y).scatter(1, rank, y) for y in (source, stays))
-    order = torch.cat([first, patch[:, in_b]], dim=1)  # (B, N)
-    stays = torch.cat([stays, every[:, in_b]], dim=1)
-    if not official:
-        merges = merged.any(1, keepdim=True)
-        order = torch.where(merges, order, patch)
-        if valid is not None:
-            stays = torch.where(merges, stays, valid)
-    kept = compact(order, stays, number, trim, keep_mask, packed)
+        place_a = place_a + torch.where(merges > 0, 2 * rank - source, 0)
+    place_b = torch.add(place_b, 1 if official else merges, alpha=number)
+    order = torch.cat([place_a + behind * merged, place_b], dim=1).sort(dim=1).values % number  # (B, N)
+    if falling and rank is not None:
+        order = torch.where(merges > 0, patch.scatter(1, 2 * rank, source), patch).gather(1, order)
+    kept = trimmed(order, counts, number, trim, keep_mask, packed)
     return Merge(source, destination, merged, *kept, threshold, official)
 
 
@@ -225,7 +228,11 @@ def apply_merge(x: Tensor, tokens: TokenMap, merge: Merge, packed: bool) -> tupl
     if number is not None:  # only the merged rows are computed with
         place = true_places(merge.merged, number)
         source, destination, merged = source.index_select(0, place), destination.index_select(0, place), None
-    sizes, share = merge_sizes(size.flatten(), source, destination, merged)
+    sizes = size.flatten()
+    gain = sizes.index_select(0, source)
+    gain = gain if merged is None else torch.where(merged, gain, 0)
+    sizes, share = merge_sizes(sizes, gain, destination)
+    share = share if merged is None else torch.where(merged.unsqueeze(1), share, 0)  # of padding it is 0 / 0
     kept = tokens.rows(merge.order)  # (B, P+K)
     size = sizes.index_select(0, kept.flatten()).view(kept.shape)
     if merge.valid is not None:
@@ -241,7 +248,8 @@ def apply_merge(x: Tensor, tokens: TokenMap, merge: Merge, packed: bool) -> tupl
         lengths=merge.lengths,
     )
     source, destination, kept = rows_in_sequence(tokens, source, destination, kept)
-    rows = move_shares(x.flatten(0, 1), source, destination, share.to(x.dtype))
+    rows = x.flatten(0, 1).clone()
+    move_shares(rows, rows.index_select(0, source), destination, share)
     x = take_rows(rows.unsqueeze(0), left.pack(kept) if packed else kept)
     return official_division(x, size, merge.official), left
 
@@ -363,21 +371,20 @@ class DyMU(Reducer):
         if self.ragged == "packed":
             self.refuse_packed_recording(x)
         recorded = is_recorded(x)  # a graph keeps its way, whatever the image
-        with torch.no_grad():
-            metric = state.k.mean(dim=1, dtype=wide_dtype(state.k.dtype))
-            metric = (tokens.unpack(metric) if tokens.packed else metric)[:, tokens.num_prefix :]  # (B, N, D)
-            check_finite(metric, self.origin("keys"), state.x)
-            merge = plan_merge(
-                metric,
-                tokens.valid,
-                tokens.num_prefix,
-                None if self.ranking else self.threshold,
-                self.r,
-                self.max_r,
-                self.compat,
-                keep_mask=recorded,
-                packed=self.ragged == "packed",
-            )
+        metric = mean_keys(state.k)
+        metric = (tokens.unpack(metric) if tokens.packed else metric)[:, tokens.num_prefix :]  # (B, N, D)
+        check_finite(metric, self.origin("keys"), state.x)
+        merge = plan_merge(
+            metric,
+            tokens.valid,
+            tokens.num_prefix,
+            None if self.ranking else self.threshold,
+            self.r,
+            self.max_r,
+            self.compat,
+            keep_mask=recorded,
+            packed=self.ragged == "packed",
+        )
         if self.ranking:
             tokens = replace(tokens, carry=merge.threshold)
         # A trace that is only counted goes on too: it would drop an unused matching as dead code.

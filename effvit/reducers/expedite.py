@@ -19,7 +19,7 @@ from effvit.reducers.cost import BlockSizes, Change
 from effvit.reducers.keep_rate import Rated
 from effvit.reducers.tiles import Tiling, cut_side, first_patch, lay_tiles, tile_clusters, untile_clusters
 from effvit.schedule import check_blocks, check_choice, check_count, check_fraction, check_number
-from effvit.tokens import Moved, Reference, TokenMap, fx_leaf, wide_dtype, wide_product
+from effvit.tokens import Moved, Reference, TokenMap, fx_leaf, wide_product, widened
 
 __all__ = ["Expedite", "Restore", "cell_middles", "cluster_centres", "cluster_tokens", "nearest_centre"]
 
@@ -65,7 +65,7 @@ def cluster_centres(
     grid = (x.shape[1], x.shape[2])
     check_clusters(clusters, grid)
     check_window(window_size)
-    x = x.to(wide_dtype(x.dtype))
+    x = widened(x)
     centres = F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), clusters)  # (B, C, h, w)
     if num_iters == 0:
         return centres.permute(0, 2, 3, 1)

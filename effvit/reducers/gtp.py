@@ -343,9 +343,15 @@ class GTP(Reducer):
             return weights
         return sparsify_map(weights, self.sparsity)
 
-    @torch.no_grad()
     def scores(self, state: AttnState) -> Tensor:
         """(B, N) importance of the patch tokens under ``selection``."""
+        if state.sums is not None:  # they have no gradients
+            return MAP_SCORES[self.selection](state.sums)[:, state.keys.num_prefix :]
+        with torch.no_grad():
+            return self.scores_of_map(state)
+
+    def scores_of_map(self, state: AttnState) -> Tensor:
+        """``scores`` where attention did not sum up its map."""
         num_prefix = state.keys.num_prefix
         if self.selection in CLASS_SCORES:
             return CLASS_SCORES[self.selection](state.class_rows().mean(2))[:, num_prefix:]
@@ -355,9 +361,8 @@ class GTP(Reducer):
         if self.selection in ROW_SCORES:
             assert state.weights is not None
             return ROW_SCORES[self.selection](state.weights[:, :, num_prefix:])
-        sums = state.sums if state.weights is None else map_sums(state.weights)
-        assert sums is not None
-        return MAP_SCORES[self.selection](sums)[:, num_prefix:]
+        assert state.weights is not None
+        return MAP_SCORES[self.selection](map_sums(state.weights))[:, num_prefix:]
 
     def reduce(self, x: Tensor, tokens: TokenMap, state: AttnState) -> tuple[Tensor, TokenMap]:
         kept = tokens.num_tokens - self.num_removed(tokens.num_tokens)
@@ -377,7 +382,9 @@ class GTP(Reducer):
 
         assert tokens.carry is not None
         anchor = tokens.anchor.gather(1, ranked)  # (B, N)
-        share = kept_shares(tokens.carry, anchor, kept, num_prefix, tokens.layout.ranges.places)  # (B, P+kept, removed)
+        share = kept_shares(
+            tokens.carry, anchor, kept, num_prefix, tokens.layout.ranges.sequence
+        )  # (B, P+kept, removed)
         x = propagate(stays, removed, share, self.alpha)
         key_weight = None
         if tokens.key_weight is not None:
@@ -400,7 +407,7 @@ def propagate(x: Tensor, removed: Tensor, share: Tensor, alpha: float) -> Tensor
 
 @fx_leaf
 def kept_shares(
-    graph: Tensor | tuple[Tensor, ...], ranked: Tensor, kept: int, num_prefix: int, places: Tensor
+    graph: Tensor | tuple[Tensor, ...], ranked: Tensor, kept: int, num_prefix: int, sequence: Tensor
 ) -> Tensor:
     """What each token that stays gets of each that is removed: (B, P+kept, removed).
 
@@ -409,12 +416,12 @@ def kept_shares(
         ranked: (B, N) patches of the tokens, those that stay in front.
         kept: How many stay.
         num_prefix: P tokens in front, which get nothing.
-        places: (L,) whole numbers from 0 on, N or more.
+        sequence: (B, L) whole numbers from 0 on, N or more of them.
     """
     neighbours, shares = graph
     number = ranked.shape[1] - kept
     column = torch.full_like(neighbours[:, :, 0], number)  # (B, H*W): where it is among the removed, or behind
-    column = column.scatter(1, ranked[:, kept:], places[:number].expand(ranked.shape[0], -1))
+    column = column.scatter(1, ranked[:, kept:], sequence[:, :number])
     nodes = ranked[:, :kept].unsqueeze(-1).expand(-1, -1, neighbours.shape[-1])  # (B, kept, K)
     neighbours, shares = neighbours.gather(1, nodes), shares.gather(1, nodes)  # (B, kept, K)
     columns = column.gather(1, neighbours.flatten(1)).unflatten(1, neighbours.shape[1:])  # (B, kept, K)

@@ -14,7 +14,7 @@ from effvit.reducers.base import Reducer, check_finite
 from effvit.reducers.cost import BlockSizes, Change
 from effvit.reducers.keep_rate import KeepRate, kept_in_blocks
 from effvit.schedule import check_blocks, check_count
-from effvit.tokens import TokenMap, fx_leaf, wide_dtype, wide_product
+from effvit.tokens import TokenMap, fx_leaf, wide_product, widened
 
 __all__ = ["HoT", "density_peaks", "peak_scores", "squared_distances"]
 
@@ -60,7 +60,7 @@ def peak_scores(x: Tensor, k: int = 2, compat: bool = False) -> Tensor:
     length = x.shape[1]
     if not 2 <= k <= length:
         raise ValueError(f"k must be at least 2 and at most the number of tokens, got {k} for {length} tokens")
-    x = x.to(wide_dtype(x.dtype))
+    x = widened(x)
     if not (compat or length <= WIDTHS_WHOLE * x.shape[2] or is_recorded(x) or torch.jit.is_tracing()):
         return _scores_by_blocks(x, k)
     squared: Tensor = (torch.cdist(x, x) / x.shape[2] ** 0.5).square() if compat else squared_distances(x)

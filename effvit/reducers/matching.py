@@ -5,11 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from effvit.tokens import fx_leaf, wide_dtype, wide_product
+from effvit.tokens import fx_leaf, wide_dtype, wide_product, widened
 
-__all__ = ["alternating_match", "merge_sizes", "move_shares"]
+__all__ = ["alternating_match", "mean_keys", "merge_sizes", "move_shares"]
 
 SMALLEST_NORM = 1e-12  # of ``F.normalize``
+
+
+@fx_leaf
+def mean_keys(k: Tensor) -> Tensor:
+    """Keys (B, heads, P+N, D) averaged over heads, in float32 (float64 for float64), for matching: (B, P+N, D).
+
+    Cut off from autograd, which a choice gives nothing to follow.
+    """
+    return k.detach().mean(dim=1, dtype=wide_dtype(k.dtype))
 
 
 @fx_leaf
@@ -26,10 +35,10 @@ def alternating_match(metric: Tensor, num_prefix: int, valid: Tensor | None = No
         valid: (B, N) False for padding, which matches nothing.
 
     Returns:
-        Largest similarity (B, |A|), -inf for padding and where B is all padding; and the place (B, |A|) of the
-        matched token among the N patch tokens. Token i of A is patch token ``2 * i + num_prefix % 2``.
+        Largest similarity (B, |A|), -inf for padding and where B is all padding; and the number (B, |A|) of the
+        matched token within B. Token i of A is patch token ``2 * i + num_prefix % 2``.
     """
-    metric = metric.to(wide_dtype(metric.dtype))
+    metric = widened(metric)
     metric = metric / torch.linalg.vector_norm(metric, dim=-1, keepdim=True).clamp(min=SMALLEST_NORM)
     first_a, first_b = num_prefix % 2, (num_prefix + 1) % 2
     similarity = wide_product(metric[:, first_a::2], metric[:, first_b::2].transpose(1, 2))  # (B, |A|, |B|)
@@ -38,40 +47,32 @@ def alternating_match(metric: Tensor, num_prefix: int, valid: Tensor | None = No
     best, match = similarity.max(dim=-1)
     if valid is not None:
         best = best.masked_fill(~valid[:, first_a::2], float("-inf"))
-    return best, 2 * match + first_b if first_b else 2 * match
+    return best, match
 
 
-def merge_sizes(
-    size: Tensor, source: Tensor, destination: Tensor, merged: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Sizes (T,) after merging, and the share (r, 1) that each source has of what it goes into.
+def merge_sizes(size: Tensor, gain: Tensor, destination: Tensor) -> tuple[Tensor, Tensor]:
+    """Sizes (T,) after merging, and the share (r, 1) that each merged token has of what it went into.
 
     Args:
-        size: Sizes of all rows.
-        source: (r,) rows that are merged away.
-        destination: (r,) the row each of them goes into.
-        merged: (r,) False for pairs that are not merged after all, whose share is 0. None: all are.
+        size: (T,) sizes of the rows that tokens go into, and others.
+        gain: (r,) sizes of the tokens, 0 for one that is not merged after all.
+        destination: (r,) rows they go into.
     """
-    gain = size.index_select(0, source)
-    if merged is not None:
-        gain = torch.where(merged, gain, 0)
     size = size.index_add(0, destination, gain)
-    share = gain / size.index_select(0, destination)
-    if merged is not None:
-        share = torch.where(merged, share, 0)  # of padding it is 0 / 0
-    return size, share.unsqueeze(1)
+    return size, (gain / size.index_select(0, destination)).unsqueeze(1)
 
 
-def move_shares(x: Tensor, source: Tensor, destination: Tensor, share: Tensor) -> Tensor:
-    """Rows of x (T, C) after merging: each destination becomes a mean with what goes into it.
+def move_shares(x: Tensor, moved: Tensor, destination: Tensor, share: Tensor) -> None:
+    """Make rows of x means with what is merged into them, in place.
 
-    It takes a share of the difference, so two equal rows merge without any rounding.
+    A row takes a share of the difference, so two equal ones merge without any rounding.
 
     Args:
-        x: Rows of all images.
-        source: (r,) rows that are merged away.
-        destination: (r,) the row each of them goes into.
-        share: (r, 1) part of the sum that is the source's.
+        x: (T, C).
+        moved: (r, C) features that are merged away.
+        destination: (r,) rows they go into.
+        share: (r, 1) part of the sum that is theirs.
     """
-    difference = x.index_select(0, source) - x.index_select(0, destination)
-    return x.index_add(0, destination, difference * share)
+    if share.dtype != x.dtype:
+        share = share.to(x.dtype)
+    x.index_add_(0, destination, (moved - x.index_select(0, destination)) * share)

@@ -14,17 +14,9 @@ from effvit.protocols import Settings
 from effvit.reducers.base import FEW_PATCHES, Reducer, check_finite
 from effvit.reducers.block_schedule import BlockSchedule, tokens_by_block
 from effvit.reducers.cost import BlockSizes, Change, alternating_pairs
-from effvit.reducers.matching import alternating_match, merge_sizes, move_shares
+from effvit.reducers.matching import alternating_match, mean_keys, merge_sizes, move_shares
 from effvit.schedule import check_switch, spread_ladder, tome_r
-from effvit.tokens import (
-    Ranges,
-    TokenMap,
-    fx_leaf,
-    position_of,
-    ranges_of,
-    wide_dtype,
-    wide_product,
-)
+from effvit.tokens import Ranges, TokenMap, fx_leaf, position_of, ranges_of, wide_dtype, wide_product, widened
 
 __all__ = [
     "Matching",
@@ -37,20 +29,35 @@ __all__ = [
 
 
 class Matching(NamedTuple):
-    """Pairs of tokens to merge, in positions among the N patch tokens: a ``Step`` of a token map.
+    """Pairs of tokens to merge, by their places in the sequence, prefix tokens included: a ``Step`` of a token map.
 
     Attributes:
-        source: (B, r) tokens that are merged away, most similar first.
-        destination: (B, r) the token each of them goes into.
-        order: (B, N-r) the tokens that stay, in the order of the new sequence.
-        kept: (B, P+N-r) the same behind the prefix tokens, which count from -P.
+        merged: (B, r) places of the tokens that are merged away, most similar first.
+        kept: (B, P+N-r) places of the tokens that stay, in the order of the new sequence.
+        into: (B, r) place in the new sequence of the token that each merged one goes into.
+        num_prefix: P.
     """
 
-    source: Tensor
-    destination: Tensor
-    order: Tensor
+    merged: Tensor
     kept: Tensor
+    into: Tensor
+    num_prefix: int
     fuses: bool = False
+
+    @property
+    def source(self) -> Tensor:
+        """(B, r) patch tokens that are merged away, most similar first."""
+        return self.merged - self.num_prefix
+
+    @property
+    def order(self) -> Tensor:
+        """(B, N-r) patch tokens that stay, in the order of the new sequence."""
+        return self.kept[:, self.num_prefix :] - self.num_prefix
+
+    @property
+    def destination(self) -> Tensor:
+        """(B, r) the patch token each merged one goes into."""
+        return self.kept.gather(1, self.into) - self.num_prefix
 
     def target(self, like: Tensor) -> Tensor:
         """(B, N) new place of every old token; ``like`` is any (B, N) int64."""
@@ -60,8 +67,7 @@ class Matching(NamedTuple):
 @fx_leaf
 def matching_target(matching: Matching, like: Tensor) -> Tensor:
     """(B, N) new place of every old token under the matching; ``like`` is any (B, N) int64."""
-    target = position_of(matching.order, like)
-    return target.scatter(1, matching.source, target.gather(1, matching.destination))
+    return position_of(matching.order, like).scatter(1, matching.source, matching.into - matching.num_prefix)
 
 
 @fx_leaf
@@ -82,7 +88,7 @@ def bipartite_soft_matching(
         metric: (B, N, D) features of the patch tokens, compared by cosine.
         r: Tokens to merge, at most N // 2.
         num_prefix: Prefix tokens in front of the patches.
-        ranges: Those of the batch, for P + N places; None: made here.
+        ranges: Those of the batch, for P + N places at least; None: made here.
         origin: What the features are, for messages.
         x: (B, P+N, C) tokens that entered the block, for messages.
 
@@ -93,20 +99,18 @@ def bipartite_soft_matching(
     Raises:
         ValueError: Similarities that are NaN, see ``check_finite``.
     """
-    number = metric.shape[1]
-    ranges = ranges_of(metric, number, num_prefix) if ranges is None else ranges
-    places = ranges.places
-    best, destination = alternating_match(metric, num_prefix)  # (B, |A|) each
+    length = num_prefix + metric.shape[1]
+    places = (ranges_of(metric, length, num_prefix) if ranges is None else ranges).sequence
+    first_a, first_b = num_prefix + num_prefix % 2, num_prefix + (num_prefix + 1) % 2
+    best, match = alternating_match(metric, num_prefix)  # (B, |A|) each
     ranked = check_finite(best, origin, x).argsort(dim=-1, descending=True)  # (B, |A|)
-    in_a = torch.add(places[num_prefix % 2], ranked, alpha=2)
+    in_a = torch.add(places[:, first_a : first_a + 1], ranked, alpha=2)
     left = in_a[:, r:]  # (B, |A|-r)
     if num_prefix:
         left = left.sort(dim=-1).values
-    in_b = places[(num_prefix + 1) % 2 : number : 2].expand(left.shape[0], -1)  # (B, |B|)
-    kept = ranges.behind_prefix(left, in_b)
-    return Matching(
-        source=in_a[:, :r], destination=destination.gather(1, ranked[:, :r]), order=kept[:, num_prefix:], kept=kept
-    )
+    kept = torch.cat([places[:, :num_prefix], left, places[:, first_b:length:2]], dim=1)
+    behind = num_prefix + left.shape[1]  # in the new sequence B follows what is left of A
+    return Matching(in_a[:, :r], kept, match.gather(1, ranked[:, :r]) + behind, num_prefix)
 
 
 def kth_bipartite_target(metric: Tensor, k: int) -> Tensor:
@@ -119,7 +123,7 @@ def kth_bipartite_target(metric: Tensor, k: int) -> Tensor:
     Returns:
         (B, N - N % k) index of the absorbing token, 0 to N // k - 1.
     """
-    metric = F.normalize(metric.to(wide_dtype(metric.dtype)), dim=-1)
+    metric = F.normalize(widened(metric), dim=-1)
     groups: Tensor = metric[:, : metric.shape[1] // k * k].unflatten(1, (-1, k))  # (B, N // k, k, D)
     others, absorbing = groups[:, :, :-1].flatten(1, 2), groups[:, :, -1]  # (B, N // k * (k - 1), D), (B, N // k, D)
     similarity = wide_product(others, absorbing.transpose(1, 2))  # (B, N // k * (k - 1), N // k)
@@ -130,7 +134,7 @@ def kth_bipartite_target(metric: Tensor, k: int) -> Tensor:
 
 @fx_leaf
 def merge_tokens(
-    x: Tensor, size: Tensor | None, matching: Matching, num_prefix: int = 0, ranges: Ranges | None = None
+    x: Tensor, size: Tensor | None, matching: Matching, ranges: Ranges | None = None
 ) -> tuple[Tensor, Tensor]:
     """Size-weighted mean of merged tokens (merge.py@af95e4b ``merge_wavg``).
 
@@ -141,21 +145,22 @@ def merge_tokens(
         x: (B, P+N, C).
         size: (B, P+N) patches each token stands for; None: one each.
         matching: Which tokens go where.
-        num_prefix: P.
-        ranges: Those of the batch, for P + 1 places at least; None: made here.
+        ranges: Those of the batch, for P + N places at least; None: made here.
 
     Returns:
         (B, P+N-r, C) and the new sizes (B, P+N-r).
     """
-    ranges = ranges_of(x, num_prefix + 1, num_prefix) if ranges is None else ranges
-    first = ranges.first(x.shape[1], num_prefix)
-    source = (matching.source + first).flatten()  # (B * r,) rows of all images
-    destination = (matching.destination + first).flatten()
-    kept = matching.kept + first  # (B, P+N-r)
-    sizes = torch.ones_like(x[..., 0], dtype=wide_dtype(x.dtype)) if size is None else size
-    sizes, share = merge_sizes(sizes.flatten(), source, destination)
-    x = move_shares(x.flatten(0, 1), source, destination, share.to(x.dtype)).index_select(0, kept.flatten())
-    return x.view(*kept.shape, -1), sizes.index_select(0, kept.flatten()).view(kept.shape)
+    kept, length = matching.kept, x.shape[1]
+    images = (ranges_of(x, length, matching.num_prefix) if ranges is None else ranges).images
+    rows = torch.add(kept, images, alpha=length).flatten()  # (B * (P+N-r),) of the flattened sequence
+    source = torch.add(matching.merged, images, alpha=length).flatten()  # (B * r,)
+    destination = torch.add(matching.into, images, alpha=kept.shape[1]).flatten()  # (B * r,) of the new sequence
+    x = x.flatten(0, 1)
+    sizes = x.new_ones(len(x), dtype=wide_dtype(x.dtype)) if size is None else size.flatten()
+    new_sizes, share = merge_sizes(sizes.index_select(0, rows), sizes.index_select(0, source), destination)
+    new = x.index_select(0, rows)
+    move_shares(new, x.index_select(0, source), destination, share)
+    return new.view(*kept.shape, -1), new_sizes.view(kept.shape)
 
 
 class ToMe(Reducer):
@@ -227,9 +232,9 @@ class ToMe(Reducer):
         if r == 0:
             return x, tokens
         ranges = tokens.layout.ranges
-        with torch.no_grad():
-            metric = state.k.mean(dim=1, dtype=wide_dtype(state.k.dtype))[:, tokens.num_prefix :]  # (B, N, D)
-            matching = bipartite_soft_matching(metric, r, tokens.num_prefix, ranges, self.origin("keys"), state.x)
-        x, size = merge_tokens(x, tokens.size, matching, tokens.num_prefix, ranges)
-        left = self.count(tokens.num_tokens, tokens.num_patches)
-        return x, tokens.relabel(matching, left, size, size if self.prop_attn else None, keeps_every_patch=True)
+        num_prefix = tokens.num_prefix
+        metric = mean_keys(state.k)[:, num_prefix:]  # (B, N, D)
+        matching = bipartite_soft_matching(metric, r, num_prefix, ranges, self.origin("keys"), state.x)
+        x, size = merge_tokens(x, tokens.size, matching, ranges)
+        weight = size if self.prop_attn else None
+        return x, tokens.relabel(matching, tokens.num_tokens - r, size, weight, keeps_every_patch=True)

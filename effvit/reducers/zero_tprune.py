@@ -28,7 +28,7 @@ from effvit.schedule import (
     per_block,
     spread_blocks,
 )
-from effvit.tokens import TokenMap, flat_rows, ranges_of, take_rows, wide_dtype, wide_product
+from effvit.tokens import TokenMap, flat_rows, ranges_of, take_rows, wide_dtype, wide_product, widened
 
 __all__ = [
     "PARTITIONS",
@@ -250,7 +250,7 @@ def match_groups(
 
 def _similarities(features: Tensor, group_a: Tensor, group_b: Tensor, similarity: str) -> Tensor:
     """(B, |A|, |B|) similarity of each token of group A to each of B."""
-    length, features = features.shape[1], features.to(wide_dtype(features.dtype))
+    length, features = features.shape[1], widened(features)
     ranges = ranges_of(features, 1, 0)
     a = take_rows(features, flat_rows(group_a, length, ranges=ranges))  # (B, |A|, heads * D)
     b = take_rows(features, flat_rows(group_b, length, ranges=ranges))  # (B, |B|, heads * D)
