@@ -395,6 +395,8 @@ class ReducedHost(Intermediates, Reduced):
         check_counts(self, (size[0] // new_patch[0], size[1] // new_patch[1]))
         super().set_input_size(img_size, patch_size)  # type: ignore[misc]
         check_counts(self, self.patch_embed.grid_size)  # a hybrid embedding has another grid than its patch size says
+        for reducer in self.reducers.values():
+            reducer.resize(self.patch_embed.grid_size)
 
 
 class ReducedViT(ReducedHost, VisionTransformer):
@@ -640,6 +642,7 @@ def sparsify(
         set_child(block, "reducer", plan.get(i))
         if block.reducer is not None:
             block.reducer.settle(host, i)
+            block.reducer.resize(host.patch_embed.grid_size)
         if former is not None and former.has_learnt and not (block.reducer and block.reducer.take_over(former)):
             lost += [f"blocks.{i}.reducer.{name}" for name in former.state_dict()]
     _check_host(host)

@@ -2,6 +2,7 @@
 
 from effvit.reducers.ats import ATS
 from effvit.reducers.base import Reducer
+from effvit.reducers.control import Random, Uniform
 from effvit.reducers.dymu import DyMU
 from effvit.reducers.evit import EViT
 from effvit.reducers.expedite import Expedite
@@ -19,11 +20,13 @@ __all__ = [
     "EViT",
     "Expedite",
     "HoT",
+    "Random",
     "Reducer",
     "ToMe",
+    "Uniform",
     "ZeroTPrune",
     "register_method",
 ]
 
-for _method in (EViT, ToMe, GTP, ATS, ZeroTPrune, DyMU, Expedite, HoT):
+for _method in (EViT, ToMe, GTP, ATS, ZeroTPrune, DyMU, Expedite, HoT, Random, Uniform):
     register_method(_method)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from effvit.attention import AttnState, EditMap, Pick
-from effvit.protocols import Host, Settings
+from effvit.protocols import Host, Settings, Size
 from effvit.recording import graphs_count, is_recorded, refuse_open_sides
 from effvit.reducers.cost import BlockSizes, Change
 from effvit.tokens import TokenMap, fx_leaf
@@ -196,6 +196,9 @@ class Reducer(nn.Module):
         """
         self.block = block
         self.any_size = bool(getattr(host, "dynamic_img_size", False))
+
+    def resize(self, grid: Size) -> None:
+        """Take note that the images of the host have this patch grid (H, W) now; first behind ``settle``."""
 
     def count(self, num_tokens: int, num_patches: int) -> int:
         """Patch tokens left of ``num_tokens``; an upper bound for a method whose count depends on the image.

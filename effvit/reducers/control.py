@@ -1,0 +1,256 @@
+"""Controls: patches kept at random or evenly spaced, whatever the image shows; what every method has to beat."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from effvit.attention import AttnState, Pick, Selection
+from effvit.protocols import Host, Settings, Size
+from effvit.recording import compile_each_size
+from effvit.reducers.base import Reducer
+from effvit.reducers.cost import BlockSizes, Change
+from effvit.reducers.keep_rate import Rated, kept_in_blocks
+from effvit.schedule import check_blocks, check_choice, check_count, spread_blocks
+from effvit.tokens import TokenMap, fx_leaf
+
+__all__ = ["PLACES", "Control", "Random", "Uniform", "random_ranks", "uniform_ranks"]
+
+PLACES = ("block", "queries", "mlp")
+"""What the dropped patches do not enter first: the block, the queries of its attention, or its MLP."""
+
+
+def uniform_ranks(grid: Size) -> Tensor:
+    """(H*W,) int64 rank of each patch in the order of ordered dithering: any first K are spread evenly over the grid.
+
+    The order of the Bayer matrix of side 2^k >= max(H, W): row r and column c with the bits r_b and c_b (b = 0 the
+    lowest) have the value sum_b (2 (r_b xor c_b) + r_b) 4^(k-1-b). A half of the patches is a checkerboard, a quarter
+    every second row and column.
+    """
+    row = torch.arange(grid[0], device="cpu").unsqueeze(1)  # (H, 1)
+    column = torch.arange(grid[1], device="cpu")  # (W,)
+    bits = (max(grid) - 1).bit_length()
+    value = torch.zeros(grid, dtype=torch.int64, device="cpu")
+    for b in range(bits):
+        row_bit, column_bit = row >> b & 1, column >> b & 1
+        value += (2 * (row_bit ^ column_bit) + row_bit) * 4 ** (bits - 1 - b)
+    return _places(value.flatten().argsort())
+
+
+def random_ranks(grid: Size, seed: int) -> Tensor:
+    """(H*W,) int64 rank of each patch in a random order, the same on every machine and device."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return _places(torch.randperm(grid[0] * grid[1], generator=generator, device="cpu"))
+
+
+def _places(order: Tensor) -> Tensor:
+    """The inverse of a permutation."""
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+
+
+@fx_leaf
+def lowest(ranks: Tensor, anchor: Tensor, number: int) -> Tensor:
+    """(B, number) tokens of the lowest ranks (H*W,) among those on the patches ``anchor`` (B, N), in their order."""
+    return ranks[anchor].topk(number, dim=1, largest=False).indices.sort(dim=1).values
+
+
+class Control(Rated):
+    """Keep the K patches of the lowest ranks, the same ones in every image, in image order.
+
+    No publication: a control of this package. The j-th reducing block (from 0) keeps int(N r^(j+1)) of the N patches of
+    the image, the counts of DynamicViT (2106.02034) at its blocks; a later block keeps some of those that an earlier
+    one kept. Prefix tokens stay.
+
+    Args:
+        keep_rate: Fraction of the patches of the earlier blocks that stays.
+        num_tokens: Number of patches to keep in place of a rate.
+        place: One of PLACES.
+        at: Number of the block.
+        earlier: The reducers of the blocks before, on whose rates the number of patches depends.
+    """
+
+    ranks: Tensor
+    rate_of_few = 0.9
+    open_sides = 0  # the ranks are those of one grid
+
+    def __init__(
+        self, keep_rate: float, num_tokens: int | None, place: str, at: int, earlier: tuple[Control, ...]
+    ) -> None:
+        super().__init__()
+        self.keep_rate = self.base_keep_rate = keep_rate
+        self.num_tokens = num_tokens
+        self.place = place
+        self.at = at
+        self.earlier = earlier
+        self.grid: Size = (0, 0)
+        self.register_buffer("ranks", torch.empty(0, dtype=torch.int64), persistent=False)
+
+    @classmethod
+    def in_blocks(
+        cls,
+        depth: int,
+        keep_rate: float | Sequence[float],
+        reduce_at: Sequence[int] | None,
+        num_tokens: int | Sequence[int] | None,
+        place: str,
+        *order: int,
+    ) -> dict[int, Reducer]:
+        """{block: reducer} of the settings that all controls share; ``order`` is what else the ranks depend on."""
+        check_choice("place", place, PLACES)
+        blocks = check_blocks("reduce_at", spread_blocks((3, 6, 9), depth) if reduce_at is None else reduce_at, depth)
+        plan: dict[int, Control] = {}
+        for block, (rate, number) in kept_in_blocks(blocks, keep_rate, num_tokens).items():
+            plan[block] = cls(rate, number, place, block, tuple(plan.values()), *order)
+        return dict(plan)
+
+    @classmethod
+    def example(cls) -> Settings:
+        return {"keep_rate": 0.6, "reduce_at": (1, 2)}
+
+    @classmethod
+    def ladders(cls, depth: int, num_patches: int) -> list[list[Settings]]:
+        return []  # to compare with, not to be chosen by effvit.tune
+
+    def ranks_on(self, grid: Size) -> Tensor:
+        """(H*W,) int64 rank of each patch of that grid, on the CPU; the lowest ranks are kept."""
+        raise NotImplementedError
+
+    def settle(self, host: Host, block: int) -> None:
+        super().settle(host, block)
+        self.ranks = self.ranks.to(next(host.parameters()).device)
+
+    def resize(self, grid: Size) -> None:
+        self.grid = grid
+        self.ranks = self.ranks_on(grid).to(self.ranks.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Control:
+        """Move as any module, and rank anew: behind ``to_empty`` the memory holds anything."""
+        super()._apply(fn, recurse)
+        self.resize(self.grid)
+        return self
+
+    def check_size(self, grid: Size) -> None:
+        super().check_size(grid)
+        compile_each_size(grid)
+
+    @property
+    def reduce_at(self) -> list[int]:
+        """The reducing blocks up to this one, which the number of patches depends on.
+
+        ``model.settings`` compares it, so that it tells of an earlier reducer that was taken out by hand.
+        """
+        chain = (*self.earlier, self)
+        return [reducer.at for reducer in chain if reducer.keep_rate < 1 or reducer.num_tokens is not None]
+
+    @property
+    def share(self) -> float:
+        """Fraction of the patches of the image that stays by the rates: r^(j+1) where they are equal."""
+        rates = [reducer.keep_rate for reducer in (*self.earlier, self)]
+        return math.prod([rate ** rates.count(rate) for rate in dict.fromkeys(rates)])
+
+    def count(self, num_tokens: int, num_patches: int) -> int:
+        if self.num_tokens is not None:
+            return min(self.num_tokens, num_tokens)
+        kept = int(num_patches * self.share)
+        return min(max(1, kept) if self.any_size else kept, num_tokens)
+
+    def cost(self, at: BlockSizes) -> Change:
+        patches = at.grid[0] * at.grid[1]
+        kept = int(patches * self.share) if self.num_tokens is None else self.num_tokens
+        kept = min(at.tokens, kept)
+        keys = kept if self.place == "block" else at.tokens
+        return Change(keys, at.tokens if self.place == "mlp" else kept, kept, 0)
+
+    def chosen(self, tokens: TokenMap) -> tuple[Tensor, int]:
+        """(B, K) tokens that stay, in image order, and K."""
+        kept = self.count(tokens.num_tokens, tokens.num_patches)
+        known = tokens.grid == self.grid
+        ranks = self.ranks if known else self.ranks_on(tokens.grid).to(tokens.anchor.device)
+        return lowest(ranks, tokens.anchor, kept), kept
+
+    def keep(self, x: Tensor, tokens: TokenMap) -> tuple[Tensor, TokenMap]:
+        """x (B, P+N, C) -> (B, P+K, C) and the map of the patches that stay."""
+        if self.count(tokens.num_tokens, tokens.num_patches) == tokens.num_tokens:
+            return x, tokens
+        return tokens.select(x, *self.chosen(tokens))
+
+    def before(self, x: Tensor, tokens: TokenMap) -> tuple[Tensor, TokenMap]:
+        return self.keep(x, tokens) if self.place == "block" else (x, tokens)
+
+    def pick(self) -> Pick | None:
+        return self.sample if self.place == "queries" else None
+
+    def sample(self, state: AttnState) -> Selection:
+        """The query rows of the patches that stay."""
+        index, kept = self.chosen(state.keys)
+        rows = state.keys.rows(index)
+        return Selection(rows, state.keys.keep(index, kept, rows=rows))
+
+    def reduce(self, x: Tensor, tokens: TokenMap, state: AttnState) -> tuple[Tensor, TokenMap]:
+        return self.keep(x, tokens) if self.place == "mlp" else (x, tokens)
+
+
+class Uniform(Control):
+    """The control that keeps patches evenly spaced over the image (``uniform_ranks``)."""
+
+    name = "uniform"
+    summary = "control: keep patches evenly spaced over the grid, whatever the image shows"
+
+    @classmethod
+    def plan(
+        cls,
+        depth: int,
+        *,
+        keep_rate: float | Sequence[float] = 0.7,
+        reduce_at: Sequence[int] | None = None,
+        num_tokens: int | Sequence[int] | None = None,
+        place: str = "block",
+    ) -> dict[int, Reducer]:
+        """Settings of the control.
+
+        Args:
+            depth: Blocks of the host.
+            keep_rate: Fraction r of the patches that stays in each reducing block, in (0, 1]: the first keeps int(N r)
+                of the N patches of the image, the next int(N r^2); one value, or one for each block.
+            reduce_at: 0-based blocks that reduce; None means (3, 6, 9) of 12, in proportion for another depth.
+            num_tokens: Absolute numbers of patches to keep in place of a rate; one value or one for each block.
+            place: Where in the block patches are dropped: before the "block", as DynamicViT does; before the "queries",
+                so that they are still keys of its attention (ATS); or before the "mlp" (EViT, ToMe).
+        """
+        return cls.in_blocks(depth, keep_rate, reduce_at, num_tokens, place)
+
+    def ranks_on(self, grid: Size) -> Tensor:
+        return uniform_ranks(grid)
+
+
+class Random(Control):
+    """The control that keeps patches at random (``random_ranks``), the same ones in every image."""
+
+    name = "random"
+    summary = "control: keep patches at random, the same ones in every image"
+
+    def __init__(
+        self, keep_rate: float, num_tokens: int | None, place: str, at: int, earlier: tuple[Control, ...], seed: int
+    ) -> None:
+        super().__init__(keep_rate, num_tokens, place, at, earlier)
+        self.seed = seed
+
+    @classmethod
+    def plan(
+        cls,
+        depth: int,
+        *,
+        keep_rate: float | Sequence[float] = 0.7,
+        reduce_at: Sequence[int] | None = None,
+        num_tokens: int | Sequence[int] | None = None,
+        place: str = "block",
+        seed: int = 0,
+    ) -> dict[int, Reducer]:
+        """Settings of the control: those of ``Uniform``, and ``seed``, the number of the random order."""
+        return cls.in_blocks(depth, keep_rate, reduce_at, num_tokens, place, check_count("seed", seed))
+
+    def ranks_on(self, grid: Size) -> Tensor:
+        return random_ranks(grid, self.seed)
