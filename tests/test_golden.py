@@ -10,13 +10,14 @@ from __future__ import annotations
 import filecmp
 import json
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import golden_casvit
+import golden_control
 import golden_expedite
 import golden_hot
 import golden_lookupvit
@@ -46,6 +47,7 @@ from effvit.hosts.host import ReducedHost
 from effvit.hosts.lvvit import LVViT
 from effvit.reducers import METHODS
 from effvit.reducers.ats import inverse_transform_sample, significance
+from effvit.reducers.control import Control
 from effvit.reducers.evit import class_attention
 from effvit.reducers.gtp import CLASS_SCORES, GTP, MAP_SCORES, ROW_SCORES, Graph, propagation_graph, sparsify_map
 from effvit.reducers.tome import bipartite_soft_matching, kth_bipartite_target, matching_target, merge_tokens
@@ -68,19 +70,25 @@ ARCHITECTURES: dict[str, ModuleType] = {
     **dict.fromkeys(("stvit", "stvit_swin", "stvit_r_dense"), golden_stvit_swin),
     "sit": golden_sit,
 }
+CONTROLS = "static_controls"  # one folder for all of them
 # Any other folder is skipped by name.
-IMPLEMENTED = (*METHODS, *ARCHITECTURES)
+IMPLEMENTED = (*(method for method in METHODS if not issubclass(METHODS[method], Control)), CONTROLS, *ARCHITECTURES)
+OTHER_CONTROLS = "heuristic_"  # fixed rings of patches, no method of this package
 
 
 CUT = Path(__file__).parent / "golden"
 
 
 def find_all_cases(folder: Path) -> list[Path]:
-    return [case.path for method in IMPLEMENTED for case in find_cases(folder, method)]
+    return implemented(case.path for method in IMPLEMENTED for case in find_cases(folder, method))
 
 
 def find_all_tables(folder: Path) -> list[Path]:
-    return [path for method in IMPLEMENTED for path in find_tables(folder, method)]
+    return implemented(path for method in IMPLEMENTED for path in find_tables(folder, method))
+
+
+def implemented(paths: Iterable[Path]) -> list[Path]:
+    return [path for path in paths if not path.name.startswith(OTHER_CONTROLS)]
 
 
 def find_official_keys(folder: Path) -> list[Path]:
@@ -143,7 +151,7 @@ def test_official_file_is_converted_and_every_entry_accounted_for(
 def test_cut_is_what_its_list_says_and_has_every_method() -> None:
     listed = {folder: sorted(cases) for folder, cases in load_tool("cut_golden").CASES.items()}
     assert {path.name: sorted(file.stem for file in path.glob("*.json")) for path in CUT.iterdir()} == listed
-    for folder in METHODS.keys() | ARCHITECTURES.keys() - {"stvit", "stvit_swin"}:  # read as stvit_r_dense is
+    for folder in {*IMPLEMENTED} - {"stvit", "stvit_swin"}:  # read as stvit_r_dense is
         assert find_cases(CUT, folder), f"{CUT} holds no case of {folder}: add some to CASES of tools/cut_golden.py"
 
 
@@ -819,6 +827,7 @@ COMPARE: dict[str, Callable[[Case], None]] = {
     **{folder: module.compare for folder, module in ARCHITECTURES.items()},
     "expedite": golden_expedite.compare,
     "hot": golden_hot.compare,
+    CONTROLS: golden_control.compare,
 }
 TABLES: dict[str, Callable[[Path, Any], None]] = {
     "keep_rate_schedule": compare_keep_rates,

@@ -47,6 +47,8 @@ CASES: dict[str, tuple[str, ...]] = {
     # clusters and reconstruction alone; the SAM encoder in windows
     "expedite": ("rect_12x20_4x6", "sam_encoder_112"),
     "hot": ("mixste_27_9", "keys_hot_mixste"),
+    # both orders on four grids; a whole model of one of them, which differ in nothing else
+    "static_controls": ("f_uniform_random", "p2_random_seed3"),
     "casvit": ("cls_dist_64", "keys_rcvit_xs"),
     # the block with the other infusion; a model at three resolutions
     "lookupvit": (
