@@ -17,11 +17,11 @@ from types import ModuleType
 from typing import Any
 
 import golden_casvit
-import golden_control
 import golden_expedite
 import golden_hot
 import golden_lookupvit
 import golden_sit
+import golden_static_selection
 import golden_stvit_deit
 import golden_stvit_swin
 import golden_supertoken
@@ -47,9 +47,9 @@ from effvit.hosts.host import ReducedHost
 from effvit.hosts.lvvit import LVViT
 from effvit.reducers import METHODS
 from effvit.reducers.ats import inverse_transform_sample, significance
-from effvit.reducers.control import Control
 from effvit.reducers.evit import class_attention
 from effvit.reducers.gtp import CLASS_SCORES, GTP, MAP_SCORES, ROW_SCORES, Graph, propagation_graph, sparsify_map
+from effvit.reducers.static_selection import StaticSelection
 from effvit.reducers.tome import bipartite_soft_matching, kth_bipartite_target, matching_target, merge_tokens
 from effvit.reducers.zero_tprune import (
     aggregate_heads,
@@ -71,8 +71,9 @@ ARCHITECTURES: dict[str, ModuleType] = {
     "sit": golden_sit,
 }
 CONTROLS = "static_controls"  # one folder for all of them
+FOLDERS = [CONTROLS if issubclass(method, StaticSelection) else name for name, method in METHODS.items()]
 # Any other folder is skipped by name.
-IMPLEMENTED = (*(method for method in METHODS if not issubclass(METHODS[method], Control)), CONTROLS, *ARCHITECTURES)
+IMPLEMENTED = tuple(dict.fromkeys((*FOLDERS, *ARCHITECTURES)))
 OTHER_CONTROLS = "heuristic_"  # fixed rings of patches, no method of this package
 
 
@@ -827,7 +828,7 @@ COMPARE: dict[str, Callable[[Case], None]] = {
     **{folder: module.compare for folder, module in ARCHITECTURES.items()},
     "expedite": golden_expedite.compare,
     "hot": golden_hot.compare,
-    CONTROLS: golden_control.compare,
+    CONTROLS: golden_static_selection.compare,
 }
 TABLES: dict[str, Callable[[Path, Any], None]] = {
     "keep_rate_schedule": compare_keep_rates,

@@ -2,13 +2,13 @@
 
 from effvit.reducers.ats import ATS
 from effvit.reducers.base import Reducer
-from effvit.reducers.control import Random, Uniform
 from effvit.reducers.dymu import DyMU
 from effvit.reducers.evit import EViT
 from effvit.reducers.expedite import Expedite
 from effvit.reducers.gtp import GTP
 from effvit.reducers.hot import HoT
 from effvit.reducers.registry import METHODS, register_method
+from effvit.reducers.static_selection import Random, Uniform
 from effvit.reducers.tome import ToMe
 from effvit.reducers.zero_tprune import ZeroTPrune
 

@@ -17,7 +17,7 @@ from effvit.reducers.keep_rate import Rated, kept_in_blocks
 from effvit.schedule import check_blocks, check_choice, check_count, spread_blocks
 from effvit.tokens import TokenMap, fx_leaf
 
-__all__ = ["PLACES", "Control", "Random", "Uniform", "random_ranks", "uniform_ranks"]
+__all__ = ["PLACES", "Random", "StaticSelection", "Uniform", "random_ranks", "uniform_ranks"]
 
 PLACES = ("block", "queries", "mlp")
 """What the dropped patches do not enter first: the block, the queries of its attention, or its MLP."""
@@ -54,10 +54,10 @@ def _places(order: Tensor) -> Tensor:
 @fx_leaf
 def lowest(ranks: Tensor, anchor: Tensor, number: int) -> Tensor:
     """(B, number) tokens of the lowest ranks (H*W,) among those on the patches ``anchor`` (B, N), in their order."""
-    return ranks[anchor].topk(number, dim=1, largest=False).indices.sort(dim=1).values
+    return ranks.to(anchor.device)[anchor].topk(number, dim=1, largest=False).indices.sort(dim=1).values
 
 
-class Control(Rated):
+class StaticSelection(Rated):
     """Keep the K patches of the lowest ranks, the same ones in every image, in image order.
 
     No publication: a control of this package. The j-th reducing block (from 0) keeps int(N r^(j+1)) of the N patches of
@@ -68,7 +68,7 @@ class Control(Rated):
         keep_rate: Fraction of the patches of the earlier blocks that stays.
         num_tokens: Number of patches to keep in place of a rate.
         place: One of PLACES.
-        at: Number of the block.
+        block: Number of the block it sits in.
         earlier: The reducers of the blocks before, on whose rates the number of patches depends.
     """
 
@@ -77,13 +77,13 @@ class Control(Rated):
     open_sides = 0  # the ranks are those of one grid
 
     def __init__(
-        self, keep_rate: float, num_tokens: int | None, place: str, at: int, earlier: tuple[Control, ...]
+        self, keep_rate: float, num_tokens: int | None, place: str, block: int, earlier: tuple[StaticSelection, ...]
     ) -> None:
         super().__init__()
         self.keep_rate = self.base_keep_rate = keep_rate
         self.num_tokens = num_tokens
         self.place = place
-        self.at = at
+        self.block = block
         self.earlier = earlier
         self.grid: Size = (0, 0)
         self.register_buffer("ranks", torch.empty(0, dtype=torch.int64), persistent=False)
@@ -101,7 +101,7 @@ class Control(Rated):
         """{block: reducer} of the settings that all controls share; ``order`` is what else the ranks depend on."""
         check_choice("place", place, PLACES)
         blocks = check_blocks("reduce_at", spread_blocks((3, 6, 9), depth) if reduce_at is None else reduce_at, depth)
-        plan: dict[int, Control] = {}
+        plan: dict[int, StaticSelection] = {}
         for block, (rate, number) in kept_in_blocks(blocks, keep_rate, num_tokens).items():
             plan[block] = cls(rate, number, place, block, tuple(plan.values()), *order)
         return dict(plan)
@@ -126,7 +126,7 @@ class Control(Rated):
         self.grid = grid
         self.ranks = self.ranks_on(grid).to(self.ranks.device)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Control:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StaticSelection:
         """Move as any module, and rank anew: behind ``to_empty`` the memory holds anything."""
         super()._apply(fn, recurse)
         self.resize(self.grid)
@@ -143,7 +143,7 @@ class Control(Rated):
         ``model.settings`` compares it, so that it tells of an earlier reducer that was taken out by hand.
         """
         chain = (*self.earlier, self)
-        return [reducer.at for reducer in chain if reducer.keep_rate < 1 or reducer.num_tokens is not None]
+        return [reducer.block for reducer in chain if reducer.keep_rate < 1 or reducer.num_tokens is not None]
 
     @property
     def share(self) -> float:
@@ -167,8 +167,8 @@ class Control(Rated):
     def chosen(self, tokens: TokenMap) -> tuple[Tensor, int]:
         """(B, K) tokens that stay, in image order, and K."""
         kept = self.count(tokens.num_tokens, tokens.num_patches)
-        known = tokens.grid == self.grid
-        ranks = self.ranks if known else self.ranks_on(tokens.grid).to(tokens.anchor.device)
+        known = tokens.grid == self.grid and self.ranks.device.type != "meta"
+        ranks = self.ranks if known else self.ranks_on(tokens.grid)
         return lowest(ranks, tokens.anchor, kept), kept
 
     def keep(self, x: Tensor, tokens: TokenMap) -> tuple[Tensor, TokenMap]:
@@ -193,7 +193,7 @@ class Control(Rated):
         return self.keep(x, tokens) if self.place == "mlp" else (x, tokens)
 
 
-class Uniform(Control):
+class Uniform(StaticSelection):
     """The control that keeps patches evenly spaced over the image (``uniform_ranks``)."""
 
     name = "uniform"
@@ -226,16 +226,22 @@ class Uniform(Control):
         return uniform_ranks(grid)
 
 
-class Random(Control):
+class Random(StaticSelection):
     """The control that keeps patches at random (``random_ranks``), the same ones in every image."""
 
     name = "random"
     summary = "control: keep patches at random, the same ones in every image"
 
     def __init__(
-        self, keep_rate: float, num_tokens: int | None, place: str, at: int, earlier: tuple[Control, ...], seed: int
+        self,
+        keep_rate: float,
+        num_tokens: int | None,
+        place: str,
+        block: int,
+        earlier: tuple[StaticSelection, ...],
+        seed: int,
     ) -> None:
-        super().__init__(keep_rate, num_tokens, place, at, earlier)
+        super().__init__(keep_rate, num_tokens, place, block, earlier)
         self.seed = seed
 
     @classmethod

@@ -10,12 +10,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import effvit
-from effvit.reducers.control import lowest, random_ranks, uniform_ranks
+from effvit.reducers.static_selection import lowest, random_ranks, uniform_ranks
 
 
 def compare(case: Case) -> None:
     expect(case.config, checked=True)
     case.evaluated()
+    assert set(case.config["state_names"]) == case.state().keys()
     (compare_orders if "subcases" in case.config else compare_model)(case)
 
 
@@ -41,7 +42,6 @@ def compare_model(case: Case) -> None:
         norm_layer=partial(nn.LayerNorm, eps=config["norm_eps"]),
     )
     assert config["dtype"] == "float32"
-    assert {*config["state_names"]} == host.state_dict().keys()
     host.load_state_dict(case.state())
     method, blocks, counts = config["kind"], config["loc"], config["counts"]
     seed = {"seed": config["random_seed"]} if method == "random" else {}
