@@ -46,6 +46,7 @@ FAST = {
     "test_report.py",
     "test_schedule.py",
     "test_semantic_tokens.py",
+    "test_static_selection.py",
     "test_tiny_vit.py",
     "test_token_stages.py",
     "test_tokens.py",

@@ -125,6 +125,10 @@ CASES: dict[str, Case] = {
     "expedite": host_case("expedite"),
     "expedite restore_at": host_case("expedite", restore_at=3, norm="official"),
     "hot": host_case("hot"),
+    "random": host_case("random"),
+    "random place=mlp": host_case("random", place="mlp"),
+    "uniform": host_case("uniform"),
+    "uniform place=queries": host_case("uniform", place="queries"),
 }
 # every method on hosts with RoPE, two class tokens, registers, attention pooling, and heads that pool patches
 CASES |= {
@@ -488,10 +492,17 @@ REFUSALS = (
     ),
     Refusal(
         r"torch\.export, dynamic (height|size)",
-        r"expedite dynamic_img_size",
+        r"(expedite|random|uniform) dynamic_img_size",
         "a dynamic height or width",
-        "The grid of clusters is computed for one image size: export with height and width fixed, once for every size; "
-        "the batch may be dynamic.",
+        "The grid of clusters, and the order of `random` and `uniform`, is computed for one image size: export with "
+        "height and width fixed, once for every size; the batch may be dynamic.",
+    ),
+    Refusal(
+        r"vmap|per-sample gradients",
+        r"random dynamic_img_size",
+        "randomness error mode",
+        "For another image size than the model's the order is drawn while it runs: call `set_input_size` first, or use "
+        '`vmap(..., randomness="same")`.',
     ),
     Refusal(
         r"torch\.export, dynamic (height|size)",

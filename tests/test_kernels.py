@@ -29,6 +29,8 @@ KERNELS: dict[str, tuple[dict[str, Any], float]] = {
     "dymu": ({"r_total": 96}, 58.33),  # calibrated, so that every block merges some
     "expedite": ({}, 134.0),  # in one block of the model
     "hot": ({}, 32.0),
+    "random": ({}, 8.67),
+    "uniform": ({}, 8.67),
 }
 
 

@@ -21,6 +21,7 @@ from effvit.recover import FILLS, NORMS
 from effvit.reducers import METHODS
 from effvit.reducers.gtp import GRAPH_TYPES, PROPAGATIONS, SELECTIONS
 from effvit.reducers.ragged import RAGGED
+from effvit.reducers.static_selection import PLACES
 from effvit.reducers.zero_tprune import PARTITIONS, SIMILARITIES
 from effvit.schedule import R_SCHEDULES
 
@@ -121,6 +122,8 @@ def methods(draw: st.DrawFn, depth: int) -> tuple[str, dict[str, Any]]:
         }
     elif method == "hot":
         drawn = {"keep_rate": draw(rates), "reduce_at": blocks, "k": draw(st.integers(2, 4))}
+    elif method in ("random", "uniform"):
+        drawn = {"keep_rate": draw(rates), "reduce_at": blocks, "place": draw(st.sampled_from(PLACES))}
     else:
         drawn = {
             "keep_rate": draw(rates),

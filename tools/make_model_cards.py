@@ -54,7 +54,7 @@ def metafile(family: Family) -> str:
     collection: dict[str, Any] = {
         "Name": facts["title"],
         "Metadata": {"Architecture": [facts["title"]]},
-        "Paper": {"Title": facts["paper"]["title"], "URL": arxiv(facts)},
+        **({"Paper": {"Title": facts["paper"]["title"], "URL": arxiv(facts)}} if "paper" in facts else {}),
         "README": f"{CARDS}/{family.name}.md",
     }
     if "code" in facts:
@@ -85,8 +85,9 @@ def readme_table(cards: list[Family], of_methods: bool) -> list[str]:
     """Lines of the table of methods, or of architectures, in README.md."""
     rows = []
     for family in (family for family in cards if (family.name in METHODS) == of_methods):
-        paper = f"[{family.facts['paper']['arxiv']}]({arxiv(family.facts)})"
-        for entry in family.facts["readme"]:
+        facts = family.facts
+        paper = f"[{facts['paper']['arxiv']}]({arxiv(facts)})" if "paper" in facts else "none"
+        for entry in facts["readme"]:
             names = ", ".join(f"[`{name}`]({CARDS}/{family.name}.md)" for name in entry["names"])
             settings = ", ".join(f"`{name}`" for name in entry.get("settings", []))
             rows.append([names, paper, entry["text"], settings])

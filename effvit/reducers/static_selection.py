@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -40,6 +42,7 @@ def uniform_ranks(grid: Size) -> Tensor:
     return _places(value.flatten().argsort())
 
 
+@torch.compiler.assume_constant_result  # dynamo knows no generators; a graph is for one grid anyway
 def random_ranks(grid: Size, seed: int) -> Tensor:
     """(H*W,) int64 rank of each patch in a random order, the same on every machine and device."""
     generator = torch.Generator("cpu").manual_seed(seed)
@@ -73,7 +76,6 @@ class StaticSelection(Rated):
     """
 
     ranks: Tensor
-    rate_of_few = 0.9
     open_sides = 0  # the ranks are those of one grid
 
     def __init__(
@@ -159,16 +161,23 @@ class StaticSelection(Rated):
 
     def cost(self, at: BlockSizes) -> Change:
         patches = at.grid[0] * at.grid[1]
-        kept = int(patches * self.share) if self.num_tokens is None else self.num_tokens
-        kept = min(at.tokens, kept)
+        kept = max(int(patches * self.share), int(self.any_size)) if self.num_tokens is None else self.num_tokens
+        kept = min(kept, at.tokens)
         keys = kept if self.place == "block" else at.tokens
         return Change(keys, at.tokens if self.place == "mlp" else kept, kept, 0)
+
+    def knows(self, grid: Size) -> bool:
+        """Whether ``ranks`` are those of that grid: not of a host that takes any size, nor where no file held them."""
+        return grid == self.grid and self.ranks.device.type != "meta"
+
+    def start(self, x: Tensor, tokens: TokenMap) -> TokenMap:
+        return tokens if self.knows(tokens.grid) else replace(tokens, carry=self.ranks_on(tokens.grid).to(x.device))
 
     def chosen(self, tokens: TokenMap) -> tuple[Tensor, int]:
         """(B, K) tokens that stay, in image order, and K."""
         kept = self.count(tokens.num_tokens, tokens.num_patches)
-        known = tokens.grid == self.grid and self.ranks.device.type != "meta"
-        ranks = self.ranks if known else self.ranks_on(tokens.grid)
+        ranks = self.ranks if self.knows(tokens.grid) else tokens.carry
+        assert isinstance(ranks, Tensor)
         return lowest(ranks, tokens.anchor, kept), kept
 
     def keep(self, x: Tensor, tokens: TokenMap) -> tuple[Tensor, TokenMap]:
@@ -259,4 +268,5 @@ class Random(StaticSelection):
         return cls.in_blocks(depth, keep_rate, reduce_at, num_tokens, place, check_count("seed", seed))
 
     def ranks_on(self, grid: Size) -> Tensor:
-        return random_ranks(grid, self.seed)
+        height, width = grid
+        return random_ranks((operator.index(height), operator.index(width)), self.seed)  # numbers, not dynamo's symbols

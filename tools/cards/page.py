@@ -57,7 +57,11 @@ def _link(path: str) -> str:
 
 
 def _head(family: Family) -> list[str]:
-    facts, paper = family.facts, family.facts["paper"]
+    facts = family.facts
+    paper = "none."
+    if "paper" in facts:
+        about = facts["paper"]
+        paper = f"[{about['title']}]({arxiv(facts)}) ({about['venue']}, {about['year']})."
     weights = "the host's, with their licence." if family.name in METHODS else ""
     weights = " ".join(filter(None, [weights, *facts.get("weights", "").splitlines()]))
     code, licence = "none.", "Apache-2.0."
@@ -69,7 +73,7 @@ def _head(family: Family) -> list[str]:
         "",
         f"# {facts['title']}",
         "",
-        f"- Paper: [{paper['title']}]({arxiv(facts)}) ({paper['venue']}, {paper['year']}).",
+        f"- Paper: {paper}",
         f"- Official code: {code}",
         f"- Licence: {licence}",
         f"- Weights: {weights}",
@@ -220,6 +224,8 @@ def _notes(family: Family) -> list[str]:
 
 
 def _citation(family: Family) -> list[str]:
+    if "paper" not in family.facts:
+        return []
     paper = family.facts["paper"]
     preprint = paper["venue"] == "arXiv preprint"
     title = paper["title"].replace("&", r"\&")
@@ -243,4 +249,4 @@ def _citation(family: Family) -> list[str]:
 def card(family: Family) -> str:
     """The card of a family in Markdown."""
     parts = (_head, _models, _elsewhere, _dense_results, _speeds, _use, _notes, _citation)
-    return "\n".join(line for part in parts for line in part(family)) + "\n"
+    return "\n".join(line for part in parts for line in part(family)).rstrip() + "\n"
