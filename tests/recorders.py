@@ -554,7 +554,8 @@ COMPILING = """
 `effvit.compile(model, **options)` compiles a model in place and returns it: the same object, class and `state_dict`,
 whose calls run compiled. Methods of fixed token counts are compiled as by `model.compile(**options)`: one graph, one
 more once the batch size changes and, by torch's rule, one for a batch of one image. A schedule of keep rates takes two
-graphs, but Expedite, whose clusters are laid out for each grid, takes one for every grid.
+graphs, but Expedite, whose clusters are laid out for each grid, takes one for every grid, and `random` and `uniform`,
+whose counts follow from the rates of several blocks, take more.
 
 Where counts depend on the image, plain `torch.compile` keeps all slots, so that it saves nothing. For ATS, padded or
 packed, `effvit.compile` makes one graph that reads how many tokens stay, in each block as a plain run does, and goes on

@@ -138,9 +138,7 @@ def test_a_static_method_is_one_graph_and_one_more_over_batch_sizes(method: str)
             assert counter.frame_count <= graphs
 
 
-@pytest.mark.parametrize(
-    ("method", "ragged"), [("evit", {}), ("hot", {}), ("uniform", {}), ("ats", {}), ("ats", {"ragged": "packed"})]
-)
+@pytest.mark.parametrize(("method", "ragged"), [("evit", {}), ("hot", {}), ("ats", {}), ("ats", {"ragged": "packed"})])
 def test_a_keep_rate_schedule_takes_three_graphs_at_most(method: str, ragged: dict[str, str]) -> None:
     """Each of the blocks has a rate of its own, which dynamo would fix one after another."""
     model, plain = twins(method, reduce_at=(0, 1), **ragged)
