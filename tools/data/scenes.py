@@ -1,0 +1,296 @@
+"""Objects on photographs: labelled images of 96 x 96 made on the spot, in batches, by tensor operations alone.
+
+Each image shows one object of a class of `data.cutouts`, which covers a small part of it, and up to three distractors
+of no class, on a crop of a photograph. Which patches matter thus differs from image to image. The object is never
+hidden by more than a third, and its mask and box are exact, because they are known before the image is.
+
+An image is a function of (split, seed, index) alone: all that is random in it is a hash of these numbers (splitmix64,
+Steele et al. 2014), and all sums of resampling are sums of whole numbers below 2^24, which float32 holds exactly in
+whatever order they are added. So an image is the same in every batch, and indices are endless: an epoch can
+be any range of them.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from data.cutouts import CLASSES, SIDE, SPLITS, Bank, Scenery, Split, open_split
+from effvit.schedule import check_count
+
+__all__ = ["SIZE", "Cutouts", "Scenes", "draw_scenes", "patch_coverage"]
+
+SIZE = 96  # pixels of an image's side
+DISTRACTORS = 3  # at most; every number from 0 on is equally likely
+COVERAGE = (0.04, 0.25)  # share of the image inside the outline of an object, logarithmically uniform between
+MAX_LENGTH = 80  # pixels of an object's longer side; slender ones cover less than COVERAGE asks for
+MAX_HIDDEN = 1 / 3  # share of the object that distractors may hide
+CHUNK = 16  # images that are made at once, so that they stay in the processor's cache
+
+WEIGHT_STEPS = 240  # a filter's weights are multiples of 1/240: sums of 255 * (240 + rounding)^2 stay below 2^24
+COVERAGE_STEPS = 256  # areas that are drawn, in a table: exp() differs in the last bit with the place in a batch
+AREAS = SIZE**2 * torch.logspace(math.log10(COVERAGE[0]), math.log10(COVERAGE[1]), COVERAGE_STEPS, dtype=torch.float64)
+DRAWS = 12  # numbers that one part of a scene may draw
+MASK64 = (1 << 64) - 1
+
+
+class Scenes(NamedTuple):
+    """A batch of images.
+
+    Attributes:
+        images: (B, 3, SIZE, SIZE) uint8, RGB.
+        labels: (B,) int64, the class of the labelled object, a number of `data.cutouts.CLASSES`.
+        boxes: (B, 4) int64, its left, top, right and bottom: the first two are its outermost pixels, the last two lie
+            one beyond.
+        masks: (B, SIZE, SIZE) bool, the pixels that show it.
+    """
+
+    images: Tensor
+    labels: Tensor
+    boxes: Tensor
+    masks: Tensor
+
+
+# -- numbers ---------------------------------------------------------------------------------------------
+
+
+def uniforms(seed: int, stream: int, indices: Tensor, draws: int) -> Tensor:
+    """(B, draws) float64 in [0, 1), a hash of the seed, the stream, each index (B,) and the number of the draw."""
+    keys = mix(indices + mix(torch.tensor(2 * seed + stream)))  # (B,)
+    counters = torch.arange(1, draws + 1) * signed(0x9E3779B97F4A7C15)
+    return shift(mix(keys[:, None] + counters), 11).double() * 2.0**-53
+
+
+def mix(values: Tensor) -> Tensor:
+    """splitmix64's output function, on int64, whose products wrap around as those of uint64 do."""
+    values = (values ^ shift(values, 30)) * signed(0xBF58476D1CE4E5B9)
+    values = (values ^ shift(values, 27)) * signed(0x94D049BB133111EB)
+    return values ^ shift(values, 31)
+
+
+def shift(values: Tensor, bits: int) -> Tensor:
+    """Shift int64 to the right and fill with zeros, as uint64 would be."""
+    return (values >> bits) & (MASK64 >> bits)
+
+
+def signed(value: int) -> int:
+    """The int64 of the same bits as a uint64."""
+    return value - (1 << 64) if value >> 63 else value
+
+
+def between(low: float, high: float, uniform: Tensor) -> Tensor:
+    """Uniform numbers of [0, 1) in [low, high)."""
+    return low + (high - low) * uniform
+
+
+def whole(uniform: Tensor, number: Tensor | int) -> Tensor:
+    """Uniform numbers of [0, 1) as whole ones below ``number``."""
+    return (uniform * number).long()
+
+
+# -- parts of a scene ------------------------------------------------------------------------------------
+
+
+def axis_weights(start: Tensor, scale: Tensor, extent: Tensor, mirrored: Tensor) -> Tensor:
+    """A triangle filter that resizes one axis of cut-outs and puts it at its place.
+
+    Args:
+        start: (B,) where the cut-out begins in the image, pixels.
+        scale: (B,) pixels of the image per pixel of the bank.
+        extent: (B,) pixels of the bank that are opaque, in its middle.
+        mirrored: (B,) bool.
+
+    Returns:
+        (B, SIZE, SIDE) float32, whole numbers: WEIGHT_STEPS times the share of each pixel of the bank in each of the
+        image.
+    """
+    offset = (torch.arange(SIZE) + 0.5 - start[:, None]) / scale[:, None]  # (B, SIZE), from the object's border
+    offset = torch.where(mirrored[:, None], extent[:, None] - offset, offset)
+    source = (offset + ((SIDE - extent) // 2)[:, None] - 0.5).float()
+    sharpness = scale.clamp(max=1).float()[:, None, None]
+    distance = (source[..., None] - torch.arange(SIDE)).abs_().mul_(sharpness)  # (B, SIZE, SIDE)
+    weights = (1 - distance).clamp_(min=0)
+    return weights.mul_(WEIGHT_STEPS / weights.sum(-1, keepdim=True).clamp(min=1e-6)).round_()
+
+
+def place_objects(bank: Bank, chosen: Tensor, draws: Tensor, inside: bool) -> Tensor:
+    """Cut-outs of random size, place and light as layers, (B, SIZE, 4, SIZE) in [0, 1].
+
+    Args:
+        bank: Where they are.
+        chosen: (B,) their numbers.
+        draws: (B, 9) uniform numbers.
+        inside: Whether all of an object lies in the image; else its centre does.
+    """
+    extents = bank.extents[chosen].double()
+    scale = (AREAS[whole(draws[:, 0], COVERAGE_STEPS)] / bank.areas[chosen]).sqrt()
+    scale = torch.minimum(scale, MAX_LENGTH / extents.amax(1))
+    lengths = scale[:, None] * extents  # (B, 2), pixels of the image
+    starts = draws[:, 1:3] * (SIZE - lengths) if inside else draws[:, 1:3] * SIZE - lengths / 2
+    rows = axis_weights(starts[:, 0], scale, extents[:, 0], torch.zeros(len(chosen), dtype=torch.bool))
+    columns = axis_weights(starts[:, 1], scale, extents[:, 1], draws[:, 3] < 0.5)
+    wide = bank.pixels[chosen].float().flatten(1, 2) @ columns.mT  # (B, SIDE * 4, SIZE)
+    placed = rows @ wide.unflatten(1, (SIDE, 4)).flatten(2)  # (B, SIZE, 4 * SIZE)
+    placed = placed.unflatten(2, (4, SIZE)) / (255 * WEIGHT_STEPS**2)  # (B, SIZE, 4, SIZE)
+    opacity = placed[:, :, 3:].clamp_(max=1)  # rounded weights may sum to more
+    gain = between(0.5, 1.1, draws[:, 4:5]) * between(0.9, 1.1, draws[:, 5:8])  # (B, 3)
+    lift = between(0, 0.25, draws[:, 8:9])
+    lit = (placed[:, :, :3] * per_channel(gain)).add_(opacity * per_channel(lift))
+    placed[:, :, :3] = torch.minimum(lit, opacity)
+    return placed
+
+
+def per_channel(values: Tensor) -> Tensor:
+    """(B, channels) as it multiplies (B, SIZE, channels, SIZE)."""
+    return values.float()[:, None, :, None]
+
+
+def crop_scenery(scenery: Scenery, draws: Tensor) -> Tensor:
+    """Crops (B, SIZE, 3, SIZE) of random photographs in random sizes, mirrored or not, changed in contrast and colour."""
+    photographs, levels = scenery.shapes.shape[:2]
+    shape = scenery.shapes[whole(draws[:, 0], photographs), whole(draws[:, 1], levels)]  # (B, 3)
+    begin, height, width = shape.unbind(1)
+    top, left = whole(draws[:, 2], height - SIZE + 1), whole(draws[:, 3], width - SIZE + 1)
+    columns = torch.arange(SIZE)
+    columns = torch.where((draws[:, 4] < 0.5)[:, None], columns, columns.flip(0))  # (B, SIZE)
+    rows = (top[:, None] + torch.arange(SIZE)) * width[:, None]
+    places = (begin + left)[:, None, None] + rows[..., None] + columns[:, None]  # (B, SIZE, SIZE)
+    packed = scenery.pixels.view(torch.int32)[:, 0]  # four bytes at once
+    pixels = packed[places.flatten()].view(torch.uint8).view(-1, SIZE, SIZE, 4)[..., :3].mT.contiguous()
+    gain = between(0.6, 1.1, draws[:, 5:6]) * between(0.85, 1.15, draws[:, 6:9])  # (B, 3)
+    grey = between(0.4, 0.6, draws[:, 9:10]) - gain / 2
+    return pixels.float().mul_(per_channel(gain / 255)).add_(per_channel(grey)).clamp_(0, 1)
+
+
+# -- scenes ----------------------------------------------------------------------------------------------
+
+
+def draw_scenes(split: Split, name: str, indices: Sequence[int], seed: int = 0) -> Scenes:
+    """The images of these indices.
+
+    Args:
+        split: What they are made of.
+        name: The split's, one of `data.cutouts.SPLITS`: the two draw different numbers.
+        indices: From 0 on; there is no last.
+        seed: Of everything that is drawn.
+
+    Raises:
+        ValueError: No index, a negative one, or a negative seed.
+    """
+    check_count("seed", seed)
+    wanted = torch.as_tensor(indices, dtype=torch.int64)
+    if wanted.ndim != 1 or not len(wanted) or (wanted < 0).any():
+        raise ValueError(f"indices must be whole numbers of at least 0, and there must be one, got {list(indices)}")
+    parts = DISTRACTORS + 2
+    draws = uniforms(seed, SPLITS.index(name), wanted, parts * DRAWS).unflatten(1, (parts, DRAWS))
+    order = distractor_counts(draws).argsort(descending=True, stable=True)
+    chunks = [draw_chunk(split, chunk) for chunk in draws[order].split(CHUNK)]
+    back = order.argsort()
+    return Scenes(*(torch.cat(values)[back] for values in zip(*chunks, strict=True)))
+
+
+def distractor_counts(draws: Tensor) -> Tensor:
+    """How many distractors each scene has, (B,)."""
+    return whole(draws[:, 0, 11], DISTRACTORS + 1)
+
+
+def draw_chunk(split: Split, draws: Tensor) -> Scenes:
+    """A few scenes; draws is (B, DISTRACTORS + 2, DRAWS), those with most distractors first."""
+    scene, labelled = draws[:, 0], draws[:, 1]
+    counts = split.objects.counts
+    labels = whole(labelled[:, 0], len(counts))
+    chosen = (counts.cumsum(0) - counts)[labels] + whole(labelled[:, 1], counts[labels])
+    layer = place_objects(split.objects, chosen, labelled[:, 2:], inside=True)
+    others = place_distractors(split.distractors, distractor_counts(draws), draws[:, 2:])
+    opacity, hiding = layer[:, :, 3], others[:, :, 3]  # (B, SIZE, SIZE)
+    shape = opacity >= 0.5
+    hidden = shape & (hiding >= 0.5)
+    in_front = (scene[:, 10] < 0.5) | (hidden.sum((1, 2)) > MAX_HIDDEN * shape.sum((1, 2)))
+    in_front = in_front[:, None, None]
+    masks = shape & (in_front | ~hidden)
+    seen = 1 - opacity * in_front, 1 - hiding * ~in_front  # of the distractors, of the object
+    layer = layer.mul_(seen[1][:, :, None]).add_(others.mul_(seen[0][:, :, None]))
+    images = crop_scenery(split.scenery, scene).mul_(1 - layer[:, :, 3:]).add_(layer[:, :, :3])
+    images = images.mul_(255).round_().clamp_(0, 255).to(torch.uint8).transpose(1, 2)
+    return Scenes(images.contiguous(), labels, mask_boxes(masks), masks)
+
+
+def place_distractors(bank: Bank, numbers: Tensor, draws: Tensor) -> Tensor:
+    """So many distractors (B,), the largest numbers first, as one layer; ``draws`` is (B, DISTRACTORS, DRAWS)."""
+    layers = torch.zeros(len(numbers), SIZE, 4, SIZE)
+    for slot in range(DISTRACTORS):
+        own = draws[: int((numbers > slot).sum()), slot]
+        if len(own):
+            placed = place_objects(bank, whole(own[:, 0], len(bank.pixels)), own[:, 2:], inside=False)
+            layers[: len(own)].mul_(1 - placed[:, :, 3:]).add_(placed)
+    return layers
+
+
+def mask_boxes(masks: Tensor) -> Tensor:
+    """(B, 4) the extents of masks (B, SIZE, SIZE), of which none is empty; see `Scenes`."""
+    sides = []
+    for axis in (1, 2):  # columns, then rows
+        occupied = masks.any(axis).int()  # (B, SIZE)
+        sides.append((occupied.argmax(1), SIZE - occupied.flip(1).argmax(1)))
+    (left, right), (top, bottom) = sides
+    return torch.stack([left, top, right, bottom], 1)
+
+
+def patch_coverage(masks: Tensor, patch_size: int = 8) -> Tensor:
+    """(B, N) the share of each patch that masks (B, H, W) cover, patches row by row.
+
+    Raises:
+        ValueError: A patch size that does not divide the sides.
+    """
+    if patch_size < 1 or any(side % patch_size for side in masks.shape[1:]):
+        raise ValueError(f"patch_size must divide the sides {tuple(masks.shape[1:])} of the masks, got {patch_size}")
+    return F.avg_pool2d(masks[:, None].float(), patch_size).flatten(1)
+
+
+class Cutouts(Dataset[tuple[Tensor, int]]):
+    """A data set of (image (3, SIZE, SIZE) uint8, class) for PyTorch; a DataLoader asks it for whole batches.
+
+    Args:
+        split: "train" or "test".
+        root: See `data.cutouts.open_split`.
+        length: Number of images that it says it has; any index from 0 on can be asked for.
+        seed: See `draw_scenes`.
+        parts: What images are made of in place of what was fetched.
+    """
+
+    classes = CLASSES
+
+    def __init__(
+        self,
+        split: str,
+        root: str | os.PathLike[str] | None = None,
+        *,
+        length: int,
+        seed: int = 0,
+        parts: Split | None = None,
+    ) -> None:
+        self.split = split
+        self.length = check_count("length", length, 1)
+        self.seed = check_count("seed", seed)
+        self.parts = open_split(split, root) if parts is None else parts
+
+    def __len__(self) -> int:
+        return self.length
+
+    def scenes(self, indices: Sequence[int]) -> Scenes:
+        """The images of these indices with their boxes and masks."""
+        return draw_scenes(self.parts, self.split, indices, self.seed)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
+        drawn = self.scenes(indices)
+        return list(zip(drawn.images, drawn.labels.tolist(), strict=True))
