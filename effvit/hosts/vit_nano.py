@@ -1,11 +1,13 @@
-"""A plain ViT with weights that come in the package: DeiT's form (2012.12877) at 96 channels, for pictures of 28 x 28.
+"""Small plain ViTs: DeiT's form (2012.12877) at 96 channels, for images of 28 x 28 and of 96 x 96.
 
-It is small so that everything can be tried offline on a model that sees; it was trained here on Fashion-MNIST
-(1708.07747, MIT licence), as ``docs/accuracy.md`` tells.
+They are small so that everything can be tried offline on a model that sees. The weights of the first come in the
+package; it was trained here on Fashion-MNIST (1708.07747, MIT licence), as ``docs/accuracy.md`` tells. The second is
+for the objects on photographs of ``tools/data/scenes.py``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from timm.models import generate_default_cfgs, register_model
@@ -31,22 +33,38 @@ default_cfgs = generate_default_cfgs(
             first_conv="patch_embed.proj",
             classifier="head",
             license="apache-2.0",
-        )
+        ),
+        "vit_nano_patch8_96.untrained": model_cfg(
+            input_size=(3, 96, 96),
+            num_classes=25,
+            mean=(0.5, 0.5, 0.5),
+            std=(0.25, 0.25, 0.25),
+            crop_pct=1.0,
+            fixed_input_size=True,
+            first_conv="patch_embed.proj",
+            classifier="head",
+        ),
     }
 )
 
 
+SHAPE = {"embed_dim": 96, "depth": 12, "num_heads": 3}
+
+
 @register_model
 def vit_nano_patch4_28(pretrained: bool = False, **kwargs: object) -> nn.Module:
-    """1.35 M parameters: 12 blocks of 3 heads on 49 patches of a grey picture, and a class token."""
-    args = {
-        "img_size": 28,
-        "patch_size": 4,
-        "in_chans": 1,
-        "embed_dim": 96,
-        "depth": 12,
-        "num_heads": 3,
-    }
+    """1.35 M parameters: 12 blocks of 3 heads on 49 patches of a grey image, and a class token."""
+    return nano("vit_nano_patch4_28", pretrained, kwargs, img_size=28, patch_size=4, in_chans=1)
+
+
+@register_model
+def vit_nano_patch8_96(pretrained: bool = False, **kwargs: object) -> nn.Module:
+    """1.38 M parameters: the same blocks on 144 patches of a colour image, and a class token."""
+    return nano("vit_nano_patch8_96", pretrained, kwargs, img_size=96, patch_size=8)
+
+
+def nano(name: str, pretrained: bool, given: Mapping[str, object], **size: int) -> nn.Module:
+    """The model of a name, with its sizes of image and patch."""
     return build_model(
-        VisionTransformer, "vit_nano_patch4_28", pretrained, kwargs, args, pretrained_filter_fn=host_state_dict
+        VisionTransformer, name, pretrained, given, {**SHAPE, **size}, pretrained_filter_fn=host_state_dict
     )
