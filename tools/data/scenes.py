@@ -153,7 +153,7 @@ def per_channel(values: Tensor) -> Tensor:
 
 
 def crop_scenery(scenery: Scenery, draws: Tensor) -> Tensor:
-    """Crops (B, SIZE, 3, SIZE) of random photographs in random sizes, mirrored or not, changed in contrast and colour."""
+    """Crops (B, SIZE, 3, SIZE) of random photographs in random sizes, some mirrored, changed in contrast and colour."""
     photographs, levels = scenery.shapes.shape[:2]
     shape = scenery.shapes[whole(draws[:, 0], photographs), whole(draws[:, 1], levels)]  # (B, 3)
     begin, height, width = shape.unbind(1)
