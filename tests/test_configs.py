@@ -20,6 +20,7 @@ pytest.importorskip("mmdet", reason="the mm extra is not installed")
 pytest.importorskip("mmseg")
 pytest.importorskip("mmpretrain")
 
+from data.cutouts import CLASSES
 from data.garments import GARMENTS
 from hosts import released
 from mmcv.image import rescale_size
@@ -40,7 +41,7 @@ from effvit.hosts.host import ReducedHost
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.py") if "_base_" not in path.parts)
 SIDE = 96
-PICTURES = {"fashion-mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
+PICTURES = {"fashion-mnist": (1, 28, 28), "cifar10": (3, 32, 32), "cutouts": (3, 96, 96)}
 # One of each detector, segmenter and classifier, of each method with numbers of tokens and of each architecture.
 SMALL = {
     *("mmdet/mask-rcnn_gtp-deit-s_fpn_1x_coco", "mmdet/retinanet_tome-deit-s_fpn_1x_coco"),
@@ -53,7 +54,7 @@ SMALL = {
     *("mmseg/upernet_gtp-deit-s_8xb2-160k_ade20k-512x512", "mmseg/segmenter_evit-vit-b_mask_8xb1-160k_ade20k-512x512"),
     *("mmseg/setr_vit-b_naive_8xb2-160k_ade20k-512x512", "mmseg/fpn_supertoken-s_4xb4-80k_ade20k-512x512"),
     *("mmseg/composites/upernet_evit", "mmseg/composites/upernet_stvit-r", "mmseg/composites/upernet_swin"),
-    *("mmpretrain/gtp-deit-s_in1k", "mmpretrain/cifar10/vit-nano_cifar10"),
+    *("mmpretrain/gtp-deit-s_in1k", "mmpretrain/cifar10/vit-nano_cifar10", "mmpretrain/cutouts/vit-nano"),
     *(f"mmpretrain/fashion-mnist/finetune_{name}" for name in ("ats", "evit_distilled", "gtp", "tome")),
     *(f"mmpretrain/fashion-mnist/scratch_{name}" for name in ("lookupvit", "sit", "stvit", "supertoken")),
 }
@@ -134,7 +135,7 @@ def pictures(config: Config) -> list[tuple[int, int]]:
     while "dataset" in dataset:
         dataset = dataset.dataset
     known = PICTURES.get(Path(str(config.filename)).parent.name)
-    sizes = made(dataset.pipeline, SOURCES if known is None else {known[1:]})
+    sizes = made(dataset.get("pipeline", ()), SOURCES if known is None else {known[1:]})
     preprocessor = config.model.get("data_preprocessor", {})
     least, divisor = preprocessor.get("size", (1, 1)), preprocessor.get("pad_size_divisor", 1)
     padded = {tuple(ceil(max(sides) / divisor) * divisor for sides in zip(s, least, strict=True)) for s in sizes}
@@ -294,6 +295,12 @@ def test_missing_weights_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_detectors_on_garments_know_the_classes_of_the_set() -> None:
     config = load_config(ROOT / "configs/mmdet/garments/mask-rcnn_vit-nano.py")
     assert config.train_dataloader.dataset.metainfo.classes == GARMENTS
+
+
+def test_classifiers_of_cutouts_know_the_classes_of_the_set() -> None:
+    config = load_config(ROOT / "configs/mmpretrain/cutouts/vit-nano.py")
+    assert config.model.num_classes == config.model.data_preprocessor.num_classes == len(CLASSES)
+    assert MODELS.build(config.model).model.num_classes == len(CLASSES)
 
 
 def test_small_configs_are_configs() -> None:

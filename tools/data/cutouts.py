@@ -81,6 +81,11 @@ LEVELS = (120, 176, 256, 376, 552)  # pixels of a photograph's shorter side, in 
 SOURCE_NAMES = ("emoji", "fashion_mnist", "photographs")
 GENDERS = ("2640", "2642", "27a1")  # woman, man, and to the right
 PEOPLE = {"1f468": "1f9d1", "1f469": "1f9d1", "1f474": "1f9d3", "1f475": "1f9d3"}  # man and woman -> person
+# Regions -> the one whose flag they fly. Monaco's and Romania's differ from the other in shape or shade only.
+SAME_FLAGS = {
+    **{"BV": "NO", "SJ": "NO", "CP": "FR", "MF": "FR", "UM": "US", "HM": "AU", "EA": "ES", "DG": "IO"},
+    **{"MC": "ID", "RO": "TD"},
+}
 
 
 class Bank(NamedTuple):
@@ -198,9 +203,20 @@ def make_scenery(photographs: Mapping[str, Image.Image]) -> Scenery:
 
 
 def family(code: str) -> str:
-    """The code points of an emoji without what does not make it another: skin tone, gender and direction."""
+    """The code points of an emoji without what does not make it another: skin tone, gender and direction.
+
+    Flags of several regions are of one family.
+    """
+    for region, other in SAME_FLAGS.items():
+        if code == flag_code(region):
+            return flag_code(other)
     points = [point for point in code.split("-") if point not in GENDERS and not "1f3fb" <= point <= "1f3ff"]
     return "-".join(PEOPLE.get(point, point) for point in points)
+
+
+def flag_code(region: str) -> str:
+    """The code points of the flag of a region, which has two letters."""
+    return "-".join(f"{0x1F1E6 + ord(letter) - ord('A'):x}" for letter in region)
 
 
 def divide_families(families: Iterable[str]) -> dict[str, str]:

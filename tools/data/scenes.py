@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from data.cutouts import CLASSES, SIDE, SPLITS, Bank, Scenery, Split, open_split
-from effvit.schedule import check_count
+from effvit.schedule import check_choice, check_count
 
 __all__ = ["SIZE", "Cutouts", "Scenes", "draw_scenes", "patch_coverage"]
 
@@ -182,8 +182,9 @@ def draw_scenes(split: Split, name: str, indices: Sequence[int], seed: int = 0) 
         seed: Of everything that is drawn.
 
     Raises:
-        ValueError: No index, a negative one, or a negative seed.
+        ValueError: An unknown split, no index, a negative one, or a negative seed.
     """
+    check_choice("split", name, SPLITS)
     check_count("seed", seed)
     wanted = torch.as_tensor(indices, dtype=torch.int64)
     if wanted.ndim != 1 or not len(wanted) or (wanted < 0).any():
@@ -276,6 +277,7 @@ class Cutouts(Dataset[tuple[Tensor, int]]):
         seed: int = 0,
         parts: Split | None = None,
     ) -> None:
+        check_choice("split", split, SPLITS)
         self.split = split
         self.length = check_count("length", length, 1)
         self.seed = check_count("seed", seed)

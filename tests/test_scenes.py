@@ -1,0 +1,295 @@
+"""Objects on photographs: a function of split, seed and index; true boxes and masks; splits that share nothing.
+
+The banks are drawn here, but for `TestFetched`, which reads the fetched sources where they are.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from data import cutouts
+from data.cutouts import CLASSES, CONTENT, SIDE, SPLITS, Split, emoji_codes, family, make_bank, make_scenery, open_split
+from data.scenes import COVERAGE, MAX_HIDDEN, SIZE, Cutouts, draw_scenes, patch_coverage, uniforms
+from data.sources import SOURCES, default_root, emoji_code
+from drawn_set import draw_sprite
+from PIL import Image, ImageDraw
+from torch.utils.data import DataLoader
+
+SHAPES = ("disc", "cross", "bar")
+
+
+def drawn_split(distractors: Sequence[Image.Image] | None = None, objects: Any = None) -> Split:
+    """Three classes of three drawn shapes, distractors without a class, and a light and a dark photograph."""
+    shapes = objects or [[(f"{label}-{n}", draw_sprite(label, n)) for n in range(3)] for label in SHAPES]
+    triangle = Image.new("RGBA", (40, 40))
+    ImageDraw.Draw(triangle).polygon([(0, 39), (39, 39), (20, 0)], (255, 0, 255, 255))
+    others = [triangle] if distractors is None else distractors
+    ramp = np.linspace(0, 255, 900)[None, :, None] * np.ones((620, 1, 3))
+    photographs = {"light": 255 - ramp / 4, "dark": ramp / 4}
+    return Split(
+        make_bank(shapes),
+        make_bank([[(f"other-{n}", image) for n, image in enumerate(others)]]),
+        make_scenery({name: Image.fromarray(values.astype(np.uint8)) for name, values in photographs.items()}),
+    )
+
+
+@pytest.fixture(scope="module")
+def parts() -> Split:
+    return drawn_split()
+
+
+class TestScenes:
+    def test_image_is_the_same_in_every_batch(self, parts: Split) -> None:
+        indices = [*range(40), 10**12, 3]
+        whole = draw_scenes(parts, "train", indices)
+        for size in (1, 5, 17):
+            chunks = [draw_scenes(parts, "train", indices[i : i + size]) for i in range(0, len(indices), size)]
+            for once, again in zip(whole, zip(*chunks, strict=True), strict=True):
+                assert torch.equal(once, torch.cat(again))
+        assert torch.equal(whole.images[3], whole.images[-1])
+
+    def test_seed_split_and_index_each_make_another_image(self, parts: Split) -> None:
+        base = draw_scenes(parts, "train", range(8)).images
+        for others in (
+            draw_scenes(parts, "train", range(8), seed=1),
+            draw_scenes(parts, "test", range(8)),
+            draw_scenes(parts, "train", range(8, 16)),
+        ):
+            assert all(not torch.equal(a, b) for a in base for b in others.images)
+
+    def test_image_is_the_same_with_several_threads(self, parts: Split) -> None:
+        threads = torch.get_num_threads()
+        try:
+            torch.set_num_threads(1)
+            one = draw_scenes(parts, "train", range(64))
+            torch.set_num_threads(2)
+            two = draw_scenes(parts, "train", range(64))
+        finally:
+            torch.set_num_threads(threads)
+        assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+    def test_boxes_are_the_extents_of_masks(self, parts: Split) -> None:
+        scenes = draw_scenes(parts, "train", range(200))
+        for mask, box in zip(scenes.masks, scenes.boxes.tolist(), strict=True):
+            rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
+            assert box == [int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1]
+
+    def test_every_class_is_drawn_equally_often(self, parts: Split) -> None:
+        counts = draw_scenes(parts, "train", range(600)).labels.bincount(minlength=3)
+        assert counts.sum() == 600
+        assert (counts > 200 - 5 * (600 * 2 / 9) ** 0.5).all()  # five standard deviations
+
+    def test_object_covers_the_share_of_the_image_that_was_asked_for(self) -> None:
+        """A full square on its own: its mask is its outline, up to a pixel of its border."""
+        square = Image.new("RGBA", (30, 30), (200, 0, 0, 255))
+        dust = Image.new("RGBA", (1, 1), (0, 0, 0, 9))  # too faint to hide anything
+        scenes = draw_scenes(drawn_split([dust], [[("square", square)]]), "train", range(300))
+        share = scenes.masks.flatten(1).double().mean(1)
+        border = 4 * share.sqrt() / SIZE
+        assert (share >= COVERAGE[0] - border).all()
+        assert (share <= COVERAGE[1] + border).all()
+        assert share.min() < 0.05
+        assert share.max() > 0.2
+
+    def test_mask_shows_the_object(self) -> None:
+        """Green objects on grey photographs, magenta distractors: green exceeds the others where the mask says so."""
+        green = Image.new("RGBA", (30, 30), (0, 255, 0, 255))
+        magenta = Image.new("RGBA", (30, 30), (255, 0, 255, 255))
+        scenes = draw_scenes(drawn_split([magenta], [[("green", green)]]), "train", range(200))
+        red, middle, blue = scenes.images.int().unbind(1)
+        excess = middle - torch.maximum(red, blue)
+        assert (excess[scenes.masks] > 40).float().mean() > 0.97  # the rest is its soft border
+        assert (excess[~scenes.masks] > 100).float().mean() < 0.01
+
+    def test_distractors_never_hide_more_than_a_third(self) -> None:
+        """Full squares as both: what is missing of a mask's box is hidden."""
+        square = Image.new("RGBA", (30, 30), (0, 255, 0, 255))
+        other = Image.new("RGBA", (30, 30), (255, 0, 0, 255))
+        objects = [[("square", square)]]
+        scenes = draw_scenes(drawn_split([other], objects), "train", range(500))
+        alone = draw_scenes(drawn_split([Image.new("RGBA", (1, 1), (0, 0, 0, 9))], objects), "train", range(500))
+        left = scenes.masks.sum((1, 2)) / alone.masks.sum((1, 2))
+        assert left.min() >= 1 - MAX_HIDDEN
+        assert ((left > 0.7) & (left < 0.99)).any()  # some are hidden in part
+        assert not (scenes.masks & ~alone.masks).any()
+
+    def test_coverage_of_patches_is_the_mean_of_their_pixels(self, parts: Split) -> None:
+        masks = draw_scenes(parts, "train", range(20)).masks
+        coverage = patch_coverage(masks, 8)
+        assert coverage.shape == (20, 144)
+        for row, column in ((0, 0), (5, 7), (11, 11)):
+            patch = masks[:, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
+            assert torch.equal(coverage[:, 12 * row + column], patch.float().mean((1, 2)))
+        with pytest.raises(ValueError, match=r"patch_size must divide the sides \(96, 96\) of the masks, got 7"):
+            patch_coverage(masks, 7)
+
+    def test_numbers_are_those_of_splitmix64(self) -> None:
+        """The first outputs for seed 1234567, as the author's C code prints them."""
+        from data.scenes import mix, shift
+
+        states = torch.tensor(1234567) + torch.arange(1, 4) * (0x9E3779B97F4A7C15 - (1 << 64))
+        outputs = [value % (1 << 64) for value in mix(states).tolist()]
+        assert outputs == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+        assert shift(torch.tensor(-1), 60).item() == 15
+
+    def test_numbers_are_uniform(self) -> None:
+        values = uniforms(0, 0, torch.arange(4000), 5)
+        assert ((values >= 0) & (values < 1)).all()
+        assert torch.allclose(values.mean(0), torch.full((5,), 0.5, dtype=torch.float64), atol=5 / (12 * 4000) ** 0.5)
+        assert values.T.corrcoef().triu(1).abs().max() < 5 / 4000**0.5
+
+    @pytest.mark.parametrize("indices", [[-1], [], [[1]], [3, -2]])
+    def test_indices_that_no_image_has_are_refused(self, parts: Split, indices: Any) -> None:
+        with pytest.raises(ValueError, match="indices must be whole numbers of at least 0, and there must be one"):
+            draw_scenes(parts, "train", indices)
+
+    def test_negative_seed_is_refused(self, parts: Split) -> None:
+        with pytest.raises(ValueError, match="seed must be at least 0, got -1"):
+            draw_scenes(parts, "train", [0], seed=-1)
+
+
+class TestDataset:
+    def test_loader_gives_what_is_drawn(self, parts: Split) -> None:
+        dataset = Cutouts("test", length=20, parts=parts)
+        drawn = draw_scenes(parts, "test", range(20))
+        for workers in (0, 1):
+            batches = list(DataLoader(dataset, batch_size=8, num_workers=workers))
+            assert torch.equal(torch.cat([images for images, _ in batches]), drawn.images)
+            assert torch.equal(torch.cat([labels for _, labels in batches]), drawn.labels)
+        image, label = dataset[7]
+        assert torch.equal(image, drawn.images[7])
+        assert label == drawn.labels[7]
+
+    def test_unknown_split_and_empty_set_are_refused(self, parts: Split) -> None:
+        with pytest.raises(ValueError, match="split must be one of train, test, got 'val'"):
+            Cutouts("val", length=1, parts=parts)
+        with pytest.raises(ValueError, match="length must be at least 1, got 0"):
+            Cutouts("train", length=0, parts=parts)
+
+    def test_missing_sources_are_named_with_the_remedy(self, tmp_path: Path) -> None:
+        (tmp_path / "emoji").mkdir()
+        (tmp_path / "emoji" / "source.json").touch()
+        with pytest.raises(FileNotFoundError, match=r"fetch .*get_data\.py fashion_mnist photographs"):
+            Cutouts("train", tmp_path, length=1)
+
+
+class TestBanks:
+    def test_cut_out_fills_the_bank_and_keeps_its_shape(self) -> None:
+        image = Image.new("RGBA", (50, 40))
+        ImageDraw.Draw(image).rectangle((10, 5, 29, 14), (10, 20, 30, 255))  # 20 x 10
+        bank = make_bank([[("bar", image)]])
+        assert bank.pixels.shape == (1, SIDE, 4, SIDE)
+        assert bank.extents.tolist() == [[CONTENT // 2, CONTENT]]
+        assert bank.pixels[0, SIDE // 2, :, SIDE // 2].tolist() == [10, 20, 30, 255]
+        assert bank.areas.item() == pytest.approx(CONTENT * CONTENT / 2, rel=0.05)  # its border is soft
+
+    def test_colours_are_multiplied_by_opacity(self) -> None:
+        bank = make_bank([[("glass", Image.new("RGBA", (20, 20), (200, 100, 0, 128)))]])
+        assert bank.pixels[0, SIDE // 2, :, SIDE // 2].tolist() == [100, 50, 0, 128]
+
+    def test_equal_cut_outs_count_once(self) -> None:
+        a, b = draw_sprite("disc", 0), draw_sprite("cross", 0)
+        bank = make_bank([[("a", a), ("again", a)], [("b", b), ("a in b", a)]])
+        assert bank.names == ["a", "b"]
+        assert bank.counts.tolist() == [1, 1]
+
+    def test_class_without_a_cut_out_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="every class must have a cut-out, class 1 has none"):
+            make_bank([[("a", draw_sprite("disc", 0))], []])
+        with pytest.raises(ValueError, match="a cut-out must have an opaque pixel"):
+            make_bank([[("nothing", Image.new("RGBA", (9, 9)))]])
+        with pytest.raises(ValueError, match="there must be a photograph, got none"):
+            make_scenery({})
+
+
+class TestDivision:
+    def test_skin_tone_gender_and_direction_make_no_other_family(self) -> None:
+        cook = [emoji_code(code) for code in ("1F468-200D-1F373", "1F469-1F3FD-200D-1F373", "1F9D1-200D-1F373")]
+        assert {family(code) for code in cook} == {"1f9d1-1f373"}
+        runner = ("1F3C3", "1F3C3-200D-2640-FE0F", "1F3C3-1F3FF-200D-2642-FE0F-200D-27A1-FE0F")
+        assert {family(emoji_code(code)) for code in runner} == {"1f3c3"}
+        assert family("1f44b-1f3fb") == "1f44b"
+        assert family("1f1e7-1f1fb") == family("1f1f3-1f1f4")  # Bouvet Island flies Norway's
+        assert family("1f1fa-1f1f8") != family("1f1fa-1f1e6")
+
+    def test_families_are_divided_as_a_whole(self) -> None:
+        """A made-up table: forty emoji of a subcategory, each in two skin tones."""
+        table = [
+            {
+                "unified": f"1F4{n:02d}",
+                "subcategory": "x",
+                "short_name": f"emoji{n}",
+                "skin_variations": {tone: {"unified": f"1F4{n:02d}-{tone}"} for tone in ("1F3FB", "1F3FF")},
+            }
+            for n in range(40)
+        ]
+        train, test = (emoji_codes(table, ("x",), split) for split in SPLITS)
+        assert len(train) + len(test) == 120
+        assert len(test) == 3 * round(cutouts.TEST_SHARE * 40)
+        assert not {family(code) for code in train} & {family(code) for code in test}
+        assert emoji_codes(table, ("x",), "test") == test
+        with pytest.raises(ValueError, match=r"there must be two families, .* got \['1f400'\]"):
+            emoji_codes(table[:1], ("x",), "train")
+
+    def test_distractors_are_of_no_class(self) -> None:
+        shown = {kind for kinds in cutouts.EMOJI_CLASSES.values() for kind in kinds}
+        assert not shown & {*cutouts.OTHERS}
+        assert "clothing" not in cutouts.OTHERS  # garments
+        assert len(CLASSES) == len({*CLASSES}) == 25
+
+
+def fetched() -> bool:
+    return all((default_root() / name / "source.json").is_file() for name in cutouts.SOURCE_NAMES)
+
+
+@pytest.fixture(scope="module")
+def splits() -> dict[str, Split]:
+    return {split: open_split(split) for split in SPLITS}
+
+
+@pytest.mark.skipif(not fetched(), reason="the sources of cutouts were not fetched")
+class TestFetched:
+    def test_every_class_has_enough_objects(self, splits: dict[str, Split]) -> None:
+        assert len(splits["train"].objects.counts) == len(splits["test"].objects.counts) == len(CLASSES)
+        assert splits["train"].objects.counts.min() >= 25
+        assert splits["test"].objects.counts.min() >= 8
+
+    def test_splits_share_no_family_no_drawing_and_no_photograph(self, splits: dict[str, Split]) -> None:
+        train, test = splits["train"], splits["test"]
+        assert not {*train.scenery.names} & {*test.scenery.names}
+        assert not {*cutouts.UNUSED_PHOTOGRAPHS} & {*train.scenery.names, *test.scenery.names}
+        drawings = [{row.numpy().tobytes() for bank in split[:2] for row in bank.pixels} for split in (train, test)]
+        assert not drawings[0] & drawings[1]
+        families = [
+            {family(Path(name).name) for bank in split[:2] for name in bank.names if name.startswith("emoji/")}
+            for split in (train, test)
+        ]
+        assert not families[0] & families[1]
+
+    def test_no_distractor_is_of_a_class(self, splits: dict[str, Split]) -> None:
+        table = json.loads((default_root() / "emoji" / "emoji.json").read_text())
+        kinds = {emoji_code(emoji["unified"]): emoji["subcategory"] for emoji in table}
+        for split in splits.values():
+            assert {kinds[Path(name).name] for name in split.distractors.names} <= {*cutouts.OTHERS}
+
+    def test_images_are_the_same_in_another_process(self, splits: dict[str, Split]) -> None:
+        code = (
+            "import sys; sys.path.insert(0, 'tools'); from data.scenes import Cutouts\n"
+            "print(int(Cutouts('test', length=1).scenes(range(9)).images.long().sum()))"
+        )
+        root = Path(__file__).resolve().parents[1]
+        ended = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+        drawn = draw_scenes(splits["test"], "test", range(9))
+        assert int(ended.stdout) == int(drawn.images.long().sum())
+
+
+def test_sources_are_known() -> None:
+    assert {*cutouts.SOURCE_NAMES} <= {*SOURCES}
