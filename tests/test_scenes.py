@@ -266,6 +266,7 @@ class TestFetched:
         train, test = splits["train"], splits["test"]
         assert not {*train.scenery.names} & {*test.scenery.names}
         assert not {*cutouts.UNUSED_PHOTOGRAPHS} & {*train.scenery.names, *test.scenery.names}
+        assert {*test.scenery.names} == {*cutouts.TEST_PHOTOGRAPHS}
         drawings = [{row.numpy().tobytes() for bank in split[:2] for row in bank.pixels} for split in (train, test)]
         assert not drawings[0] & drawings[1]
         families = [
@@ -279,6 +280,12 @@ class TestFetched:
         kinds = {emoji_code(emoji["unified"]): emoji["subcategory"] for emoji in table}
         for split in splits.values():
             assert {kinds[Path(name).name] for name in split.distractors.names} <= {*cutouts.OTHERS}
+
+    def test_names_in_the_lists_are_those_of_the_table(self) -> None:
+        table = json.loads((default_root() / "emoji" / "emoji.json").read_text())
+        kinds = {kind for own in cutouts.EMOJI_CLASSES.values() for kind in own} | {*cutouts.OTHERS}
+        assert kinds <= {emoji["subcategory"] for emoji in table}
+        assert {emoji["short_name"] for emoji in table if emoji["subcategory"] in kinds} >= cutouts.EXCLUDED
 
     def test_images_are_the_same_in_another_process(self, splits: dict[str, Split]) -> None:
         code = (

@@ -50,12 +50,14 @@ class Scenes(NamedTuple):
         boxes: (B, 4) int64, its left, top, right and bottom: the first two are its outermost pixels, the last two lie
             one beyond.
         masks: (B, SIZE, SIZE) bool, the pixels that show it.
+        photographs: (B,) int64, the photograph behind it, a number of ``Scenery.names``.
     """
 
     images: Tensor
     labels: Tensor
     boxes: Tensor
     masks: Tensor
+    photographs: Tensor
 
 
 # -- numbers ---------------------------------------------------------------------------------------------
@@ -152,10 +154,9 @@ def per_channel(values: Tensor) -> Tensor:
     return values.float()[:, None, :, None]
 
 
-def crop_scenery(scenery: Scenery, draws: Tensor) -> Tensor:
-    """Crops (B, SIZE, 3, SIZE) of random photographs in random sizes, some mirrored, changed in contrast and colour."""
-    photographs, levels = scenery.shapes.shape[:2]
-    shape = scenery.shapes[whole(draws[:, 0], photographs), whole(draws[:, 1], levels)]  # (B, 3)
+def crop_scenery(scenery: Scenery, chosen: Tensor, draws: Tensor) -> Tensor:
+    """Crops (B, SIZE, 3, SIZE) of those photographs in random sizes, some mirrored, changed in contrast and colour."""
+    shape = scenery.shapes[chosen, whole(draws[:, 1], scenery.shapes.shape[1])]  # (B, 3)
     begin, height, width = shape.unbind(1)
     top, left = whole(draws[:, 2], height - SIZE + 1), whole(draws[:, 3], width - SIZE + 1)
     columns = torch.arange(SIZE)
@@ -218,9 +219,10 @@ def draw_chunk(split: Split, draws: Tensor) -> Scenes:
     masks = shape & (in_front | ~hidden)
     seen = 1 - opacity * in_front, 1 - hiding * ~in_front  # of the distractors, of the object
     layer = layer.mul_(seen[1][:, :, None]).add_(others.mul_(seen[0][:, :, None]))
-    images = crop_scenery(split.scenery, scene).mul_(1 - layer[:, :, 3:]).add_(layer[:, :, :3])
+    photographs = whole(scene[:, 0], len(split.scenery.names))
+    images = crop_scenery(split.scenery, photographs, scene).mul_(1 - layer[:, :, 3:]).add_(layer[:, :, :3])
     images = images.mul_(255).round_().clamp_(0, 255).to(torch.uint8).transpose(1, 2)
-    return Scenes(images.contiguous(), labels, mask_boxes(masks), masks)
+    return Scenes(images.contiguous(), labels, mask_boxes(masks), masks, photographs)
 
 
 def place_distractors(bank: Bank, numbers: Tensor, draws: Tensor) -> Tensor:
