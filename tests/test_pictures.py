@@ -7,9 +7,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
+from data.cutouts import CLASSES, Split, make_bank, make_scenery
+from data.scenes import draw_scenes
 from PIL import Image
 from scripts import load_tool
 
@@ -39,6 +42,21 @@ class TestFashion:
         found = pictures.fashion_pictures().values()
         images, labels = load_images(model, [p.image for p in found]), torch.tensor([p.label for p in found])
         assert top1({"dense": model}, [(images, labels)])["dense"] > 80
+
+
+class TestCutouts:
+    def test_an_image_of_each_class_comes_with_the_package(self) -> None:
+        found = pictures.cutout_pictures()
+        assert [*found] == [*CLASSES]
+        assert [entry.label for entry in found.values()] == [*range(len(CLASSES))]
+        assert {(entry.image.mode, entry.image.size) for entry in found.values()} == {("RGB", (96, 96))}
+        assert list(pictures.find_pictures("cutouts:cl*")) == ["clock"]
+
+    def test_their_licences_lie_beside_them(self) -> None:
+        text = pictures.CUTOUTS.with_suffix(".LICENSE").read_text()
+        for owner in ("Google", "Twitter", "EmojiOne", "Microsoft", "Zalando", "Aitzol Berasategi", "Freespace"):
+            assert owner in text
+        assert pictures.CUTOUTS.stat().st_size < 500_000
 
 
 class TestPhotographs:
@@ -98,12 +116,37 @@ class TestSheet:
     ) -> None:
         tool = load_tool("make_picture_sheet")
         monkeypatch.setattr(tool, "load_pictures", lambda *_: made_up)
-        assert tool.main(["--out", str(tmp_path / "sheet.png")]) == 0
+        assert tool.main(["fashion_mnist", "--out", str(tmp_path / "sheet.png")]) == 0
         facts = json.loads((tmp_path / "sheet.json").read_text())
         assert (facts["classes"], len(facts["indices"])) == (["Even", "Odd/one"], 6)
         with Image.open(tmp_path / "sheet.png") as sheet:
             assert sheet.getpixel((4, 3)) == facts["indices"][1][1]
 
     def test_missing_pictures_are_named(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert load_tool("make_picture_sheet").main(["--root", str(tmp_path)]) == 2
+        assert load_tool("make_picture_sheet").main(["fashion_mnist", "--root", str(tmp_path)]) == 2
         assert "fetch it: python tools/get_data.py fashion_mnist" in capsys.readouterr().err
+        assert load_tool("make_picture_sheet").main(["cutouts", "--root", str(tmp_path)]) == 2
+        assert "python tools/get_data.py emoji fashion_mnist photographs" in capsys.readouterr().err
+
+    def test_objects_lie_on_photographs_that_may_be_passed_on(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Photographs of one colour each: blue, which may be, and red, which may not."""
+        tool = load_tool("make_picture_sheet")
+        photographs = {name: Image.new("RGB", (700, 700), name) for name in ("blue", "red")}
+        classes = [[(f"square-{n}", Image.new("RGBA", (9, 9), (0, 200 + n, 0, 255)))] for n in range(len(CLASSES))]
+        other = make_bank([[("other", Image.new("RGBA", (9, 9), (0, 255, 0, 200)))]])
+        split = Split(make_bank(classes), other, make_scenery(photographs))
+        monkeypatch.setattr(tool, "CC_BY", ("blue",))
+        monkeypatch.setattr(tool, "open_split", lambda *_: split)
+        assert tool.main(["cutouts", "--out", str(tmp_path / "sheet.png")]) == 0
+        facts = json.loads((tmp_path / "sheet.json").read_text())
+        indices = [index for row in facts["indices"] for index in row]
+        assert draw_scenes(split, "test", indices).labels.tolist() == [*range(len(CLASSES))]
+        with Image.open(tmp_path / "sheet.png") as sheet:
+            red, _, blue = (np.asarray(band, int) for band in sheet.split())
+        assert sheet.size == (5 * 96, 5 * 96)
+        assert (blue >= red).all()
+        monkeypatch.setattr(tool, "CC_BY", ())
+        with pytest.raises(ValueError, match="an image of each class, but 2000 have none of t-shirt-top, trouser"):
+            tool.make_cutouts_sheet(split)

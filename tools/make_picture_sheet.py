@@ -1,10 +1,13 @@
-"""Write the images of Fashion-MNIST that come with the package: effvit/show/sheets/fashion_mnist.png and .json.
+"""Write the labelled images that come with the package, effvit/show/sheets/NAME.png, and NAME.json: which they are.
 
-    python tools/get_data.py fashion_mnist
-    python tools/make_picture_sheet.py
+    python tools/get_data.py fashion_mnist emoji photographs
+    python tools/make_picture_sheet.py fashion_mnist
+    python tools/make_picture_sheet.py cutouts
 
-A column for each class, in it images of the test set, evenly spread over those of the class in the order of the set:
-no model has a say in which they are. Their numbers in the test set are in the .json.
+Fashion-MNIST: a column for each class, in it images of the test set, evenly spread over those of the class in the order
+of the set. Objects on photographs (`data.scenes`): one image of each class in rows, the first of the test split on a
+photograph that may be passed on under CC BY. No model has a say in which they are. Their numbers in the test set are in
+the .json.
 """
 
 from __future__ import annotations
@@ -16,24 +19,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data.cutouts import CLASSES, Split, open_split
 from data.datasets import load_pictures
+from data.scenes import SIZE, draw_scenes
 from PIL import Image
 
 from effvit.messages import one_line
-from effvit.show.pictures import SHEET
+from effvit.show.pictures import CUTOUTS, SHEET
 
-__all__ = ["Sheet", "main", "make_sheet"]
+__all__ = ["Sheet", "main", "make_cutouts_sheet", "make_sheet"]
 
 ROWS = 6
+COLUMNS = 5  # of the sheet of objects on photographs
+CC_BY = ("Picture_1A", "aitzgorri", "life")  # photographs; those of the others are GPL
+SEARCHED = 2000  # images among which one of each class is looked for
 
 
 class Sheet(NamedTuple):
     """Pictures side by side.
 
     Attributes:
-        image: A column for each class, a row for each image of it.
+        image: All of them.
         classes: Names of the classes.
-        indices: Rows of the numbers that the images have in their set.
+        indices: Rows of the numbers that the images have in their set, as they lie in the image.
     """
 
     image: Image.Image
@@ -62,20 +70,47 @@ def make_sheet(pictures: Any, rows: int) -> Sheet:
     return Sheet(image, list(pictures.classes), indices)
 
 
+def make_cutouts_sheet(split: Split) -> Sheet:
+    """The first test image of each class that lies on one of the photographs of CC_BY, in the order of the classes.
+
+    Raises:
+        ValueError: None of a class among the first SEARCHED.
+    """
+    drawn = draw_scenes(split, "test", range(SEARCHED))
+    allowed = [split.scenery.names[number] in CC_BY for number in drawn.photographs.tolist()]
+    first: dict[int, int] = {}
+    for index, label in enumerate(drawn.labels.tolist()):
+        if allowed[index]:
+            first.setdefault(label, index)
+    if missing := [name for label, name in enumerate(CLASSES) if label not in first]:
+        raise ValueError(f"a sheet needs an image of each class, but {SEARCHED} have none of {', '.join(missing)}")
+    image = Image.new("RGB", (SIZE * COLUMNS, SIZE * -(-len(CLASSES) // COLUMNS)))
+    for label, index in sorted(first.items()):
+        pixels = Image.fromarray(drawn.images[index].permute(1, 2, 0).numpy())
+        image.paste(pixels, (SIZE * (label % COLUMNS), SIZE * (label // COLUMNS)))
+    indices = [first[label] for label in range(len(CLASSES))]
+    return Sheet(image, [*CLASSES], [indices[i : i + COLUMNS] for i in range(0, len(indices), COLUMNS)])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the sheet; returns 2 after an error the caller can fix."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("name", choices=("fashion_mnist", "cutouts"), help="which images")
     parser.add_argument("--root", type=Path, help="parent of the fetched sets (default: that of get_data.py)")
-    parser.add_argument("--out", type=Path, default=SHEET, metavar="FILE.png")
+    parser.add_argument("--out", type=Path, metavar="FILE.png", help="default: that of the package")
     arguments = parser.parse_args(argv)
     try:
-        sheet = make_sheet(load_pictures("fashion_mnist", "test", arguments.root), ROWS)
+        if arguments.name == "cutouts":
+            sheet, out = make_cutouts_sheet(open_split("test", arguments.root)), arguments.out or CUTOUTS
+        else:
+            pictures = load_pictures("fashion_mnist", "test", arguments.root)
+            sheet, out = make_sheet(pictures, ROWS), arguments.out or SHEET
     except (ValueError, OSError) as error:
         print(f"make_picture_sheet: error: {one_line(error)}", file=sys.stderr)
         return 2
-    sheet.image.save(arguments.out, optimize=True)
+    sheet.image.save(out, optimize=True)
     facts = {"classes": sheet.classes, "indices": sheet.indices}
-    arguments.out.with_suffix(".json").write_text(json.dumps(facts) + "\n")
+    out.with_suffix(".json").write_text(json.dumps(facts) + "\n")
     return 0
 
 

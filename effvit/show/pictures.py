@@ -1,7 +1,9 @@
-"""Pictures that are on the machine already: Fashion-MNIST's in this package, photographs in packages of the demo.
+"""Images that are on the machine already: labelled ones in this package, photographs in packages of the demo.
 
 The sixty grey images are of the test set of Fashion-MNIST (1708.07747; MIT licence, beside them), six of each class,
-evenly spread over the class by ``tools/make_picture_sheet.py``. ``vit_nano_patch4_28`` was trained on other images.
+evenly spread over the class by ``tools/make_picture_sheet.py``. ``vit_nano_patch4_28`` was trained on other images. The
+twenty-five objects on photographs, one of each class, are test images of ``tools/data/scenes.py``; sources and licences
+of what they are made of lie beside them.
 """
 
 from __future__ import annotations
@@ -17,9 +19,20 @@ from PIL import Image
 
 from effvit.images import open_image, opened
 
-__all__ = ["SHEET", "Labelled", "fashion_classes", "fashion_pictures", "find_pictures", "open_images", "photographs"]
+__all__ = [
+    "CUTOUTS",
+    "SHEET",
+    "Labelled",
+    "cutout_pictures",
+    "fashion_classes",
+    "fashion_pictures",
+    "find_pictures",
+    "open_images",
+    "photographs",
+]
 
 SHEET = Path(__file__).with_name("sheets") / "fashion_mnist.png"
+CUTOUTS = SHEET.with_name("cutouts.png")
 # Package -> files of its wheel; all are public domain, CC0 or CC BY photographs. Read from the folder: the
 # packages' own loaders may ask the network.
 PHOTOGRAPHS = {
@@ -55,6 +68,19 @@ def fashion_pictures() -> dict[str, Labelled]:
         }
 
 
+def cutout_pictures() -> dict[str, Labelled]:
+    """The objects on photographs in the package, RGB, 96 x 96, by the names of their classes: "trouser", "clock"."""
+    facts = json.loads(CUTOUTS.with_suffix(".json").read_text())
+    columns = len(facts["indices"][0])
+    with opened(CUTOUTS) as sheet:
+        side = sheet.width // columns
+        corners = [(side * (label % columns), side * (label // columns)) for label in range(len(facts["classes"]))]
+        return {
+            name: Labelled(sheet.crop((x, y, x + side, y + side)), label)
+            for label, (name, (x, y)) in enumerate(zip(facts["classes"], corners, strict=True))
+        }
+
+
 def photographs() -> dict[str, Image.Image]:
     """Photographs inside other packages by name, in RGB; nothing is downloaded.
 
@@ -77,16 +103,21 @@ def find_pictures(text: str) -> dict[str, Image.Image]:
     """The images that a text of the command line names, in RGB.
 
     Args:
-        text: "fashion_mnist:PATTERN" or "photographs:PATTERN" with a shell-style pattern of their names, else a file.
+        text: "fashion_mnist:PATTERN", "cutouts:PATTERN" or "photographs:PATTERN" with a shell-style pattern of their
+            names, else a file.
 
     Raises:
         ValueError: A pattern that matches none, or a file that is no image (``effvit.images.open_image``).
         FileNotFoundError: No such file; for "photographs:" as ``photographs``.
     """
     kind, _, pattern = text.partition(":")
-    if kind not in ("fashion_mnist", "photographs"):
+    if kind not in ("fashion_mnist", "cutouts", "photographs"):
         return {Path(text).stem: open_image(text)}
-    known = photographs() if kind == "photographs" else {n: p.image for n, p in fashion_pictures().items()}
+    if kind == "photographs":
+        known = photographs()
+    else:
+        labelled = fashion_pictures() if kind == "fashion_mnist" else cutout_pictures()
+        known = {name: entry.image for name, entry in labelled.items()}
     found = {name: image.convert("RGB") for name, image in known.items() if fnmatch.fnmatch(name, pattern)}
     if not found:
         raise ValueError(f"{text} names no picture; {kind}: has {', '.join(known)}")

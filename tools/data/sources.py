@@ -371,16 +371,22 @@ def unpack_emoji(archives: list[Path], folder: Path) -> None:
     """
     for archive, (vendor, pattern) in zip(archives, EMOJI_VENDORS.items(), strict=True):
         (folder / vendor).mkdir()
+        number = 0
         found = re.compile(rf"{pattern}|package/(LICENSE(?:\.md)?)|package/(emoji\.json)").fullmatch
         for member in read_members(archive, found):
             image, licence, table = cast(re.Match[str], found(member.path)).groups()
             if image is not None:
                 stem, suffix = image.split(".")
                 (folder / vendor / f"{emoji_code(stem)}.{suffix}").write_bytes(member.content)
+                number += 1
             elif licence is not None:
                 (folder / vendor / licence).write_bytes(member.content)
             elif vendor == "google":
                 (folder / table).write_bytes(member.content)
+        if not number:
+            raise ValueError(f"{archive.name} holds no images of {vendor}: it is another package or version")
+    if not (folder / "emoji.json").is_file():
+        raise ValueError(f"{archives[0].name} must hold emoji.json: it is another package or version")
 
 
 def emoji_code(text: str) -> str:
