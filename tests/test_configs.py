@@ -54,7 +54,7 @@ SMALL = {
     *("mmseg/upernet_gtp-deit-s_8xb2-160k_ade20k-512x512", "mmseg/segmenter_evit-vit-b_mask_8xb1-160k_ade20k-512x512"),
     *("mmseg/setr_vit-b_naive_8xb2-160k_ade20k-512x512", "mmseg/fpn_supertoken-s_4xb4-80k_ade20k-512x512"),
     *("mmseg/composites/upernet_evit", "mmseg/composites/upernet_stvit-r", "mmseg/composites/upernet_swin"),
-    *("mmpretrain/gtp-deit-s_in1k", "mmpretrain/cifar10/vit-nano_cifar10", "mmpretrain/cutouts/vit-nano"),
+    *("mmpretrain/gtp-deit-s_in1k", "mmpretrain/cifar10/vit-nano_cifar10", "mmpretrain/cutouts/vit-nano_cutouts"),
     *(f"mmpretrain/fashion-mnist/finetune_{name}" for name in ("ats", "evit_distilled", "gtp", "tome")),
     *(f"mmpretrain/fashion-mnist/scratch_{name}" for name in ("lookupvit", "sit", "stvit", "supertoken")),
 }
@@ -298,7 +298,7 @@ def test_detectors_on_garments_know_the_classes_of_the_set() -> None:
 
 
 def test_classifiers_of_cutouts_know_the_classes_of_the_set() -> None:
-    config = load_config(ROOT / "configs/mmpretrain/cutouts/vit-nano.py")
+    config = load_config(ROOT / "configs/mmpretrain/cutouts/vit-nano_cutouts.py")
     assert config.model.num_classes == config.model.data_preprocessor.num_classes == len(CLASSES)
     assert MODELS.build(config.model).model.num_classes == len(CLASSES)
 

@@ -1,7 +1,7 @@
 # Objects on photographs (tools/data/scenes.py), made on the spot of what `python tools/get_data.py emoji fashion_mnist
 # photographs` fetches; no image is shown twice, so "epoch" means 20,480 images. The learning rate is constant after the
 # warm-up: a run can be prolonged (--cfg-options train_cfg.max_epochs=...) and resumed at any epoch, and
-# vit-nano_cooldown.py lowers the rate from any checkpoint of it.
+# vit-nano_cutouts_cooldown.py lowers the rate from any checkpoint of it.
 _base_ = ["mmpretrain::_base_/schedules/imagenet_bs1024_adamw_swin.py", "mmpretrain::_base_/default_runtime.py"]
 
 custom_imports = dict(imports=["effvit.dense.openmmlab", "data.mmpretrain_sets"], allow_failed_imports=False)
@@ -42,7 +42,7 @@ optim_wrapper = dict(
     clip_grad=dict(max_norm=1.0),
 )
 auto_scale_lr = dict(base_batch_size=128)
-train_cfg = dict(by_epoch=True, max_epochs=60, val_interval=4)
-param_scheduler = [dict(type="LinearLR", start_factor=1e-3, by_epoch=False, begin=0, end=320)]
+train_cfg = dict(by_epoch=True, max_epochs=48, val_interval=4)
+param_scheduler = [dict(type="LinearLR", start_factor=1e-3, by_epoch=False, begin=0, end=160)]
 default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=1, max_keep_ckpts=3))
 randomness = dict(seed=0)
