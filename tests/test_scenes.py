@@ -78,6 +78,13 @@ class TestScenes:
             torch.set_num_threads(threads)
         assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
+    def test_image_is_the_same_inside_autocast(self, parts: Split) -> None:
+        """In bfloat16 the sums of resampling would not be exact."""
+        outside = draw_scenes(parts, "train", range(20))
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = draw_scenes(parts, "train", range(20))
+        assert all(torch.equal(a, b) for a, b in zip(outside, inside, strict=True))
+
     def test_boxes_are_the_extents_of_masks(self, parts: Split) -> None:
         scenes = draw_scenes(parts, "train", range(200))
         for mask, box in zip(scenes.masks, scenes.boxes.tolist(), strict=True):
@@ -179,7 +186,10 @@ class TestDataset:
     def test_missing_sources_are_named_with_the_remedy(self, tmp_path: Path) -> None:
         (tmp_path / "emoji").mkdir()
         (tmp_path / "emoji" / "source.json").touch()
-        with pytest.raises(FileNotFoundError, match=r"fetch .*get_data\.py fashion_mnist photographs"):
+        with pytest.raises(
+            FileNotFoundError,
+            match=r"no fashion_mnist and no photographs; fetch: .*get_data\.py fashion_mnist photographs",
+        ):
             Cutouts("train", tmp_path, length=1)
 
 

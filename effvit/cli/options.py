@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-IMAGES = "a file, or installed images by name: 'fashion_mnist:sneaker-*', photographs:coffee"
+IMAGES = "a file, or installed images by name: 'fashion_mnist:sneaker-*', cutouts:clock, photographs:coffee"
 DTYPES = ("float32", "bfloat16", "float16")
 
 

@@ -308,7 +308,7 @@ def open_split(split: str, root: str | os.PathLike[str] | None = None) -> Split:
     root = default_root() if root is None else Path(root)
     if missing := [name for name in SOURCE_NAMES if not (root / name / RECORD).is_file()]:
         raise FileNotFoundError(
-            f"{' and '.join(missing)} of cutouts not in {root}; fetch them: "
+            f"cutouts are made of {', '.join(SOURCE_NAMES)}, but {root} has no {' and no '.join(missing)}; fetch: "
             f"python tools/get_data.py {' '.join(missing)}"
         )
     parts = [*(root / name / RECORD for name in SOURCE_NAMES), Path(__file__)]

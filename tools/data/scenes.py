@@ -6,8 +6,8 @@ hidden by more than a third, and its mask and box are exact, because they are kn
 
 An image is a function of (split, seed, index) alone: all that is random in it is a hash of these numbers (splitmix64,
 Steele et al. 2014), and all sums of resampling are sums of whole numbers below 2^24, which float32 holds exactly in
-whatever order they are added. So an image is the same in every batch, and indices are endless: an epoch can
-be any range of them.
+whatever order they are added. So an image is the same in every batch, and indices are endless: an epoch can be any
+range of them.
 """
 
 from __future__ import annotations
@@ -193,7 +193,8 @@ def draw_scenes(split: Split, name: str, indices: Sequence[int], seed: int = 0) 
     parts = DISTRACTORS + 2
     draws = uniforms(seed, SPLITS.index(name), wanted, parts * DRAWS).unflatten(1, (parts, DRAWS))
     order = distractor_counts(draws).argsort(descending=True, stable=True)
-    chunks = [draw_chunk(split, chunk) for chunk in draws[order].split(CHUNK)]
+    with torch.autocast("cpu", enabled=False):  # its bfloat16 does not hold the sums of resampling
+        chunks = [draw_chunk(split, chunk) for chunk in draws[order].split(CHUNK)]
     back = order.argsort()
     return Scenes(*(torch.cat(values)[back] for values in zip(*chunks, strict=True)))
 
