@@ -15,9 +15,10 @@ from scripts import load_tool
 from torchvision.datasets import FakeData
 
 import effvit
+from effvit.data.preparation import data_config, load_images
 from effvit.measure.records import read_profiles
 from effvit.show.tables import mean_and_range
-from effvit.show.visualize import data_config, load_images, token_figure
+from effvit.show.visualize import token_figure
 
 NANO = "vit_nano_patch4_28"
 

@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 
 from effvit.cli import main
+from effvit.data.preparation import load_images
 from effvit.images import as_rgb, open_image
 from effvit.show.pictures import open_images
-from effvit.show.visualize import draw_tokens, load_images
+from effvit.show.visualize import draw_tokens
 
 RAMP = np.array([[0, 1, 2], [50, 128, 255]], np.uint8)  # (2, 3), so that a turn shows
 

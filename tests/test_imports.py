@@ -33,7 +33,9 @@ ROWS = (
     ("architectures",),
     ("zoo",),
     ("",),
-    ("images", "measure"),
+    ("images",),
+    ("data",),
+    ("measure",),
     ("dense", "show", "testing"),
     ("cli",),
 )

@@ -17,9 +17,9 @@ from PIL import Image
 from scripts import load_tool
 
 from effvit.cli.demo import SEEING, SHOWN
+from effvit.data.preparation import load_images
 from effvit.measure.accuracy import top1
 from effvit.show import pictures
-from effvit.show.visualize import load_images
 
 
 class TestFashion:

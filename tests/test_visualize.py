@@ -15,6 +15,7 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
 import effvit
+from effvit.data.preparation import data_config, load_images
 from effvit.measure.records import as_object
 from effvit.reducers import METHODS
 from effvit.show.token_stages import Stage
@@ -23,9 +24,7 @@ from effvit.show.visualize import (
     DROPPED,
     FUSED,
     TINTS,
-    data_config,
     draw_tokens,
-    load_images,
     model_text,
     paint,
     seen_by,

@@ -25,12 +25,12 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import effvit
+from effvit.data.preparation import data_config, load_images
 from effvit.measure.ideal import IdealViT, mean_counts
 from effvit.measure.profiler import Measurement, machine, median_ratio, noise, profile_models
 from effvit.reducers import METHODS
 from effvit.reducers.ragged import RAGGED
 from effvit.show.pictures import fashion_pictures, photographs
-from effvit.show.visualize import data_config, load_images
 
 CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "EViT 0.7": ("evit", {"keep_rate": 0.7}),

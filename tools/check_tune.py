@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from effvit.data.preparation import load_images
 from effvit.measure.profiler import machine, profile_models
 from effvit.measure.records import add_record, as_object, read_tuning
 from effvit.measure.values import Candidate, Tuning
@@ -27,7 +28,6 @@ from effvit.measure.variants import build, reduced
 from effvit.messages import plain, run_command
 from effvit.show.pictures import open_images
 from effvit.show.tables import settings_text
-from effvit.show.visualize import load_images
 
 __all__ = ["contenders", "main", "table"]
 

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import effvit
+from effvit.data.preparation import data_config, image_transform
 from effvit.measure.accuracy import shown_models, top1, with_accuracies
 from effvit.measure.costs import profile
 from effvit.measure.records import add_record, as_object, read_records
@@ -41,7 +42,6 @@ from effvit.measure.variants import build, list_variants, parse_setting, reduced
 from effvit.messages import run_command
 from effvit.reducers import METHODS
 from effvit.show.tables import mean_and_range
-from effvit.show.visualize import data_config, image_transform
 
 __all__ = ["main", "table"]
 

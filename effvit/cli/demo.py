@@ -16,6 +16,7 @@ import effvit
 from effvit.cli import options
 from effvit.cli.models import create, has_random_weights
 from effvit.cli.output import LONGEST_LINE, draw_figures, file_stem, measure, output
+from effvit.data.preparation import load_images
 from effvit.hosts.host import ReducedHost
 from effvit.hosts.surface import Reduced
 from effvit.measure.accuracy import top1, with_accuracies
@@ -29,7 +30,7 @@ from effvit.show.pictures import Labelled, fashion_classes, fashion_pictures, ph
 from effvit.show.plots import plot_accuracy, plot_costs
 from effvit.show.report import write_report
 from effvit.show.tables import describe, print_accuracies, print_record
-from effvit.show.visualize import load_images, stack, token_figure, token_record
+from effvit.show.visualize import stack, token_figure, token_record
 
 __all__ = ["SEEING", "SHOWN", "add_command", "demo_variants"]
 

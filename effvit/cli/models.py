@@ -9,9 +9,9 @@ from torch import nn
 
 import effvit
 from effvit.cli.options import WeightArguments
+from effvit.data.preparation import data_config
 from effvit.measure.variants import build
 from effvit.protocols import Settings, Size
-from effvit.show.visualize import data_config
 
 __all__ = ["RANDOM_WEIGHTS", "check_device", "create", "has_random_weights", "shared_input_size"]
 

@@ -10,6 +10,7 @@ import torch
 from effvit.cli import options
 from effvit.cli.models import check_device, create
 from effvit.cli.output import measure, output
+from effvit.data.preparation import load_images
 from effvit.measure.profiler import ProfileOptions
 from effvit.measure.records import write_records
 from effvit.measure.values import Record
@@ -17,7 +18,6 @@ from effvit.measure.variants import list_variants, parse_setting, reduced
 from effvit.protocols import Size
 from effvit.show.pictures import open_images
 from effvit.show.tables import print_record, write_csv
-from effvit.show.visualize import load_images
 
 __all__ = ["add_command"]
 

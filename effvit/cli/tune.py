@@ -16,6 +16,7 @@ import effvit
 from effvit.cli import options
 from effvit.cli.models import RANDOM_WEIGHTS, check_device, create, has_random_weights
 from effvit.cli.output import output, progress
+from effvit.data.preparation import load_images
 from effvit.measure.json_files import replace_json
 from effvit.measure.records import as_json, as_object, read_tuning
 from effvit.measure.tune import tune
@@ -25,7 +26,6 @@ from effvit.messages import plain
 from effvit.protocols import Json, Settings, Size
 from effvit.show.pictures import open_images
 from effvit.show.tables import candidate_text, print_tuning
-from effvit.show.visualize import load_images
 
 __all__ = ["add_command"]
 

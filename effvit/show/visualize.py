@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from io import BytesIO
 from pathlib import Path
-from typing import TypeAlias, TypedDict, TypeVar
+from typing import TypeAlias, TypeVar
 
 import matplotlib
 import numpy as np
@@ -15,9 +15,9 @@ import torch
 from matplotlib.colors import hsv_to_rgb
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
-from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
+from effvit.data.preparation import data_config, load_images
 from effvit.hosts.host import ReducedHost, method_settings
 from effvit.images import as_rgb
 from effvit.measure.values import TokenRecord, TokenStage
@@ -26,10 +26,7 @@ from effvit.show.token_stages import ALONE, DROPPED, FUSED, MERGED, SOFT, Stage,
 from effvit.tokens import TokenMap
 
 __all__ = [
-    "data_config",
     "draw_tokens",
-    "image_transform",
-    "load_images",
     "model_text",
     "settings_text",
     "stack",
@@ -42,17 +39,6 @@ Item = TypeVar("Item")
 Numbers: TypeAlias = NDArray[np.float64]
 Whole: TypeAlias = NDArray[np.int64]
 Truths: TypeAlias = NDArray[np.bool_]
-
-
-class DataConfig(TypedDict):
-    """What timm says of the images a model takes."""
-
-    input_size: tuple[int, int, int]
-    interpolation: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    crop_pct: float
-    crop_mode: str
 
 
 STATE_NAMES = {
@@ -75,29 +61,6 @@ GAP = 14
 TEXT = (33, 37, 41)
 FAINT_TEXT = (108, 117, 125)
 TITLE_SIZE, CAPTION_SIZE = 17, 14
-
-
-def data_config(model: nn.Module) -> DataConfig:
-    """timm's data configuration of the model (mean, std, crop ...) with the input size the model has now."""
-    config: DataConfig = resolve_model_data_config(model)
-    img_size: Size | None = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    if img_size is not None:
-        config["input_size"] = (config["input_size"][0], *img_size)
-    return config
-
-
-def load_images(model: nn.Module, images: Sequence[Image.Image]) -> Tensor:
-    """Images as the model takes them: resized, cropped and normalised, (B, 3, H, W); (B, 1, H, W) grey."""
-    transform = image_transform(model)
-    return torch.stack([transform(image) for image in images])
-
-
-def image_transform(model: nn.Module) -> Callable[[Image.Image], Tensor]:
-    """What makes of an image, read as ``effvit.images`` says, what the model takes: (3, H, W), or (1, H, W) grey."""
-    config = data_config(model)
-    transform: Callable[[Image.Image], Tensor] = create_transform(**config, is_training=False)
-    mode = "L" if config["input_size"][0] == 1 else "RGB"
-    return lambda image: transform(as_rgb(image).convert(mode))
 
 
 def seen_by(model: nn.Module, x: Tensor) -> Image.Image:

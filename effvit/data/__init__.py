@@ -1,0 +1,1 @@
+"""Labelled images on this machine, and images as models take them."""
