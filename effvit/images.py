@@ -16,8 +16,8 @@ import os
 import stat
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TypeAlias
+from contextlib import contextmanager, nullcontext
+from typing import IO, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,19 +36,24 @@ SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")  # and "I" of PNG and PPM in o
 
 
 @contextmanager
-def opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
+def opened(path: str | os.PathLike[str], file: IO[bytes] | None = None) -> Iterator[Image.Image]:
     """The image in a file, its header read; errors of opening it, and of decoding it in the body, name the file.
+
+    Args:
+        path: The file, or what errors call ``file``.
+        file: Opened already, such as a member of an archive; None means that ``path`` is opened.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: A folder, a pipe or device, a link to itself, an empty file, no image, an image that is cut off or
             broken, or one of more pixels than Pillow decodes (``2 * PIL.Image.MAX_IMAGE_PIXELS``).
     """
-    check_regular(path)
+    if file is None:
+        check_regular(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # up to the limit is fine
-            with Image.open(path) as image:
+            with Image.open(path if file is None else file) as image:
                 yield image
     except UnidentifiedImageError as error:
         raise ValueError(f"{path} is no image of a format that Pillow reads") from error
@@ -98,12 +103,16 @@ def open_image(path: str | os.PathLike[str], size: tuple[int, int] | None = None
         return as_rgb(image)
 
 
-def check_whole(image: Image.Image, path: str | os.PathLike[str]) -> None:
-    """Decode an opened image whose file lacks the end of its format; the error of one that is cut off is Pillow's."""
+def check_whole(image: Image.Image, path: str | os.PathLike[str], file: IO[bytes] | None = None) -> None:
+    """Decode an opened image whose file lacks the end of its format; the error of one that is cut off is Pillow's.
+
+    Args:
+        image, path, file: As ``opened`` gave and took them.
+    """
     end = END_MARKS.get(image.format or "")
-    with open(path, "rb") as file:
-        file.seek(-min(TAIL, os.path.getsize(path)), os.SEEK_END)
-        if end is None or end not in file.read():
+    with open(path, "rb") if file is None else nullcontext(file) as stream:
+        stream.seek(max(0, stream.seek(0, os.SEEK_END) - TAIL))
+        if end is None or end not in stream.read():
             image.load()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypedDict
 
 import torch
@@ -47,4 +48,8 @@ def image_transform(model: nn.Module) -> Callable[[Image.Image], Tensor]:
     config = data_config(model)
     transform: Callable[[Image.Image], Tensor] = create_transform(**config, is_training=False)
     mode = "L" if config["input_size"][0] == 1 else "RGB"
-    return lambda image: transform(as_rgb(image).convert(mode))
+    return partial(_prepared, transform, mode)  # no closure: processes that read images are handed a copy
+
+
+def _prepared(transform: Callable[[Image.Image], Tensor], mode: str, image: Image.Image) -> Tensor:
+    return transform(as_rgb(image).convert(mode))

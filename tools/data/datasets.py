@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from torchvision.datasets import CocoDetection, FashionMNIST, ImageFolder, VisionDataset
+from torchvision.datasets import CocoDetection, FashionMNIST, VisionDataset
 
 from data.sources import default_root
+from effvit.data.opening import open_class_folders
 from effvit.dense.coco import Coco, read_coco, repair_coco
 from effvit.images import open_image, opened
 
 __all__ = ["SegmentationFolder", "load_pictures", "open_dataset"]
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 # Name -> the names of its splits. The first three are labelled pictures.
 SPLITS = {
     "cifar10": ("train", "test"),
@@ -96,13 +96,13 @@ def load_pictures(name: str, split: str = "train", root: str | os.PathLike[str] 
     """
     check_name(name, split, PICTURES)
     if name == "imagenet":
-        return open_classes(given(name, root) / split)
+        return open_class_folders(given(name, root) / split)
     folder = (default_root() if root is None else Path(root)) / name
     if not folder.is_dir():
         raise FileNotFoundError(f"{name} is not in {folder.parent}; fetch it: python tools/get_data.py {name}")
     if name == "fashion_mnist":
         return FashionMNIST(folder, train=split == "train")
-    return open_classes(folder / split)
+    return open_class_folders(folder / split)
 
 
 def open_dataset(name: str, root: str | os.PathLike[str] | None = None, split: str = "train") -> VisionDataset:
@@ -153,17 +153,6 @@ def existing(folder: Path) -> Path:
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
     return folder
-
-
-def open_classes(folder: Path) -> ImageFolder:
-    """The pictures of a folder with one sub-folder a class, numbered in the order of their names."""
-    loose = [entry.name for entry in existing(folder).iterdir() if entry.suffix.lower() in IMAGE_SUFFIXES]
-    if loose:
-        raise ValueError(
-            f"{folder} must hold one folder a class, but {len(loose)} pictures lie in it ({min(loose)} ...); "
-            "sort them into folders named after their classes"
-        )
-    return ImageFolder(folder, loader=open_image)
 
 
 class AnnotatedImages(CocoDetection):
