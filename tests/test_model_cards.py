@@ -21,6 +21,7 @@ from effvit import method_settings
 from effvit.architectures import variants
 from effvit.hosts import lvvit, vit_nano
 from effvit.measure.flops import count_flops
+from effvit.measure.published import published
 
 ROOT = Path(__file__).resolve().parents[1]
 CARDS = sorted((ROOT / "model_cards").glob("[!R]*.md"))
@@ -159,11 +160,19 @@ def test_every_published_figure_has_a_source() -> None:
             assert ("published" in setting) == ("published_in" in setting), family
 
 
+def test_published_accuracies_are_of_families_with_a_card_and_name_their_source() -> None:
+    for entry in published():
+        assert entry.family in FACTS
+        assert entry.top1.source
+        if entry.is_off_the_shelf:
+            assert entry.model.startswith(f"{entry.family}_")
+
+
 def test_results_are_of_models_and_configs_that_exist(tool: ModuleType) -> None:
     facts = import_module("cards.facts")
     backbones, names = facts.configs(), effvit.list_models()
-    for family in FACTS.values():
-        for result in facts.results_of(family):
+    for family in FACTS:
+        for result in facts.results_of(family, FACTS[family]):
             assert result.model in names
             assert result.config is None or backbones[result.config] == result.model
 

@@ -1,7 +1,8 @@
 """Write the model cards, their metafiles, model-index.yml and the tables of methods in README.md from one source.
 
-What no program can know (papers, licences, published results) stands in model_cards/data; counts and measurements are
-read from docs/benchmarks. Nothing is typed into a card by hand.
+What no program can know (papers, licences, published results) stands in model_cards/data, published top-1 accuracies
+in effvit/measure/published_top1.json; counts and measurements are read from docs/benchmarks. Nothing is typed into a
+card by hand.
 
     python tools/make_model_cards.py             # write them
     python tools/make_model_cards.py --check     # name what is stale, exit with 1 if anything is

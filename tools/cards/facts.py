@@ -17,6 +17,7 @@ import yaml
 
 from effvit.architectures.variants import VARIANTS
 from effvit.hosts import lvvit, vit_nano
+from effvit.measure.published import published
 from effvit.reducers import METHODS
 
 __all__ = ["ARCHITECTURES", "BENCHMARKS", "ROOT", "Result", "belongs", "configs", "facts_of_all", "read", "results_of"]
@@ -115,9 +116,22 @@ def facts_of_all() -> dict[str, dict[str, Any]]:
     return {name: facts[name] for name in sorted(facts, key=place)}
 
 
-def results_of(facts: dict[str, Any]) -> list[Result]:
-    """The published results of a family."""
-    return [
+def results_of(family: str, facts: dict[str, Any]) -> list[Result]:
+    """The published results of a family: its top-1 accuracies, which the package holds, then those of its facts."""
+    classified = [
+        Result(
+            entry.model,
+            entry.settings,
+            "Image Classification",
+            entry.top1.data,
+            {"Top 1 Accuracy": entry.top1.value},
+            entry.top1.source,
+            dense=None if entry.dense is None else entry.dense.value,
+        )
+        for entry in published()
+        if entry.family == family
+    ]
+    return classified + [
         Result(
             entry["model"],
             entry.get("settings", {}),
@@ -126,8 +140,7 @@ def results_of(facts: dict[str, Any]) -> list[Result]:
             dict(zip(group["metrics"], entry["values"], strict=True)),
             group["source"],
             group.get("method", ""),
-            entry.get("dense"),
-            entry.get("config"),
+            config=entry.get("config"),
         )
         for group in facts.get("results", [])
         for entry in group["of"]

@@ -107,7 +107,7 @@ def settings_of(family: str, facts: dict[str, Any]) -> list[dict[str, Any]]:
         wanted += [(name, {}) for name in ARCHITECTURES if belongs(name, family, facts)]
     elif not METHODS[family].variable_length:  # else what the defaults cost depends on the image
         wanted += [(f"{family}_{host}", {}) for host in DEFAULT_HOSTS]
-    wanted += [(result.model, result.settings) for result in results_of(facts) if result.classifies]
+    wanted += [(result.model, result.settings) for result in results_of(family, facts) if result.classifies]
     for model, args in wanted:
         if not any(_is(setting, model, args) for setting in listed):
             named = words(args) or ("defaults" if family in METHODS else "")
@@ -178,7 +178,7 @@ def families() -> list[Family]:
     cards, records = [], profiles()
     for name, facts in facts_of_all().items():
         own = {path: model for path, model in configs().items() if belongs(model, name, facts)}
-        results = results_of(facts) + results_here(own) + accuracies_of(name, facts, records)
+        results = results_of(name, facts) + results_here(own) + accuracies_of(name, facts, records)
         rows = [_row(setting, facts, results) for setting in settings_of(name, facts)]
         others = [result for result in results if not result.classifies]
         cards.append(Family(name, facts, rows, others, speeds_of(name, facts, records), own))
