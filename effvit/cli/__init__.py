@@ -1,4 +1,4 @@
-"""The ``effvit`` command: list, profile, visualize, report, tune, convert and demo, a file each."""
+"""The ``effvit`` command: list, profile, evaluate, visualize, report, tune, convert and demo, a file each."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 
 import effvit
-from effvit.cli import convert, demo, listing, profile, report, tune, visualize
+from effvit.cli import convert, demo, evaluate, listing, profile, report, tune, visualize
 from effvit.messages import run_command
 
 __all__ = ["main"]
@@ -15,7 +15,7 @@ __all__ = ["main"]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status, 2 after an error the caller can fix."""
     arguments = parser().parse_args(argv)
-    run: Callable[[argparse.Namespace], None] = arguments.run
+    run: Callable[[argparse.Namespace], int | None] = arguments.run
     return run_command("effvit", lambda: run(arguments))
 
 
@@ -24,6 +24,6 @@ def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser("effvit", description="Token-sparsifying vision transformers on timm.")
     root.add_argument("--version", action="version", version=f"effvit {effvit.__version__}")
     commands = root.add_subparsers(required=True, metavar="COMMAND")
-    for command in (listing, profile, visualize, report, tune, convert, demo):
+    for command in (listing, profile, evaluate, visualize, report, tune, convert, demo):
         command.add_command(commands)
     return root

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 
 import torch
 from torch import nn
@@ -13,19 +14,37 @@ from effvit.data.preparation import data_config
 from effvit.measure.variants import build
 from effvit.protocols import Settings, Size
 
-__all__ = ["RANDOM_WEIGHTS", "check_device", "create", "has_random_weights", "shared_input_size"]
+__all__ = ["RANDOM_WEIGHTS", "check_device", "create", "has_random_weights", "runner_types", "shared_input_size"]
 
 RANDOM_WEIGHTS = "random weights: token choices are not meaningful"
 
 
-def create(name: str, arguments: WeightArguments, img_size: Size | None = None) -> nn.Module:
-    """The named model in eval mode, with the weights and image size asked for, else seeded random weights."""
-    options: Settings = {} if img_size is None else {"img_size": img_size}
+def create(
+    name: str, arguments: WeightArguments, img_size: Size | None = None, options: Settings | None = None
+) -> nn.Module:
+    """The named model in eval mode, with the weights asked for, else seeded random weights.
+
+    Args:
+        name: Any name of timm.
+        arguments: Where the weights are from.
+        img_size: (H, W); None means the model's own.
+        options: Further keywords of ``timm.create_model``.
+    """
     torch.manual_seed(0)
-    model = build(name, options, arguments.pretrained)
+    size: Settings = {} if img_size is None else {"img_size": img_size}
+    model = build(name, size | (options or {}), arguments.pretrained)
     if arguments.checkpoint is not None:
-        effvit.load_checkpoint(model, arguments.checkpoint, key=arguments.key)
+        effvit.load_checkpoint(model, arguments.checkpoint, runner_types(), arguments.key)
     return model.eval()
+
+
+def runner_types() -> list[type]:
+    """What the checkpoints of mmengine's Runner hold besides weights; nothing without mmengine."""
+    if find_spec("mmengine") is None:
+        return []
+    from mmengine.runner.checkpoint import get_torch_safe_globals
+
+    return list(get_torch_safe_globals())
 
 
 def has_random_weights(arguments: WeightArguments) -> bool:

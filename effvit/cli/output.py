@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from PIL import Image
@@ -23,10 +25,11 @@ from effvit.show.visualize import token_figure
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["LONGEST_LINE", "draw_figures", "file_stem", "measure", "output", "progress"]
+__all__ = ["LONGEST_LINE", "Lines", "draw_figures", "file_stem", "measure", "output", "progress", "say"]
 
 PIPE_WIDTH = 200  # columns where the output is not a terminal
 LONGEST_LINE = 1000
+SILENCE = 10.0  # seconds without a line, at most, where there is no terminal to draw a bar on
 
 
 def output() -> Console:
@@ -45,6 +48,35 @@ def progress() -> Progress:
         transient=True,
         disable=not sys.stderr.isatty(),  # in a file even a cleared bar leaves an empty line
     )
+
+
+@dataclass
+class Lines:
+    """Lines on stderr where there is no terminal to draw a bar on.
+
+    Attributes:
+        bars: The progress bars; while they are drawn, nothing is written.
+        said: When the last line was written.
+    """
+
+    bars: Progress
+    said: float = field(default_factory=lambda: monotonic())
+
+    def say(self, text: str) -> None:
+        """One more line."""
+        self.said = monotonic()
+        if self.bars.disable:
+            say(text)
+
+    def now_and_then(self, text: str) -> None:
+        """One more line, if there was none for a while."""
+        if monotonic() - self.said > SILENCE:
+            self.say(text)
+
+
+def say(text: str) -> None:
+    """A line beside the results."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def measure(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import monotonic
 from typing import TypeAlias
 
 import torch
@@ -15,7 +13,7 @@ from rich.progress import Progress, TaskID
 import effvit
 from effvit.cli import options
 from effvit.cli.models import RANDOM_WEIGHTS, check_device, create, has_random_weights
-from effvit.cli.output import output, progress
+from effvit.cli.output import Lines, output, progress, say
 from effvit.data.preparation import load_images
 from effvit.measure.json_files import replace_json
 from effvit.measure.records import as_json, as_object, read_tuning
@@ -29,7 +27,6 @@ from effvit.show.tables import candidate_text, print_tuning
 
 __all__ = ["add_command"]
 
-SILENCE = 10.0  # seconds without a line, at most, where there is no terminal to draw a bar on
 Known: TypeAlias = "Candidate | Judged"
 
 
@@ -132,44 +129,35 @@ class Report:
         task: The bar of this search.
         keep: Called with the search as far as it is.
         known: Settings so far.
-        said: When the last line was written.
+        lines: What is said without a terminal.
     """
 
     bars: Progress
     task: TaskID
     keep: Callable[[Tuning], None]
     known: int = 0
-    said: float = field(default_factory=lambda: monotonic())
+    lines: Lines = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.lines = Lines(self.bars)
 
     def run(self, _: str) -> None:
         """After a timed run."""
         self.bars.advance(self.task)
-        self.now_and_then("measuring")
+        self.lines.now_and_then(self.text("measuring"))
 
     def candidate(self, candidate: Known, found: Tuning) -> None:
         """After a setting was judged or measured."""
         self.known = len(found.tried) + len(found.judged or ())
         self.keep(found)
         if isinstance(candidate, Candidate):
-            self.line(candidate_text(candidate))
+            self.lines.say(self.text(candidate_text(candidate)))
         else:
-            self.now_and_then("comparing schedules")
+            self.lines.now_and_then(self.text("comparing schedules"))
 
-    def now_and_then(self, what: str) -> None:
-        """Say it where nothing was said for a while."""
-        if monotonic() - self.said > SILENCE:
-            self.line(what)
-
-    def line(self, text: str) -> None:
-        """One more line, unless there is a bar."""
-        self.said = monotonic()
-        if self.bars.disable:
-            say(f"{self.known} settings: {text}")
-
-
-def say(text: str) -> None:
-    """A line beside the results."""
-    print(text, file=sys.stderr, flush=True)
+    def text(self, what: str) -> str:
+        """How far the search is."""
+        return f"{self.known} settings: {what}"
 
 
 def interrupted(path: Path | None, known: int) -> str:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeGuard
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from effvit.hosts.host import ReducedHost
 from effvit.reducers import METHODS
 from effvit.reducers.dymu import DyMU
 
-__all__ = ["calibrate", "ranking"]
+__all__ = ["calibrate", "needs_calibration", "ranking"]
 
 
 @contextmanager
@@ -35,6 +36,12 @@ def ranking(model: ReducedHost) -> Iterator[list[Tensor]]:
             reducer.ranking = False
         for handle in handles:
             handle.remove()
+
+
+def needs_calibration(model: nn.Module) -> TypeGuard[ReducedHost]:
+    """Whether the model has thresholds that are neither given nor learnt, without which it refuses to run."""
+    reducers = model.reducers.values() if isinstance(model, ReducedHost) else ()
+    return any(isinstance(r, DyMU) and r.given is None and not r.has_learnt for r in reducers)
 
 
 def calibrate(model: ReducedHost, batches: Iterable[Tensor]) -> list[float]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from effvit.measure.values import Accuracy, Cost, Record
 
-__all__ = ["Shown", "shown_models", "top1", "with_accuracies"]
+__all__ = ["Shown", "right_answers", "shown_models", "top1", "with_accuracies"]
 
 
 @torch.inference_mode()
@@ -21,22 +21,44 @@ def top1(
     """Top-1 accuracy in percent of each model in eval mode, all on the same images (B, C, H, W) and labels (B,).
 
     Raises:
-        ValueError: No images.
+        ValueError: No images, or as ``right_answers``.
     """
     right, seen = dict.fromkeys(models, 0), 0
     for images, labels in batches:
         seen += len(labels)
-        for name, model in models.items():
-            scores: Tensor = model(images.to(device))
-            right[name] += int((scores.argmax(-1).cpu() == labels).sum())
+        for name, number in right_answers(models, images.to(device), labels).items():
+            right[name] += number
     if not seen:
         raise ValueError("there are no images to tell an accuracy from; give at least one batch")
     return {name: 100 * number / seen for name, number in right.items()}
 
 
-def with_accuracies(record: Record, accuracies: Mapping[str, float], data: str) -> Record:
-    """The record with accuracies measured here, by the names of its models; ``data`` says on what images."""
-    found = {name: Accuracy(value, "top-1", data, "measured here") for name, value in accuracies.items()}
+@torch.inference_mode()
+def right_answers(models: Mapping[str, nn.Module], images: Tensor, labels: Tensor) -> dict[str, int]:
+    """How many of the images (B, C, H, W) each model in eval mode puts into their class, labels (B,) on the CPU.
+
+    Raises:
+        ValueError: Scores that are not finite, among which no largest means anything.
+    """
+    right: dict[str, int] = {}
+    for name, model in models.items():
+        scores: Tensor = model(images)
+        if not scores.isfinite().all():
+            raise ValueError(f"the scores of {name} must be finite, but hold NaN or infinity; use --dtype float32")
+        right[name] = int((scores.argmax(-1).cpu() == labels).sum())
+    return right
+
+
+def with_accuracies(record: Record, accuracies: Mapping[str, float], data: str, images: int | None = None) -> Record:
+    """The record with accuracies measured here, by the names of its models.
+
+    Args:
+        record: Of the same models.
+        accuracies: Name -> top-1 in percent.
+        data: On what images.
+        images: How many.
+    """
+    found = {name: Accuracy(value, "top-1", data, "measured here", images) for name, value in accuracies.items()}
     return replace(record, models=[replace(cost, accuracy=found[cost.name]) for cost in record.models])
 
 

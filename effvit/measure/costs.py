@@ -13,7 +13,7 @@ from effvit.hosts.host import HOST_CLASSES, ReducedHost
 from effvit.hosts.surface import Reduced
 from effvit.measure.breakdown import time_by_block
 from effvit.measure.fidelity import compare_outputs, outputs
-from effvit.measure.flops import count_flops
+from effvit.measure.flops import FlopReport, count_flops
 from effvit.measure.ideal import PlainViT, ideal_of, mean_counts
 from effvit.measure.profiler import (
     Measurement,
@@ -31,7 +31,7 @@ from effvit.measure.values import Conditions, Cost, Record
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["IDEAL", "conditions_of", "cost_of", "ideals", "is_reduced", "profile", "tokens_by_block"]
+__all__ = ["IDEAL", "conditions_of", "cost_of", "ideals", "is_reduced", "macs_of", "profile", "tokens_by_block"]
 
 IDEAL = "ideal of "  # before the name of a model, that of its ideal
 
@@ -83,8 +83,7 @@ def profile(
     batch = fill_batch(sample, batch_size).to(*placement) if breakdown else None
     costs: list[Cost] = []
     for name, model in models.items():
-        adapts = isinstance(model, Reduced) and model.variable_length
-        counted = count_flops(model, input_size, images=sample if adapts else None)
+        counted = macs_of(model, input_size, sample)
         cost = cost_of(model, measured[name], measured.get(IDEAL + name), tokens[name], counted.total)
         baseline = costs[0] if costs else cost
         of_dense = is_reduced(model, dense)
@@ -103,6 +102,12 @@ def profile(
     named = image_names or [f"{len(images)} images"] if images is not None else "noise"
     conditions = conditions_of(batch_size, input_size, named, options)
     return Record(machine(conditions.device), conditions, costs)
+
+
+def macs_of(model: nn.Module, input_size: tuple[int, int, int], sample: Tensor) -> FlopReport:
+    """Multiply-adds of one image (channels, H, W); a mean over the sample (B, channels, H, W) if they depend on it."""
+    adapts = isinstance(model, Reduced) and model.variable_length
+    return count_flops(model, input_size, images=sample if adapts else None)
 
 
 def ideals(models: Mapping[str, nn.Module], tokens: Mapping[str, Sequence[float] | None]) -> dict[str, nn.Module]:

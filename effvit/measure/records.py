@@ -35,6 +35,7 @@ from effvit.measure.values import (
     Candidate,
     Conditions,
     Cost,
+    Evaluation,
     Fidelity,
     Judged,
     Record,
@@ -71,7 +72,8 @@ SCHEMA = 1  # of the records; a change that breaks their readers raises it
 
 POSITIVE = number(low=0)
 BOUNDS = list_of(POSITIVE, 2, 2)
-ACCURACY = fields({"value": number(0, 100), "metric": text, "data": text, "origin": text})
+ACCURACY = fields({"value": number(0, 100), "metric": text, "data": text, "origin": text}, {"images": whole(1)})
+PUBLISHED = fields({"value": number(0, 100), "data": text, "source": text})
 FIDELITY = fields(
     {"divergence": number(), "feature_distance": number()}, {"agreement": number(0, 1), "images": whole(1)}
 )
@@ -119,6 +121,20 @@ COST = fields(
         "fidelity": optional(FIDELITY),
     }
 )
+EVALUATED = fields(
+    {
+        "name": text,
+        "host": optional(text),
+        "method": optional(text),
+        "settings": table_of(plain_value),
+        "parameters": whole(),
+        "macs": whole(),
+        "mac_ratio": optional(POSITIVE),
+        "tokens": optional(list_of(POSITIVE)),
+        "accuracy": ACCURACY,
+    },
+    {"published": PUBLISHED},
+)
 STAGE = fields(
     {"block": whole(), "tokens": whole(), "labels": labels, "fused": list_of(whole(), most=1 << 24), "soft": truth}
 )
@@ -141,6 +157,16 @@ STAIRCASE = same_length(
 )
 KINDS: dict[str, Rule] = {
     "profile": fields({"machine": MACHINE, "conditions": CONDITIONS, "models": list_of(COST, least=1)}),
+    "accuracy": fields(
+        {
+            "machine": MACHINE,
+            "conditions": fields(
+                {"batch_size": whole(1), "input_size": list_of(whole(1), 3, 3), "device": text, "dtype": text},
+                {"weights": text},
+            ),
+            "models": list_of(EVALUATED, least=1),
+        }
+    ),
     "tokens": fields(
         {
             "model": text,
@@ -176,13 +202,16 @@ KINDS: dict[str, Rule] = {
 }
 
 
-def check_record(record: Json, place: str, kinds: tuple[str, ...] = ("profile", "tokens")) -> None:
+LISTED = ("profile", "accuracy", "tokens")  # kinds that a list of records holds
+
+
+def check_record(record: Json, place: str, kinds: tuple[str, ...] = LISTED) -> None:
     """Raise a ValueError unless the record has all fields of its kind, and in each what belongs there.
 
     Args:
         record: What was read from a file.
         place: What the message calls it.
-        kinds: Kinds it may be of: "profile", "tokens" or "tune".
+        kinds: Kinds it may be of: those of ``KINDS``.
     """
     entries = record if isinstance(record, dict) else {}
     schema, kind = entries.get("schema"), entries.get("kind")
@@ -198,7 +227,7 @@ def check_record(record: Json, place: str, kinds: tuple[str, ...] = ("profile", 
 # -- from files ------------------------------------------------------------------------------------------
 
 
-def read_records(path: Path, kinds: tuple[str, ...] = ("profile", "tokens")) -> list[Json]:
+def read_records(path: Path, kinds: tuple[str, ...] = LISTED) -> list[Json]:
     """The records of a file of results, each checked by ``check_record``.
 
     Raises:
@@ -214,14 +243,14 @@ def read_results(path: Path) -> list[Json]:
     if isinstance(value, dict) and value.get("kind") == Tuning.kind:
         check_record(value, plain(path), (Tuning.kind,))
         return [value]
-    return _checked(value, path, (Record.kind, TokenRecord.kind))
+    return _checked(value, path, LISTED)
 
 
 def _checked(records: Json, path: Path, kinds: tuple[str, ...]) -> list[Json]:
     if not isinstance(records, list) or not records:
         raise ValueError(
             f"{plain(path)} must hold a list of records, at least one, got {type(records).__name__}; "
-            "effvit profile --json and effvit visualize --json write such files, effvit tune --json one of its own"
+            "effvit profile, evaluate and visualize write such files with --json, effvit tune --json one of its own"
         )
     for index, record in enumerate(records):
         check_record(record, f"{plain(path)}, record {index}", kinds)
@@ -355,7 +384,7 @@ def as_json(value: object) -> Json:
 def as_object(value: DataclassInstance) -> dict[str, Json]:
     """The fields of a dataclass as ``as_json`` writes them, those of a record after its schema and kind."""
     found: dict[str, Json] = {}
-    if isinstance(value, (Record, TokenRecord, Tuning)):
+    if isinstance(value, (Record, Evaluation, TokenRecord, Tuning)):
         found |= {"schema": SCHEMA, "kind": value.kind}
     for entry in dataclasses.fields(value):
         own: object = getattr(value, entry.name)
@@ -366,7 +395,7 @@ def as_object(value: DataclassInstance) -> dict[str, Json]:
     return found
 
 
-def write_records(path: Path, records: Sequence[Record | TokenRecord]) -> None:
+def write_records(path: Path, records: Sequence[Record | Evaluation | TokenRecord]) -> None:
     """Write a file of results; errors as of ``write_json``."""
     write_json(path, as_json(list(records)))
 

@@ -1,9 +1,9 @@
-"""When a search for a setting may go on from a file: on the same model, images and machine alone."""
+"""When a measurement may go on from a file: on the same model, images and machine alone."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from effvit.measure.values import Tuning
 from effvit.messages import shown
 
-__all__ = ["fingerprint", "refuse_other_conditions"]
+__all__ = ["fingerprint", "refuse_differences", "refuse_other_conditions"]
 
 OF_MACHINE = ("processor", "cores", "device", "torch")
 OF_CONDITIONS = ("batch_size", "input_size", "threads", "device", "dtype")
@@ -34,9 +34,21 @@ def refuse_other_conditions(before: Tuning, now: Tuning) -> None:
         **{name: (before.conditions.options.get(name), now.conditions.options.get(name)) for name in OF_OPTIONS},
         **{name: (before.machine.get(name), now.machine.get(name)) for name in OF_MACHINE},
     }
+    refuse_differences(
+        values, "the search to go on with was made", "give what it was made with, or begin anew without --resume"
+    )
+
+
+def refuse_differences(values: Mapping[str, tuple[object, object]], what: str, remedy: str) -> None:
+    """Raise a ValueError that names both values, before and now, of the first that differs.
+
+    Args:
+        values: Name -> (before, now); of two lists, what only one of them has is named.
+        what: Beginning of the message.
+        remedy: Its end.
+    """
     for name, (old, new) in values.items():
         if old != new:
-            raise ValueError(
-                f"the search to go on with was made with {name} {shown(old)}, now it is {shown(new)}; give what it was "
-                "made with, or begin anew without --resume"
-            )
+            if isinstance(old, list) and isinstance(new, list) and set(old) != set(new):
+                old, new = ([entry for entry in own if entry not in other] for own, other in ((old, new), (new, old)))
+            raise ValueError(f"{what} with {name} {shown(old)}, now it is {shown(new)}; {remedy}")

@@ -5,6 +5,7 @@ Their fields are those of files of results (``effvit.measure.records``), in the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, TypeAlias
@@ -17,9 +18,13 @@ __all__ = [
     "Candidate",
     "Conditions",
     "Cost",
+    "Evaluated",
+    "Evaluation",
+    "EvaluationConditions",
     "Fidelity",
     "Judged",
     "Machine",
+    "Published",
     "Record",
     "Staircase",
     "TokenRecord",
@@ -43,12 +48,35 @@ class Accuracy:
         metric: Such as "top-1".
         data: Images it was measured on.
         origin: Who measured it.
+        images: How many images; None in files that do not hold it.
     """
 
     value: float
     metric: str
     data: str
     origin: str
+    images: int | None = None
+
+    @property
+    def standard_error(self) -> float | None:
+        """Of a share p of n images drawn independently, sqrt(p (1 - p) / n), in percent points; None without n."""
+        share = self.value / 100
+        return None if self.images is None else 100 * math.sqrt(share * (1 - share) / self.images)
+
+
+@dataclass(frozen=True)
+class Published:
+    """A top-1 accuracy that a paper or its authors state.
+
+    Attributes:
+        value: In percent, as printed.
+        data: Images it holds for.
+        source: Where it stands, and of which weights.
+    """
+
+    value: float
+    data: str
+    source: str
 
 
 @dataclass(frozen=True)
@@ -181,6 +209,57 @@ class Record:
     def with_weights(self, weights: str | None) -> Record:
         """The record that says how the weights were trained."""
         return replace(self, conditions=replace(self.conditions, notes={"weights": weights}))
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """How well one model classifies labelled images, and what it costs.
+
+    Attributes:
+        name, host, method, settings, parameters, macs, mac_ratio, tokens: As of a ``Cost``.
+        accuracy: Measured here.
+        published: What was published of the same model and settings, where a figure is known.
+    """
+
+    name: str
+    host: str | None
+    method: str | None
+    settings: Settings
+    parameters: int
+    macs: int
+    mac_ratio: float | None
+    tokens: Sequence[float] | None
+    accuracy: Accuracy
+    published: Published | None = None
+
+
+@dataclass(frozen=True)
+class EvaluationConditions:
+    """What an evaluation holds for.
+
+    Attributes:
+        batch_size: Images in a batch.
+        input_size: (channels, H, W) of an image.
+        device: Where it ran.
+        dtype: Of weights and images, without "torch.".
+        weights: Where the weights are from, and how they were trained.
+    """
+
+    batch_size: int
+    input_size: tuple[int, int, int]
+    device: str
+    dtype: str
+    weights: str | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How well models classify the same labelled images, with no measurement of speed; the first is the baseline."""
+
+    kind: ClassVar[str] = "accuracy"
+    machine: Machine
+    conditions: EvaluationConditions
+    models: Sequence[Evaluated]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from effvit.measure.values import BlockTime, Candidate, Conditions, Cost, Record, Tuning
+from effvit.measure.values import Accuracy, BlockTime, Candidate, Conditions, Cost, Evaluation, Record, Tuning
 from effvit.protocols import Settings
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "describe",
     "mean_and_range",
     "print_accuracies",
+    "print_evaluations",
     "print_record",
     "print_tuning",
     "settings_text",
@@ -115,6 +116,72 @@ def print_accuracies(console: Console, record: Record) -> None:
             end_section=number == 0,
         )
     console.print(table)
+
+
+def print_evaluations(console: Console, evaluations: Sequence[Evaluation]) -> None:
+    """Print how well models classify, beside what they cost and what was published of them, and what that comes to."""
+    models = [model for evaluation in evaluations for model in evaluation.models]
+    accuracy, conditions = models[0].accuracy, evaluations[0].conditions
+    table = Table(
+        title=f"{accuracy.metric} on {accuracy.data}, {accuracy.origin}",
+        title_justify="left",
+        caption=f"± one standard error; batch {conditions.batch_size}, {conditions.dtype}, {conditions.device}",
+        caption_justify="left",
+    )
+    table.add_column("model", no_wrap=True)
+    is_published = any(model.published for model in models)
+    for heading in (
+        "top-1 (%)",
+        *(["published (%)", "difference"] if is_published else []),
+        "images",
+        "GMACs",
+        "MAC ratio",
+    ):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for evaluation in evaluations:
+        for number, model in enumerate(evaluation.models):
+            own = model.accuracy
+            published = model.published
+            figures = (f"{published.value:.2f}", f"{own.value - published.value:+.2f}") if published else ("-", "-")
+            table.add_row(
+                model.name,
+                with_error(own),
+                *(figures if is_published else ()),
+                str(own.images),
+                f"{model.macs / 1e9:.4g}",
+                _number(model.mac_ratio),
+                end_section=number == len(evaluation.models) - 1 or number == 0,
+            )
+    console.print(table)
+    for line in [line for evaluation in evaluations for line in evaluation_lines(evaluation)]:
+        console.print(line, soft_wrap=True)
+
+
+def with_error(accuracy: Accuracy) -> str:
+    """An accuracy and its standard error, where that is known: "79.30 ± 0.18"."""
+    error = accuracy.standard_error
+    return f"{accuracy.value:.2f}" + ("" if error is None else f" ± {error:.2f}")
+
+
+def evaluation_lines(evaluation: Evaluation) -> list[str]:
+    """What an evaluation comes to, a sentence for each reduced model and each published figure."""
+    baseline = evaluation.models[0]
+    lines = []
+    for model in evaluation.models:
+        if model.host is not None and model.mac_ratio is not None:
+            points = model.accuracy.value - baseline.accuracy.value
+            gap = f"{abs(points):.2f} points {'above' if points > 0 else 'below'}" if points else "as accurate as"
+            lines.append(f"{model.name}: {gap} {model.host}, at {100 / model.mac_ratio:.1f} % of its multiply-adds")
+        if model.published is not None:
+            error = model.accuracy.standard_error
+            gap = abs(model.accuracy.value - model.published.value)
+            near = error is not None and gap <= 2 * error
+            where = "within two standard errors of" if near else "further than two standard errors from"
+            lines.append(
+                f"{model.name}: {where} the "
+                f"{model.published.value:g} % published ({model.published.data}; {model.published.source})"
+            )
+    return lines
 
 
 def mean_and_range(values: Sequence[float]) -> str:

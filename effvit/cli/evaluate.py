@@ -1,0 +1,305 @@
+"""``effvit evaluate``: top-1 of models and their reduced variants on labelled images, beside published figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from effvit.cli import options
+from effvit.cli.models import RANDOM_WEIGHTS, check_device, create, has_random_weights
+from effvit.cli.output import Lines, output, progress, say
+from effvit.cli.paper import ALL, PaperGroup, paper_groups
+from effvit.data.labelled import check_readable
+from effvit.data.opening import FORMS, open_labelled, open_unlabelled
+from effvit.data.preparation import data_config, load_images
+from effvit.measure.accuracy import with_accuracies
+from effvit.measure.costs import profile
+from effvit.measure.counting import Counts, KeptCounts
+from effvit.measure.evaluation import COST_IMAGES, EvaluationOptions, Selection, evaluate
+from effvit.measure.processes import Processes, joined
+from effvit.measure.records import add_record, as_json, as_object, read_records
+from effvit.measure.values import Evaluation, Record
+from effvit.measure.variants import build, list_variants, parse_setting, reduced
+from effvit.messages import one_line, plain
+from effvit.show.tables import print_accuracies, print_evaluations
+
+__all__ = ["add_command"]
+
+CALIBRATION_IMAGES = 512
+
+
+class Arguments(options.WeightArguments, options.MachineArguments):
+    """Parsed arguments of ``effvit evaluate``."""
+
+    model: str | None
+    data: Path
+    method: list[str]
+    settings: list[str]
+    paper: list[str]
+    checkpoints: Path | None
+    model_kwargs: list[str]
+    baseline: str | None
+    weights: str | None
+    limit: int | None
+    calibrate: Path | None
+    calibration_images: int
+    batch_size: int
+    workers: int
+    rounds: int
+    state: Path | None
+    every: int
+    json: Path | None
+
+
+def add_command(commands: options.Commands) -> None:
+    """Add the command's arguments; ``run`` of what is parsed is the function to call."""
+    command = commands.add_parser(
+        "evaluate",
+        parents=[options.weights(), options.entry(), options.settings(), options.machine()],
+        help="top-1 accuracy on labelled images",
+        description="Measure the top-1 accuracy of MODEL and its variants by --method, or repeat published figures.",
+    )
+    command.add_argument("model", nargs="?", metavar="MODEL", help="any name of timm; with --paper a pattern of names")
+    command.add_argument("--data", type=Path, required=True, metavar="PATH", help=FORMS)
+    command.add_argument("--method", nargs="+", default=[], metavar="NAME", help="methods to reduce MODEL with")
+    command.add_argument(
+        "--paper", nargs="+", default=[], metavar="NAME", help=f"methods, architectures or {ALL}: what was published"
+    )
+    command.add_argument(
+        "--checkpoints", type=Path, metavar="FOLDER", help="local weights for --paper, named after models"
+    )
+    command.add_argument("--model-kwargs", nargs="+", default=[], metavar="KEY=VALUE", help="of timm.create_model")
+    command.add_argument("--baseline", metavar="NAME", help="pretrained model to compare with in place of MODEL")
+    command.add_argument("--weights", metavar="TEXT", help="how the checkpoint was trained, put behind the names")
+    command.add_argument("--limit", type=int, metavar="N", help="only so many images, evenly spread over the set")
+    command.add_argument("--calibrate", type=Path, metavar="PATH", help="images for methods that learn thresholds")
+    command.add_argument("--calibration-images", type=int, default=CALIBRATION_IMAGES, metavar="N", help="of these")
+    command.add_argument("--batch-size", type=int, default=64)
+    command.add_argument("--workers", type=int, default=0, help="processes that read images (default: none)")
+    command.add_argument("--rounds", type=int, default=0, help="measure the speed too, in so many rounds")
+    command.add_argument("--state", type=Path, metavar="FILE", help="keep counts there, and go on from them")
+    command.add_argument("--every", type=int, default=20, metavar="N", help="batches after which counts are kept")
+    command.add_argument("--json", type=Path, metavar="FILE", help="add the record to the list there")
+    command.set_defaults(run=run_evaluate)
+
+
+def run_evaluate(arguments: Arguments) -> int:
+    """Print accuracies and write their record; returns 1 if a model with a published figure could not be had."""
+    check_arguments(arguments)
+    if arguments.json is not None and arguments.json.exists():
+        read_records(arguments.json)  # refused before the measurement, not after it
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    with joined(arguments.device) as processes:
+        groups = groups_of(arguments)
+        kept = KeptCounts(arguments.state, is_writer=processes.rank == 0)
+        kept.check_groups([group.name for group in groups])
+        selection = Selection.of(open_labelled(arguments.data), arguments.limit)
+        calibration = None
+        if arguments.calibrate is not None:
+            calibration = Selection.of(open_unlabelled(arguments.calibrate), arguments.calibration_images)
+        check_images(selection, calibration)
+        evaluations: list[Evaluation] = []
+        failures: dict[str, str] = {}
+        records: list[Evaluation | Record] = []
+        for group in groups:
+            models = made(group, processes, failures, is_paper=bool(arguments.paper))
+            if models is None:
+                continue
+            found = evaluated(models, group, selection, calibration, arguments, processes, kept)
+            evaluations.append(found)
+            if processes.rank == 0:
+                records.append(with_speed(found, models, selection, arguments) if arguments.rounds else found)
+        if processes.rank == 0:
+            report(arguments, evaluations, records, failures)
+        kept.close()
+    return int(bool(failures))
+
+
+def check_arguments(arguments: Arguments) -> None:
+    """Raise a ValueError for arguments that do not go together, or are out of range."""
+    check_device(arguments.device)
+    for name in ("batch_size", "every", "calibration_images"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
+    for name in ("workers", "rounds"):
+        if getattr(arguments, name) < 0:
+            raise ValueError(f"--{name} must be at least 0, got {getattr(arguments, name)}")
+    if not arguments.paper and arguments.model is None:
+        raise ValueError("name a MODEL, or with --paper what to repeat published figures of")
+    if arguments.settings and not arguments.method:
+        raise ValueError("settings belong to a method: name one with --method")
+    if arguments.checkpoints is not None and not arguments.paper:
+        raise ValueError("--checkpoints holds weights for --paper; of one MODEL they are given with --checkpoint FILE")
+    if arguments.paper:
+        own = ("method", "pretrained", "checkpoint", "key", "model_kwargs", "baseline", "weights", "rounds")
+        given = [name for name in own if getattr(arguments, name)]
+        if given:
+            raise ValueError(
+                f"--paper brings models, settings and weights along, so --{given[0].replace('_', '-')} has no place "
+                "beside it; leave out one of the two"
+            )
+
+
+def groups_of(arguments: Arguments) -> list[PaperGroup]:
+    """What is evaluated on the same images: MODEL with its variants, or the models behind published figures."""
+    if arguments.paper:
+        return paper_groups(arguments.paper, arguments.model or "*", arguments.checkpoints)
+    name = arguments.baseline or named(str(arguments.model), arguments)
+    return [PaperGroup(name, partial(models_of, arguments), {})]
+
+
+def named(name: str, arguments: Arguments) -> str:
+    """The name of a model followed by how its weights were trained, where that is said."""
+    return name if arguments.weights is None else f"{name}, {arguments.weights}"
+
+
+def models_of(arguments: Arguments) -> dict[str, nn.Module]:
+    """MODEL and its variants by name, after the baseline where one is named; further variants belong here."""
+    kwargs = dict(parse_setting(text, "--model-kwargs") for text in arguments.model_kwargs)
+    dense = create(str(arguments.model), arguments, options=kwargs)
+    variants = list_variants(arguments.method, [parse_setting(text) for text in arguments.settings])
+    found: dict[str, nn.Module] = {str(arguments.model): dense, **reduced(dense, variants)}
+    models = {named(name, arguments): model for name, model in found.items()}
+    if arguments.baseline is None:
+        return models
+    return {arguments.baseline: build(arguments.baseline, {}, pretrained=True).eval(), **models}
+
+
+def check_images(selection: Selection, calibration: Selection | None) -> None:
+    """Raise a ValueError if an image cannot be read, before anything is measured."""
+    chosen = [selection] if calibration is None else [selection, calibration]
+    with progress() as bars:
+        lines, total = Lines(bars), sum(len(part.indices) for part in chosen)
+        task = bars.add_task("looking at images", total=total)
+
+        def on_image() -> None:
+            bars.advance(task)
+            lines.now_and_then("looking at images")
+
+        for part in chosen:
+            check_readable(part.images, part.indices, on_image)
+
+
+def made(
+    group: PaperGroup, processes: Processes, failures: dict[str, str], is_paper: bool
+) -> dict[str, nn.Module] | None:
+    """The models of a group; None and an entry among the failures if a published one has no weights."""
+    models, reason = None, None
+    try:
+        models = group.make()
+    except (ValueError, OSError) as error:
+        if not is_paper:
+            raise
+        reason = one_line(error)
+    if processes.summed([int(models is None)])[0]:  # all leave it out, or none
+        failures[group.name] = reason or "another process could not make it"
+        return None
+    return models
+
+
+def evaluated(
+    models: dict[str, nn.Module],
+    group: PaperGroup,
+    selection: Selection,
+    calibration: Selection | None,
+    arguments: Arguments,
+    processes: Processes,
+    kept: KeptCounts,
+) -> Evaluation:
+    """The record of a group, with progress on the way."""
+    how = EvaluationOptions(
+        batch_size=arguments.batch_size,
+        dtype=getattr(torch, arguments.dtype),
+        workers=arguments.workers,
+        every=arguments.every,
+        processes=processes,
+        kept=kept,
+    )
+    total = len(selection.indices)
+    with progress() as bars:
+        lines = Lines(bars)
+        task = bars.add_task(group.name, total=total)
+
+        def on_counts(counts: Counts) -> None:
+            bars.update(task, completed=counts.seen)
+            first = next(iter(counts.right.values()))
+            if processes.rank == 0:
+                so_far = f"top-1 {100 * first / counts.seen:.2f} % so far"
+                lines.now_and_then(f"{group.name}: {counts.seen} of {total} images, {so_far}")
+
+        try:
+            return evaluate(
+                models,
+                selection,
+                how,
+                calibration=calibration,
+                weights=weights_text(arguments),
+                published=group.published,
+                also={"model-kwargs": as_json(sorted(arguments.model_kwargs))},
+                on_counts=on_counts,
+            )
+        except KeyboardInterrupt:
+            say(interrupted(arguments.state))
+            raise
+
+
+def weights_text(arguments: Arguments) -> str | None:
+    """What a record says of the weights."""
+    if arguments.weights is not None or arguments.paper:
+        return arguments.weights
+    if arguments.checkpoint is not None:
+        return plain(arguments.checkpoint.name)
+    return "pretrained" if arguments.pretrained else "random weights"
+
+
+def interrupted(state: Path | None) -> str:
+    """What becomes of an evaluation that was stopped."""
+    if state is None:
+        return "nothing of the evaluation is kept; with --state FILE it would go on from there"
+    return f"the same command goes on from {plain(state)}"
+
+
+def with_speed(found: Evaluation, models: dict[str, nn.Module], selection: Selection, arguments: Arguments) -> Record:
+    """A record of costs with measured speed, and the accuracies found."""
+    first = next(iter(models.values()))
+    sample = load_images(first, [selection.images.read(index) for index in selection.indices[:COST_IMAGES]])
+    record = profile(
+        models,
+        data_config(first)["input_size"],
+        arguments.batch_size,
+        images=sample,
+        image_names=[f"{len(sample)} images of {plain(selection.images.place)}"],
+        rounds=arguments.rounds,
+        threads=arguments.threads,
+        device=arguments.device,
+        dtype=getattr(torch, arguments.dtype),
+    )
+    accuracies = {model.name: model.accuracy.value for model in found.models}
+    return with_accuracies(record.with_weights(arguments.weights), accuracies, selection.text, len(selection.indices))
+
+
+def report(
+    arguments: Arguments,
+    evaluations: Sequence[Evaluation],
+    records: Sequence[Evaluation | Record],
+    failures: dict[str, str],
+) -> None:
+    """Print the tables and write the records."""
+    console = output()
+    if not arguments.paper and has_random_weights(arguments):
+        console.print(f"{arguments.model} has {RANDOM_WEIGHTS}", style="yellow")
+    if evaluations:
+        print_evaluations(console, evaluations)
+    for record in records:
+        if isinstance(record, Record):
+            print_accuracies(console, record)
+    for name, reason in failures.items():
+        console.print(f"not measured: {name}: {reason}", style="yellow", soft_wrap=True)
+    if arguments.json is not None:
+        for record in records:
+            add_record(arguments.json, as_object(record))
