@@ -35,6 +35,7 @@ FAST = {
     "test_images.py",
     "test_imports.py",
     "test_kernels.py",
+    "test_labelled.py",
     "test_messages.py",
     "test_pictures.py",
     "test_plots.py",

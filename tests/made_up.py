@@ -74,6 +74,40 @@ def made_up_profile(**changes: Any) -> dict[str, Any]:
     }
 
 
+def made_up_evaluation(**changes: Any) -> dict[str, Any]:
+    """As ``effvit evaluate`` writes it without a measurement of speed."""
+    dense = {
+        "name": "host_a",
+        "host": None,
+        "method": None,
+        "settings": {},
+        "parameters": 5_000_000,
+        "macs": 2_000_000_000,
+        "mac_ratio": 1.0,
+        "tokens": [16.0, 16.0],
+        "accuracy": {"value": 80.0, "metric": "top-1", "data": "a set", "origin": "made up", "images": 1600},
+    }
+    reduced = {
+        "name": "tome r=8",
+        "host": "host_a",
+        "method": "tome",
+        "settings": {"r": 8},
+        "macs": 1_000_000_000,
+        "mac_ratio": 2.0,
+        "tokens": [16.0, 8.0],
+        "accuracy": {**dense["accuracy"], "value": 75.0},
+        "published": {"value": 76.5, "data": "a set", "source": "a <made-up> paper"},
+    }
+    return {
+        "schema": 1,
+        "kind": "accuracy",
+        "machine": made_up_profile()["machine"],
+        "conditions": {"batch_size": 4, "input_size": [3, 64, 64], "device": "cpu", "dtype": "float32"},
+        "models": [dense, {**dense, **reduced}],
+        **changes,
+    }
+
+
 def made_up_tokens(**changes: Any) -> dict[str, Any]:
     file = BytesIO()
     Image.new("RGB", (32, 16), (200, 100, 0)).save(file, "PNG")

@@ -26,6 +26,18 @@ def test_accuracy_of_no_images_is_refused() -> None:
         top1({"model": torch.nn.Identity()}, [])
 
 
+def test_scores_that_are_not_finite_are_refused() -> None:
+    with pytest.raises(ValueError, match="the scores of model must be finite, but hold NaN or infinity; use --dtype"):
+        top1({"model": torch.nn.Identity()}, [(torch.tensor([[0.0, float("nan")]]), torch.tensor([0]))])
+
+
+def test_standard_error_is_that_of_a_share() -> None:
+    """sqrt(p (1 - p) / n): 0.3 points at 90 % of 10,000 images."""
+    assert Accuracy(90.0, "top-1", "a set", "made up", 10_000).standard_error == pytest.approx(0.3)
+    assert Accuracy(100.0, "top-1", "a set", "made up", 10).standard_error == 0
+    assert Accuracy(90.0, "top-1", "a set", "made up").standard_error is None
+
+
 def test_record_gets_the_accuracies_of_its_models_with_their_origin() -> None:
     models = [made_up_model("host_a", None, 1.0), made_up_model("tome r=8", "tome", 1.2)]
     record = profile_of(made_up_profile(models=models))

@@ -47,7 +47,7 @@ def test_readme_shows_the_measured_overhead() -> None:
         ("docs/dense.md", "training", "compare_training", "composites_cpu.json"),
         ("docs/dense.md", "vit", "compare_training", "composites_vit_cpu.json"),
         ("docs/dense.md", "garments", "compare_training", "garments_cpu.json"),
-        ("docs/accuracy.md", "accuracy", "evaluate", "fashion_accuracy_cpu.json"),
+        ("docs/accuracy.md", "accuracy", "make_accuracy_page", "fashion_accuracy_cpu.json"),
         ("docs/accuracy.md", "masks", "evaluate_masks", "mobilesam_cpu.json"),
         ("docs/profile.md", "check", "check_profiler", "profiler_check_cpu.json"),
         ("docs/profile.md", "tune", "check_tune", "tune_cpu.json"),
@@ -57,7 +57,7 @@ def test_pages_show_the_measured_tables(document: str, name: str, tool: str, rec
     if tool == "compare_training":
         pytest.importorskip("mmengine")
     path = ROOT / "docs/benchmarks" / record
-    measured = read_profiles(path) if tool == "evaluate" else json.loads(path.read_text())
+    measured = read_profiles(path) if tool == "make_accuracy_page" else json.loads(path.read_text())
     assert shown_table(document, name) == load_tool(tool).table(measured)
 
 

@@ -1,8 +1,9 @@
-"""The ViT whose weights the package has, the script that measures accuracy and the one that exports weights."""
+"""The ViT whose weights the package has, the command that measures accuracy and the script that exports weights."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,27 +11,28 @@ import numpy as np
 import pytest
 import timm
 import torch
+from labelled_sets import write_fashion, write_folders, write_handed_out
 from PIL import Image
 from scripts import load_tool
-from torchvision.datasets import FakeData
 
 import effvit
+from effvit.cli import main
 from effvit.data.preparation import data_config, load_images
-from effvit.measure.records import read_profiles
+from effvit.measure.records import read_profiles, read_results
+from effvit.show.pictures import fashion_pictures
 from effvit.show.tables import mean_and_range
 from effvit.show.visualize import token_figure
 
 NANO = "vit_nano_patch4_28"
 
 
-@pytest.fixture
-def pictures(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The script on sixteen pictures of noise."""
-    tool = load_tool("evaluate")
-    data = FakeData(16, (1, 28, 28), 10, transform=None)
-    grey = [(image.convert("L"), label) for image, label in (data[index] for index in range(16))]
-    monkeypatch.setattr(tool, "load_pictures", lambda *_: grey)
-    return tool
+COMMAND = ["evaluate", NANO, "--pretrained", "--data"]
+
+
+@pytest.fixture(scope="module")
+def fashion(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package's images of Fashion-MNIST in folders named by the numbers of their classes."""
+    return write_fashion(tmp_path_factory.mktemp("fashion") / "ten")
 
 
 class TestWeights:
@@ -64,72 +66,141 @@ class TestWeights:
         assert token_figure(model, Image.new("L", (28, 28), 90)).mode == "RGB"
 
 
-class TestEvaluate:
-    def test_record_holds_accuracies_beside_costs(self, pictures: Any, tmp_path: Path, capsys: Any) -> None:
+class TestCommand:
+    def test_accuracies_are_those_of_the_models_scores(self, fashion: Path, tmp_path: Path, capsys: Any) -> None:
+        """The expectation comes from the scores themselves, all images in one batch."""
         path = tmp_path / "new" / "accuracy.json"
-        command = [NANO, "--pretrained", "--data", "fashion_mnist", "--method", "evit", "dymu", "--rounds", "1"]
-        command += ["--set", "keep_rate=0.5", "--set", "r_total=12", "--batch-size", "4", "--json", str(path)]
-        assert pictures.main([*command, "--limit", "8"]) == 2
-        assert "the set has 16 pictures, cannot take 512 of them" in capsys.readouterr().err
-        pictures.CALIBRATION_IMAGES = 16
-        assert pictures.main([*command, "--limit", "8"]) == 0
-        (record,) = json.loads(path.read_text())
-        assert capsys.readouterr().out.splitlines() == pictures.table(read_profiles(path))
-        assert [m["name"] for m in record["models"]] == [NANO, "evit keep_rate=0.5", "dymu r_total=12"]
-        for model in record["models"]:
-            assert model["accuracy"]["data"] == "fashion_mnist test, 8 pictures"
-            assert 0 <= model["accuracy"]["value"] <= 100
+        command = [*COMMAND, str(fashion), "--method", "evit", "tome", "--set", "keep_rate=0.5", "--set", "r=3"]
+        assert main([*command, "--batch-size", "7", "--json", str(path)]) == 0
+        dense = timm.create_model(NANO, pretrained=True).eval()
+        pictures = fashion_pictures().values()
+        images = load_images(dense, [picture.image for picture in pictures])
+        labels = torch.tensor([picture.label for picture in pictures])
+        models = {NANO: dense, "evit keep_rate=0.5": effvit.sparsify(dense, "evit", keep_rate=0.5)}
+        models["tome r=3"] = effvit.sparsify(dense, "tome", r=3)
+        (record,) = read_results(path)
+        assert record["kind"] == "accuracy"
+        printed = capsys.readouterr().out
+        for entry, (name, model) in zip(record["models"], models.items(), strict=True):
+            with torch.no_grad():
+                right = int((model.eval()(images).argmax(-1) == labels).sum())
+            assert (entry["name"], entry["accuracy"]["images"]) == (name, 60)
+            assert entry["accuracy"]["value"] == 100 * right / 60
+            assert entry["macs"] == effvit.count_flops(model, (1, 28, 28)).total
+            share = right / 60
+            assert f"{100 * share:.2f} ± {100 * (share * (1 - share) / 60) ** 0.5:.2f}" in printed
+        assert f"evit keep_rate=0.5: {models_gap(record):.2f} points below {NANO}, at" in printed
 
-    def test_records_of_one_baseline_share_a_table(self, pictures: Any, tmp_path: Path) -> None:
+    def test_report_shows_the_record(self, fashion: Path, tmp_path: Path) -> None:
+        path, page = tmp_path / "accuracy.json", tmp_path / "report.html"
+        assert main([*COMMAND, str(fashion), "--limit", "10", "--json", str(path)]) == 0
+        assert main(["report", str(path), "--out", str(page)]) == 0
+        assert f'"data":"{fashion}, 10 images of 60"' in page.read_text()
+
+    def test_rounds_measure_speed_in_a_record_for_plots(self, fashion: Path, tmp_path: Path) -> None:
         path = tmp_path / "accuracy.json"
+        command = [*COMMAND, str(fashion), "--limit", "8", "--rounds", "1", "--batch-size", "4", "--json", str(path)]
         for method in ("evit", "tome"):
-            command = [NANO, "--data", "fashion_mnist", "--method", method, "--rounds", "1", "--batch-size", "4"]
-            assert pictures.main([*command, "--json", str(path)]) == 0
-        rows = pictures.table(read_profiles(path))[2:]
+            assert main([*command, "--method", method]) == 0
+        records = read_profiles(path)
+        rows = load_tool("make_accuracy_page").table(records)[2:]
         assert [row.split(" | ")[0] for row in rows] == [f"| {name}" for name in (NANO, "evit", "tome")]
+        assert records[0].models[0].accuracy is not None
+        assert records[0].models[0].accuracy.images == 8
 
-    def test_trained_model_of_other_keywords_stands_beside_a_baseline(self, pictures: Any, tmp_path: Path) -> None:
+    def test_trained_model_of_other_keywords_stands_beside_a_baseline(self, fashion: Path, tmp_path: Path) -> None:
         options = {"img_size": 28, "patch_size": 4, "in_chans": 1, "num_classes": 10, "embed_dim": 24}
         stvit = timm.create_model("stvit_deit_tiny_patch16_224", **options)
         torch.save({"state_dict": stvit.state_dict()}, tmp_path / "epoch_4.pth")
-        command = ["stvit_deit_tiny_patch16_224", "--checkpoint", str(tmp_path / "epoch_4.pth")]
+        command = ["evaluate", "stvit_deit_tiny_patch16_224", "--checkpoint", str(tmp_path / "epoch_4.pth")]
         command += ["--model-kwargs", *(f"{key}={value}" for key, value in options.items()), "--baseline", NANO]
-        command += [
-            "--weights",
-            "4 epochs",
-            "--data",
-            "fashion_mnist",
-            "--rounds",
-            "1",
-            "--batch-size",
-            "4",
-            "--json",
-            str(tmp_path / "a.json"),
-        ]
-        assert pictures.main(command) == 0
+        command += ["--weights", "4 epochs", "--data", str(fashion), "--limit", "10"]
+        assert main([*command, "--json", str(tmp_path / "a.json")]) == 0
         baseline, trained = json.loads((tmp_path / "a.json").read_text())[0]["models"]
         assert (baseline["name"], trained["name"]) == (NANO, "stvit_deit_tiny_patch16_224, 4 epochs")
         assert trained["macs"] == effvit.count_flops(stvit.eval(), (1, 28, 28)).total
         assert trained["mac_ratio"] == baseline["macs"] / trained["macs"]
 
-    def test_keyword_that_is_not_json_is_refused(self, pictures: Any, capsys: Any) -> None:
-        command = [NANO, "--data", "fashion_mnist", "--model-kwargs", "img_size=big"]
-        assert pictures.main(command) == 2
-        assert "--model-kwargs img_size=big: 'big' is not JSON" in capsys.readouterr().err
-
-    def test_weights_trained_otherwise_follow_the_names(self, pictures: Any, tmp_path: Path) -> None:
+    def test_weights_trained_otherwise_follow_the_names(self, fashion: Path, tmp_path: Path) -> None:
         path = tmp_path / "accuracy.json"
-        command = [NANO, "--data", "fashion_mnist", "--rounds", "1", "--batch-size", "4", "--json", str(path)]
-        assert pictures.main([*command, "--method", "evit"]) == 0
-        assert pictures.main([*command, "--method", "evit", "--weights", "fine-tuned"]) == 0
+        command = [*COMMAND, str(fashion), "--limit", "4", "--rounds", "1", "--batch-size", "4", "--json", str(path)]
+        assert main([*command, "--method", "evit"]) == 0
+        assert main([*command, "--method", "evit", "--weights", "fine-tuned"]) == 0
         first, second = json.loads(path.read_text())
         assert [record["conditions"]["weights"] for record in (first, second)] == [None, "fine-tuned"]
-        rows = pictures.table(read_profiles(path))[2:]
+        rows = load_tool("make_accuracy_page").table(read_profiles(path))[2:]
         assert [row.split(" | ")[0] for row in rows] == [f"| {NANO}", "| evit", "| evit, fine-tuned"]
 
-    def test_missing_pictures_are_named(self, tmp_path: Path, capsys: Any) -> None:
-        assert load_tool("evaluate").main([NANO, "--data", "fashion_mnist", "--root", str(tmp_path)]) == 2
-        assert "fetch it: python tools/get_data.py fashion_mnist" in capsys.readouterr().err
+    def test_thresholds_are_learnt_on_images_without_labels(self, fashion: Path, tmp_path: Path, capsys: Any) -> None:
+        command = [*COMMAND, str(fashion), "--method", "dymu", "--set", "r_total=12", "--limit", "10"]
+        assert main(command) == 2
+        assert (
+            "dymu r_total=12 must be calibrated on images before it can run; name a folder" in capsys.readouterr().err
+        )
+        assert main([*command, "--calibrate", str(fashion)]) == 2
+        assert "has 60 images, cannot take 512 of them; ask for 1 to 60" in capsys.readouterr().err
+        path = tmp_path / "a.json"
+        calibration = ["--calibrate", str(fashion), "--calibration-images", "30"]
+        assert main([*command, *calibration, "--json", str(path)]) == 0
+        (record,) = read_results(path)
+        assert record["models"][1]["macs"] < record["models"][0]["macs"]
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--model-kwargs", "img_size=big"], "--model-kwargs img_size=big: 'big' is not JSON"),
+            (["--limit", "61"], "has 60 images, cannot take 61 of them; ask for 1 to 60"),
+            (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+            (["--workers", "-1"], "--workers must be at least 0, got -1"),
+            (["--set", "r=2"], "settings belong to a method: name one with --method"),
+            (["--checkpoints", "x"], "--checkpoints holds weights for --paper; of one MODEL they are given with"),
+            (["--paper", "tome"], "--paper brings models, settings and weights along, so --pretrained has no place"),
+            (["--device", "tpu7"], "unknown device 'tpu7'"),
+        ],
+    )
+    def test_arguments_that_do_not_go_together_are_refused(
+        self, fashion: Path, capsys: Any, arguments: list[str], message: str
+    ) -> None:
+        assert main([*COMMAND, str(fashion), *arguments]) == 2
+        assert message in capsys.readouterr().err
+
+    def test_model_or_paper_must_be_named(self, fashion: Path, capsys: Any) -> None:
+        assert main(["evaluate", "--data", str(fashion)]) == 2
+        assert "name a MODEL, or with --paper what to repeat" in capsys.readouterr().err
+
+    def test_unreadable_images_stop_it_before_anything_is_measured(self, tmp_path: Path, capsys: Any) -> None:
+        folder = write_fashion(tmp_path / "ten")
+        (folder / "3" / "dress-2.png").write_bytes(b"no image")
+        assert main([*COMMAND, str(folder)]) == 2
+        assert re.search(r"1 of 60 images of .* none is skipped\. The first: .*dress-2\.png", capsys.readouterr().err)
+
+    def test_models_of_other_classes_do_not_share_labels(self, fashion: Path, capsys: Any) -> None:
+        command = ["evaluate", NANO, "--model-kwargs", "num_classes=12", "--baseline", NANO, "--data", str(fashion)]
+        assert main(command) == 2
+        assert f"--baseline {NANO} has the name of a model beside it; say with --weights" in capsys.readouterr().err
+        assert main([*command, "--weights", "untrained"]) == 2
+        assert "models that share labels must have the same classes, got" in capsys.readouterr().err
+
+    def test_subset_of_imagenet_takes_the_columns_of_its_classes(self, tmp_path: Path) -> None:
+        """A head that always says class 217 is right on the folder of its WordNet id alone."""
+        model = timm.create_model(NANO, num_classes=1000)
+        torch.nn.init.zeros_(model.head.weight)
+        torch.nn.init.zeros_(model.head.bias)
+        model.head.bias.data[217] = 1
+        torch.save(model.state_dict(), tmp_path / "says_217.pth")
+        path = tmp_path / "a.json"
+        command = ["evaluate", NANO, "--model-kwargs", "num_classes=1000", "--json", str(path)]
+        command += ["--checkpoint", str(tmp_path / "says_217.pth"), "--data"]
+        assert main([*command, str(write_folders(tmp_path / "val"))]) == 0
+        (tmp_path / "root").mkdir()
+        assert main([*command, str(write_handed_out(tmp_path / "root"))]) == 0
+        assert [record["models"][0]["accuracy"]["value"] for record in read_results(path)] == [100 / 3, 100 / 3]
+
+
+def models_gap(record: Any) -> float:
+    """Points between the first two models."""
+    first, second = (model["accuracy"]["value"] for model in record["models"][:2])
+    return float(first - second)
 
 
 class TestExport:

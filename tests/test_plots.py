@@ -45,7 +45,7 @@ def test_each_method_and_training_has_a_line_by_multiply_adds(records: list[Reco
 
 
 def test_records_without_accuracies_are_refused(records: list[Record]) -> None:
-    with pytest.raises(ValueError, match=r"needs the accuracy of the first model and of one more; tools/evaluate\.py"):
+    with pytest.raises(ValueError, match=r"needs the accuracy of the first model and of one more; effvit evaluate"):
         accuracy_lines([profile_of(made_up_profile())])
     with pytest.raises(ValueError, match="of the first model and of one more"):
         accuracy_lines([replace(records[0], models=records[0].models[:1])])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_up import made_up_model, made_up_profile, made_up_tokens
+from made_up import made_up_evaluation, made_up_model, made_up_profile, made_up_tokens
 
 from effvit.cli import main
 from effvit.measure.json_files import LARGEST_FILE, read_json, replace_json, write_json
@@ -188,8 +188,27 @@ class TestFields:
 
     @pytest.mark.parametrize("kind", [[], {}, None, 1, "tune", "\x1b"])
     def test_other_kind_is_named(self, kind: Any) -> None:
-        with pytest.raises(ValueError, match="must have \"schema\": 1 and \"kind\": 'profile' or 'tokens', got"):
+        with pytest.raises(ValueError, match="\"kind\": 'profile' or 'accuracy' or 'tokens', got"):
             check_record({"schema": 1, "kind": kind}, "a.json, record 0")
+
+    @pytest.mark.parametrize(
+        ("place", "value", "message"),
+        [
+            (("models", 0, "accuracy", "images"), 0, r'models 0, accuracy: "images" must be a whole number from 1'),
+            (("models", 1, "published", "value"), 101, r'models 1, published: "value" must be a number from 0 to 100'),
+            (("models", 1, "macs"), None, r'models 1: "macs" must be a whole number'),
+            (("conditions", "weights"), 3, r'conditions: "weights" must be a text'),
+        ],
+    )
+    def test_evaluation_is_checked_too(self, place: tuple[Any, ...], value: Any, message: str) -> None:
+        record: Any = made_up_evaluation()
+        check_record(record, "a.json, record 0")
+        owner = record
+        for key in place[:-1]:
+            owner = owner[key]
+        owner[place[-1]] = value
+        with pytest.raises(ValueError, match=message):
+            check_record(record, "a.json, record 0")
 
     def test_tuning_is_checked_too(self) -> None:
         check_record(made_up_tuning(), "a.json", ("tune",))
@@ -233,7 +252,7 @@ class TestMutations:
         draw, path, page = random.Random(0), tmp_path / "results.json", tmp_path / "report.html"
         made, refused = 0, []
         for _ in range(400):
-            record = mutated(draw.choice([made_up_profile(), made_up_tokens()]), draw)
+            record = mutated(draw.choice([made_up_profile(), made_up_evaluation(), made_up_tokens()]), draw)
             path.write_text(json.dumps([record]))
             try:
                 write_report([path], page)

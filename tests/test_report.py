@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_up import made_up_model, made_up_profile, made_up_tokens
+from made_up import made_up_evaluation, made_up_model, made_up_profile, made_up_tokens
 from PIL import Image
 
 from effvit.cli import main
@@ -38,7 +38,7 @@ class TestRecords:
             ("[NaN]", "NaN is not a number a page can read"),
             ("[]", "must hold a list of records, at least one, got list"),
             ('{"models": []}', "must hold a list of records, at least one, got dict"),
-            ("[3]", r'record 0 must have "schema": 1 and "kind": \'profile\' or \'tokens\', got 3'),
+            ("[3]", r'record 0 must have "schema": 1 and "kind": \'profile\' or .* or \'tokens\', got 3'),
             ('[{"schema": 2, "kind": "profile"}]', r"got \{'schema': 2, 'kind': 'profile'\}; measure again"),
             ('[{"schema": 1, "kind": "sound"}]', r"got \{'schema': 1, 'kind': 'sound'\}"),
             ('[{"schema": 1, "kind": "profile", "models": []}]', "record 0 lacks conditions, machine; measure again"),
@@ -227,6 +227,15 @@ class TestBrowser:
         assert "accuracy (%), more is better" in dom
         assert "71.5 (top-1, a set, made up)" in dom
         assert "2 of 3 models lack one of the two numbers" in dom
+
+    def test_evaluations_stand_beside_published_figures(self, tmp_path):
+        """The standard errors are sqrt(p (1 - p) / n): 1 point at 80 % of 1600 images, 1.08 at 75 %."""
+        page = tmp_path / "report.html"
+        write_report([results(tmp_path, made_up_evaluation())], page)
+        dom = dom_of(page)
+        assert "80.00 ± 1.00" in dom
+        assert "75.00 ± 1.08" in dom
+        assert "<td>76.50</td><td>-1.50</td>" in dom
 
     def test_each_of_many_methods_has_its_own_look(self, tmp_path):
         others = [made_up_model(f"method_{i}", f"method_{i}", 1.1 + i / 10) for i in range(13)]

@@ -1,6 +1,6 @@
 """Write the table of docs/accuracy.md and its plot, docs/images/fashion_accuracy.svg, from the measured records.
 
-python tools/make_accuracy_page.py           # after tools/evaluate.py --json docs/benchmarks/fashion_accuracy_cpu.json
+python tools/make_accuracy_page.py           # after effvit evaluate --rounds 10 --json of the records
 python tools/make_accuracy_page.py --check   # name what is stale, exit with 1 if anything is
 """
 
@@ -12,20 +12,38 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from evaluate import table
 from marked_table import put_table
 
+from effvit.measure.accuracy import shown_models
 from effvit.measure.records import read_profiles
 from effvit.measure.values import Record
 from effvit.messages import run_command
 from effvit.show.plots import plot_accuracy
+from effvit.show.tables import mean_and_range
 
-__all__ = ["main", "origin", "page"]
+__all__ = ["main", "origin", "page", "table"]
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = "docs/benchmarks/fashion_accuracy_cpu.json"
 PAGE = "docs/accuracy.md"
 PLOT = "docs/images/fashion_accuracy.svg"
+
+
+def table(records: Sequence[Record]) -> list[str]:
+    """Lines of a Markdown table of records; speed-ups refer to the first model of the same record."""
+    lines = ["| model | top-1 (%) | MMACs | MAC ratio | speed-up | tokens left |", "|---|---|---|---|---|---|"]
+    for cost, _, accuracies in shown_models(records):
+        low, high = cost.interval
+        cells = [
+            cost.name,
+            mean_and_range(accuracies),
+            f"{cost.macs / 1e6:.1f}",
+            f"{cost.mac_ratio:.2f}",
+            f"{cost.speedup:.2f} ({low:.2f} to {high:.2f})",
+            f"{cost.tokens[-1]:.1f}" if cost.tokens else "-",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def page(text: str, records: Sequence[Record]) -> str:

@@ -167,6 +167,11 @@ def models_of(arguments: Arguments) -> dict[str, nn.Module]:
     models = {named(name, arguments): model for name, model in found.items()}
     if arguments.baseline is None:
         return models
+    if arguments.baseline in models:
+        raise ValueError(
+            f"--baseline {arguments.baseline} has the name of a model beside it; say with --weights TEXT how the other "
+            "was trained"
+        )
     return {arguments.baseline: build(arguments.baseline, {}, pretrained=True).eval(), **models}
 
 

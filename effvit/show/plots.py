@@ -75,7 +75,9 @@ def accuracy_lines(records: Iterable[Record]) -> list[Line]:
             key = model.method or model.name, weights
             lines.setdefault(key, Line(model.method, weights)).models.append(model)
     if not shown or shown[0].model.accuracy is None or len(lines) < 2:
-        raise ValueError("a plot needs the accuracy of the first model and of one more; tools/evaluate.py measures it")
+        raise ValueError(
+            "a plot needs the accuracy of the first model and of one more; effvit evaluate --rounds measures it"
+        )
     for line in lines.values():
         line.models.sort(key=lambda model: model.macs)
     places: list[str | None] = [None, *METHODS]

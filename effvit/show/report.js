@@ -300,6 +300,37 @@ function tuneTable(record) {
     make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": `Search on ${record.host}` }, table)];
 }
 
+function errorText(accuracy) {
+  const share = accuracy.value / 100, n = accuracy.images;
+  return accuracy.value.toFixed(2) + (n ? ` ± ${(100 * Math.sqrt(share * (1 - share) / n)).toFixed(2)}` : "");
+}
+
+function evaluationTable(record) {
+  const c = record.conditions, first = record.models[0], published = record.models.some((model) => model.published);
+  const figures = published ? ["published (%)", "difference"] : [];
+  const heads = ["model", `${first.accuracy.metric} (%)`, ...figures, "images", "GMACs", "MAC ratio", "tokens left"];
+  const body = record.models.map((model) => {
+    const known = model.published, gap = known && model.accuracy.value - known.value;
+    const cells = published ? [known ? known.value.toFixed(2) : "–", known ? `${gap < 0 ? "" : "+"}${gap.toFixed(2)}` : "–"] : [];
+    const title = known ? { title: `${known.data}; ${known.source}` } : {};
+    return make("tr", title, make("th", { scope: "row", class: "text" }, model.name),
+      ...[errorText(model.accuracy), ...cells, model.accuracy.images ?? "–", number(model.macs / 1e9, 4),
+        text(model.mac_ratio, 3), text(model.tokens?.at(-1), 4)].map((cell) => make("td", {}, String(cell))));
+  });
+  const head = heads.map((name, i) => make("th", { scope: "col", class: i < 1 ? "text" : "" }, name));
+  const size = `${c.input_size[1]} × ${c.input_size[2]}`, extras = c.weights ? [c.weights] : [];
+  const how = [first.accuracy.data, first.accuracy.origin, `batch ${c.batch_size}`, c.dtype, c.device, size, ...extras];
+  const table = make("table", {}, make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...body));
+  return [make("p", {}, `${how.join(", ")}; ${machineText(record.machine)}`),
+    make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": `Accuracy of ${first.name}` }, table)];
+}
+
+function renderEvaluations() {
+  const evaluations = records.filter((record) => record.kind === "accuracy");
+  byId("evaluated").hidden = !evaluations.length;
+  byId("evaluations").replaceChildren(...evaluations.flatMap(evaluationTable));
+}
+
 function renderSearches() {
   const searches = records.filter((record) => record.kind === "tune");
   byId("tuned").hidden = !searches.length;
@@ -360,6 +391,7 @@ window.addEventListener("resize", () => {
 
 byId("cards").replaceChildren(...cards.map(([, card]) => card));
 renderFacts();
+renderEvaluations();
 renderSearches();
 readState();
 render();

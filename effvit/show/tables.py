@@ -170,8 +170,8 @@ def evaluation_lines(evaluation: Evaluation) -> list[str]:
     for model in evaluation.models:
         if model.host is not None and model.mac_ratio is not None:
             points = model.accuracy.value - baseline.accuracy.value
-            gap = f"{abs(points):.2f} points {'above' if points > 0 else 'below'}" if points else "as accurate as"
-            lines.append(f"{model.name}: {gap} {model.host}, at {100 / model.mac_ratio:.1f} % of its multiply-adds")
+            place = f"{abs(points):.2f} points {'above' if points > 0 else 'below'}" if points else "as accurate as"
+            lines.append(f"{model.name}: {place} {model.host}, at {100 / model.mac_ratio:.1f} % of its multiply-adds")
         if model.published is not None:
             error = model.accuracy.standard_error
             gap = abs(model.accuracy.value - model.published.value)

@@ -79,7 +79,7 @@ def _of_pairs(facts: dict[str, Any]) -> list[Speed]:
 
 
 def profiles() -> list[Path]:
-    """The files that ``effvit profile --json`` and tools/evaluate.py wrote: lists of records."""
+    """The files that ``effvit profile --json`` and ``effvit evaluate --json`` wrote: lists of records."""
     return [path for path in sorted(BENCHMARKS.glob("*.json")) if isinstance(read(path), list)]
 
 
