@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -107,6 +108,14 @@ class TestResume:
         stop_after(None)
         assert main([*command, "--state", str(state), "--json", str(out)]) == 0
         assert accuracies(out) == uninterrupted
+
+    def test_a_long_silence_is_broken(self, command: list[str], capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        now = itertools.count(step=11.0)
+        monkeypatch.setattr("effvit.cli.output.monotonic", lambda: next(now))
+        assert main([*command, "--every", "6"]) == 0
+        lines = capsys.readouterr().err.splitlines()
+        assert lines[0] == "looking at images"
+        assert [line.partition(",")[0] for line in lines[-2:]] == [f"{NANO}: {n} of 60 images" for n in (30, 60)]
 
     def test_without_a_file_nothing_is_kept(self, command: list[str], stop_after: Any, capsys: Any) -> None:
         stop_after(1)
@@ -218,7 +227,7 @@ class TestProcesses:
         state, out = tmp_path / "state.json", tmp_path / "two.json"
         stop_after(3)
         assert main([*command, "--state", str(state)]) == 130
-        done = torchrun([*command, "--state", str(state), "--json", str(out)])
+        done = torchrun([*command, "--workers", "1", "--state", str(state), "--json", str(out)])
         assert done.returncode == 0, done.stderr
         assert accuracies(out) == uninterrupted
         assert not state.exists()

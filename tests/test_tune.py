@@ -491,7 +491,7 @@ class TestCommand:
 
     def test_a_long_silence_is_broken(self, grey: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         now = itertools.count(step=11.0)
-        monkeypatch.setattr("effvit.cli.tune.monotonic", lambda: next(now))
+        monkeypatch.setattr("effvit.cli.output.monotonic", lambda: next(now))
         assert main(["tune", "deit_tiny_patch16_224", str(grey), *COMMAND, *SMALL]) == 0
         said = capsys.readouterr().err
         assert "settings: measuring" in said

@@ -122,9 +122,8 @@ def print_evaluations(console: Console, evaluations: Sequence[Evaluation]) -> No
     """Print how well models classify, beside what they cost and what was published of them, and what that comes to."""
     models = [model for evaluation in evaluations for model in evaluation.models]
     accuracy, conditions = models[0].accuracy, evaluations[0].conditions
+    console.print(f"{accuracy.metric} on {accuracy.data}, {accuracy.origin}", soft_wrap=True)
     table = Table(
-        title=f"{accuracy.metric} on {accuracy.data}, {accuracy.origin}",
-        title_justify="left",
         caption=f"± one standard error; batch {conditions.batch_size}, {conditions.dtype}, {conditions.device}",
         caption_justify="left",
     )
