@@ -156,6 +156,11 @@ class TestCommand:
             (["--checkpoints", "x"], "--checkpoints holds weights for --paper; of one MODEL they are given with"),
             (["--paper", "tome"], "--paper brings models, settings and weights along, so --pretrained has no place"),
             (["--device", "tpu7"], "unknown device 'tpu7'"),
+            pytest.param(
+                ["--device", "cuda"],
+                "device 'cuda' asks for CUDA, but torch finds none here; use 'cpu'",
+                marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA"),
+            ),
         ],
     )
     def test_arguments_that_do_not_go_together_are_refused(

@@ -11,6 +11,7 @@ from torch import nn
 import effvit
 from effvit.cli.options import WeightArguments
 from effvit.data.preparation import data_config
+from effvit.measure.profiler import present_device
 from effvit.measure.variants import build
 from effvit.protocols import Settings, Size
 
@@ -53,9 +54,9 @@ def has_random_weights(arguments: WeightArguments) -> bool:
 
 
 def check_device(name: str) -> None:
-    """Raise a ValueError unless torch knows a device of that name."""
+    """Raise a ValueError unless torch knows a device of that name, and finds CUDA where it asks for it."""
     try:
-        torch.device(name)
+        present_device(name)
     except RuntimeError as error:
         raise ValueError(f"unknown device {name!r}; use e.g. cpu, cuda or cuda:1") from error
 

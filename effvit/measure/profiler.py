@@ -38,6 +38,7 @@ __all__ = [
     "median_interval",
     "median_ratio",
     "noise",
+    "present_device",
     "profile_models",
     "setup_of",
 ]
@@ -153,6 +154,14 @@ def fill_batch(images: Tensor, batch_size: int) -> Tensor:
     return images[torch.arange(batch_size) % len(images)]
 
 
+def present_device(device: str | torch.device) -> torch.device:
+    """The device; a ValueError for a CUDA device on a machine without."""
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {str(device)!r} asks for CUDA, but torch finds none here; use 'cpu'")
+    return device
+
+
 def profile_models(
     models: Mapping[str, nn.Module],
     input_size: tuple[int, int, int],
@@ -208,9 +217,7 @@ def profile_models(
             raise ValueError(f"{name} must be at least 1, got {value}")
     if precision is not None and not precision > 0:
         raise ValueError(f"precision must be above 0, a share of the speed-up such as 0.02, got {precision}")
-    device = torch.device(device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {str(device)!r} asks for CUDA, but torch finds none here; use 'cpu'")
+    device = present_device(device)
     if cuda_graphs and device.type != "cuda":
         raise ValueError(f"cuda_graphs needs a CUDA device, got {str(device)!r}")
     if images is None:
