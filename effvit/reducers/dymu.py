@@ -248,8 +248,8 @@ def apply_merge(x: Tensor, tokens: TokenMap, merge: Merge, packed: bool) -> tupl
         lengths=merge.lengths,
     )
     source, destination, kept = rows_in_sequence(tokens, source, destination, kept)
-    rows = x.flatten(0, 1).clone()
-    move_shares(rows, rows.index_select(0, source), destination, share)
+    rows = x.flatten(0, 1)
+    rows = move_shares(rows.clone(), rows.index_select(0, source), destination, share)
     x = take_rows(rows.unsqueeze(0), left.pack(kept) if packed else kept)
     return official_division(x, size, merge.official), left
 

@@ -62,8 +62,9 @@ def merge_sizes(size: Tensor, gain: Tensor, destination: Tensor) -> tuple[Tensor
     return size, (gain / size.index_select(0, destination)).unsqueeze(1)
 
 
-def move_shares(x: Tensor, moved: Tensor, destination: Tensor, share: Tensor) -> None:
-    """Make rows of x means with what is merged into them, in place.
+@fx_leaf
+def move_shares(x: Tensor, moved: Tensor, destination: Tensor, share: Tensor) -> Tensor:
+    """x, of which the rows that something is merged into have become means with it, in place.
 
     A row takes a share of the difference, so two equal ones merge without any rounding.
 
@@ -75,4 +76,4 @@ def move_shares(x: Tensor, moved: Tensor, destination: Tensor, share: Tensor) ->
     """
     if share.dtype != x.dtype:
         share = share.to(x.dtype)
-    x.index_add_(0, destination, (moved - x.index_select(0, destination)) * share)
+    return x.index_add_(0, destination, (moved - x.index_select(0, destination)) * share)

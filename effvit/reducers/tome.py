@@ -156,10 +156,9 @@ def merge_tokens(
     source = torch.add(matching.merged, images, alpha=length).flatten()  # (B * r,)
     destination = torch.add(matching.into, images, alpha=kept.shape[1]).flatten()  # (B * r,) of the new sequence
     x = x.flatten(0, 1)
-    sizes = x.new_ones(len(x), dtype=wide_dtype(x.dtype)) if size is None else size.flatten()
+    sizes = x.new_ones(x.shape[0], dtype=wide_dtype(x.dtype)) if size is None else size.flatten()
     new_sizes, share = merge_sizes(sizes.index_select(0, rows), sizes.index_select(0, source), destination)
-    new = x.index_select(0, rows)
-    move_shares(new, x.index_select(0, source), destination, share)
+    new = move_shares(x.index_select(0, rows), x.index_select(0, source), destination, share)
     return new.view(*kept.shape, -1), new_sizes.view(kept.shape)
 
 
