@@ -5,7 +5,9 @@ overhead. All models run interleaved, each once a round in random order; a figur
 ratio within a round, with its bootstrap 95 % interval.
 
     python tools/benchmark_overhead.py --rounds 40 --json overhead.json
+    python tools/benchmark_overhead.py --img-size 1024 --batch-size 1 --rounds 5
     python tools/benchmark_overhead.py --images pictures --only dymu
+    python tools/benchmark_overhead.py --training --rounds 10
     python tools/benchmark_overhead.py --device cuda --dtype bfloat16 --batch-size 128
 """
 
@@ -54,6 +56,21 @@ def pictures(model: nn.Module, batch_size: int) -> Tensor:
     return images.repeat(-(-batch_size // len(images)), 1, 1, 1)[:batch_size]
 
 
+class TrainingStep(nn.Module):
+    """Runs a model forwards and backwards, and keeps no gradient."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        with torch.inference_mode(False), torch.enable_grad():
+            scores: Tensor = self.model(images)
+            scores.square().mean().backward()
+        self.model.zero_grad(set_to_none=True)
+        return scores.detach()
+
+
 def sharpen(dense: nn.Module, factor: float) -> None:
     """Multiply the query weights, so that random attention is uneven enough for ATS to adapt to the image."""
     with torch.no_grad():
@@ -82,6 +99,7 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="deit_small_patch16_224", help="timm name of a plain ViT")
+    parser.add_argument("--img-size", type=int, metavar="SIDE", help="of square images; default: the model's")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=40, help="10 give about +-7 %%, 20 +-5 %%")
     parser.add_argument("--threads", type=int, default=1)
@@ -91,15 +109,19 @@ def main() -> None:
     parser.add_argument(
         "--images", default="noise", choices=("noise", "pictures"), help="pictures differ in how many tokens they need"
     )
+    parser.add_argument("--compile", action="store_true", help="run every model through effvit.compile")
+    parser.add_argument("--training", action="store_true", help="run forwards and backwards")
     parser.add_argument("--only", default="", help="run the configurations whose name contains this")
     parser.add_argument("--json", type=Path, help="write figures, samples, machine and versions here")
     args = parser.parse_args()
 
     console = Console()
     torch.manual_seed(0)
-    dense = timm.create_model(args.model).eval()
+    size_options = {} if args.img_size is None else {"img_size": args.img_size}
+    dense = timm.create_model(args.model, **size_options).eval()
     sharpen(dense, args.sharpen)
-    size = data_config(dense)["input_size"]
+    channels, *own_size = data_config(dense)["input_size"]
+    size = (channels, *([args.img_size] * 2 if args.img_size else own_size))
     images = pictures(dense, args.batch_size) if args.images == "pictures" else noise(size, args.batch_size)
     models: dict[str, nn.Module] = {"dense": dense}
     counts: dict[str, list[int]] = {}
@@ -112,12 +134,18 @@ def main() -> None:
             models[name] = model
             models[f"ideal {name}"] = IdealViT(dense, counts[name])
 
-    measured = measure(
-        console, models, images, args.rounds, threads=args.threads, device=args.device, dtype=getattr(torch, args.dtype)
-    )
+    if args.training:
+        models = {name: TrainingStep(model) for name, model in models.items()}
+    options = {"threads": args.threads, "device": args.device, "compile": args.compile}
+    measured = measure(console, models, images, args.rounds, dtype=getattr(torch, args.dtype), **options)
     by_name = {m.name: m for m in measured}
 
-    conditions = f"{args.images}, batch {args.batch_size}, {args.dtype}, {args.device}, {args.threads} thread(s)"
+    step = ("compiled " if args.compile else "") + ("forward and backward" if args.training else "forward")
+    sides = "x".join(map(str, size[1:]))
+    conditions = (
+        f"{step}, {sides}, {args.images}, batch {args.batch_size}, {args.dtype}, {args.device}, "
+        f"{args.threads} thread(s)"
+    )
     table = Table(title=f"{args.model}, {conditions}")
     for column in (
         "method",
@@ -125,6 +153,8 @@ def main() -> None:
         "images/s",
         "speed-up",
         "ideal speed-up",
+        "peak memory",
+        "ideal memory",
         "efficiency",
         "95 % interval",
     ):
@@ -133,13 +163,19 @@ def main() -> None:
     for name in counts:
         own, ideal = by_name[name], by_name[f"ideal {name}"]
         share, interval = median_ratio(ideal.seconds, own.seconds)
-        rows.append({"name": name, "counts": counts[name], "efficiency": share, "interval": interval})
+        memory = {key: m.peak_memory / measured[0].peak_memory for key, m in (("memory", own), ("ideal_memory", ideal))}
+        speeds = {"speedup": own.speedup, "ideal_speedup": ideal.speedup}
+        rows.append(
+            {"name": name, "counts": counts[name], "efficiency": share, "interval": interval, **speeds, **memory}
+        )
         table.add_row(
             name,
             str(counts[name][-1]),
             f"{own.images_per_second:.2f}",
             f"{own.speedup:.2f}",
             f"{ideal.speedup:.2f}",
+            f"{memory['memory']:.2f}",
+            f"{memory['ideal_memory']:.2f}",
             f"{share:.3f}",
             f"{interval[0]:.3f} to {interval[1]:.3f}",
         )
