@@ -18,6 +18,7 @@ from scripts import load_tool
 import effvit
 from effvit.cli import main
 from effvit.data.preparation import data_config, load_images
+from effvit.measure.controls import Resized, control_of, resolution_control
 from effvit.measure.records import read_profiles, read_results
 from effvit.show.pictures import fashion_pictures
 from effvit.show.tables import mean_and_range
@@ -91,6 +92,52 @@ class TestCommand:
             assert f"{100 * share:.2f} ± {100 * (share * (1 - share) / 60) ** 0.5:.2f}" in printed
         assert f"evit keep_rate=0.5: {models_gap(record):.2f} points below {NANO}, at" in printed
 
+    def test_controls_stand_behind_the_method_they_belong_to(self, fashion: Path, tmp_path: Path) -> None:
+        """The expectation comes from the calls of Python that make the same controls."""
+        path = tmp_path / "accuracy.json"
+        command = [*COMMAND, str(fashion), "--method", "evit", "tome", "--set", "keep_rate=0.5", "--set", "r=3"]
+        controls = ["--control", "random", "uniform", "resolution", "--seeds", "0", "4"]
+        assert main([*command, *controls, "--json", str(path)]) == 0
+        (record,) = read_results(path)
+        entries = {entry["name"]: entry for entry in record["models"]}
+        labels = ("random, seed 0", "random, seed 4", "uniform", "resolution")
+        names = [NANO]
+        for name in ("evit keep_rate=0.5", "tome r=3"):
+            names += [name, *(f"{name}, control {label}" for label in labels)]
+        assert list(entries) == names
+
+        dense = timm.create_model(NANO, pretrained=True).eval()
+        pictures = fashion_pictures().values()
+        images = load_images(dense, [picture.image for picture in pictures])
+        labels_of_images = torch.tensor([picture.label for picture in pictures])
+        cheap = effvit.sparsify(dense, "evit", keep_rate=0.5).eval()
+        smaller = resolution_control(dense, entries["evit keep_rate=0.5"]["macs"])
+        expected = {
+            "random, seed 4": control_of(cheap, "random", seed=4),
+            "uniform": control_of(cheap, "uniform"),
+            "resolution": Resized(smaller.model, smaller.size),
+        }
+        for label, model in expected.items():
+            entry = entries[f"evit keep_rate=0.5, control {label}"]
+            with torch.no_grad():
+                right = int((model.eval()(images).argmax(-1) == labels_of_images).sum())
+            assert entry["accuracy"]["value"] == 100 * right / 60
+        assert entries["evit keep_rate=0.5, control uniform"]["tokens"] == entries["evit keep_rate=0.5"]["tokens"]
+        with_resizing = entries["evit keep_rate=0.5, control resolution"]["macs"]
+        assert smaller.macs <= with_resizing < 1.001 * smaller.macs
+
+    def test_controls_of_counts_that_depend_on_the_image(self, fashion: Path, tmp_path: Path) -> None:
+        """The control keeps the mean counts, rounded; its speed is measured beside."""
+        path = tmp_path / "accuracy.json"
+        command = [*COMMAND, str(fashion), "--limit", "20", "--method", "ats", "--control", "random", "resolution"]
+        assert main([*command, "--rounds", "1", "--batch-size", "10", "--json", str(path)]) == 0
+        (record,) = read_profiles(path)
+        _, ats, control, smaller = record.models
+        assert ats.tokens is not None
+        assert control.tokens == [round(count) for count in ats.tokens]
+        assert smaller.macs <= ats.macs
+        assert smaller.accuracy is not None
+
     def test_report_shows_the_record(self, fashion: Path, tmp_path: Path) -> None:
         path, page = tmp_path / "accuracy.json", tmp_path / "report.html"
         assert main([*COMMAND, str(fashion), "--limit", "10", "--json", str(path)]) == 0
@@ -153,6 +200,19 @@ class TestCommand:
             (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
             (["--workers", "-1"], "--workers must be at least 0, got -1"),
             (["--set", "r=2"], "settings belong to a method: name one with --method"),
+            (["--control", "random"], "a control belongs to a method: name one with --method"),
+            (
+                ["--paper", "tome", "--control", "random"],
+                "--paper brings models, settings and weights along, so --cont",
+            ),
+            (
+                ["--method", "evit", "--control", "uniform", "--baseline", NANO],
+                "a control is of the first model, which --baseline puts another in place of",
+            ),
+            (
+                ["--method", "expedite", "--set", "restore_at=8", "--control", "uniform", "--limit", "2"],
+                "a control has no features to give back to the patches it dropped",
+            ),
             (["--checkpoints", "x"], "--checkpoints holds weights for --paper; of one MODEL they are given with"),
             (["--paper", "tome"], "--paper brings models, settings and weights along, so --pretrained has no place"),
             (["--device", "tpu7"], "unknown device 'tpu7'"),

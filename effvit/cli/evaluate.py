@@ -17,6 +17,7 @@ from effvit.data.labelled import check_readable
 from effvit.data.opening import FORMS, open_labelled, open_unlabelled
 from effvit.data.preparation import data_config, load_images
 from effvit.measure.accuracy import with_accuracies
+from effvit.measure.controls import CONTROLS, with_controls
 from effvit.measure.costs import profile
 from effvit.measure.counting import Counts, KeptCounts
 from effvit.measure.evaluation import COST_IMAGES, EvaluationOptions, Selection, evaluate
@@ -45,6 +46,8 @@ class Arguments(options.WeightArguments, options.MachineArguments):
     baseline: str | None
     weights: str | None
     limit: int | None
+    control: list[str]
+    seeds: list[int]
     calibrate: Path | None
     calibration_images: int
     batch_size: int
@@ -66,6 +69,14 @@ def add_command(commands: options.Commands) -> None:
     command.add_argument("model", nargs="?", metavar="MODEL", help="any name of timm; with --paper a pattern of names")
     command.add_argument("--data", type=Path, required=True, metavar="PATH", help=FORMS)
     command.add_argument("--method", nargs="+", default=[], metavar="NAME", help="methods to reduce MODEL with")
+    command.add_argument(
+        "--control",
+        nargs="+",
+        default=[],
+        choices=CONTROLS,
+        help="beside each method: its token counts chosen without a look at the image, or MODEL on smaller images",
+    )
+    command.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="of the random controls")
     command.add_argument(
         "--paper", nargs="+", default=[], metavar="NAME", help=f"methods, architectures or {ALL}: what was published"
     )
@@ -133,10 +144,14 @@ def check_arguments(arguments: Arguments) -> None:
         raise ValueError("name a MODEL, or with --paper what to repeat published figures of")
     if arguments.settings and not arguments.method:
         raise ValueError("settings belong to a method: name one with --method")
+    if arguments.control and not (arguments.method or arguments.paper):
+        raise ValueError("a control belongs to a method: name one with --method")
+    if arguments.control and arguments.baseline is not None:
+        raise ValueError("a control is of the first model, which --baseline puts another in place of; leave out one")
     if arguments.checkpoints is not None and not arguments.paper:
         raise ValueError("--checkpoints holds weights for --paper; of one MODEL they are given with --checkpoint FILE")
     if arguments.paper:
-        own = ("method", "pretrained", "checkpoint", "key", "model_kwargs", "baseline", "weights", "rounds")
+        own = ("method", "control", "pretrained", "checkpoint", "key", "model_kwargs", "baseline", "weights", "rounds")
         given = [name for name in own if getattr(arguments, name)]
         if given:
             raise ValueError(
@@ -245,6 +260,8 @@ def evaluated(
                 calibration=calibration,
                 weights=weights_text(arguments),
                 published=group.published,
+                controls=arguments.control,
+                seeds=arguments.seeds,
                 also={"model-kwargs": as_json(sorted(arguments.model_kwargs))},
                 on_counts=on_counts,
             )
@@ -274,7 +291,7 @@ def with_speed(found: Evaluation, models: dict[str, nn.Module], selection: Selec
     first = next(iter(models.values()))
     sample = load_images(first, [selection.images.read(index) for index in selection.indices[:COST_IMAGES]])
     record = profile(
-        models,
+        with_controls(models, arguments.control, sample, arguments.seeds),
         data_config(first)["input_size"],
         arguments.batch_size,
         images=sample,

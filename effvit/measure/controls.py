@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from math import prod
 from typing import NamedTuple, Protocol, cast
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effvit.block import copy_shared, set_child
 from effvit.hosts.host import HOST_CLASSES, ReducedHost, sparsify
 from effvit.hosts.surface import Reduced, patch_grid
 from effvit.measure.closed_form import closed_form_macs
+from effvit.measure.flops import count_flops
 from effvit.measure.ideal import mean_counts
 from effvit.protocols import PatchEmbedding, Setting, Size
 from effvit.reducers import METHODS, Reducer
-from effvit.reducers.static_selection import StaticSelection
+from effvit.reducers.static_selection import Random, StaticSelection
 from effvit.schedule import check_choice, check_number
 
-__all__ = ["ResolutionControl", "control_of", "place_of", "resolution_control"]
+__all__ = [
+    "CONTROLS",
+    "Resized",
+    "ResolutionControl",
+    "control_names",
+    "control_of",
+    "place_of",
+    "resolution_control",
+    "with_controls",
+]
+
+STATIC = [name for name, method in METHODS.items() if issubclass(method, StaticSelection)]
+RESOLUTION = "resolution"
+CONTROLS = [*STATIC, RESOLUTION]
+"""What ``with_controls`` can put beside a model."""
 
 STEPS = {"block": "before", "queries": "pick", "mlp": "reduce"}
 """Place of a control -> the step of a ``Reducer`` that drops tokens there."""
@@ -80,7 +98,7 @@ def control_of(
         raise TypeError(
             f"a control follows a plain ViT that effvit.sparsify has reduced by a method, got a {type(model).__name__}"
         )
-    check_choice("method", method, [name for name, known in METHODS.items() if issubclass(known, StaticSelection)])
+    check_choice("method", method, STATIC)
     drops = drops_of(model, images)
     places = {block: place_of(model.reducers[block]) for block in drops}
     if len(set(places.values())) > 1:
@@ -92,6 +110,88 @@ def control_of(
     schedule |= {"place": next(iter(places.values()), "block")}
     control = sparsify(bare, method, recover=model.recover, share=share, **schedule, **settings)
     return cast(ReducedHost, control)
+
+
+def control_names(names: Sequence[str], controls: Sequence[str], seeds: Sequence[int] = (0,)) -> dict[str, str]:
+    """{name of a control: name of the model it belongs to} for models other than the first, which is dense.
+
+    Args:
+        names: Of the models, the dense one first.
+        controls: Some of CONTROLS.
+        seeds: A random control for each.
+
+    Raises:
+        ValueError: No control of that name.
+    """
+    for control in controls:
+        check_choice("control", control, CONTROLS)
+    labels = [
+        f"{control}, seed {seed}" if control == Random.name else control
+        for control in controls
+        for seed in (seeds if control == Random.name else seeds[:1])
+    ]
+    return {f"{name}, control {label}": name for name in names[1:] for label in labels}
+
+
+def with_controls(
+    models: Mapping[str, nn.Module], controls: Sequence[str], images: Tensor, seeds: Sequence[int] = (0,)
+) -> dict[str, nn.Module]:
+    """The models, each followed by its controls, named as ``control_names`` says.
+
+    Args:
+        models: Name -> model, the dense one first and the others reduced forms of it; calibrated.
+        controls: Some of CONTROLS: "random", "uniform", or "resolution" for the dense model on smaller images.
+        images: (B, channels, H, W) that token counts and multiply-adds are means over where they depend on the image.
+        seeds: Of the random controls.
+
+    Raises:
+        TypeError, ValueError: A model without such a control, see ``control_of`` and ``resolution_control``.
+    """
+    dense = next(iter(models.values()))
+    owners = control_names(list(models), controls, seeds)
+    found: dict[str, nn.Module] = {}
+    for name, model in models.items():
+        found[name] = model
+        for control in (control for control, owner in owners.items() if owner == name):
+            kind, _, seed = control.removeprefix(f"{name}, control ").partition(", seed ")
+            if kind == RESOLUTION:
+                found[control] = smaller(dense, model, images)
+            else:
+                adapts = isinstance(model, ReducedHost) and model.variable_length
+                order = partial(control_of, seed=int(seed)) if seed else control_of
+                found[control] = order(model, kind, images=images if adapts else None)
+    return found
+
+
+def smaller(dense: nn.Module, model: nn.Module, images: Tensor) -> Resized:
+    """The resolution control of a reduced model, for images (B, channels, H, W) of the dense model's size."""
+    adapts = isinstance(model, Reduced) and model.variable_length
+    channels, height, width = images.shape[1:]
+    macs = count_flops(model, (channels, height, width), images=images if adapts else None).total
+    control = resolution_control(dense, macs)
+    return Resized(control.model, control.size)
+
+
+class Resized(nn.Module):
+    """A classifier that is handed images of another size than it takes.
+
+    Attributes:
+        model: The classifier.
+        size: (H, W) of the images it takes, to which all are resized, bicubically and with antialiasing.
+    """
+
+    def __init__(self, model: nn.Module, size: Size) -> None:
+        super().__init__()
+        self.model = model
+        self.size = size
+        self.num_classes = model.num_classes
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores (B, num_classes) of images (B, channels, H, W) of any size."""
+        if tuple(x.shape[-2:]) != tuple(self.size):
+            x = F.interpolate(x, self.size, mode="bicubic", antialias=True)
+        scores: Tensor = self.model(x)
+        return scores
 
 
 def drops_of(model: ReducedHost, images: Tensor | None) -> dict[int, int]:

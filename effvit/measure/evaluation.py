@@ -14,6 +14,7 @@ from effvit.data.labelled import LabelledImages, digest, spread
 from effvit.data.preparation import data_config, image_transform
 from effvit.hosts.calibration import calibrate, needs_calibration
 from effvit.hosts.surface import Reduced
+from effvit.measure.controls import control_names, with_controls
 from effvit.measure.costs import is_reduced, macs_of, tokens_by_block
 from effvit.measure.counting import Counts, KeptCounts, Prepared, count_right
 from effvit.measure.processes import Processes
@@ -83,6 +84,8 @@ def evaluate(
     calibration: Selection | None = None,
     weights: str | None = None,
     published: Mapping[str, Published] | None = None,
+    controls: Sequence[str] = (),
+    seeds: Sequence[int] = (0,),
     also: Mapping[str, Json] | None = None,
     on_counts: Callable[[Counts], None] = lambda counts: None,
 ) -> Evaluation:
@@ -95,6 +98,9 @@ def evaluate(
         calibration: Images without labels for methods that learn from them.
         weights: What the record says of the weights.
         published: Name -> what was published of the model.
+        controls: What is evaluated beside every reduced form of the first model, some of
+            ``effvit.measure.controls.CONTROLS``.
+        seeds: Of random controls.
         also: What must be the same too if counts go on from a file.
         on_counts: Called with the counts as they grow.
 
@@ -102,8 +108,8 @@ def evaluate(
         The record, with the models in their order.
 
     Raises:
-        ValueError: Classes that are not the models', a method that needs images to calibrate on, counts in the file
-            that hold for something else, or as ``count_right``.
+        ValueError: Classes that are not the models', a method that needs images to calibrate on or has no such control,
+            counts in the file that hold for something else, or as ``count_right``.
     """
     baseline, dense = next(iter(models.items()))
     input_size = data_config(dense)["input_size"]
@@ -122,12 +128,15 @@ def evaluate(
         "calibration": None if calibration is None else digest(calibration.images, calibration.indices),
         **(also or {}),
     }
-    before = options.kept.begin(baseline, conditions, models)
+    beside = control_names(list(models), controls, seeds)
+    names = [each for name in models for each in (name, *(c for c, owner in beside.items() if owner == name))]
+    before = options.kept.begin(baseline, conditions, names)
     device = options.processes.device
     for model in models.values():
         model.eval()
     calibrate_all(models, dense, calibration, device)
     sample = sample_of(images)
+    models = with_controls(models, controls, sample, seeds)
     macs = {name: macs_of(model, input_size, sample).total for name, model in models.items()}
     tokens = {name: tokens_by_block(model, sample) for name, model in models.items()}
     for model in models.values():
