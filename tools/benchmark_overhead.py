@@ -71,6 +71,19 @@ class TrainingStep(nn.Module):
         return scores.detach()
 
 
+def table(record: Mapping[str, Any]) -> list[str]:
+    """Lines of a Markdown table of what ``--json`` wrote; memory is that of the dense model."""
+    columns = ("method", "tokens left", "speed-up", "ideal speed-up", "memory", "efficiency", "95 % interval")
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for row in record["results"]:
+        low, high = row["interval"]
+        figures = (row["speedup"], row["ideal_speedup"], row["memory"])
+        cells = [row["name"], str(row["counts"][-1]), *(f"{figure:.2f}" for figure in figures)]
+        cells += [f"{row['efficiency']:.3f}", f"{low:.3f} to {high:.3f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def sharpen(dense: nn.Module, factor: float) -> None:
     """Multiply the query weights, so that random attention is uneven enough for ATS to adapt to the image."""
     with torch.no_grad():
@@ -111,7 +124,13 @@ def main() -> None:
     )
     parser.add_argument("--compile", action="store_true", help="run every model through effvit.compile")
     parser.add_argument("--training", action="store_true", help="run forwards and backwards")
-    parser.add_argument("--only", default="", help="run the configurations whose name contains this")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[""],
+        metavar="TEXT",
+        help="run what has one of these in its name",
+    )
     parser.add_argument("--json", type=Path, help="write figures, samples, machine and versions here")
     args = parser.parse_args()
 
@@ -126,7 +145,7 @@ def main() -> None:
     models: dict[str, nn.Module] = {"dense": dense}
     counts: dict[str, list[int]] = {}
     for name, (method, settings) in CONFIGURATIONS.items():
-        if args.only.lower() in name.lower():
+        if any(text.lower() in name.lower() for text in args.only):
             model = effvit.sparsify(dense, method, **settings).eval()
             if METHODS[method].learns:
                 effvit.calibrate(model, [images])
