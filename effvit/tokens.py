@@ -21,7 +21,7 @@ from typing import NamedTuple, ParamSpec, Protocol, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx import Proxy, _symbolic_trace
+from torch.fx import Proxy
 
 from effvit.recording import count_in_graph, graphs_count, is_recorded
 
@@ -71,11 +71,12 @@ def fx_leaf(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def leaf(*args: P.args, **kwargs: P.kwargs) -> R:
-        if _symbolic_trace._is_fx_tracing_flag:  # asked first: these functions run many times a block
-            for argument in args:
-                placeholder = argument.trail.patches if isinstance(argument, TokenMap) else argument
-                if isinstance(placeholder, Proxy):
-                    return placeholder.tracer.create_proxy("call_function", leaf, args, kwargs)
+        for argument in args:
+            if type(argument) is Tensor:  # as nearly all are, at every call
+                continue
+            placeholder = argument.trail.patches if isinstance(argument, TokenMap) else argument
+            if isinstance(placeholder, Proxy):
+                return placeholder.tracer.create_proxy("call_function", leaf, args, kwargs)
         return function(*args, **kwargs)
 
     return leaf
