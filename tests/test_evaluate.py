@@ -279,6 +279,25 @@ class TestExport:
         for name, value in model.state_dict().items():
             assert torch.equal(again.state_dict()[name], value)
 
+    def test_training_starts_from_the_blocks_of_a_trained_model(self, tmp_path: Path, capsys: Any) -> None:
+        """The expectation comes from both models, made by timm."""
+        path = tmp_path / "new" / "start.pth"
+        assert load_tool("start_weights").main(["vit_nano_patch8_96", "--like", NANO, "--out", str(path)]) == 0
+        random = "pos_embed, patch_embed.proj.weight, head.weight, head.bias"
+        assert f"148 of 152 tensors from {NANO}; random: {random}" in capsys.readouterr().out
+        state = torch.load(path, weights_only=True)["state_dict"]
+        torch.manual_seed(0)
+        model = timm.create_model("vit_nano_patch8_96")
+        own, former = model.state_dict(), timm.create_model(NANO, pretrained=True).state_dict()
+        model.load_state_dict(state)
+        assert torch.equal(state["blocks.7.attn.qkv.weight"], former["blocks.7.attn.qkv.weight"])
+        assert torch.equal(state["pos_embed"], own["pos_embed"])
+
+    def test_training_does_not_start_from_what_fits_nowhere(self, tmp_path: Path, capsys: Any) -> None:
+        command = ["deit_tiny_patch16_224", "--like", NANO, "--out", str(tmp_path / "start.pth")]
+        assert load_tool("start_weights").main(command) == 2
+        assert "take one of its width and depth" in capsys.readouterr().err
+
     def test_checkpoint_of_another_model_is_refused(self, tmp_path: Path, capsys: Any) -> None:
         torch.save({"state_dict": {"head.weight": torch.zeros(1)}}, tmp_path / "epoch_1.pth")
         command = [str(tmp_path / "epoch_1.pth"), "--model", NANO, "--out", str(tmp_path / "a.safetensors")]

@@ -14,8 +14,10 @@ model = dict(
     data_preprocessor=dict(num_classes=25, mean=[127.5, 127.5, 127.5], std=[63.75, 63.75, 63.75]),
 )
 
+load_from = "work_dirs/vit-nano_start.pth"  # tools/start_weights.py vit_nano_patch8_96 --like vit_nano_patch4_28
+
 train_dataloader = dict(
-    batch_size=128,
+    batch_size=64,
     num_workers=0,
     sampler=dict(type="FreshSampler"),
     dataset=dict(type="CutoutScenes", split="train", length=20_480, data_root=None),
@@ -41,7 +43,7 @@ optim_wrapper = dict(
     paramwise_cfg=dict(custom_keys={"cls_token": dict(decay_mult=0.0), "pos_embed": dict(decay_mult=0.0)}),
     clip_grad=dict(max_norm=1.0),
 )
-auto_scale_lr = dict(base_batch_size=128)
+auto_scale_lr = dict(base_batch_size=64)
 train_cfg = dict(by_epoch=True, max_epochs=48, val_interval=4)
 param_scheduler = [dict(type="LinearLR", start_factor=1e-3, by_epoch=False, begin=0, end=160)]
 default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=1, max_keep_ckpts=3))
