@@ -196,9 +196,9 @@ def has_gradient(q: Tensor) -> bool:
 
     False for what is exported or traced, where a map that is applied and summed costs less than both apart.
     """
-    if not (torch.is_grad_enabled() and q.requires_grad):
+    if not torch.is_grad_enabled() or (is_recorded(q) and not torch.compiler.is_dynamo_compiling()):
         return False
-    return torch.compiler.is_dynamo_compiling() or not is_recorded(q)
+    return q.requires_grad
 
 
 def sum_in_pieces(state: AttnState, weigh: Tensor | None, out: Tensor | None) -> MapSums:

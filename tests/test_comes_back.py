@@ -470,7 +470,9 @@ class TestSettings:
         model = effvit.sparsify(dense, method, **SETTINGS[method]).eval()
         assert_equal_outputs(model, again(model, dense))
 
-    @pytest.mark.parametrize("method", [method for method in SETTINGS if method not in ("tome", "dymu", "expedite")])
+    @pytest.mark.parametrize(
+        "method", [method for method in SETTINGS if method not in ("tome", "dymu", "expedite", "random", "uniform")]
+    )
     def test_reducer_taken_out_by_hand_shows_in_the_settings(self, method: str) -> None:
         dense = make_host("class_token")
         model: Any = effvit.sparsify(dense, method, **SETTINGS[method]).eval()
@@ -478,6 +480,14 @@ class TestSettings:
         model.blocks[first].reducer = None
         assert model.settings["reduce_at"] == others
         assert_equal_outputs(model, again(model, dense))
+
+    @pytest.mark.parametrize("method", ["random", "uniform"])
+    def test_counts_that_depend_on_a_reducer_taken_out_by_hand_are_an_error(self, method: str) -> None:
+        """The second block keeps int(N r^2) patches whether or not the first reduces; no setting says so."""
+        model: Any = effvit.sparsify(make_host("class_token"), method, **SETTINGS[method])
+        model.blocks[next(iter(model.reducers))].reducer = None
+        with pytest.raises(ValueError, match=f"changed by hand, and no settings of {method} describe them"):
+            _ = model.settings
 
     def test_change_by_hand_that_no_setting_describes_is_an_error(self) -> None:
         model: Any = make_model("tome", "class_token")

@@ -30,6 +30,7 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, PARAM_SCHEDULERS, init_default_scope
 from mmengine.structures import PixelData
+from mmpretrain.registry import MODELS as CLASSIFIERS
 from mmpretrain.structures import DataSample
 from mmseg.structures import SegDataSample
 from torch import nn
@@ -300,7 +301,7 @@ def test_detectors_on_garments_know_the_classes_of_the_set() -> None:
 def test_classifiers_of_cutouts_know_the_classes_of_the_set() -> None:
     config = load_config(ROOT / "configs/mmpretrain/cutouts/vit-nano_cutouts.py")
     assert config.model.num_classes == config.model.data_preprocessor.num_classes == len(CLASSES)
-    assert MODELS.build(config.model).model.num_classes == len(CLASSES)
+    assert CLASSIFIERS.build(config.model).model.num_classes == len(CLASSES)
 
 
 def test_small_configs_are_configs() -> None:
