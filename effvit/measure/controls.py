@@ -15,7 +15,7 @@ from effvit.block import copy_shared, set_child
 from effvit.hosts.host import HOST_CLASSES, ReducedHost, sparsify
 from effvit.hosts.surface import Reduced, patch_grid
 from effvit.measure.closed_form import closed_form_macs
-from effvit.measure.flops import count_flops
+from effvit.measure.costs import macs_of
 from effvit.measure.ideal import mean_counts
 from effvit.protocols import PatchEmbedding, Setting, Size
 from effvit.reducers import METHODS, Reducer
@@ -112,31 +112,37 @@ def control_of(
     return cast(ReducedHost, control)
 
 
-def control_names(names: Sequence[str], controls: Sequence[str], seeds: Sequence[int] = (0,)) -> dict[str, str]:
-    """{name of a control: name of the model it belongs to} for models other than the first, which is dense.
-
-    Args:
-        names: Of the models, the dense one first.
-        controls: Some of CONTROLS.
-        seeds: A random control for each.
-
-    Raises:
-        ValueError: No control of that name.
-    """
+def labelled(controls: Sequence[str], seeds: Sequence[int]) -> dict[str, tuple[str, int | None]]:
+    """{what a control is called: (control, seed)}; a random one for each seed, the others without."""
+    found: dict[str, tuple[str, int | None]] = {}
     for control in controls:
         check_choice("control", control, CONTROLS)
-    labels = [
-        f"{control}, seed {seed}" if control == Random.name else control
-        for control in controls
-        for seed in (seeds if control == Random.name else seeds[:1])
-    ]
-    return {f"{name}, control {label}": name for name in names[1:] for label in labels}
+        if control == Random.name:
+            found |= {f"{control}, seed {seed}": (control, seed) for seed in seeds}
+        else:
+            found[control] = control, None
+    return found
+
+
+def control_name(name: str, label: str) -> str:
+    """What a control of a model is called beside it."""
+    return f"{name}, control {label}"
+
+
+def control_names(names: Sequence[str], controls: Sequence[str], seeds: Sequence[int] = (0,)) -> list[str]:
+    """The names of models, the dense one first, and behind each of the others those of its controls.
+
+    Arguments and errors as for ``with_controls``.
+    """
+    labels = labelled(controls, seeds)
+    others = [[name, *(control_name(name, label) for label in labels)] for name in names[1:]]
+    return [*names[:1], *(name for group in others for name in group)]
 
 
 def with_controls(
     models: Mapping[str, nn.Module], controls: Sequence[str], images: Tensor, seeds: Sequence[int] = (0,)
 ) -> dict[str, nn.Module]:
-    """The models, each followed by its controls, named as ``control_names`` says.
+    """The models, each but the first followed by its controls, named as ``control_names`` says.
 
     Args:
         models: Name -> model, the dense one first and the others reduced forms of it; calibrated.
@@ -145,31 +151,24 @@ def with_controls(
         seeds: Of the random controls.
 
     Raises:
-        TypeError, ValueError: A model without such a control, see ``control_of`` and ``resolution_control``.
+        TypeError, ValueError: No control of that name, or a model without it: see ``control_of`` and
+            ``resolution_control``.
     """
-    dense = next(iter(models.values()))
-    owners = control_names(list(models), controls, seeds)
-    found: dict[str, nn.Module] = {}
-    for name, model in models.items():
-        found[name] = model
-        for control in (control for control, owner in owners.items() if owner == name):
-            kind, _, seed = control.removeprefix(f"{name}, control ").partition(", seed ")
-            if kind == RESOLUTION:
-                found[control] = smaller(dense, model, images)
-            else:
-                adapts = isinstance(model, ReducedHost) and model.variable_length
-                order = partial(control_of, seed=int(seed)) if seed else control_of
-                found[control] = order(model, kind, images=images if adapts else None)
-    return found
-
-
-def smaller(dense: nn.Module, model: nn.Module, images: Tensor) -> Resized:
-    """The resolution control of a reduced model, for images (B, channels, H, W) of the dense model's size."""
-    adapts = isinstance(model, Reduced) and model.variable_length
+    labels = labelled(controls, seeds)
+    (first, dense), *others = models.items()
     channels, height, width = images.shape[1:]
-    macs = count_flops(model, (channels, height, width), images=images if adapts else None).total
-    control = resolution_control(dense, macs)
-    return Resized(control.model, control.size)
+    found: dict[str, nn.Module] = {first: dense}
+    for name, model in others:
+        found[name] = model
+        for label, (control, seed) in labels.items():
+            if control == RESOLUTION:
+                smaller = resolution_control(dense, macs_of(model, (channels, height, width), images).total)
+                beside: nn.Module = Resized(smaller.model, smaller.size)
+            else:
+                order = control_of if seed is None else partial(control_of, seed=seed)
+                beside = order(model, control, images=images)
+            found[control_name(name, label)] = beside
+    return found
 
 
 class Resized(nn.Module):

@@ -128,9 +128,7 @@ def evaluate(
         "calibration": None if calibration is None else digest(calibration.images, calibration.indices),
         **(also or {}),
     }
-    beside = control_names(list(models), controls, seeds)
-    names = [each for name in models for each in (name, *(c for c, owner in beside.items() if owner == name))]
-    before = options.kept.begin(baseline, conditions, names)
+    before = options.kept.begin(baseline, conditions, control_names(list(models), controls, seeds))
     device = options.processes.device
     for model in models.values():
         model.eval()
