@@ -95,23 +95,26 @@ CONDITIONS = fields(
     },
     {"weights": optional(text)},
 )
+MODEL = {  # what costs and evaluations say of a model alike
+    "name": text,
+    "host": optional(text),
+    "method": optional(text),
+    "settings": table_of(plain_value),
+    "parameters": whole(),
+    "macs": whole(),
+    "mac_ratio": optional(POSITIVE),
+    "tokens": optional(list_of(POSITIVE)),
+}
 COST = fields(
     {
-        "name": text,
-        "host": optional(text),
-        "method": optional(text),
-        "settings": table_of(plain_value),
-        "parameters": whole(),
-        "macs": whole(),
+        **MODEL,
         "uncounted": table_of(whole()),
-        "tokens": optional(list_of(POSITIVE)),
         "images_per_second": POSITIVE,
         "latency": fields({"p50": POSITIVE, "p99": POSITIVE}, {"p10": POSITIVE, "p90": POSITIVE}),
         "peak_memory": whole(),
         "speedup": POSITIVE,
         "interval": BOUNDS,
         "resolved": truth,
-        "mac_ratio": optional(POSITIVE),
         "ideal_speedup": optional(POSITIVE),
         "efficiency": optional(POSITIVE),
         "efficiency_interval": optional(BOUNDS),
@@ -123,14 +126,7 @@ COST = fields(
 )
 EVALUATED = fields(
     {
-        "name": text,
-        "host": optional(text),
-        "method": optional(text),
-        "settings": table_of(plain_value),
-        "parameters": whole(),
-        "macs": whole(),
-        "mac_ratio": optional(POSITIVE),
-        "tokens": optional(list_of(POSITIVE)),
+        **MODEL,
         "accuracy": ACCURACY,
     },
     {"published": PUBLISHED},
