@@ -300,6 +300,7 @@ def test_detectors_on_garments_know_the_classes_of_the_set() -> None:
 
 def test_classifiers_of_cutouts_know_the_classes_of_the_set() -> None:
     config = load_config(ROOT / "configs/mmpretrain/cutouts/vit-nano_cutouts.py")
+    init_default_scope(config.default_scope)
     assert config.model.num_classes == config.model.data_preprocessor.num_classes == len(CLASSES)
     assert CLASSIFIERS.build(config.model).model.num_classes == len(CLASSES)
 
