@@ -18,7 +18,7 @@ from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
 from effvit.protocols import Layer
-from effvit.recording import graphs_count, is_recorded
+from effvit.recording import graphs_count, is_exported, is_recorded
 from effvit.tokens import TokenMap, fx_leaf, take_rows, wide_dtype, wide_product, widened
 
 __all__ = [
@@ -158,6 +158,12 @@ EditMap = Callable[[Tensor], Tensor] | SumMap
 
 # Entries of a softmax map that are formed at once on a CPU: 2 MiB, which stay in its cache until they are applied.
 CACHED_ENTRIES = 2**19
+
+# From so many keys on, flash attention on a GPU gains more over the fused kernel that takes a mask than it costs to
+# carry the bias in eight more features: by the bytes copied and the products saved on paper; measure_gpu.py tells.
+FLASH_KEYS = 512
+FLASH_WIDTH = 256  # features of a head, at most
+LEAST_BIAS = -1000.0  # what stands for -inf where a bias is a product: its exponential is 0 in every dtype
 
 
 def map_sums(weights: Tensor, weigh: Tensor | None = None) -> MapSums:
@@ -362,17 +368,45 @@ def attend_one_by_one(
     return torch.cat(outputs, dim=2)
 
 
+@fx_leaf
+def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout_p: float) -> Tensor:
+    """Fused attention of q, k and v (B, heads, N, D) with a bias on the logits of each key, (B, 1, 1, Tk).
+
+    As a mask, or as features of q and k where that lets flash attention run, which takes no mask.
+    """
+    if not bias_keeps_from_flash(q, k):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), dropout_p=dropout_p)
+    width, scale = v.shape[-1], q.shape[-1] ** -0.5
+    q, k, v = bias_as_features(q, k, v, bias[:, 0, 0], scale)
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)[..., :width]
+
+
+def bias_keeps_from_flash(q: Tensor, k: Tensor) -> bool:
+    """Whether flash attention would run but for a mask, on enough keys to pay for features in its place."""
+    if q.device.type != "cuda" or q.dtype not in (torch.float16, torch.bfloat16) or is_exported():
+        return False
+    available = torch.backends.cuda.is_flash_attention_available() and torch.backends.cuda.flash_sdp_enabled()
+    return available and k.shape[2] >= FLASH_KEYS and q.shape[-1] + 8 <= FLASH_WIDTH
+
+
 def bias_as_features(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v (1, heads, T, D + 8) whose products hold the bias: variable-length kernels take no mask.
+    """q, k and v (B, heads, N, D + 8) whose products hold the bias, for kernels that take no mask.
 
     The bias is split into a high and a low part, so that it keeps its precision in bfloat16. Flash attention wants
     equal widths of q, k and v in multiples of 8.
+
+    Args:
+        q: (B, heads, Tq, D).
+        k: (B, heads, Tk, D).
+        v: (B, heads, Tk, D).
+        key_bias: (B, Tk); -inf becomes ``LEAST_BIAS``.
+        scale: Factor on q k^T.
     """
-    bias = widened(key_bias) / scale  # (1, Tk)
+    bias = widened(key_bias).clamp(min=LEAST_BIAS) / scale  # (B, Tk)
     high = bias.to(k.dtype)
     low = (bias - high).to(k.dtype)
     columns = F.pad(torch.stack([high, low], dim=-1), (0, 6))[:, None].expand(-1, k.shape[1], -1, -1)
-    ones = F.pad(torch.ones_like(q[..., :2]), (0, 6))  # (1, heads, Tq, 8)
+    ones = F.pad(torch.ones_like(q[..., :2]), (0, 6))  # (B, heads, Tq, 8)
     return torch.cat([q, ones], dim=-1), torch.cat([k, columns], dim=-1), F.pad(v, (0, 8))
 
 
@@ -516,8 +550,10 @@ class TokenAttention(nn.Module):
             out = variable_length_attention(q, k, v, state.tokens, tokens, dropout_p, of_keys)
         elif self.fused_attn:
             dropout_p = self.attn_drop.p if self.training else 0.0
-            mask = None if bias is None else bias.to(q.dtype)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
+            if bias is None:
+                out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)
+            else:
+                out = biased_attention(q, k, v, bias, dropout_p)
         else:
             logits = (q * self.scale) @ k.transpose(-2, -1)  # (B, heads, Nq, P+N)
             if bias is not None:

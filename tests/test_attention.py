@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hosts import make_host, make_model
+from hosts import make_host, make_images, make_model
 from timm.layers.attention import AttentionRope
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
 from effvit import attention
-from effvit.attention import ATTENTION_CLASSES, AttnState, Beside, Selection, SumMap, bias_as_features, map_sums
+from effvit.attention import (
+    ATTENTION_CLASSES,
+    AttnState,
+    Beside,
+    Selection,
+    SumMap,
+    bias_as_features,
+    biased_attention,
+    map_sums,
+)
 from effvit.block import rehouse
-from effvit.tokens import TokenMap, flat_rows, take_rows
+from effvit.testing import assert_runs_on_fakes
+from effvit.tokens import TokenMap, flat_rows, take_rows, wide_dtype
 
 WAYS = ("fused", "eager", "edited", "summed", "packed")
 EDITS = {"edited": lambda weights: weights, "summed": SumMap()}
@@ -174,3 +185,64 @@ def test_rehoused_module_shares_parameters_and_no_slot() -> None:
     new.register_buffer("mean", torch.zeros(1))
     assert isinstance(module[0], nn.Linear)
     assert not list(module.buffers())
+
+
+def key_bias(*weights: float) -> Tensor:
+    """(1, 1, 1, N) the logarithm of key weights, of which 0 is a padded slot."""
+    return torch.tensor(weights).log()[None, None, None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_bias_as_features_attends_as_the_mask_does(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (torch.randn(2, 3, number, 16).to(dtype) for number in (5, 7, 7))
+    bias = torch.cat([key_bias(1, 3, 9, 1, 0, 0, 2), key_bias(1, 1, 1, 1, 1, 1, 0)]).to(wide_dtype(dtype))
+    expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), bias.double())
+    monkeypatch.setattr(attention, "bias_keeps_from_flash", lambda q, k: True)
+    out = biased_attention(q, k, v, bias, 0.0)
+    assert out.shape == expected.shape
+    assert out.dtype == dtype
+    error = (out.double() - expected).abs().max()
+    assert error < {torch.float64: 1e-6, torch.float16: 3e-3, torch.bfloat16: 3e-2}[dtype]
+
+
+@pytest.mark.parametrize("method", ["tome", "ats", "dymu"])
+def test_models_score_the_same_with_the_bias_as_features(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(method, "class_token")
+    x = make_images(model, 3)
+    x[1] *= 0.2
+    with torch.no_grad():
+        expected = model(x)
+        monkeypatch.setattr(attention, "bias_keeps_from_flash", lambda q, k: True)
+        assert torch.allclose(model(x), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("number", "dtype", "enabled", "masked"),
+    [
+        (600, torch.bfloat16, True, False),
+        (600, torch.float16, True, False),
+        (600, torch.float32, True, True),
+        (600, torch.bfloat16, False, True),
+        (100, torch.bfloat16, True, True),
+    ],
+)
+def test_flash_attention_gets_no_mask_on_a_gpu(
+    number: int, dtype: torch.dtype, enabled: bool, masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flash attention takes half precision and no mask; on few keys a mask is cheaper than more features."""
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cuda, "flash_sdp_enabled", lambda: enabled)
+    masks: list[Tensor | None] = []
+    attend = F.scaled_dot_product_attention
+
+    def looking(*args: Any, attn_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        masks.append(attn_mask)
+        return attend(*args, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", looking)
+
+    def run(x: Tensor) -> Tensor:
+        return biased_attention(x, x, x, x.new_zeros(2, 1, 1, number, dtype=torch.float32), 0.0)
+
+    assert_runs_on_fakes(nn.Identity(), run, torch.zeros(2, 3, number, 64, dtype=dtype))
+    assert [mask is not None for mask in masks] == [masked]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from benchmark_overhead import sharpen
 from torch import Tensor, nn
 
 import effvit
+from effvit import attention
 from effvit.hosts.host import ReducedHost
 from effvit.hosts.surface import Reduced
 from effvit.measure.closed_form import closed_form_macs
@@ -47,6 +49,7 @@ __all__ = [
     "MODES",
     "Bench",
     "Host",
+    "compare_biases",
     "compare_kernels",
     "compare_methods",
     "compare_pair",
@@ -406,6 +409,39 @@ def padded_against_packed(
         "kernels": kernels_of(models, timed, batch, launched=True, on_device=False),
         "left_out": dict(timed.left_out),
     }
+
+
+class BiasAsFeaturesFrom(nn.Module):
+    """A model that carries key biases as features from so many keys on, where flash attention can run at all."""
+
+    def __init__(self, model: nn.Module, keys: int) -> None:
+        super().__init__()
+        self.model = model
+        self.keys = keys
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = attention.FLASH_KEYS
+        attention.FLASH_KEYS = self.keys
+        try:
+            out: Tensor = self.model(x)
+        finally:
+            attention.FLASH_KEYS = before
+        return out
+
+
+def compare_biases(bench: Bench, host: Host, batch_size: int) -> dict[str, Json]:
+    """Padded methods whose keys have a bias, as a mask and as features of q and k (``attention.FLASH_KEYS``)."""
+    dense, batch = host.build(bench), host.images(bench, batch_size)
+    models: dict[str, nn.Module] = {"dense": dense}
+    left_out: dict[str, str] = {}
+    for method in ("tome", "ats", "dymu"):
+        settings: Settings = {"ragged": "padded"} if "ragged" in METHODS[method].defaults() else {}
+        with noting(method, left_out):
+            model = reduced_by(dense, method, batch, **settings)
+            models |= {f"{method}, mask": BiasAsFeaturesFrom(model, sys.maxsize)}
+            models |= {f"{method}, features": BiasAsFeaturesFrom(model, 0)}
+    timed = time_beside(bench, models, batch, "eager", left_out)
+    return {"speeds": as_json(list(timed.speeds.values())), "left_out": dict(timed.left_out)}
 
 
 def count_kernels(bench: Bench, host: Host, batch_size: int) -> dict[str, Json]:

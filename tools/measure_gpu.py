@@ -27,6 +27,7 @@ from benchmark_architectures import PAIRS, Pair, model_pair
 from gpu_steps import (
     Bench,
     Host,
+    compare_biases,
     compare_kernels,
     compare_methods,
     compare_pair,
@@ -113,6 +114,15 @@ def kernels_step(host: Host, batch_size: int) -> Step:
     return Step(f"padded against packed, {host.label}, batch {batch_size}", "kernels", 20.0, measure)
 
 
+def biases_step(host: Host, batch_size: int) -> Step:
+    """Key biases as a mask or as features."""
+
+    def measure(bench: Bench) -> dict[str, Json]:
+        return compare_biases(bench, host, 2 if bench.dry else batch_size)
+
+    return Step(f"key biases, {host.label}, batch {batch_size}", "biases", 20.0, measure)
+
+
 def counting_step(host: Host, batch_size: int) -> Step:
     """Kernels of all methods."""
 
@@ -139,12 +149,14 @@ def plan() -> list[Step]:
         *(methods_step(LARGE_IMAGES[HOSTS.index(host)], LARGE_BATCH, "eager") for host in (VIT_L, DINOV3_L)),
         swin_step(8, "eager"),
         kernels_step(DEIT_S, 128),
+        biases_step(LARGE_IMAGES[HOSTS.index(VIT_L)], LARGE_BATCH),
         methods_step(DEIT_S, 128, "compiled"),
         training_step(),
         counting_step(DEIT_S, 128),
     ]
     rest = [
         kernels_step(VIT_L, 128),
+        biases_step(VIT_L, 128),
         *(methods_step(host, batch, mode) for mode in SECONDS for batch in BATCHES for host in HOSTS),
         *(methods_step(host, LARGE_BATCH, mode) for mode in SECONDS for host in LARGE_IMAGES),
         *(swin_step(batch, mode) for batch in (8, 1) for mode in SECONDS),
