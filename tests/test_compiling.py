@@ -167,15 +167,32 @@ def test_inductor_compiles_it(method: str, ragged: str) -> None:
             assert torch.allclose(model(x), plain(x), rtol=1e-4, atol=1e-5)
 
 
-def test_dymu_keeps_all_slots() -> None:
-    """Inductor computes wrong scores from graphs that read its counts."""
-    model, plain = twins("dymu", thresholds=(0.2, 0.2))
+@pytest.mark.parametrize("ragged", ["padded", "packed"])
+def test_dymu_has_its_mlps_compiled_once_for_all_counts(ragged: str) -> None:
+    """Inductor computes wrong scores from whole graphs that read its counts."""
+    model, plain = twins("dymu", thresholds=(0.2, 0.2), ragged=ragged)
     graphs = CompileCounter()
-    compiled = effvit.compile(model, backend=graphs, fullgraph=True)
+    effvit.compile(model, backend=graphs, fullgraph=True, dynamic=False)
+    counts = set()
     with torch.no_grad():
-        for x in (uneven(3), uneven(3)):
-            assert torch.allclose(compiled(x), plain(x), atol=1e-5)
-    assert graphs.frame_count == 1
+        for number in (3, 5, 4, 2, 3):
+            x = uneven(number)
+            assert torch.allclose(model(x), plain(x), atol=1e-5)
+            counts.add(plain.forward_tokens(x).x.shape[1])
+    assert len(counts) > 1
+    assert 1 <= graphs.frame_count <= 2
+
+
+def test_compiled_mlps_of_dymu_work_on_the_tokens_left() -> None:
+    model, plain = twins("dymu", thresholds=(0.2, 0.2))
+    own: list[int] = []
+    x = uneven(4)
+    effvit.compile(model, backend=weighed(own), fullgraph=True)
+    with torch.no_grad():
+        model(x)
+        rows = [features.x[..., 0].numel() for features in plain.trace_tokens(x)]
+    assert own == [2 * number * 2 * 32 * 128 for number in rows]  # two products of 32 and 128 channels
+    assert rows[-1] < 4 * 37
 
 
 def test_images_that_keep_one_token_have_four_slots() -> None:
@@ -194,9 +211,10 @@ def test_images_that_keep_one_token_have_four_slots() -> None:
     assert valid.tolist() == [[True, False, False, False]] * 2
 
 
-@pytest.mark.parametrize(("method", "ragged"), BOTH)
+@pytest.mark.parametrize(("method", "ragged"), [*BOTH, ("dymu", "padded")])
 def test_the_model_stays_what_it_was(method: str, ragged: str) -> None:
-    model, plain = twins(method, ragged=ragged, **RAGGED[method])
+    settings = RAGGED.get(method, {"thresholds": (0.2, 0.2)})
+    model, plain = twins(method, ragged=ragged, **settings)
     keys = list(model.state_dict())
     counter = CompileCounter()
     assert effvit.compile(effvit.compile(model, backend=counter), backend=counter) is model
@@ -204,7 +222,7 @@ def test_the_model_stays_what_it_was(method: str, ragged: str) -> None:
     assert list(model.state_dict()) == keys
     x = uneven(3)
     with torch.no_grad():
-        for twin in (copy.deepcopy(model), effvit.sparsify(model, method, ragged=ragged, **RAGGED[method])):
+        for twin in (copy.deepcopy(model), effvit.sparsify(model, method, ragged=ragged, **settings)):
             assert torch.equal(twin(x), plain(x))
         assert counter.frame_count == 0
         assert torch.allclose(model(x), plain(x), rtol=1e-4, atol=1e-5)
@@ -212,9 +230,10 @@ def test_the_model_stays_what_it_was(method: str, ragged: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
-def test_recorders_meet_the_plain_model() -> None:
+@pytest.mark.parametrize(("method", "settings"), [*RAGGED.items(), ("dymu", {"thresholds": (0.2, 0.2)})])
+def test_recorders_meet_the_plain_model(method: str, settings: dict[str, Any]) -> None:
     """Exports and traces of the model do not depend on its being compiled."""
-    model, plain = twins("ats", **RAGGED["ats"])
+    model, plain = twins(method, **settings)
     effvit.compile(model, backend="eager")
     x = uneven(3)
     with torch.no_grad():

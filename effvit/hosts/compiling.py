@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from types import FunctionType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
 import effvit.packed_operator  # noqa: F401 - graphs call it by its name
-from effvit.recording import counts_in_graphs
+from effvit.block import ReducibleBlock
+from effvit.recording import counts_in_graphs, is_recorded
 from effvit.reducers import Reducer
 
 __all__ = ["compile"]
@@ -26,15 +27,17 @@ def compile(model: ModelT, **options: Any) -> ModelT:
     A model of fixed token counts is compiled as by ``model.compile(**options)``. Where counts depend on the image,
     plain ``torch.compile`` makes a graph of all slots, which saves nothing. For ATS the graph reads the counts while it
     runs, in each block as a plain run does, and goes on with sizes that it did not know before. So any counts take the
-    same graph, padded or packed. DyMU keeps all slots (see ``Reducer.graph_reads_counts``).
+    same graph, padded or packed. Of other such methods (DyMU; see ``Reducer.graph_reads_counts``) only the MLPs of the
+    blocks are compiled, for all sizes at once: the rest runs as it is, and they keep what they save.
 
-    Only calls are compiled: ``forward_features``, ``forward_intermediates`` and ``forward_tokens`` run as they are, but
+    Else calls are compiled: ``forward_features``, ``forward_intermediates`` and ``forward_tokens`` run as they are, but
     a model of ``features_only=True``, or any module that holds a reduced one, can be given as a whole. Copies, pickles
     and what ``effvit.sparsify`` makes of the model are not compiled. A second call takes the new options.
 
     Args:
         model: A model of ``effvit.sparsify`` or ``timm.create_model``, or a module that holds some.
-        options: Those of ``torch.compile``, such as ``mode``, ``dynamic``, ``fullgraph`` and ``backend``.
+        options: Those of ``torch.compile``, such as ``mode``, ``dynamic``, ``fullgraph`` and ``backend``. What is
+            compiled for all sizes at once is so whatever ``dynamic`` says.
 
     Raises:
         TypeError: No module, or what ``torch.compile`` made of one.
@@ -46,8 +49,12 @@ def compile(model: ModelT, **options: Any) -> ModelT:
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a model, an nn.Module, got {type(model).__name__}")
     ragged = [module for module in model.modules() if isinstance(module, Reducer) and module.variable_length]
-    counts = bool(ragged) and all(reducer.graph_reads_counts for reducer in ragged)
-    model._compiled_call_impl = _recordable(model, torch.compile(_own_call(), **options), counts)
+    if all(reducer.graph_reads_counts for reducer in ragged):
+        model._compiled_call_impl = _recordable(model, torch.compile(_own_call(), **options), bool(ragged))
+        return model
+    of_any_size = torch.compile(_own_call(), **{**options, "dynamic": True})
+    for mlp in (cast("nn.Module", part.mlp) for part in model.modules() if isinstance(part, ReducibleBlock)):
+        mlp._compiled_call_impl = _recordable_part(mlp, of_any_size)
     return model
 
 
@@ -72,5 +79,16 @@ def _recordable(model: nn.Module, compiled: Callable[..., Any], counts: bool) ->
             return model._call_impl(*args, **kwargs)
         with counts_in_graphs() if counts else nullcontext():
             return compiled(model, *args, **kwargs)
+
+    return call
+
+
+def _recordable_part(part: nn.Module, compiled: Callable[..., Any]) -> Callable[[Tensor], Tensor]:
+    """The compiled ``_call`` of a module that takes one tensor; recorders meet the module."""
+
+    def call(x: Tensor) -> Tensor:
+        recorded = is_recorded(x) or torch.jit.is_tracing()
+        out: Tensor = part._call_impl(x) if recorded else compiled(part, x)
+        return out
 
     return call

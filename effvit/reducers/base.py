@@ -81,7 +81,8 @@ class Reducer(nn.Module):
         variable_length: The method keeps a different number of tokens for each image.
         reads_counts: How many tokens stay is read from the device, once each time the block runs. Nothing else may be
             read from it, and nothing at all where this is False: a GPU would stand still.
-        graph_reads_counts: ``effvit.compile`` makes graphs that read the numbers of tokens; else they keep all slots.
+        graph_reads_counts: ``effvit.compile`` makes one graph that reads the numbers of tokens; else it compiles the
+            MLPs alone.
         keeps_every_patch: No patch is dropped: each is part of a merged token or of a cluster.
         open_sides: Sides of the patch grid, 0 to 2, of which ``torch.export`` can follow the token counts where they
             are unknown; see ``check_size``.
