@@ -97,6 +97,8 @@ def made_up_evaluation(**changes: Any) -> dict[str, Any]:
         "tokens": [16.0, 8.0],
         "accuracy": {**dense["accuracy"], "value": 75.0},
         "published": {"value": 76.5, "data": "a set", "source": "a <made-up> paper"},
+        "object_patches": {"tokens": [1.0, 0.5], "represented": [1.0, 1.0], "images": 100},
+        "consistency": {"shifts": [1, 2], "same": [0.9, 0.8], "images": 100},
     }
     return {
         "schema": 1,
