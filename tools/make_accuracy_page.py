@@ -79,7 +79,18 @@ def choices_table(evaluation: Evaluation) -> list[str]:
             *same_class(model, shifts),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return [*lines, "", f"{MARK} Not better than one of its controls."]
+    return [*lines, "", " ".join(notes(evaluation))]
+
+
+def notes(evaluation: Evaluation) -> list[str]:
+    """What a reader of the table has to know."""
+    found = [f"{MARK} Not better than one of its controls."]
+    for text, numbers in (
+        ("Object patches", {model.object_patches.images for model in evaluation.models if model.object_patches}),
+        ("Shifts", {model.consistency.images for model in evaluation.models if model.consistency}),
+    ):
+        found += [f"{text}: {' or '.join(map(str, sorted(numbers)))} images."] if numbers else []
+    return found
 
 
 def kept_of_object(model: Evaluated) -> str:

@@ -202,14 +202,16 @@ def plot_choices(evaluation: Evaluation, title: str, path: Path, note: str | Non
         figure = Figure(figsize=(2.9 * columns + 0.8, 2.6 * rows + 0.9), layout="constrained")
         FigureCanvasAgg(figure)
         panels: list[Axes] = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
-        for axes, method in zip(panels, methods, strict=False):
+        for number, (axes, method) in enumerate(zip(panels, methods, strict=False)):
             axes.axhline(dense, color=FAINT, linestyle=":", linewidth=1, zorder=1)
             draw_choices(axes, method, [choice for choice in choices if choice.model.method == method])
             axes.set_title(method, fontsize=10)
             tidy(axes)
+            if number + columns >= len(methods):  # no panel below
+                axes.set_xlabel("MMACs of one image")
+                axes.tick_params(labelbottom=True)
         for axes in panels[len(methods) :]:
             axes.remove()
-        figure.supxlabel("MMACs of one image", fontsize=10)
         figure.supylabel("top-1 accuracy, %", fontsize=10)
         figure.suptitle(title, fontsize=11)
         lines = {line.get_label(): line for axes in panels[: len(methods)] for line in axes.get_lines()}
@@ -224,10 +226,10 @@ def draw_choices(axes: Axes, method: str, choices: Sequence[Choice]) -> None:
         groups = [choice.controls[control] for choice in choices if control in choice.controls]
         if groups:
             points = sorted(spread_of(group) for group in groups)
-            macs, means, below, above = np.array(points).T
+            macs, means, *bars = np.array(points).T
             style: Style = {"color": colour, "marker": CONTROL_MARKERS[control], "markersize": 5, "linestyle": "--"}
             axes.plot(macs, means, label=control, linewidth=1, zorder=2, **style)
-            axes.errorbar(macs, means, [below, above], color=colour, linestyle="none", elinewidth=0.8, zorder=2)
+            axes.errorbar(macs, means, np.stack(bars), color=colour, linestyle="none", elinewidth=0.8, zorder=2)
     own = sorted((choice.model.macs / 1e6, choice.model.accuracy.value) for choice in choices)
     axes.plot(*zip(*own, strict=True), label=method, linewidth=1.6, zorder=3, **look(method, 0))
 
