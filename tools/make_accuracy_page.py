@@ -188,8 +188,8 @@ def write_page(only_check: bool) -> int:
     data = "" if dense.accuracy is None else dense.accuracy.data
     plot_accuracy(records, f"{dense.name}: {data}", ROOT / PLOT, note=origins[PLOT])
     for name, evaluation in choices.items():
-        first, plot = evaluation.models[0], plot_of(CHOICES[name])
-        plot_choices(evaluation, f"{first.name}: {first.accuracy.data}", ROOT / plot, note=origins[plot])
+        first, drawn = evaluation.models[0], plot_of(CHOICES[name])
+        plot_choices(evaluation, f"{first.name}: {first.accuracy.data}", ROOT / drawn, note=origins[drawn])
     return 0
 
 

@@ -1,14 +1,14 @@
-"""Measure what each method's choice of tokens is worth: accuracy beside that of controls, what is kept of the object,
-and whether predictions stay when the image is shifted.
+"""Measure what each method's choice of tokens is worth beside controls that do not look at the image.
 
     python tools/get_data.py emoji fashion_mnist photographs
-    python tools/measure_choices.py cutouts --checkpoint vit_nano_patch8_96.safetensors --weights "60 epochs" \
+    python tools/measure_choices.py cutouts --checkpoint vit_nano_patch8_96.safetensors --weights "48 epochs" \
       --json docs/benchmarks/cutouts_choices_cpu.json
     python tools/measure_choices.py fashion_mnist --pretrained --json docs/benchmarks/fashion_choices_cpu.json
 
 Nothing is trained: all methods at five settings each work on the weights of the dense model, DyMU with thresholds
 calibrated on training images. Beside each stand the controls of effvit.measure.controls: patches chosen at random (one
-model for each seed) or evenly spaced at equal counts, and the dense model on smaller images at equal multiply-adds.
+model for each seed) or evenly spaced at equal counts, and the dense model on smaller images at equal multiply-adds. On
+some of the images it is also measured what is kept of the object and whether predictions stay under shifts.
 
 The same command goes on after a kill from the last row that was complete (--state, by default beside --json).
 tools/make_accuracy_page.py makes table and plot of the file, effvit report shows it.
@@ -30,7 +30,7 @@ from data.sources import default_root
 from torch import Tensor, nn
 
 from effvit.cli.models import create, has_random_weights
-from effvit.cli.options import entry, weights
+from effvit.cli.options import WeightArguments, entry, weights
 from effvit.data.labelled import spread
 from effvit.data.preparation import data_config, load_images
 from effvit.measure.choices import choices_of
@@ -79,13 +79,10 @@ CONTROL_METHODS = [control for control in CONTROLS if control in METHODS]
 STATE = "rows of measure_choices, 1"
 
 
-class Arguments(argparse.Namespace):
+class Arguments(WeightArguments):
     """Parsed arguments."""
 
     set: str
-    checkpoint: Path | None
-    pretrained: bool
-    key: str | None
     weights: str | None
     methods: list[str] | None
     images: int
@@ -181,7 +178,7 @@ def details_of(dense: nn.Module, images: ChoiceSet, indices: Sequence[int]) -> D
     config = data_config(dense)
     mean, std = (torch.tensor(config[name])[:, None, None] for name in ("mean", "std"))
     patch: tuple[int, int] = dense.patch_embed.patch_size  # type: ignore[union-attr, assignment]
-    coverage = None if masks is None else patch_coverage(central_crop(masks[:, None], margin)[:, 0], patch[0])
+    coverage = None if masks is None else patch_coverage(central_crop(masks, margin), patch[0])
     return Details((pixels / 255 - mean) / std, coverage)
 
 

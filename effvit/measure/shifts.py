@@ -23,7 +23,7 @@ DIRECTIONS = ((0, 1), (1, 0), (0, -1), (-1, 0))  # (rows, columns)
 
 
 def central_crop(images: Tensor, margin: int, rows: int = 0, columns: int = 0) -> Tensor:
-    """Images (B, C, H + 2 margin, W + 2 margin) without their margin, (B, C, H, W), or as far from there as told.
+    """Images (..., H + 2 margin, W + 2 margin) without their margin, (..., H, W), or that crop moved so many pixels.
 
     Raises:
         ValueError: Images that are nothing but margin.
