@@ -97,6 +97,8 @@ def made_up_evaluation(**changes: Any) -> dict[str, Any]:
         "tokens": [16.0, 8.0],
         "accuracy": {**dense["accuracy"], "value": 75.0},
         "published": {"value": 76.5, "data": "a set", "source": "a <made-up> paper"},
+        "object_patches": {"tokens": [1.0, 0.5], "represented": [1.0, 1.0], "images": 100},
+        "consistency": {"shifts": [1, 2], "same": [0.9, 0.8], "images": 100},
     }
     return {
         "schema": 1,
@@ -127,3 +129,30 @@ def made_up_tokens(**changes: Any) -> dict[str, Any]:
         ],
         **changes,
     }
+
+
+def made_up_choices() -> dict[str, Any]:
+    """An evaluation as ``tools/measure_choices.py`` writes it: two methods, of which the second loses to a control."""
+    dense, reduced = made_up_evaluation()["models"]
+    kept = {"object_patches": {"tokens": [1.0, 0.25], "represented": [1.0, 1.0], "images": 100}}
+    stays = {"consistency": {"shifts": [1, 2], "same": [0.9, 0.825], "images": 100}}
+    del reduced["published"], reduced["object_patches"], reduced["consistency"]
+
+    def model(name: str, method: str | None, value: float, **further: Any) -> dict[str, Any]:
+        host = None if method is None else dense["name"]
+        own = {"name": name, "method": method, "host": host, "settings": {}}
+        return {**reduced, **own, "accuracy": {**dense["accuracy"], "value": value}, **further}
+
+    models = [
+        {**dense, **stays},
+        model("tome r=8", "tome", 75.0, **kept, **stays),
+        model("tome r=8, control random, seed 0", "random", 70.0, **kept),
+        model("tome r=8, control random, seed 1", "random", 71.0, **kept),
+        model("tome r=8, control uniform", "uniform", 74.0, **kept),
+        model("tome r=8, control resolution", None, 60.0),
+        model("evit keep_rate=0.5", "evit", 65.0, **stays),
+        model("evit keep_rate=0.5, control random, seed 0", "random", 66.0),
+        model("evit keep_rate=0.5, control random, seed 1", "random", 63.0),
+        model("evit keep_rate=0.5, control uniform", "uniform", 65.0),
+    ]
+    return made_up_evaluation(models=models)

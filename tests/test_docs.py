@@ -89,4 +89,4 @@ class TestAccuracyPage:
 
     def test_page_without_marks_is_refused(self, tool: ModuleType) -> None:
         with pytest.raises(ValueError, match=r"docs/accuracy\.md must hold '<!-- accuracy table.* put them back"):
-            tool.page("no table", [])
+            tool.page("no table", [], {})

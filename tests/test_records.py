@@ -18,7 +18,9 @@ from effvit.measure.records import (
     as_json,
     as_object,
     check_record,
+    evaluation_of,
     profile_of,
+    read_evaluations,
     read_profiles,
     read_results,
     read_tuning,
@@ -198,6 +200,10 @@ class TestFields:
             (("models", 1, "published", "value"), 101, r'models 1, published: "value" must be a number from 0 to 100'),
             (("models", 1, "macs"), None, r'models 1: "macs" must be a whole number'),
             (("conditions", "weights"), 3, r'conditions: "weights" must be a text'),
+            (("models", 1, "object_patches", "tokens"), [1.2, 0], r'tokens 0" must be a number from 0 to 1, got 1.2'),
+            (("models", 1, "object_patches", "represented"), [1.0], r'"represented" must be as long as tokens, 2 ent'),
+            (("models", 1, "consistency", "shifts"), [0, 1], r'shifts 0" must be a whole number from 1'),
+            (("models", 1, "consistency", "same"), [], r'"same" must be a list of 1 to'),
         ],
     )
     def test_evaluation_is_checked_too(self, place: tuple[Any, ...], value: Any, message: str) -> None:
@@ -209,6 +215,17 @@ class TestFields:
         owner[place[-1]] = value
         with pytest.raises(ValueError, match=message):
             check_record(record, "a.json, record 0")
+
+    def test_evaluation_of_a_file_is_what_was_written(self, tmp_path: Path) -> None:
+        """With what was published, what is kept of the object and how predictions stay, or without any of them."""
+        record = made_up_evaluation()
+        evaluation = evaluation_of(record)
+        assert as_object(evaluation) == record
+        assert evaluation.models[1].object_patches.tokens == [1.0, 0.5]  # type: ignore[union-attr]
+        assert evaluation.models[1].consistency.shifts == [1, 2]  # type: ignore[union-attr]
+        assert (evaluation.models[0].object_patches, evaluation.models[0].consistency) == (None, None)
+        write_records(tmp_path / "a.json", [evaluation])
+        assert read_evaluations(tmp_path / "a.json") == [evaluation]
 
     def test_tuning_is_checked_too(self) -> None:
         check_record(made_up_tuning(), "a.json", ("tune",))

@@ -9,38 +9,40 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from data import cutouts
 from data.cutouts import CLASSES, CONTENT, SIDE, SPLITS, Split, emoji_codes, family, make_bank, make_scenery, open_split
-from data.scenes import COVERAGE, MAX_HIDDEN, SIZE, Cutouts, draw_scenes, patch_coverage, uniforms
+from data.labelled_scenes import LabelledScenes
+from data.scenes import (
+    COVERAGE,
+    MAX_HIDDEN,
+    MAX_MARGIN,
+    SIZE,
+    Cutouts,
+    crop_scenery,
+    draw_scenes,
+    patch_coverage,
+    scene_labels,
+    uniforms,
+)
 from data.sources import SOURCES, default_root, emoji_code
+from drawn_scenes import drawn_split
 from drawn_set import draw_sprite
 from PIL import Image, ImageDraw
 from scripts import load_tool
 from torch.utils.data import DataLoader
 
-SHAPES = ("disc", "cross", "bar")
-
-
-def drawn_split(distractors: Sequence[Image.Image] | None = None, objects: Any = None) -> Split:
-    """Three classes of three drawn shapes, distractors without a class, and a light and a dark photograph."""
-    shapes = objects or [[(f"{label}-{n}", draw_sprite(label, n)) for n in range(3)] for label in SHAPES]
-    triangle = Image.new("RGBA", (40, 40))
-    ImageDraw.Draw(triangle).polygon([(0, 39), (39, 39), (20, 0)], (255, 0, 255, 255))
-    others = [triangle] if distractors is None else distractors
-    ramp = np.linspace(0, 255, 900)[None, :, None] * np.ones((620, 1, 3))
-    photographs = {"light": 255 - ramp / 4, "dark": ramp / 4}
-    return Split(
-        make_bank(shapes),
-        make_bank([[(f"other-{n}", image) for n, image in enumerate(others)]]),
-        make_scenery({name: Image.fromarray(values.astype(np.uint8)) for name, values in photographs.items()}),
-    )
+import effvit
+from effvit.data.labelled import digest
+from effvit.data.preparation import load_images
+from effvit.measure.accuracy import top1
+from effvit.measure.evaluation import EvaluationOptions, Selection, evaluate
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +142,46 @@ class TestScenes:
         with pytest.raises(ValueError, match=r"patch_size must divide the sides \(96, 96\) of the masks, got 7"):
             patch_coverage(masks, 7)
 
+    @pytest.mark.parametrize("margin", [1, 4, MAX_MARGIN])
+    def test_margin_is_around_the_same_objects(self, parts: Split, margin: int) -> None:
+        """On photographs of one colour, which look the same everywhere, the middle is the image to the last bit."""
+        plain = make_scenery({"grey": Image.new("RGB", (900, 620), (90, 120, 150))})
+        alike = parts._replace(scenery=plain)
+        image, wide = (draw_scenes(alike, "train", range(60), margin=m) for m in (0, margin))
+        inner = slice(margin, margin + SIZE)
+        assert wide.images.shape == (60, 3, SIZE + 2 * margin, SIZE + 2 * margin)
+        assert torch.equal(wide.images[..., inner, inner], image.images)
+        assert torch.equal(wide.masks[..., inner, inner], image.masks)
+        assert wide.masks.sum() == image.masks.sum()  # the labelled object lies inside the image
+        assert torch.equal(wide.boxes, image.boxes + margin)
+        assert torch.equal(wide.labels, image.labels)
+        margins = wide.images.clone()
+        margins[..., inner, inner] = margins[..., :1, :1]
+        assert (margins != margins[..., :1, :1]).any()  # a distractor reaches into it
+
+    def test_margin_shows_the_photograph(self) -> None:
+        """A photograph whose red counts columns and green rows: both go on by one a pixel through the margin."""
+        ramp = np.zeros((120, 200, 3), dtype=np.uint8)
+        ramp[..., 0], ramp[..., 1] = np.arange(200), np.arange(120)[:, None]
+        scenery = make_scenery({"ramp": Image.fromarray(ramp)})
+        draws = torch.zeros(1, 12)
+        draws[:, 5:9] = torch.tensor([0.8, 0.5, 0.5, 0.5])  # contrast and colours as they are
+        draws[:, 9] = 0.5
+        for uniform in (0.0, 0.999):
+            draws[:, 2:4] = uniform
+            crop = crop_scenery(scenery, torch.tensor([0]), draws, margin=4)[0].permute(0, 2, 1)  # (L, L, 3)
+            steps = (crop[:, 1:, 0] - crop[:, :-1, 0], crop[1:, :, 1] - crop[:-1, :, 1])
+            assert all(torch.allclose(step, torch.tensor(1 / 255), atol=1e-6) for step in steps)
+
+    def test_margin_without_room_is_refused(self, parts: Split) -> None:
+        with pytest.raises(ValueError, match="margin must be at most 12, since the smallest photographs have 120 pix"):
+            draw_scenes(parts, "train", [0], margin=13)
+        with pytest.raises(ValueError, match="margin must be at least 0, got -1"):
+            draw_scenes(parts, "train", [0], margin=-1)
+
+    def test_labels_are_known_without_an_image(self, parts: Split) -> None:
+        assert torch.equal(scene_labels(parts, "test", range(50), 3), draw_scenes(parts, "test", range(50), 3).labels)
+
     def test_numbers_are_those_of_splitmix64(self) -> None:
         """The first outputs for seed 1234567, as the author's C code prints them."""
         from data.scenes import mix, shift
@@ -191,6 +233,45 @@ class TestDataset:
             match=r"no fashion_mnist and no photographs; fetch: .*get_data\.py fashion_mnist photographs",
         ):
             Cutouts("train", tmp_path, length=1)
+
+
+class TestLabelled:
+    """Scenes as ``evaluate`` takes them."""
+
+    def test_images_and_labels_are_what_is_drawn_in_any_order(self, parts: Split) -> None:
+        images = LabelledScenes(Cutouts("test", length=40, parts=parts))
+        drawn = draw_scenes(parts, "test", range(40))
+        assert len(images) == 40
+        assert images.labels == drawn.labels.tolist()
+        assert images.place == "cutouts, split test, seed 0"
+        for index in (3, 20, 4, 39, 16, 15):
+            images.check(index)
+            assert np.array_equal(np.asarray(images.read(index)), drawn.images[index].permute(1, 2, 0))
+            assert images.size(index) == drawn.images[index].numel()
+
+    def test_digest_tells_splits_and_seeds_apart(self, parts: Split) -> None:
+        sets = [Cutouts("test", length=5, parts=parts, seed=seed) for seed in (0, 1)]
+        sets.append(Cutouts("train", length=5, parts=parts))
+        assert len({digest(LabelledScenes(scenes), range(5)) for scenes in sets}) == 3
+
+    def test_evaluate_neither_resizes_nor_crops_them(self, parts: Split) -> None:
+        """What a model gets is the pixels under the model's own mean and standard deviation, and nothing else."""
+        model = timm.create_model("vit_nano_patch8_96", num_classes=3)
+        images = LabelledScenes(Cutouts("test", length=6, parts=parts))
+        mean, std = torch.tensor(model.pretrained_cfg["mean"]), torch.tensor(model.pretrained_cfg["std"])
+        drawn = draw_scenes(parts, "test", range(6)).images / 255
+        expected = (drawn - mean[:, None, None]) / std[:, None, None]
+        assert torch.equal(load_images(model, [images.read(index) for index in range(6)]), expected)
+
+    def test_evaluate_counts_right_answers_on_them(self, parts: Split) -> None:
+        """As a count over the drawn images does, with a reduced model and a control beside the dense one."""
+        dense = timm.create_model("vit_nano_patch8_96", num_classes=3).eval()
+        images = LabelledScenes(Cutouts("test", length=20, parts=parts))
+        models = {"dense": dense, "hot": effvit.sparsify(dense, "hot", keep_rate=0.5)}
+        record = evaluate(models, Selection.of(images), EvaluationOptions(batch_size=8), controls=["uniform"])
+        assert [model.name for model in record.models] == ["dense", "hot", "hot, control uniform"]
+        batch = load_images(dense, [images.read(index) for index in range(20)]), torch.tensor(images.labels)
+        assert top1(models, [batch]) == {model.name: model.accuracy.value for model in record.models[:2]}
 
 
 class TestBanks:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from effvit.measure.values import Accuracy, Cost, Record
 
-__all__ = ["Shown", "right_answers", "shown_models", "top1", "with_accuracies"]
+__all__ = ["Shown", "predicted_classes", "right_answers", "shown_models", "top1", "with_accuracies"]
 
 
 @torch.inference_mode()
@@ -33,20 +33,26 @@ def top1(
     return {name: 100 * number / seen for name, number in right.items()}
 
 
-@torch.inference_mode()
 def right_answers(models: Mapping[str, nn.Module], images: Tensor, labels: Tensor) -> dict[str, int]:
     """How many of the images (B, C, H, W) each model in eval mode puts into their class, labels (B,) on the CPU.
 
     Raises:
-        ValueError: Scores that are not finite, among which no largest means anything.
+        ValueError: As ``predicted_classes``.
     """
-    right: dict[str, int] = {}
-    for name, model in models.items():
-        scores: Tensor = model(images)
-        if not scores.isfinite().all():
-            raise ValueError(f"the scores of {name} must be finite, but hold NaN or infinity; use --dtype float32")
-        right[name] = int((scores.argmax(-1).cpu() == labels).sum())
-    return right
+    return {name: int((predicted_classes(model, images, name) == labels).sum()) for name, model in models.items()}
+
+
+@torch.inference_mode()
+def predicted_classes(model: nn.Module, images: Tensor, name: str) -> Tensor:
+    """(B,) int64 on the CPU, the class into which a model in eval mode puts each of the images (B, C, H, W).
+
+    Raises:
+        ValueError: Scores that are not finite, among which no largest means anything; the message has the ``name``.
+    """
+    scores: Tensor = model(images)
+    if not scores.isfinite().all():
+        raise ValueError(f"the scores of {name} must be finite, but hold NaN or infinity; use --dtype float32")
+    return scores.argmax(-1).cpu()
 
 
 def with_accuracies(record: Record, accuracies: Mapping[str, float], data: str, images: int | None = None) -> Record:

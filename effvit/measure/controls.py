@@ -24,8 +24,10 @@ from effvit.schedule import check_choice, check_number
 
 __all__ = [
     "CONTROLS",
+    "SEED",
     "Resized",
     "ResolutionControl",
+    "control_name",
     "control_names",
     "control_of",
     "place_of",
@@ -37,6 +39,8 @@ STATIC = [name for name, method in METHODS.items() if issubclass(method, StaticS
 RESOLUTION = "resolution"
 CONTROLS = [*STATIC, RESOLUTION]
 """What ``with_controls`` can put beside a model."""
+
+SEED = ", seed "  # behind the name of a random control, before its seed
 
 STEPS = {"block": "before", "queries": "pick", "mlp": "reduce"}
 """Place of a control -> the step of a ``Reducer`` that drops tokens there."""
@@ -118,14 +122,14 @@ def labelled(controls: Sequence[str], seeds: Sequence[int]) -> dict[str, tuple[s
     for control in controls:
         check_choice("control", control, CONTROLS)
         if control == Random.name:
-            found |= {f"{control}, seed {seed}": (control, seed) for seed in seeds}
+            found |= {f"{control}{SEED}{seed}": (control, seed) for seed in seeds}
         else:
             found[control] = control, None
     return found
 
 
 def control_name(name: str, label: str) -> str:
-    """What a control of a model is called beside it."""
+    """What a control of a model is called beside it; of a random one the label ends with its seed."""
     return f"{name}, control {label}"
 
 

@@ -34,10 +34,15 @@ from effvit.measure.values import (
     BlockTime,
     Candidate,
     Conditions,
+    Consistency,
     Cost,
+    Evaluated,
     Evaluation,
+    EvaluationConditions,
     Fidelity,
     Judged,
+    ObjectPatches,
+    Published,
     Record,
     Staircase,
     TokenRecord,
@@ -56,7 +61,9 @@ __all__ = [
     "as_json",
     "as_object",
     "check_record",
+    "evaluation_of",
     "profile_of",
+    "read_evaluations",
     "read_profiles",
     "read_records",
     "read_results",
@@ -124,12 +131,19 @@ COST = fields(
         "fidelity": optional(FIDELITY),
     }
 )
+SHARES = list_of(number(0, 1), least=1)
+OBJECT_PATCHES = same_length(
+    fields({"tokens": SHARES, "represented": SHARES, "images": whole(1)}), "tokens", "represented"
+)
+CONSISTENCY = same_length(
+    fields({"shifts": list_of(whole(1), least=1), "same": SHARES, "images": whole(1)}), "shifts", "same"
+)
 EVALUATED = fields(
     {
         **MODEL,
         "accuracy": ACCURACY,
     },
-    {"published": PUBLISHED},
+    {"published": PUBLISHED, "object_patches": OBJECT_PATCHES, "consistency": CONSISTENCY},
 )
 STAGE = fields(
     {"block": whole(), "tokens": whole(), "labels": labels, "fused": list_of(whole(), most=1 << 24), "soft": truth}
@@ -258,6 +272,11 @@ def read_profiles(path: Path) -> list[Record]:
     return [profile_of(record) for record in read_records(path, (Record.kind,))]
 
 
+def read_evaluations(path: Path) -> list[Evaluation]:
+    """The evaluations in a file of results; errors as of ``read_records``."""
+    return [evaluation_of(record) for record in read_records(path, (Evaluation.kind,))]
+
+
 def read_tuning(path: Path) -> Tuning:
     """What a search for a setting found, of a file of its own.
 
@@ -307,6 +326,17 @@ def profile_of(value: Json) -> Record:
     )
 
 
+def evaluation_of(value: Json) -> Evaluation:
+    """The value of a checked record of kind "accuracy"."""
+    entries = _object(value)
+    return _made(
+        Evaluation,
+        entries,
+        conditions=_made(EvaluationConditions, _object(entries["conditions"])),
+        models=[_evaluated(entry) for entry in _objects(entries["models"])],
+    )
+
+
 # What is below takes entries that check_record has let pass, whose types are known to it and not to a type checker.
 
 
@@ -351,6 +381,16 @@ def _cost(value: Mapping[str, Json]) -> Cost:
         fidelity=distances and _made(Fidelity, _object(distances)),
         breakdown=parts and [_made(BlockTime, part) for part in _objects(parts)],
     )
+
+
+def _evaluated(value: Mapping[str, Json]) -> Evaluated:
+    kinds = {
+        "accuracy": Accuracy,
+        "published": Published,
+        "object_patches": ObjectPatches,
+        "consistency": Consistency,
+    }
+    return _made(Evaluated, value, **{n: _made(kind, _object(value[n])) for n, kind in kinds.items() if n in value})
 
 
 def _candidate(value: Mapping[str, Json]) -> Candidate:

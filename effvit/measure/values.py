@@ -17,6 +17,7 @@ __all__ = [
     "BlockTime",
     "Candidate",
     "Conditions",
+    "Consistency",
     "Cost",
     "Evaluated",
     "Evaluation",
@@ -24,6 +25,7 @@ __all__ = [
     "Fidelity",
     "Judged",
     "Machine",
+    "ObjectPatches",
     "Published",
     "Record",
     "Staircase",
@@ -95,6 +97,36 @@ class Fidelity:
     feature_distance: float
     agreement: float | None = None
     images: int | None = None
+
+
+@dataclass(frozen=True)
+class ObjectPatches:
+    """What a model keeps of the patches that show the labelled object, see ``effvit.measure.object_patches``.
+
+    Attributes:
+        tokens: Share of them that are tokens of their own, behind each block: mean over images.
+        represented: Share of them that some token stands for, likewise.
+        images: Number of images.
+    """
+
+    tokens: Sequence[float]
+    represented: Sequence[float]
+    images: int
+
+
+@dataclass(frozen=True)
+class Consistency:
+    """How often a prediction stays the same when the image is shifted, see ``effvit.measure.shifts``.
+
+    Attributes:
+        shifts: Distances in pixels.
+        same: Share of the predictions that stay, for each distance: mean over directions and images.
+        images: Number of images.
+    """
+
+    shifts: Sequence[int]
+    same: Sequence[float]
+    images: int
 
 
 @dataclass(frozen=True)
@@ -219,6 +251,8 @@ class Evaluated:
         name, host, method, settings, parameters, macs, mac_ratio, tokens: As of a ``Cost``.
         accuracy: Measured here.
         published: What was published of the same model and settings, where a figure is known.
+        object_patches: What is kept of the object; None where it was not measured.
+        consistency: Under shifts of the image; None where it was not measured.
     """
 
     name: str
@@ -231,6 +265,8 @@ class Evaluated:
     tokens: Sequence[float] | None
     accuracy: Accuracy
     published: Published | None = None
+    object_patches: ObjectPatches | None = None
+    consistency: Consistency | None = None
 
 
 @dataclass(frozen=True)

@@ -16,16 +16,20 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from numpy.typing import NDArray
 
 from effvit.measure.accuracy import shown_models
-from effvit.measure.values import Cost, Record
+from effvit.measure.choices import Choice, choices_of
+from effvit.measure.values import Cost, Evaluated, Evaluation, Record
 from effvit.reducers import METHODS
 
-__all__ = ["Line", "accuracy_lines", "plot_accuracy", "plot_costs"]
+__all__ = ["Line", "accuracy_lines", "plot_accuracy", "plot_choices", "plot_costs"]
 
 DENSE_COLOUR = "#343a40"
 COLOURS = ("#1c7ed6", "#e8590c", "#2f9e44", "#ae3ec9", "#e03131", "#0c8599", "#b08900", "#74512d", "#d6336c", "#5c940d")
 MARKERS = "osD^vPXph<>"
 OWN_MARKERS = "*Hd8p>X<"  # of models without a method
 DASHES = ("-", "--", ":", "-.")  # for each way the weights were trained
+CONTROL_COLOURS = {"random": "#868e96", "uniform": "#c2a33a", "resolution": "#343a40"}
+CONTROL_MARKERS = {"random": "x", "uniform": "+", "resolution": "*"}
+COLUMNS = 4  # of panels
 FAINT, GRID = "#adb5bd", "#f1f3f5"
 ACCURACY_TICKS = (10, 20, 30, 40, 50, 60, 70, 80, 85, 90, 92, 94, 96, 97, 98, 98.5, 99, 99.3, 99.5)
 LEAST_ERROR = 0.1  # percent; the axis ends there
@@ -172,6 +176,70 @@ def scale_by_errors(axes: Axes, values: Sequence[float]) -> None:
     axes.yaxis.set_major_locator(FixedLocator([tick for tick in ACCURACY_TICKS if low <= tick <= high]))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda tick, _: f"{tick:g}"))
+
+
+def plot_choices(evaluation: Evaluation, title: str, path: Path, note: str | None = None) -> None:
+    """Draw accuracy against multiply-adds, a panel for each method with its controls in it.
+
+    A method is worth its cost where its line is above those of its controls. Of random controls the mean over the seeds
+    is drawn, with a bar from the least to the largest.
+
+    Args:
+        evaluation: With controls; the dotted line is its first model.
+        title: Text above the plot.
+        path: .svg or .png to write; the same record gives the same bytes with the same matplotlib.
+        note: What the file says of its origin.
+
+    Raises:
+        ValueError: An evaluation without controls.
+    """
+    choices = choices_of(evaluation)
+    methods = [name for name in METHODS if any(choice.model.method == name for choice in choices)]
+    columns = min(COLUMNS, len(methods))
+    rows = -(-len(methods) // columns)
+    dense = evaluation.models[0].accuracy.value
+    with matplotlib.rc_context(TEXT | VECTORS):
+        figure = Figure(figsize=(2.9 * columns + 0.8, 2.6 * rows + 0.9), layout="constrained")
+        FigureCanvasAgg(figure)
+        panels: list[Axes] = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
+        for number, (axes, method) in enumerate(zip(panels, methods, strict=False)):
+            axes.axhline(dense, color=FAINT, linestyle=":", linewidth=1, zorder=1)
+            draw_choices(axes, method, [choice for choice in choices if choice.model.method == method])
+            axes.set_title(method, fontsize=10)
+            tidy(axes)
+            if number + columns >= len(methods):  # no panel below
+                axes.set_xlabel("MMACs of one image")
+                axes.tick_params(labelbottom=True)
+        for axes in panels[len(methods) :]:
+            axes.remove()
+        figure.supylabel("top-1 accuracy, %", fontsize=10)
+        figure.suptitle(title, fontsize=11)
+        lines = {line.get_label(): line for axes in panels[: len(methods)] for line in axes.get_lines()}
+        known = [control for control in CONTROL_COLOURS if control in lines]
+        figure.legend([lines[control] for control in known], known, loc="outside lower center", ncols=3, frameon=False)
+        save(figure, path, note)
+
+
+def draw_choices(axes: Axes, method: str, choices: Sequence[Choice]) -> None:
+    """A line for one method, and one for each of its controls."""
+    for control, colour in CONTROL_COLOURS.items():
+        groups = [choice.controls[control] for choice in choices if control in choice.controls]
+        if groups:
+            points = sorted(spread_of(group) for group in groups)
+            macs, means, *bars = np.array(points).T
+            style: Style = {"color": colour, "marker": CONTROL_MARKERS[control], "markersize": 5, "linestyle": "--"}
+            axes.plot(macs, means, label=control, linewidth=1, zorder=2, **style)
+            axes.errorbar(macs, means, np.stack(bars), color=colour, linestyle="none", elinewidth=0.8, zorder=2)
+    own = sorted((choice.model.macs / 1e6, choice.model.accuracy.value) for choice in choices)
+    axes.plot(*zip(*own, strict=True), label=method, linewidth=1.6, zorder=3, **look(method, 0))
+
+
+def spread_of(models: Sequence[Evaluated]) -> tuple[float, float, float, float]:
+    """MMACs and mean accuracy of controls that differ in their seed, and how far the others are below and above."""
+    values = [model.accuracy.value for model in models]
+    mean = sum(values) / len(values)
+    # A mean of equal numbers may differ from them by rounding; a bar has no negative length.
+    return models[0].macs / 1e6, mean, max(0.0, mean - min(values)), max(0.0, max(values) - mean)
 
 
 def plot_costs(costs: Sequence[Cost], title: str, path: Path) -> None:

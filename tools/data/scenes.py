@@ -4,6 +4,9 @@ Each image shows one object of a class of `data.cutouts`, which covers a small p
 of no class, on a crop of a photograph. Which patches matter thus differs from image to image. The object is never
 hidden by more than a third, and its mask and box are exact, because they are known before the image is.
 
+An image may be drawn with a margin around it: the same scene seen further, so that crops of it which lie a few pixels
+apart are what a camera turned slightly would see.
+
 An image is a function of (split, seed, index) alone: all that is random in it is a hash of these numbers (splitmix64,
 Steele et al. 2014), and all sums of resampling are sums of whole numbers below 2^24, which float32 holds exactly in
 whatever order they are added. So an image is the same in every batch, and indices are endless: an epoch can be any
@@ -22,16 +25,17 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from data.cutouts import CLASSES, SIDE, SPLITS, Bank, Scenery, Split, open_split
+from data.cutouts import CLASSES, LEVELS, SIDE, SPLITS, Bank, Scenery, Split, open_split
 from effvit.schedule import check_choice, check_count
 
-__all__ = ["SIZE", "Cutouts", "Scenes", "draw_scenes", "patch_coverage"]
+__all__ = ["MAX_MARGIN", "SIZE", "Cutouts", "Scenes", "draw_scenes", "patch_coverage", "scene_labels"]
 
 SIZE = 96  # pixels of an image's side
 DISTRACTORS = 3  # at most; every number from 0 on is equally likely
 COVERAGE = (0.04, 0.25)  # share of the image inside the outline of an object, logarithmically uniform between
 MAX_LENGTH = 80  # pixels of an object's longer side; slender ones cover less than COVERAGE asks for
 MAX_HIDDEN = 1 / 3  # share of the object that distractors may hide
+MAX_MARGIN = (LEVELS[0] - SIZE) // 2  # pixels around an image
 CHUNK = 16  # images that are made at once, so that they stay in the processor's cache
 
 WEIGHT_STEPS = 240  # a filter's weights are multiples of 1/240: sums of 255 * (240 + rounding)^2 stay below 2^24
@@ -45,11 +49,11 @@ class Scenes(NamedTuple):
     """A batch of images.
 
     Attributes:
-        images: (B, 3, SIZE, SIZE) uint8, RGB.
+        images: (B, 3, SIZE, SIZE) uint8, RGB; with a margin (B, 3, SIZE + 2 margin, SIZE + 2 margin).
         labels: (B,) int64, the class of the labelled object, a number of `data.cutouts.CLASSES`.
         boxes: (B, 4) int64, its left, top, right and bottom: the first two are its outermost pixels, the last two lie
             one beyond.
-        masks: (B, SIZE, SIZE) bool, the pixels that show it.
+        masks: (B, H, W) as the images, bool: the pixels that show it.
         photographs: (B,) int64, the photograph behind it, a number of ``Scenery.names``.
     """
 
@@ -100,7 +104,7 @@ def whole(uniform: Tensor, number: Tensor | int) -> Tensor:
 # -- parts of a scene ------------------------------------------------------------------------------------
 
 
-def axis_weights(start: Tensor, scale: Tensor, extent: Tensor, mirrored: Tensor) -> Tensor:
+def axis_weights(start: Tensor, scale: Tensor, extent: Tensor, mirrored: Tensor, margin: int = 0) -> Tensor:
     """A triangle filter that resizes one axis of cut-outs and puts it at its place.
 
     Args:
@@ -108,39 +112,42 @@ def axis_weights(start: Tensor, scale: Tensor, extent: Tensor, mirrored: Tensor)
         scale: (B,) pixels of the image per pixel of the bank.
         extent: (B,) pixels of the bank that are opaque, in its middle.
         mirrored: (B,) bool.
+        margin: Pixels in front of the image and behind it.
 
     Returns:
-        (B, SIZE, SIDE) float32, whole numbers: WEIGHT_STEPS times the share of each pixel of the bank in each of the
-        image.
+        (B, SIZE + 2 margin, SIDE) float32, whole numbers: WEIGHT_STEPS times the share of each pixel of the bank in
+        each of the image and its margin.
     """
-    offset = (torch.arange(SIZE) + 0.5 - start[:, None]) / scale[:, None]  # (B, SIZE), from the object's border
+    pixels = torch.arange(-margin, SIZE + margin)
+    offset = (pixels + 0.5 - start[:, None]) / scale[:, None]  # (B, L), from the object's border
     offset = torch.where(mirrored[:, None], extent[:, None] - offset, offset)
     source = (offset + ((SIDE - extent) // 2)[:, None] - 0.5).float()
     sharpness = scale.clamp(max=1).float()[:, None, None]
-    distance = (source[..., None] - torch.arange(SIDE)).abs_().mul_(sharpness)  # (B, SIZE, SIDE)
+    distance = (source[..., None] - torch.arange(SIDE)).abs_().mul_(sharpness)  # (B, L, SIDE)
     weights = (1 - distance).clamp_(min=0)
     return weights.mul_(WEIGHT_STEPS / weights.sum(-1, keepdim=True).clamp(min=1e-6)).round_()
 
 
-def place_objects(bank: Bank, chosen: Tensor, draws: Tensor, inside: bool) -> Tensor:
-    """Cut-outs of random size, place and light as layers, (B, SIZE, 4, SIZE) in [0, 1].
+def place_objects(bank: Bank, chosen: Tensor, draws: Tensor, inside: bool, margin: int = 0) -> Tensor:
+    """Cut-outs of random size, place and light as layers, (B, L, 4, L) in [0, 1] with L = SIZE + 2 margin.
 
     Args:
         bank: Where they are.
         chosen: (B,) their numbers.
         draws: (B, 9) uniform numbers.
         inside: Whether all of an object lies in the image; else its centre does.
+        margin: Pixels around the image, in which no object is placed but into which some reach.
     """
     extents = bank.extents[chosen].double()
     scale = (AREAS[whole(draws[:, 0], COVERAGE_STEPS)] / bank.areas[chosen]).sqrt()
     scale = torch.minimum(scale, MAX_LENGTH / extents.amax(1))
     lengths = scale[:, None] * extents  # (B, 2), pixels of the image
     starts = draws[:, 1:3] * (SIZE - lengths) if inside else draws[:, 1:3] * SIZE - lengths / 2
-    rows = axis_weights(starts[:, 0], scale, extents[:, 0], torch.zeros(len(chosen), dtype=torch.bool))
-    columns = axis_weights(starts[:, 1], scale, extents[:, 1], draws[:, 3] < 0.5)
-    wide = bank.pixels[chosen].float().flatten(1, 2) @ columns.mT  # (B, SIDE * 4, SIZE)
-    placed = rows @ wide.unflatten(1, (SIDE, 4)).flatten(2)  # (B, SIZE, 4 * SIZE)
-    placed = placed.unflatten(2, (4, SIZE)) / (255 * WEIGHT_STEPS**2)  # (B, SIZE, 4, SIZE)
+    rows = axis_weights(starts[:, 0], scale, extents[:, 0], torch.zeros(len(chosen), dtype=torch.bool), margin)
+    columns = axis_weights(starts[:, 1], scale, extents[:, 1], draws[:, 3] < 0.5, margin)
+    wide = bank.pixels[chosen].float().flatten(1, 2) @ columns.mT  # (B, SIDE * 4, L)
+    placed = rows @ wide.unflatten(1, (SIDE, 4)).flatten(2)  # (B, L, 4 * L)
+    placed = placed.unflatten(2, (4, -1)) / (255 * WEIGHT_STEPS**2)  # (B, L, 4, L)
     opacity = placed[:, :, 3:].clamp_(max=1)  # rounded weights may sum to more
     gain = between(0.5, 1.1, draws[:, 4:5]) * between(0.9, 1.1, draws[:, 5:8])  # (B, 3)
     lift = between(0, 0.25, draws[:, 8:9])
@@ -150,21 +157,25 @@ def place_objects(bank: Bank, chosen: Tensor, draws: Tensor, inside: bool) -> Te
 
 
 def per_channel(values: Tensor) -> Tensor:
-    """(B, channels) as it multiplies (B, SIZE, channels, SIZE)."""
+    """(B, channels) as it multiplies (B, H, channels, W)."""
     return values.float()[:, None, :, None]
 
 
-def crop_scenery(scenery: Scenery, chosen: Tensor, draws: Tensor) -> Tensor:
-    """Crops (B, SIZE, 3, SIZE) of those photographs in random sizes, some mirrored, changed in contrast and colour."""
+def crop_scenery(scenery: Scenery, chosen: Tensor, draws: Tensor, margin: int = 0) -> Tensor:
+    """Crops (B, L, 3, L) of those photographs in random sizes, some mirrored, changed in contrast and colour.
+
+    L is SIZE + 2 margin. What is cropped is drawn for this size, so that the margin is photograph too.
+    """
+    side = SIZE + 2 * margin
     shape = scenery.shapes[chosen, whole(draws[:, 1], scenery.shapes.shape[1])]  # (B, 3)
     begin, height, width = shape.unbind(1)
-    top, left = whole(draws[:, 2], height - SIZE + 1), whole(draws[:, 3], width - SIZE + 1)
-    columns = torch.arange(SIZE)
-    columns = torch.where((draws[:, 4] < 0.5)[:, None], columns, columns.flip(0))  # (B, SIZE)
-    rows = (top[:, None] + torch.arange(SIZE)) * width[:, None]
-    places = (begin + left)[:, None, None] + rows[..., None] + columns[:, None]  # (B, SIZE, SIZE)
+    top, left = whole(draws[:, 2], height - side + 1), whole(draws[:, 3], width - side + 1)
+    columns = torch.arange(side)
+    columns = torch.where((draws[:, 4] < 0.5)[:, None], columns, columns.flip(0))  # (B, L)
+    rows = (top[:, None] + torch.arange(side)) * width[:, None]
+    places = (begin + left)[:, None, None] + rows[..., None] + columns[:, None]  # (B, L, L)
     packed = scenery.pixels.view(torch.int32)[:, 0]  # four bytes at once
-    pixels = packed[places.flatten()].view(torch.uint8).view(-1, SIZE, SIZE, 4)[..., :3].mT.contiguous()
+    pixels = packed[places.flatten()].view(torch.uint8).view(-1, side, side, 4)[..., :3].mT.contiguous()
     gain = between(0.6, 1.1, draws[:, 5:6]) * between(0.85, 1.15, draws[:, 6:9])  # (B, 3)
     grey = between(0.4, 0.6, draws[:, 9:10]) - gain / 2
     return pixels.float().mul_(per_channel(gain / 255)).add_(per_channel(grey)).clamp_(0, 1)
@@ -173,17 +184,39 @@ def crop_scenery(scenery: Scenery, chosen: Tensor, draws: Tensor) -> Tensor:
 # -- scenes ----------------------------------------------------------------------------------------------
 
 
-def draw_scenes(split: Split, name: str, indices: Sequence[int], seed: int = 0) -> Scenes:
+def draw_scenes(split: Split, name: str, indices: Sequence[int], seed: int = 0, margin: int = 0) -> Scenes:
     """The images of these indices.
+
+    With a margin they are larger by so many pixels on each side. Objects, their light and what hides what are those of
+    the image without it; the photograph, too, is the same, but another part of it, where there is room for the margin.
 
     Args:
         split: What they are made of.
         name: The split's, one of `data.cutouts.SPLITS`: the two draw different numbers.
         indices: From 0 on; there is no last.
         seed: Of everything that is drawn.
+        margin: At most MAX_MARGIN.
 
     Raises:
-        ValueError: An unknown split, no index, a negative one, or a negative seed.
+        ValueError: An unknown split, no index, a negative one, a negative seed, or a margin that some photograph has no
+            room for.
+    """
+    if check_count("margin", margin) > MAX_MARGIN:
+        raise ValueError(
+            f"margin must be at most {MAX_MARGIN}, since the smallest photographs have {LEVELS[0]} pixels, got {margin}"
+        )
+    draws = scene_draws(name, indices, seed)
+    order = distractor_counts(draws).argsort(descending=True, stable=True)
+    with torch.autocast("cpu", enabled=False):  # its bfloat16 does not hold the sums of resampling
+        chunks = [draw_chunk(split, chunk, margin) for chunk in draws[order].split(CHUNK)]
+    back = order.argsort()
+    return Scenes(*(torch.cat(values)[back] for values in zip(*chunks, strict=True)))
+
+
+def scene_draws(name: str, indices: Sequence[int], seed: int) -> Tensor:
+    """(B, DISTRACTORS + 2, DRAWS) uniform numbers: of the scene, of the labelled object, of each distractor.
+
+    Arguments and errors as of ``draw_scenes``.
     """
     check_choice("split", name, SPLITS)
     check_count("seed", seed)
@@ -191,12 +224,17 @@ def draw_scenes(split: Split, name: str, indices: Sequence[int], seed: int = 0) 
     if wanted.ndim != 1 or not len(wanted) or (wanted < 0).any():
         raise ValueError(f"indices must be whole numbers of at least 0, and there must be one, got {list(indices)}")
     parts = DISTRACTORS + 2
-    draws = uniforms(seed, SPLITS.index(name), wanted, parts * DRAWS).unflatten(1, (parts, DRAWS))
-    order = distractor_counts(draws).argsort(descending=True, stable=True)
-    with torch.autocast("cpu", enabled=False):  # its bfloat16 does not hold the sums of resampling
-        chunks = [draw_chunk(split, chunk) for chunk in draws[order].split(CHUNK)]
-    back = order.argsort()
-    return Scenes(*(torch.cat(values)[back] for values in zip(*chunks, strict=True)))
+    return uniforms(seed, SPLITS.index(name), wanted, parts * DRAWS).unflatten(1, (parts, DRAWS))
+
+
+def scene_labels(split: Split, name: str, indices: Sequence[int], seed: int = 0) -> Tensor:
+    """(B,) the classes of ``draw_scenes`` with these arguments, without an image being drawn."""
+    return drawn_labels(split, scene_draws(name, indices, seed))
+
+
+def drawn_labels(split: Split, draws: Tensor) -> Tensor:
+    """(B,) the class of each scene."""
+    return whole(draws[:, 1, 0], len(split.objects.counts))
 
 
 def distractor_counts(draws: Tensor) -> Tensor:
@@ -204,16 +242,16 @@ def distractor_counts(draws: Tensor) -> Tensor:
     return whole(draws[:, 0, 11], DISTRACTORS + 1)
 
 
-def draw_chunk(split: Split, draws: Tensor) -> Scenes:
+def draw_chunk(split: Split, draws: Tensor, margin: int) -> Scenes:
     """A few scenes; draws is (B, DISTRACTORS + 2, DRAWS), those with most distractors first."""
     scene, labelled = draws[:, 0], draws[:, 1]
     counts = split.objects.counts
-    labels = whole(labelled[:, 0], len(counts))
+    labels = drawn_labels(split, draws)
     chosen = (counts.cumsum(0) - counts)[labels] + whole(labelled[:, 1], counts[labels])
-    layer = place_objects(split.objects, chosen, labelled[:, 2:], inside=True)
-    others = place_distractors(split.distractors, distractor_counts(draws), draws[:, 2:])
-    opacity, hiding = layer[:, :, 3], others[:, :, 3]  # (B, SIZE, SIZE)
-    shape = opacity >= 0.5
+    layer = place_objects(split.objects, chosen, labelled[:, 2:], inside=True, margin=margin)
+    others = place_distractors(split.distractors, distractor_counts(draws), draws[:, 2:], margin)
+    opacity, hiding = layer[:, :, 3], others[:, :, 3]  # (B, L, L)
+    shape = opacity >= 0.5  # lies inside the image, so that a margin changes nothing of what is in front
     hidden = shape & (hiding >= 0.5)
     in_front = (scene[:, 10] < 0.5) | (hidden.sum((1, 2)) > MAX_HIDDEN * shape.sum((1, 2)))
     in_front = in_front[:, None, None]
@@ -221,28 +259,29 @@ def draw_chunk(split: Split, draws: Tensor) -> Scenes:
     seen = 1 - opacity * in_front, 1 - hiding * ~in_front  # of the distractors, of the object
     layer = layer.mul_(seen[1][:, :, None]).add_(others.mul_(seen[0][:, :, None]))
     photographs = whole(scene[:, 0], len(split.scenery.names))
-    images = crop_scenery(split.scenery, photographs, scene).mul_(1 - layer[:, :, 3:]).add_(layer[:, :, :3])
+    images = crop_scenery(split.scenery, photographs, scene, margin).mul_(1 - layer[:, :, 3:]).add_(layer[:, :, :3])
     images = images.mul_(255).round_().clamp_(0, 255).to(torch.uint8).transpose(1, 2)
     return Scenes(images.contiguous(), labels, mask_boxes(masks), masks, photographs)
 
 
-def place_distractors(bank: Bank, numbers: Tensor, draws: Tensor) -> Tensor:
+def place_distractors(bank: Bank, numbers: Tensor, draws: Tensor, margin: int) -> Tensor:
     """So many distractors (B,), the largest numbers first, as one layer; ``draws`` is (B, DISTRACTORS, DRAWS)."""
-    layers = torch.zeros(len(numbers), SIZE, 4, SIZE)
+    side = SIZE + 2 * margin
+    layers = torch.zeros(len(numbers), side, 4, side)
     for slot in range(DISTRACTORS):
         own = draws[: int((numbers > slot).sum()), slot]
         if len(own):
-            placed = place_objects(bank, whole(own[:, 0], len(bank.pixels)), own[:, 2:], inside=False)
+            placed = place_objects(bank, whole(own[:, 0], len(bank.pixels)), own[:, 2:], inside=False, margin=margin)
             layers[: len(own)].mul_(1 - placed[:, :, 3:]).add_(placed)
     return layers
 
 
 def mask_boxes(masks: Tensor) -> Tensor:
-    """(B, 4) the extents of masks (B, SIZE, SIZE), of which none is empty; see `Scenes`."""
+    """(B, 4) the extents of masks (B, H, W), of which none is empty; see `Scenes`."""
     sides = []
     for axis in (1, 2):  # columns, then rows
-        occupied = masks.any(axis).int()  # (B, SIZE)
-        sides.append((occupied.argmax(1), SIZE - occupied.flip(1).argmax(1)))
+        occupied = masks.any(axis).int()  # (B, W), then (B, H)
+        sides.append((occupied.argmax(1), occupied.shape[1] - occupied.flip(1).argmax(1)))
     (left, right), (top, bottom) = sides
     return torch.stack([left, top, right, bottom], 1)
 
@@ -289,9 +328,13 @@ class Cutouts(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return self.length
 
-    def scenes(self, indices: Sequence[int]) -> Scenes:
-        """The images of these indices with their boxes and masks."""
-        return draw_scenes(self.parts, self.split, indices, self.seed)
+    def scenes(self, indices: Sequence[int], margin: int = 0) -> Scenes:
+        """The images of these indices with their boxes and masks, and a margin around them; see `draw_scenes`."""
+        return draw_scenes(self.parts, self.split, indices, self.seed, margin)
+
+    def labels(self) -> list[int]:
+        """The classes of the first ``len(self)`` images."""
+        return scene_labels(self.parts, self.split, range(len(self)), self.seed).tolist()
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.__getitems__([index])[0]
