@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 
 import effvit
-from effvit.cli import convert, demo, evaluate, listing, profile, report, tune, visualize
+from effvit.cli import configs, convert, demo, evaluate, listing, profile, report, tune, visualize
 from effvit.messages import run_command
 
 __all__ = ["main"]
@@ -24,6 +24,6 @@ def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser("effvit", description="Token-sparsifying vision transformers on timm.")
     root.add_argument("--version", action="version", version=f"effvit {effvit.__version__}")
     commands = root.add_subparsers(required=True, metavar="COMMAND")
-    for command in (listing, profile, evaluate, visualize, report, tune, convert, demo):
+    for command in (listing, profile, evaluate, visualize, report, tune, convert, demo, configs):
         command.add_command(commands)
     return root
