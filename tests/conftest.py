@@ -25,6 +25,7 @@ FAST = {
     "test_compat.py",
     "test_contract.py",
     "test_docs.py",
+    "test_doctor.py",
     "test_dymu.py",
     "test_evit.py",
     "test_expedite.py",

@@ -6,7 +6,21 @@ import argparse
 from collections.abc import Callable, Sequence
 
 import effvit
-from effvit.cli import configs, convert, demo, evaluate, listing, profile, report, run, test, train, tune, visualize
+from effvit.cli import (
+    configs,
+    convert,
+    demo,
+    doctor,
+    evaluate,
+    listing,
+    profile,
+    report,
+    run,
+    test,
+    train,
+    tune,
+    visualize,
+)
 from effvit.messages import run_command
 
 __all__ = ["main"]
@@ -26,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     commands = root.add_subparsers(required=True, metavar="COMMAND")
     for command in (
         *(listing, profile, evaluate, visualize, report, tune, convert, demo),
-        *(configs, train, test, run),
+        *(configs, train, test, run, doctor),
     ):
         command.add_command(commands)
     return root
