@@ -200,6 +200,10 @@ def test_importing_the_package_loads_none_of_the_tools() -> None:
     assert not ({"matplotlib", "fvcore", "rich"} | FRAMEWORKS) & set(loaded)
 
 
+def test_the_command_line_loads_no_framework() -> None:
+    assert not FRAMEWORKS & set(loaded_by("effvit.cli"))
+
+
 def test_the_dense_backbone_loads_no_framework() -> None:
     assert not FRAMEWORKS & set(loaded_by("effvit.dense.backbone"))
 

@@ -41,9 +41,7 @@ def add_command(commands: options.Commands) -> None:
 
 def run_test(arguments: Arguments) -> int:
     """Evaluate; what goes wrong once the evaluation has begun keeps its traceback."""
-    from mmengine.dist import is_main_process  # needs the extra mm
-
-    from effvit.dense.runner import build_runner, prepare_config, read_options, without_pretrained
+    from effvit.dense.runner import build_runner, prepare_config, read_options, without_pretrained  # needs the extra mm
 
     values = read_options(arguments.cfg_options)
     if arguments.checkpoint is not None:
@@ -64,6 +62,8 @@ def run_test(arguments: Arguments) -> int:
     runner = build_runner(config)
 
     def evaluate() -> None:
+        from mmengine.dist import is_main_process
+
         metrics = runner.test()
         if arguments.out is not None and is_main_process():
             arguments.out.parent.mkdir(parents=True, exist_ok=True)

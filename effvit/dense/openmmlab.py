@@ -35,6 +35,7 @@ from effvit.dense.shipped_configs import PREFIX, find_config
 from effvit.hosts.checkpoints import check_state, read_file
 from effvit.hosts.feature_pyramid import SimpleFeaturePyramid
 from effvit.hosts.host import ReducedHost
+from effvit.messages import plain
 from effvit.schedule import check_fraction, cosine_keep_rate
 
 __all__ = [
@@ -81,7 +82,12 @@ def load_config(path: str | Path) -> Config:
         ImportError: A module of the config's ``custom_imports`` that is missing.
     """
     MODULE2PACKAGE["mmseg"] = "mmseg"
-    file = find_config(str(path).removeprefix(PREFIX)) if str(path).startswith(PREFIX) else path
+    file = find_config(str(path).removeprefix(PREFIX)) if str(path).startswith(PREFIX) else Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"no config at {plain(path)}; those of the package are written {PREFIX}NAME, and `effvit configs list` "
+            "prints their names"
+        )
     try:
         return Config.fromfile(str(file))
     except ImportError as error:
@@ -128,7 +134,7 @@ class StartsPretrained:
     """Mixin of mmengine's ``BaseModule``: weights that a config names are loaded by ``init_weights``, once.
 
     mmengine's Runner calls ``init_weights`` before it trains. What rebuilds a trained model from its config and loads
-    its checkpoint (``init_detector``, ``init_model``, ``tools/test.py``) does not, so that neither the network nor the
+    its checkpoint (``init_detector``, ``init_model``, ``effvit test``) does not, so that neither the network nor the
     file is asked for weights that would be overwritten. A model that got neither refuses to run.
 
     Attributes:
