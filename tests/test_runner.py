@@ -271,7 +271,7 @@ class TestSettings:
         monkeypatch.setattr(sys, "argv", [f"{tool}.py", "missing.py"])
         with pytest.raises(SystemExit, match="2"):
             runpy.run_path(str(ROOT / "tools" / f"{tool}.py"), run_name="__main__")
-        assert capsys.readouterr().err.startswith('effvit: error: file "')
+        assert capsys.readouterr().err.startswith("effvit: error: no config at missing.py; those of the package are")
 
     def test_mixed_precision_without_accelerator_is_refused(self, segmenter: Path) -> None:
         with pytest.raises(ValueError, match="mixed precision needs an accelerator"):
