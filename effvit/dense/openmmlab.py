@@ -92,7 +92,7 @@ def load_config(path: str | Path) -> Config:
         return Config.fromfile(str(file))
     except ImportError as error:
         missing = _missing_module(error)
-        if missing.split(".")[0] != "data":
+        if missing.split(".")[0] != "data":  # tools/data: what the package's own configs import from outside of it
             raise
         raise ImportError(
             f"{path} imports a module of {missing!r}, a folder that only tools/ of a checkout of effvit holds; run "
