@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from reprlib import Repr
 
-__all__ = ["one_line", "plain", "run_command", "shown"]
+__all__ = ["one_line", "plain", "run_command", "run_with_traceback", "shown"]
 
 # Terminals obey control characters, and bidirectional marks (Unicode 9, "Trojan source", CVE-2021-42574) reorder what
 # is read; half surrogates cannot be encoded at all.
@@ -49,8 +49,8 @@ def run_command(program: str, run: Callable[[], int | None]) -> int:
         run: The command; None stands for 0.
 
     Returns:
-        The command's own status; 2 after an error the caller can mend, 130 after Ctrl-C, 141 if the reader of stdout
-        has gone.
+        The command's own status; 2 after an error the caller can mend or a missing package, 130 after Ctrl-C, 141 if
+        the reader of stdout has gone.
     """
     try:
         status = run() or 0
@@ -59,10 +59,23 @@ def run_command(program: str, run: Callable[[], int | None]) -> int:
         # Python flushes stdout once more when it ends, and would complain there.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"{program}: error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return INTERRUPTED
     return status
+
+
+def run_with_traceback(run: Callable[[], object]) -> int:
+    """The exit status of what a command only starts, such as a training: 0, or 1 after any error, with its traceback.
+
+    An error there is not one in what the caller typed, so that one line would say too little.
+    """
+    try:
+        run()
+    except Exception as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        return 1
+    return 0

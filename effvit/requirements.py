@@ -41,5 +41,5 @@ def optional(package: str, extra: str, module: str) -> Iterator[None]:
             raise
         raise ImportError(
             f"{module} needs {package}, which comes with the extra {extra}: install effvit[{extra}] "
-            "(README, sections Set-up and Dense prediction), or use the models without it"
+            "(`effvit doctor` prints the commands), or use the models without it"
         ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +155,14 @@ class TestProfile:
 
     def test_missing_checkpoint_is_named(self, capsys):
         assert "no checkpoint at absent.pth" in failure(capsys, "profile", TINY, "--checkpoint", "absent.pth")
+
+
+@pytest.mark.parametrize("command", ["train", "test"])
+def test_missing_openmmlab_is_named_with_the_way_to_install_it(command, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mmengine", None)
+    monkeypatch.delitem(sys.modules, "effvit.dense.runner", raising=False)
+    message = failure(capsys, command, "config.py")
+    assert "needs mmengine, which comes with the extra mm: install effvit[mm] (`effvit doctor` prints" in message
 
 
 class TestConvert:

@@ -41,6 +41,7 @@ ROWS = (
 )
 RANKS = {part: row for row, parts in enumerate(ROWS) for part in parts}
 SURFACE = RANKS[""]
+FREE_OF_OPENMMLAB = ("dense/backbone", "dense/detectron2", "dense/shipped_configs")
 MODULES = sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py"))
 
 
@@ -163,7 +164,7 @@ def test_reducers_do_not_know_each_other() -> None:
 def test_public_names_are_listed_and_exist(module: str) -> None:
     if module == "dense/transformers":  # in an environment of its own: make test-transformers
         pytest.importorskip("transformers", reason="the transformers extra is not installed")
-    elif module.startswith("dense/") and module not in ("dense/backbone", "dense/detectron2"):
+    elif module.startswith("dense/") and module not in FREE_OF_OPENMMLAB:
         pytest.importorskip("mmengine")
     loaded = importlib.import_module(module_name(module))
     documented = ast.get_docstring(ast.parse((PACKAGE / f"{module}.py").read_text()))
@@ -198,6 +199,10 @@ def test_importing_the_package_loads_none_of_the_tools() -> None:
     assert "effvit.hosts.host" in own
     assert not [name for name in own if rank(name) > SURFACE]
     assert not ({"matplotlib", "fvcore", "rich"} | FRAMEWORKS) & set(loaded)
+
+
+def test_the_command_line_loads_no_framework() -> None:
+    assert not FRAMEWORKS & set(loaded_by("effvit.cli"))
 
 
 def test_the_dense_backbone_loads_no_framework() -> None:

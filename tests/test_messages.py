@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from effvit.messages import one_line, plain, run_command, shown
+from effvit.messages import one_line, plain, run_command, run_with_traceback, shown
 
 
 def raises(error: BaseException) -> int:
@@ -38,7 +38,7 @@ def test_long_text_is_shortened_in_its_middle() -> None:
     assert len(shown([nested] * 1000)) < 200
 
 
-@pytest.mark.parametrize("error", [ValueError, TypeError, OSError])
+@pytest.mark.parametrize("error", [ValueError, TypeError, OSError, ImportError])
 def test_error_of_a_command_is_one_line(error: type[Exception], capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command("tool", lambda: raises(error("two\nlines \x1b[2J"))) == 2
     assert capsys.readouterr().err == "tool: error: two lines \\x1b[2J\n"
@@ -47,6 +47,14 @@ def test_error_of_a_command_is_one_line(error: type[Exception], capsys: pytest.C
 def test_interrupt_is_130_as_in_a_shell(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command("tool", lambda: raises(KeyboardInterrupt())) == 130
     assert capsys.readouterr().err == "tool: interrupted\n"
+
+
+def test_error_after_the_start_keeps_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_with_traceback(lambda: raises(ValueError("deep inside"))) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("Traceback (most recent call last):")
+    assert message.endswith("ValueError: deep inside\n")
+    assert run_with_traceback(lambda: "done") == 0
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ stages, recomputation, bad arguments.
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 pytest.importorskip("mmengine", reason="the mm extra is not installed")
 
 from architectures import SMALL as ARCHITECTURES
+from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
 from mmengine.runner.checkpoint import load_checkpoint, load_state_dict, save_checkpoint
@@ -479,6 +481,64 @@ def test_configs_may_inherit_from_mmseg_and_mmdet(tmp_path: Path) -> None:
     config = load_config(path)
     assert config.train_cfg.max_iters == 20000
     assert config.model.type == "RetinaNet"
+
+
+class TestNamesOfConfigs:
+    """``effvit::NAME`` among the bases of a config, and in place of a file; mmengine is the one installed."""
+
+    NAME = "mmdet/garments/mask-rcnn_evit-nano.py"
+
+    @pytest.fixture
+    def heir(self, tmp_path: Path) -> Path:
+        """A config of a user that changes one of the package's."""
+        path = tmp_path / "mine.py"
+        path.write_text(f"_base_ = 'effvit::{self.NAME}'\ndetector = _base_.model\nclasses = ('bag',)\n")
+        return path
+
+    def test_config_inherits_from_one_of_the_package(self, heir: Path) -> None:
+        """By mmengine's own function, and as from the file, its own variables aside."""
+        pytest.importorskip("mmdet")
+        config, original = Config.fromfile(heir).to_dict(), load_config(f"effvit::{self.NAME}").to_dict()
+        assert config.pop("classes") == ("bag",)
+        original.pop("classes")
+        assert config.pop("detector") == original["model"]  # without a _scope_, as from a file beside it
+        assert config == original
+
+    def test_name_in_place_of_a_file_is_that_file(self) -> None:
+        pytest.importorskip("mmdet")
+        file = Path(__file__).resolve().parents[1] / "configs" / self.NAME
+        assert load_config(f"effvit::{self.NAME}").to_dict() == load_config(file).to_dict()
+
+    def test_names_of_other_packages_mean_what_they_did(self, tmp_path: Path) -> None:
+        """A base of mmdet's has its scope, also beside one of this package."""
+        pytest.importorskip("mmdet")
+        path = tmp_path / "mine.py"
+        bases = ["effvit::mmdet/_base_/vitdet_recipe.py", "mmdet::_base_/models/retinanet_r50_fpn.py"]
+        path.write_text(f"_base_ = {bases}\ndetector = _base_.model\n")
+        config = Config.fromfile(path)
+        assert config.detector["_scope_"] == "mmdet"
+        assert config.optim_wrapper.paramwise_cfg == load_config(bases[0]).optim_wrapper.paramwise_cfg
+
+    def test_unknown_name_is_refused_with_near_ones(self, tmp_path: Path) -> None:
+        path = tmp_path / "mine.py"
+        path.write_text("_base_ = 'effvit::garments/mask-rcnn_evit-nano.py'\n")
+        with pytest.raises(FileNotFoundError, match=rf"did you mean {self.NAME}"):
+            load_config(path)
+
+    def test_config_that_needs_a_checkout_says_so(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        pytest.importorskip("mmpretrain")
+        without_tools = [folder for folder in sys.path if not (Path(folder) / "data" / "mmpretrain_sets.py").is_file()]
+        monkeypatch.setattr(sys, "path", without_tools)
+        for name in [name for name in sys.modules if name.split(".")[0] == "data"]:
+            monkeypatch.delitem(sys.modules, name)
+        with pytest.raises(ImportError, match=r"cutouts\.py imports a module of 'data'.* only tools/ of a checkout"):
+            load_config("effvit::mmpretrain/cutouts/vit-nano_cutouts.py")
+
+    def test_other_missing_modules_are_named_as_mmengine_does(self, tmp_path: Path) -> None:
+        path = tmp_path / "mine.py"
+        path.write_text("custom_imports = dict(imports=['no_such_module'], allow_failed_imports=False)\n")
+        with pytest.raises(ImportError, match=r"Failed to import custom modules from .*no_such_module"):
+            load_config(path)
 
 
 class TestBFloat16:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,15 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 from mmseg.apis import init_model
 
-from effvit.dense.runner import build_runner, check_annotations, prepare_config, read_launcher, without_pretrained
+from effvit.cli import main
+from effvit.dense.runner import (
+    build_runner,
+    check_annotations,
+    prepare_config,
+    read_launcher,
+    read_options,
+    without_pretrained,
+)
 
 # Every Runner of a process after the first, and one that draws nothing, make mmengine say so.
 pytestmark = pytest.mark.filterwarnings("ignore:.*(instance named of|The draw is False).*:UserWarning")
@@ -141,21 +150,19 @@ def scalars(work_dir: Path, key: str) -> list[float]:
 class TestTraining:
     def test_detector_trains_and_its_checkpoint_is_tested(self, detector: Path, tmp_path: Path) -> None:
         work = tmp_path / "work"
-        assert (
-            load_tool("train").main([str(detector), "--work-dir", str(work), "--cfg-options", "log_level=ERROR"]) == 0
-        )
+        assert main(["train", str(detector), "--work-dir", str(work), "--cfg-options", "log_level=ERROR"]) == 0
         losses = scalars(work, "loss")
         assert losses
         assert torch.tensor(losses).isfinite().all()
         out = tmp_path / "metrics.json"
         arguments = [str(detector), str(work / "epoch_2.pth"), "--work-dir", str(work), "--out", str(out)]
-        assert load_tool("test").main(arguments) == 0
+        assert main(["test", *arguments]) == 0
         metrics = json.loads(out.read_text())
         assert all(0 <= value <= 1 or value == -1 for value in metrics.values())
 
     def test_classifier_is_tested_with_the_weights_of_its_config(self, classifier: Path, tmp_path: Path) -> None:
         out = tmp_path / "metrics.json"
-        assert load_tool("test").main([str(classifier), "--work-dir", str(tmp_path), "--out", str(out)]) == 0
+        assert main(["test", str(classifier), "--work-dir", str(tmp_path), "--out", str(out)]) == 0
         assert json.loads(out.read_text()).keys() == {"accuracy/top1", "accuracy/top5"}
 
     def test_trainings_are_compared_and_not_repeated(
@@ -193,9 +200,9 @@ class TestTraining:
         one = {"train_cfg.max_iters": 1, "val_cfg": None, "val_dataloader": None, "val_evaluator": None}
         build_runner(prepare_config(segmenter, work_dir=tmp_path / "alone", options=one)).train()
         options = [f"{key}={value}" for key, value in {**one, "train_dataloader.batch_size": 2}.items()]
-        tool = [ROOT / "tools" / "train.py", segmenter, "--work-dir", tmp_path / "together", "--cfg-options", *options]
+        train = ["-m", "effvit.cli", "train", segmenter, "--work-dir", tmp_path / "together", "--cfg-options", *options]
         run = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *map(str, tool)],
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *map(str, train)],
             capture_output=True,
             text=True,
             cwd=ROOT,
@@ -239,6 +246,33 @@ class TestSettings:
         with pytest.raises(ValueError, match="launcher 'none' in one of 2 processes would train 2 models apart"):
             read_launcher("none")
 
+    def test_unknown_launcher_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="launcher must be one of none, pytorch, slurm, mpi, got 'torchrun'"):
+            read_launcher("torchrun")
+
+    def test_values_are_read_as_mmengine_reads_them(self) -> None:
+        """After its DictAction: numbers, lists, tuples in brackets, None."""
+        texts = ["a.b=3", "lr=1e-4", "sizes=[1,2]", "pair=(1,2)", "flag=True", "none=None", "name=x=y"]
+        assert read_options(texts) == {
+            **{"a.b": 3, "lr": 1e-4, "sizes": [1, 2], "pair": (1, 2)},
+            **{"flag": True, "none": None, "name": "x=y"},
+        }
+        assert read_options([]) == {}
+
+    @pytest.mark.parametrize("text", ["r", "=8"])
+    def test_value_without_key_is_refused(self, text: str) -> None:
+        with pytest.raises(ValueError, match=rf"is written KEY=VALUE, got '{text}'"):
+            read_options([text])
+
+    @pytest.mark.parametrize("tool", ["train", "test"])
+    def test_tools_are_doors_to_the_commands(
+        self, tool: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(sys, "argv", [f"{tool}.py", "missing.py"])
+        with pytest.raises(SystemExit, match="2"):
+            runpy.run_path(str(ROOT / "tools" / f"{tool}.py"), run_name="__main__")
+        assert capsys.readouterr().err.startswith("effvit: error: no config at missing.py; those of the package are")
+
     def test_mixed_precision_without_accelerator_is_refused(self, segmenter: Path) -> None:
         with pytest.raises(ValueError, match="mixed precision needs an accelerator"):
             prepare_config(segmenter, amp=True)
@@ -254,21 +288,21 @@ class TestCheckpoints:
     ) -> None:
         path = tmp_path / "other.pth"
         torch.save({"state_dict": {"backbone.features.model.pos_embed": torch.ones(1, 5, 7)}, "meta": {}}, path)
-        assert load_tool("test").main([str(segmenter), str(path), "--work-dir", str(tmp_path)]) == 2
+        assert main(["test", str(segmenter), str(path), "--work-dir", str(tmp_path)]) == 2
         message = capsys.readouterr().err
-        assert message.startswith(f"test: error: {path} is a checkpoint of another model than this EncoderDecoder")
+        assert message.startswith(f"effvit: error: {path} is a checkpoint of another model than this EncoderDecoder")
 
     def test_config_without_weights_needs_a_checkpoint(
         self, segmenter: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        assert load_tool("test").main([str(segmenter)]) == 2
+        assert main(["test", str(segmenter)]) == 2
         assert "names no weights for its whole model; give a checkpoint" in capsys.readouterr().err
 
     def test_config_that_only_evaluates_is_not_trained(
         self, classifier: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        assert load_tool("train").main([str(classifier)]) == 2
-        assert "has no training data; it only evaluates, by tools/test.py" in capsys.readouterr().err
+        assert main(["train", str(classifier)]) == 2
+        assert "has no training data; it only evaluates, by effvit test" in capsys.readouterr().err
 
     def test_truncated_checkpoint_is_refused(self, segmenter: Path, tmp_path: Path) -> None:
         path = tmp_path / "broken.pth"
@@ -354,11 +388,11 @@ class TestAnnotations:
         with pytest.raises(FileNotFoundError, match="train_dataloader finds no images"):
             check_annotations(config)
 
-    def test_tool_ends_with_status_2_and_one_line(
+    def test_command_ends_with_status_2_and_one_line(
         self, detector: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         options = ["--cfg-options", "train_dataloader.dataset.data_root=nowhere/"]
-        assert load_tool("train").main([str(detector), "--work-dir", str(tmp_path), *options]) == 2
+        assert main(["train", str(detector), "--work-dir", str(tmp_path), *options]) == 2
         message = capsys.readouterr().err
-        assert message.startswith("train: error: train_dataloader asks for nowhere/annotations")
+        assert message.startswith("effvit: error: train_dataloader asks for nowhere/annotations")
         assert message.count("\n") == 1

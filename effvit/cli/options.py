@@ -13,10 +13,12 @@ __all__ = [
     "Commands",
     "FigureArguments",
     "MachineArguments",
+    "RunnerArguments",
     "WeightArguments",
     "entry",
     "machine",
     "parse_size",
+    "runner",
     "settings",
     "weights",
 ]
@@ -47,6 +49,15 @@ class MachineArguments(argparse.Namespace):
     threads: int | None
     device: str
     dtype: str
+
+
+class RunnerArguments(argparse.Namespace):
+    """Parsed arguments of ``runner``."""
+
+    config: str
+    work_dir: str | None
+    cfg_options: list[str]
+    launcher: str | None
 
 
 def weights() -> argparse.ArgumentParser:
@@ -89,6 +100,27 @@ def machine() -> argparse.ArgumentParser:
     parent.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parent.add_argument("--device", default="cpu")
     parent.add_argument("--dtype", default="float32", choices=DTYPES, help="of weights and images")
+    return parent
+
+
+def runner() -> argparse.ArgumentParser:
+    """What mmengine's Runner is built from."""
+    parent = argparse.ArgumentParser(add_help=False)
+    parent.add_argument(
+        "config", metavar="CONFIG", help="a file, or effvit::NAME for one that `effvit configs list` prints"
+    )
+    parent.add_argument("--work-dir", metavar="DIR", help="for logs and checkpoints (default: work_dirs/CONFIG)")
+    parent.add_argument(
+        "--cfg-options",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="values in place of the config's, e.g. train_dataloader.batch_size=4",
+    )
+    parent.add_argument(
+        "--launcher", metavar="NAME", help="none, pytorch, slurm or mpi (default: pytorch under torchrun, else none)"
+    )
     return parent
 
 

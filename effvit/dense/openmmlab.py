@@ -31,9 +31,11 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 import effvit.dense.loading  # noqa: F401  (registers the transforms that data_checks puts into pipelines)
 from effvit.dense.backbone import DenseBackbone
+from effvit.dense.shipped_configs import PREFIX, find_config
 from effvit.hosts.checkpoints import check_state, read_file
 from effvit.hosts.feature_pyramid import SimpleFeaturePyramid
 from effvit.hosts.host import ReducedHost
+from effvit.messages import plain
 from effvit.schedule import check_fraction, cosine_keep_rate
 
 __all__ = [
@@ -71,16 +73,68 @@ def load_config(path: str | Path) -> Config:
 
     The maintained fork of mmseg has another distribution name than mmengine looks ``mmseg::`` bases up by. Bases are
     read before anything a config imports, so it has to be told here.
+
+    Args:
+        path: A file, or ``effvit::NAME`` for a config of this package (``effvit configs list``).
+
+    Raises:
+        FileNotFoundError: No such file, or no config of that name here or among the bases.
+        ImportError: A module of the config's ``custom_imports`` that is missing.
     """
     MODULE2PACKAGE["mmseg"] = "mmseg"
-    return Config.fromfile(str(path))
+    file = find_config(str(path).removeprefix(PREFIX)) if str(path).startswith(PREFIX) else Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"no config at {plain(path)}; those of the package are written {PREFIX}NAME, and `effvit configs list` "
+            "prints their names"
+        )
+    try:
+        return Config.fromfile(str(file))
+    except ImportError as error:
+        missing = _missing_module(error)
+        if missing.split(".")[0] != "data":  # tools/data: what the package's own configs import from outside of it
+            raise
+        raise ImportError(
+            f"{path} imports a module of {missing!r}, a folder that only tools/ of a checkout of effvit holds; run "
+            "tools/train.py or tools/test.py of the checkout, or put its tools/ on PYTHONPATH"
+        ) from error
+
+
+def _missing_module(error: BaseException | None) -> str:
+    """Name of the module that was not found, somewhere among the causes of an error; "" for any other error."""
+    while error is not None:
+        if isinstance(error, ModuleNotFoundError):
+            return error.name or ""
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+_find_theirs = Config._get_cfg_path
+
+
+def _find_base(base: str, filename: str) -> tuple[str, str | None]:
+    """Path and scope of a base, also of one written ``effvit::NAME``.
+
+    It takes the place of ``Config._get_cfg_path`` of mmengine (0.10), a static method that turns each entry of
+    ``_base_`` into a path and a scope. There is no other way in: what it does for ``mmdet::`` needs a folder ``.mim``
+    inside the package, which a checkout does not have, and gives parts of the base the package's name as a scope, in
+    which mmengine would look for registries of effvit's. Scope None means, as for a file beside the config, that the
+    base's own ``default_scope`` holds.
+    """
+    if base.startswith(PREFIX):
+        return str(find_config(base.removeprefix(PREFIX))), None
+    path: tuple[str, str | None] = _find_theirs(base, filename)
+    return path
+
+
+Config._get_cfg_path = staticmethod(_find_base)
 
 
 class StartsPretrained:
     """Mixin of mmengine's ``BaseModule``: weights that a config names are loaded by ``init_weights``, once.
 
     mmengine's Runner calls ``init_weights`` before it trains. What rebuilds a trained model from its config and loads
-    its checkpoint (``init_detector``, ``init_model``, ``tools/test.py``) does not, so that neither the network nor the
+    its checkpoint (``init_detector``, ``init_model``, ``effvit test``) does not, so that neither the network nor the
     file is asked for weights that would be overwritten. A model that got neither refuses to run.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""Training and testing configs of mmdet, mmseg and mmpretrain with mmengine's Runner (``tools/train.py``, ``test.py``).
+"""Training and testing configs of mmdet, mmseg and mmpretrain with mmengine's Runner (``effvit train``, ``test``).
 
 What mmengine's own scripts do, and besides: processes on machines without an accelerator, checkpoints that must fit the
 model, data that are checked and repaired before training (``effvit.dense.data_checks``), and bases of mmseg under the
@@ -12,12 +12,13 @@ from effvit.requirements import optional
 with optional("mmengine", "mm", "effvit.dense.runner"):
     import mmengine  # noqa: F401
 
+import argparse
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch.distributed
-from mmengine.config import Config
+from mmengine.config import Config, DictAction
 from mmengine.device import get_device
 from mmengine.model import BaseModule
 from mmengine.registry import RUNNERS
@@ -36,6 +37,7 @@ __all__ = [
     "nested_dicts",
     "prepare_config",
     "read_launcher",
+    "read_options",
     "start_weights",
     "without_pretrained",
 ]
@@ -47,8 +49,11 @@ def read_launcher(launcher: str | None) -> str:
     """The launcher asked for; without one, "pytorch" in processes that torchrun has started and "none" elsewhere.
 
     Raises:
-        ValueError: "none" in one of several processes, which would each train a model of their own.
+        ValueError: An unknown launcher; "none" in one of several processes, which would each train a model of
+            their own.
     """
+    if launcher not in (None, *LAUNCHERS):
+        raise ValueError(f"launcher must be one of {', '.join(LAUNCHERS)}, got {launcher!r}")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if launcher is None:
         return "pytorch" if "RANK" in os.environ and "WORLD_SIZE" in os.environ else "none"
@@ -58,6 +63,21 @@ def read_launcher(launcher: str | None) -> str:
             "out, or use 'pytorch'"
         )
     return launcher
+
+
+def read_options(texts: Sequence[str]) -> dict[str, object]:
+    """Values for keys of a config in dotted form, from texts KEY=VALUE as mmengine's command lines have them.
+
+    Raises:
+        ValueError: A text without key or without "=".
+    """
+    for text in texts:
+        if text.find("=") < 1:
+            raise ValueError(f"a value in place of the config's is written KEY=VALUE, got {text!r}")
+    read = argparse.Namespace(options={})
+    DictAction([], "options")(argparse.ArgumentParser(), read, texts)
+    options: dict[str, object] = read.options
+    return options
 
 
 def prepare_config(
@@ -73,7 +93,7 @@ def prepare_config(
     """A config as the command line changes it, fit for this machine.
 
     Args:
-        path: Config of mmdet, mmseg or mmpretrain.
+        path: Config of mmdet, mmseg or mmpretrain, as ``load_config`` takes it.
         work_dir: Where logs and checkpoints go; None means that of the config, else work_dirs/<name of the config>.
         options: Keys in dotted form -> values that replace those of the config.
         launcher: One of ``LAUNCHERS``, or None (see ``read_launcher``).
