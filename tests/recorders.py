@@ -562,10 +562,10 @@ packed, `effvit.compile` makes one graph that reads how many tokens stay, in eac
 with sizes that were unknown before; other counts do not compile anew. It is tested with torch 2.11.
 
 - Of DyMU the MLPs are compiled, once for all counts, and the rest runs as it is. In graphs that read its counts the
-  vector code of inductor (torch 2.11, CPU) gave wrong scores, with three blocks of DeiT-Ti, where `backend="eager"` gave
-  the right ones.
-- Of all others only calls are compiled, not `forward_features` or `forward_intermediates`; a model of `features_only=True`, or any
-  module that holds a reduced model, can be given as a whole.
+  vector code of inductor (torch 2.11, CPU) gave wrong scores, with three blocks of DeiT-Ti, where `backend="eager"`
+  gave the right ones.
+- Of all others only calls are compiled, not `forward_features` or `forward_intermediates`; a model of
+  `features_only=True`, or any module that holds a reduced model, can be given as a whole.
 - Copies, pickles and what `effvit.sparsify` makes of the model are not compiled.
 - A CUDA graph cannot hold a read: use plain `torch.compile`, or `drop_tokens=False` for ATS.
 - Packed batches in training: the gradients of their attention form each image's softmax map; padded ones do not.
