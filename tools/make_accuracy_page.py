@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from marked_table import has_table, put_table
+from marked_table import has_table, put_table, write_pages
 
 from effvit.measure.accuracy import shown_models
 from effvit.measure.choices import Choice, choices_of
@@ -168,29 +168,24 @@ def plot_of(records: str) -> str:
 
 def write_page(only_check: bool) -> int:
     """Write the page and its plots, or name those that are stale; returns 1 if one is."""
-    path = ROOT / PAGE
     records, choices = read_profiles(ROOT / RECORDS), measured_choices()
-    text = page(path.read_text(), records, choices)
+    text = page((ROOT / PAGE).read_text(), records, choices)
     # Plot -> what it says of its origin. Another matplotlib draws other bytes, so that a plot is stale when its records
     # have changed.
     origins = {PLOT: origin(ROOT / RECORDS)}
     origins |= {plot_of(CHOICES[name]): origin(ROOT / CHOICES[name], CHOICES[name]) for name in choices}
-    stale = [PAGE] if path.read_text() != text else []
-    for name, source in origins.items():
-        plot = ROOT / name
-        stale += [name] if not plot.is_file() or source not in plot.read_text() else []
+    plots = {name: ROOT / name for name in origins}
+    stale = [name for name, plot in plots.items() if not plot.is_file() or origins[name] not in plot.read_text()]
+    status = write_pages({PAGE: text}, ROOT, TOOL, only_check, stale)
     if only_check:
-        for name in stale:
-            print(f"{name} is stale: run python tools/make_accuracy_page.py", file=sys.stderr)
-        return int(bool(stale))
-    path.write_text(text)
+        return status
     dense = records[0].models[0]
     data = "" if dense.accuracy is None else dense.accuracy.data
     plot_accuracy(records, f"{dense.name}: {data}", ROOT / PLOT, note=origins[PLOT])
     for name, evaluation in choices.items():
         first, drawn = evaluation.models[0], plot_of(CHOICES[name])
         plot_choices(evaluation, f"{first.name}: {first.accuracy.data}", ROOT / drawn, note=origins[drawn])
-    return 0
+    return status
 
 
 if __name__ == "__main__":

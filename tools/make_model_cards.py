@@ -25,7 +25,7 @@ import yaml
 from cards.facts import ROOT, Result, read
 from cards.figures import MODELS, Family, Row, count, families, settings_to_count
 from cards.page import arxiv, card, code_url, table
-from marked_table import put_table
+from marked_table import put_table, write_pages
 from rich.progress import track
 
 import effvit
@@ -34,6 +34,7 @@ from effvit.reducers import METHODS
 __all__ = ["main", "metafile", "pages", "readme_table"]
 
 CARDS = "model_cards"
+TOOL = "make_model_cards.py"
 
 
 def _results(results: list[Result]) -> dict[str, Any]:
@@ -99,7 +100,7 @@ def readme_table(cards: list[Family], of_methods: bool) -> list[str]:
 def readme(text: str, cards: list[Family]) -> str:
     """README.md with its two tables made anew; raises ValueError if a mark is missing."""
     for name, of_methods in (("methods", True), ("architectures", False)):
-        text = put_table(text, "README.md", name, "make_model_cards.py", readme_table(cards, of_methods))
+        text = put_table(text, "README.md", name, TOOL, readme_table(cards, of_methods))
     return text
 
 
@@ -129,14 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.measure:
         measure()
-    made = pages()
-    stale = [name for name, text in made.items() if not (ROOT / name).is_file() or (ROOT / name).read_text() != text]
-    for name in stale:
-        if arguments.check:
-            print(f"{name} is stale: run python tools/make_model_cards.py", file=sys.stderr)
-        else:
-            (ROOT / name).write_text(made[name])
-    return int(arguments.check and bool(stale))
+    return write_pages(pages(), ROOT, TOOL, arguments.check)
 
 
 if __name__ == "__main__":

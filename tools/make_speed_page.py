@@ -13,13 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmark_overhead import table
-from marked_table import put_table
+from marked_table import put_table, write_pages
 
 from effvit.messages import run_command
 
 __all__ = ["TABLES", "main", "pages"]
 
 ROOT = Path(__file__).resolve().parents[1]
+TOOL = "make_speed_page.py"
 TABLES = {  # page: name of the table, record in docs/benchmarks
     "README.md": {"overhead": "overhead_cpu.json"},
     "docs/speed.md": {
@@ -32,15 +33,15 @@ TABLES = {  # page: name of the table, record in docs/benchmarks
 }
 
 
-def pages() -> dict[Path, str]:
+def pages() -> dict[str, str]:
     """The pages with their tables made anew; raises ValueError if a mark is missing."""
     made = {}
     for page, records in TABLES.items():
         text = (ROOT / page).read_text()
         for name, record in records.items():
             lines = table(json.loads((ROOT / "docs/benchmarks" / record).read_text()))
-            text = put_table(text, page, name, "make_speed_page.py", lines)
-        made[ROOT / page] = text
+            text = put_table(text, page, name, TOOL, lines)
+        made[page] = text
     return made
 
 
@@ -49,19 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing, name the pages that are stale")
     arguments = parser.parse_args(argv)
-    return run_command("make_speed_page", lambda: write(arguments.check))
-
-
-def write(only_check: bool) -> int:
-    """Write the pages, or name those that are stale; returns 1 if one is."""
-    stale = {path: text for path, text in pages().items() if path.read_text() != text}
-    for path, text in stale.items():
-        if only_check:
-            name = path.relative_to(ROOT)
-            print(f"{name} is stale: run python tools/make_speed_page.py", file=sys.stderr)
-        else:
-            path.write_text(text)
-    return int(only_check and bool(stale))
+    return run_command(TOOL.removesuffix(".py"), lambda: write_pages(pages(), ROOT, TOOL, arguments.check))
 
 
 if __name__ == "__main__":

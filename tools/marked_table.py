@@ -1,10 +1,12 @@
-"""Tables that a script writes between two marks of a Markdown page."""
+"""Tables that a script writes between two marks of a Markdown page, and pages that are written or found stale."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-__all__ = ["has_table", "put_table"]
+__all__ = ["has_table", "put_table", "write_pages"]
 
 
 def first_mark(name: str, tool: str) -> str:
@@ -35,3 +37,28 @@ def put_table(text: str, page: str, name: str, tool: str, lines: Sequence[str]) 
         raise ValueError(f"{page} must hold {begin.strip()!r} and {end!r} around the table; put them back")
     before, _, rest = text.partition(begin)
     return before + begin + "\n".join(lines) + "\n" + end + rest.partition(end)[2]
+
+
+def write_pages(pages: Mapping[str, str], root: Path, tool: str, only_check: bool, stale: Sequence[str] = ()) -> int:
+    """Write pages, or name on standard error those that differ from what they should hold.
+
+    Args:
+        pages: Path relative to the root -> what it should hold.
+        root: Of the repository.
+        tool: Script that makes them, for messages.
+        only_check: Write nothing.
+        stale: Further files that differ, to be named too.
+
+    Returns:
+        1 if only checked and something is stale, else 0.
+    """
+    changed = {
+        name: text for name, text in pages.items() if not (root / name).is_file() or (root / name).read_text() != text
+    }
+    for name, text in changed.items():
+        if not only_check:
+            (root / name).write_text(text)
+    for name in (*changed, *stale):
+        if only_check:
+            print(f"{name} is stale: run python tools/{tool}", file=sys.stderr)
+    return int(only_check and bool(changed or stale))
