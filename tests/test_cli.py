@@ -274,35 +274,51 @@ class TestVisualize:
 
 class TestDemo:
     def test_every_method_is_among_the_variants(self):
-        for host in (demo.SEEING, TINY):
+        for host in (*(seen.model for seen in demo.SEEN), TINY):
             variants = demo.demo_variants(timm.create_model(host))
-            assert {method for method, _ in variants} == set(effvit.list_methods())
+            assert {method for method, _ in variants} == set(effvit.list_methods()) - {"random", "uniform"}
 
     def test_demo_writes_accuracies_costs_pictures_and_the_report(self, capsys, monkeypatch, tmp_path):
-        photos, clothes = pictures.photographs(), pictures.fashion_pictures()
+        photos = pictures.photographs()
         monkeypatch.setattr(demo, "photographs", lambda: {"coffee": photos["coffee"]})
-        monkeypatch.setattr(demo, "fashion_pictures", lambda: {name: clothes[name] for name in demo.SHOWN})
-        of_49 = (("tome", {"r": 2}), ("tome", {"r": 4}), ("dymu", {}))
-        variants = {49: of_49, 196: (("evit", {"keep_rate": 0.5}), ("dymu", {}))}
+
+        def only_shown(seen):
+            return seen._replace(images=lambda: {name: seen.images()[name] for name in seen.shown})
+
+        monkeypatch.setattr(demo, "SEEN", [only_shown(seen) for seen in demo.SEEN])
+        variants = {
+            49: (("tome", {"r": 2}), ("tome", {"r": 4}), ("dymu", {})),
+            196: (("evit", {"keep_rate": 0.5}), ("dymu", {})),
+        }
         monkeypatch.setattr(demo, "demo_variants", lambda host: variants[host.patch_embed.num_patches])
         out = tmp_path / "demo"
         assert main(["demo", "--model", TINY, "--out", str(out)]) == 0
         printed = capsys.readouterr().out
-        pages = {"report.html", "accuracy.png", "costs.png", "costs.json", "tokens.json"}
+        pages = {"report.html", "accuracy-fashion_mnist.png", "costs.png", "costs.json"}
         written = {path.name for path in out.iterdir()}
-        assert written == pages | {"tome-r-4.png", "dymu.png"}
+        sheets = {"fashion_mnist-tome-r-4.png", "fashion_mnist-dymu.png"}
+        assert written == pages | sheets | {"tokens.json"}
         assert all(str(out / name) in printed.replace("\n", "") for name in written)
-        assert "top-1 on 4 test pictures of Fashion-MNIST, measured here" in printed
+        assert "top-1 on 4 test images of Fashion-MNIST, measured here" in printed
         assert printed.count("dymu: calibrated on these very pictures, without their labels") == 2
         assert f"{TINY} with random weights: for its costs alone; --checkpoint or --pretrained loads some" in printed
-        seen, costs = json.loads((out / "costs.json").read_text())
-        assert [model["name"] for model in seen["models"]] == [demo.SEEING, "tome r=2", "tome r=4", "dymu"]
-        assert all(model["accuracy"]["data"] == "4 test pictures of Fashion-MNIST" for model in seen["models"])
-        assert [model["name"] for model in costs["models"]] == [TINY, "evit keep_rate=0.5", "dymu"]
+        fashion, costs = json.loads((out / "costs.json").read_text())
+        names = [[model["name"] for model in record["models"]] for record in (fashion, costs)]
+        assert names[0][1::2] == ["tome r=2", "tome r=4", "dymu"]
+        assert names[0][::2] == [demo.SEEN[0].model, *(f"{name}, control random, seed 0" for name in names[0][1::2])]
+        assert names[1] == [TINY, "evit keep_rate=0.5", "dymu"]
+        assert all(model["accuracy"]["data"] == "4 test images of Fashion-MNIST" for model in fashion["models"])
         assert costs["conditions"]["images"] == ["coffee"]
         assert costs["conditions"]["weights"] == "random weights"
         shown = [(record["model"], record["name"]) for record in json.loads((out / "tokens.json").read_text())]
-        assert shown == [(model, name) for model in ("tome r=4", "dymu") for name in demo.SHOWN]
+        assert shown == [(model, name) for model in ("tome r=4", "dymu") for name in demo.SEEN[0].shown]
+
+    def test_a_method_without_a_control_stands_alone_and_it_is_said(self, capsys):
+        dense = timm.create_model("vit_nano_patch8_96").eval()
+        model = effvit.sparsify(dense, "expedite", restore_at=8)
+        images = torch.zeros(1, 3, 96, 96)
+        assert list(demo.beside_controls(output(), dense, {"restoring": model}, images)) == ["restoring"]
+        assert "restoring without control: expedite restores 144 tokens" in capsys.readouterr().out
 
     def test_weights_that_were_given_have_token_figures(self, capsys, monkeypatch, tmp_path, image):
         torch.save(timm.create_model(TINY).state_dict(), tmp_path / "weights.pth")

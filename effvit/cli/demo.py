@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from PIL import Image
@@ -20,22 +20,60 @@ from effvit.data.preparation import load_images
 from effvit.hosts.host import ReducedHost
 from effvit.hosts.surface import Reduced
 from effvit.measure.accuracy import top1, with_accuracies
+from effvit.measure.controls import CONTROLS, control_names, with_controls
 from effvit.measure.records import write_records
 from effvit.measure.values import Record, TokenRecord
 from effvit.measure.variants import build, reduced
 from effvit.messages import plain
 from effvit.protocols import PatchEmbedding, Settings
 from effvit.reducers import METHODS, DyMU
-from effvit.show.pictures import Labelled, fashion_classes, fashion_pictures, photographs
+from effvit.show.pictures import (
+    Labelled,
+    fashion_classes,
+    fashion_pictures,
+    photographs,
+)
 from effvit.show.plots import plot_accuracy, plot_costs
 from effvit.show.report import write_report
 from effvit.show.tables import describe, print_accuracies, print_record
 from effvit.show.visualize import stack, token_figure, token_record
 
-__all__ = ["SEEING", "SHOWN", "add_command", "demo_variants"]
+__all__ = ["SEEN", "Seen", "add_command", "demo_variants"]
 
-SEEING = "vit_nano_patch4_28"  # its weights come with the package
-SHOWN = ("pullover-0", "sandal-1", "sneaker-0", "bag-1")  # clothes of four shapes
+
+class Seen(NamedTuple):
+    """A model whose weights come with the package, and the labelled images that it is shown.
+
+    Attributes:
+        model: timm's name.
+        key: Of the images, in the names of files.
+        what: The images, for a reader.
+        images: Makes them, by name.
+        classes: Makes the names of the classes.
+        shown: Those that are drawn.
+    """
+
+    model: str
+    key: str
+    what: str
+    images: Callable[[], dict[str, Labelled]]
+    classes: Callable[[], list[str]]
+    shown: Sequence[str]
+
+
+BESIDE = "random"  # the control that stands beside every method
+
+
+SEEN = (
+    Seen(
+        "vit_nano_patch4_28",
+        "fashion_mnist",
+        "test images of Fashion-MNIST",
+        fashion_pictures,
+        fashion_classes,
+        ("pullover-0", "sandal-1", "sneaker-0", "bag-1"),  # clothes of four shapes
+    ),
+)
 
 
 def add_command(commands: options.Commands) -> None:
@@ -51,51 +89,91 @@ def add_command(commands: options.Commands) -> None:
 
 
 def run_demo(arguments: options.FigureArguments) -> None:
-    """Show what a model with weights sees under each method, and what the methods cost at the usual size."""
+    """Show what models with weights see under each method, and what the methods cost at the usual size."""
     start = time.perf_counter()
     console, out = output(), arguments.out
     photos = photographs()
     out.mkdir(parents=True, exist_ok=True)
-    seen, tokens, sheets = demo_accuracy(console, out)
+    seen = [demo_accuracy(console, out, each) for each in SEEN]
     costs, figures = demo_costs(console, arguments, photos)
-    written = [out / name for name in ("report.html", "accuracy.png", "costs.png")]
-    numbers: dict[str, Sequence[Record | TokenRecord]] = {"costs.json": [seen, costs], "tokens.json": tokens}
+    numbers: dict[str, Sequence[Record | TokenRecord]] = {
+        "costs.json": [*(each.record for each in seen), costs],
+        "tokens.json": [record for each in seen for record in each.tokens],
+    }
     for name, records in numbers.items():
         write_records(out / name, records)
     write_report([out / name for name in numbers], out / "report.html")
+    written = [out / "report.html", *(path for each in seen for path in each.files), out / "costs.png", *figures]
     console.print(f"\nWritten in {time.perf_counter() - start:.0f} s:")
-    for path in (*written, *sheets, *figures, *(out / name for name in numbers)):
+    for path in (*written, *(out / name for name in numbers)):
         console.print(f"  {plain(path, LONGEST_LINE)}")
 
 
-def demo_accuracy(console: Console, out: Path) -> tuple[Record, list[TokenRecord], list[Path]]:
-    """Classify the images of the package by all methods; returns the record, the tokens and their sheets."""
-    pictures = fashion_pictures()
+class Answers(NamedTuple):
+    """What the demo found out about a model that sees.
+
+    Attributes:
+        record: Costs and accuracies.
+        tokens: Of the images that are drawn.
+        files: What was drawn.
+    """
+
+    record: Record
+    tokens: list[TokenRecord]
+    files: list[Path]
+
+
+def demo_accuracy(console: Console, out: Path, seen: Seen) -> Answers:
+    """Classify images of the package by all methods and their controls."""
+    pictures, classes = seen.images(), seen.classes()
     torch.manual_seed(0)
-    dense = build(SEEING, {}, pretrained=True).eval()
+    dense = build(seen.model, {}, pretrained=True).eval()
     images = load_images(dense, [picture.image for picture in pictures.values()])
     labels = torch.tensor([picture.label for picture in pictures.values()])
     variants = reduced(dense, demo_variants(dense))
     calibrate_all(console, variants, images)
-    models = {SEEING: dense, **variants}
-    data = f"{len(pictures)} test pictures of Fashion-MNIST"
+    models = {seen.model: dense, **beside_controls(console, dense, variants, images)}
+    data = f"{len(pictures)} {seen.what}"
     record = measure(models, len(images), images, [data], rounds=4, warmup=1, ideal=False)
     record = with_accuracies(record, top1(models, [(images, labels)]), data)
     print_accuracies(console, record)
-    plot_accuracy([record], f"{SEEING} with its trained weights, on {data} only", out / "accuracy.png")
-    shown = {name: pictures[name] for name in SHOWN}
-    sheets: list[Path] = []
+    files = [out / f"accuracy-{seen.key}.png"]
+    plot_accuracy([record], f"{seen.model} with its trained weights, on {data} only", files[0])
+    shown = {name: pictures[name] for name in seen.shown}
     tokens: list[TokenRecord] = []
     for name, model in strongest(variants).items():
-        sheets.append(out / f"{file_stem(name)}.png")
-        stack([answer_figure(dense, model, name, picture) for picture in shown.values()]).save(sheets[-1])
-        tokens += [token_record(model, p.image, name=n, model_name=name, host=SEEING) for n, p in shown.items()]
-    return record, tokens, sheets
+        both = [own for own in control_names([seen.model, name], [BESIDE])[1:] if own in models]
+        figures = [
+            answer_figure(own, dense, cast(Reduced, models[own]), picture, classes)
+            for picture in shown.values()
+            for own in both
+        ]
+        files.append(out / f"{seen.key}-{file_stem(name)}.png")
+        stack(figures).save(files[-1])
+        tokens += [token_record(model, p.image, name=n, model_name=name, host=seen.model) for n, p in shown.items()]
+    return Answers(record, tokens, files)
 
 
-def answer_figure(dense: nn.Module, model: Reduced, name: str, picture: Labelled) -> Image.Image:
+def beside_controls(
+    console: Console, dense: nn.Module, variants: Mapping[str, Reduced], images: Tensor
+) -> dict[str, nn.Module]:
+    """Each of the models followed by its control, where it has one; of one that has none it is said why."""
+    models: dict[str, nn.Module] = {}
+    for name, model in variants.items():
+        models[name] = model
+        try:
+            models |= with_controls({"dense": dense, name: model}, [BESIDE], images)
+        except (TypeError, ValueError) as error:  # a method from outside may act where no control does
+            console.print(f"{name} without control: {plain(error, LONGEST_LINE)}", style="yellow")
+    models.pop("dense", None)
+    return models
+
+
+def answer_figure(
+    name: str, dense: nn.Module, model: Reduced, picture: Labelled, classes: Sequence[str]
+) -> Image.Image:
     """The image's tokens under the answers of the dense model and of the reduced one."""
-    classes, x = fashion_classes(), load_images(dense, [picture.image])
+    x = load_images(dense, [picture.image])
     with torch.inference_mode():
         said, dense_said = (classes[int(m(x).argmax())] for m in (model, dense))
     title = f"{name}: {said}; the dense model: {dense_said}; it is: {classes[picture.label]}"
@@ -143,6 +221,7 @@ def calibrate_all(console: Console, models: Mapping[str, Reduced], images: Tenso
 
 
 def demo_variants(host: nn.Module) -> list[tuple[str, Settings]]:
-    """(method, settings) of every method that has something to show on that host."""
+    """(method, settings) of every method that has something to show on that host, but of no control."""
     num_patches = cast(PatchEmbedding, host.patch_embed).num_patches
-    return [(name, settings) for name, method in METHODS.items() for settings in method.demo(num_patches)]
+    methods = {name: method for name, method in METHODS.items() if name not in CONTROLS}
+    return [(name, settings) for name, method in methods.items() for settings in method.demo(num_patches)]

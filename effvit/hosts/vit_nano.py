@@ -19,6 +19,12 @@ from effvit.hosts.checkpoints import host_state_dict
 from effvit.hosts.surface import model_cfg
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
+CUTOUTS = (
+    *("t-shirt-top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot"),
+    *("face", "person", "athlete", "hand", "heart", "mammal", "bird", "insect", "sea-animal", "flower", "fruit"),
+    *("building", "vehicle", "clock", "flag"),
+)
+"""Classes of ``tools/data/scenes.py``."""
 
 default_cfgs = generate_default_cfgs(
     {
@@ -36,7 +42,8 @@ default_cfgs = generate_default_cfgs(
         ),
         "vit_nano_patch8_96.untrained": model_cfg(
             input_size=(3, 96, 96),
-            num_classes=25,
+            num_classes=len(CUTOUTS),
+            label_names=CUTOUTS,
             mean=(0.5, 0.5, 0.5),
             std=(0.25, 0.25, 0.25),
             crop_pct=1.0,
@@ -46,7 +53,6 @@ default_cfgs = generate_default_cfgs(
         ),
     }
 )
-
 
 SHAPE = {"embed_dim": 96, "depth": 12, "num_heads": 3}
 

@@ -280,7 +280,7 @@ class GTP(Reducer):
 
     @classmethod
     def demo(cls, num_patches: int) -> list[Settings]:
-        return [{"num_prop": 2 if num_patches < FEW_PATCHES else 8}]
+        return [{"num_prop": 2 if num_patches < FEW_PATCHES else num_patches // 24}]
 
     @classmethod
     def ladders(cls, depth: int, num_patches: int) -> list[list[Settings]]:

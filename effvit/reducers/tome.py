@@ -205,7 +205,7 @@ class ToMe(Reducer):
 
     @classmethod
     def demo(cls, num_patches: int) -> list[Settings]:
-        return [{"r": 2}, {"r": 4}] if num_patches < FEW_PATCHES else [{"r": 13}]
+        return [{"r": 2}, {"r": 4}] if num_patches < FEW_PATCHES else [{"r": num_patches // 15}]
 
     @classmethod
     def ladders(cls, depth: int, num_patches: int) -> list[list[Settings]]:

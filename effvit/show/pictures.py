@@ -23,6 +23,7 @@ __all__ = [
     "CUTOUTS",
     "SHEET",
     "Labelled",
+    "cutout_classes",
     "cutout_pictures",
     "fashion_classes",
     "fashion_pictures",
@@ -66,6 +67,12 @@ def fashion_pictures() -> dict[str, Labelled]:
             for row in range(sheet.height // side)
             for label, name in enumerate(classes)
         }
+
+
+def cutout_classes() -> list[str]:
+    """The 25 classes of objects on photographs in the order of their numbers."""
+    classes: list[str] = json.loads(CUTOUTS.with_suffix(".json").read_text())["classes"]
+    return classes
 
 
 def cutout_pictures() -> dict[str, Labelled]:
