@@ -26,7 +26,11 @@ TABLES = {  # page: name of the table, record in docs/benchmarks
     "docs/speed.md": {
         "overhead": "overhead_cpu.json",
         "single image": "overhead_single_cpu.json",
+        "batch 32": "overhead_batch32_cpu.json",
+        "512 px": "overhead_512px_cpu.json",
         "1024 px": "overhead_1024px_cpu.json",
+        "training": "overhead_training_cpu.json",
+        "compiled": "overhead_compiled_cpu.json",
         "photographs": "overhead_photographs_cpu.json",
         "small images": "overhead_fashion_mnist_cpu.json",
     },
