@@ -9,6 +9,7 @@ import json
 import re
 import subprocess
 import sys
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -429,6 +430,31 @@ class TestMmpretrain:
             assert torch.equal(sample["inputs"], drawn.images[number])
             assert sample["data_samples"].gt_label.tolist() == [drawn.labels[number]]
         assert torch.equal(dataset[4]["inputs"], drawn.images[4])
+
+    def test_colours_are_exchanged_in_a_share_of_the_images(
+        self, sets: Any, parts: Split, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("data.scenes.open_split", lambda *_: parts)
+        drawn = draw_scenes(parts, "train", range(60))
+        dataset = sets.CutoutScenes("train", 60, exchange_colours=0.5)
+        samples = dataset.__getitems__(range(60))
+        orders = set()
+        for image, sample in zip(drawn.images, samples, strict=True):
+            known = [order for order in permutations(range(3)) if torch.equal(sample["inputs"], image[list(order)])]
+            assert len(known) == 1
+            orders |= {*known}
+        same = sum(torch.equal(image, own["inputs"]) for image, own in zip(drawn.images, samples, strict=True))
+        assert 20 < same < 40  # 30 of 60, within 2.6 standard deviations
+        assert len(orders) == 6
+        assert torch.equal(dataset[7]["inputs"], samples[7]["inputs"])
+
+    @pytest.mark.parametrize("share", [0.0, 1.5])
+    def test_a_share_outside_of_its_range_is_refused(
+        self, sets: Any, parts: Split, share: float, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("data.scenes.open_split", lambda *_: parts)
+        with pytest.raises(ValueError, match=rf"exchange_colours must be in \(0, 1\], got {share}"):
+            sets.CutoutScenes("train", 9, exchange_colours=share)
 
     def test_epochs_are_ranges_that_follow_each_other(self, sets: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         sampler = sets.FreshSampler(range(10), first_epoch=2)

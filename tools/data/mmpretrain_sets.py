@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from itertools import permutations
 from typing import Any, ClassVar
 
+import torch
 from mmengine.dist import get_dist_info
 from mmengine.registry import DATA_SAMPLERS
 from mmpretrain.registry import DATASETS
@@ -17,8 +19,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from data.cutouts import CLASSES
-from data.scenes import Cutouts
-from effvit.schedule import check_count
+from data.scenes import Cutouts, scene_draws
+from effvit.schedule import check_count, check_fraction
 
 __all__ = ["CutoutScenes", "FreshSampler"]
 
@@ -34,12 +36,23 @@ class CutoutScenes(Dataset[Sample]):
         length: Number of images of an epoch.
         data_root: What ``tools/get_data.py`` fetched into; None is its default.
         seed: Of everything that is drawn.
+        exchange_colours: Share of the images, in (0, 1], in which red, green and blue are exchanged, so that a model
+            does not learn the few drawings of a class by their colours; None: of none.
     """
 
     METAINFO: ClassVar[dict[str, tuple[str, ...]]] = {"classes": CLASSES}
 
-    def __init__(self, split: str, length: int, data_root: str | os.PathLike[str] | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        split: str,
+        length: int,
+        data_root: str | os.PathLike[str] | None = None,
+        seed: int = 0,
+        exchange_colours: float | None = None,
+    ) -> None:
         self.scenes = Cutouts(split, data_root, length=length, seed=seed)
+        given = exchange_colours is not None
+        self.exchange_colours = check_fraction("exchange_colours", exchange_colours) if given else 0.0
         self.metainfo = self.METAINFO
 
     def __len__(self) -> int:
@@ -49,7 +62,18 @@ class CutoutScenes(Dataset[Sample]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
-        return [packed(image, label) for image, label in self.scenes.__getitems__(indices)]
+        orders = colour_orders(scene_draws(self.scenes.split, indices, self.scenes.seed), self.exchange_colours)
+        drawn = zip(self.scenes.__getitems__(indices), orders, strict=True)
+        return [packed(image[order], label) for (image, label), order in drawn]
+
+
+def colour_orders(draws: Tensor, share: float) -> Tensor:
+    """(B, 3) order of the channels of each image of these ``scene_draws``, another than red, green, blue in a share."""
+    uniform = draws[:, 1, -1]  # the one that the labelled object leaves
+    orders = torch.tensor([*permutations(range(3))])  # (6, 3), the first is the order as it is
+    if not share:
+        return orders[:1].expand(len(draws), -1)
+    return orders[torch.where(uniform < share, 1 + (uniform / share * 5).long(), 0)]
 
 
 def packed(image: Tensor, label: int) -> Sample:

@@ -20,7 +20,7 @@ train_dataloader = dict(
     batch_size=64,
     num_workers=0,
     sampler=dict(type="FreshSampler"),
-    dataset=dict(type="CutoutScenes", split="train", length=20_480, data_root=None),
+    dataset=dict(type="CutoutScenes", split="train", length=20_480, data_root=None, exchange_colours=0.5),
 )
 val_dataloader = dict(
     batch_size=500,
