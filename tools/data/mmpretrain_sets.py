@@ -51,8 +51,9 @@ class CutoutScenes(Dataset[Sample]):
         exchange_colours: float | None = None,
     ) -> None:
         self.scenes = Cutouts(split, data_root, length=length, seed=seed)
-        given = exchange_colours is not None
-        self.exchange_colours = check_fraction("exchange_colours", exchange_colours) if given else 0.0
+        self.exchange_colours = 0.0
+        if exchange_colours is not None:
+            self.exchange_colours = check_fraction("exchange_colours", exchange_colours)
         self.metainfo = self.METAINFO
 
     def __len__(self) -> int:
