@@ -122,7 +122,7 @@ clean: ## remove the environment, the lock and every cache
 .venv/.synced-docs: pyproject.toml | $(UV)
 	$(sync) --extra docs
 	@$(VENV)/python -c 'import mkdocs' || { \
-	  echo 'mkdocs has no release for this Python: "make clean", then "make docs PYTHON=3.11" or later.'; exit 1; }
+	  echo 'The packages of the site need Python 3.11 or later: "make clean", then "make docs PYTHON=3.11".'; exit 1; }
 	touch $@
 
 .venv/.synced-test: pyproject.toml | $(UV)
