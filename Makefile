@@ -58,7 +58,7 @@ define where_installed
 else echo '$(2) is left out: no Python $(1) is installed'; fi
 endef
 
-.PHONY: help demo check test test-transformers test-oldest test-newest test-versions mutate mutate-sample lint format clean
+.PHONY: help demo check docs test test-transformers test-oldest test-newest test-versions mutate mutate-sample lint format clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 28
@@ -71,6 +71,9 @@ check: .venv/.synced-dev ## run the fast tests, three minutes on two cores, with
 
 test: .venv/.synced-test ## install everything and run the tests; PYTEST_ARGS="-k name -x" is handed on
 	$(VENV)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
+
+docs: .venv/.synced-docs ## build the documentation site into site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(VENV)/mkdocs build --strict
 
 SEED ?= 0
 mutate: .venv/.synced-test ## put each fault of tools/mutations.yml into the code: some test must notice it
@@ -104,7 +107,7 @@ format: .venv/.synced-dev ## let ruff fix and format the code
 	$(VENV)/ruff format .
 
 clean: ## remove the environment, the lock and every cache
-	rm -rf .venv .venv-transformers .venv-oldest .venv-newest .uv-bootstrap uv.lock build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-transformers .venv-oldest .venv-newest .uv-bootstrap uv.lock build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps lie inside .venv, so they go with it; each is renewed when pyproject.toml is newer.
@@ -114,6 +117,12 @@ clean: ## remove the environment, the lock and every cache
 
 .venv/.synced-dev: pyproject.toml | $(UV)
 	$(sync) --extra dev
+	touch $@
+
+.venv/.synced-docs: pyproject.toml | $(UV)
+	$(sync) --extra docs
+	@$(VENV)/python -c 'import mkdocs' || { \
+	  echo 'The packages of the site need Python 3.11 or later: "make clean", then "make docs PYTHON=3.11".'; exit 1; }
 	touch $@
 
 .venv/.synced-test: pyproject.toml | $(UV)

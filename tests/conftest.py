@@ -49,6 +49,7 @@ FAST = {
     "test_schedule.py",
     "test_semantic_tokens.py",
     "test_shipped_configs.py",
+    "test_site.py",
     "test_static_selection.py",
     "test_tiny_vit.py",
     "test_token_stages.py",

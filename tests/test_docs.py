@@ -57,7 +57,8 @@ def test_readme_and_model_cards_name_every_method() -> None:
 
 
 def test_documents_link_only_to_files_that_exist() -> None:
-    for document in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "model_cards").glob("*.md")):
+    folders = (ROOT / "docs", ROOT / "model_cards", ROOT / "configs")
+    for document in (*ROOT.glob("*.md"), *(page for folder in folders for page in folder.rglob("*.md"))):
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", document.read_text()):
             assert (document.parent / target).exists(), f"{document.name} links to {target}"
 

@@ -111,7 +111,7 @@ def test_extras_are_those_of_the_checkout() -> None:
     text = (ROOT / "pyproject.toml").read_text()
     table = re.search(r"^\[project.optional-dependencies\]\n(.*?)^\[", text, re.MULTILINE | re.DOTALL)
     assert table is not None
-    assert set(re.findall(r"^(\w+) = ", table[1], re.MULTILINE)) == {*doctor.PURPOSES, "dev"}
+    assert set(re.findall(r"^(\w+) = ", table[1], re.MULTILINE)) == {*doctor.PURPOSES, "dev", "docs"}
 
 
 def test_mmcv_without_operators_is_noticed(
