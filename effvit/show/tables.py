@@ -26,6 +26,7 @@ from effvit.measure.values import (
 from effvit.protocols import Settings
 
 __all__ = [
+    "DEFAULTS",
     "candidate_text",
     "choice_text",
     "describe",
