@@ -721,7 +721,9 @@ class TestData:
         assert "; the dense model has a loss of " in out
         assert "The choice beside what needs no search" in out
         assert main(["report", str(path), "--out", str(page)]) == 0
-        assert '"measure":"loss"' in page.read_text(encoding="utf-8")
+        shown = page.read_text(encoding="utf-8")
+        assert '"measure":"loss"' in shown
+        assert "than patches dropped at random to its token counts" in shown
 
     def test_images_and_labels_are_those_of_evaluate(self, folder: Path) -> None:
         model = timm.create_model("deit_tiny_patch16_224", img_size=96).eval()

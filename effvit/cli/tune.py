@@ -26,7 +26,7 @@ from effvit.measure.variants import python_line, timm_line
 from effvit.messages import plain
 from effvit.protocols import Json, Settings, Size
 from effvit.show.pictures import open_images
-from effvit.show.tables import candidate_text, print_tuning
+from effvit.show.tables import candidate_text, free_lines, print_tuning
 
 __all__ = ["add_command"]
 
@@ -245,4 +245,5 @@ def write(path: Path | None, arguments: Arguments, result: Tuning) -> None:
         known = name.partition(".")[0] in effvit.list_models()
         ready |= {"model_name": name if known else None, "settings": as_json(best.settings), "method": best.method}
         ready["python"] = as_json(lines(arguments, best))
-    replace_json(path, ready | as_object(result))
+    said: dict[str, Json] = {} if result.free is None else {"said": as_json(free_lines(result.free))}
+    replace_json(path, ready | as_object(result) | said)

@@ -218,6 +218,7 @@ KINDS: dict[str, Rule] = {
             "untried": list_of(text),
             "dense": CLASSIFIED,
             "free": FREE,
+            "said": list_of(text),  # of the comparison in "free"
         },
     ),
 }
