@@ -228,17 +228,18 @@ def weaker(control: FreeModel, share: float, patches: int) -> Settings:
 
 def beside_free(dense: nn.Module, tuned: Tuning, best: Candidate, given: Images, rounds: int) -> list[dict[str, Json]]:
     """The dense model's choice, the defaults of its methods, and random choices no slower than it, on the images."""
-    choice = FreeModel(best.method, best.settings, reduce_by(dense, best.method, best.settings))
+    chosen = reduce_by(dense, best.method, best.settings)
     methods = dict.fromkeys(candidate.method for candidate in tuned.tried)
     defaults = default_models(dense, [name for name in methods if (name, {}) != (best.method, best.settings)])
     random: list[Settings] = []
     try:
-        control = random_controls(reduce_by(dense, best.method, best.settings), given.images, SEEDS[:1])[0]
+        control = random_controls(chosen, given.images, SEEDS[:1])[0]
         patches = cast("Any", dense).patch_embed.num_patches
         random = [weaker(control, share, patches) for share in SHARES]
     except ValueError as error:  # a method that restores tokens, or drops them where a control cannot
         print(f"no random control: {one_line(error)}", file=sys.stderr)
-    timed = [choice, *defaults, *(FreeModel(CONTROL, own, reduce_by(dense, CONTROL, own)) for own in random)]
+    timed = [FreeModel(best.method, best.settings, chosen), *defaults]
+    timed += (FreeModel(CONTROL, own, reduce_by(dense, CONTROL, own)) for own in random)
     speeds = measured(dense, [own.model for own in timed], tuned, given.images, rounds)
     reference = outputs(dense, given.images)
 
