@@ -227,7 +227,7 @@ def weaker(control: FreeModel, share: float, patches: int) -> Settings:
 
 
 def beside_free(dense: nn.Module, tuned: Tuning, best: Candidate, given: Images, rounds: int) -> list[dict[str, Json]]:
-    """The dense model's choice, the defaults of its methods, and random choices no slower than it, on the images."""
+    """The choice, the methods searched at their defaults, and random choices no slower than it, on the images."""
     chosen = reduce_by(dense, best.method, best.settings)
     methods = dict.fromkeys(candidate.method for candidate in tuned.tried)
     defaults = default_models(dense, [name for name in methods if (name, {}) != (best.method, best.settings)])
