@@ -109,11 +109,19 @@ class TestFiles:
         judged = {key: found["tried"][0][key] for key in ("method", "settings", "fidelity")}
         found |= {"judged": [judged], "staircase": {"tokens": [4, 8], "seconds": [0.1, 0.2], "rest": 0.0}}
         found |= {"untried": ["the rest"]}
+        labelled = found["tried"][0] | {"classified": {"loss": 0.3, "top1": 90.0, "images": 10}}
+        found |= {"dense": labelled["classified"]}
+        found |= {"free": {"choice": labelled, "random": [], "defaults": [labelled], "no_random": "it restores tokens"}}
         write_json(path, found)
         again = as_object(read_tuning(path))
         assert {key: again[key] for key in found if key != "conditions"} == {
             key: value for key, value in found.items() if key != "conditions"
         }
+
+    def test_top1_above_a_hundred_is_refused(self) -> None:
+        dense = {"loss": 0.3, "top1": 101.0, "images": 10}
+        with pytest.raises(ValueError, match=r'dense: "top1" must be a number from 0 to 100, got 101.0'):
+            check_record(made_up_tuning() | {"dense": dense}, "a.json", ("tune",))
 
     def test_staircase_with_sides_of_two_lengths_is_refused(self) -> None:
         steps = {"tokens": [4, 8], "seconds": [0.1], "rest": 0.0}

@@ -6,6 +6,7 @@ import copy
 import io
 import itertools
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,20 @@ import numpy as np
 import pytest
 import timm
 import torch
+from labelled_sets import write_folders
 from PIL import Image
 from rich.console import Console
+from torch.nn.functional import cross_entropy
 
 import effvit
 import effvit.measure.tune
 from effvit.cli import main
+from effvit.data.opening import open_labelled
+from effvit.data.preparation import image_transform
 from effvit.measure.closed_form import closed_form_macs
+from effvit.measure.evaluation import Selection, load_labelled
+from effvit.measure.fidelity import classified
+from effvit.measure.free_choices import FreeModel, default_models
 from effvit.measure.json_files import write_json
 from effvit.measure.ladders import weakest
 from effvit.measure.profiler import machine, measurement
@@ -28,9 +36,10 @@ from effvit.measure.records import as_object, check_record, read_tuning
 from effvit.measure.resume import fingerprint
 from effvit.measure.staircase import FewTokens
 from effvit.measure.tune import families, front, tune
-from effvit.measure.values import Candidate, Fidelity, Tuning, TuningConditions
+from effvit.measure.values import Candidate, Fidelity, FreeChoices, Tuning, TuningConditions
+from effvit.reducers import METHODS
 from effvit.schedule import spread_evenly
-from effvit.show.tables import choice_text, print_tuning
+from effvit.show.tables import choice_text, free_lines, measure_text, print_tuning
 
 SIZE = (3, 64, 64)
 
@@ -316,9 +325,8 @@ class TestTime:
         result = tune(dense, images, speedup=1.3, methods=["tome", "evit"], moves=20, minutes=minutes)
         assert clock[0] <= 60 * minutes + 40  # the run in which it ends is run to its end
         assert result.untried
-        assert all(
-            "of tome, evit" in left or "of evit" in left or "last measurement" in left for left in result.untried
-        )
+        steps = ("of tome, evit", "of evit", "last measurement", "comparison of the choice")
+        assert all(any(step in left for step in steps) for left in result.untried)
         if result.best is not None:
             assert result.best.speedup >= 1.3
 
@@ -376,15 +384,22 @@ class TestResume:
     def test_a_schedule_that_the_file_holds_is_not_compared_twice(
         self, dense: Any, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        """What the choice is held against is, since it follows from the choice."""
         options = {"speedup": 1.3, "methods": ["tome"], "moves": 8}
         before = tune(dense, images, **options)
         assert before.judged
+        compared: list[Any] = []
+        exact = effvit.measure.tune.compare_outputs
 
-        def compared(*_: Any) -> None:
-            pytest.fail("all outputs are known")
+        def compare_outputs(*given: Any) -> Any:
+            compared.append(given)
+            return exact(*given)
 
-        monkeypatch.setattr("effvit.measure.tune.compare_outputs", compared)
-        assert tune(dense, images, before=before, **options).best == before.best
+        monkeypatch.setattr("effvit.measure.tune.compare_outputs", compare_outputs)
+        rest = tune(dense, images, before=before, **options)
+        assert rest.best == before.best
+        assert rest.free is not None
+        assert len(compared) == len(rest.free.random)
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -422,6 +437,131 @@ class TestResume:
             one = torch.tensor(1).to(dtype)
             assert fingerprint([one]) == fingerprint([one.clone()])
             assert fingerprint([one]) != fingerprint([one * 0])
+
+
+@pytest.mark.usefixtures("speed_of_macs")
+class TestLabels:
+    @torch.no_grad()
+    def test_the_best_has_the_least_loss_of_all_that_reach_the_aim(self, dense: Any, images: torch.Tensor) -> None:
+        """Losses as torch computes them from the scores of the models made anew."""
+        labels = torch.tensor([3, 5])
+        result = tune(dense, images, speedup=1.3, methods=["tome", "evit"], moves=6, labels=labels, data="two images")
+        assert result.best is not None
+        assert result.measure == "loss"
+        assert result.conditions.options["data"] == "two images"
+        known = [*result.tried, *(result.judged or ())]
+        for own in known[::5]:
+            scores = effvit.sparsify(dense, own.method, **own.settings)(images)
+            assert own.classified is not None
+            assert own.classified.loss == pytest.approx(float(cross_entropy(scores, labels)), rel=1e-5)
+            assert own.classified.top1 == 100 * float((scores.argmax(-1) == labels).float().mean())
+        reached = [own for own in result.tried if own.speedup >= 1.3]
+        assert result.best.classified is not None
+        assert result.best.classified.loss == min(own.classified.loss for own in reached if own.classified)
+        assert result.dense is not None
+        assert result.dense.loss == pytest.approx(float(cross_entropy(dense(images), labels)), rel=1e-5)
+        losses = [own.classified.loss for own in result.front if own.classified]
+        assert losses == sorted(losses)
+
+    def test_images_without_labels_are_judged_by_divergence(self, dense: Any, images: torch.Tensor) -> None:
+        result = tune(dense, images, speedup=1.3, methods=["tome"], moves=0)
+        assert result.best is not None
+        assert (result.measure, result.dense, result.best.classified) == ("divergence", None, None)
+        assert result.best.penalty == result.best.fidelity.divergence
+        assert "chosen by divergence from the dense model's outputs, on 2 images" in measure_text(result)
+
+    def test_other_labels_are_other_conditions(self, dense: Any, images: torch.Tensor) -> None:
+        same = {"speedup": 1.3, "methods": ["tome"], "moves": 0}
+        before = tune(dense, images, labels=torch.tensor([3, 5]), **same)
+        with pytest.raises(ValueError, match=r"was made with labels '\w{16}', now it is None"):
+            tune(dense, images, before=before, **same)
+        with pytest.raises(ValueError, match=r"with labels '\w{16}', now it is '\w{16}'"):
+            tune(dense, images, labels=torch.tensor([3, 6]), before=before, **same)
+
+    def test_a_label_too_few_is_refused(self, dense: Any, images: torch.Tensor) -> None:
+        with pytest.raises(ValueError, match="every image has one label, got 2 images and 1 labels"):
+            tune(dense, images, speedup=1.3, labels=torch.tensor([3]))
+
+    def test_scores_that_are_not_finite_have_no_loss(self) -> None:
+        scores = torch.tensor([[1.0, float("nan")]])
+        with pytest.raises(ValueError, match="scores must be finite to have a loss"):
+            classified((scores, scores), torch.tensor([0]))
+
+
+@pytest.mark.usefixtures("speed_of_macs")
+class TestFree:
+    def test_random_controls_have_the_token_counts_of_the_choice(self, dense: Any, images: torch.Tensor) -> None:
+        result = tune(dense, images, speedup=1.3, methods=["tome"], moves=4)
+        assert result.free is not None
+        choice = effvit.sparsify(dense, result.free.choice.method, **result.free.choice.settings)
+        assert [own.settings["seed"] for own in result.free.random] == [0, 1, 2]
+        for own in result.free.random:
+            assert effvit.sparsify(dense, own.method, **own.settings).token_counts() == choice.token_counts()
+        assert len({own.fidelity.divergence for own in result.free.random}) > 1
+
+    def test_defaults_that_reach_the_aim_are_settings_that_were_measured(
+        self, dense: Any, images: torch.Tensor
+    ) -> None:
+        """Which do is told from the time that the models made anew take."""
+        aim, methods = 1.2, ("evit", "ats", "tome", "expedite")
+        result = tune(dense, images, speedup=aim, methods=methods, moves=0)
+        assert result.free is not None
+        assert all(own.settings == {} and own in result.tried for own in result.free.defaults)
+        models = {own.method: own.model for own in default_models(dense, methods)}
+        fast = [name for name, own in models.items() if time_of(dense, SIZE) / time_of(own, SIZE) >= aim]
+        assert [own.method for own in result.free.defaults] == fast
+        assert 0 < len(fast) < len(models)
+
+    def test_a_method_that_restores_its_tokens_has_no_random_control(
+        self, dense: Any, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        restoring = {"keep_rate": 0.3, "cluster_at": 1, "restore_at": 2}
+        monkeypatch.setattr(METHODS["expedite"], "ladders", classmethod(lambda *_: [[restoring]]))
+        result = tune(dense, images, speedup=1.01, methods=["expedite"], moves=0)
+        assert result.best is not None
+        assert result.free is not None
+        assert result.free.random == []
+        assert free_lines(result.free)[0].startswith("no random control: expedite restores 16 tokens from ")
+
+    def test_a_default_as_good_and_as_fast_is_named_best(
+        self, dense: Any, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A search that finds no more than what the default is: the two tie."""
+        found = {"keep_rate": 0.5, "reduce_at": (1,)}
+        default = FreeModel("evit", {}, effvit.sparsify(dense, "evit", **found))
+        monkeypatch.setattr(METHODS["evit"], "ladders", classmethod(lambda *_: [[found]]))
+        monkeypatch.setattr("effvit.measure.tune.default_models", lambda *_: [default])
+        result = tune(dense, images, speedup=1.05, methods=["evit"], moves=0)
+        assert result.best is not None
+        assert result.free is not None
+        assert result.free.choice.settings == found
+        assert (result.best.method, result.best.settings) == ("evit", {})
+        assert result.best.penalty == result.free.choice.penalty
+        assert result.best.speedup == result.free.choice.speedup
+        assert "is NOT better than the defaults of evit" in "\n".join(free_lines(result.free))
+        assert "best: evit at its defaults, speed-up" in choice_text(result)
+
+    def test_a_slower_default_is_told_and_not_named(self) -> None:
+        free = FreeChoices(row("evit", 1.5, 0.3), [], [row("tome", 1.4, 0.1)], "it has none")
+        assert free.better_default is None
+        said = free_lines(free)
+        assert "no random control: it has none" in said
+        assert "the defaults of tome are slower (1.40x), but reach the aim with divergence 0.1" in said
+
+    @pytest.mark.parametrize(("penalties", "word"), [([0.2, 0.5], "is better"), ([0.1, 0.3], "is NOT better")])
+    def test_random_is_the_mean_of_its_draws(self, penalties: list[float], word: str) -> None:
+        free = FreeChoices(row("evit", 1.5, 0.3), [row("random", 1.5, own) for own in penalties], [])
+        assert f"{word} than patches dropped at random to its token counts" in free_lines(free)[0]
+        assert "no method reaches the aim at its defaults" in free_lines(free)
+
+    def test_a_default_that_ties_is_named(self) -> None:
+        """Nobody has to search for it."""
+        free = FreeChoices(row("evit", 1.5, 0.3), [], [row("evit", 1.5, 0.3), row("tome", 1.6, 0.31)])
+        assert free.better_default == free.defaults[0]
+
+
+def row(method: str, speedup: float, divergence: float) -> Candidate:
+    return Candidate(method, {}, 10**9, speedup, (speedup, speedup), Fidelity(divergence, 0.0))
 
 
 def test_a_reduced_model_is_refused(dense: Any, images: torch.Tensor) -> None:
@@ -560,3 +700,69 @@ def test_a_search_that_names_none_is_written_and_said(grey: Path, tmp_path: Path
     assert "none is named: no setting was measured faster than the dense model" in out
     assert "create_model" not in out
     assert json.loads(path.read_text())["best"] is None
+
+
+@pytest.mark.usefixtures("speed_of_macs")
+class TestData:
+    """Sets of labelled images, as ``effvit evaluate`` reads them."""
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        return write_folders(tmp_path / "val")
+
+    def test_a_set_is_chosen_by_its_loss_and_the_file_says_so(self, folder: Path, tmp_path: Path, capsys: Any) -> None:
+        """Classes 0, 1 and 217 of ImageNet, prepared as evaluate prepares them."""
+        path, page = tmp_path / "tuned.json", tmp_path / "report.html"
+        command = ["tune", "deit_tiny_patch16_224", "--data", str(folder), "--limit", "3", *COMMAND, *SMALL]
+        assert main([*command, "--json", str(path)]) == 0
+        found = read_tuning(path)
+        assert found.measure == "loss"
+        assert found.conditions.options["data"] == f"{folder}, 3 images of 6"
+        assert found.dense is not None
+        assert found.dense.images == found.conditions.options["images"] == 3
+        assert found.free is not None
+        out = capsys.readouterr().out
+        assert "chosen by cross-entropy loss on labelled images, on " in out
+        assert "; the dense model has a loss of " in out
+        assert "The choice beside what needs no search" in out
+        assert main(["report", str(path), "--out", str(page)]) == 0
+        shown = page.read_text(encoding="utf-8")
+        assert '"measure":"loss"' in shown
+        assert "than patches dropped at random to its token counts" in shown
+
+    def test_images_and_labels_are_those_of_evaluate(self, folder: Path) -> None:
+        model = timm.create_model("deit_tiny_patch16_224", img_size=96).eval()
+        selection = Selection.of(open_labelled(folder))
+        images, labels = load_labelled(model, selection, "deit")
+        assert labels.tolist() == [0, 0, 1, 1, 217, 217]
+        transform = image_transform(model)
+        assert torch.equal(images, torch.stack([transform(selection.images.read(index)) for index in range(6)]))
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            (["--data", "{folder}", "{folder}/a.png"], "or by the outputs on IMAGEs, got both .*leave out one of them"),
+            (["--limit", "2"], "--limit takes some images of a labelled set; name one with --data"),
+            ([], "name IMAGEs to compare outputs on, or a labelled set with --data"),
+            (["--data", "{folder}", "--limit", "7"], "has 6 images, cannot take 7 of them; ask for 1 to 6"),
+            (["--data", "{folder}/none"], "there is no folder or file .*none; labelled images are a folder with"),
+        ],
+    )
+    def test_what_does_not_go_together_is_refused(
+        self, given: list[str], message: str, folder: Path, capsys: Any
+    ) -> None:
+        options = [text.format(folder=folder) for text in given]
+        assert main(["tune", "deit_tiny_patch16_224", *options, *COMMAND]) == 2
+        assert re.search(message, capsys.readouterr().err)
+
+    def test_classes_of_another_model_are_refused_as_evaluate_refuses_them(self, tmp_path: Path, capsys: Any) -> None:
+        folder = write_folders(tmp_path / "pets", ("cat", "dog"), each=1)
+        said = []
+        for command in (["tune", *COMMAND], ["evaluate"]):
+            assert main([*command, "deit_tiny_patch16_224", "--data", str(folder)]) == 2
+            said.append(capsys.readouterr().err.splitlines()[-1])
+        assert said[0] == said[1]
+        assert "has 2 classes (cat, dog), but deit_tiny_patch16_224 has 1000" in said[0]
+
+    def test_images_may_stand_behind_options(self, grey: Path) -> None:
+        assert main(["tune", "deit_tiny_patch16_224", *COMMAND, *SMALL, str(grey)]) == 0

@@ -1,20 +1,23 @@
-"""``effvit tune``: the setting that reaches a target speed-up here with the least change to the outputs."""
+"""``effvit tune``: the setting that reaches a target speed-up here with the least loss or change to the outputs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from rich.progress import Progress, TaskID
+from torch import Tensor, nn
 
 import effvit
 from effvit.cli import options
 from effvit.cli.models import RANDOM_WEIGHTS, check_device, create, has_random_weights
 from effvit.cli.output import Lines, output, progress, say
+from effvit.data.opening import FORMS, open_labelled
 from effvit.data.preparation import load_images
+from effvit.measure.evaluation import Selection, load_labelled
 from effvit.measure.json_files import replace_json
 from effvit.measure.records import as_json, as_object, read_tuning
 from effvit.measure.tune import tune
@@ -23,7 +26,7 @@ from effvit.measure.variants import python_line, timm_line
 from effvit.messages import plain
 from effvit.protocols import Json, Settings, Size
 from effvit.show.pictures import open_images
-from effvit.show.tables import candidate_text, print_tuning
+from effvit.show.tables import candidate_text, free_lines, print_tuning
 
 __all__ = ["add_command"]
 
@@ -35,6 +38,8 @@ class Arguments(options.WeightArguments, options.MachineArguments):
 
     model: str
     images: list[str]
+    data: Path | None
+    limit: int | None
     speedup: float | None
     gmacs: float | None
     methods: list[str] | None
@@ -53,11 +58,15 @@ def add_command(commands: options.Commands) -> None:
     command = commands.add_parser(
         "tune",
         parents=[options.weights(), options.entry(), options.machine()],
-        help="the setting that reaches a target speed-up here with the least change to the outputs",
-        description="Measure settings of several methods on this machine, and compare their outputs on the IMAGEs.",
+        help="the setting that reaches a target speed-up here with the least loss or change to the outputs",
+        description="Measure settings of several methods on this machine, and choose among them by their loss on "
+        "labelled images (--data), or by how far outputs on the IMAGEs are from MODEL's.",
     )
     command.add_argument("model", metavar="MODEL", help="a plain ViT of timm")
-    command.add_argument("images", nargs="+", metavar="IMAGE", help=options.IMAGES)
+    images = command.add_argument("images", nargs="+", default=[], metavar="IMAGE", help=options.IMAGES)
+    images.required = False  # nargs="*" would take no image at all where options stand in front of the first
+    command.add_argument("--data", type=Path, metavar="PATH", help=f"labelled images in place of IMAGEs: {FORMS}")
+    command.add_argument("--limit", type=int, metavar="N", help="only so many of them, evenly spread over the set")
     aim = command.add_mutually_exclusive_group(required=True)
     aim.add_argument("--speedup", type=float, metavar="FACTOR", help="target speed-up over MODEL, e.g. 1.5")
     aim.add_argument("--gmacs", type=float, help="billions of multiply-adds of one image not to exceed")
@@ -82,9 +91,9 @@ def run_tune(arguments: Arguments) -> None:
     check_device(arguments.device)
     before = None if arguments.resume is None else read_tuning(arguments.resume)
     path = arguments.json or arguments.resume
-    photos = open_images(arguments.images)
+    read = opened(arguments)
     dense = create(arguments.model, arguments, arguments.img_size)
-    images = load_images(dense, list(photos.values()))
+    given = read(dense)
     console = output()
     if has_random_weights(arguments):
         console.print(f"{arguments.model} has {RANDOM_WEIGHTS}", style="yellow")
@@ -93,7 +102,9 @@ def run_tune(arguments: Arguments) -> None:
         try:
             result = tune(
                 dense,
-                images,
+                given.images,
+                labels=given.labels,
+                data=given.data,
                 speedup=arguments.speedup,
                 macs=None if arguments.gmacs is None else round(1e9 * arguments.gmacs),
                 methods=arguments.methods,
@@ -117,6 +128,42 @@ def run_tune(arguments: Arguments) -> None:
     for line in lines(arguments, result.best):
         console.print(line, soft_wrap=True)
     write(path, arguments, result)
+
+
+class Given(NamedTuple):
+    """What settings are compared on.
+
+    Attributes:
+        images: (B, channels, H, W), as the model takes them.
+        labels: (B,) their classes; None for images without.
+        data: What records call the labelled set.
+    """
+
+    images: Tensor
+    labels: Tensor | None = None
+    data: str | None = None
+
+
+def opened(arguments: Arguments) -> Callable[[nn.Module], Given]:
+    """What reads the images for a model, once it is known that they are there.
+
+    Raises:
+        ValueError: Not one of IMAGEs and --data, or as ``open_images``, ``open_labelled`` and ``Selection.of``.
+    """
+    if arguments.data is None:
+        if arguments.limit is not None:
+            raise ValueError("--limit takes some images of a labelled set; name one with --data, or leave it out")
+        if not arguments.images:
+            raise ValueError("name IMAGEs to compare outputs on, or a labelled set with --data, to choose by its loss")
+        photos = list(open_images(arguments.images).values())
+        return lambda dense: Given(load_images(dense, photos))
+    if arguments.images:
+        raise ValueError(
+            f"settings are chosen by the loss on --data or by the outputs on IMAGEs, got both "
+            f"({plain(arguments.data)} and {plain(arguments.images[0])}); leave out one of them"
+        )
+    selection = Selection.of(open_labelled(arguments.data), arguments.limit)
+    return lambda dense: Given(*load_labelled(dense, selection, arguments.model), selection.text)
 
 
 @dataclass
@@ -198,4 +245,5 @@ def write(path: Path | None, arguments: Arguments, result: Tuning) -> None:
         known = name.partition(".")[0] in effvit.list_models()
         ready |= {"model_name": name if known else None, "settings": as_json(best.settings), "method": best.method}
         ready["python"] = as_json(lines(arguments, best))
-    replace_json(path, ready | as_object(result))
+    said: dict[str, Json] = {} if result.free is None else {"said": as_json(free_lines(result.free))}
+    replace_json(path, ready | as_object(result) | said)

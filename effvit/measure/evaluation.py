@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from effvit.data.classes import model_labels
-from effvit.data.labelled import LabelledImages, digest, spread
+from effvit.data.labelled import LabelledImages, check_readable, digest, spread
 from effvit.data.preparation import data_config, image_transform
 from effvit.hosts.calibration import calibrate, needs_calibration
 from effvit.hosts.surface import Reduced
@@ -24,7 +24,7 @@ from effvit.measure.values import Accuracy, Evaluated, Evaluation, EvaluationCon
 from effvit.messages import plain
 from effvit.protocols import Json
 
-__all__ = ["COST_IMAGES", "EvaluationOptions", "Selection", "evaluate"]
+__all__ = ["COST_IMAGES", "EvaluationOptions", "Selection", "evaluate", "load_labelled"]
 
 COST_IMAGES = 16  # multiply-adds of methods that adapt to the image are a mean over these
 CALIBRATION_BATCH = 128  # the authors take 2 x 64 (``effvit.calibrate``)
@@ -219,3 +219,21 @@ def calibrate_all(models: Mapping[str, nn.Module], dense: nn.Module, images: Sel
 def sample_of(images: Prepared) -> Tensor:
     """The first images as a batch: those that costs which depend on the image are means over."""
     return torch.stack([images[position][0] for position in range(min(COST_IMAGES, len(images)))])
+
+
+def load_labelled(model: nn.Module, selection: Selection, name: str) -> tuple[Tensor, Tensor]:
+    """Images (B, channels, H, W) as ``evaluate`` prepares them for the model, and their classes (B,) int64.
+
+    Args:
+        model: A classifier of timm.
+        selection: The images, all of which are held in memory.
+        name: The model's name, for errors.
+
+    Raises:
+        ValueError: Classes that are not the model's, or images that cannot be read, as of ``evaluate``.
+    """
+    numbers = model_labels(selection.images, model, name)
+    check_readable(selection.images, selection.indices)
+    prepared = Prepared(selection.images, selection.indices, numbers, image_transform(model))
+    images, labels = zip(*(prepared[position] for position in range(len(prepared))), strict=True)
+    return torch.stack(images), torch.tensor(labels)

@@ -1,4 +1,4 @@
-"""How close a reduced model's outputs are to the dense model's, on images without labels."""
+"""How close a reduced model's outputs are to the dense model's, and to the labels of images that have them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from effvit.measure.flops import eval_twin
-from effvit.measure.values import Fidelity
+from effvit.measure.values import Classified, Fidelity
 
-__all__ = ["Outputs", "compare_outputs", "fidelity", "outputs"]
+__all__ = ["Outputs", "classified", "compare_outputs", "fidelity", "outputs"]
 
 Outputs = tuple[Tensor, Tensor]  # scores (B, classes) and features in front of the classifier (B, C)
 
@@ -69,6 +69,20 @@ def compare_outputs(dense: Outputs, own: Outputs) -> Fidelity:
         agreement=float((scores.argmax(-1) == dense_scores.argmax(-1)).float().mean()),
         images=len(scores),
     )
+
+
+def classified(own: Outputs, labels: Tensor) -> Classified:
+    """Loss and top-1 of one model's ``outputs``, labels (B,) int64 the numbers of its classes.
+
+    Raises:
+        ValueError: Scores that are not finite, of which there is no loss.
+    """
+    scores = own[0]
+    if not scores.isfinite().all():
+        raise ValueError("scores must be finite to have a loss, but hold NaN or infinity; check the weights")
+    loss = functional.cross_entropy(scores, labels)
+    right = (scores.argmax(-1) == labels).double().mean()
+    return Classified(loss=float(loss), top1=100 * float(right), images=len(labels))
 
 
 def fidelity(dense: nn.Module, model: nn.Module, images: Tensor) -> Fidelity:

@@ -18,6 +18,7 @@ from effvit.protocols import Layer, PatchEmbedding
 __all__ = ["IDEAL_HOSTS", "IdealEva", "IdealViT", "PlainViT", "ideal_of", "mean_counts"]
 
 IDEAL_HOSTS = (VisionTransformer, VisionTransformerDistilled)
+BATCH = 32  # images whose tokens are counted at a time
 
 
 class PlainViT(Protocol):
@@ -146,4 +147,6 @@ def ideal_of(dense: nn.Module, counts: Sequence[int]) -> nn.Module | None:
 @torch.no_grad()
 def mean_counts(model: ReducedHost, images: Tensor) -> list[float]:
     """Patch tokens that leave each block, the mean over images (B, channels, H, W)."""
-    return [float(f.tokens.counts().double().mean()) for f in eval_twin(model).trace_tokens(images)]
+    twin = eval_twin(model)
+    counts = [[f.tokens.counts() for f in twin.trace_tokens(chunk)] for chunk in images.split(BATCH)]
+    return [float(torch.cat(block).double().mean()) for block in zip(*counts, strict=True)]

@@ -33,6 +33,7 @@ from effvit.measure.values import (
     Accuracy,
     BlockTime,
     Candidate,
+    Classified,
     Conditions,
     Consistency,
     Cost,
@@ -40,6 +41,7 @@ from effvit.measure.values import (
     Evaluation,
     EvaluationConditions,
     Fidelity,
+    FreeChoices,
     Judged,
     ObjectPatches,
     Published,
@@ -84,6 +86,7 @@ PUBLISHED = fields({"value": number(0, 100), "data": text, "source": text})
 FIDELITY = fields(
     {"divergence": number(), "feature_distance": number()}, {"agreement": number(0, 1), "images": whole(1)}
 )
+CLASSIFIED = fields({"loss": POSITIVE, "top1": number(0, 100), "images": whole(1)})
 MACHINE = fields(
     dict.fromkeys(("system", "processor", "device", "python", "torch", "timm", "effvit"), text)
     | {"cores": optional(whole(1))}
@@ -157,9 +160,10 @@ CANDIDATE = fields(
         "interval": BOUNDS,
         "fidelity": FIDELITY,
     },
-    {"rounds": whole(1)},
+    {"rounds": whole(1), "classified": CLASSIFIED},
 )
-JUDGED = fields({"method": text, "settings": table_of(plain_value), "fidelity": FIDELITY})
+JUDGED = fields({"method": text, "settings": table_of(plain_value), "fidelity": FIDELITY}, {"classified": CLASSIFIED})
+FREE = fields({"choice": CANDIDATE, "random": list_of(CANDIDATE), "defaults": list_of(CANDIDATE)}, {"no_random": text})
 STAIRCASE = same_length(
     fields({"tokens": list_of(whole(1), least=1), "seconds": list_of(POSITIVE, least=1), "rest": POSITIVE}),
     "tokens",
@@ -200,14 +204,22 @@ KINDS: dict[str, Rule] = {
                     "dtype": text,
                     "device": text,
                     "threads": whole(1),
-                }
+                },
+                {"measure": text, "data": text},
             ),
             "target": table_of(POSITIVE),
             "best": optional(CANDIDATE),
             "front": list_of(CANDIDATE),
             "tried": list_of(CANDIDATE),
         },
-        {"judged": list_of(JUDGED), "staircase": STAIRCASE, "untried": list_of(text)},
+        {
+            "judged": list_of(JUDGED),
+            "staircase": STAIRCASE,
+            "untried": list_of(text),
+            "dense": CLASSIFIED,
+            "free": FREE,
+            "said": list_of(text),  # of the comparison in "free"
+        },
     ),
 }
 
@@ -301,14 +313,17 @@ def _progress(entries: Mapping[str, Json]) -> dict[str, object]:
     """What a file of a search may hold beside its result."""
     found: dict[str, object] = {}
     if "judged" in entries:
-        found["judged"] = [
-            _made(Judged, entry, fidelity=_made(Fidelity, _object(entry["fidelity"])))
-            for entry in _objects(entries["judged"])
-        ]
+        found["judged"] = [_compared(Judged, entry) for entry in _objects(entries["judged"])]
     if "staircase" in entries:
         steps = _object(entries["staircase"])
         sides = {name: tuple(_list(steps[name])) for name in ("tokens", "seconds")}
         found["staircase"] = _made(Staircase, steps, **sides)
+    if "dense" in entries:
+        found["dense"] = _made(Classified, _object(entries["dense"]))
+    if "free" in entries:
+        free = _object(entries["free"])
+        groups = {name: [_candidate(entry) for entry in _objects(free[name])] for name in ("random", "defaults")}
+        found["free"] = _made(FreeChoices, free, choice=_candidate(_object(free["choice"])), **groups)
     return found
 
 
@@ -394,7 +409,15 @@ def _evaluated(value: Mapping[str, Json]) -> Evaluated:
 
 
 def _candidate(value: Mapping[str, Json]) -> Candidate:
-    return _made(Candidate, value, fidelity=_made(Fidelity, _object(value["fidelity"])))
+    return _compared(Candidate, value)
+
+
+def _compared(kind: Callable[..., Made], value: Mapping[str, Json]) -> Made:
+    """A setting whose outputs were compared with the dense ones, and with labels where the images have them."""
+    found: dict[str, object] = {"fidelity": _made(Fidelity, _object(value["fidelity"]))}
+    if "classified" in value:
+        found["classified"] = _made(Classified, _object(value["classified"]))
+    return _made(kind, value, **found)
 
 
 # -- into files ------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ __all__ = ["fingerprint", "refuse_differences", "refuse_other_conditions"]
 
 OF_MACHINE = ("processor", "cores", "device", "torch")
 OF_CONDITIONS = ("batch_size", "input_size", "threads", "device", "dtype")
-OF_OPTIONS = ("weights", "pixels", "compile", "cuda_graphs")
+OF_OPTIONS = ("weights", "pixels", "labels", "compile", "cuda_graphs")
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:

@@ -1,7 +1,8 @@
-"""Find the method and schedule that reach a target speed-up on this machine with the least change to the outputs.
+"""Find the method and schedule that reach a target speed-up on this machine with the least loss or change of outputs.
 
 Speed is measured, beside the dense model in the same rounds; multiply-adds decide only if a number of them is asked
-for. The change of the outputs needs images without labels.
+for. On images with labels settings are chosen by their cross-entropy loss, on others by the divergence of their outputs
+from the dense model's: both are called the penalty of a setting.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 
 from effvit.hosts.host import ReducedHost
 from effvit.measure.closed_form import closed_form_macs
-from effvit.measure.fidelity import Outputs, compare_outputs, outputs
+from effvit.measure.fidelity import Outputs, classified, compare_outputs, outputs
+from effvit.measure.free_choices import FreeModel, default_models, random_controls
 from effvit.measure.ideal import PlainViT, mean_counts
 from effvit.measure.ladders import Family, Place, can_take, families, usable_part, weakest
 from effvit.measure.moves import improved
@@ -27,9 +29,20 @@ from effvit.measure.profiler import Measurement, Options, machine, profile_model
 from effvit.measure.records import as_json
 from effvit.measure.resume import fingerprint, refuse_other_conditions
 from effvit.measure.staircase import predicted, shortened, staircase_of, staircase_of_macs, token_counts
-from effvit.measure.values import Candidate, Judged, Staircase, Tuning, TuningConditions
+from effvit.measure.values import (
+    DIVERGENCE,
+    LOSS,
+    Candidate,
+    Classified,
+    FreeChoices,
+    Judged,
+    Staircase,
+    Tuning,
+    TuningConditions,
+)
 from effvit.measure.variants import reduce_by
-from effvit.protocols import Settings
+from effvit.messages import one_line
+from effvit.protocols import Json, Settings
 from effvit.reducers import METHODS
 from effvit.reducers.block_schedule import BlockSchedule
 
@@ -38,7 +51,8 @@ if TYPE_CHECKING:
 
 __all__ = ["families", "front", "tune"]
 
-SHARES = {"ladders": 0.4, "schedules": 0.65, "last": 1.0}  # of the minutes, after which a step gives way to the next
+# Of the minutes, after which a step gives way to the next.
+SHARES = {"ladders": 0.4, "schedules": 0.65, "last": 0.9, "free": 1.0}
 STRONGER = tuple(1 + 0.03 * rung for rung in range(11))  # times what a schedule takes, where it misses the aim
 Key = tuple[str, str]
 """A method and its settings as JSON."""
@@ -102,6 +116,10 @@ class Effort:
     final_rounds: int
     moves: int
 
+    def named(self) -> dict[str, Json]:
+        """As files of results hold it."""
+        return {"rounds": self.rounds, "final_rounds": self.final_rounds}
+
 
 def is_faster(candidate: Candidate) -> bool:
     """Whether the interval of the speed-up lies above 1."""
@@ -114,10 +132,10 @@ def key_of(method: str, settings: Settings) -> Key:
 
 
 def front(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """The Pareto front in speed-up and divergence, slowest first."""
+    """The Pareto front in speed-up and penalty, slowest first."""
     best: list[Candidate] = []
-    for candidate in sorted(candidates, key=lambda c: (-c.speedup, c.fidelity.divergence)):
-        if not best or candidate.fidelity.divergence < best[-1].fidelity.divergence:
+    for candidate in sorted(candidates, key=lambda c: (-c.speedup, c.penalty)):
+        if not best or candidate.penalty < best[-1].penalty:
             best.append(candidate)
     return best[::-1]
 
@@ -128,6 +146,8 @@ def tune(
     *,
     speedup: float | None = None,
     macs: int | None = None,
+    labels: Tensor | None = None,
+    data: str | None = None,
     methods: Sequence[str] | None = None,
     batch_size: int = 8,
     rounds: int = 8,
@@ -140,8 +160,9 @@ def tune(
     on_candidate: Callable[[Candidate | Judged, Tuning], None] | None = None,
     **options: Unpack[Options],
 ) -> Tuning:
-    """The setting with the least divergence from the dense model among those that reach the aim.
+    """The setting with the least penalty among those that reach the aim.
 
+    The penalty is the cross-entropy loss where labels are given, else the divergence from the dense model's outputs.
     The strength of each family is bisected, all families in the same interleaved rounds. From the weakest setting of
     each method that reaches the aim, reduction then moves between blocks (``effvit.measure.moves``), at no more than
     the latency that the dense blocks have at these token counts (``effvit.measure.staircase``). The settings found and
@@ -149,11 +170,16 @@ def tune(
     settings. The one chosen is measured again alone with the dense model; that is the speed-up it is returned with,
     and if its interval lies below the aim, the choice goes on without it.
 
+    It is then timed beside what needs no search (``effvit.measure.free_choices``): random choices of as many tokens,
+    and the methods at their defaults. A default that is no worse and no slower is returned in its place.
+
     Args:
         dense: A timm ViT that methods here can reduce.
         images: (B, channels, H, W), normalised as the model takes them.
         speedup: Wished speed-up over the dense model, above 1; or
         macs: Multiply-adds of one image not to exceed.
+        labels: (B,) int64 class of each image, as the model numbers them; None for images without.
+        data: What the result calls the labelled set.
         methods: Methods to choose from; None means all that have ladders.
         batch_size: Images in the batch that is timed.
         rounds: Of each step of the bisection.
@@ -170,19 +196,22 @@ def tune(
         The best setting beside all that were tried.
 
     Raises:
-        ValueError: Not exactly one aim, an aim out of reach, a model or method that cannot be tuned, a search to go on
-            with that was made under other conditions.
+        ValueError: Not exactly one aim, an aim out of reach, not a label for each image, a model or method that cannot
+            be tuned, a search to go on with that was made under other conditions.
     """
     aim, effort = Aim(speedup, macs), Effort(rounds, final_rounds, moves)
     if minutes is not None and not minutes > 0:
         raise ValueError(f"minutes must be above 0, got {minutes}")
     if moves < 0:
         raise ValueError(f"moves must be at least 0, got {moves}; 0 keeps to the ladders of the methods")
+    if labels is not None and len(labels) != len(images):
+        raise ValueError(f"every image has one label, got {len(images)} images and {len(labels)} labels")
     ladders = families(dense, methods)
-    conditions = conditions_of(dense, images, batch_size, effort, options)
+    measured_by = measure_of(images, labels, data)
+    conditions = conditions_of(dense, batch_size, images, {**effort.named(), **measured_by}, options)
     empty = Tuning(machine(conditions.device), conditions, aim.target(), None, [], [], host)
     trials = Trials(
-        dense, images, ladders, batch_size, aim, effort, empty, Clock(minutes), on_run, on_candidate, options
+        dense, images, labels, ladders, batch_size, aim, effort, empty, Clock(minutes), on_run, on_candidate, options
     )
     if before is not None:
         refuse_other_conditions(before, empty)
@@ -190,16 +219,27 @@ def tune(
     return trials.search()
 
 
+def measure_of(images: Tensor, labels: Tensor | None, data: str | None) -> dict[str, Json]:
+    """What settings are chosen by, and on which images."""
+    found: dict[str, Json] = {
+        "measure": DIVERGENCE if labels is None else LOSS,
+        "images": len(images),
+        "pixels": fingerprint([images]),
+    }
+    if labels is not None:
+        found["labels"] = fingerprint([labels])
+    return found if data is None else found | {"data": data}
+
+
 def conditions_of(
-    dense: nn.Module, images: Tensor, batch_size: int, effort: Effort, options: Options
+    dense: nn.Module, batch_size: int, images: Tensor, named: Mapping[str, Json], options: Options
 ) -> TuningConditions:
-    """What a search with these options of ``profile_models`` holds for."""
+    """What a search with these options of ``profile_models`` holds for; ``named`` is further said of it."""
     setup = setup_of(options)
     others = {name: str(value) for name, value in options.items() if name not in setup}
-    named = {"images": len(images), "rounds": effort.rounds, "final_rounds": effort.final_rounds}
-    marks = {"weights": fingerprint(dense.state_dict().values()), "pixels": fingerprint([images])}
     size = (images.shape[1], images.shape[2], images.shape[3])
-    return TuningConditions(batch_size, size, {**named, **marks, **others}, **setup)
+    weights = fingerprint(dense.state_dict().values())
+    return TuningConditions(batch_size, size, {**named, "weights": weights, **others}, **setup)
 
 
 @dataclass
@@ -209,6 +249,7 @@ class Trials:
     Attributes:
         dense: The model.
         images: (B, channels, H, W) to run on and to compare outputs on.
+        labels: (B,) int64 their classes; None without.
         families: Ladders of settings; those of rearranged schedules are added to them.
         batch_size: Images in the batch that is timed.
         aim: What to reach.
@@ -222,10 +263,12 @@ class Trials:
         judged: What was compared with the dense outputs, and not measured.
         staircase: What the blocks cost, once it was measured.
         left: Step -> what is still to be done of it.
+        free: What the choice was held against, once it was.
     """
 
     dense: nn.Module
     images: Tensor
+    labels: Tensor | None
     families: list[Family]
     batch_size: int
     aim: Aim
@@ -239,6 +282,7 @@ class Trials:
     judged: dict[Key, Judged] = field(default_factory=dict)
     staircase: Staircase | None = None
     left: dict[str, str] = field(default_factory=dict)
+    free: FreeChoices | None = None
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -254,6 +298,11 @@ class Trials:
     def reference(self) -> Outputs:
         """Outputs of the dense model."""
         return outputs(self.dense, self.images)
+
+    @cached_property
+    def dense_classified(self) -> Classified | None:
+        """How well the dense model classifies the images; None without labels."""
+        return None if self.labels is None else classified(self.reference, self.labels)
 
     def go_on_from(self, before: Tuning) -> None:
         """Take over what an earlier search measured."""
@@ -273,6 +322,8 @@ class Trials:
             judged=judged or None,
             staircase=self.staircase,
             untried=list(self.left.values()) or None,
+            dense=self.dense_classified,
+            free=self.free,
         )
 
     # -- the steps of a search ----------------------------------------------------------------------------------------
@@ -300,7 +351,8 @@ class Trials:
             best = self.nearest(self.known_places())
         if best is None and not self.left:
             self.refuse_unreached(found)
-        return self.so_far(best)
+        self.clock.share = SHARES["free"]
+        return self.so_far(best and self.held_against_free(best))
 
     def refuse_unreached(self, found: set[Place]) -> None:
         """Raise a ValueError where there are faster settings than the dense model, but none that reaches the aim."""
@@ -343,7 +395,7 @@ class Trials:
         steps = self.steps() if names else None
         for number, method in enumerate(names):
             self.left["schedules"] = f"schedules block by block of {', '.join(names[number:])}"
-            best = min(starts[method], key=lambda place: self.divergence(*self.named(place)) or 0.0)
+            best = min(starts[method], key=lambda place: self.penalty(*self.named(place)) or 0.0)
             ladder = self.moved(*self.named(best), steps) if steps is not None else []
             if ladder:
                 self.families.append(Family(method, tuple(ladder)))
@@ -361,7 +413,7 @@ class Trials:
             counts = token_counts(method, schedule.settings(), depth, grid)
             return None if counts is None else predicted(steps, grid[0] * grid[1], counts)
 
-        best = improved(start, cost, lambda s: self.divergence(method, s.settings()), self.effort.moves)
+        best = improved(start, cost, lambda s: self.penalty(method, s.settings()), self.effort.moves)
         if best == start:
             return []
         ladder = usable_part(self.dense, method, [best.scaled(factor).settings() for factor in STRONGER])
@@ -385,7 +437,7 @@ class Trials:
         return self.staircase
 
     def chosen(self, finals: set[Place]) -> Candidate | None:
-        """The setting with the least divergence among those that reach the aim; None if none does.
+        """The setting with the least penalty among those that reach the aim; None if none does.
 
         Args:
             finals: Settings that may reach it.
@@ -399,7 +451,7 @@ class Trials:
             reached = self.reached(finals)
             if not reached:
                 return None
-            winner = min(reached, key=lambda place: self.candidate(place).fidelity.divergence)
+            winner = min(reached, key=lambda place: self.candidate(place).penalty)
             if self.aim.speedup is None:
                 return self.candidate(winner)
             # The best of many noisy figures is too good on average: the winner has to reach the aim once more, alone.
@@ -408,6 +460,30 @@ class Trials:
             if alone.interval[1] >= self.aim.speedup and is_faster(alone):
                 return alone
             fresh = self.stronger(finals)
+
+    def held_against_free(self, best: Candidate) -> Candidate:
+        """The setting, or the default of a method that is no worse and no slower; fills ``free`` if there is time."""
+        self.left["free"] = "the comparison of the choice with random choices and the defaults of the methods"
+        with suppress(OutOfTime):
+            self.free = self.compared_with_free(best)
+            del self.left["free"]
+        return best if self.free is None else self.free.better_default or best
+
+    def compared_with_free(self, best: Candidate) -> FreeChoices:
+        """The setting, its random controls and the defaults of the methods, timed in the same rounds."""
+        choice, reason = reduce_by(self.dense, best.method, best.settings), None
+        try:
+            random = random_controls(choice, self.images)
+        except ValueError as error:  # a method that restores tokens, or drops them where a control cannot
+            random, reason = [], one_line(error)
+        defaults = default_models(self.dense, list(dict.fromkeys(family.method for family in self.families)))
+        models = [FreeModel(best.method, best.settings, choice), *random, *defaults]
+        speeds = self.profile({str(number): own.model for number, own in enumerate(models)}, self.effort.final_rounds)
+        found = [self.timed(*own, speed) for own, speed in zip(models, speeds[1:], strict=True)]
+        fast = [candidate for candidate in found[1 + len(random) :] if self.aim.is_reached(candidate)]
+        for candidate in fast:
+            self.tried[key_of(candidate.method, candidate.settings)] = candidate
+        return FreeChoices(found[0], found[1 : 1 + len(random)], fast, reason)
 
     # -- places -------------------------------------------------------------------------------------------------------
 
@@ -445,9 +521,9 @@ class Trials:
         return set(first.values())
 
     def nearest(self, places: Iterable[Place]) -> Candidate | None:
-        """Of the places that reach the aim, the one with the least divergence."""
+        """Of the places that reach the aim, the one with the least penalty."""
         reached = [self.candidate(place) for place in self.reached(places)]
-        return min(reached, key=lambda candidate: candidate.fidelity.divergence, default=None)
+        return min(reached, key=lambda candidate: candidate.penalty, default=None)
 
     def reached(self, places: Iterable[Place]) -> list[Place]:
         """Those of the places that reach the aim, as far as it is known now."""
@@ -483,8 +559,7 @@ class Trials:
         for speed in self.profile(models, rounds)[1:]:
             method, settings = self.named(named[speed.name])
             key = key_of(method, settings)
-            known = self.tried.get(key) or self.compared(method, settings, models[speed.name])
-            self.tried[key] = replace(known, speedup=speed.speedup, interval=speed.interval, rounds=rounds)
+            self.tried[key] = self.timed(method, settings, models[speed.name], speed)
             self.tell(self.tried[key])
 
     def profile(self, models: Mapping[str, nn.Module], rounds: int) -> list[Measurement]:
@@ -501,25 +576,32 @@ class Trials:
             beside, self.size, self.batch_size, rounds=rounds, images=self.images, on_run=after_run, **self.options
         )
 
-    def compared(self, method: str, settings: Settings, model: nn.Module) -> Candidate:
-        """A setting with all but its speed."""
-        known = self.judged.get(key_of(method, settings))
-        distances = known.fidelity if known else compare_outputs(self.reference, outputs(model, self.images))
-        macs = multiply_adds(model, self.size, self.images)
-        return Candidate(method, settings, macs, 1.0, (1.0, 1.0), distances)
+    def timed(self, method: str, settings: Settings, model: nn.Module, speed: Measurement) -> Candidate:
+        """A setting with the speed that was measured of its model, and all else that is told of it."""
+        key = key_of(method, settings)
+        before = self.tried.get(key)
+        known = before or self.judged.get(key) or self.judge(method, settings, model)
+        macs = before.macs if before else multiply_adds(model, self.size, self.images)
+        of_images = (known.fidelity, len(speed.seconds), known.classified)
+        return Candidate(method, settings, macs, speed.speedup, speed.interval, *of_images)
 
-    def divergence(self, method: str, settings: Settings) -> float | None:
-        """How far a setting's outputs are from the dense model's; None where the model cannot take it."""
+    def judge(self, method: str, settings: Settings, model: nn.Module) -> Judged:
+        """The outputs of a setting's model beside the dense model's, and beside the labels where there are any."""
+        own = outputs(model, self.images)
+        labelled = None if self.labels is None else classified(own, self.labels)
+        return Judged(method, settings, compare_outputs(self.reference, own), labelled)
+
+    def penalty(self, method: str, settings: Settings) -> float | None:
+        """Loss of a setting, or divergence where there are no labels; None where the model cannot take it."""
         key = key_of(method, settings)
         known = self.tried.get(key) or self.judged.get(key)
         if known is None:
             self.clock.check()
             if not can_take(self.dense, method, settings):
                 return None
-            own = outputs(reduce_by(self.dense, method, settings), self.images)
-            known = self.judged[key] = Judged(method, settings, compare_outputs(self.reference, own))
+            known = self.judged[key] = self.judge(method, settings, reduce_by(self.dense, method, settings))
             self.tell(known)
-        return known.fidelity.divergence
+        return known.penalty
 
     def tell(self, candidate: Candidate | Judged) -> None:
         """Tell the caller of a setting that is known now."""

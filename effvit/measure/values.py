@@ -16,6 +16,7 @@ __all__ = [
     "Accuracy",
     "BlockTime",
     "Candidate",
+    "Classified",
     "Conditions",
     "Consistency",
     "Cost",
@@ -23,6 +24,7 @@ __all__ = [
     "Evaluation",
     "EvaluationConditions",
     "Fidelity",
+    "FreeChoices",
     "Judged",
     "Machine",
     "ObjectPatches",
@@ -34,6 +36,10 @@ __all__ = [
     "Tuning",
     "TuningConditions",
 ]
+
+LOSS, DIVERGENCE = "loss", "divergence"
+MEASURES = {LOSS: "cross-entropy loss on labelled images", DIVERGENCE: "divergence from the dense model's outputs"}
+"""What a search can choose settings by, and what that is."""
 
 INLINE = {"inline": True}  # of a field whose entries stand in a file among those of its owner
 
@@ -97,6 +103,21 @@ class Fidelity:
     feature_distance: float
     agreement: float | None = None
     images: int | None = None
+
+
+@dataclass(frozen=True)
+class Classified:
+    """How well a model classifies labelled images.
+
+    Attributes:
+        loss: Cross-entropy of the class probabilities, nats, mean over images.
+        top1: Share of the images whose first class is their label, in percent.
+        images: Number of images.
+    """
+
+    loss: float
+    top1: float
+    images: int
 
 
 @dataclass(frozen=True)
@@ -310,6 +331,7 @@ class Candidate:
         interval: Its bootstrap 95 % interval.
         fidelity: Distances of the outputs from the dense model's.
         rounds: It was timed in; None in files that do not hold it.
+        classified: How well it classifies the images; None where they have no labels.
     """
 
     method: str
@@ -319,6 +341,12 @@ class Candidate:
     interval: tuple[float, float]
     fidelity: Fidelity
     rounds: int | None = None
+    classified: Classified | None = None
+
+    @property
+    def penalty(self) -> float:
+        """What a search wants little of: the loss on labelled images, else the divergence from the dense model."""
+        return _penalty(self.fidelity, self.classified)
 
 
 @dataclass(frozen=True)
@@ -329,11 +357,63 @@ class Judged:
         method: Name of the method.
         settings: Settings that differ from its defaults.
         fidelity: Distances of the outputs from the dense model's.
+        classified: As of a ``Candidate``.
     """
 
     method: str
     settings: Settings
     fidelity: Fidelity
+    classified: Classified | None = None
+
+    @property
+    def penalty(self) -> float:
+        """As of a ``Candidate``."""
+        return _penalty(self.fidelity, self.classified)
+
+
+def _penalty(fidelity: Fidelity, classified: Classified | None) -> float:
+    return fidelity.divergence if classified is None else classified.loss
+
+
+@dataclass(frozen=True)
+class FreeChoices:
+    """What is had without a search, on the images and in the timed rounds of the setting that the search chose.
+
+    Attributes:
+        choice: The setting the search chose, timed beside the others.
+        random: Controls that drop patches at random to the token counts of the choice, one for each seed.
+        defaults: The searched methods at their default settings, as far as these reach the aim.
+        no_random: Why the choice has no random control; None where it has.
+    """
+
+    choice: Candidate
+    random: Sequence[Candidate]
+    defaults: Sequence[Candidate]
+    no_random: str | None = None
+
+    @property
+    def random_penalty(self) -> float | None:
+        """Penalty of the random controls, the mean over seeds; None without controls."""
+        return sum(control.penalty for control in self.random) / len(self.random) if self.random else None
+
+    @property
+    def beats_random(self) -> bool | None:
+        """Whether the penalty of the choice lies below that of its random controls; None without controls."""
+        return None if self.random_penalty is None else self.choice.penalty < self.random_penalty
+
+    @property
+    def better_default(self) -> Candidate | None:
+        """The best of the defaults that are no slower than the choice and no worse; None where it beats them all.
+
+        A tie goes to the default, which needs no search.
+        """
+        as_good = [own for own in self.as_near_defaults if own.speedup >= self.choice.speedup]
+        return min(as_good, key=lambda own: own.penalty, default=None)
+
+    @property
+    def as_near_defaults(self) -> list[Candidate]:
+        """The defaults with no larger penalty than the choice, slower ones among them."""
+        return [own for own in self.defaults if own.penalty <= self.choice.penalty]
 
 
 @dataclass(frozen=True)
@@ -359,7 +439,8 @@ class TuningConditions:
     Attributes:
         batch_size: Images in the batch that was timed.
         input_size: (channels, H, W) of an image.
-        options: Number of images and of rounds, fingerprints of weights and images, and further keywords of
+        options: What settings were chosen by ("measure", a key of ``MEASURES``), number of images and of rounds,
+            fingerprints of weights, images and labels, the labelled set ("data"), and further keywords of
             ``profile_models`` that were given.
         threads: CPU threads.
         device: Where it ran.
@@ -382,14 +463,17 @@ class Tuning:
         machine: As of a ``Record``.
         conditions: What it holds for.
         target: The aim: {"speedup": factor} or {"macs": limit}.
-        best: The setting with the least divergence among those that reach the aim; None if none that does was
-            measured faster than the dense model, or the search was left before it had chosen.
-        front: The Pareto front in speed-up and divergence, slowest first.
+        best: The setting with the least penalty among those that reach the aim, or the default settings of a method
+            that turned out no worse and no slower; None if none that reaches the aim was measured faster than the
+            dense model, or the search was left before it had chosen.
+        front: The Pareto front in speed-up and penalty, slowest first.
         tried: All that were measured.
         host: Name of the dense model, where it has one.
         judged: Settings on the way to a schedule that were not timed.
         staircase: What the predictions of their speed come from.
         untried: What was left out for want of time, a sentence each.
+        dense: How well the dense model classifies the images; None where they have no labels.
+        free: What the choice was held against; None if none was made, for want of time, and in files from before.
     """
 
     kind: ClassVar[str] = "tune"
@@ -403,6 +487,13 @@ class Tuning:
     judged: Sequence[Judged] | None = None
     staircase: Staircase | None = None
     untried: Sequence[str] | None = None
+    dense: Classified | None = None
+    free: FreeChoices | None = None
+
+    @property
+    def measure(self) -> str:
+        """What settings were chosen by, a key of ``MEASURES``."""
+        return str(self.conditions.options.get("measure", DIVERGENCE))
 
 
 @dataclass(frozen=True)

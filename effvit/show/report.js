@@ -278,26 +278,35 @@ function tuneTable(record) {
   const c = record.conditions, t = record.target;
   const aim = t.speedup ? `speed-up ${t.speedup}` : t.macs ? `${number(t.macs / 1e9)} GMACs` : "no aim";
   const place = c.device === "cpu" ? `${c.threads} thread${c.threads === 1 ? "" : "s"}` : c.device;
-  const heads = ["method", "settings", "GMACs", "speed-up", "divergence", "same class (%)"];
+  const labelled = record.dense != null, free = record.free;
+  const heads = ["method", "settings", "GMACs", "speed-up", ...(labelled ? ["loss", "top-1 (%)"] : []),
+    "divergence", "same class (%)"];
   const same = (one, other) => JSON.stringify(one) === JSON.stringify(other);
-  const body = record.front.map((found) => {
+  const row = (found) => {
     const settings = Object.entries(found.settings).map(([name, value]) => `${name}=${JSON.stringify(value)}`).join(", ");
     const unresolved = found.interval[0] <= 1 && found.interval[1] >= 1;
     const best = record.best !== null && same(found, record.best);
     return make("tr", { "data-best": best, style: best ? "font-weight: bold" : "" },
-      make("th", { scope: "row", class: "text" }, found.method), make("td", { class: "text" }, settings),
+      make("th", { scope: "row", class: "text" }, found.method), make("td", { class: "text" }, settings || "defaults"),
       make("td", {}, number(found.macs / 1e9, 4)),
       make("td", { class: unresolved ? "unresolved" : "" }, `${found.speedup.toFixed(2)} (${range(found.interval)})`),
+      ...(labelled ? [found.classified?.loss, found.classified?.top1].map((value) => make("td", {}, text(value, 4))) : []),
       make("td", {}, number(found.fidelity.divergence, 4)),
       make("td", {}, found.fidelity.agreement == null ? "–" : number(100 * found.fidelity.agreement, 3)));
-  });
-  const head = heads.map((name, i) => make("th", { scope: "col", class: i < 2 ? "text" : "" }, name));
+  };
+  const scrolled = (label, rows) => {
+    const head = heads.map((name, i) => make("th", { scope: "col", class: i < 2 ? "text" : "" }, name));
+    const table = make("table", {}, make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...rows.map(row)));
+    return make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": label }, table);
+  };
   const size = `${c.input_size[1]} × ${c.input_size[2]}`, left = (record.untried ?? []).map((what) => `not tried: ${what}`);
   const said = [`${record.host}, ${aim}: batch ${c.batch_size}, ${c.dtype}, ${place}, ${size}; ${machineText(record.machine)}`,
     `${record.tried.length} settings measured`, ...(record.best === null ? ["none is named"] : []), ...left];
-  const table = make("table", {}, make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...body));
-  return [make("p", {}, said.join("; ")),
-    make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": `Search on ${record.host}` }, table)];
+  if (c.data) said.push(`chosen by the ${c.measure} on ${c.data}`);
+  if (labelled) said.push(`the dense model has a loss of ${number(record.dense.loss, 4)}, top-1 ${number(record.dense.top1, 4)} %`);
+  const beside = !free ? [] : [make("p", {}, ["The choice beside what needs no search", ...(record.said ?? [])].join("; ")),
+    scrolled(`What the choice on ${record.host} is held against`, [free.choice, ...free.random, ...free.defaults])];
+  return [make("p", {}, said.join("; ")), scrolled(`Search on ${record.host}`, record.front), ...beside];
 }
 
 function errorText(accuracy) {

@@ -9,14 +9,30 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from effvit.measure.values import Accuracy, BlockTime, Candidate, Conditions, Cost, Evaluation, Record, Tuning
+from effvit.measure.values import (
+    DIVERGENCE,
+    LOSS,
+    MEASURES,
+    Accuracy,
+    BlockTime,
+    Candidate,
+    Conditions,
+    Cost,
+    Evaluation,
+    FreeChoices,
+    Record,
+    Tuning,
+)
 from effvit.protocols import Settings
 
 __all__ = [
+    "DEFAULTS",
     "candidate_text",
     "choice_text",
     "describe",
+    "free_lines",
     "mean_and_range",
+    "measure_text",
     "print_accuracies",
     "print_evaluations",
     "print_record",
@@ -24,6 +40,9 @@ __all__ = [
     "settings_text",
     "write_csv",
 ]
+
+
+DEFAULTS = "defaults"  # in place of settings that name none
 
 
 def describe(conditions: Conditions) -> str:
@@ -207,29 +226,92 @@ def _breakdown(name: str, blocks: Sequence[BlockTime]) -> Table:
 
 def print_tuning(console: Console, result: Tuning) -> None:
     """Print the front that ``effvit.measure.tune`` found and its best setting."""
-    table = Table(
-        title=f"No other of the {len(result.tried)} settings measured is faster and nearer", title_justify="left"
-    )
-    table.add_column("method")
-    table.add_column("settings", max_width=60)
-    for heading in ("GMACs", "speed-up", "divergence", "same class (%)"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for candidate in result.front:
-        same = candidate.fidelity.agreement
-        table.add_row(
-            candidate.method,
-            settings_text(candidate.settings),
-            f"{candidate.macs / 1e9:.3f}",
-            f"{candidate.speedup:.2f}{_interval(candidate.interval)}",
-            f"{candidate.fidelity.divergence:.4g}",
-            "-" if same is None else f"{100 * same:.0f}",
-            style="bold" if candidate == result.best else None,
-        )
+    console.print(measure_text(result), soft_wrap=True)
     if result.front:
-        console.print(table)
+        better = "nearer" if result.dense is None else "of less loss"
+        title = f"No other of the {len(result.tried)} settings measured is faster and {better}"
+        rows = [(settings_text(own.settings) or DEFAULTS, own) for own in result.front]
+        console.print(_candidates(title, rows, result.best))
+    if result.free is not None:
+        console.print(_candidates("The choice beside what needs no search, timed together", _rows(result.free)))
+        for line in free_lines(result.free):
+            console.print(line, soft_wrap=True)
     for left in result.untried or ():
         console.print(f"not tried for want of time: {left}", style="yellow")
     console.print(choice_text(result), soft_wrap=True)
+
+
+def _rows(free: FreeChoices) -> list[tuple[str, Candidate]]:
+    """The choice and what it is held against, the settings of each in words."""
+    controls = [(f"tokens of the choice, seed {own.settings.get('seed')}", own) for own in free.random]
+    return [(settings_text(free.choice.settings), free.choice), *controls, *((DEFAULTS, own) for own in free.defaults)]
+
+
+def _candidates(title: str, rows: Sequence[tuple[str, Candidate]], best: Candidate | None = None) -> Table:
+    """A row for each text of settings and what has them, the best in bold, loss and top-1 where images have labels."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("method")
+    table.add_column("settings", max_width=60)
+    labelled = ("loss", "top-1 (%)") if any(own.classified for _, own in rows) else ()
+    for heading in ("GMACs", "speed-up", *labelled, "divergence", "same class (%)"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for settings, candidate in rows:
+        same, known = candidate.fidelity.agreement, candidate.classified
+        table.add_row(
+            candidate.method,
+            settings,
+            f"{candidate.macs / 1e9:.3f}",
+            f"{candidate.speedup:.2f}{_interval(candidate.interval)}",
+            *(() if known is None else (f"{known.loss:.4g}", f"{known.top1:.2f}")),
+            f"{candidate.fidelity.divergence:.4g}",
+            "-" if same is None else f"{100 * same:.0f}",
+            style="bold" if candidate == best else None,
+        )
+    return table
+
+
+def measure_text(result: Tuning) -> str:
+    """What settings were chosen by and on which images, and how the dense model does on labelled ones."""
+    options = result.conditions.options
+    text = f"chosen by {MEASURES[result.measure]}"
+    images = options.get("data") or (f"{options['images']} images" if "images" in options else None)
+    text += "" if images is None else f", on {images}"
+    if result.dense is not None:
+        text += f"; the dense model has a loss of {result.dense.loss:.4g} and top-1 {result.dense.top1:.2f} %"
+    return text
+
+
+def free_lines(free: FreeChoices) -> list[str]:
+    """What the comparison with choices that need no search says of the one that was searched for."""
+    choice = free.choice
+    name = f"{choice.method} {settings_text(choice.settings)}"
+    what = DIVERGENCE if choice.classified is None else LOSS
+    own = f"{what} {choice.penalty:.4g}"
+    lines = []
+    if free.random_penalty is None:
+        lines.append(f"no random control: {free.no_random}")
+    else:
+        theirs = f"{what} {free.random_penalty:.4g}, the mean of {len(free.random)} draws"
+        word = "better" if free.beats_random else "NOT better"
+        lines.append(f"{name} ({own}) is {word} than patches dropped at random to its token counts ({theirs})")
+    better = free.better_default
+    if better is not None:
+        lines.append(
+            f"{name} ({own}, {choice.speedup:.2f}x) is NOT better than the defaults of {better.method} "
+            f"({what} {better.penalty:.4g}, {better.speedup:.2f}x), which are named instead"
+        )
+    elif free.defaults:
+        methods = ", ".join(default.method for default in free.defaults)
+        lines.append(f"no default that is at least as fast is as good; those that reach the aim: {methods}")
+    else:
+        lines.append("no method reaches the aim at its defaults")
+    slower = [default for default in free.as_near_defaults if default.speedup < choice.speedup]
+    lines += [
+        f"the defaults of {default.method} are slower ({default.speedup:.2f}x), but reach the aim with "
+        f"{what} {default.penalty:.4g}"
+        for default in slower
+    ]
+    return lines
 
 
 def choice_text(result: Tuning) -> str:
@@ -249,10 +331,12 @@ def choice_text(result: Tuning) -> str:
 
 def candidate_text(candidate: Candidate) -> str:
     """A setting that was measured, in one line."""
+    known = candidate.classified
     return (
-        f"{candidate.method} {settings_text(candidate.settings)}, speed-up {candidate.speedup:.2f}"
+        f"{candidate.method} {settings_text(candidate.settings) or 'at its defaults'}, speed-up {candidate.speedup:.2f}"
         f"{_interval(candidate.interval)}, {candidate.macs / 1e9:.3f} GMACs, "
-        f"divergence {candidate.fidelity.divergence:.4g}"
+        + ("" if known is None else f"loss {known.loss:.4g}, top-1 {known.top1:.2f} %, ")
+        + f"divergence {candidate.fidelity.divergence:.4g}"
     )
 
 
