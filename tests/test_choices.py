@@ -114,7 +114,7 @@ class TestPage:
         self, tool: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         path, records = tmp_path / tool.PAGE, tmp_path / tool.CHOICES["cutouts choices"]
-        for name in (tool.RECORDS, tool.PAGE):
+        for name in (tool.RECORDS, tool.PAGE, tool.CHOICES["fashion choices"]):
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_text((tool.ROOT / name).read_text())
         monkeypatch.setattr(tool, "ROOT", tmp_path)

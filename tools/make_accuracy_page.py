@@ -65,7 +65,9 @@ def choices_table(evaluation: Evaluation) -> list[str]:
     """
     choices = choices_of(evaluation)
     shifts = next((list(model.consistency.shifts) for model in evaluation.models if model.consistency), [])
-    heads = ["model", "top-1 (%)", "MMACs", *(f"minus {control}" for control in CONTROLS), "object patches kept (%)"]
+    of_objects = any(model.object_patches for model in evaluation.models)
+    heads = ["model", "top-1 (%)", "MMACs", *(f"minus {control}" for control in CONTROLS)]
+    heads += ["object patches kept (%)"] * of_objects
     heads += [f"same class, {distance} px (%)" for distance in shifts]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for choice in (Choice(evaluation.models[0], {}), *choices):
@@ -75,7 +77,7 @@ def choices_table(evaluation: Evaluation) -> list[str]:
             with_error(model.accuracy),
             f"{model.macs / 1e6:.1f}",
             *(f"{gains[control]:+.1f}" if control in gains else "-" for control in CONTROLS),
-            kept_of_object(model),
+            *[kept_of_object(model)] * of_objects,
             *same_class(model, shifts),
         ]
         lines.append(f"| {' | '.join(cells)} |")
