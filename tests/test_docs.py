@@ -77,9 +77,10 @@ class TestAccuracyPage:
     def test_check_names_what_is_stale_and_the_command_mends_it(
         self, tool: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        for name in (tool.RECORDS, tool.PAGE):
-            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / name).write_text((ROOT / name).read_text())
+        for path in (tool.RECORDS, tool.PAGE, *tool.CHOICES.values(), *map(tool.plot_of, tool.CHOICES.values())):
+            if (ROOT / path).is_file():
+                (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+                (tmp_path / path).write_text((ROOT / path).read_text())
         monkeypatch.setattr(tool, "ROOT", tmp_path)
         records = json.loads((tmp_path / tool.RECORDS).read_text())
         (tmp_path / tool.RECORDS).write_text(json.dumps(records[:1]))
