@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -15,6 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import effvit
+from effvit.measure import profiler
 from effvit.measure.profiler import (
     Measurement,
     graphed,
@@ -28,6 +31,7 @@ from effvit.measure.profiler import (
 )
 
 SIZE = (3, 64, 64)
+PAGE = Path(__file__).resolve().parents[1] / "docs/profile.md"
 
 
 class Recorder(nn.Module):
@@ -252,8 +256,13 @@ def test_options_that_cannot_work_are_refused(settings, message):
         profile_models({"a": Recorder([])}, SIZE, 1, **settings)
 
 
-def test_memory_freed_in_one_run_serves_the_next():
-    count = """
+KEEPING = {"MALLOC_TRIM_THRESHOLD_": "-1", "MALLOC_MMAP_MAX_": "0"}  # docs/profile.md
+
+
+@pytest.mark.parametrize("environment", [{}, KEEPING])
+def test_memory_freed_in_one_run_serves_the_next(environment):
+    """By the call or by the variables that docs/profile.md names, and not by glibc's defaults."""
+    count = f"""
 import resource, torch
 from effvit.measure.profiler import keep_freed_memory
 
@@ -262,12 +271,23 @@ def faults():
     torch.ones(32 << 20)  # 128 MiB, above any threshold glibc has by itself
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-kept = keep_freed_memory()
+kept = keep_freed_memory() if {not environment} else True
 print(kept, *[faults() for _ in range(5)])
 """
-    run = subprocess.run([sys.executable, "-c", count], capture_output=True, text=True, check=True)
+    variables = os.environ | environment
+    run = subprocess.run([sys.executable, "-c", count], capture_output=True, text=True, check=True, env=variables)
     kept, *counts = run.stdout.split()
-    assert kept == str(platform.libc_ver()[0] == "glibc")
+    glibc = platform.libc_ver()[0] == "glibc"
+    assert environment or kept == str(glibc)
     assert int(counts[0]) > 1000
-    if kept == "True":
+    if glibc:
         assert int(counts[-1]) < 50
+        assert " ".join(f"{name}={value}" for name, value in KEEPING.items()) in PAGE.read_text()
+
+
+def test_profiles_keep_freed_memory_unless_told_not_to(monkeypatch):
+    calls = []
+    monkeypatch.setattr(profiler, "keep_freed_memory", lambda: calls.append(None))
+    for keep in (True, False):
+        profile_models({"a": Recorder([])}, SIZE, 1, rounds=1, keep_memory=keep)
+    assert len(calls) == 1

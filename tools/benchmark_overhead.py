@@ -123,6 +123,11 @@ def main() -> None:
         "--images", default="noise", choices=("noise", "pictures"), help="pictures differ in how many tokens they need"
     )
     parser.add_argument("--compile", action="store_true", help="run every model through effvit.compile")
+    parser.add_argument(
+        "--default-allocator",
+        action="store_true",
+        help="let glibc return freed memory to the system, as it does by itself",
+    )
     parser.add_argument("--training", action="store_true", help="run forwards and backwards")
     parser.add_argument(
         "--only",
@@ -156,6 +161,7 @@ def main() -> None:
     if args.training:
         models = {name: TrainingStep(model) for name, model in models.items()}
     options = {"threads": args.threads, "device": args.device, "compile": args.compile}
+    options |= {"keep_memory": not args.default_allocator}
     measured = measure(console, models, images, args.rounds, dtype=getattr(torch, args.dtype), **options)
     by_name = {m.name: m for m in measured}
 
@@ -163,7 +169,7 @@ def main() -> None:
     sides = "x".join(map(str, size[1:]))
     conditions = (
         f"{step}, {sides}, {args.images}, batch {args.batch_size}, {args.dtype}, {args.device}, "
-        f"{args.threads} thread(s)"
+        f"{args.threads} thread(s)" + (", default allocator" if args.default_allocator else "")
     )
     table = Table(title=f"{args.model}, {conditions}")
     for column in (

@@ -31,6 +31,7 @@ TABLES = {  # page: name of the table, record in docs/benchmarks
         "1024 px": "overhead_1024px_cpu.json",
         "training": "overhead_training_cpu.json",
         "compiled": "overhead_compiled_cpu.json",
+        "default allocator": "overhead_default_allocator_cpu.json",
         "photographs": "overhead_photographs_cpu.json",
         "small images": "overhead_fashion_mnist_cpu.json",
     },

@@ -66,6 +66,7 @@ class Options(TypedDict, total=False):
     dtype: torch.dtype
     compile: bool
     cuda_graphs: bool
+    keep_memory: bool
 
 
 class Setup(TypedDict):
@@ -176,14 +177,14 @@ def profile_models(
     dtype: torch.dtype = torch.float32,
     compile: bool = False,
     cuda_graphs: bool = False,
+    keep_memory: bool = True,
     images: Tensor | None = None,
     on_run: Callable[[str], None] | None = None,
 ) -> list[Measurement]:
     """Interleaved inference speed of several models on one batch; the first is the baseline.
 
     The models are copied, once and with what they share, so the given ones keep their device, dtype and mode. Time is
-    wall-clock time from an idle device to the result; on CUDA, it is measured with events. On a CPU the process
-    keeps freed memory from then on (``keep_freed_memory``).
+    wall-clock time from an idle device to the result; on CUDA, it is measured with events.
 
     Args:
         models: Name -> model.
@@ -200,6 +201,7 @@ def profile_models(
         dtype: Of parameters and images.
         compile: Run every model through ``effvit.compile``; with ``cuda_graphs`` through ``torch.compile``.
         cuda_graphs: Replay every model as a CUDA graph, which leaves out the time the CPU takes to launch kernels.
+        keep_memory: On a CPU, let the process keep freed memory from then on (``keep_freed_memory``).
         images: (B, channels, H, W) to measure on, repeated to fill the batch; None means seeded noise.
         on_run: Called with the model's name after each run.
 
@@ -225,7 +227,7 @@ def profile_models(
     batch = fill_batch(images, batch_size).to(device, dtype)
     twins = {name: twin.to(device, dtype).eval() for name, twin in copy.deepcopy(dict(models)).items()}
 
-    if device.type == "cpu":
+    if device.type == "cpu" and keep_memory:
         keep_freed_memory()
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads or threads_before)
