@@ -368,6 +368,13 @@ def attend_one_by_one(
     return torch.cat(outputs, dim=2)
 
 
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout_p: float) -> Tensor:
+    """``biased_attention``, or that without a bias."""
+    if bias is None:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)
+    return biased_attention(q, k, v, bias, dropout_p)
+
+
 @fx_leaf
 def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout_p: float) -> Tensor:
     """Fused attention of q, k and v (B, heads, N, D) with a bias on the logits of each key, (B, 1, 1, Tk).
@@ -550,10 +557,7 @@ class TokenAttention(nn.Module):
             out = variable_length_attention(q, k, v, state.tokens, tokens, dropout_p, of_keys)
         elif self.fused_attn:
             dropout_p = self.attn_drop.p if self.training else 0.0
-            if bias is None:
-                out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)
-            else:
-                out = biased_attention(q, k, v, bias, dropout_p)
+            out = fused_attention(q, k, v, bias, dropout_p)
         else:
             logits = (q * self.scale) @ k.transpose(-2, -1)  # (B, heads, Nq, P+N)
             if bias is not None:

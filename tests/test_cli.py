@@ -317,7 +317,8 @@ class TestDemo:
         dense = timm.create_model("vit_nano_patch8_96").eval()
         model = effvit.sparsify(dense, "expedite", restore_at=8)
         images = torch.zeros(1, 3, 96, 96)
-        assert list(demo.beside_controls(output(), dense, {"restoring": model}, images)) == ["restoring"]
+        models = demo.beside_controls(output(), {"dense": dense}, {"restoring": model}, images)
+        assert list(models) == ["dense", "restoring"]
         assert "restoring without control: expedite restores 144 tokens" in capsys.readouterr().out
 
     def test_weights_that_were_given_have_token_figures(self, capsys, monkeypatch, tmp_path, image):

@@ -27,12 +27,7 @@ from effvit.measure.variants import build, reduced
 from effvit.messages import plain
 from effvit.protocols import PatchEmbedding, Settings
 from effvit.reducers import METHODS, DyMU
-from effvit.show.pictures import (
-    Labelled,
-    fashion_classes,
-    fashion_pictures,
-    photographs,
-)
+from effvit.show.pictures import Labelled, fashion_classes, fashion_pictures, photographs
 from effvit.show.plots import plot_accuracy, plot_costs
 from effvit.show.report import write_report
 from effvit.show.tables import describe, print_accuracies, print_record
@@ -62,8 +57,6 @@ class Seen(NamedTuple):
 
 
 BESIDE = "random"  # the control that stands beside every method
-
-
 SEEN = (
     Seen(
         "vit_nano_patch4_28",
@@ -132,7 +125,7 @@ def demo_accuracy(console: Console, out: Path, seen: Seen) -> Answers:
     labels = torch.tensor([picture.label for picture in pictures.values()])
     variants = reduced(dense, demo_variants(dense))
     calibrate_all(console, variants, images)
-    models = {seen.model: dense, **beside_controls(console, dense, variants, images)}
+    models = beside_controls(console, {seen.model: dense}, variants, images)
     data = f"{len(pictures)} {seen.what}"
     record = measure(models, len(images), images, [data], rounds=4, warmup=1, ideal=False)
     record = with_accuracies(record, top1(models, [(images, labels)]), data)
@@ -155,17 +148,16 @@ def demo_accuracy(console: Console, out: Path, seen: Seen) -> Answers:
 
 
 def beside_controls(
-    console: Console, dense: nn.Module, variants: Mapping[str, Reduced], images: Tensor
+    console: Console, dense: Mapping[str, nn.Module], variants: Mapping[str, Reduced], images: Tensor
 ) -> dict[str, nn.Module]:
-    """Each of the models followed by its control, where it has one; of one that has none it is said why."""
-    models: dict[str, nn.Module] = {}
+    """The dense model and each of the others followed by its control; of one that has none it is said why."""
+    models = dict(dense)
     for name, model in variants.items():
         models[name] = model
         try:
-            models |= with_controls({"dense": dense, name: model}, [BESIDE], images)
+            models |= with_controls({**dense, name: model}, [BESIDE], images)
         except (TypeError, ValueError) as error:  # a method from outside may act where no control does
             console.print(f"{name} without control: {plain(error, LONGEST_LINE)}", style="yellow")
-    models.pop("dense", None)
     return models
 
 
