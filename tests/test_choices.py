@@ -22,6 +22,7 @@ import effvit
 from effvit.data.labelled import PixelImages
 from effvit.data.preparation import load_images
 from effvit.measure.choices import choices_of
+from effvit.measure.controls import CONTROLS
 from effvit.measure.object_patches import mean_object_patches
 from effvit.measure.records import check_record, evaluation_of, read_evaluations
 from effvit.measure.shifts import SHIFTS, central_crop
@@ -194,24 +195,24 @@ class TestCommand:
         [found] = read_evaluations(tmp_path / "out.json")
         assert found.models[1].object_patches.tokens == pytest.approx(kept.tokens)  # type: ignore[union-attr]
 
-    def test_killed_measurement_goes_on_with_the_next_row(
+    def test_killed_measurement_goes_on_with_the_next_method(
         self, tool: ModuleType, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         assert tool.main(command) == 0
         whole = (tmp_path / "out.json").read_bytes()
         (tmp_path / "out.json").unlink()
-        row = tool.Measurement.row
+        rows = tool.Measurement.rows
 
-        def interrupted(self: Any, name: str, model: Any) -> Any:
-            if name.startswith("hot"):
+        def interrupted(self: Any, models: Any) -> Any:
+            if "hot keep_rate=0.6" in models:
                 raise KeyboardInterrupt
-            return row(self, name, model)
+            return rows(self, models)
 
-        monkeypatch.setattr(tool.Measurement, "row", interrupted)
+        monkeypatch.setattr(tool.Measurement, "rows", interrupted)
         assert tool.main(command) == 130
         assert not (tmp_path / "out.json").exists()
         measured: list[str] = []
-        monkeypatch.setattr(tool.Measurement, "row", lambda *given: (measured.append(given[1]), row(*given))[1])
+        monkeypatch.setattr(tool.Measurement, "rows", lambda *given: (measured.extend(given[1]), rows(*given))[1])
         assert tool.main(command) == 0
         assert measured == ["hot keep_rate=0.6"]
         assert (tmp_path / "out.json").read_bytes() == whole
@@ -264,7 +265,7 @@ class TestLadders:
         tool = load_tool("measure_choices")
         for name, host in (("cutouts", "vit_nano_patch8_96"), ("fashion_mnist", "vit_nano_patch4_28")):
             dense = timm.create_model(host)
-            methods = {*effvit.list_methods()} - {*tool.CONTROL_METHODS}
+            methods = {*effvit.list_methods()} - {*CONTROLS}
             assert {*tool.LADDERS[name]} == methods
             for method in methods:
                 models = [

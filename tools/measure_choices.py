@@ -10,7 +10,7 @@ calibrated on training images. Beside each stand the controls of effvit.measure.
 model for each seed) or evenly spaced at equal counts, and the dense model on smaller images at equal multiply-adds. On
 some of the images it is also measured what is kept of the object and whether predictions stay under shifts.
 
-The same command goes on after a kill from the last row that was complete (--state, by default beside --json).
+The same command goes on after a kill from the last method that was complete (--state, by default beside --json).
 tools/make_accuracy_page.py makes table and plot of the file, effvit report shows it.
 """
 
@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,9 +34,10 @@ from effvit.cli.models import create, has_random_weights
 from effvit.cli.options import WeightArguments, entry, weights
 from effvit.data.labelled import spread
 from effvit.data.preparation import data_config, load_images
+from effvit.hosts.surface import Reduced
 from effvit.measure.choices import choices_of
-from effvit.measure.controls import CONTROLS, with_controls
-from effvit.measure.evaluation import COST_IMAGES, EvaluationOptions, Selection, evaluate
+from effvit.measure.controls import CONTROLS, Resized, with_controls
+from effvit.measure.evaluation import COST_IMAGES, EvaluationOptions, Selection, calibrate_all, evaluate
 from effvit.measure.json_files import read_json, replace_json
 from effvit.measure.object_patches import mean_object_patches
 from effvit.measure.records import as_json, as_object, check_record, evaluation_of, write_records
@@ -45,7 +47,6 @@ from effvit.measure.values import Evaluated, Evaluation
 from effvit.measure.variants import list_variants, reduced
 from effvit.messages import plain, run_command
 from effvit.protocols import Json, Setting, Settings
-from effvit.reducers import METHODS
 from effvit.schedule import check_count
 
 __all__ = ["LADDERS", "main", "measure"]
@@ -75,7 +76,6 @@ LADDERS: dict[str, dict[str, tuple[str, list[Setting]]]] = {
         "dymu": ("r_total", [12, 20, 28, 36, 44]),
     },
 }
-CONTROL_METHODS = [control for control in CONTROLS if control in METHODS]
 STATE = "rows of measure_choices, 1"
 
 
@@ -132,30 +132,25 @@ class Measurement(NamedTuple):
 
     def dense_row(self) -> Evaluation:
         """The dense model alone."""
-        found = self._evaluated({self.name: self.dense}, [])
+        found = self._evaluated({self.name: self.dense})
         return replace(found, models=[self._with_consistency(found.models[0], self.dense)])
 
-    def row(self, name: str, model: nn.Module) -> list[Evaluated]:
-        """A reduced model and its controls."""
-        models = {self.name: self.dense, name: model}
-        evaluated = self._evaluated(models, CONTROLS).models[1:]  # calibrates the model
+    def rows(self, reduced_models: Mapping[str, Reduced]) -> list[Evaluated]:
+        """Reduced models, each with its controls behind it."""
+        calibrate_all(reduced_models, self.dense, self.calibration, "cpu")
         first = self.selection.indices[:COST_IMAGES]
         sample = load_images(self.dense, [self.selection.images.read(index) for index in first])
+        models = with_controls({self.name: self.dense, **reduced_models}, CONTROLS, sample, self.seeds)
+        rows = self._evaluated(models).models[1:]
         # On smaller images, patches are others: nothing more is measured of that control.
-        beside = with_controls(models, CONTROL_METHODS, sample, self.seeds)
-        kept = [self._with_object(own, beside[own.name]) if own.name in beside else own for own in evaluated]
-        return [self._with_consistency(kept[0], model), *kept[1:]]
+        rows = [
+            row if isinstance(models[row.name], Resized) else self._with_object(row, models[row.name]) for row in rows
+        ]
+        return [self._with_consistency(row, models[row.name]) if row.name in reduced_models else row for row in rows]
 
-    def _evaluated(self, models: Mapping[str, nn.Module], controls: Sequence[str]) -> Evaluation:
-        return evaluate(
-            models,
-            self.selection,
-            EvaluationOptions(batch_size=self.batch_size),
-            calibration=self.calibration,
-            weights=self.weights,
-            controls=controls,
-            seeds=self.seeds,
-        )
+    def _evaluated(self, models: Mapping[str, nn.Module]) -> Evaluation:
+        options = EvaluationOptions(batch_size=self.batch_size)
+        return evaluate(models, self.selection, options, weights=self.weights)
 
     def _with_object(self, own: Evaluated, model: nn.Module) -> Evaluated:
         """The reduced model with what it keeps of the object, where that is known."""
@@ -225,9 +220,9 @@ class KeptRows:
 
 def measure(
     measurement: Measurement,
-    models: Mapping[str, nn.Module],
+    models: Mapping[str, Reduced],
     rows: KeptRows,
-    on_row: Callable[[Evaluation], None] = lambda evaluation: None,
+    on_rows: Callable[[Evaluation, Collection[str]], None] = lambda evaluation, names: None,
 ) -> Evaluation:
     """All rows: the dense model, then each reduced one with its controls; those in the file are not measured again.
 
@@ -235,18 +230,19 @@ def measure(
         measurement: What is the same for all.
         models: Name -> reduced form of the dense model.
         rows: Where rows are kept.
-        on_row: Called with the rows so far after each that was measured.
+        on_rows: Called with all rows so far and the names of those measured last, but for controls.
     """
     evaluation = rows.evaluation
     if evaluation is None:
         evaluation = measurement.dense_row()
         rows.keep(evaluation)
-        on_row(evaluation)
-    for name, model in models.items():
-        if name not in [own.name for own in evaluation.models]:
-            evaluation = replace(evaluation, models=[*evaluation.models, *measurement.row(name, model)])
+        on_rows(evaluation, [measurement.name])
+    for _, group in groupby(models.items(), key=lambda named: named[1].method):
+        missing = {name: model for name, model in group if name not in [own.name for own in evaluation.models]}
+        if missing:  # all of a method: the dense model is evaluated beside them once
+            evaluation = replace(evaluation, models=[*evaluation.models, *measurement.rows(missing)])
             rows.keep(evaluation)
-            on_row(evaluation)
+            on_rows(evaluation, missing)
     return evaluation
 
 
@@ -296,7 +292,7 @@ def run(arguments: Arguments) -> None:
     state = arguments.state or arguments.json.with_suffix(".state.json")
     models = reduced(dense, variants)
     rows = KeptRows(state, conditions_of(measurement, list(models)))
-    write_records(arguments.json, [measure(measurement, models, rows, report_row)])
+    write_records(arguments.json, [measure(measurement, models, rows, report_rows)])
     state.unlink()
 
 
@@ -337,15 +333,14 @@ def conditions_of(measurement: Measurement, models: Sequence[str]) -> dict[str, 
     }
 
 
-def report_row(evaluation: Evaluation) -> None:
-    """Print what the last row says."""
-    if len(evaluation.models) == 1:
-        model, gains = evaluation.models[0], ""
-    else:
-        choice = choices_of(evaluation)[-1]
-        model = choice.model
-        gains = "".join(f", {gain:+.2f} to {control}" for control, gain in choice.gains.items())
-    print(f"{model.name}: {model.accuracy.value:.2f} %{gains}", flush=True)
+def report_rows(evaluation: Evaluation, names: Collection[str]) -> None:
+    """Print what the rows of these names say."""
+    reduced_models = evaluation.models[1:]
+    gains = {choice.model.name: choice.gains for choice in choices_of(evaluation)} if reduced_models else {}
+    for model in evaluation.models:
+        if model.name in names:
+            beside = "".join(f", {gain:+.2f} to {control}" for control, gain in gains.get(model.name, {}).items())
+            print(f"{model.name}: {model.accuracy.value:.2f} %{beside}", flush=True)
 
 
 if __name__ == "__main__":
