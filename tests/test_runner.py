@@ -120,23 +120,42 @@ def segmenter(drawn_set: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def classifier(tmp_path: Path) -> Path:
     """Config that evaluates a minute GTP with weights of a file on two pictures."""
-    data = tmp_path / "imagenet"
+    model, dataset = classifier_parts(tmp_path)
+    return write_config(
+        tmp_path,
+        "mmpretrain/gtp-deit-s_in1k.py",
+        model=model,
+        test_dataloader={"num_workers": 0, "persistent_workers": False, "dataset": dataset},
+    )
+
+
+@pytest.fixture
+def finetuning(tmp_path: Path) -> Path:
+    """Config that trains a minute ATS from weights of a file on two pictures."""
+    model, dataset = classifier_parts(tmp_path)
+    loader = {"batch_size": 2, "num_workers": 0, "persistent_workers": False, "dataset": dataset}
+    return write_config(
+        tmp_path,
+        "mmpretrain/ats-deit-s_8xb256-30e_in1k.py",
+        model=model,
+        train_dataloader={**loader, "sampler": {"_delete_": True, "type": "DefaultSampler", "shuffle": False}},
+        val_dataloader=loader,
+        test_dataloader=loader,
+        train_cfg={"max_epochs": 1},
+    )
+
+
+def classifier_parts(folder: Path) -> tuple[dict[str, object], dict[str, object]]:
+    """What makes a model of a config minute, with weights of a file, and a data set of two pictures."""
+    data = folder / "imagenet"
     data.mkdir()
     for label in (3, 7):
         Image.fromarray(np.full((40, 50, 3), 20 * label, np.uint8)).save(data / f"{label}.png")
     (data / "val.txt").write_text("3.png 3\n7.png 7\n")
     sizes = {"depth": 2, "embed_dim": 32, "num_heads": 2}
-    torch.save(timm.create_model("deit_small_patch16_224", **sizes).state_dict(), tmp_path / "deit.pth")
-    return write_config(
-        tmp_path,
-        "mmpretrain/gtp-deit-s_in1k.py",
-        model={**sizes, "pretrained": str(tmp_path / "deit.pth")},
-        test_dataloader={
-            "num_workers": 0,
-            "persistent_workers": False,
-            "dataset": {"data_root": str(data), "split": "", "ann_file": "val.txt"},
-        },
-    )
+    torch.save(timm.create_model("deit_small_patch16_224", **sizes).state_dict(), folder / "deit.pth")
+    model = {**sizes, "pretrained": str(folder / "deit.pth")}
+    return model, {"data_root": str(data), "split": "", "ann_file": "val.txt"}
 
 
 def scalars(work_dir: Path, key: str) -> list[float]:
@@ -180,6 +199,20 @@ class TestTraining:
         assert row["backbone_macs"] > 0
         assert records[0] == records[1]
         assert "| [upernet_evit](" in capsys.readouterr().out
+
+    def test_classifiers_are_compared_before_and_after_training(
+        self, finetuning: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        out = tmp_path / "compared.json"
+        arguments = [str(finetuning), "--work-dirs", str(tmp_path / "works"), "--seeds", "0", "1", "--json", str(out)]
+        assert load_tool("compare_training").main(arguments) == 0
+        rows = json.loads(out.read_text())["results"]
+        assert [row["seed"] for row in rows] == [0, 1]
+        for row in rows:
+            assert row["untrained"].keys() == row["trained"].keys() == {"accuracy/top1"}
+            assert row["backbone_parameters"] == row["parameters"]
+            assert row["iterations"] == 1
+        assert "| 0, 1 |" in capsys.readouterr().out
 
     def test_interrupted_training_goes_on_where_it_stopped(self, segmenter: Path, tmp_path: Path) -> None:
         whole, parts = tmp_path / "whole", tmp_path / "parts"

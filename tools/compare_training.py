@@ -4,6 +4,8 @@ Each is evaluated as initialised and as trained, with every seed. What has its l
 already is not trained again, what was interrupted goes on from its latest checkpoint.
 
     python tools/compare_training.py configs/mmdet/garments/*.py --seeds 0 1 2 --json FILE
+
+Detectors, segmenters and classifiers; of a classifier, "backbone" is all of it.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from mmengine.config import Config
 from mmengine.runner import find_latest_checkpoint
 
 from effvit.dense.runner import build_runner, check_checkpoint, prepare_config
-from effvit.measure.flops import count_flops
+from effvit.measure.costs import macs_of
+from effvit.measure.evaluation import COST_IMAGES
 from effvit.measure.profiler import machine
 from effvit.messages import one_line
 from effvit.show.tables import mean_and_range
@@ -31,7 +34,12 @@ from effvit.show.tables import mean_and_range
 __all__ = ["main", "table"]
 
 STAGES = ("untrained", "trained")
-METRICS = {"coco/bbox_mAP": 100.0, "coco/segm_mAP": 100.0, "mIoU": 1.0}  # name -> factor that makes it percent
+METRICS = {
+    "coco/bbox_mAP": 100.0,
+    "coco/segm_mAP": 100.0,
+    "mIoU": 1.0,
+    "accuracy/top1": 1.0,
+}  # name -> factor that makes it percent
 COLUMNS = ("config", "backbone MMACs", "backbone parameters", "seeds", "minutes", "loss, first to last", *STAGES)
 SHARE = 0.1  # of the logged losses, whose mean stands for the beginning and for the end
 
@@ -50,13 +58,16 @@ def run(path: Path, work_dirs: Path, seed: int) -> dict[str, Any]:
     runner.load_checkpoint(checkpoint)
     after = runner.test()
     model = runner.model.eval()
-    size = tuple(next(iter(runner.test_dataloader))["inputs"][0].shape)
+    backbone = model.backbone if hasattr(model, "backbone") else model.model  # of a classifier, with its head
+    batch = next(iter(runner.test_dataloader))
+    size = tuple(batch["inputs"][0].shape)
+    sample = model.data_preprocessor(batch)["inputs"][:COST_IMAGES]
     return {
         "config": path.as_posix(),
         "seed": seed,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "backbone_parameters": sum(parameter.numel() for parameter in model.backbone.parameters()),
-        "backbone_macs": count_flops(model.backbone, size).total,
+        "backbone_parameters": sum(parameter.numel() for parameter in backbone.parameters()),
+        "backbone_macs": macs_of(backbone, size, sample).total,
         "input_size": size,
         "untrained": percentages(before),
         "trained": percentages(after),
