@@ -40,8 +40,9 @@ $(FIND_LINKS) $(UV) sync --inexact --python '$(PYTHON)'
 endef
 
 # The oldest and the newest versions that pyproject.toml allows, each in an environment of its own beside .venv: without
-# the constraints of `make test`, and with the tests that meet timm, torch, numpy and the plotting packages most. uv does
-# not look into pyenv's folders, so a Python of the wanted version there is named by its path.
+# the constraints of `make test`. A wheel is built and installed, its commands run away from the checkout, then the tests
+# that meet timm, torch, numpy and the plotting packages most, on the checkout. uv does not look into pyenv's folders, so
+# a Python of the wanted version there is named by its path.
 OLDEST_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python) 3.10)
 NEWEST_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.13.*/bin/python) 3.13)
 VERSION_TESTS ?= $(addprefix tests/test_,timm_contract.py tokens.py recording.py visualize.py plots.py)
@@ -49,6 +50,7 @@ define test_versions
 $(UV) venv --quiet --clear --python '$(2)' .venv-$(1)
 $(UV) pip install --quiet --no-config --python .venv-$(1)/bin/python $(3) .
 $(UV) pip install --quiet --no-config --python .venv-$(1)/bin/python 'pytest>=8.4' pytest-xdist 'hypothesis>=6.130' onnxruntime
+cd .venv-$(1) && bin/effvit doctor && bin/effvit visualize fashion_mnist:bag-1 --model vit_nano_patch4_28 --pretrained --method evit --out figures
 $(UV) pip list --quiet --python .venv-$(1)/bin/python | grep -E '^(torch|timm|numpy|pillow|matplotlib) '
 .venv-$(1)/bin/python -m pytest $(PARALLEL) $(VERSION_TESTS) $(PYTEST_ARGS)
 endef

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shutil
-import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -35,26 +32,6 @@ class TestPlace:
         monkeypatch.setattr(effvit, "__file__", str(tmp_path / "effvit" / "__init__.py"))
         with pytest.raises(FileNotFoundError, match=r"effvit was installed without its configs; install effvit from a"):
             config_folder()
-
-    @pytest.mark.parametrize(("version", "copies"), [("standard", {"configs": "effvit/configs"}), ("editable", {})])
-    def test_wheel_alone_gets_a_copy(
-        self, monkeypatch: pytest.MonkeyPatch, version: str, copies: dict[str, str]
-    ) -> None:
-        """The hook of hatch_build.py, on a stand-in for hatchling, which only builds need."""
-        interface = ModuleType("hatchling.builders.hooks.plugin.interface")
-        interface.BuildHookInterface = object  # type: ignore[attr-defined]
-        parts = interface.__name__.split(".")
-        for length in range(1, len(parts)):
-            monkeypatch.setitem(sys.modules, ".".join(parts[:length]), ModuleType(parts[length - 1]))
-        monkeypatch.setitem(sys.modules, interface.__name__, interface)
-        spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        build_data: dict[str, dict[str, str]] = {"force_include": {}}
-        module.ConfigsInWheel.initialize(SimpleNamespace(), version, build_data)
-        assert build_data["force_include"] == copies
 
 
 class TestList:
