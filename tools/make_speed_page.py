@@ -1,4 +1,4 @@
-"""Write the tables of docs/speed.md and the first of them in README.md from what tools/benchmark_overhead.py measured.
+"""Write the tables of docs/speed.md and a short one in README.md from what tools/benchmark_overhead.py measured.
 
 python tools/make_speed_page.py           # after benchmark_overhead.py --json of the records
 python tools/make_speed_page.py --check   # name what is stale, exit with 1 if anything is
@@ -22,7 +22,7 @@ __all__ = ["TABLES", "main", "pages"]
 ROOT = Path(__file__).resolve().parents[1]
 TOOL = "make_speed_page.py"
 TABLES = {  # page: name of the table, record in docs/benchmarks
-    "README.md": {"overhead": "overhead_cpu.json"},
+    "README.md": {"short overhead": "overhead_cpu.json"},
     "docs/speed.md": {
         "overhead": "overhead_cpu.json",
         "single image": "overhead_single_cpu.json",
@@ -36,6 +36,27 @@ TABLES = {  # page: name of the table, record in docs/benchmarks
         "small images": "overhead_fashion_mnist_cpu.json",
     },
 }
+# What README.md shows of its table.
+SHORT_ROWS = (
+    *("EViT 0.7", "EViT 0.5", "ToMe r 8", "ToMe r 13", "GTP 8", "Zero-TPrune", "Expedite", "HoT"),
+    *("ATS auto", "DyMU auto"),
+)
+SHORT_COLUMNS = ("method", "tokens left", "speed-up", "efficiency")
+
+
+def short_table(lines: Sequence[str]) -> list[str]:
+    """Those rows and columns of a Markdown table.
+
+    Raises:
+        ValueError: A row that it does not have.
+    """
+    heads, rule, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    named = {row[0]: row for row in rows}
+    if missing := [name for name in SHORT_ROWS if name not in named]:
+        raise ValueError(f"README.md shows {missing[0]!r}, but the record has no such row: {', '.join(named)}")
+    places = [heads.index(column) for column in SHORT_COLUMNS]
+    kept = [heads, rule, *(named[name] for name in SHORT_ROWS)]
+    return [f"| {' | '.join(row[place] for place in places)} |" for row in kept]
 
 
 def pages() -> dict[str, str]:
@@ -45,6 +66,8 @@ def pages() -> dict[str, str]:
         text = (ROOT / page).read_text()
         for name, record in records.items():
             lines = table(json.loads((ROOT / "docs/benchmarks" / record).read_text()))
+            if name.startswith("short "):
+                lines = short_table(lines)
             text = put_table(text, page, name, TOOL, lines)
         made[page] = text
     return made
