@@ -37,6 +37,7 @@ from drawn_scenes import drawn_split
 from drawn_set import draw_sprite
 from PIL import Image, ImageDraw
 from scripts import load_tool
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 import effvit
@@ -455,6 +456,49 @@ class TestMmpretrain:
         monkeypatch.setattr("data.scenes.open_split", lambda *_: parts)
         with pytest.raises(ValueError, match=rf"exchange_colours must be in \(0, 1\], got {share}"):
             sets.CutoutScenes("train", 9, exchange_colours=share)
+
+    def test_patches_are_labelled_by_what_covers_them(
+        self, sets: Any, parts: Split, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("data.scenes.open_split", lambda *_: parts)
+        samples = sets.CutoutScenes("train", 9, patch_size=8).__getitems__(range(9))
+        drawn = draw_scenes(parts, "train", range(9))
+        for mask, label, sample in zip(drawn.masks, drawn.labels, samples, strict=True):
+            patches = mask.unfold(0, 8, 8).unfold(1, 8, 8).flatten(0, 1).flatten(1).sum(1)  # (144,), pixels of 64
+            found = sample["data_samples"].patch_label
+            assert torch.equal(found == label, patches >= 32)
+            assert torch.equal(found == len(CLASSES), patches == 0)
+            assert torch.equal(found == -100, (patches > 0) & (patches < 32))
+        with pytest.raises(AttributeError, match="patch_label"):
+            sets.CutoutScenes("train", 9)[0]["data_samples"].patch_label  # noqa: B018
+
+    def test_a_classifier_taught_by_patches_is_timm_s_model_beside_one_head(self, sets: Any, tmp_path: Path) -> None:
+        torch.manual_seed(0)
+        classifier = sets.PatchTaughtClassifier(
+            "vit_nano_patch8_96", num_classes=25, patch_weight=2.0, background_weight=0.25
+        )
+        samples = [sets.DataSample().set_gt_label(label) for label in (3, 7)]
+        for sample in samples:
+            sample.patch_label = torch.full((144,), sets.UNTAUGHT)
+            sample.patch_label[:2] = torch.tensor([sample.gt_label.item(), 25])
+        inputs = torch.randn(2, 3, 96, 96)
+        losses = classifier.loss(inputs, samples)
+        tokens = classifier.model.forward_features(inputs)
+        assert torch.allclose(losses["loss"], F.cross_entropy(classifier(inputs), torch.tensor([3, 7])))
+        # Of an image, half of whose two labelled patches weigh a quarter: 2 (own + 1/4 background) / (1 + 1/4)
+        negative = -classifier.model.patch_head(tokens[:, 1:3]).log_softmax(-1)  # (2, 2, 26)
+        expected = 2 * (negative[[0, 1], 0, [3, 7]] + negative[:, 1, 25] / 4).sum() / 2.5
+        assert torch.allclose(losses["patch_loss"], expected)
+
+        path, out = tmp_path / "epoch_1.pth", tmp_path / "exported.safetensors"
+        torch.save({"state_dict": classifier.state_dict()}, path)
+        tool = load_tool("export_weights")
+        order = [str(path), "--model", "vit_nano_patch8_96", "--out", str(out)]
+        assert tool.main(order) == 2  # the head of the patches is none of the model's
+        assert tool.main([*order, "--without", "patch_head"]) == 0
+        assert tool.main([*order, "--without", "patch"]) == 2
+        exported = timm.create_model("vit_nano_patch8_96", checkpoint_path=str(out)).state_dict()
+        assert {*exported} == {name for name in classifier.state_dict() if not name.startswith("patch_head.")}
 
     def test_epochs_are_ranges_that_follow_each_other(self, sets: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         sampler = sets.FreshSampler(range(10), first_epoch=2)

@@ -7,7 +7,7 @@ _base_ = ["mmpretrain::_base_/schedules/imagenet_bs1024_adamw_swin.py", "mmpretr
 custom_imports = dict(imports=["effvit.dense.openmmlab", "data.mmpretrain_sets"], allow_failed_imports=False)
 
 model = dict(
-    type="TimmClassifier",
+    type="PatchTaughtClassifier",
     model_name="vit_nano_patch8_96",
     num_classes=25,
     loss=dict(type="LabelSmoothLoss", label_smooth_val=0.1, mode="original"),
@@ -20,7 +20,7 @@ train_dataloader = dict(
     batch_size=64,
     num_workers=0,
     sampler=dict(type="FreshSampler"),
-    dataset=dict(type="CutoutScenes", split="train", length=20_480, data_root=None, exchange_colours=0.5),
+    dataset=dict(type="CutoutScenes", split="train", length=20_480, data_root=None, exchange_colours=0.5, patch_size=8),
 )
 val_dataloader = dict(
     batch_size=500,
