@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -299,6 +300,7 @@ class TestDemo:
         sheets = {"fashion_mnist-tome-r-4.png", "fashion_mnist-dymu.png"}
         assert written == pages | sheets | {"tokens.json"}
         assert all(str(out / name) in printed.replace("\n", "") for name in written)
+        assert printed.splitlines()[-len(demo.NEXT) :] == [f"  {line}" for line in demo.NEXT]
         assert "top-1 on 4 test images of Fashion-MNIST, measured here" in printed
         assert printed.count("dymu: calibrated on these very pictures, without their labels") == 2
         assert f"{TINY} with random weights: for its costs alone; --checkpoint or --pretrained loads some" in printed
@@ -312,6 +314,27 @@ class TestDemo:
         assert costs["conditions"]["weights"] == "random weights"
         shown = [(record["model"], record["name"]) for record in json.loads((out / "tokens.json").read_text())]
         assert shown == [(model, name) for model in ("tome r=4", "dymu") for name in demo.SEEN[0].shown]
+
+    @pytest.mark.parametrize("line", demo.NEXT)
+    def test_what_to_try_next_is_understood(self, line, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        program, *order = shlex.split(line)
+        assert program == "effvit"
+        assert cli.parser().parse_args(order).run
+        if order[0] == "visualize":  # the others take minutes
+            assert main(order) == 0
+            assert len([*(tmp_path / "runs/bags").glob("*.png")]) == 6
+
+    def test_on_even_attention_every_method_reduces(self):
+        """Random weights attend evenly; ATS and DyMU are shown at settings that take a fifth even then."""
+        dense = timm.create_model("deit_tiny_patch16_224").eval()
+        images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+        whole = effvit.count_flops(dense, (3, 224, 224)).total
+        for method, settings in demo.demo_variants(dense):
+            model = effvit.sparsify(dense, method, **settings)
+            if method == "dymu":
+                effvit.calibrate(model, [images])
+            assert effvit.count_flops(model, (3, 224, 224), images=images).total < 0.8 * whole, method
 
     def test_a_method_without_a_control_stands_alone_and_it_is_said(self, capsys):
         dense = timm.create_model("vit_nano_patch8_96").eval()

@@ -33,7 +33,7 @@ from effvit.show.report import write_report
 from effvit.show.tables import describe, print_accuracies, print_record
 from effvit.show.visualize import stack, token_figure, token_record
 
-__all__ = ["SEEN", "Seen", "add_command", "demo_variants"]
+__all__ = ["NEXT", "SEEN", "Seen", "add_command", "demo_variants"]
 
 
 class Seen(NamedTuple):
@@ -68,6 +68,13 @@ SEEN = (
     ),
 )
 
+NEXT = (
+    "effvit visualize 'fashion_mnist:bag-*' --model vit_nano_patch4_28 --pretrained --method tome --out runs/bags",
+    "effvit tune vit_nano_patch4_28 'fashion_mnist:*' --pretrained --speedup 1.3 --minutes 2",
+    "effvit profile deit_small_patch16_224 --method evit tome --batch-size 1 8",
+)
+"""What to type after the demo; all of it works offline."""
+
 
 def add_command(commands: options.Commands) -> None:
     """Add the command's arguments; ``run`` of what is parsed is the function to call."""
@@ -100,6 +107,9 @@ def run_demo(arguments: options.FigureArguments) -> None:
     console.print(f"\nWritten in {time.perf_counter() - start:.0f} s:")
     for path in (*written, *(out / name for name in numbers)):
         console.print(f"  {plain(path, LONGEST_LINE)}")
+    console.print("\nWhat to try next:")
+    for line in NEXT:
+        console.print(f"  {line}", soft_wrap=True, highlight=False, markup=False)
 
 
 class Answers(NamedTuple):

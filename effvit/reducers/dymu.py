@@ -358,7 +358,7 @@ class DyMU(Reducer):
 
     @classmethod
     def demo(cls, num_patches: int) -> list[Settings]:
-        return [{"r_total": 28 if num_patches < FEW_PATCHES else 96 * num_patches // 196}]
+        return [{"r_total": 28 if num_patches < FEW_PATCHES else 5 * num_patches // 7}]
 
     def count(self, num_tokens: int, num_patches: int) -> int:
         return num_tokens

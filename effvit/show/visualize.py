@@ -273,7 +273,7 @@ def compose(panels: Sequence[tuple[str, str, Image.Image]], title: str, states: 
         draw.text((left + side, top + height + 5), count, FAINT_TEXT, caption, anchor="ra")
     left = GAP
     for key, key_width in zip(keys, key_widths, strict=True):
-        figure.paste(swatch(key), (left, legend))
+        figure.paste(swatch(key, panels[0][2]), (left, legend))
         draw.text((left + CAPTION_SIZE + 8, legend), STATE_NAMES[key], TEXT, caption)
         left += key_width
     return figure
@@ -289,11 +289,9 @@ def stack(figures: Sequence[Image.Image]) -> Image.Image:
     return sheet
 
 
-def swatch(state: int) -> Image.Image:
-    """A small sample of how patches of that state are drawn."""
+def swatch(state: int, view: Image.Image) -> Image.Image:
+    """A small sample of how patches of that state are drawn, on the image that they are of."""
     side = CAPTION_SIZE + 2
-    shade: Numbers = np.linspace(0.55, 1, side)[:, None, None] * np.linspace(0.8, 1, side)[:, None]
-    sample = Image.fromarray((shade * (120, 190, 150)).round().astype(np.uint8))
     labels: Whole = np.array([[-1]] if state == DROPPED else [[0]] if state in (ALONE, FUSED) else [[0, 1], [0, 1]])
     shares: Numbers | None = np.eye(2)[labels] if state == SOFT else None
-    return paint(sample, Stage(0, 2, labels, np.array([state == FUSED] * 2), shares))
+    return paint(view.resize((side, side)), Stage(0, 2, labels, np.array([state == FUSED] * 2), shares))
