@@ -1,0 +1,157 @@
+"""The tutorials of docs/tutorials do what they say: their code runs in order, and prints what the pages show.
+
+Every page is run as a reader would, from the first block to the last in one namespace and in an empty folder: blocks of
+Python are executed, blocks with a title are written as files, and the commands of blocks of shell are run. Pages whose
+notebook is shipped are run from the notebook, cell by cell: its cells are plain Python, so that a kernel of Jupyter
+would add a process and packages and no further check. Indented commands are for the reader's own images and are only
+parsed.
+
+All of it is offline. Pages start from the weights and images in the package, or name a model whose weights timm would
+download: ``STAND_INS`` lists what is put in place of such a line, and each must occur exactly once in its page.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import runpy
+import shlex
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import make_notebooks
+import numpy as np
+import pytest
+from make_notebooks import Block, blocks
+from PIL import Image
+
+from effvit.cli import main, parser
+
+ROOT = Path(__file__).resolve().parents[1]
+TUTORIALS = ROOT / make_notebooks.PAGES
+PAGES = sorted(TUTORIALS.glob("*.md"))
+NOTEBOOKS = sorted(TUTORIALS.glob("*.ipynb"))
+STAND_INS: dict[str, dict[str, str]] = {}
+NUMBER = re.compile(r"\d+\.\d+")
+
+
+def own_blocks(name: str) -> list[Block]:
+    """The parts of a tutorial as they are run: those of its notebook if it has one, with the stand-ins in place."""
+    notebook = TUTORIALS / f"{name}.ipynb"
+    if notebook.is_file():
+        cells = json.loads(notebook.read_text())["cells"]
+        return [
+            Block("python", "".join(cell["source"]), None, "".join(sum((o["text"] for o in cell["outputs"]), [])) or None)
+            for cell in cells
+            if cell["cell_type"] == "code"
+        ]
+    page = (TUTORIALS / f"{name}.md").read_text()
+    for line, stand_in in STAND_INS.get(name, {}).items():
+        assert page.count(line) == 1, f"{name}.md must hold {line!r} once, for which the test has a stand-in"
+        page = page.replace(line, stand_in)
+    return list(blocks(page))
+
+
+def run_command(line: str) -> None:
+    """Run a command of a page in this process, which has imported torch already."""
+    program, *arguments = shlex.split(line)
+    if program == "effvit":
+        assert main(arguments) == 0, line
+    else:
+        assert program == "python", f"{line}: a block of shell runs effvit or python"
+        sys.argv = arguments
+        runpy.run_path(arguments[0], run_name="__main__")
+
+
+def run_block(block: Block, values: dict[str, Any]) -> str:
+    """Run a block of a page and return what it prints."""
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        if block.title is not None:
+            Path(block.title).write_text(block.content)
+        elif block.kind == "python":
+            exec(compile(block.content, "<tutorial>", "exec"), values)
+        elif block.kind == "shell":
+            for line in block.content.splitlines():
+                run_command(line)
+    return printed.getvalue()
+
+
+def assert_shown(printed: str, shown: str) -> None:
+    """What is printed is what the page shows; a decimal may differ by one in its last digit, as rounding does."""
+    assert NUMBER.sub("0.0", printed) == NUMBER.sub("0.0", shown)
+    for own, expected in zip(NUMBER.findall(printed), NUMBER.findall(shown), strict=True):
+        unit = 10.0 ** -len(expected.partition(".")[2])
+        assert float(own) == pytest.approx(float(expected), abs=1.01 * unit), f"{printed}\nis not\n{shown}"
+
+
+def run_page(name: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> dict[str, Any]:
+    """Run a tutorial in a folder and compare what it prints; returns its variables."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    values: dict[str, Any] = {"__name__": "tutorial"}
+    for block in own_blocks(name):
+        printed = run_block(block, values)
+        if block.shown is not None:
+            assert_shown(printed, block.shown)
+    plt.close("all")
+    return values
+
+
+def test_speed_up_a_classifier(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    record = run_page("speed_up_a_classifier", monkeypatch, tmp_path)["record"]
+    assert [cost.name for cost in record.models] == ["dense", "ToMe, r 3"]
+    assert record.models[1].mac_ratio == pytest.approx(1 / 0.62, rel=0.01)
+
+
+def test_every_tutorial_is_run_by_a_test() -> None:
+    tests = {name.removeprefix("test_") for name in globals()}
+    assert {page.stem for page in PAGES} <= tests
+
+
+def test_commands_of_the_pages_are_understood() -> None:
+    """An indented command, and one in a block of shell, is one that the command line takes."""
+    for page in PAGES:
+        text = page.read_text()
+        for line in re.findall(r"^(?: {4})?(effvit .*)$", text, re.MULTILINE):
+            assert parser().parse_args(shlex.split(line, comments=True)[1:]).run is not None
+
+
+class TestNotebooks:
+    def test_they_are_those_of_their_pages(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert make_notebooks.main(["--check"]) == 0, capsys.readouterr().err
+        assert {path.stem for path in NOTEBOOKS} <= {page.stem for page in PAGES}
+
+    def test_page_becomes_cells_with_what_they_print(self) -> None:
+        page = (
+            "# Title\n\nAlso as a [notebook](a.ipynb).\n\nText.\n\n```python\nprint(1)\n```\n\n```text\n1\n```\n\n"
+            '```python title="b.py"\nx = 1\n```\n\nEnd.\n'
+        )
+        cells = json.loads(make_notebooks.notebook(page, "a"))["cells"]
+        assert [cell["cell_type"] for cell in cells] == ["markdown", "code", "markdown"]
+        assert "".join(cells[0]["source"]) == "# Title\n\nText."
+        assert cells[1]["source"] == ["print(1)"]
+        assert cells[1]["outputs"] == [{"name": "stdout", "output_type": "stream", "text": ["1\n"]}]
+        assert "".join(cells[2]["source"]) == "```python\nx = 1\n```\n\nEnd."
+
+    def test_code_for_ipython_alone_is_refused(self) -> None:
+        with pytest.raises(ValueError, match=r"a: a page holds plain Python, but a line starts with % or !; leave it"):
+            make_notebooks.notebook("```python\n%matplotlib inline\n```\n", "a")
+
+    def test_check_names_what_is_stale_and_the_command_mends_it(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / make_notebooks.PAGES).mkdir(parents=True)
+        (tmp_path / make_notebooks.PAGES / "a.md").write_text("A [notebook](a.ipynb).\n\n```python\nx = 1\n```\n")
+        (tmp_path / make_notebooks.PAGES / "b.md").write_text("No notebook.\n")
+        monkeypatch.setattr(make_notebooks, "ROOT", tmp_path)
+        assert make_notebooks.main(["--check"]) == 1
+        assert "docs/tutorials/a.ipynb is stale: run python tools/make_notebooks.py" in capsys.readouterr().err
+        assert make_notebooks.main([]) == 0
+        assert make_notebooks.main(["--check"]) == 0
+        assert not (tmp_path / make_notebooks.PAGES / "b.ipynb").exists()
