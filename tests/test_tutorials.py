@@ -36,7 +36,16 @@ ROOT = Path(__file__).resolve().parents[1]
 TUTORIALS = ROOT / make_notebooks.PAGES
 PAGES = sorted(TUTORIALS.glob("*.md"))
 NOTEBOOKS = sorted(TUTORIALS.glob("*.ipynb"))
-STAND_INS: dict[str, dict[str, str]] = {}
+# Name of a page -> {a line of it: what is run instead}: the same models, with random weights, and
+# LayerScale without the 1e-5 that training starts from, which would leave every feature as it is embedded.
+STAND_INS = {
+    "dense_features_for_a_segmenter": {
+        'dinov2.lvd142m", pretrained=True, img_size=224)': 'dinov2", init_values=1.0, img_size=224)',
+        '"tome_vit_small_patch16_dinov3.lvd1689m", pretrained=True,': '"tome_vit_small_patch16_dinov3",',
+        'encoder_weights="imagenet"': "encoder_weights=None",
+        "out_norm=True, pretrained=True": "out_norm=True, pretrained=False",
+    },
+}
 NUMBER = re.compile(r"\d+\.\d+")
 
 
@@ -107,6 +116,20 @@ def test_speed_up_a_classifier(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     record = run_page("speed_up_a_classifier", monkeypatch, tmp_path)["record"]
     assert [cost.name for cost in record.models] == ["dense", "ToMe, r 3"]
     assert record.models[1].mac_ratio == pytest.approx(1 / 0.62, rel=0.01)
+
+
+@pytest.mark.slow  # 22 M parameters at 224 px
+def test_dense_features_for_a_segmenter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With random weights the similarities and the scores say nothing of DINO, so that the page shows none. What holds
+    for any weights: the first maps lie before EViT's first reduction, and later ones come apart."""
+    pytest.importorskip("segmentation_models_pytorch")
+    values = run_page("dense_features_for_a_segmenter", monkeypatch, tmp_path)
+    for name in ("EViT", "EViT, control"):
+        first, *others = values["similarities"][name]
+        assert first == pytest.approx(1)
+        assert all(-1 <= similarity < 0.9999 for similarity in others)
+    assert values["ious"].keys() == {"dense", "EViT", "EViT, control"}
+    assert all(0.2 < iou <= 1 for iou in values["ious"].values())
 
 
 def test_every_tutorial_is_run_by_a_test() -> None:
