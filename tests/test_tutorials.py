@@ -27,6 +27,7 @@ import matplotlib.pyplot as plt
 import make_notebooks
 import numpy as np
 import pytest
+import torch
 from make_notebooks import Block, blocks
 from PIL import Image
 
@@ -46,6 +47,7 @@ STAND_INS = {
         "out_norm=True, pretrained=True": "out_norm=True, pretrained=False",
     },
 }
+FIGURE = ROOT / "docs/images/explained.png"
 NUMBER = re.compile(r"\d+\.\d+")
 
 
@@ -116,6 +118,19 @@ def test_speed_up_a_classifier(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     record = run_page("speed_up_a_classifier", monkeypatch, tmp_path)["record"]
     assert [cost.name for cost in record.models] == ["dense", "ToMe, r 3"]
     assert record.models[1].mac_ratio == pytest.approx(1 / 0.62, rel=0.01)
+
+
+def test_explain_predictions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The page's figure is the one that its code draws, up to what fonts and rounding change. That a map of
+    ``forward_intermediates`` has no part in the score, as the page says, is what torch says."""
+    values = run_page("explain_predictions", monkeypatch, tmp_path)
+    own, shown = (np.asarray(Image.open(path).convert("RGB"), float) for path in ("explained.png", FIGURE))
+    assert own.shape == shown.shape
+    assert np.abs(own - shown).mean() < 2, f"copy {tmp_path / 'explained.png'} to {FIGURE}"
+    final, (grid,) = values["cheap"].forward_intermediates(values["images"][:1], indices=[8])
+    score = values["cheap"].forward_head(final)[0, 0]
+    with pytest.raises(RuntimeError, match="appears to not have been used in the graph"):
+        torch.autograd.grad(score, grid)
 
 
 @pytest.mark.slow  # 22 M parameters at 224 px
