@@ -18,13 +18,13 @@ import re
 import runpy
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import make_notebooks
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -37,35 +37,56 @@ ROOT = Path(__file__).resolve().parents[1]
 TUTORIALS = ROOT / make_notebooks.PAGES
 PAGES = sorted(TUTORIALS.glob("*.md"))
 NOTEBOOKS = sorted(TUTORIALS.glob("*.ipynb"))
-# Name of a page -> {a line of it: what is run instead}: the same models, with random weights, and
-# LayerScale without the 1e-5 that training starts from, which would leave every feature as it is embedded.
+SMALL = {"model_name": "evit_deit_tiny_patch16_224", "depth": 4, "embed_dim": 48}
+SMALL_MODEL = "--model evit_deit_tiny_patch16_224 --set depth=4 --set embed_dim=48"
+# Name of a page -> {a part of it: what is run instead}. The models of the first are as large as they are called, with
+# random weights; LayerScale starts at 1, not at the 1e-5 that would leave every feature as it was embedded. Workers
+# would outnumber the cores of a small machine.
 STAND_INS = {
     "dense_features_for_a_segmenter": {
         'dinov2.lvd142m", pretrained=True, img_size=224)': 'dinov2", init_values=1.0, img_size=224)',
         '"tome_vit_small_patch16_dinov3.lvd1689m", pretrained=True,': '"tome_vit_small_patch16_dinov3",',
         'encoder_weights="imagenet"': "encoder_weights=None",
-        "out_norm=True, pretrained=True": "out_norm=True, pretrained=False",
+        "out_norm=True,\n    pretrained=True": "out_norm=True,\n    pretrained=False",
+    },
+    "fine_tune_on_a_folder": {
+        "model = dict(num_classes=10,": f"model = dict(pretrained=False, **{SMALL}, num_classes=10,",
+        "    batch_size=8,": "    batch_size=8, num_workers=0,",
+        "val_dataloader = dict(dataset": "val_dataloader = dict(num_workers=0, dataset",
+        "--work-dir work --auto-scale-lr": "--work-dir work --auto-scale-lr --cfg-options train_cfg.max_epochs=1",
+        "garments.py work/epoch_30.pth": "garments.py work/epoch_1.pth",
+        "work/epoch_30.pth --model evit_deit_small_patch16_224": f"work/epoch_1.pth {SMALL_MODEL}",
+        '("evit_deit_small_patch16_224", num_classes=10': f"(**{SMALL}, num_classes=10",
     },
 }
 FIGURE = ROOT / "docs/images/explained.png"
 NUMBER = re.compile(r"\d+\.\d+")
 
 
-def own_blocks(name: str) -> list[Block]:
-    """The parts of a tutorial as they are run: those of its notebook if it has one, with the stand-ins in place."""
+def shown_by(cell: dict[str, Any]) -> str | None:
+    """What a cell of a notebook holds as printed."""
+    return "".join(line for output in cell["outputs"] for line in output["text"]) or None
+
+
+def own_blocks(name: str, left_out: Collection[str] = ()) -> list[Block]:
+    """The parts of a tutorial as they are run: those of its notebook if it has one, with the stand-ins in place.
+
+    Args:
+        name: Name of the page without ``.md``.
+        left_out: Titles of sections that are not run.
+    """
     notebook = TUTORIALS / f"{name}.ipynb"
     if notebook.is_file():
         cells = json.loads(notebook.read_text())["cells"]
-        return [
-            Block("python", "".join(cell["source"]), None, "".join(sum((o["text"] for o in cell["outputs"]), [])) or None)
-            for cell in cells
-            if cell["cell_type"] == "code"
-        ]
+        return [Block("python", "".join(cell["source"]), shown=shown_by(cell)) for cell in cells if "outputs" in cell]
     page = (TUTORIALS / f"{name}.md").read_text()
     for line, stand_in in STAND_INS.get(name, {}).items():
         assert page.count(line) == 1, f"{name}.md must hold {line!r} once, for which the test has a stand-in"
         page = page.replace(line, stand_in)
-    return list(blocks(page))
+    first, *sections = re.split(r"^## ", page, flags=re.MULTILINE)
+    titles = {section.partition("\n")[0]: section for section in sections}
+    assert titles.keys() >= set(left_out)
+    return list(blocks("".join([first, *(section for title, section in titles.items() if title not in left_out)])))
 
 
 def run_command(line: str) -> None:
@@ -101,12 +122,14 @@ def assert_shown(printed: str, shown: str) -> None:
         assert float(own) == pytest.approx(float(expected), abs=1.01 * unit), f"{printed}\nis not\n{shown}"
 
 
-def run_page(name: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> dict[str, Any]:
+def run_page(
+    name: str, monkeypatch: pytest.MonkeyPatch, folder: Path, left_out: Collection[str] = ()
+) -> dict[str, Any]:
     """Run a tutorial in a folder and compare what it prints; returns its variables."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", sys.argv)
     values: dict[str, Any] = {"__name__": "tutorial"}
-    for block in own_blocks(name):
+    for block in own_blocks(name, left_out):
         printed = run_block(block, values)
         if block.shown is not None:
             assert_shown(printed, block.shown)
@@ -131,6 +154,26 @@ def test_explain_predictions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     score = values["cheap"].forward_head(final)[0, 0]
     with pytest.raises(RuntimeError, match="appears to not have been used in the graph"):
         torch.autograd.grad(score, grid)
+
+
+FINE_TUNING = "fine_tune_on_a_folder"
+
+
+@pytest.mark.slow  # three trainings
+def test_fine_tune_on_a_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    results = run_page(FINE_TUNING, monkeypatch, tmp_path, {"With mmpretrain"})["results"]
+    assert results.keys() == {"distilled", "all tokens", *(f"random, seed {seed}" for seed in range(3))}
+    assert results["distilled"].top1 > 40  # of ten classes
+
+
+@pytest.mark.slow  # a training of mmpretrain
+@pytest.mark.filterwarnings("ignore:.*(instance named of|The draw is False).*:UserWarning")
+def test_fine_tuning_with_mmpretrain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("mmpretrain", reason="the mm extra is not installed")
+    left_out = {"The loop", "With a dense teacher", "What did the training buy?"}
+    model = run_page(FINE_TUNING, monkeypatch, tmp_path, left_out)["model"]
+    trained = torch.load(tmp_path / "work/epoch_1.pth", weights_only=False)["state_dict"]
+    assert torch.equal(model.head.weight, trained["head.weight"])
 
 
 @pytest.mark.slow  # 22 M parameters at 224 px
