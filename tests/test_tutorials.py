@@ -3,8 +3,8 @@
 Every page is run as a reader would, from the first block to the last in one namespace and in an empty folder: blocks of
 Python are executed, blocks with a title are written as files, and the commands of blocks of shell are run. Pages whose
 notebook is shipped are run from the notebook, cell by cell: its cells are plain Python, so that a kernel of Jupyter
-would add a process and packages and no further check. Indented commands are for the reader's own images and are only
-parsed.
+would add a process and packages and no further check. Indented commands are for the reader's own images; those of
+effvit are parsed.
 
 All of it is offline. Pages start from the weights and images in the package, or name a model whose weights timm would
 download: ``STAND_INS`` lists what is put in place of such a line, and each must occur exactly once in its page.
@@ -89,6 +89,11 @@ def own_blocks(name: str, left_out: Collection[str] = ()) -> list[Block]:
     return list(blocks("".join([first, *(section for title, section in titles.items() if title not in left_out)])))
 
 
+def joined(text: str) -> str:
+    """The text with commands over several lines, each but the last ending in a backslash, as one line."""
+    return re.sub(r"\\\n *", "", text)
+
+
 def run_command(line: str) -> None:
     """Run a command of a page in this process, which has imported torch already."""
     program, *arguments = shlex.split(line)
@@ -109,7 +114,7 @@ def run_block(block: Block, values: dict[str, Any]) -> str:
         elif block.kind == "python":
             exec(compile(block.content, "<tutorial>", "exec"), values)
         elif block.kind == "shell":
-            for line in block.content.splitlines():
+            for line in joined(block.content).splitlines():
                 run_command(line)
     return printed.getvalue()
 
@@ -137,6 +142,7 @@ def run_page(
     return values
 
 
+@pytest.mark.slow  # 15 s on one core, most of it the controls
 def test_speed_up_a_classifier(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     record = run_page("speed_up_a_classifier", monkeypatch, tmp_path)["record"]
     assert [cost.name for cost in record.models] == ["dense", "ToMe, r 3"]
@@ -162,7 +168,7 @@ FINE_TUNING = "fine_tune_on_a_folder"
 @pytest.mark.slow  # three trainings
 def test_fine_tune_on_a_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     results = run_page(FINE_TUNING, monkeypatch, tmp_path, {"With mmpretrain"})["results"]
-    assert results.keys() == {"distilled", "all tokens", *(f"random, seed {seed}" for seed in range(3))}
+    assert results.keys() == {"distilled", "all tokens", "dense", *(f"random, seed {seed}" for seed in range(3))}
     assert results["distilled"].top1 > 40  # of ten classes
 
 
@@ -198,8 +204,7 @@ def test_every_tutorial_is_run_by_a_test() -> None:
 def test_commands_of_the_pages_are_understood() -> None:
     """An indented command, and one in a block of shell, is one that the command line takes."""
     for page in PAGES:
-        text = page.read_text()
-        for line in re.findall(r"^(?: {4})?(effvit .*)$", text, re.MULTILINE):
+        for line in re.findall(r"^(?: {4})?(effvit .*)$", joined(page.read_text()), re.MULTILINE):
             assert parser().parse_args(shlex.split(line, comments=True)[1:]).run is not None
 
 
