@@ -19,7 +19,7 @@ import runpy
 import shlex
 import sys
 from collections.abc import Collection
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +194,15 @@ def test_dense_features_for_a_segmenter(monkeypatch: pytest.MonkeyPatch, tmp_pat
         assert all(-1 <= similarity < 0.9999 for similarity in others)
     assert values["ious"].keys() == {"dense", "EViT", "EViT, control"}
     assert all(0.2 < iou <= 1 for iou in values["ious"].values())
+
+
+@pytest.mark.parametrize(
+    ("printed", "is_shown"),
+    [("3 of 0.62", True), ("3 of 0.61", True), ("3 of 0.60", False), ("2 of 0.62", False), ("3 of 0.62 MACs", False)],
+)
+def test_only_the_last_digit_of_a_decimal_may_differ(printed: str, is_shown: bool) -> None:
+    with nullcontext() if is_shown else pytest.raises(AssertionError):
+        assert_shown(printed, "3 of 0.62")
 
 
 def test_every_tutorial_is_run_by_a_test() -> None:
