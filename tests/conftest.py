@@ -55,6 +55,7 @@ FAST = {
     "test_token_stages.py",
     "test_tokens.py",
     "test_tome.py",
+    "test_tutorials.py",
     "test_visualize.py",
     "test_windows.py",
     "test_zero_tprune.py",

@@ -195,6 +195,14 @@ class TestConvert:
         assert len(printed) == 1 + len(official)
         assert [path.name for path in tmp_path.iterdir()] == ["official.pth"]
 
+    def test_checkpoint_of_mmengine_holds_more_than_weights(self, capsys, tmp_path):
+        """The logs of its Runner, which are objects of mmengine."""
+        buffers = pytest.importorskip("mmengine.logging", reason="the mm extra is not installed")
+        logs = {"log_scalars": {"train/loss": buffers.HistoryBuffer([1.0], [1])}}
+        torch.save({"state_dict": timm.create_model(TINY).state_dict(), "message_hub": logs}, tmp_path / "epoch_1.pth")
+        assert main(["convert", str(tmp_path / "epoch_1.pth"), "--model", TINY]) == 0
+        assert f"152 entries for {TINY}: 152 under the file's names" in capsys.readouterr().out
+
     def test_names_made_of_others_are_told_apart(self, capsys, tmp_path):
         """DyMU's thresholds are not in a plain file; the model fills them in."""
         torch.save(timm.create_model(TINY).state_dict(), tmp_path / "plain.pth")

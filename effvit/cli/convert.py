@@ -8,6 +8,7 @@ from pathlib import Path
 from safetensors.torch import save
 
 from effvit.cli import options
+from effvit.cli.models import runner_types
 from effvit.cli.output import LONGEST_LINE, output
 from effvit.hosts.checkpoints import convert_checkpoint
 from effvit.measure.variants import build, parse_setting
@@ -51,7 +52,7 @@ def run_convert(arguments: Arguments) -> None:
         raise ValueError(f"--out must end in .safetensors, got {arguments.out}")
     settings = dict(parse_setting(text) for text in arguments.settings)
     model = build(arguments.model, settings)
-    conversion = convert_checkpoint(model, arguments.file, key=arguments.key)
+    conversion = convert_checkpoint(model, arguments.file, runner_types(), arguments.key)
     lines = [
         f"{len(conversion.state)} entries for {arguments.model}: {len(conversion.same)} under the file's names, "
         f"{len(conversion.renamed)} renamed, {len(conversion.made)} joined, split or new; "
