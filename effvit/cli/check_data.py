@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from effvit.cli import options
@@ -60,7 +62,8 @@ def run_check(arguments: Arguments) -> int:
     elif arguments.images is not None:
         raise ValueError(f"--images belongs to a COCO file or a folder of label maps; {path} names its images itself")
     else:
-        findings = inspect_config(arguments)
+        with redirect_stdout(sys.stderr):  # what mmdet and mmseg print while they are imported is no result
+            findings = inspect_config(arguments)
     console = output()
     lines = [text for summary in findings.sets for text in (summary.line, f"  {summary.counts}")]
     lines += [f"wrong: {one_line(fault)}" for fault in findings.faults] or ["nothing is wrong"]

@@ -1,0 +1,113 @@
+"""The tutorials on data of one's own: their configs and commands run as they are written, away from the checkout."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from drawn_parts import save_as_jpeg, write_parts
+
+pytest.importorskip("mmdet", reason="the mm extra is not installed")
+pytest.importorskip("mmseg")
+
+from effvit.cli import main
+
+# Every Runner of a process after the first, and one that draws nothing, make mmengine say so.
+pytestmark = pytest.mark.filterwarnings("ignore:.*(instance named of|The draw is False).*:UserWarning")
+
+TUTORIALS = Path(__file__).resolve().parents[1] / "docs" / "tutorials"
+
+
+class Command(NamedTuple):
+    """A command of a page.
+
+    Attributes:
+        arguments: Behind ``effvit``.
+        expected: Lines that it prints, as far as the page shows them.
+    """
+
+    arguments: list[str]
+    expected: list[str]
+
+
+def configs(page: str) -> dict[str, str]:
+    """The configs of a page by the name in their first line."""
+    blocks = re.findall(r"```python\n(# (\w+\.py)\b.*?)```", page, re.DOTALL)
+    return {name: text for text, name in blocks}
+
+
+def commands(page: str) -> Iterator[Command]:
+    """The commands of a page in order, each with its output."""
+    for block in re.findall(r"```console\n(.*?)```", page, re.DOTALL):
+        for text in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+            first, *expected = text.splitlines()
+            program, *arguments = shlex.split(first)
+            assert program == "effvit"
+            yield Command(arguments, expected)
+
+
+def pattern(lines: list[str]) -> str:
+    """Matches lines of which "..." alone stands for any number of lines, and at the end of one for the rest of it."""
+    ends = {True: r".*\n", False: r"\n"}
+    return "".join(
+        r"(?:.*\n)*" if line == "..." else re.escape(line.removesuffix("...")) + ends[line.endswith("...")]
+        for line in lines
+    )
+
+
+def run_page(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, float]:
+    """Run a page in a folder and hold it to the output that it shows; returns the metrics of its last test."""
+    page = (TUTORIALS / name).read_text()
+    for config, text in configs(page).items():
+        (folder / config).write_text(text)
+    ran = set()
+    for arguments, expected in commands(page):
+        capsys.readouterr()
+        status = main(arguments)
+        printed = capsys.readouterr().out
+        assert status == (1 if any(line.startswith("wrong:") for line in expected) else 0), printed
+        if expected:
+            assert re.fullmatch(pattern(expected), printed), f"effvit {' '.join(arguments)} prints\n{printed}"
+        ran.add(arguments[0])
+    assert ran == {"configs", "check-data", "train", "test"}
+    metrics: dict[str, float] = json.loads((folder / "metrics.json").read_text())
+    return metrics
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory of its own, with the data that the pages describe."""
+    monkeypatch.chdir(tmp_path)
+    write_parts(tmp_path / "parts")
+    return tmp_path
+
+
+def losses(folder: Path) -> list[float]:
+    """The losses that a training logged."""
+    lines = [line for path in folder.rglob("scalars.json") for line in path.read_text().splitlines()]
+    return [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
+
+
+def test_mask_rcnn_trains_on_a_coco_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A model that learnt nothing may detect nothing: mmdet then gives no metrics, and -1 for sizes there are not."""
+    metrics = run_page("mask_rcnn_on_my_coco_json.md", folder, capsys)
+    assert all(-1 <= value <= 1 for value in metrics.values())
+    assert (folder / "work_dirs/parts_tiny/epoch_1.pth").is_file()
+
+
+def test_upernet_trains_on_a_folder_of_masks(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Three classes are measured: 0 is one of them, though the inherited pipelines are for a set that ignores it."""
+    save_as_jpeg(folder / "parts")
+    page = (TUTORIALS / "upernet_on_my_masks.md").read_text()
+    undecided = configs(page)["parts.py"].replace("reduce_zero_label=False, ", "")
+    (folder / "undecided.py").write_text(undecided)
+    metrics = run_page("upernet_on_my_masks.md", folder, capsys)
+    assert 0 <= metrics["mIoU"] <= 100
+    state = torch.load(folder / "work_dirs/parts_tiny/iter_3.pth", weights_only=False)["state_dict"]
+    assert state["decode_head.conv_seg.weight"].shape[0] == 3
