@@ -55,6 +55,8 @@ def parse_number(text: str) -> int | str:
 def run_check(arguments: Arguments) -> int:
     """Print what was found; returns 1 if anything is wrong."""
     path = Path(arguments.config)
+    if path.suffix == ".json" and not path.is_file():
+        raise FileNotFoundError(f"{path} is not there; give a config, a COCO file (.json), or a folder of label maps")
     if path.is_dir() or path.suffix == ".json":
         inspect = inspect_label_maps if path.is_dir() else inspect_coco
         number = CHECKED_FILES if arguments.checked_files is None else arguments.checked_files
