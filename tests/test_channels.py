@@ -18,8 +18,6 @@ from effvit.dense.channels import backbone_channels, check_channels
 from effvit.dense.openmmlab import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
-DENSE = sorted(path for kind in ("mmdet", "mmseg") for path in (ROOT / "configs" / kind).rglob("*.py"))
-DENSE = [path for path in DENSE if "_base_" not in path.parts]
 HEAD = {"type": "UPerHead", "in_channels": [384] * 4, "in_index": [0, 1, 2, 3]}
 
 
@@ -27,14 +25,19 @@ def model(**parts: Any) -> dict[str, Any]:
     return {"backbone": {"type": "EffViT", "model_name": "some"}, **parts}
 
 
-@pytest.mark.parametrize("path", DENSE, ids=lambda path: path.stem)
-def test_every_config_of_the_package_passes(path: Path) -> None:
-    """They train in tests/test_configs.py, so a refusal here would be wrong."""
-    config = load_config(path)
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("mmdet/retinanet_evit-deit-s_fpn_1x_coco.py", [384]),
+        ("mmseg/fpn_supertoken-s_4xb4-80k_ade20k-512x512.py", [64, 128, 320, 512]),
+    ],
+)
+def test_channels_are_those_of_the_papers_tables(name: str, expected: list[int]) -> None:
+    """DeiT-S (2012.12877) and SViT-S (2211.11167). tests/test_configs.py holds all configs to ``check_channels``."""
+    config = load_config(ROOT / "configs" / name)
     init_default_scope(config.default_scope)
-    channels = backbone_channels(config)
-    assert channels
-    check_channels(config.model, channels)
+    assert backbone_channels(config) == expected
+    check_channels(config.model, expected)
 
 
 @pytest.mark.parametrize(

@@ -541,8 +541,8 @@ def follow_zero_label(
                         "LoadAnnotations; set it in the data sets, which LoadAnnotations then follows: "
                         f"{remedy}, since the label maps hold {shown_labels(labels)} for {number} classes"
                     )
-                transform["reduce_zero_label"] = shift
-                note = [f"reduce_zero_label of its LoadAnnotations set to {shift}, as in the data set"]
+                del transform["reduce_zero_label"]  # without it mmseg asks the data set
+                note = [f"reduce_zero_label={said} of its LoadAnnotations gives way to {shift} of the data set"]
             if transform.get("imdecode_backend", "pillow") != "pillow":
                 raise ValueError(
                     f"{part.split}: LoadAnnotations reads label maps by {transform['imdecode_backend']}, which makes "
