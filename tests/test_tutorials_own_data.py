@@ -18,6 +18,18 @@ pytest.importorskip("mmseg")
 
 from effvit.cli import main
 
+DETECTOR, SEGMENTER = "mask_rcnn_on_my_coco_json.md", "upernet_on_my_masks.md"
+# What brings about each sentence of docs/own_data.md, in its order: a page, its config, and what is changed there.
+FAULTS = [
+    (DETECTOR, "parts.py", '("bolt", "nut")', '("screw", "washer")'),
+    (DETECTOR, "parts.py", '("bolt", "nut")', '("bolt", "nit")'),
+    (DETECTOR, "parts.py", "num_classes=len(classes)", "num_classes=80"),
+    (SEGMENTER, "parts.py", "reduce_zero_label=False, ", ""),
+    (SEGMENTER, "parts.py", '("ground", "bolt", "nut")', '("ground", "bolt")'),
+    (SEGMENTER, "parts.py", 'type="BaseSegDataset", ', ""),
+    (DETECTOR, "parts_tiny.py", "neck=dict(in_channels=192),", ""),
+]
+
 # Every Runner of a process after the first, and one that draws nothing, make mmengine say so.
 pytestmark = pytest.mark.filterwarnings("ignore:.*(instance named of|The draw is False).*:UserWarning")
 
@@ -88,15 +100,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def losses(folder: Path) -> list[float]:
-    """The losses that a training logged."""
-    lines = [line for path in folder.rglob("scalars.json") for line in path.read_text().splitlines()]
-    return [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
-
-
 def test_mask_rcnn_trains_on_a_coco_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A model that learnt nothing may detect nothing: mmdet then gives no metrics, and -1 for sizes there are not."""
-    metrics = run_page("mask_rcnn_on_my_coco_json.md", folder, capsys)
+    metrics = run_page(DETECTOR, folder, capsys)
     assert all(-1 <= value <= 1 for value in metrics.values())
     assert (folder / "work_dirs/parts_tiny/epoch_1.pth").is_file()
 
@@ -104,10 +110,33 @@ def test_mask_rcnn_trains_on_a_coco_file(folder: Path, capsys: pytest.CaptureFix
 def test_upernet_trains_on_a_folder_of_masks(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Three classes are measured: 0 is one of them, though the inherited pipelines are for a set that ignores it."""
     save_as_jpeg(folder / "parts")
-    page = (TUTORIALS / "upernet_on_my_masks.md").read_text()
+    page = (TUTORIALS / SEGMENTER).read_text()
     undecided = configs(page)["parts.py"].replace("reduce_zero_label=False, ", "")
     (folder / "undecided.py").write_text(undecided)
-    metrics = run_page("upernet_on_my_masks.md", folder, capsys)
+    metrics = run_page(SEGMENTER, folder, capsys)
     assert 0 <= metrics["mIoU"] <= 100
     state = torch.load(folder / "work_dirs/parts_tiny/iter_3.pth", weights_only=False)["state_dict"]
     assert state["decode_head.conv_seg.weight"].shape[0] == 3
+
+
+def sentences() -> list[str]:
+    """The second column of the last table of docs/own_data.md."""
+    table = (TUTORIALS.parent / "own_data.md").read_text().rpartition("| what is the matter |")[2]
+    return [line.split(" | ")[1].removesuffix(" |") for line in table.splitlines() if line.startswith("| ")]
+
+
+@pytest.mark.parametrize(("fault", "sentence"), list(zip(FAULTS, sentences(), strict=True)))
+def test_page_shows_what_is_said(
+    fault: tuple[str, str, str, str], sentence: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The sentences that ``effvit check-data`` prints, "(...)" for what a page has no room for."""
+    page, changed, old, new = fault
+    if page == SEGMENTER:
+        save_as_jpeg(folder / "parts")
+    for name, text in configs((TUTORIALS / page).read_text()).items():
+        assert name != changed or old in text
+        (folder / name).write_text(text.replace(old, new) if name == changed else text)
+    assert main(["check-data", changed]) == 1
+    start, cut, end = sentence.partition("(...)")
+    wanted = re.escape(start) + (r"\([^)]*\)" if cut else "") + re.escape(end)
+    assert re.search(f"^wrong: {wanted}$", capsys.readouterr().out, re.MULTILINE)
