@@ -80,7 +80,7 @@ def test_head_without_a_neck_takes_the_maps_of_the_backbone() -> None:
     check_channels(model(decode_head=HEAD), [384] * 4)
     head = {"type": "FCNHead", "in_channels": 384, "in_index": 3}
     with pytest.raises(ValueError, match=r"model\.auxiliary_head\[1\]\.in_channels=384, set it to 192$"):
-        check_channels(model(auxiliary_head=[{**head, "in_channels": 192}, head]), [192] * 4)
+        check_channels(model(auxiliary_head=[{**head, "in_channels": 192}, head]), [48, 96, 192, 192])
 
 
 def test_head_behind_a_neck_takes_what_the_neck_gives() -> None:
