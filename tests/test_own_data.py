@@ -89,6 +89,11 @@ class TestCoco:
         assert message in str(found.faults[0])
         assert found.config == []
 
+    def test_category_that_stands_twice_is_named(self, parts: Path) -> None:
+        change(parts / "train.json", categories=[{"id": 1, "name": "bolt"}, {"id": 2, "name": "bolt"}])
+        (fault,) = inspect_coco(parts / "train.json").faults
+        assert str(fault).startswith("the category 'bolt' stands twice in")
+
     def test_missing_image_is_named(self, parts: Path) -> None:
         (parts / "images" / "train" / "2.png").unlink()
         found = inspect_coco(parts / "train.json", parts / "images" / "train")
@@ -195,7 +200,7 @@ class TestCommand:
     def test_status_tells_whether_anything_is_wrong(self, parts: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["check-data", str(parts / "masks" / "train"), "--checked-files", "2"]) == 0
         out = capsys.readouterr().out
-        assert "2 of 8 label maps read\n  maps by label: 0 2, 1 2, 2 2\nnothing is wrong\nlines of a config" in out
+        assert "2 of 8 label maps read\n  maps by label: 0 2, 1 2, 2 2\nnothing is wrong; the images were not" in out
         assert main(["check-data", str(parts / "images" / "train")]) == 1
         out = capsys.readouterr().out
         assert out.count("wrong: ") == 6

@@ -17,6 +17,7 @@ pytest.importorskip("mmdet", reason="the mm extra is not installed")
 pytest.importorskip("mmseg")
 
 from effvit.cli import main
+from effvit.dense.own_data import inspect_coco, inspect_label_maps
 
 DETECTOR, SEGMENTER = "mask_rcnn_on_my_coco_json.md", "upernet_on_my_masks.md"
 # What brings about each sentence of docs/own_data.md, in its order: a page, its config, and what is changed there.
@@ -117,6 +118,22 @@ def test_upernet_trains_on_a_folder_of_masks(folder: Path, capsys: pytest.Captur
     assert 0 <= metrics["mIoU"] <= 100
     state = torch.load(folder / "work_dirs/parts_tiny/iter_3.pth", weights_only=False)["state_dict"]
     assert state["decode_head.conv_seg.weight"].shape[0] == 3
+
+
+@pytest.mark.parametrize("kind", ["masks", "boxes", "labels"])
+def test_lines_of_check_data_are_a_config(kind: str, folder: Path) -> None:
+    """With the same set for validation, which only its owner can name."""
+    annotations = Path("parts/train.json")
+    if kind == "boxes":
+        annotations.write_text(re.sub(r'"segmentation": \[\[.*?\]\]', '"segmentation": []', annotations.read_text()))
+    images = Path("parts/images/train")
+    labels = kind == "labels"
+    found = inspect_label_maps(Path("parts/masks/train"), images) if labels else inspect_coco(annotations, images)
+    lines = [*found.config, "val_dataloader = test_dataloader = train_dataloader"]
+    if not labels:
+        lines.append(f'val_evaluator = test_evaluator = dict(ann_file="{annotations}")')
+    Path("printed.py").write_text("\n".join(lines))
+    assert main(["check-data", "printed.py"]) == 0
 
 
 def sentences() -> list[str]:

@@ -68,7 +68,10 @@ def run_check(arguments: Arguments) -> int:
             findings = inspect_config(arguments)
     console = output()
     lines = [text for summary in findings.sets for text in (summary.line, f"  {summary.counts}")]
-    lines += [f"wrong: {one_line(fault)}" for fault in findings.faults] or ["nothing is wrong"]
+    good = "nothing is wrong"
+    if findings.config and arguments.images is None:
+        good += "; the images were not looked at, which --images DIR asks for"
+    lines += [f"wrong: {one_line(fault)}" for fault in findings.faults] or [good]
     if findings.config:
         lines += ["lines of a config for these data:", *(f"    {line}" for line in findings.config)]
     for line in lines:

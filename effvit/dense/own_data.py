@@ -98,6 +98,10 @@ def inspect_coco(path: Path, images: Path | None = None, number: object = CHECKE
     with found.noted():
         content = read_detections(path, masks=False)
         mended, repairs = repair_coco(content)
+        names = Counter(category["name"] for category in content["categories"])
+        twice = [name for name, number in names.items() if number > 1]
+        if twice:
+            raise ValueError(f"the category {twice[0]!r} stands twice in {path}; make one of both, or name them apart")
         objects = count_objects(mended)
         found.sets.append(Summary(f"{path}: {repairs}", shown_counts("objects by class", objects)))
         if not any(objects.values()):
