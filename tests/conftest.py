@@ -38,6 +38,7 @@ FAST = {
     "test_kernels.py",
     "test_labelled.py",
     "test_messages.py",
+    "test_own_data.py",
     "test_pictures.py",
     "test_plots.py",
     "test_recording.py",

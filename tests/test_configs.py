@@ -35,6 +35,7 @@ from mmpretrain.structures import DataSample
 from mmseg.structures import SegDataSample
 from torch import nn
 
+from effvit.dense.channels import check_channels
 from effvit.dense.openmmlab import load_config
 from effvit.dense.runner import without_pretrained
 from effvit.hosts.host import ReducedHost
@@ -209,6 +210,8 @@ def test_config_builds_as_it_ships_for_images_of_any_size(path: Path) -> None:
     config = read(path)
     with torch.device("cpu" if "segmenter" in name(path) else "meta"):  # mmseg's mask head reads values as it is made
         model = MODELS.build(config.model)
+    if config.default_scope != "mmpretrain":
+        check_channels(config.model, model.backbone.channels)  # effvit train refuses what this does
     sizes = pictures(config) if config.get("train_dataloader") else []
     for host in (module for module in model.modules() if isinstance(module, ReducedHost)):
         grids = [tuple(ceil(s / p) for s, p in zip(size, host.patch_embed.patch_size, strict=True)) for size in sizes]

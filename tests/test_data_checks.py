@@ -19,7 +19,7 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS
 
 import effvit.dense.openmmlab  # noqa: F401  (registers the transforms)
-from effvit.dense.data_checks import DataPart, check_annotations
+from effvit.dense.data_checks import DataPart, check_annotations, inspect_data
 
 CLASSES = ("cat", "dog", "bird")
 SIZES = [(20, 30), (30, 20), (24, 24)]  # (height, width)
@@ -102,7 +102,8 @@ class TestCocoRefusals:
         [
             (
                 ("kitty", "doggy"),
-                r"no class of the config \(kitty, doggy\) is among .* \(cat, dog, bird\); set metainfo",
+                r"no class of the config \(kitty, doggy\) is among .* \(cat, dog, bird\); set metainfo"
+                r'=dict\(classes=\("cat", "dog", "bird"\)\) of the data sets, the names of the file, and num_classes=3',
             ),
             (("cat", "zebra", "bird"), r"\(cat, dog, bird\): zebra; leave them out of metainfo and num_classes"),
             (("cat", "dgo", "bird"), r"1 of 3 classes .* \(cat, dog, bird\): dgo; did you mean 'dog'\?"),
@@ -217,6 +218,13 @@ class TestCocoRefusals:
         config.val_dataloader.dataset.pipeline[1].with_mask = False
         config.val_evaluator.metric = "bbox"
         assert check_annotations(config) == [f"{detection.folder}/set.json: annotations: 4; images: 3"]
+
+    def test_objects_are_counted_by_class(self, detection: Detection) -> None:
+        """Crowd regions are no objects."""
+        detection.write(content(box(20, 1, 0), box(21, 2, 3, iscrowd=1)))
+        found = inspect_data(detection.config())
+        assert [summary.counts for summary in found.sets] == ["objects by class: cat 2, dog 1, bird 1"]
+        assert found.faults == []
 
     def test_metric_of_other_images(self, detection: Detection) -> None:
         value = content()
@@ -498,6 +506,70 @@ class TestLabelMaps:
             ValueError, match="reduce_zero_label is False in the data set, but True in its LoadAnnotations"
         ):
             check_annotations(config)
+
+    def test_pipelines_follow_what_the_data_sets_say_of_the_zero_label(self, make: Any) -> None:
+        """As inherited from ADE20K: LoadAnnotations reduces label 0. mmseg itself fails an assertion when it loads."""
+        own = {f"{split}_dataloader.dataset.reduce_zero_label": False for split in ("train", "val")}
+        config = make(three_classes, **own)
+        for split in ("train", "val"):
+            config[f"{split}_dataloader"].dataset.pipeline[1].reduce_zero_label = True
+        lines = check_annotations(config)
+        assert all(line.endswith("=True of its LoadAnnotations gives way to False of the data set") for line in lines)
+        assert set(np.unique(loaded(config, "val_dataloader")[0]["gt_seg_map"]).tolist()) == {0, 1, 2, 255}
+
+    @pytest.mark.parametrize(
+        ("draw", "classes", "remedy"),
+        [
+            (three_classes, CLASSES, "False fits, since the label maps hold 0, 1, 2 for 3 classes"),
+            (three_classes, ("cat", "dog"), "True fits, since the label maps hold 0, 1, 2 for 2 classes"),
+        ],
+    )
+    def test_undecided_zero_label_is_told_what_fits(
+        self, make: Any, draw: Draw, classes: tuple[str, ...], remedy: str
+    ) -> None:
+        """With as many labels above 0 as classes, 0 is none; validation is looked at before training begins."""
+        config = make(draw, classes)
+        config.val_dataloader.dataset.pipeline[1].reduce_zero_label = True
+        said = "val_dataloader: reduce_zero_label is False in the data set, but True in its LoadAnnotations; set it in"
+        (fault,) = (str(fault) for fault in inspect_data(config).faults if str(fault).startswith(said))
+        assert fault.endswith(f": {remedy}")
+
+    def test_data_set_without_classes_is_refused(self, make: Any) -> None:
+        config = make(three_classes)
+        del config.train_dataloader.dataset["metainfo"]
+        with pytest.raises(
+            ValueError,
+            match=r"train_dataloader names no classes, .* for each label; the label maps hold 0, 1, 2",
+        ):
+            check_annotations(config)
+
+    def test_own_classes_in_a_known_set_are_refused(self, make: Any) -> None:
+        config = make(three_classes, ("ground", "leaf"), **{"train_dataloader.dataset.type": "ADE20KDataset"})
+        with pytest.raises(ValueError, match=r"ground, leaf, .* the 150 of ADE20KDataset .*set type='BaseSegDataset'"):
+            check_annotations(config)
+
+    def test_forgotten_classes_of_a_known_set_are_told(self, make: Any) -> None:
+        config = make(three_classes)
+        for split in ("train_dataloader", "val_dataloader"):
+            config[split].dataset.type = "ADE20KDataset"
+            del config[split].dataset["metainfo"]
+        with pytest.raises(ValueError, match=r"has 150 classes .*num_classes=3.* type='BaseSegDataset'"):
+            check_annotations(config)
+
+    def test_label_one_too_high_may_mean_that_zero_is_no_class(self, make: Any) -> None:
+        with pytest.raises(ValueError, match=r"has the label 2, but .*, or reduce_zero_label=True if 0 is no class"):
+            check_annotations(make(three_classes, ("cat", "dog")))
+
+    def test_all_faults_are_found_and_sets_without_one_summed_up(self, make: Any, tmp_path: Path) -> None:
+        config = make(three_classes, **{"model.decode_head.num_classes": 5})
+        Image.fromarray(np.full((20, 30), 7, np.uint8)).save(tmp_path / "labels" / "val" / "0.png")
+        config.test_dataloader = config.val_dataloader  # said once
+        found = inspect_data(config)
+        assert [summary.counts for summary in found.sets] == ["maps by label: 0 (cat) 2, 1 (dog) 2, 2 (bird) 2"]
+        assert [str(fault).split(", but")[0] for fault in found.faults] == [
+            f"{tmp_path}/labels/val/0.png has the label 7",
+            "train_dataloader has 3 classes (cat, dog, bird)",
+        ]
 
     def test_reduced_labels_count_from_one(self, make: Any) -> None:
         """As loaded: 0 is ignored, 1 and 2 become 0 and 1."""

@@ -41,7 +41,10 @@ ROWS = (
 )
 RANKS = {part: row for row, parts in enumerate(ROWS) for part in parts}
 SURFACE = RANKS[""]
-FREE_OF_OPENMMLAB = ("dense/backbone", "dense/detectron2", "dense/shipped_configs")
+FREE_OF_OPENMMLAB = {
+    f"dense/{name}"
+    for name in ("backbone", "coco", "detectron2", "image_files", "label_maps", "own_data", "shipped_configs")
+}
 MODULES = sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py"))
 
 

@@ -314,6 +314,16 @@ class TestSettings:
         with pytest.raises(ValueError, match=r"auto_scale_lr needs auto_scale_lr=dict\(base_batch_size"):
             prepare_config(segmenter, auto_scale_lr=True)
 
+    def test_neck_for_another_backbone_is_refused_before_training(
+        self, segmenter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Its first convolution would say "expected input to have 64 channels", when the first batch comes."""
+        options = ["--cfg-options", "model.decode_head.in_channels=[32,64]"]
+        assert main(["train", str(segmenter), "--work-dir", str(tmp_path), *options]) == 2
+        message = capsys.readouterr().err
+        assert "have 32, 32 channels, but model.decode_head.in_channels=[32, 64], set it to [32, 32]" in message
+        assert message.startswith("effvit: error: the maps of the backbone evit_deit_tiny_patch16_224 have")
+
 
 class TestCheckpoints:
     def test_checkpoint_of_another_model_is_refused(

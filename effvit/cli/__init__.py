@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import effvit
 from effvit.cli import (
+    check_data,
     configs,
     convert,
     demo,
@@ -40,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     commands = root.add_subparsers(required=True, metavar="COMMAND")
     for command in (
         *(listing, profile, evaluate, visualize, report, tune, convert, demo),
-        *(configs, train, test, run, doctor),
+        *(configs, check_data, train, test, run, doctor),
     ):
         command.add_command(commands)
     return root

@@ -24,7 +24,7 @@ __all__ = ["Extra", "Package", "add_command", "core_problem", "extras", "package
 
 # What each extra is for; the others of pyproject.toml are for work on the package itself.
 PURPOSES = {
-    "mm": "effvit train, effvit test, effvit.dense.openmmlab",
+    "mm": "effvit train, effvit test, effvit check-data of a config, effvit.dense.openmmlab",
     "transformers": "effvit.dense.transformers, not beside mm",
     "demo": "effvit demo, images named photographs:*",
     "imagenet": "effvit evaluate on the archives of ILSVRC 2012",

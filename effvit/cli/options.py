@@ -103,11 +103,11 @@ def machine() -> argparse.ArgumentParser:
     return parent
 
 
-def runner() -> argparse.ArgumentParser:
-    """What mmengine's Runner is built from."""
+def runner(also: str = "") -> argparse.ArgumentParser:
+    """What mmengine's Runner is built from; ``also`` is what may be given in place of a config."""
     parent = argparse.ArgumentParser(add_help=False)
     parent.add_argument(
-        "config", metavar="CONFIG", help="a file, or effvit::NAME for one that `effvit configs list` prints"
+        "config", metavar="CONFIG", help=f"a file, or effvit::NAME for one that `effvit configs list` prints{also}"
     )
     parent.add_argument("--work-dir", metavar="DIR", help="for logs and checkpoints (default: work_dirs/CONFIG)")
     parent.add_argument(

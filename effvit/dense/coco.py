@@ -22,9 +22,11 @@ __all__ = [
     "Repairs",
     "RunLengths",
     "check_coco",
+    "count_objects",
     "decode_rle",
     "load_coco",
     "read_coco",
+    "read_detections",
     "repair_coco",
     "run_lengths",
 ]
@@ -169,6 +171,45 @@ def read_coco(path: str | os.PathLike[str]) -> Coco:
     except ValueError as error:
         raise ValueError(f"{path} is no intact COCO annotation file: {error}") from error
     return cast(Coco, content)
+
+
+def read_detections(path: str | os.PathLike[str], *, masks: bool, unlabelled: bool = False) -> Coco:
+    """The checked contents of an annotation file that a detector is trained or measured with, without repairs.
+
+    Args:
+        path: The file.
+        masks: As `check_coco`.
+        unlabelled: Annotations may be missing, as of test images whose predictions are only written.
+
+    Raises:
+        OSError: The file cannot be opened.
+        ValueError: What `load_coco` and `check_coco` refuse, images without file or size, categories without name.
+    """
+    content = load_coco(path)
+    if unlabelled and isinstance(content, dict):
+        content.setdefault("annotations", [])
+    try:
+        check_coco(content, masks=masks)
+        checked = cast(Coco, content)
+        check_fields(checked)
+    except ValueError as error:
+        raise ValueError(f"{path} is no intact COCO annotation file: {error}") from error
+    return checked
+
+
+def check_fields(content: Coco) -> None:
+    """Raise a ValueError unless images have files and sizes and categories have names, which mmdet needs."""
+    for image in content["images"]:
+        if not isinstance(image.get("file_name"), str) or not image["file_name"]:
+            raise ValueError(f"image {image['id']} must have a file_name, got {image.get('file_name')!r}")
+        for side, pixels in (("height", image.get("height")), ("width", image.get("width"))):
+            if type(pixels) not in (int, float) or pixels is None or not pixels >= 1 or pixels % 1:
+                raise ValueError(
+                    f"image {image['id']} ({image['file_name']}) must have a {side} in pixels, got {pixels!r}"
+                )
+    for category in content["categories"]:
+        if not isinstance(category.get("name"), str):
+            raise ValueError(f"category {category['id']} must have a name, got {category.get('name')!r}")
 
 
 def check_coco(content: object, *, masks: bool = False) -> None:
@@ -421,6 +462,15 @@ def repair_entry(entry: Annotation, done: Repairs) -> Annotation:
         changes["area"] = mask_area(changes.get("segmentation", mask)) or entry["bbox"][2] * entry["bbox"][3]
         done.area += 1
     return {**entry, **changes} if changes else entry
+
+
+def count_objects(content: Coco) -> dict[str, int]:
+    """The number of objects of every category by its name, those without any included; crowd regions are none."""
+    names = {category["id"]: category["name"] for category in content["categories"]}
+    numbers = dict.fromkeys(names.values(), 0)
+    for entry in content["annotations"]:
+        numbers[names[entry["category_id"]]] += not entry.get("iscrowd")
+    return numbers
 
 
 def polygons_of(mask: Iterable[object]) -> list[list[float]]:

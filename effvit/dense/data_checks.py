@@ -6,6 +6,7 @@ What is repaired and what is refused stands in docs/data.md. Files on other mach
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import json
@@ -15,21 +16,30 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from mmengine.config import Config
 from mmengine.registry import DATASETS, MODELS, Registry
-from PIL import Image
 
-from effvit.dense.coco import Category, Coco, ImageEntry, Key, Repairs, check_coco, load_coco, repair_coco
-from effvit.dense.label_maps import check_label_set, check_labels
-from effvit.images import check_whole, opened, turned_size
+from effvit.dense.coco import (
+    Category,
+    Coco,
+    ImageEntry,
+    Key,
+    Repairs,
+    count_objects,
+    read_detections,
+    repair_coco,
+)
+from effvit.dense.image_files import CHECKED_FILES, check_listed, check_readable, check_sizes, sampled
+from effvit.dense.label_maps import check_label_set, check_labels, find_labels, reads_zero, shown_labels
+from effvit.dense.own_data import Findings, Summary, literal, shown_counts
+from effvit.images import opened
 
 ItemT = TypeVar("ItemT")
 
-__all__ = ["CHECKED_FILES", "check_annotations", "nested_dicts"]
+__all__ = ["CHECKED_FILES", "check_annotations", "inspect_data", "nested_dicts", "registered"]
 
-CHECKED_FILES = 1000  # of a data set that are opened unless the config's ``checked_files`` says otherwise
 SPLITS = {"train_dataloader": None, "val_dataloader": "val_evaluator", "test_dataloader": "test_evaluator"}
 # Parts of a model whose classes are not those of the data set.
 OTHER_CLASSES = ("rpn_head", "semantic_head", "teacher", "backbone", "train_cfg", "test_cfg")
@@ -50,32 +60,60 @@ def check_annotations(config: Config) -> list[str]:
         FileNotFoundError: A file or folder that is not there.
         ValueError: Annotations, label maps, classes or heads that do not fit each other (docs/data.md).
     """
-    lines: list[str] = []
+    findings = inspect_data(config)
+    if findings.faults:
+        raise findings.faults[0]
+    return [summary.line for summary in findings.sets]
+
+
+def inspect_data(config: Config) -> Findings:
+    """Check and prepare the data of a config as ``check_annotations`` does, and go on after a fault.
+
+    Returns:
+        A summary of each data set without a fault, and the errors of the others. Classes and heads are compared as far
+        as they are known.
+    """
+    found = Findings()
     classes: dict[str, list[str]] = {}
     files: dict[Path, CocoFile] = {}
     shifts: dict[str, int] = {}
+    faulty: list[dict[str, Any]] = []
     for split, evaluator in SPLITS.items():
         for dataset in list(nested_dicts(config.get(split) or {})):
             kind = dataset_class(dataset, config)
             if kind is None or dataset.get("backend_args") or "://" in str(dataset.get("data_root") or ""):
                 continue
-            part = DataPart(config, split, dataset, kind)
-            if reads_coco(kind):
-                names, line = prepare_coco(part, files)
-            elif "seg_map_path" in (dataset.get("data_prefix") or {}):
-                names, line = prepare_label_maps(part, shifts)
-            else:
-                names, line = labelled_classes(part), ""
-            if names:
-                classes[split] = names
-            if line and line not in lines:
-                lines.append(line)
+            if dataset in faulty:  # validation and test sets are mostly one
+                continue
+            given = copy.deepcopy(dataset)
+            with found.noted():
+                faulty.append(given)
+                names, summary = prepare_set(DataPart(config, split, dataset, kind), files, shifts)
+                faulty.pop()
+                if names:
+                    classes[split] = names
+                if summary is not None and summary not in found.sets:
+                    found.sets.append(summary)
         if evaluator is not None:
-            check_evaluator(config, split, evaluator, files, classes.get(split, ()))
-    check_classes_agree(classes)
+            with found.noted():
+                check_evaluator(config, split, evaluator, files, classes.get(split, ()))
+    with found.noted():
+        check_classes_agree(classes)
     if classes:
-        check_heads(config, *next(iter(classes.items())))
-    return lines
+        with found.noted():
+            check_heads(config, *next(iter(classes.items())))
+    return found
+
+
+def prepare_set(
+    part: DataPart, files: dict[Path, CocoFile], shifts: dict[str, int]
+) -> tuple[list[str], Summary | None]:
+    """Check and prepare a data set of any kind; returns its classes, and what there is to say of it."""
+    if reads_coco(part.kind):
+        return prepare_coco(part, files)
+    if "seg_map_path" in (part.dataset.get("data_prefix") or {}):
+        return prepare_label_maps(part, shifts)
+    return labelled_classes(part), None
 
 
 def nested_dicts(value: object) -> Iterator[dict[str, Any]]:
@@ -112,15 +150,8 @@ class DataPart:
     def sample(self, items: Sequence[ItemT]) -> Sequence[ItemT]:
         """Those of the files that are opened; none but in the first of several processes."""
         number: object = self.config.get("checked_files", CHECKED_FILES)
-        if number == "all":
-            number = len(items)
-        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
-            raise ValueError(f"checked_files must be a number of files from 0 on, or 'all', got {number!r}")
-        if int(os.environ.get("RANK", "0")) > 0:
-            return []
-        if number >= len(items):
-            return items
-        return [items[index * len(items) // number] for index in range(number)]
+        chosen = sampled(items, number)
+        return chosen if int(os.environ.get("RANK", "0")) == 0 else []
 
     def pipelines(self) -> Iterator[list[dict[str, Any]]]:
         """The lists of transforms of the data set, in order."""
@@ -185,8 +216,8 @@ class CocoFile:
     used: Path
 
 
-def prepare_coco(part: DataPart, files: dict[Path, CocoFile]) -> tuple[list[str], str]:
-    """Check a detection set, repair it where need be; returns its classes and a line on it."""
+def prepare_coco(part: DataPart, files: dict[Path, CocoFile]) -> tuple[list[str], Summary]:
+    """Check a detection set, repair it where need be; returns its classes, and what there is to say of it."""
     dataset, split = part.dataset, part.split
     path = part.root / dataset["ann_file"]
     if not path.is_file():
@@ -196,7 +227,7 @@ def prepare_coco(part: DataPart, files: dict[Path, CocoFile]) -> tuple[list[str]
     metrics = list(coco_metrics(part.config, SPLITS[split]))
     masks = loads_masks(part) or any("segm" in metric.get("metric", "bbox") for metric in metrics)
     unlabelled = bool(metrics) and all(metric.get("format_only") for metric in metrics)
-    content = read_labelled(path, masks, unlabelled)
+    content = read_detections(path, masks=masks, unlabelled=unlabelled)
     names = class_names(dataset, part.kind, content["categories"], path)
     check_present(part, path, content["images"])
     file = repaired(path, content, names, part)
@@ -206,7 +237,9 @@ def prepare_coco(part: DataPart, files: dict[Path, CocoFile]) -> tuple[list[str]
     if not unlabelled:
         check_any_left(file, names, path, split)
     part.insert("LoadImageFromFile", {"type": "MatchAnnotations"}, "color_type", "imdecode_backend")
-    return names, describe_coco(part, file, path)
+    numbers = count_objects(file.content)
+    objects = shown_counts("objects by class", {name: numbers[name] for name in names})
+    return names, Summary(describe_coco(part, file, path), objects)
 
 
 def loads_masks(part: DataPart) -> bool:
@@ -223,35 +256,6 @@ def loads_masks(part: DataPart) -> bool:
             "model.roi_head.mask_head=None"
         )
     return loads
-
-
-def read_labelled(path: Path, masks: bool, unlabelled: bool) -> Coco:
-    """The checked content of an annotation file; the error of ``check_annotations`` names it."""
-    content = load_coco(path)
-    if unlabelled and isinstance(content, dict):
-        content.setdefault("annotations", [])
-    try:
-        check_coco(content, masks=masks)
-        checked = cast(Coco, content)
-        check_fields(checked)
-    except ValueError as error:
-        raise ValueError(f"{path} is no intact COCO annotation file: {error}") from error
-    return checked
-
-
-def check_fields(content: Coco) -> None:
-    """Raise a ValueError unless images have files and sizes and categories have names, which mmdet needs."""
-    for image in content["images"]:
-        if not isinstance(image.get("file_name"), str) or not image["file_name"]:
-            raise ValueError(f"image {image['id']} must have a file_name, got {image.get('file_name')!r}")
-        for side, pixels in (("height", image.get("height")), ("width", image.get("width"))):
-            if type(pixels) not in (int, float) or pixels is None or not pixels >= 1 or pixels % 1:
-                raise ValueError(
-                    f"image {image['id']} ({image['file_name']}) must have a {side} in pixels, got {pixels!r}"
-                )
-    for category in content["categories"]:
-        if not isinstance(category.get("name"), str):
-            raise ValueError(f"category {category['id']} must have a name, got {category.get('name')!r}")
 
 
 def class_names(dataset: dict[str, Any], kind: type, categories: Sequence[Category], path: Path) -> list[str]:
@@ -277,7 +281,8 @@ def class_names(dataset: dict[str, Any], kind: type, categories: Sequence[Catego
     if len(strange) == len(names):
         raise ValueError(
             f"no class of the config ({shown(names)}) is among the categories of {path} ({shown(known)}); set "
-            "metainfo=dict(classes=(...)) of the data sets to the names of the file"
+            f"metainfo=dict(classes={literal(known)}) of the data sets, the names of the file, and "
+            f"num_classes={len(known)} of the heads"
         )
     if strange:
         near = difflib.get_close_matches(strange[0], [name for name in known if name not in names] or known, n=1)
@@ -304,38 +309,8 @@ def check_present(part: DataPart, path: Path, images: Sequence[ImageEntry]) -> N
         raise FileNotFoundError(
             f"{part.split} looks for its images in {folder}, which is no folder; set data_root and data_prefix"
         )
-    listed: dict[Path, set[str]] = {}
-    missing = []
-    for image in images:
-        file = folder / image["file_name"]
-        if file.parent not in listed:
-            listed[file.parent] = set(os.listdir(file.parent)) if file.parent.is_dir() else set()
-        if file.name not in listed[file.parent]:
-            missing.append(image)
-    if missing:
-        raise FileNotFoundError(
-            f"{len(missing)} of {len(images)} images of {path} are not in {folder}, the first is "
-            f"{missing[0]['file_name']} (image {missing[0]['id']}); fetch them, set data_prefix, or leave them out"
-        )
-    for image in part.sample(images):
-        size = (image["height"], image["width"])
-        with opened(folder / image["file_name"]) as file_image:
-            check_readable(file_image, folder / image["file_name"])
-            stored = file_image.size[::-1]
-            fits = size in (stored, turned_size(file_image))
-        if not fits:
-            raise ValueError(
-                f"image {image['id']} of {path} is {size[0]} x {size[1]} pixels (height x width), but "
-                f"{folder / image['file_name']} {stored[0]} x {stored[1]}; correct the size in the annotations, or "
-                "bring back the image that was annotated"
-            )
-
-
-def check_readable(image: Image.Image, path: Path) -> None:
-    """Raise a ValueError for a file that is cut off, or of pixels that mmcv does not read."""
-    check_whole(image, path)
-    if image.mode in ("F", "I"):
-        raise ValueError(f"{path} has pixels of 32 bits, which mmcv does not read; save it with 8 or 16 bits")
+    check_listed(images, folder, path)
+    check_sizes(part.sample(images), folder, path)
 
 
 def repaired(path: Path, content: Coco, names: Sequence[str], part: DataPart) -> CocoFile:
@@ -415,7 +390,9 @@ def check_evaluator(
             raise FileNotFoundError(f"{evaluator} asks for {path}, which is not there; set its ann_file")
         file = files.get(path.resolve())
         if file not in of_data:
-            content = read_labelled(path, "segm" in metric.get("metric", "bbox"), bool(metric.get("format_only")))
+            content = read_detections(
+                path, masks="segm" in metric.get("metric", "bbox"), unlabelled=bool(metric.get("format_only"))
+            )
             check_same_set([file.content for file in of_data], content, f"{evaluator} measures with {path}", split)
             file = repaired(path, content, names, DataPart(config, split, {}, object))
         metric["ann_file"] = str(file.used)
@@ -441,16 +418,23 @@ def check_same_set(data: Sequence[Coco], other: Coco, measures: str, split: str)
 # -- label maps ------------------------------------------------------------------------------------------
 
 
-def prepare_label_maps(part: DataPart, shifts: dict[str, int]) -> tuple[list[str], str]:
-    """Check a segmentation set; returns its classes and a line on it.
+def prepare_label_maps(part: DataPart, shifts: dict[str, int]) -> tuple[list[str], Summary]:
+    """Check a segmentation set; returns its classes, and what there is to say of it.
 
     Args:
         part: The data set.
         shifts: By split, whether label 0 is ignored and others count from 1; this data set is added.
     """
+    check_own_classes(part)
     built, entries = list_images(part)
     names = list(built.metainfo.get("classes") or ())
-    shift = shifts_labels(part, bool(built.reduce_zero_label))
+    checked = part.sample(entries)
+    if not names:
+        raise ValueError(
+            f"{part.split} names no classes, and {part.kind.__name__} has none of its own; set metainfo=dict(classes="
+            f"(...)) of the data sets, a name for each label; the label maps hold {shown_labels(labels_in(checked))}"
+        )
+    shift, note = follow_zero_label(part, bool(built.reduce_zero_label), len(names), checked)
     shifts.setdefault(part.split, shift)
     for split, other in shifts.items():
         if other != shift:
@@ -458,30 +442,47 @@ def prepare_label_maps(part: DataPart, shifts: dict[str, int]) -> tuple[list[str
                 f"reduce_zero_label is {bool(other)} in {split}, but {bool(shift)} in {part.split}, so that the same "
                 "label is another class there; set it alike in all data sets"
             )
-    old = getattr(part.kind, "METAINFO", {}).get("classes") if built.label_map else names
-    labels = range(len(old or ()) + shift)
-    found: set[int] = set()
+    old: list[str] = list(part.kind.METAINFO["classes"]) if built.label_map else names  # type: ignore[attr-defined]
+    labels = range(len(old) + shift)
+    maps: Counter[int] = Counter()  # label -> number of maps that have it
     ignored = 0
-    checked = part.sample(entries)
     for entry in checked:
         with opened(entry["img_path"]) as image:
             check_readable(image, entry["img_path"])
             size = image.size[::-1]
-        own = check_labels(entry["seg_map_path"], size, labels) if names else set()
-        own -= {0} if shift else set()
+        own = check_labels(entry["seg_map_path"], size, labels) - ({0} if shift else set())
         ignored += not own
-        found |= own
+        maps.update(own)
     folder = Path(built.data_prefix["seg_map_path"])
     line = f"{folder}: {len(checked)} of {len(entries)} label maps read"
-    if names and checked:
-        check_label_set(found, folder, names)
-        unused = [name for number, name in enumerate(old or (), shift) if number not in found]
+    if checked:
+        check_label_set(set(maps), folder, names)
+        unused = [name for number, name in enumerate(old, shift) if number not in maps]
         line += f", {ignored} of them ignored as a whole" if ignored else ""
         line += f", classes that occur in none: {shown(unused)}" if unused else ""
     part.insert("LoadImageFromFile", {"type": "MatchAnnotations"}, "color_type", "imdecode_backend")
-    if names:
-        part.insert("LoadAnnotations", {"type": "CheckLabels", "num_classes": len(names)})
-    return names, line
+    part.insert("LoadAnnotations", {"type": "CheckLabels", "num_classes": len(names)})
+    by_label = {f"{number} ({name})": maps[number] for number, name in enumerate(old, shift)}
+    text = shown_counts("maps by label", by_label) + ("; 0 is ignored, as reduce_zero_label says" if shift else "")
+    return names, Summary("; ".join([line, *note]), text)
+
+
+def check_own_classes(part: DataPart) -> None:
+    """Raise a ValueError for classes of the config that a data set of fixed classes does not have."""
+    fixed = getattr(part.kind, "METAINFO", {}).get("classes") or ()
+    names = (part.dataset.get("metainfo") or {}).get("classes") or ()
+    strange = [] if isinstance(names, str) else [name for name in names if name not in fixed]
+    if fixed and strange:
+        raise ValueError(
+            f"{part.split} names the classes {shown(strange)}, which are not among the {len(fixed)} of "
+            f"{part.kind.__name__} ({shown(fixed)}); for classes of your own set type='BaseSegDataset' in the data "
+            "sets, with reduce_zero_label and img_suffix as your files have them"
+        )
+
+
+def labels_in(entries: Sequence[Mapping[str, str]]) -> set[int]:
+    """The labels of the maps that are read before, all but the ignored ones."""
+    return {label for entry in entries for label in find_labels(entry["seg_map_path"])}
 
 
 def list_images(part: DataPart) -> tuple[Any, list[dict[str, Any]]]:
@@ -507,28 +508,47 @@ def list_images(part: DataPart) -> tuple[Any, list[dict[str, Any]]]:
     return built, entries
 
 
-def shifts_labels(part: DataPart, shift: bool) -> int:
-    """1 if label 0 is ignored and all others count from 1, else 0.
+def follow_zero_label(
+    part: DataPart, shift: bool, number: int, entries: Sequence[Mapping[str, str]]
+) -> tuple[int, list[str]]:
+    """1 if label 0 is ignored and all others count from 1, else 0; LoadAnnotations is made to follow its data set.
+
+    Args:
+        part: The data set.
+        shift: What it says, or the default of its class.
+        number: Its classes.
+        entries: Images whose label maps may be read for the error.
+
+    Returns:
+        The shift, and a note if the config was changed.
 
     Raises:
-        ValueError: The data set and its LoadAnnotations differ in reduce_zero_label.
+        ValueError: LoadAnnotations and the default of the data set's class differ; label maps read by OpenCV.
     """
+    note: list[str] = []
     for pipeline in part.pipelines():
         for transform in nested_dicts(pipeline):
             if bare_name(transform.get("type")) != "LoadAnnotations":
                 continue
             said = transform.get("reduce_zero_label")
             if said is not None and bool(said) != shift:
-                raise ValueError(
-                    f"{part.split}: reduce_zero_label is {shift} in the data set, but {said} in its LoadAnnotations; "
-                    "set it in the data set only"
-                )
+                if "reduce_zero_label" not in part.dataset:
+                    labels = labels_in(entries)
+                    fits = reads_zero(labels, number)
+                    remedy = "True if 0 is no class" if fits is None else f"{fits} fits"
+                    raise ValueError(
+                        f"{part.split}: reduce_zero_label is {shift} in the data set, but {said} in its "
+                        "LoadAnnotations; set it in the data sets, which LoadAnnotations then follows: "
+                        f"{remedy}, since the label maps hold {shown_labels(labels)} for {number} classes"
+                    )
+                del transform["reduce_zero_label"]  # without it mmseg asks the data set
+                note = [f"reduce_zero_label={said} of its LoadAnnotations gives way to {shift} of the data set"]
             if transform.get("imdecode_backend", "pillow") != "pillow":
                 raise ValueError(
                     f"{part.split}: LoadAnnotations reads label maps by {transform['imdecode_backend']}, which makes "
                     "colours of palettes; leave imdecode_backend out"
                 )
-    return int(shift)
+    return int(shift), note
 
 
 # -- classes and heads -----------------------------------------------------------------------------------
@@ -565,9 +585,12 @@ def check_heads(config: Config, split: str, names: Sequence[str]) -> None:
     wrong = {place: number for place, number in class_counts(config) if number != len(names)}
     if wrong:
         places = ", ".join(f"{place}={number}" for place, number in wrong.items())
+        named = any((part.get("metainfo") or {}).get("classes") for part in nested_dicts(config[split]))
+        own = "" if named else ", or, for classes of your own, metainfo=dict(classes=(...)) in the data sets"
+        own += " and type='BaseSegDataset'" if own and config.get("default_scope") == "mmseg" else ""
         raise ValueError(
             f"{split} has {len(names)} class{'es' if len(names) != 1 else ''} ({shown(names)}), but the model has "
-            f"{places}; set num_classes={len(names)} there"
+            f"{places}; set num_classes={len(names)} there{own}"
         )
 
 

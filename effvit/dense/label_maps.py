@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 import numpy as np
 
 from effvit.images import SIXTEEN_BIT, opened
 
-__all__ = ["IGNORED", "check_label_set", "check_labels", "read_labels"]
+__all__ = [
+    "IGNORED",
+    "check_label_set",
+    "check_labels",
+    "find_labels",
+    "read_labels",
+    "reads_zero",
+    "shown_labels",
+]
 
 IGNORED = 255  # the label that mmseg's losses and metrics leave out
 IGNORED_SIXTEEN = 65535  # and what becomes of it where all bits of 16 are set
+LABELS_SHOWN = 10  # in a message
 
 
 def read_labels(path: str | os.PathLike[str]) -> np.ndarray:
@@ -33,41 +43,68 @@ def read_labels(path: str | os.PathLike[str]) -> np.ndarray:
         return np.asarray(image).astype(np.int64)
 
 
-def check_labels(path: str | os.PathLike[str], size: tuple[int, int], labels: Collection[int]) -> set[int]:
+def find_labels(path: str | os.PathLike[str], size: tuple[int, int] | None = None) -> set[int]:
     """The labels of a map that are not ignored.
 
     Args:
         path: File of the label map.
-        size: (height, width) of its image as stored.
-        labels: Those that classes have.
+        size: (height, width) of its image as stored, if that is to be compared.
 
     Raises:
-        FileNotFoundError, ValueError: As `read_labels`, a map of another size, or a label that no class has.
+        FileNotFoundError, ValueError: As `read_labels`, or a map of another size.
     """
     values = read_labels(path)
-    if values.shape not in (size, size[::-1]):
+    if size is not None and values.shape not in (size, size[::-1]):
         raise ValueError(
             f"{path} is {values.shape[0]} x {values.shape[1]} pixels, but its image {size[0]} x {size[1]}; "
             "make label maps of the size of their images, without interpolation"
         )
-    found = set(np.unique(values).tolist()) - {IGNORED, IGNORED_SIXTEEN}
+    found: set[int] = set(np.unique(values).tolist()) - {IGNORED, IGNORED_SIXTEEN}
+    return found
+
+
+def check_labels(path: str | os.PathLike[str], size: tuple[int, int], labels: Collection[int]) -> set[int]:
+    """The labels of a map that are not ignored.
+
+    Args:
+        path, size: As `find_labels`.
+        labels: Those that classes have, and 0 where it is no class.
+
+    Raises:
+        FileNotFoundError, ValueError: As `find_labels`, or a label that no class has.
+    """
+    found = find_labels(path, size)
     unknown = sorted(found.difference(labels))
     if unknown:
+        hint = ", or reduce_zero_label=True if 0 is no class" if unknown == [max(labels) + 1] else ""
         raise ValueError(
             f"{path} has the label{'s' if len(unknown) > 1 else ''} {', '.join(map(str, unknown[:5]))}"
             f"{', ...' if len(unknown) > 5 else ''}, but classes have {min(labels)} to {max(labels)}, and {IGNORED} is "
-            "ignored; correct the label map, or name all classes in metainfo and num_classes"
+            f"ignored; correct the label map, or name all classes in metainfo and num_classes{hint}"
         )
     return found
 
 
-def check_label_set(found: set[int], folder: str | os.PathLike[str], classes: Sequence[str]) -> None:
+def reads_zero(labels: AbstractSet[int], number: int) -> bool | None:
+    """The `reduce_zero_label` under which labels belong to so many classes: True if 0 is none; None if neither does."""
+    if not labels or max(labels) > number:
+        return None
+    return number in labels
+
+
+def shown_labels(labels: AbstractSet[int]) -> str:
+    """Labels for a message: "0, 1, 2"."""
+    first = ", ".join(map(str, sorted(labels)[:LABELS_SHOWN])) or "none"
+    return first + (f", ..., {max(labels)}" if len(labels) > LABELS_SHOWN else "")
+
+
+def check_label_set(found: AbstractSet[int], folder: str | os.PathLike[str], classes: Sequence[object]) -> None:
     """Raise a ValueError unless label maps tell classes apart.
 
     Args:
         found: Labels of all the maps that were read, without the ignored.
         folder: That of the maps.
-        classes: Names of the classes.
+        classes: Names of the classes, or their numbers.
     """
     if not found:
         raise ValueError(

@@ -25,6 +25,8 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
 from mmengine.runner.checkpoint import get_torch_safe_globals
 
+from effvit.dense.backbone import DenseBackbone
+from effvit.dense.channels import check_channels
 from effvit.dense.data_checks import check_annotations, nested_dicts
 from effvit.dense.openmmlab import StartsPretrained, load_config
 from effvit.hosts.checkpoints import check_state, read_file
@@ -157,19 +159,22 @@ def without_pretrained(config: Config) -> Config:
 
 
 def build_runner(config: Config) -> Runner:
-    """The Runner of a prepared config, after a check of its data and of the weights it starts from; it logs repairs.
+    """The Runner of a prepared config, after a check of its data, channels and first weights; it logs repairs.
 
     A model starts from the checkpoint alone if there is one: the network is not asked for weights that its config
     names. Without a checkpoint it has its pretrained weights already.
 
     Raises:
-        ValueError, FileNotFoundError: As ``check_annotations`` and ``check_checkpoint``; pretrained weights that are
-            not there or do not fit.
+        ValueError, FileNotFoundError: As ``check_annotations``, ``check_channels`` and ``check_checkpoint``; pretrained
+            weights that are not there or do not fit.
     """
     lines = check_annotations(config)
     if config.launcher == "pytorch" and get_device() == "cpu" and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo")
     runner = RUNNERS.build(config) if "runner_type" in config else Runner.from_cfg(config)
+    backbone = getattr(getattr(runner.model, "module", runner.model), "backbone", None)
+    if isinstance(backbone, DenseBackbone):
+        check_channels(config.model, backbone.channels)
     checkpoint = config.get("load_from")
     for line in lines:
         runner.logger.info(line)
