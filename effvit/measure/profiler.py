@@ -156,10 +156,23 @@ def fill_batch(images: Tensor, batch_size: int) -> Tensor:
 
 
 def present_device(device: str | torch.device) -> torch.device:
-    """The device; a ValueError for a CUDA device on a machine without."""
+    """The device, once a tensor was made there.
+
+    Raises:
+        ValueError: A device that this machine or this build of torch has not, or one that holds no values.
+        RuntimeError: A name that torch does not know.
+    """
     device = torch.device(device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {str(device)!r} asks for CUDA, but torch finds none here; use 'cpu'")
+    asked = f"device {str(device)!r} asks for {device.type.upper()}"
+    if device.type == "meta":
+        raise ValueError(f"{asked}, which computes nothing that could be measured; use 'cpu'")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:  # each backend has its own way to say that it is absent
+        there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        found = "none here" if there is None or there.type != device.type else f"{torch.accelerator.device_count()} here"
+        known = "'cpu'" if there is None else f"'cpu' or '{there.type}'"
+        raise ValueError(f"{asked}, but torch finds {found}; use {known}") from error
     return device
 
 
@@ -209,8 +222,8 @@ def profile_models(
         A Measurement of each model, in the order of ``models``.
 
     Raises:
-        ValueError: No model, or a count below 1; a CUDA device on a machine without; CUDA graphs on another device, or
-            of a model that waits for the device to know its token counts.
+        ValueError: No model, or a count below 1; a device as of ``present_device``; CUDA graphs on another device, or of
+            a model that waits for the device to know its token counts.
     """
     if not models:
         raise ValueError("there is no model to profile")
