@@ -11,6 +11,7 @@ from effvit.cli import options
 from effvit.cli.output import LONGEST_LINE, output
 from effvit.hosts.checkpoints import convert_checkpoint
 from effvit.measure.variants import build, parse_setting
+from effvit.measure.written_files import write_whole
 from effvit.messages import plain
 
 __all__ = ["add_command"]
@@ -58,10 +59,9 @@ def run_convert(arguments: Arguments) -> None:
         f"{len(conversion.dropped)} dropped"
     ]
     if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
         metadata = {"format": "pt", "architecture": arguments.model}
         state = {name: value.contiguous() for name, value in conversion.state.items()}
-        arguments.out.write_bytes(save(state, metadata))
+        write_whole(arguments.out, save(state, metadata))
         lines.insert(0, str(arguments.out))
     if arguments.keys:
         lines += [f"used: {name}" for name in conversion.same]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
+from math import isfinite
 from pathlib import Path
 
 from effvit.cli import options
+from effvit.measure.json_files import write_json
 from effvit.messages import run_with_traceback
 
 __all__ = ["add_command"]
@@ -66,8 +67,7 @@ def run_test(arguments: Arguments) -> int:
 
         metrics = runner.test()
         if arguments.out is not None and is_main_process():
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
             numbers = {name: float(value) for name, value in metrics.items()}  # mmseg's are numpy's
-            arguments.out.write_text(json.dumps(numbers, indent=1) + "\n")
+            write_json(arguments.out, {n: value if isfinite(value) else None for n, value in numbers.items()})
 
     return run_with_traceback(evaluate)

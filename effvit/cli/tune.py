@@ -18,7 +18,7 @@ from effvit.cli.output import Lines, output, progress, say
 from effvit.data.opening import FORMS, open_labelled
 from effvit.data.preparation import load_images
 from effvit.measure.evaluation import Selection, load_labelled
-from effvit.measure.json_files import replace_json
+from effvit.measure.json_files import write_json
 from effvit.measure.records import as_json, as_object, read_tuning
 from effvit.measure.tune import tune
 from effvit.measure.values import Candidate, Judged, Tuning
@@ -246,4 +246,4 @@ def write(path: Path | None, arguments: Arguments, result: Tuning) -> None:
         ready |= {"model_name": name if known else None, "settings": as_json(best.settings), "method": best.method}
         ready["python"] = as_json(lines(arguments, best))
     said: dict[str, Json] = {} if result.free is None else {"said": as_json(free_lines(result.free))}
-    replace_json(path, ready | as_object(result) | said)
+    write_json(path, ready | as_object(result) | said)

@@ -168,9 +168,15 @@ def present_device(device: str | torch.device) -> torch.device:
         raise ValueError(f"{asked}, which computes nothing that could be measured; use 'cpu'")
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, ImportError) as error:  # each backend has its own way to say that it is absent
+    except (
+        RuntimeError,
+        AssertionError,
+        ImportError,
+    ) as error:  # each backend says it in its own way
         there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        found = "none here" if there is None or there.type != device.type else f"{torch.accelerator.device_count()} here"
+        found = (
+            "none here" if there is None or there.type != device.type else f"{torch.accelerator.device_count()} here"
+        )
         known = "'cpu'" if there is None else f"'cpu' or '{there.type}'"
         raise ValueError(f"{asked}, but torch finds {found}; use {known}") from error
     return device
@@ -222,8 +228,8 @@ def profile_models(
         A Measurement of each model, in the order of ``models``.
 
     Raises:
-        ValueError: No model, or a count below 1; a device as of ``present_device``; CUDA graphs on another device, or of
-            a model that waits for the device to know its token counts.
+        ValueError: No model, or a count below 1; a device as of ``present_device``; CUDA graphs on another device, or
+            of a model that waits for the device to know its token counts.
     """
     if not models:
         raise ValueError("there is no model to profile")
