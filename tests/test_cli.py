@@ -17,6 +17,7 @@ from effvit import cli
 from effvit.cli import demo, main
 from effvit.cli.models import RANDOM_WEIGHTS
 from effvit.cli.output import output
+from effvit.images import open_image
 from effvit.measure.variants import list_variants, parse_setting
 from effvit.show import pictures
 
@@ -222,18 +223,18 @@ class TestVisualize:
     def test_every_image_and_variant_has_a_picture(self, capsys, tmp_path, image):
         command = ["visualize", str(image), "--model", TINY, "--method", "evit", "gtp"]
         assert main([*command, "--set", "keep_rate=0.5", "--out", str(tmp_path / "out")]) == 0
-        printed = capsys.readouterr().out
-        assert RANDOM_WEIGHTS in printed
+        printed = capsys.readouterr()
+        assert RANDOM_WEIGHTS in printed.err
         names = {"gradient-evit-keep_rate-0.5.png", "gradient-gtp.png"}
         assert {path.name for path in (tmp_path / "out").iterdir()} == names
-        assert all(name in printed for name in names)
+        assert {Path(line).name for line in printed.out.splitlines()} == names
 
     def test_loaded_weights_are_not_called_random(self, capsys, tmp_path, image):
         path = tmp_path / "weights.pth"
         torch.save(timm.create_model(TINY).state_dict(), path)
         command = ["visualize", str(image), "--model", TINY, "--method", "tome", "--out", str(tmp_path)]
         assert main([*command, "--checkpoint", str(path)]) == 0
-        assert RANDOM_WEIGHTS not in capsys.readouterr().out
+        assert RANDOM_WEIGHTS not in capsys.readouterr().err
 
     def test_architecture_is_shown_as_it_is(self, capsys, tmp_path, image):
         name, tokens = "lookupvit_small_patch16_224", tmp_path / "tokens.json"
@@ -265,11 +266,11 @@ class TestVisualize:
         command = ["visualize", "fashion_mnist:bag-[01]", "--model", "vit_nano_patch4_28", "--pretrained"]
         assert main([*command, "--method", "tome", "--set", "r=4", "--out", str(tmp_path)]) == 0
         assert {path.name for path in tmp_path.iterdir()} == {"bag-0-tome-r-4.png", "bag-1-tome-r-4.png"}
-        assert RANDOM_WEIGHTS not in capsys.readouterr().out
+        assert RANDOM_WEIGHTS not in capsys.readouterr().err
 
-    def test_images_of_the_same_name_are_refused(self, capsys, tmp_path, image):
+    def test_an_image_named_twice_is_refused(self, capsys, tmp_path, image):
         command = ["visualize", image, image, "--model", TINY, "--method", "tome", "--out", tmp_path]
-        assert "must differ in name" in failure(capsys, *command)
+        assert "gradient.png is named more than once; name every image once" in failure(capsys, *command)
 
 
 class TestDemo:
@@ -325,7 +326,7 @@ class TestDemo:
         torch.save(timm.create_model(TINY).state_dict(), tmp_path / "weights.pth")
         monkeypatch.setattr(demo, "demo_variants", lambda host: (("tome", {"r": 8}), ("tome", {"r": 13})))
         command = ["demo", "--model", TINY, "--checkpoint", str(tmp_path / "weights.pth"), "--out", str(tmp_path)]
-        photos = pictures.find_pictures(str(image))
+        photos = {"gradient": open_image(image)}
         record, figures = demo.demo_costs(output(), cli.parser().parse_args(command), photos)
         assert figures == [tmp_path / "gradient-tome-r-13.png"]
         assert figures[0].is_file()

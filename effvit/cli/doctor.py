@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 
 import effvit
 from effvit.cli import options
-from effvit.cli.output import LONGEST_LINE, output
+from effvit.cli.output import tell
 from effvit.messages import one_line, plain
 
 __all__ = ["Extra", "Package", "add_command", "core_problem", "extras", "packages_of"]
@@ -118,9 +118,8 @@ def run_doctor(arguments: Arguments) -> int:
         lines.append(f"{extra.name} ({extra.purpose}): {_versions(extra.packages)}")
         lines += [f"  {text}" for text in extra.problems]
         lines += [f"  install: {extra.install}"] if extra.problems and extra.install else []
-    console = output()
     for line in lines:
-        console.print(plain(line, LONGEST_LINE), soft_wrap=True)
+        tell(line)
     return int(problem is not None)
 
 

@@ -35,7 +35,7 @@ def add_command(commands: options.Commands) -> None:
         metavar="CHECKPOINT",
         help="one that the Runner saved; loaded strictly. Without one a classifier has its pretrained weights",
     )
-    command.add_argument("--out", type=Path, metavar="FILE", help="write the metrics there as JSON")
+    command.add_argument("--out", type=options.output_file, metavar="FILE", help="write the metrics there as JSON")
     command.add_argument("--show-dir", metavar="DIR", help="draw the predictions there")
     command.set_defaults(run=run_test)
 
