@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import effvit
 from effvit.cli import (
+    completion,
     configs,
     convert,
     demo,
@@ -56,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     commands = root.add_subparsers(required=True, metavar="COMMAND")
     for command in (
         *(listing, profile, evaluate, visualize, report, tune, convert, demo),
-        *(configs, train, test, run, doctor),
+        *(configs, train, test, run, doctor, completion),
     ):
         command.add_command(commands)
     for leaf in (root, *leaves(root).values()):

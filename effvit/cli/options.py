@@ -19,6 +19,7 @@ __all__ = [
     "RunnerArguments",
     "WeightArguments",
     "check_outputs",
+    "config_file",
     "config_name",
     "entry",
     "image_name",
@@ -136,7 +137,10 @@ def runner() -> argparse.ArgumentParser:
     """What mmengine's Runner is built from."""
     parent = argparse.ArgumentParser(add_help=False)
     parent.add_argument(
-        "config", metavar="CONFIG", help="a file, or effvit::NAME for one that `effvit configs list` prints"
+        "config",
+        type=config_file,
+        metavar="CONFIG",
+        help="a file, or effvit::NAME for one that `effvit configs list` prints",
     )
     parent.add_argument("--work-dir", metavar="DIR", help="for logs and checkpoints (default: work_dirs/CONFIG)")
     parent.add_argument(
@@ -184,6 +188,11 @@ def method_name(text: str) -> str:
 
 def config_name(text: str) -> str:
     """The name of a config that comes with the package."""
+    return text
+
+
+def config_file(text: str) -> str:
+    """A config: a file, or "effvit::" and the name of one that comes with the package."""
     return text
 
 
