@@ -129,11 +129,6 @@ HEADER = """\
 # Walks the words before the cursor: which command they are of, and whether the last option still takes values. Plain
 # enough for bash 3.2, and for zsh through its bashcompinit.
 WALK = """\
-_effvit_paths() {
-  local found
-  compopt -o filenames 2>/dev/null
-  while IFS= read -r found; do COMPREPLY+=("$found"); done < <(compgen "$1" -- "$2")
-}
 _effvit() {
   local word command='' option='' left=0 place=0 i slot current="${COMP_WORDS[COMP_CWORD]}"
   for ((i = 1; i < COMP_CWORD; i++)); do
@@ -161,12 +156,11 @@ _effvit() {
     models) COMPREPLY=($(compgen -W "$_effvit_models" -- "$current")) ;;
     methods) COMPREPLY=($(compgen -W "$_effvit_methods" -- "$current")) ;;
     configs) COMPREPLY=($(compgen -W "$_effvit_configs" -- "$current")) ;;
-    files) _effvit_paths -f "$current" ;;
-    folders) _effvit_paths -d "$current" ;;
+    files | folders) ;;  # left to the shell, as all that nothing is known of
     *) COMPREPLY=($(compgen -W "${slot#* } $(_effvit_commands "$command")" -- "$current")) ;;
   esac
 }
-complete -F _effvit effvit"""
+complete -o default -F _effvit effvit"""
 
 
 def bash_script(slots: dict[str, list[Slot]]) -> str:
