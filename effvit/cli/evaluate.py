@@ -13,7 +13,7 @@ from torch import nn
 from effvit.cli import options
 from effvit.cli.images import look_at
 from effvit.cli.models import RANDOM_WEIGHTS, check_device, create, has_random_weights
-from effvit.cli.output import output, progress, told_on_interrupt
+from effvit.cli.output import output, progress, say
 from effvit.cli.paper import ALL, PaperGroup, paper_groups
 from effvit.data.opening import FORMS, open_labelled, open_unlabelled
 from effvit.data.preparation import data_config, load_images
@@ -136,14 +136,21 @@ def run_evaluate(arguments: Arguments) -> int:
         evaluations: list[Evaluation] = []
         failures: dict[str, str] = {}
         records: list[Evaluation | Record] = []
-        for group in groups:
-            models = made(group, processes, failures, is_paper=bool(arguments.paper))
-            if models is None:
-                continue
-            found = evaluated(models, group, selection, calibration, arguments, processes, kept)
-            evaluations.append(found)
+        try:
+            for group in groups:
+                models = made(group, processes, failures, is_paper=bool(arguments.paper))
+                if models is None:
+                    continue
+                found = evaluated(models, group, selection, calibration, arguments, processes, kept)
+                evaluations.append(found)
+                if processes.rank == 0:
+                    records.append(with_speed(found, models, selection, arguments) if arguments.rounds else found)
+        except KeyboardInterrupt:
             if processes.rank == 0:
-                records.append(with_speed(found, models, selection, arguments) if arguments.rounds else found)
+                if arguments.state is None and records:  # which the state would add once more
+                    report(arguments, evaluations, records, failures)
+                say(interrupted(arguments, len(records), len(groups)))
+            raise
         if processes.rank == 0:
             report(arguments, evaluations, records, failures)
         kept.close()
@@ -250,7 +257,7 @@ def evaluated(
         kept=kept,
     )
     total = len(selection.indices)
-    with progress() as bars, told_on_interrupt(lambda: interrupted(arguments.state)):
+    with progress() as bars:
         bar = bars.add(group.name, total)
 
         def on_counts(counts: Counts) -> None:
@@ -281,11 +288,14 @@ def weights_text(arguments: Arguments) -> str | None:
     return "pretrained" if arguments.pretrained else "random weights"
 
 
-def interrupted(state: Path | None) -> str:
+def interrupted(arguments: Arguments, known: int, total: int) -> str:
     """What becomes of an evaluation that was stopped."""
-    if state is None:
+    if arguments.state is not None:
+        return f"the same command goes on from {plain(arguments.state)}"
+    if not known:
         return "nothing of the evaluation is kept; with --state FILE it would go on from there"
-    return f"the same command goes on from {plain(state)}"
+    place = "was printed" if arguments.json is None else f"is in {plain(arguments.json)}"
+    return f"{known} of {total} evaluations were complete, which {place}; with --state FILE the rest would go on"
 
 
 def with_speed(found: Evaluation, models: dict[str, nn.Module], selection: Selection, arguments: Arguments) -> Record:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -33,9 +34,11 @@ __all__ = [
     "LONGEST_LINE",
     "Bar",
     "Bars",
+    "Stop",
     "draw_figure",
     "figure_file",
     "file_stem",
+    "finish_on_interrupt",
     "measure",
     "output",
     "progress",
@@ -63,6 +66,39 @@ def tell(*fields: object) -> None:
 def say(text: str) -> None:
     """A line beside the results."""
     print(text, file=sys.stderr, flush=True)
+
+
+@dataclass
+class Stop:
+    """Whether Ctrl-C was pressed, in the body of ``finish_on_interrupt``."""
+
+    is_asked: bool = False
+
+
+@contextmanager
+def finish_on_interrupt(what_ends: str) -> Iterator[Stop]:
+    """The first Ctrl-C in the body only asks for an end, and a line says so; the second ends it at once, as ever.
+
+    If the body comes to its end once it was asked, a KeyboardInterrupt follows.
+
+    Args:
+        what_ends: What the body still does, for the line.
+    """
+    stop = Stop()
+
+    def ask(*_: object) -> None:
+        if stop.is_asked:
+            raise KeyboardInterrupt
+        stop.is_asked = True
+        say(f"Ctrl-C: {what_ends}; press it again to end at once")
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if stop.is_asked:
+        raise KeyboardInterrupt
 
 
 @contextmanager
@@ -157,6 +193,7 @@ def measure(
     *,
     ideal: bool = True,
     breakdown: bool = False,
+    is_enough: Callable[[], bool] = lambda: False,
     **options: Unpack[ProfileOptions],
 ) -> Record:
     """The record of ``effvit.measure.costs.profile``, with progress."""
@@ -174,6 +211,7 @@ def measure(
             breakdown=breakdown,
             on_run=lambda _: speed.advance(),
             on_count=lambda _: count.advance(),
+            is_enough=is_enough,
             **options,
         )
 

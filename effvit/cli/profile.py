@@ -10,7 +10,7 @@ import torch
 from effvit.cli import options
 from effvit.cli.images import named_images
 from effvit.cli.models import check_device, create
-from effvit.cli.output import measure, output, told_on_interrupt
+from effvit.cli.output import finish_on_interrupt, measure, output, told_on_interrupt
 from effvit.data.preparation import load_images
 from effvit.measure.profiler import ProfileOptions
 from effvit.measure.records import write_records
@@ -105,17 +105,19 @@ def run_profile(arguments: Arguments) -> None:
             for models in groups:
                 images = load_images(next(iter(models.values())), photos) if photos else None
                 for batch_size in arguments.batch_size:
-                    record = measure(
-                        models,
-                        batch_size,
-                        images,
-                        list(photos.names),
-                        breakdown=arguments.breakdown,
-                        **profile_options(arguments),
-                    )
-                    records.append(record)
-                    print_record(output(), record)
-                    write(arguments, records)
+                    with finish_on_interrupt("the measurement ends with the rounds it has") as stop:
+                        record = measure(
+                            models,
+                            batch_size,
+                            images,
+                            list(photos.names),
+                            breakdown=arguments.breakdown,
+                            is_enough=lambda: stop.is_asked,
+                            **profile_options(arguments),
+                        )
+                        records.append(record)
+                        print_record(output(), record)
+                        write(arguments, records)
 
 
 def write(arguments: Arguments, records: Sequence[Record]) -> None:

@@ -199,6 +199,7 @@ def profile_models(
     keep_memory: bool = True,
     images: Tensor | None = None,
     on_run: Callable[[str], None] | None = None,
+    is_enough: Callable[[], bool] = lambda: False,
 ) -> list[Measurement]:
     """Interleaved inference speed of several models on one batch; the first is the baseline.
 
@@ -223,6 +224,7 @@ def profile_models(
         keep_memory: On a CPU, let the process keep freed memory from then on (``keep_freed_memory``).
         images: (B, channels, H, W) to measure on, repeated to fill the batch; None means seeded noise.
         on_run: Called with the model's name after each run.
+        is_enough: Asked after each round; True ends the measurement with the rounds there are, one at least.
 
     Returns:
         A Measurement of each model, in the order of ``models``.
@@ -253,7 +255,7 @@ def profile_models(
     try:
         memory = {name: peak_memory(twin, batch) for name, twin in twins.items()}
         runs = {name: prepared(name, twin, batch, compile, cuda_graphs) for name, twin in twins.items()}
-        seconds = interleaved(runs, batch, rounds, warmup, precision, max_rounds, on_run)
+        seconds = interleaved(runs, batch, rounds, warmup, precision, max_rounds, on_run, is_enough)
     finally:
         torch.set_num_threads(threads_before)
     baseline: Times = np.array(next(iter(seconds.values())))
@@ -268,6 +270,7 @@ def interleaved(
     precision: float | None,
     max_rounds: int,
     on_run: Callable[[str], None] | None,
+    is_enough: Callable[[], bool],
 ) -> dict[str, list[float]]:
     """Name -> seconds in every measured round; arguments as in ``profile_models``."""
     rng = np.random.default_rng(SEED)
@@ -281,12 +284,14 @@ def interleaved(
 
     warm: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(max(warmup, MAX_WARMUP)):
-        if turn >= warmup and not any(still_faster(durations) for durations in warm.values()):
+        if is_enough() or (turn >= warmup and not any(still_faster(durations) for durations in warm.values())):
             break
         run_round(warm)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(max(rounds, max_rounds)):
         if turn >= rounds and (precision is None or resolved(seconds, precision)):
+            break
+        if turn and is_enough():
             break
         run_round(seconds)
     return seconds
