@@ -21,8 +21,14 @@ class Arguments(argparse.Namespace):
 
 def add_command(commands: options.Commands) -> None:
     """Add the command's arguments; ``run`` of what is parsed is the function to call."""
-    command = commands.add_parser("report", help="one HTML file of the results of profile, tune and visualize")
-    command.add_argument("results", nargs="+", type=Path, metavar="RESULTS.json", help="files written with --json")
+    command = commands.add_parser("report", help="one HTML file of the results of other commands")
+    command.add_argument(
+        "results",
+        nargs="+",
+        type=Path,
+        metavar="RESULTS.json",
+        help="files that other commands wrote with --json, test with --out, doctor on stdout",
+    )
     command.add_argument("--out", type=options.output_file, default=Path("report.html"), metavar="FILE")
     command.set_defaults(run=run_report)
 

@@ -19,7 +19,7 @@ def write_report(results: Sequence[Path], out: Path) -> None:
     """Write the records of the files as one HTML page with all it needs inside.
 
     Args:
-        results: JSON files that ``effvit profile``, ``visualize`` and ``tune`` wrote with ``--json``.
+        results: JSON files that the commands of ``effvit`` wrote.
         out: The page to write; its folder is made if there is none.
 
     Raises:
