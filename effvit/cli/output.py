@@ -48,7 +48,7 @@ __all__ = [
 ]
 
 PIPE_WIDTH = 200  # columns of tables where the output is not a terminal
-LONGEST_LINE = 1000
+LONGEST_LINE = 4096  # as many characters as a path of Linux may have
 SILENCE = 10.0  # seconds without a line, at most, where there is no terminal to draw a bar on
 
 
