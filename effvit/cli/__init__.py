@@ -33,21 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     command: Callable[[argparse.Namespace], int | None] = arguments.run
 
-    def run() -> int | None:
+    def checked() -> int | None:
         options.check_outputs(arguments.parser, arguments)
         return command(arguments)
 
-    return run_command("effvit", run, debug=getattr(arguments, "debug", False))
-
-
-def leaves(root: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    """Words of a command, such as "configs list" -> its parser, of those that have no commands below them."""
-    found: dict[str, argparse.ArgumentParser] = {}
-    for action in root._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for word, child in action.choices.items():
-                found |= {f"{word} {rest}".strip(): leaf for rest, leaf in leaves(child).items()}
-    return found or {"": root}
+    return run_command("effvit", checked, debug=getattr(arguments, "debug", False))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -60,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
         *(configs, train, test, run, doctor, completion),
     ):
         command.add_command(commands)
-    for leaf in (root, *leaves(root).values()):
+    for leaf in (root, *options.leaves(commands).values()):
         leaf.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="traceback of an error, too")
         leaf.set_defaults(parser=leaf)
     return root

@@ -83,13 +83,11 @@ def run_completion(arguments: Arguments) -> None:
 
 
 def slots_of(commands: options.Commands) -> dict[str, list[Slot]]:
-    """Words of a command -> what it takes; the words of commands that have some below them take those alone."""
+    """Words of a command -> what it takes; nothing for the first words of commands of several."""
     found: dict[str, list[Slot]] = {}
-    for word, parser in commands.choices.items():
-        below = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
-        found[word] = [] if below else [slot_of(action) for action in parser._actions]
-        for action in below:
-            found |= {f"{word} {inner}": slots for inner, slots in slots_of(action).items()}
+    for words, parser in options.leaves(commands).items():
+        found.setdefault(words.rpartition(" ")[0] or words, [])
+        found[words] = [slot_of(action) for action in parser._actions]
     return found
 
 

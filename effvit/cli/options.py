@@ -24,6 +24,7 @@ __all__ = [
     "entry",
     "image_name",
     "images",
+    "leaves",
     "machine",
     "method_name",
     "model_name",
@@ -194,6 +195,17 @@ def config_name(text: str) -> str:
 def config_file(text: str) -> str:
     """A config: a file, or "effvit::" and the name of one that comes with the package."""
     return text
+
+
+def leaves(commands: Commands) -> dict[str, argparse.ArgumentParser]:
+    """Words of a command, such as "profile" or "configs list" -> its parser; not those with commands below them."""
+    found: dict[str, argparse.ArgumentParser] = {}
+    for word, parser in commands.choices.items():
+        below = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+        found |= {f"{word} {words}": leaf for action in below for words, leaf in leaves(action).items()}
+        if not below:
+            found[word] = parser
+    return found
 
 
 def check_outputs(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
