@@ -270,7 +270,7 @@ def interleaved(
     precision: float | None,
     max_rounds: int,
     on_run: Callable[[str], None] | None,
-    is_enough: Callable[[], bool],
+    is_enough: Callable[[], bool] = lambda: False,
 ) -> dict[str, list[float]]:
     """Name -> seconds in every measured round; arguments as in ``profile_models``."""
     rng = np.random.default_rng(SEED)
