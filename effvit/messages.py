@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from reprlib import Repr
 
@@ -41,12 +42,13 @@ def shown(value: object) -> str:
     return plain(_short.repr(value))
 
 
-def run_command(program: str, run: Callable[[], int | None]) -> int:
+def run_command(program: str, run: Callable[[], int | None], debug: bool = False) -> int:
     """The exit status of a command whose errors are one sentence on stderr.
 
     Args:
         program: What the sentence begins with.
         run: The command; None stands for 0.
+        debug: Print the traceback of an error above its sentence.
 
     Returns:
         The command's own status; 2 after an error the caller can mend or a missing package, 130 after Ctrl-C, 141 if
@@ -59,13 +61,26 @@ def run_command(program: str, run: Callable[[], int | None]) -> int:
         # Python flushes stdout once more when it ends, and would complain there.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        print(f"{program}: error: {one_line(error)}", file=sys.stderr)
+    except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
+        if debug:
+            traceback.print_exc()
+        print(f"{program}: error: {one_line(_sentence(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        if debug:
+            traceback.print_exc()
         print(f"{program}: interrupted", file=sys.stderr)
         return INTERRUPTED
     return status
+
+
+def _sentence(error: Exception) -> str:
+    """What went wrong, without the number that errors of the system begin with."""
+    if isinstance(error, MemoryError):
+        return "there is not enough memory; use a smaller batch or fewer images"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def run_with_traceback(run: Callable[[], object]) -> int:

@@ -23,6 +23,7 @@ FAST = {
     "test_attention.py",
     "test_bad_input.py",
     "test_compat.py",
+    "test_completion.py",
     "test_contract.py",
     "test_docs.py",
     "test_doctor.py",
@@ -38,6 +39,7 @@ FAST = {
     "test_kernels.py",
     "test_labelled.py",
     "test_messages.py",
+    "test_named_images.py",
     "test_own_data.py",
     "test_pictures.py",
     "test_plots.py",
@@ -59,6 +61,7 @@ FAST = {
     "test_tutorials.py",
     "test_visualize.py",
     "test_windows.py",
+    "test_written_files.py",
     "test_zero_tprune.py",
 }
 golden_errors: dict[str, dict[str, float]] = {}

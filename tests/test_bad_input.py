@@ -780,6 +780,13 @@ class TestCheckpoints:
         with pytest.raises(ValueError, match=r"cannot be read as a checkpoint .*; it is truncated, of another format"):
             effvit.load_checkpoint(reduced("evit"), tmp_path / name)
 
+    def test_text_in_place_of_weights(self, tmp_path: Path) -> None:
+        """Read as a pickle, its first letter asks for an entry that was never stored."""
+        (tmp_path / "notes.txt").write_text("hello weights")
+        message = r"checkpoint \(its entries refer to others that are not there\); it is truncated, of another format"
+        with pytest.raises(ValueError, match=message):
+            effvit.load_checkpoint(reduced("evit"), tmp_path / "notes.txt")
+
     @pytest.mark.parametrize(("shape", "end"), [([4], 16), ([1 << 40], 1 << 42), ([2], 4), ([-1], 4)])
     def test_header_that_promises_other_weights_than_the_file_holds(
         self, shape: list[int], end: int, tmp_path: Path

@@ -17,7 +17,7 @@ from effvit.measure.free_choices import FreeModel
 from effvit.measure.records import SCHEMA, read_tuning
 from effvit.measure.resume import fingerprint
 from effvit.measure.variants import build
-from effvit.show.pictures import open_images
+from effvit.show.named_images import find_images
 
 TOOL = load_tool("check_tune")
 
@@ -157,7 +157,7 @@ class TestFree:
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         model = build("vit_nano_patch4_28", {}, pretrained=True).eval()
-        pixels = fingerprint([load_images(model, list(open_images(["fashion_mnist:bag-*"]).values()))])
+        pixels = fingerprint([load_images(model, find_images(["fashion_mnist:bag-*"]))])
         path = tmp_path / "tuned.json"
         path.write_text(json.dumps({**TUNED, "conditions": {**TUNED["conditions"], "pixels": pixels}}))
         assert TOOL.main([str(path), "fashion_mnist:bag-*", "--free", "--pretrained"]) == 2

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
 import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -12,14 +15,18 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from rich.console import Console
 
 import effvit
 from effvit import cli
 from effvit.cli import demo, main
 from effvit.cli.models import RANDOM_WEIGHTS
 from effvit.cli.output import output
+from effvit.images import open_image
+from effvit.measure.records import read_profiles
 from effvit.measure.variants import list_variants, parse_setting
 from effvit.show import pictures
+from effvit.show.visualize import token_figure
 
 TINY = "deit_tiny_patch16_224"
 SMALL = ["--img-size", "64"]  # 16 patches
@@ -56,6 +63,14 @@ def test_version_is_that_of_the_package(capsys):
     assert capsys.readouterr().out == f"effvit {effvit.__version__}\n"
 
 
+@pytest.mark.parametrize("command", [["--debug", "list", "nothing"], ["list", "nothing", "--debug"]])
+def test_debug_prints_the_traceback_above_the_sentence(command, capsys):
+    assert main(command) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("Traceback (most recent call last):")
+    assert message.endswith("effvit: error: no method and no model matches 'nothing'\n")
+
+
 class TestList:
     def test_all_methods_and_models_are_listed_with_their_settings(self, capsys):
         assert main(["list"]) == 0
@@ -71,6 +86,20 @@ class TestList:
         assert "evit_deit_tiny_patch16_224" in printed
         assert "small" not in printed
         assert "keep_rate" not in printed
+
+    def test_a_pipe_gets_one_name_a_line(self, capsys):
+        """The names alone of models; settings behind tabs for methods."""
+        assert main(["list", "evit*"]) == 0
+        method, *names = capsys.readouterr().out.splitlines()
+        assert method.split("\t")[:2] == ["evit", "keep_rate=0.7"]
+        assert names == effvit.list_models("evit*")
+
+    def test_a_terminal_gets_tables(self, capsys, monkeypatch):
+        monkeypatch.setattr(
+            "effvit.cli.listing.output", lambda: Console(force_terminal=True, highlight=False, width=80)
+        )
+        assert main(["list", "evit_deit*"]) == 0
+        assert capsys.readouterr().out.startswith("Models for timm.create_model (")
 
     def test_pattern_without_match_is_an_error(self, capsys):
         assert "no method and no model matches 'nothing'" in failure(capsys, "list", "nothing")
@@ -121,6 +150,63 @@ class TestProfile:
         assert records[0]["conditions"]["images"] == ["gradient"]
         assert records[0]["models"][1]["breakdown"][0]["block"] == "blocks.0"
         assert len(paths[1].read_text().splitlines()) == 1 + 8
+
+    def test_ctrl_c_ends_the_measurement_with_the_rounds_it_has(self, capsys, tmp_path, monkeypatch):
+        """In the third of 50 rounds, of the first of two sizes; both files hold what the table showed."""
+        timed = effvit.measure.profiler.timed_run
+        runs = itertools.count(1)
+
+        def interrupted(*given):
+            if next(runs) == 4:  # one run warms up
+                signal.raise_signal(signal.SIGINT)
+            return timed(*given)
+
+        monkeypatch.setattr("effvit.measure.profiler.timed_run", interrupted)
+        monkeypatch.setattr("effvit.measure.profiler.still_faster", lambda _: False)
+        paths = tmp_path / "costs.json", tmp_path / "costs.csv"
+        command = ["profile", TINY, "--img-size", "64", "96", "--rounds", "50", "--batch-size", "1"]
+        assert main([*command, "--json", str(paths[0]), "--csv", str(paths[1])]) == 130
+        printed = capsys.readouterr()
+        assert "2 interleaved rounds" in printed.out
+        assert "Ctrl-C: the measurement ends with the rounds it has; press it again to end at once" in printed.err
+        assert f"1 complete measurement is in {paths[0]} and {paths[1]}\neffvit: interrupted\n" in printed.err
+        (record,) = read_profiles(paths[0])
+        assert len(record.models[0].seconds) == 2
+        assert len(paths[1].read_text().splitlines()) == 1 + 1
+
+    def test_a_second_ctrl_c_ends_it_at_once(self, capsys, monkeypatch):
+        def impatient(*_):
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+        monkeypatch.setattr("effvit.measure.profiler.timed_run", impatient)
+        handler = signal.getsignal(signal.SIGINT)
+        assert main(["profile", TINY, *SMALL, "--batch-size", "1"]) == 130
+        assert "no measurement was complete, so that nothing is kept" in capsys.readouterr().err
+        assert signal.getsignal(signal.SIGINT) is handler
+
+    def test_places_that_take_nothing_are_told_before_anything_is_measured(self, capsys, tmp_path, monkeypatch):
+        monkeypatch.setattr("effvit.cli.profile.create", None)
+        (tmp_path / "file").touch()
+        for option in ("--json", "--csv"):
+            message = failure(capsys, "profile", TINY, option, tmp_path / "file" / "costs")
+            assert "file/costs cannot be written: Not a directory; name another place" in message
+
+    def test_a_model_reduced_already_has_no_variants(self, capsys):
+        message = failure(capsys, "profile", f"evit_{TINY}", *SMALL, "--method", "tome")
+        assert "reduced by evit already, so that there is no dense model to compare with" in message
+        assert f"give its host, {TINY}\n" in message
+
+    def test_images_of_one_name_in_two_folders_are_measured(self, capsys, tmp_path, monkeypatch):
+        for folder in ("f", "g"):
+            (tmp_path / folder).mkdir()
+            Image.new("RGB", (40, 40), (90, 90, 90)).save(tmp_path / folder / "a.png")
+        listed = f"{tmp_path}/f/a.png\n{tmp_path}/g/a.png\n".encode()
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(listed)))
+        path = tmp_path / "costs.json"
+        command = ["profile", TINY, *SMALL, "--rounds", "1", "--batch-size", "2", "--images", "-", "--json", str(path)]
+        assert main(command) == 0
+        assert json.loads(path.read_text())[0]["conditions"]["images"] == ["f/a.png", "g/a.png"]
 
     def test_image_size_of_another_form_is_refused(self, capsys):
         with pytest.raises(SystemExit, match="2"):
@@ -231,18 +317,62 @@ class TestVisualize:
     def test_every_image_and_variant_has_a_picture(self, capsys, tmp_path, image):
         command = ["visualize", str(image), "--model", TINY, "--method", "evit", "gtp"]
         assert main([*command, "--set", "keep_rate=0.5", "--out", str(tmp_path / "out")]) == 0
-        printed = capsys.readouterr().out
-        assert RANDOM_WEIGHTS in printed
+        printed = capsys.readouterr()
+        assert RANDOM_WEIGHTS in printed.err
         names = {"gradient-evit-keep_rate-0.5.png", "gradient-gtp.png"}
         assert {path.name for path in (tmp_path / "out").iterdir()} == names
-        assert all(name in printed for name in names)
+        assert {Path(line).name for line in printed.out.splitlines()} == names
+
+    def test_bad_images_are_left_out_and_counted(self, capsys, tmp_path, image):
+        (tmp_path / "empty.png").touch()
+        (tmp_path / "text.png").write_text("no image")
+        command = ["visualize", str(tmp_path), "--model", TINY, "--method", "tome", "--out", str(tmp_path / "out")]
+        assert main([*command, "--skip-bad"]) == 0
+        printed = capsys.readouterr()
+        assert printed.out == f"{tmp_path}/out/gradient-tome.png\n"
+        assert f"left out: {tmp_path}/empty.png is empty" in printed.err
+        assert f"left out: {tmp_path}/text.png is no image" in printed.err
+        assert "2 of 3 images left out\n" in printed.err
+        message = failure(capsys, *command)
+        assert "2 of 4 images cannot be read; mend them, take them out, or leave them out with --skip-bad" in message
+
+    def test_ctrl_c_keeps_what_was_drawn(self, capsys, tmp_path, monkeypatch):
+        drawn = itertools.count(1)
+
+        def interrupted(*given, **named):
+            if next(drawn) == 3:
+                raise KeyboardInterrupt
+            return token_figure(*given, **named)
+
+        monkeypatch.setattr("effvit.cli.output.token_figure", interrupted)
+        command = ["visualize", "fashion_mnist:bag-*", "--model", "vit_nano_patch4_28", "--pretrained"]
+        tokens = tmp_path / "tokens.json"
+        command += ["--method", "tome", "--out", str(tmp_path / "out"), "--json", str(tokens)]
+        assert main(command) == 130
+        printed = capsys.readouterr()
+        assert printed.out.splitlines() == [f"{tmp_path}/out/bag-{number}-tome.png" for number in (0, 1)]
+        assert f"2 of 6 figures are in {tmp_path}/out, their tokens in {tokens}\n" in printed.err
+        assert [record["name"] for record in json.loads(tokens.read_text())] == ["bag-0", "bag-1"]
+
+    def test_figures_of_one_file_are_refused(self, capsys, tmp_path):
+        for name in ("a b.png", "a-b.png"):
+            Image.new("RGB", (40, 40)).save(tmp_path / name)
+        command = ["visualize", tmp_path, "--model", TINY, "--method", "tome", "--out", tmp_path / "out"]
+        assert "out/a-b-tome.png would hold two figures; give images names that differ" in failure(capsys, *command)
+
+    def test_a_long_silence_is_broken(self, capsys, tmp_path, monkeypatch):
+        now = itertools.count(step=11.0)
+        monkeypatch.setattr("effvit.cli.output.monotonic", lambda: next(now))
+        command = ["visualize", "fashion_mnist:bag-[01]", "--model", "vit_nano_patch4_28", "--method", "tome"]
+        assert main([*command, "--out", str(tmp_path)]) == 0
+        assert "drawing tokens: 1 of 2\ndrawing tokens: 2 of 2\n" in capsys.readouterr().err
 
     def test_loaded_weights_are_not_called_random(self, capsys, tmp_path, image):
         path = tmp_path / "weights.pth"
         torch.save(timm.create_model(TINY).state_dict(), path)
         command = ["visualize", str(image), "--model", TINY, "--method", "tome", "--out", str(tmp_path)]
         assert main([*command, "--checkpoint", str(path)]) == 0
-        assert RANDOM_WEIGHTS not in capsys.readouterr().out
+        assert RANDOM_WEIGHTS not in capsys.readouterr().err
 
     def test_architecture_is_shown_as_it_is(self, capsys, tmp_path, image):
         name, tokens = "lookupvit_small_patch16_224", tmp_path / "tokens.json"
@@ -253,7 +383,9 @@ class TestVisualize:
         assert record["note"] == RANDOM_WEIGHTS
 
     def test_model_without_tokens_to_show_is_refused(self, capsys, tmp_path, image):
-        message = failure(capsys, "visualize", image, "--model", TINY, "--out", tmp_path)
+        assert main(["visualize", str(image), "--model", TINY, "--out", str(tmp_path)]) == 2
+        note, message = capsys.readouterr().err.splitlines()
+        assert note == RANDOM_WEIGHTS
         assert "reduce it by a method first" in message
 
     def test_settings_without_method_are_refused(self, capsys, tmp_path, image):
@@ -274,11 +406,11 @@ class TestVisualize:
         command = ["visualize", "fashion_mnist:bag-[01]", "--model", "vit_nano_patch4_28", "--pretrained"]
         assert main([*command, "--method", "tome", "--set", "r=4", "--out", str(tmp_path)]) == 0
         assert {path.name for path in tmp_path.iterdir()} == {"bag-0-tome-r-4.png", "bag-1-tome-r-4.png"}
-        assert RANDOM_WEIGHTS not in capsys.readouterr().out
+        assert RANDOM_WEIGHTS not in capsys.readouterr().err
 
-    def test_images_of_the_same_name_are_refused(self, capsys, tmp_path, image):
+    def test_an_image_named_twice_is_refused(self, capsys, tmp_path, image):
         command = ["visualize", image, image, "--model", TINY, "--method", "tome", "--out", tmp_path]
-        assert "must differ in name" in failure(capsys, *command)
+        assert "gradient.png is named more than once; name every image once" in failure(capsys, *command)
 
 
 class TestDemo:
@@ -356,7 +488,7 @@ class TestDemo:
         torch.save(timm.create_model(TINY).state_dict(), tmp_path / "weights.pth")
         monkeypatch.setattr(demo, "demo_variants", lambda host: (("tome", {"r": 8}), ("tome", {"r": 13})))
         command = ["demo", "--model", TINY, "--checkpoint", str(tmp_path / "weights.pth"), "--out", str(tmp_path)]
-        photos = pictures.find_pictures(str(image))
+        photos = {"gradient": open_image(image)}
         record, figures = demo.demo_costs(output(), cli.parser().parse_args(command), photos)
         assert figures == [tmp_path / "gradient-tome-r-13.png"]
         assert figures[0].is_file()

@@ -8,9 +8,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from PIL import Image, ImageChops, ImageStat
 from scripts import TOOLS, load_tool
 
 import effvit
+from effvit.cli import main
 from effvit.measure.records import read_profiles
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,6 +56,17 @@ def test_readme_and_model_cards_name_every_method() -> None:
     for method in effvit.list_methods():
         assert f"`{method}`" in readme
         assert (ROOT / "model_cards" / f"{method}.md").is_file()
+
+
+def test_readme_shows_what_its_command_draws(tmp_path: Path) -> None:
+    """Up to how versions of Pillow draw letters."""
+    readme = (ROOT / "README.md").read_text()
+    (command,) = re.findall(r"docs/images/tokens\.png\)\n\n    effvit (visualize .*) --out runs\n", readme)
+    assert main([*command.split(), "--out", str(tmp_path)]) == 0
+    (drawn,) = tmp_path.iterdir()
+    with Image.open(drawn) as now, Image.open(ROOT / "docs/images/tokens.png") as shown:
+        assert now.size == shown.size
+        assert max(ImageStat.Stat(ImageChops.difference(now, shown)).mean) < 1
 
 
 def test_documents_link_only_to_files_that_exist() -> None:

@@ -237,7 +237,7 @@ class TestCommand:
         folder = write_fashion(tmp_path / "ten")
         (folder / "3" / "dress-2.png").write_bytes(b"no image")
         assert main([*COMMAND, str(folder)]) == 2
-        assert re.search(r"1 of 60 images of .* none is skipped\. The first: .*dress-2\.png", capsys.readouterr().err)
+        assert re.search(r"1 of 60 images of .* --skip-bad: .*dress-2\.png", capsys.readouterr().err)
 
     def test_models_of_other_classes_do_not_share_labels(self, fashion: Path, capsys: Any) -> None:
         command = ["evaluate", NANO, "--model-kwargs", "num_classes=12", "--baseline", NANO, "--data", str(fashion)]

@@ -114,8 +114,43 @@ class TestResume:
         monkeypatch.setattr("effvit.cli.output.monotonic", lambda: next(now))
         assert main([*command, "--every", "6"]) == 0
         lines = capsys.readouterr().err.splitlines()
-        assert lines[0] == "looking at images"
+        assert lines[0] == "looking at images: 1 of 60"
         assert [line.partition(",")[0] for line in lines[-2:]] == [f"{NANO}: {n} of 60 images" for n in (30, 60)]
+
+    def test_evaluations_that_were_complete_are_kept(
+        self, fashion: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of two groups, as --paper has them, the second is interrupted."""
+
+        def interrupted() -> Any:
+            raise KeyboardInterrupt
+
+        def dense() -> Any:
+            return {NANO: timm.create_model(NANO, pretrained=True).eval()}
+
+        groups = [paper.PaperGroup(NANO, dense, {}), paper.PaperGroup("other", interrupted, {})]
+        monkeypatch.setattr("effvit.cli.evaluate.groups_of", lambda _: groups)
+        out = tmp_path / "a.json"
+        command = ["evaluate", NANO, "--pretrained", "--data", str(fashion), "--limit", "10"]
+        assert main([*command, "--json", str(out)]) == 130
+        assert f"1 of 2 evaluations were complete, which is in {out}; with --state FILE" in capsys.readouterr().err
+        assert list(accuracies(out)) == [NANO]
+
+    def test_bad_images_are_left_out_on_request(self, tmp_path: Path, capsys: Any) -> None:
+        """One has its header and end, so that only decoding finds the fault."""
+        folder = write_fashion(tmp_path / "ten")
+        broken = folder / "3" / "dress-2.png"
+        content = bytearray(broken.read_bytes())
+        content[content.index(b"IDAT") + 6] ^= 255
+        broken.write_bytes(content)
+        out = tmp_path / "a.json"
+        command = ["evaluate", NANO, "--pretrained", "--data", str(folder), "--skip-bad", "--json", str(out)]
+        assert main(command) == 0
+        said = capsys.readouterr().err
+        assert f"left out: {broken} cannot be read as an image" in said
+        assert "1 of 60 images left out\n" in said
+        (record,) = read_results(out)
+        assert record["models"][0]["accuracy"]["data"] == f"{folder}, 59 images of 60"
 
     def test_without_a_file_nothing_is_kept(self, command: list[str], stop_after: Any, capsys: Any) -> None:
         stop_after(1)

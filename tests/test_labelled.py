@@ -16,7 +16,7 @@ from torchvision.datasets import ImageFolder
 
 from effvit.data import imagenet
 from effvit.data.classes import model_labels
-from effvit.data.labelled import LabelledImages, check_readable, digest, spread
+from effvit.data.labelled import LabelledImages, digest, readable, spread
 from effvit.data.opening import open_labelled, open_unlabelled
 from effvit.data.preparation import image_transform
 from effvit.images import open_image
@@ -49,7 +49,7 @@ class TestLayouts:
         images = open_labelled(write_handed_out(tmp_path))
         assert images.labels == [SYNSETS[i] for i in (2, 0, 1, 1, 0, 2)]
         assert labels(images, 1000) == [217, 0, 1, 1, 0, 217]
-        check_readable(images, range(6))
+        readable(images, range(6))
         assert images.read(3).size == (40, 32)
 
     def test_archive_and_folder_have_the_same_images(self, tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ class TestLayouts:
         first = tmp_path / "first.JPEG"
         first.write_bytes(jpeg(0))
         assert images.read(0).tobytes() == open_image(first).tobytes()
-        check_readable(images, range(3))
+        readable(images, range(3))
 
     def test_flat_folder_beside_the_devkit_is_read_too(self, tmp_path: Path) -> None:
         write_handed_out(tmp_path)
@@ -184,19 +184,19 @@ class TestBadInput:
         with pytest.raises(ValueError, match=r"1 pictures lie in it \(x\.png \.\.\.\); sort them"):
             open_labelled(tmp_path)
 
-    def test_unreadable_images_are_counted_and_the_first_is_named(self, tmp_path: Path) -> None:
+    def test_unreadable_images_are_counted_and_named(self, tmp_path: Path) -> None:
         folder = write_folders(tmp_path / "val", each=3)
         paths = sorted(folder.rglob("*.JPEG"))
         paths[1].write_bytes(paths[1].read_bytes()[:-600])  # cut off
         paths[4].write_text("no image")
         paths[6].write_bytes(b"")
-        with pytest.raises(ValueError, match=r"3 of 9 images of .*; mend them .*none is skipped.*: .*00000002\.JPEG"):
-            check_readable(open_labelled(folder), range(9))
+        with pytest.raises(ValueError, match=r"3 of 9 images of .*; mend them, .* --skip-bad: .*00000002\.JPEG"):
+            readable(open_labelled(folder), range(9))
 
     def test_unreadable_member_of_an_archive_is_named(self, tmp_path: Path) -> None:
         archive = write_tar(tmp_path / "val.tar", {"a/1.JPEG": jpeg(1), "b/2.JPEG": jpeg(2)[:-500]})
         with pytest.raises(ValueError, match=r"1 of 2 images of .*val\.tar: b/2\.JPEG cannot be read"):
-            check_readable(open_labelled(archive), range(2))
+            readable(open_labelled(archive), range(2))
 
     def test_archive_with_an_image_outside_of_folders_is_refused(self, tmp_path: Path) -> None:
         archive = write_tar(tmp_path / "val.tar", {"a/1.JPEG": jpeg(1), "2.JPEG": jpeg(2)})

@@ -44,6 +44,30 @@ def test_error_of_a_command_is_one_line(error: type[Exception], capsys: pytest.C
     assert capsys.readouterr().err == "tool: error: two lines \\x1b[2J\n"
 
 
+def test_error_of_the_system_names_its_file_without_its_number(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command("tool", lambda: raises(OSError(28, "No space left on device"))) == 2
+    assert capsys.readouterr().err == "tool: error: No space left on device\n"
+    assert run_command("tool", lambda: len(tmp_path.read_text())) == 2
+    assert capsys.readouterr().err == f"tool: error: {tmp_path}: Is a directory\n"
+
+
+def test_lack_of_memory_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command("tool", lambda: raises(MemoryError())) == 2
+    assert "tool: error: there is not enough memory; use a smaller batch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("error", "status"), [(ValueError("wrong"), 2), (KeyboardInterrupt(), 130)])
+def test_traceback_stands_above_the_sentence_where_it_is_asked_for(
+    error: BaseException, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command("tool", lambda: raises(error), debug=True) == status
+    message = capsys.readouterr().err
+    assert message.startswith("Traceback (most recent call last):")
+    assert message.splitlines()[-1] in ("tool: error: wrong", "tool: interrupted")
+
+
 def test_interrupt_is_130_as_in_a_shell(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command("tool", lambda: raises(KeyboardInterrupt())) == 130
     assert capsys.readouterr().err == "tool: interrupted\n"

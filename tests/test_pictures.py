@@ -62,7 +62,6 @@ class TestCutouts:
         assert [*found] == [*CLASSES]
         assert [entry.label for entry in found.values()] == [*range(len(CLASSES))]
         assert {(entry.image.mode, entry.image.size) for entry in found.values()} == {("RGB", (96, 96))}
-        assert list(pictures.find_pictures("cutouts:cl*")) == ["clock"]
 
     def test_their_licences_lie_beside_them(self) -> None:
         text = pictures.CUTOUTS.with_suffix(".LICENSE").read_text()
@@ -82,24 +81,6 @@ class TestPhotographs:
         monkeypatch.setattr(pictures, "PHOTOGRAPHS", {"no_such_package": ("a.png",)})
         with pytest.raises(FileNotFoundError, match=r"no_such_package, which is not installed; install effvit\[demo\]"):
             pictures.photographs()
-
-
-class TestFind:
-    def test_pattern_selects_by_name(self) -> None:
-        found = pictures.find_pictures("fashion_mnist:sneaker-*")
-        assert list(found) == [f"sneaker-{row}" for row in range(6)]
-        assert {image.mode for image in found.values()} == {"RGB"}
-        assert len(pictures.find_pictures("fashion_mnist:*")) == 60
-        assert list(pictures.find_pictures("photographs:co*")) == ["coffee"]
-
-    def test_all_else_is_a_file(self, tmp_path: Path) -> None:
-        Image.new("L", (5, 4), 9).save(tmp_path / "grey:1.png")
-        (found,) = pictures.find_pictures(str(tmp_path / "grey:1.png")).items()
-        assert (found[0], found[1].mode, found[1].size) == ("grey:1", "RGB", (5, 4))
-
-    def test_name_of_none_is_refused_with_those_there_are(self) -> None:
-        with pytest.raises(ValueError, match=r"photographs:dog names no picture; photographs: has astronaut, chelsea"):
-            pictures.find_pictures("photographs:dog")
 
 
 class TestSheet:

@@ -148,10 +148,19 @@ def test_no_model_is_refused():
         profile_models({}, SIZE, 1)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_missing_cuda_is_named():
-    with pytest.raises(ValueError, match="device 'cuda' asks for CUDA, but torch finds none here"):
-        profile_models({"a": Recorder([])}, SIZE, 1, device="cuda")
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="needs a machine without an accelerator")
+@pytest.mark.parametrize("device", ["cuda", "cuda:3", "mps", "xpu", "hpu", "hip"])
+def test_device_that_is_not_there_is_named(device):
+    """Each backend of torch fails in its own way: RuntimeError, NotImplementedError, AssertionError, ImportError."""
+    backend = device.partition(":")[0].upper()
+    message = f"device '{device}' asks for {backend}, but torch finds none here; use 'cpu'"
+    with pytest.raises(ValueError, match=message):
+        profile_models({"a": Recorder([])}, SIZE, 1, device=device)
+
+
+def test_device_without_values_is_refused():
+    with pytest.raises(ValueError, match="device 'meta' asks for META, which computes nothing that could be measured"):
+        profile_models({"a": Recorder([])}, SIZE, 1, device="meta")
 
 
 def test_rounds_go_on_until_intervals_are_narrow_enough():

@@ -12,7 +12,7 @@ import pytest
 from made_up import made_up_evaluation, made_up_model, made_up_profile, made_up_tokens
 
 from effvit.cli import main
-from effvit.measure.json_files import LARGEST_FILE, read_json, replace_json, write_json
+from effvit.measure.json_files import LARGEST_FILE, read_json, write_json
 from effvit.measure.records import (
     add_record,
     as_json,
@@ -139,7 +139,7 @@ class TestFiles:
     def test_file_is_replaced_in_one_step(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """A writing that is interrupted leaves what was there, and nothing beside it."""
         path = tmp_path / "tuned.json"
-        replace_json(path, [1])
+        write_json(path, [1])
 
         def interrupted(*_: Any) -> None:
             raise KeyboardInterrupt
@@ -147,10 +147,10 @@ class TestFiles:
         with monkeypatch.context() as patch:
             patch.setattr(Path, "replace", interrupted)
             with pytest.raises(KeyboardInterrupt):
-                replace_json(path, [2])
+                write_json(path, [2])
         assert json.loads(path.read_text()) == [1]
         assert list(tmp_path.iterdir()) == [path]
-        replace_json(path, [2])
+        write_json(path, [2])
         assert json.loads(path.read_text()) == [2]
 
     def test_value_without_words_in_json_is_refused(self) -> None:

@@ -15,7 +15,8 @@ from made_up import made_up_evaluation, made_up_model, made_up_profile, made_up_
 from PIL import Image
 
 from effvit.cli import main
-from effvit.measure.records import read_results
+from effvit.measure.records import read_results, write_records
+from effvit.measure.values import Metrics
 from effvit.show.report import write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -38,7 +39,7 @@ class TestRecords:
             ("[NaN]", "NaN is not a number a page can read"),
             ("[]", "must hold a list of records, at least one, got list"),
             ('{"models": []}', "must hold a list of records, at least one, got dict"),
-            ("[3]", r'record 0 must have "schema": 1 and "kind": \'profile\' or .* or \'tokens\', got 3'),
+            ("[3]", r'record 0 must have "schema": 1 and "kind": \'profile\' or .* or \'metrics\', got 3'),
             ('[{"schema": 2, "kind": "profile"}]', r"got \{'schema': 2, 'kind': 'profile'\}; measure again"),
             ('[{"schema": 1, "kind": "sound"}]', r"got \{'schema': 1, 'kind': 'sound'\}"),
             ('[{"schema": 1, "kind": "profile", "models": []}]', "record 0 lacks conditions, machine; measure again"),
@@ -49,6 +50,24 @@ class TestRecords:
         path.write_text(text)
         with pytest.raises(ValueError, match=f"results.json.*{message}"):
             read_results(path)
+
+    def test_counts_of_an_evaluation_are_told_from_results(self, tmp_path):
+        path = tmp_path / "results.json"
+        path.write_text('{"state": 1, "groups": {}}')
+        with pytest.raises(ValueError, match=r"results\.json keeps the counts of an evaluation that is not complete"):
+            read_results(path)
+
+    def test_what_test_and_doctor_write_is_shown(self, tmp_path, capsys):
+        assert main(["doctor", "--json"]) == 0
+        (tmp_path / "doctor.json").write_text(capsys.readouterr().out)
+        metrics = Metrics("a config", None, {"coco/bbox_mAP": 0.25, "mIoU": None})
+        write_records(tmp_path / "metrics.json", [metrics])
+        page = tmp_path / "report.html"
+        files = [tmp_path / "doctor.json", tmp_path / "metrics.json"]
+        assert main(["report", *map(str, files), "--out", str(page)]) == 0
+        text = page.read_text()
+        assert '"config":"a config","checkpoint":null,"metrics":{"coco/bbox_mAP":0.25,"mIoU":null}' in text
+        assert '"kind":"doctor"' in text
 
     def test_model_without_a_number_is_named(self, tmp_path):
         record = made_up_profile()

@@ -36,6 +36,7 @@ from effvit.dense.runner import (
     read_options,
     without_pretrained,
 )
+from effvit.measure.records import read_results
 
 # Every Runner of a process after the first, and one that draws nothing, make mmengine say so.
 pytestmark = pytest.mark.filterwarnings("ignore:.*(instance named of|The draw is False).*:UserWarning")
@@ -176,13 +177,17 @@ class TestTraining:
         out = tmp_path / "metrics.json"
         arguments = [str(detector), str(work / "epoch_2.pth"), "--work-dir", str(work), "--out", str(out)]
         assert main(["test", *arguments]) == 0
-        metrics = json.loads(out.read_text())
+        (record,) = read_results(out)
+        assert (record["config"], record["checkpoint"]) == (str(detector), str(work / "epoch_2.pth"))
+        metrics = record["metrics"]
         assert all(0 <= value <= 1 or value == -1 for value in metrics.values())
 
     def test_classifier_is_tested_with_the_weights_of_its_config(self, classifier: Path, tmp_path: Path) -> None:
         out = tmp_path / "metrics.json"
         assert main(["test", str(classifier), "--work-dir", str(tmp_path), "--out", str(out)]) == 0
-        assert json.loads(out.read_text()).keys() == {"accuracy/top1", "accuracy/top5"}
+        (record,) = read_results(out)
+        assert record["checkpoint"] is None
+        assert record["metrics"].keys() == {"accuracy/top1", "accuracy/top5"}
 
     def test_trainings_are_compared_and_not_repeated(
         self, segmenter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -43,7 +43,7 @@ from effvit.measure.values import Candidate, Tuning
 from effvit.measure.variants import build, reduce_by
 from effvit.messages import one_line, plain, run_command
 from effvit.protocols import Json, Settings
-from effvit.show.pictures import open_images
+from effvit.show.named_images import find_images
 from effvit.show.tables import DEFAULTS, settings_text
 
 __all__ = ["contenders", "free_table", "main", "table", "weaker"]
@@ -174,7 +174,7 @@ def images_of(args: argparse.Namespace, dense: nn.Module, host: str) -> Images:
     if args.data is None:
         if args.limit is not None:
             raise ValueError("--limit takes some images of a labelled set; name one with --data, or leave it out")
-        return Images(load_images(dense, list(open_images(args.images).values())), None, args.images)
+        return Images(load_images(dense, find_images(args.images)), None, args.images)
     selection = Selection.of(open_labelled(args.data), args.limit)
     return Images(*load_labelled(dense, selection, host), selection.text)
 

@@ -38,7 +38,7 @@ from effvit.hosts.surface import Reduced
 from effvit.measure.choices import choices_of
 from effvit.measure.controls import CONTROLS, Resized, with_controls
 from effvit.measure.evaluation import COST_IMAGES, EvaluationOptions, Selection, calibrate_all, evaluate
-from effvit.measure.json_files import read_json, replace_json
+from effvit.measure.json_files import read_json, write_json
 from effvit.measure.object_patches import mean_object_patches
 from effvit.measure.records import as_json, as_object, check_record, evaluation_of, write_records
 from effvit.measure.resume import fingerprint, refuse_differences
@@ -215,7 +215,7 @@ class KeptRows:
         """Put all rows so far into the file, or leave it as it was."""
         self.evaluation = evaluation
         record = as_object(evaluation)
-        replace_json(self.path, {"state": STATE, "conditions": dict(self.conditions), "record": record})
+        write_json(self.path, {"state": STATE, "conditions": dict(self.conditions), "record": record})
 
 
 def measure(

@@ -36,7 +36,7 @@ from gpu_steps import (
 )
 from gpu_training import train_nano
 
-from effvit.measure.json_files import replace_json
+from effvit.measure.json_files import write_json
 from effvit.measure.profiler import machine
 from effvit.measure.tune import OutOfTime
 from effvit.messages import run_command
@@ -192,8 +192,8 @@ def run_steps(steps: Sequence[Step], bench: Bench, out: Path, tell: Callable[[st
 
     def write() -> None:
         records: list[Json] = [step["record"] for step in done if isinstance(step, dict) and "record" in step]
-        replace_json(out / "steps.json", {**about, "steps": done, "left": left})
-        replace_json(out / "profiles.json", records)
+        write_json(out / "steps.json", {**about, "steps": done, "left": left})
+        write_json(out / "profiles.json", records)
 
     write()
     for step in steps:

@@ -8,12 +8,14 @@ from collections.abc import Callable, Sequence
 import effvit
 from effvit.cli import (
     check_data,
+    completion,
     configs,
     convert,
     demo,
     doctor,
     evaluate,
     listing,
+    options,
     profile,
     report,
     run,
@@ -31,7 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status, 2 after an error the caller can fix."""
     arguments = parser().parse_args(argv)
     command: Callable[[argparse.Namespace], int | None] = arguments.run
-    return run_command("effvit", lambda: command(arguments))
+
+    def checked() -> int | None:
+        options.check_outputs(arguments.parser, arguments)
+        return command(arguments)
+
+    return run_command("effvit", checked, debug=getattr(arguments, "debug", False))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,7 +48,10 @@ def parser() -> argparse.ArgumentParser:
     commands = root.add_subparsers(required=True, metavar="COMMAND")
     for command in (
         *(listing, profile, evaluate, visualize, report, tune, convert, demo),
-        *(configs, check_data, train, test, run, doctor),
+        *(configs, check_data, train, test, run, doctor, completion),
     ):
         command.add_command(commands)
+    for leaf in (root, *options.leaves(commands).values()):
+        leaf.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="traceback of an error, too")
+        leaf.set_defaults(parser=leaf)
     return root

@@ -6,9 +6,8 @@ import argparse
 from pathlib import Path
 
 from effvit.cli import options
-from effvit.cli.output import LONGEST_LINE, output
+from effvit.cli.output import output, tell
 from effvit.dense.shipped_configs import copy_config, list_configs
-from effvit.messages import plain
 
 __all__ = ["add_command"]
 
@@ -29,8 +28,8 @@ def add_command(commands: options.Commands) -> None:
     listing.add_argument("pattern", nargs="?", default="*", help="shell-style pattern, e.g. 'mmdet/*evit*'")
     listing.set_defaults(run=run_list)
     copying = actions.add_parser("copy", help="a config and its bases as files of your own; none is overwritten")
-    copying.add_argument("name", metavar="NAME", help="one that `effvit configs list` prints")
-    copying.add_argument("folder", type=Path, metavar="DIR")
+    copying.add_argument("name", type=options.config_name, metavar="NAME", help="one that `effvit configs list` prints")
+    copying.add_argument("folder", type=options.output_folder, metavar="DIR")
     copying.set_defaults(run=run_copy)
 
 
@@ -39,16 +38,17 @@ def run_list(arguments: Arguments) -> None:
     configs = list_configs(arguments.pattern)
     if not configs:
         raise ValueError(f"no config matches {arguments.pattern!r}; `effvit configs list` prints all names")
-    width = max(len(config.name) for config in configs)
-    console = output()
+    width, console = max(len(config.name) for config in configs), output()
     for config in configs:
         note = f"[imports {', '.join(config.outside)} of a checkout's tools/] " if config.outside else ""
-        console.print(f"{config.name:<{width}}  {note}{config.summary}", no_wrap=True, overflow="ellipsis")
+        if console.is_terminal:
+            console.print(f"{config.name:<{width}}  {note}{config.summary}", no_wrap=True, overflow="ellipsis")
+        else:
+            tell(config.name, note + config.summary)
 
 
 def run_copy(arguments: Arguments) -> None:
     """Print which files were copied, and the command that trains with them."""
     copies = copy_config(arguments.name, arguments.folder)
-    console = output()
     for path in copies:
-        console.print(plain(path, LONGEST_LINE))
+        tell(path)

@@ -9,10 +9,10 @@ from safetensors.torch import save
 
 from effvit.cli import options
 from effvit.cli.models import runner_types
-from effvit.cli.output import LONGEST_LINE, output
+from effvit.cli.output import tell
 from effvit.hosts.checkpoints import convert_checkpoint
 from effvit.measure.variants import build, parse_setting
-from effvit.messages import plain
+from effvit.measure.written_files import write_whole
 
 __all__ = ["add_command"]
 
@@ -40,8 +40,10 @@ def add_command(commands: options.Commands) -> None:
         "entries, and write it as .safetensors.",
     )
     command.add_argument("file", type=Path, metavar="FILE")
-    command.add_argument("--model", required=True, metavar="NAME", help="the model it was saved from")
-    command.add_argument("--out", type=Path, metavar="FILE", help="without it the file is only checked")
+    command.add_argument(
+        "--model", required=True, type=options.model_name, metavar="NAME", help="the model it was saved from"
+    )
+    command.add_argument("--out", type=options.output_file, metavar="FILE", help="without it the file is only checked")
     command.add_argument("--keys", action="store_true", help="name every entry, not only the dropped ones")
     command.set_defaults(run=run_convert)
 
@@ -59,10 +61,9 @@ def run_convert(arguments: Arguments) -> None:
         f"{len(conversion.dropped)} dropped"
     ]
     if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
         metadata = {"format": "pt", "architecture": arguments.model}
         state = {name: value.contiguous() for name, value in conversion.state.items()}
-        arguments.out.write_bytes(save(state, metadata))
+        write_whole(arguments.out, save(state, metadata))
         lines.insert(0, str(arguments.out))
     if arguments.keys:
         lines += [f"used: {name}" for name in conversion.same]
@@ -72,6 +73,5 @@ def run_convert(arguments: Arguments) -> None:
     lines += [f"dropped: {name}" for name in dropped]
     if len(dropped) < len(conversion.dropped):
         lines.append(f"and {len(conversion.dropped) - len(dropped)} more dropped, which --keys names")
-    console = output()
     for line in lines:
-        console.print(plain(line, LONGEST_LINE))
+        tell(line)

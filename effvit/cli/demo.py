@@ -15,7 +15,17 @@ from torch import Tensor, nn
 import effvit
 from effvit.cli import options
 from effvit.cli.models import create, has_random_weights
-from effvit.cli.output import LONGEST_LINE, draw_figures, file_stem, measure, output
+from effvit.cli.output import (
+    LONGEST_LINE,
+    draw_figure,
+    figure_file,
+    file_stem,
+    measure,
+    output,
+    progress,
+    tell,
+    told_on_interrupt,
+)
 from effvit.data.preparation import load_images
 from effvit.hosts.host import ReducedHost
 from effvit.hosts.surface import Reduced
@@ -83,8 +93,8 @@ def add_command(commands: options.Commands) -> None:
         parents=[options.weights(), options.entry()],
         help="all methods on images that are installed already, offline",
     )
-    command.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR")
-    command.add_argument("--model", default="deit_small_patch16_224", metavar="NAME")
+    command.add_argument("--out", type=options.output_folder, default=Path("runs/demo"), metavar="DIR")
+    command.add_argument("--model", default="deit_small_patch16_224", type=options.model_name, metavar="NAME")
     command.set_defaults(run=run_demo)
 
 
@@ -94,8 +104,9 @@ def run_demo(arguments: options.FigureArguments) -> None:
     console, out = output(), arguments.out
     photos = photographs()
     out.mkdir(parents=True, exist_ok=True)
-    seen = [demo_accuracy(console, out, each) for each in SEEN]
-    costs, figures = demo_costs(console, arguments, photos)
+    with told_on_interrupt(lambda: f"what was drawn so far is in {plain(out)}"):
+        seen = [demo_accuracy(console, out, each) for each in SEEN]
+        costs, figures = demo_costs(console, arguments, photos)
     numbers: dict[str, Sequence[Record | TokenRecord]] = {
         "costs.json": [*(each.record for each in seen), costs],
         "tokens.json": [record for each in seen for record in each.tokens],
@@ -106,7 +117,7 @@ def run_demo(arguments: options.FigureArguments) -> None:
     written = [out / "report.html", *(path for each in seen for path in each.files), out / "costs.png", *figures]
     console.print(f"\nWritten in {time.perf_counter() - start:.0f} s:")
     for path in (*written, *(out / name for name in numbers)):
-        console.print(f"  {plain(path, LONGEST_LINE)}")
+        tell(path)
     console.print("\nWhat to try next:")
     for line in NEXT:
         console.print(f"  {line}", soft_wrap=True, highlight=False, markup=False)
@@ -207,6 +218,21 @@ def demo_costs(
     title = "\n".join([weights or arguments.model, describe(record.conditions)])
     plot_costs(record.models, title, arguments.out / "costs.png")
     return record, [] if is_random else draw_figures(strongest(variants), photos, arguments)
+
+
+def draw_figures(
+    models: Mapping[str, Reduced], photos: Mapping[str, Image.Image], arguments: options.FigureArguments
+) -> list[Path]:
+    """Write a token figure for every photograph and model, named after both; returns the paths."""
+    paths: list[Path] = []
+    with progress() as bars:
+        bar = bars.add("drawing tokens", len(photos) * len(models))
+        for name, model in models.items():
+            for stem, photo in photos.items():
+                paths.append(figure_file(arguments.out, stem, name))
+                draw_figure(model, name, photo, paths[-1], arguments)
+                bar.advance()
+    return paths
 
 
 def calibrate_all(console: Console, models: Mapping[str, Reduced], images: Tensor) -> None:

@@ -17,7 +17,8 @@ from packaging.requirements import Requirement
 
 import effvit
 from effvit.cli import options
-from effvit.cli.output import LONGEST_LINE, output
+from effvit.cli.output import tell
+from effvit.measure.records import SCHEMA
 from effvit.messages import one_line, plain
 
 __all__ = ["Extra", "Package", "add_command", "core_problem", "extras", "packages_of"]
@@ -85,7 +86,7 @@ def add_command(commands: options.Commands) -> None:
         description="Print versions and devices, run a small reduced model, and say what is missing for which command. "
         "The status is 0 unless the package itself does not run.",
     )
-    command.add_argument("--json", action="store_true", help="the same as one JSON object")
+    command.add_argument("--json", action="store_true", help="the same as one JSON object, also for effvit report")
     command.set_defaults(run=run_doctor)
 
 
@@ -96,6 +97,8 @@ def run_doctor(arguments: Arguments) -> int:
     problem = core_problem(core, devices)
     if arguments.json:
         found = {
+            "schema": SCHEMA,
+            "kind": "doctor",
             "effvit": effvit.__version__,
             "python": platform.python_version(),
             "system": platform.platform(),
@@ -118,9 +121,8 @@ def run_doctor(arguments: Arguments) -> int:
         lines.append(f"{extra.name} ({extra.purpose}): {_versions(extra.packages)}")
         lines += [f"  {text}" for text in extra.problems]
         lines += [f"  install: {extra.install}"] if extra.problems and extra.install else []
-    console = output()
     for line in lines:
-        console.print(plain(line, LONGEST_LINE), soft_wrap=True)
+        tell(line)
     return int(problem is not None)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -10,10 +11,10 @@ import torch
 from torch import nn
 
 from effvit.cli import options
+from effvit.cli.images import look_at
 from effvit.cli.models import RANDOM_WEIGHTS, check_device, create, has_random_weights
-from effvit.cli.output import Lines, output, progress, say
+from effvit.cli.output import output, progress, say
 from effvit.cli.paper import ALL, PaperGroup, paper_groups
-from effvit.data.labelled import check_readable
 from effvit.data.opening import FORMS, open_labelled, open_unlabelled
 from effvit.data.preparation import data_config, load_images
 from effvit.measure.accuracy import with_accuracies
@@ -33,7 +34,7 @@ __all__ = ["add_command"]
 CALIBRATION_IMAGES = 512
 
 
-class Arguments(options.WeightArguments, options.MachineArguments):
+class Arguments(options.WeightArguments, options.MachineArguments, options.ImageArguments):
     """Parsed arguments of ``effvit evaluate``."""
 
     model: str | None
@@ -62,13 +63,21 @@ def add_command(commands: options.Commands) -> None:
     """Add the command's arguments; ``run`` of what is parsed is the function to call."""
     command = commands.add_parser(
         "evaluate",
-        parents=[options.weights(), options.entry(), options.settings(), options.machine()],
+        parents=[options.weights(), options.entry(), options.settings(), options.machine(), options.images()],
         help="top-1 accuracy on labelled images",
         description="Measure the top-1 accuracy of MODEL and its variants by --method, or repeat published figures.",
     )
-    command.add_argument("model", nargs="?", metavar="MODEL", help="any name of timm; with --paper a pattern of names")
+    command.add_argument(
+        "model",
+        nargs="?",
+        type=options.model_name,
+        metavar="MODEL",
+        help="any name of timm; with --paper a pattern of names",
+    )
     command.add_argument("--data", type=Path, required=True, metavar="PATH", help=FORMS)
-    command.add_argument("--method", nargs="+", default=[], metavar="NAME", help="methods to reduce MODEL with")
+    command.add_argument(
+        "--method", nargs="+", default=[], type=options.method_name, metavar="NAME", help="methods to reduce MODEL with"
+    )
     command.add_argument(
         "--control",
         nargs="+",
@@ -78,13 +87,23 @@ def add_command(commands: options.Commands) -> None:
     )
     command.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="of the random controls")
     command.add_argument(
-        "--paper", nargs="+", default=[], metavar="NAME", help=f"methods, architectures or {ALL}: what was published"
+        "--paper",
+        nargs="+",
+        default=[],
+        type=options.method_name,
+        metavar="NAME",
+        help=f"methods, architectures or {ALL}: what was published",
     )
     command.add_argument(
         "--checkpoints", type=Path, metavar="FOLDER", help="local weights for --paper, named after models"
     )
     command.add_argument("--model-kwargs", nargs="+", default=[], metavar="KEY=VALUE", help="of timm.create_model")
-    command.add_argument("--baseline", metavar="NAME", help="pretrained model to compare with in place of MODEL")
+    command.add_argument(
+        "--baseline",
+        type=options.model_name,
+        metavar="NAME",
+        help="pretrained model to compare with in place of MODEL",
+    )
     command.add_argument("--weights", metavar="TEXT", help="how the checkpoint was trained, put behind the names")
     command.add_argument("--limit", type=int, metavar="N", help="only so many images, evenly spread over the set")
     command.add_argument("--calibrate", type=Path, metavar="PATH", help="images for methods that learn thresholds")
@@ -92,9 +111,9 @@ def add_command(commands: options.Commands) -> None:
     command.add_argument("--batch-size", type=int, default=64)
     command.add_argument("--workers", type=int, default=0, help="processes that read images (default: none)")
     command.add_argument("--rounds", type=int, default=0, help="measure the speed too, in so many rounds")
-    command.add_argument("--state", type=Path, metavar="FILE", help="keep counts there, and go on from them")
+    command.add_argument("--state", type=options.output_file, metavar="FILE", help="keep counts there, go on from them")
     command.add_argument("--every", type=int, default=20, metavar="N", help="batches after which counts are kept")
-    command.add_argument("--json", type=Path, metavar="FILE", help="add the record to the list there")
+    command.add_argument("--json", type=options.output_file, metavar="FILE", help="add the record to the list there")
     command.set_defaults(run=run_evaluate)
 
 
@@ -109,22 +128,29 @@ def run_evaluate(arguments: Arguments) -> int:
         groups = groups_of(arguments)
         kept = KeptCounts(arguments.state, is_writer=processes.rank == 0)
         kept.check_groups([group.name for group in groups])
-        selection = Selection.of(open_labelled(arguments.data), arguments.limit)
+        selection = looked_at(Selection.of(open_labelled(arguments.data), arguments.limit), arguments.skip_bad)
         calibration = None
         if arguments.calibrate is not None:
-            calibration = Selection.of(open_unlabelled(arguments.calibrate), arguments.calibration_images)
-        check_images(selection, calibration)
+            chosen = Selection.of(open_unlabelled(arguments.calibrate), arguments.calibration_images)
+            calibration = looked_at(chosen, arguments.skip_bad)
         evaluations: list[Evaluation] = []
         failures: dict[str, str] = {}
         records: list[Evaluation | Record] = []
-        for group in groups:
-            models = made(group, processes, failures, is_paper=bool(arguments.paper))
-            if models is None:
-                continue
-            found = evaluated(models, group, selection, calibration, arguments, processes, kept)
-            evaluations.append(found)
+        try:
+            for group in groups:
+                models = made(group, processes, failures, is_paper=bool(arguments.paper))
+                if models is None:
+                    continue
+                found = evaluated(models, group, selection, calibration, arguments, processes, kept)
+                evaluations.append(found)
+                if processes.rank == 0:
+                    records.append(with_speed(found, models, selection, arguments) if arguments.rounds else found)
+        except KeyboardInterrupt:
             if processes.rank == 0:
-                records.append(with_speed(found, models, selection, arguments) if arguments.rounds else found)
+                if arguments.state is None and records:  # which the state would add once more
+                    report(arguments, evaluations, records, failures)
+                say(interrupted(arguments, len(records), len(groups)))
+            raise
         if processes.rank == 0:
             report(arguments, evaluations, records, failures)
         kept.close()
@@ -190,19 +216,9 @@ def models_of(arguments: Arguments) -> dict[str, nn.Module]:
     return {arguments.baseline: build(arguments.baseline, {}, pretrained=True).eval(), **models}
 
 
-def check_images(selection: Selection, calibration: Selection | None) -> None:
-    """Raise a ValueError if an image cannot be read, before anything is measured."""
-    chosen = [selection] if calibration is None else [selection, calibration]
-    with progress() as bars:
-        lines, total = Lines(bars), sum(len(part.indices) for part in chosen)
-        task = bars.add_task("looking at images", total=total)
-
-        def on_image() -> None:
-            bars.advance(task)
-            lines.now_and_then("looking at images")
-
-        for part in chosen:
-            check_readable(part.images, part.indices, on_image)
+def looked_at(selection: Selection, skip_bad: bool) -> Selection:
+    """Those of the images that can be read; errors as of ``look_at``."""
+    return replace(selection, indices=look_at(selection.images, selection.indices, skip_bad))
 
 
 def made(
@@ -242,32 +258,25 @@ def evaluated(
     )
     total = len(selection.indices)
     with progress() as bars:
-        lines = Lines(bars)
-        task = bars.add_task(group.name, total=total)
+        bar = bars.add(group.name, total)
 
         def on_counts(counts: Counts) -> None:
-            bars.update(task, completed=counts.seen)
-            first = next(iter(counts.right.values()))
+            so_far = f"top-1 {100 * next(iter(counts.right.values())) / counts.seen:.2f} % so far"
             if processes.rank == 0:
-                so_far = f"top-1 {100 * first / counts.seen:.2f} % so far"
-                lines.now_and_then(f"{group.name}: {counts.seen} of {total} images, {so_far}")
+                bar.reach(counts.seen, f"{group.name}: {counts.seen} of {total} images, {so_far}")
 
-        try:
-            return evaluate(
-                models,
-                selection,
-                how,
-                calibration=calibration,
-                weights=weights_text(arguments),
-                published=group.published,
-                controls=arguments.control,
-                seeds=arguments.seeds,
-                also={"model-kwargs": as_json(sorted(arguments.model_kwargs))},
-                on_counts=on_counts,
-            )
-        except KeyboardInterrupt:
-            say(interrupted(arguments.state))
-            raise
+        return evaluate(
+            models,
+            selection,
+            how,
+            calibration=calibration,
+            weights=weights_text(arguments),
+            published=group.published,
+            controls=arguments.control,
+            seeds=arguments.seeds,
+            also={"model-kwargs": as_json(sorted(arguments.model_kwargs))},
+            on_counts=on_counts,
+        )
 
 
 def weights_text(arguments: Arguments) -> str | None:
@@ -279,11 +288,14 @@ def weights_text(arguments: Arguments) -> str | None:
     return "pretrained" if arguments.pretrained else "random weights"
 
 
-def interrupted(state: Path | None) -> str:
+def interrupted(arguments: Arguments, known: int, total: int) -> str:
     """What becomes of an evaluation that was stopped."""
-    if state is None:
+    if arguments.state is not None:
+        return f"the same command goes on from {plain(arguments.state)}"
+    if not known:
         return "nothing of the evaluation is kept; with --state FILE it would go on from there"
-    return f"the same command goes on from {plain(state)}"
+    place = "was printed" if arguments.json is None else f"is in {plain(arguments.json)}"
+    return f"{known} of {total} evaluations were complete, which {place}; with --state FILE the rest would go on"
 
 
 def with_speed(found: Evaluation, models: dict[str, nn.Module], selection: Selection, arguments: Arguments) -> Record:

@@ -54,7 +54,7 @@ def has_random_weights(arguments: WeightArguments) -> bool:
 
 
 def check_device(name: str) -> None:
-    """Raise a ValueError unless torch knows a device of that name, and finds CUDA where it asks for it."""
+    """Raise a ValueError unless torch knows a device of that name and finds it here."""
     try:
         present_device(name)
     except RuntimeError as error:

@@ -7,16 +7,29 @@ import re
 from pathlib import Path
 from typing import TypeAlias
 
+from effvit.measure.written_files import check_file, check_folder
+
 __all__ = [
     "DTYPES",
     "IMAGES",
     "Commands",
     "FigureArguments",
+    "ImageArguments",
     "MachineArguments",
     "RunnerArguments",
     "WeightArguments",
+    "check_outputs",
+    "config_file",
+    "config_name",
     "entry",
+    "image_name",
+    "images",
+    "leaves",
     "machine",
+    "method_name",
+    "model_name",
+    "output_file",
+    "output_folder",
     "parse_size",
     "runner",
     "settings",
@@ -24,7 +37,10 @@ __all__ = [
 ]
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-IMAGES = "a file, or installed images by name: 'fashion_mnist:sneaker-*', cutouts:clock, photographs:coffee"
+IMAGES = (
+    "a file, a folder, a pattern such as 'photos/**/*.jpg', - for a list of paths on stdin, or installed images: "
+    "'fashion_mnist:sneaker-*', cutouts:clock, photographs:coffee"
+)
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -34,6 +50,12 @@ class WeightArguments(argparse.Namespace):
     checkpoint: Path | None
     pretrained: bool
     key: str | None
+
+
+class ImageArguments(argparse.Namespace):
+    """Parsed arguments of ``images``."""
+
+    skip_bad: bool
 
 
 class FigureArguments(WeightArguments):
@@ -67,6 +89,15 @@ def weights() -> argparse.ArgumentParser:
     source.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights of the dense host")
     source.add_argument(
         "--pretrained", action="store_true", help="timm's weights (asks the network unless the package has them)"
+    )
+    return parent
+
+
+def images() -> argparse.ArgumentParser:
+    """What becomes of images that cannot be read."""
+    parent = argparse.ArgumentParser(add_help=False)
+    parent.add_argument(
+        "--skip-bad", action="store_true", help="leave out images that cannot be read, and say which and how many"
     )
     return parent
 
@@ -107,7 +138,10 @@ def runner(also: str = "") -> argparse.ArgumentParser:
     """What mmengine's Runner is built from; ``also`` is what may be given in place of a config."""
     parent = argparse.ArgumentParser(add_help=False)
     parent.add_argument(
-        "config", metavar="CONFIG", help=f"a file, or effvit::NAME for one that `effvit configs list` prints{also}"
+        "config",
+        type=config_file,
+        metavar="CONFIG",
+        help=f"a file, or effvit::NAME for one that `effvit configs list` prints{also}",
     )
     parent.add_argument("--work-dir", metavar="DIR", help="for logs and checkpoints (default: work_dirs/CONFIG)")
     parent.add_argument(
@@ -122,6 +156,66 @@ def runner(also: str = "") -> argparse.ArgumentParser:
         "--launcher", metavar="NAME", help="none, pytorch, slurm or mpi (default: pytorch under torchrun, else none)"
     )
     return parent
+
+
+# Types of arguments: what a text stands for. Places to write to are checked before a command begins, and shells
+# complete each by what it is (``effvit.cli.completion``).
+
+
+def output_file(text: str) -> Path:
+    """A file that the command writes."""
+    return Path(text)
+
+
+def output_folder(text: str) -> Path:
+    """A folder that the command writes files into."""
+    return Path(text)
+
+
+def image_name(text: str) -> str:
+    """Images, as ``IMAGES`` says."""
+    return text
+
+
+def model_name(text: str) -> str:
+    """A name for ``timm.create_model``."""
+    return text
+
+
+def method_name(text: str) -> str:
+    """The name of a method."""
+    return text
+
+
+def config_name(text: str) -> str:
+    """The name of a config that comes with the package."""
+    return text
+
+
+def config_file(text: str) -> str:
+    """A config: a file, or "effvit::" and the name of one that comes with the package."""
+    return text
+
+
+def leaves(commands: Commands) -> dict[str, argparse.ArgumentParser]:
+    """Words of a command, such as "profile" or "configs list" -> its parser; not those with commands below them."""
+    found: dict[str, argparse.ArgumentParser] = {}
+    for word, parser in commands.choices.items():
+        below = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+        found |= {f"{word} {words}": leaf for action in below for words, leaf in leaves(action).items()}
+        if not below:
+            found[word] = parser
+    return found
+
+
+def check_outputs(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Raise an OSError if a place that the arguments name takes nothing that is written to it."""
+    for action in parser._actions:
+        place: Path | None = getattr(arguments, action.dest, None)
+        if place is not None and action.type is output_file:
+            check_file(place)
+        elif place is not None and action.type is output_folder:
+            check_folder(place)
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -8,21 +8,22 @@ from pathlib import Path
 import torch
 
 from effvit.cli import options
+from effvit.cli.images import named_images
 from effvit.cli.models import check_device, create
-from effvit.cli.output import measure, output
+from effvit.cli.output import finish_on_interrupt, measure, output, told_on_interrupt
 from effvit.data.preparation import load_images
 from effvit.measure.profiler import ProfileOptions
 from effvit.measure.records import write_records
 from effvit.measure.values import Record
 from effvit.measure.variants import list_variants, parse_setting, reduced
+from effvit.messages import plain
 from effvit.protocols import Size
-from effvit.show.pictures import open_images
 from effvit.show.tables import print_record, write_csv
 
 __all__ = ["add_command"]
 
 
-class Arguments(options.WeightArguments, options.MachineArguments):
+class Arguments(options.WeightArguments, options.MachineArguments, options.ImageArguments):
     """Parsed arguments of ``effvit profile``."""
 
     models: list[str]
@@ -46,18 +47,33 @@ def add_command(commands: options.Commands) -> None:
     """Add the command's arguments; ``run`` of what is parsed is the function to call."""
     command = commands.add_parser(
         "profile",
-        parents=[options.weights(), options.entry(), options.settings(), options.machine()],
+        parents=[options.weights(), options.entry(), options.settings(), options.machine(), options.images()],
         help="parameters, multiply-adds and speed",
         description="Compare each MODEL with its variants by --method; without one, all with the first.",
     )
-    command.add_argument("models", nargs="+", metavar="MODEL", help="any name of timm or of the zoo")
-    command.add_argument("--method", nargs="+", default=[], metavar="NAME", help="methods to reduce each MODEL with")
+    command.add_argument(
+        "models", nargs="+", type=options.model_name, metavar="MODEL", help="any name of timm or of the zoo"
+    )
+    command.add_argument(
+        "--method",
+        nargs="+",
+        default=[],
+        type=options.method_name,
+        metavar="NAME",
+        help="methods to reduce each MODEL with",
+    )
     command.add_argument("--keep-rate", nargs="+", type=float, default=[], metavar="RATE", help="one variant for each")
     command.add_argument(
         "--img-size", nargs="+", type=options.parse_size, metavar="SIZE", help="side or HxW; each is measured"
     )
     command.add_argument("--batch-size", nargs="+", type=int, default=[8], metavar="N", help="each is measured")
-    command.add_argument("--images", nargs="+", metavar="IMAGE", help=f"images in place of noise: {options.IMAGES}")
+    command.add_argument(
+        "--images",
+        nargs="+",
+        type=options.image_name,
+        metavar="IMAGE",
+        help=f"images in place of noise: {options.IMAGES}",
+    )
     command.add_argument("--rounds", type=int, default=10)
     command.add_argument(
         "--precision", type=float, metavar="SHARE", help="more rounds until every interval is narrower, e.g. 0.02"
@@ -66,8 +82,8 @@ def add_command(commands: options.Commands) -> None:
     command.add_argument("--compile", action="store_true", help="run through torch.compile")
     command.add_argument("--cuda-graphs", action="store_true", help="replay CUDA graphs")
     command.add_argument("--breakdown", action="store_true", help="time attention, MLP and reduction of every block")
-    command.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there too")
-    command.add_argument("--csv", type=Path, metavar="FILE", help="write the table there too")
+    command.add_argument("--json", type=options.output_file, metavar="FILE", help="write all numbers there too")
+    command.add_argument("--csv", type=options.output_file, metavar="FILE", help="write the table there too")
     command.set_defaults(run=run_profile)
 
 
@@ -79,30 +95,47 @@ def run_profile(arguments: Arguments) -> None:
         raise ValueError("settings belong to a method: name one with --method")
     variants = list_variants(arguments.method, assignments)
     check_device(arguments.device)
-    photos = open_images(arguments.images or [])
+    photos = named_images(arguments.images or [], arguments.skip_bad)
     records: list[Record] = []
     sizes: Sequence[Size | None] = arguments.img_size or [None]
-    for size in sizes:
-        hosts = {name: create(name, arguments, size) for name in arguments.models}
-        groups = [{name: host, **reduced(host, variants)} for name, host in hosts.items()] if variants else [hosts]
-        for models in groups:
-            dense = next(iter(models.values()))
-            images = load_images(dense, list(photos.values())) if photos else None
-            for batch_size in arguments.batch_size:
-                record = measure(
-                    models,
-                    batch_size,
-                    images,
-                    list(photos),
-                    breakdown=arguments.breakdown,
-                    **profile_options(arguments),
-                )
-                records.append(record)
-                print_record(output(), record)
+    with told_on_interrupt(lambda: interrupted(arguments, len(records))):
+        for size in sizes:
+            hosts = {name: create(name, arguments, size) for name in arguments.models}
+            groups = [{name: host, **reduced(host, variants)} for name, host in hosts.items()] if variants else [hosts]
+            for models in groups:
+                images = load_images(next(iter(models.values())), photos) if photos else None
+                for batch_size in arguments.batch_size:
+                    with finish_on_interrupt("the measurement ends with the rounds it has") as stop:
+                        record = measure(
+                            models,
+                            batch_size,
+                            images,
+                            list(photos.names),
+                            breakdown=arguments.breakdown,
+                            is_enough=lambda: stop.is_asked,
+                            **profile_options(arguments),
+                        )
+                        records.append(record)
+                        print_record(output(), record)
+                        write(arguments, records)
+
+
+def write(arguments: Arguments, records: Sequence[Record]) -> None:
+    """Write what is measured so far, so that whatever ends the command later takes none of it."""
     if arguments.json is not None:
         write_records(arguments.json, records)
     if arguments.csv is not None:
         write_csv(arguments.csv, records)
+
+
+def interrupted(arguments: Arguments, known: int) -> str:
+    """What becomes of a measurement that was stopped."""
+    places = [plain(path) for path in (arguments.json, arguments.csv) if path is not None]
+    if known and places:
+        return f"{known} complete {'measurement is' if known == 1 else 'measurements are'} in {' and '.join(places)}"
+    if known:
+        return "what is complete was printed; with --json FILE it would be kept, too"
+    return "no measurement was complete, so that nothing is kept"
 
 
 def profile_options(arguments: Arguments) -> ProfileOptions:

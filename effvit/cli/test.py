@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import json
+from math import isfinite
 from pathlib import Path
 
 from effvit.cli import options
+from effvit.measure.records import write_records
+from effvit.measure.values import Metrics
 from effvit.messages import run_with_traceback
 
 __all__ = ["add_command"]
@@ -34,7 +36,9 @@ def add_command(commands: options.Commands) -> None:
         metavar="CHECKPOINT",
         help="one that the Runner saved; loaded strictly. Without one a classifier has its pretrained weights",
     )
-    command.add_argument("--out", type=Path, metavar="FILE", help="write the metrics there as JSON")
+    command.add_argument(
+        "--out", type=options.output_file, metavar="FILE", help="write the metrics there as JSON, for effvit report too"
+    )
     command.add_argument("--show-dir", metavar="DIR", help="draw the predictions there")
     command.set_defaults(run=run_test)
 
@@ -66,8 +70,8 @@ def run_test(arguments: Arguments) -> int:
 
         metrics = runner.test()
         if arguments.out is not None and is_main_process():
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
             numbers = {name: float(value) for name, value in metrics.items()}  # mmseg's are numpy's
-            arguments.out.write_text(json.dumps(numbers, indent=1) + "\n")
+            finite = {name: value if isfinite(value) else None for name, value in numbers.items()}
+            write_records(arguments.out, [Metrics(arguments.config, arguments.checkpoint, finite)])
 
     return run_with_traceback(evaluate)

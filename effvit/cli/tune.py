@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 import torch
-from rich.progress import Progress, TaskID
 from torch import Tensor, nn
 
 import effvit
 from effvit.cli import options
+from effvit.cli.images import look_at, named_images
 from effvit.cli.models import RANDOM_WEIGHTS, check_device, create, has_random_weights
-from effvit.cli.output import Lines, output, progress, say
+from effvit.cli.output import Bar, output, progress, told_on_interrupt
 from effvit.data.opening import FORMS, open_labelled
 from effvit.data.preparation import load_images
 from effvit.measure.evaluation import Selection, load_labelled
-from effvit.measure.json_files import replace_json
+from effvit.measure.json_files import write_json
 from effvit.measure.records import as_json, as_object, read_tuning
 from effvit.measure.tune import tune
 from effvit.measure.values import Candidate, Judged, Tuning
 from effvit.measure.variants import python_line, timm_line
 from effvit.messages import plain
 from effvit.protocols import Json, Settings, Size
-from effvit.show.pictures import open_images
 from effvit.show.tables import candidate_text, free_lines, print_tuning
 
 __all__ = ["add_command"]
@@ -33,7 +32,7 @@ __all__ = ["add_command"]
 Known: TypeAlias = "Candidate | Judged"
 
 
-class Arguments(options.WeightArguments, options.MachineArguments):
+class Arguments(options.WeightArguments, options.MachineArguments, options.ImageArguments):
     """Parsed arguments of ``effvit tune``."""
 
     model: str
@@ -57,13 +56,15 @@ def add_command(commands: options.Commands) -> None:
     """Add the command's arguments; ``run`` of what is parsed is the function to call."""
     command = commands.add_parser(
         "tune",
-        parents=[options.weights(), options.entry(), options.machine()],
+        parents=[options.weights(), options.entry(), options.machine(), options.images()],
         help="the setting that reaches a target speed-up here with the least loss or change to the outputs",
         description="Measure settings of several methods on this machine, and choose among them by their loss on "
         "labelled images (--data), or by how far outputs on the IMAGEs are from MODEL's.",
     )
-    command.add_argument("model", metavar="MODEL", help="a plain ViT of timm")
-    images = command.add_argument("images", nargs="+", default=[], metavar="IMAGE", help=options.IMAGES)
+    command.add_argument("model", type=options.model_name, metavar="MODEL", help="a plain ViT of timm")
+    images = command.add_argument(
+        "images", nargs="+", default=[], type=options.image_name, metavar="IMAGE", help=options.IMAGES
+    )
     images.required = False  # nargs="*" would take no image at all where options stand in front of the first
     command.add_argument("--data", type=Path, metavar="PATH", help=f"labelled images in place of IMAGEs: {FORMS}")
     command.add_argument("--limit", type=int, metavar="N", help="only so many of them, evenly spread over the set")
@@ -71,7 +72,11 @@ def add_command(commands: options.Commands) -> None:
     aim.add_argument("--speedup", type=float, metavar="FACTOR", help="target speed-up over MODEL, e.g. 1.5")
     aim.add_argument("--gmacs", type=float, help="billions of multiply-adds of one image not to exceed")
     command.add_argument(
-        *("--methods", "--method"), nargs="+", metavar="NAME", help="methods to choose from (default: all that can be)"
+        *("--methods", "--method"),
+        nargs="+",
+        type=options.method_name,
+        metavar="NAME",
+        help="methods to choose from (default: all that can be)",
     )
     command.add_argument("--batch-size", type=int, default=8)
     command.add_argument("--img-size", type=options.parse_size, metavar="SIZE", help="side or HxW (default: MODEL's)")
@@ -81,8 +86,12 @@ def add_command(commands: options.Commands) -> None:
         "--moves", type=int, default=60, help="schedules block by block to compare for each method; 0 for none"
     )
     command.add_argument("--minutes", type=float, help="stop in so many, and say what was not tried")
-    command.add_argument("--json", type=Path, metavar="FILE", help="write all that is found there, as it is found")
-    command.add_argument("--resume", type=Path, metavar="FILE", help="go on with the search in FILE, and write there")
+    command.add_argument(
+        "--json", type=options.output_file, metavar="FILE", help="write all that is found there, as it is found"
+    )
+    command.add_argument(
+        "--resume", type=options.output_file, metavar="FILE", help="go on with the search in FILE, and write there"
+    )
     command.set_defaults(run=run_tune)
 
 
@@ -98,8 +107,8 @@ def run_tune(arguments: Arguments) -> None:
     if has_random_weights(arguments):
         console.print(f"{arguments.model} has {RANDOM_WEIGHTS}", style="yellow")
     with progress() as bars:
-        report = Report(bars, bars.add_task("measuring", total=None), lambda found: write(path, arguments, found))
-        try:
+        report = Report(bars.add("measuring, runs"), lambda found: write(path, arguments, found))
+        with told_on_interrupt(lambda: interrupted(path, report.known)):
             result = tune(
                 dense,
                 given.images,
@@ -121,9 +130,6 @@ def run_tune(arguments: Arguments) -> None:
                 device=arguments.device,
                 dtype=getattr(torch, arguments.dtype),
             )
-        except KeyboardInterrupt:
-            say(interrupted(path, report.known))
-            raise
     print_tuning(console, result)
     for line in lines(arguments, result.best):
         console.print(line, soft_wrap=True)
@@ -148,21 +154,23 @@ def opened(arguments: Arguments) -> Callable[[nn.Module], Given]:
     """What reads the images for a model, once it is known that they are there.
 
     Raises:
-        ValueError: Not one of IMAGEs and --data, or as ``open_images``, ``open_labelled`` and ``Selection.of``.
+        ValueError: Not one of IMAGEs and --data, or as ``named_images``, ``open_labelled``,
+            ``Selection.of`` and ``look_at``.
     """
     if arguments.data is None:
         if arguments.limit is not None:
             raise ValueError("--limit takes some images of a labelled set; name one with --data, or leave it out")
         if not arguments.images:
             raise ValueError("name IMAGEs to compare outputs on, or a labelled set with --data, to choose by its loss")
-        photos = list(open_images(arguments.images).values())
+        photos = named_images(arguments.images, arguments.skip_bad)
         return lambda dense: Given(load_images(dense, photos))
     if arguments.images:
         raise ValueError(
             f"settings are chosen by the loss on --data or by the outputs on IMAGEs, got both "
             f"({plain(arguments.data)} and {plain(arguments.images[0])}); leave out one of them"
         )
-    selection = Selection.of(open_labelled(arguments.data), arguments.limit)
+    chosen = Selection.of(open_labelled(arguments.data), arguments.limit)
+    selection = replace(chosen, indices=look_at(chosen.images, chosen.indices, arguments.skip_bad))
     return lambda dense: Given(*load_labelled(dense, selection, arguments.model), selection.text)
 
 
@@ -172,35 +180,27 @@ class Report:
     every few seconds between them.
 
     Attributes:
-        bars: The progress bars, which draw nothing without a terminal.
-        task: The bar of this search.
+        bar: That of this search.
         keep: Called with the search as far as it is.
         known: Settings so far.
-        lines: What is said without a terminal.
     """
 
-    bars: Progress
-    task: TaskID
+    bar: Bar
     keep: Callable[[Tuning], None]
     known: int = 0
-    lines: Lines = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.lines = Lines(self.bars)
 
     def run(self, _: str) -> None:
         """After a timed run."""
-        self.bars.advance(self.task)
-        self.lines.now_and_then(self.text("measuring"))
+        self.bar.advance(self.text("measuring"))
 
     def candidate(self, candidate: Known, found: Tuning) -> None:
         """After a setting was judged or measured."""
         self.known = len(found.tried) + len(found.judged or ())
         self.keep(found)
         if isinstance(candidate, Candidate):
-            self.lines.say(self.text(candidate_text(candidate)))
+            self.bar.bars.say(self.text(candidate_text(candidate)))
         else:
-            self.lines.now_and_then(self.text("comparing schedules"))
+            self.bar.bars.now_and_then(self.text("comparing schedules"))
 
     def text(self, what: str) -> str:
         """How far the search is."""
@@ -246,4 +246,4 @@ def write(path: Path | None, arguments: Arguments, result: Tuning) -> None:
         ready |= {"model_name": name if known else None, "settings": as_json(best.settings), "method": best.method}
         ready["python"] = as_json(lines(arguments, best))
     said: dict[str, Json] = {} if result.free is None else {"said": as_json(free_lines(result.free))}
-    replace_json(path, ready | as_object(result) | said)
+    write_json(path, ready | as_object(result) | said)

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
 
 from effvit.cli import options
+from effvit.cli.images import named_images
 from effvit.cli.models import RANDOM_WEIGHTS, create, has_random_weights
-from effvit.cli.output import draw_figures, output
+from effvit.cli.output import draw_figure, figure_file, output, progress, tell, told_on_interrupt
 from effvit.measure.records import write_records
+from effvit.measure.values import TokenRecord
 from effvit.measure.variants import list_variants, parse_setting, reduced
 from effvit.messages import plain
-from effvit.show.pictures import open_images
 from effvit.show.visualize import token_record
 
 __all__ = ["add_command"]
 
 
-class Arguments(options.FigureArguments):
+class Arguments(options.FigureArguments, options.ImageArguments):
     """Parsed arguments of ``effvit visualize``."""
 
     images: list[str]
@@ -32,14 +34,29 @@ def add_command(commands: options.Commands) -> None:
     """Add the command's arguments; ``run`` of what is parsed is the function to call."""
     command = commands.add_parser(
         "visualize",
-        parents=[options.weights(), options.entry(), options.settings()],
+        parents=[options.weights(), options.entry(), options.settings(), options.images()],
         help="figures of the tokens a model leaves of each image",
     )
-    command.add_argument("images", nargs="+", metavar="IMAGE", help=options.IMAGES)
-    command.add_argument("--model", required=True, metavar="NAME", help="the dense host, or a model to show as it is")
-    command.add_argument("--method", nargs="+", default=[], metavar="NAME", help="methods to reduce the host with")
-    command.add_argument("--out", required=True, type=Path, metavar="DIR")
-    command.add_argument("--json", type=Path, metavar="FILE", help="write the tokens there too, for effvit report")
+    command.add_argument("images", nargs="+", type=options.image_name, metavar="IMAGE", help=options.IMAGES)
+    command.add_argument(
+        "--model",
+        required=True,
+        type=options.model_name,
+        metavar="NAME",
+        help="the dense host, or a model to show as it is",
+    )
+    command.add_argument(
+        "--method",
+        nargs="+",
+        default=[],
+        type=options.method_name,
+        metavar="NAME",
+        help="methods to reduce the host with",
+    )
+    command.add_argument("--out", required=True, type=options.output_folder, metavar="DIR")
+    command.add_argument(
+        "--json", type=options.output_file, metavar="FILE", help="write the tokens there too, for effvit report"
+    )
     command.set_defaults(run=run_visualize)
 
 
@@ -49,20 +66,47 @@ def run_visualize(arguments: Arguments) -> None:
     if assignments and not arguments.method:
         raise ValueError("settings belong to a method: name one with --method")
     variants = list_variants(arguments.method, assignments)
-    images = open_images(arguments.images)
+    images = named_images(arguments.images, arguments.skip_bad)
     model = create(arguments.model, arguments)
     models: Mapping[str, nn.Module] = reduced(model, variants) if variants else {arguments.model: model}
-    console = output()
-    if has_random_weights(arguments):
-        console.print(RANDOM_WEIGHTS, style="yellow")
-    for path in draw_figures(models, images, arguments):
-        console.print(plain(path))
-    if arguments.json is not None:
-        host = arguments.model if variants else None
-        note = RANDOM_WEIGHTS if has_random_weights(arguments) else None
-        records = [
-            token_record(model, image, name=stem, model_name=name, host=host, note=note)
-            for name, model in models.items()
-            for stem, image in images.items()
-        ]
-        write_records(arguments.json, records)
+    figures = figure_files(arguments.out, images.names, list(models))
+    host = arguments.model if variants else None
+    note = RANDOM_WEIGHTS if has_random_weights(arguments) else None
+    if note is not None:
+        output(stderr=True).print(note, style="yellow")
+    drawn: list[Path] = []
+    records: list[TokenRecord] = []
+    with progress() as bars, told_on_interrupt(lambda: interrupted(arguments, len(drawn), len(figures))):
+        bar = bars.add("drawing tokens", len(figures))
+        try:
+            for stem, image in zip(images.names, images, strict=True):
+                for name, model in models.items():
+                    path = figures[stem, name]
+                    draw_figure(model, name, image, path, arguments)
+                    if arguments.json is not None:
+                        records.append(token_record(model, image, name=stem, model_name=name, host=host, note=note))
+                    tell(path)
+                    drawn.append(path)
+                    bar.advance()
+        finally:  # of what was drawn, whatever ends it
+            if arguments.json is not None and records:
+                write_records(arguments.json, records)
+
+
+def figure_files(folder: Path, images: Sequence[str], models: Sequence[str]) -> dict[tuple[str, str], Path]:
+    """(image, model) -> the file of its figure.
+
+    Raises:
+        ValueError: Two would be written to one file.
+    """
+    found = {(image, model): figure_file(folder, image, model) for image in images for model in models}
+    shared = next((path for path, number in Counter(found.values()).items() if number > 1), None)
+    if shared is not None:
+        raise ValueError(f"{plain(shared)} would hold two figures; give images names that differ in letters or digits")
+    return found
+
+
+def interrupted(arguments: Arguments, drawn: int, total: int) -> str:
+    """What becomes of figures that were not all drawn."""
+    records = "" if arguments.json is None or not drawn else f", their tokens in {plain(arguments.json)}"
+    return f"{drawn} of {total} figures are in {plain(arguments.out)}{records}"

@@ -1,4 +1,4 @@
-"""Labelled images in a fixed order, wherever they are stored: in files, in an archive, in a tensor."""
+"""Images in a fixed order, with labels and without, wherever they are stored: in files, in an archive, in a tensor."""
 
 from __future__ import annotations
 
@@ -23,31 +23,36 @@ __all__ = [
     "Label",
     "LabelledImages",
     "PixelImages",
-    "check_readable",
+    "StoredImages",
+    "check_file",
     "digest",
+    "readable",
     "spread",
 ]
+
+NAMED = 3  # bad images that an error names
 
 Label: TypeAlias = "int | str"
 """The number of a class, or its name."""
 
 
-class LabelledImages:
-    """Images and their labels, in a fixed order.
+class StoredImages:
+    """Images in a fixed order, read one at a time.
 
     Args:
-        place: Where they lie, for errors and records.
+        place: Where they lie, for errors and records; "" if in no one place.
         names: A name for each.
-        labels: A label for each: all are names of classes, or all are numbers that a model gives its classes.
     """
 
-    def __init__(self, place: str, names: Sequence[str], labels: Sequence[Label]) -> None:
+    def __init__(self, place: str, names: Sequence[str]) -> None:
         self.place = place
         self.names = names
-        self.labels = labels
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def __iter__(self) -> Iterator[Image.Image]:
+        return (self.read(index) for index in range(len(self)))
 
     @abstractmethod
     def read(self, index: int) -> Image.Image:
@@ -56,6 +61,19 @@ class LabelledImages:
     @abstractmethod
     def check(self, index: int) -> None:
         """Raise the error of ``read`` where header and end of the file are enough to know it."""
+
+
+class LabelledImages(StoredImages):
+    """Images and their labels, in a fixed order.
+
+    Args:
+        place, names: As of ``StoredImages``.
+        labels: A label for each: all are names of classes, or all are numbers that a model gives its classes.
+    """
+
+    def __init__(self, place: str, names: Sequence[str], labels: Sequence[Label]) -> None:
+        super().__init__(place, names)
+        self.labels = labels
 
     @abstractmethod
     def size(self, index: int) -> int:
@@ -80,9 +98,7 @@ class ImageFiles(LabelledImages):
         return open_image(self.folder / self.names[index])
 
     def check(self, index: int) -> None:
-        path = self.folder / self.names[index]
-        with opened(path) as image:
-            check_whole(image, path)
+        check_file(self.folder / self.names[index])
 
     def size(self, index: int) -> int:
         path = self.folder / self.names[index]
@@ -172,20 +188,58 @@ def spread(total: int, number: int, place: str) -> list[int]:
     return [index * total // number for index in range(number)]
 
 
-def check_readable(images: LabelledImages, indices: Sequence[int], on_image: Callable[[], None] = lambda: None) -> None:
-    """Raise a ValueError that counts the images whose header or end cannot be read, and names the first."""
-    errors: list[Exception] = []
+def check_file(path: Path) -> None:
+    """Raise the error of ``open_image`` where header and end of the file are enough to know it."""
+    with opened(path) as image:
+        check_whole(image, path)
+
+
+def readable(
+    images: StoredImages,
+    indices: Sequence[int],
+    *,
+    skip_bad: bool = False,
+    on_image: Callable[[], None] = lambda: None,
+    on_bad: Callable[[Exception], None] = lambda _: None,
+) -> list[int]:
+    """Those of the images that can be read: all, unless bad ones are to be left out.
+
+    Args:
+        images: The set.
+        indices: Those of it to look at.
+        skip_bad: Decode each, one at a time, and leave out those that fail; without, header and end are looked at.
+        on_image: Called after each.
+        on_bad: Called with the error of each that is left out.
+
+    Raises:
+        ValueError, OSError: An image that cannot be read, or with ``skip_bad`` no image that can; of several the
+            message has their number and names the first few.
+    """
+    found: list[int] = []
+    errors: list[ValueError | OSError] = []
     for index in indices:
         try:
-            images.check(index)
+            if skip_bad:
+                images.read(index)
+            else:
+                images.check(index)
+            found.append(index)
         except (ValueError, OSError) as error:
             errors.append(error)
+            if skip_bad:
+                on_bad(error)
         on_image()
-    if errors:
-        raise ValueError(
-            f"{len(errors)} of {len(indices)} images of {plain(images.place)} cannot be read; mend them or take them "
-            f"out of the set, none is skipped. The first: {errors[0]}"
-        )
+    if errors and not (skip_bad and found):
+        raise errors[0] if len(indices) == 1 else ValueError(_told(errors, len(indices), images.place, skip_bad))
+    return found
+
+
+def _told(errors: Sequence[Exception], total: int, place: str, skip_bad: bool) -> str:
+    of = f" of {plain(place)}" if place else ""
+    remedy = "" if skip_bad else "; mend them, take them out, or leave them out with --skip-bad"
+    named = "; ".join(str(error) for error in errors[:NAMED])
+    more = f"; and {len(errors) - NAMED} more" if len(errors) > NAMED else ""
+    return f"{len(errors)} of {total} images{of} cannot be read{remedy}: {named}{more}"
 
 
 def digest(images: LabelledImages, indices: Iterable[int]) -> str:

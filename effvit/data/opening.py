@@ -19,7 +19,7 @@ from effvit.data.labelled import ArchivedImages, ImageFiles, Label, LabelledImag
 from effvit.images import open_image
 from effvit.messages import plain, shown
 
-__all__ = ["FORMS", "open_class_folders", "open_labelled", "open_unlabelled"]
+__all__ = ["FORMS", "image_files", "open_class_folders", "open_labelled", "open_unlabelled"]
 
 COLUMNS = ("path", "label")
 IDX_IMAGES, IDX_LABELS = "images-idx3-ubyte", "labels-idx1-ubyte"
@@ -59,10 +59,16 @@ def open_unlabelled(path: Path) -> LabelledImages:
     """
     if not path.is_dir():
         return open_labelled(path)
-    names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if _is_image(file))
-    if not names:
-        raise ValueError(f"{plain(path)} holds no images ({', '.join(IMG_EXTENSIONS)}); name a folder that does")
+    names = [file.relative_to(path).as_posix() for file in image_files(path)]
     return ImageFiles(str(path), path, names, [0] * len(names))
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The images in a folder and its sub-folders by the ends of their names, sorted; a ValueError if there are none."""
+    files = sorted(file for file in folder.rglob("*") if _is_image(file))
+    if not files:
+        raise ValueError(f"{plain(folder)} holds no images ({', '.join(IMG_EXTENSIONS)}); name a folder that does")
+    return files
 
 
 def _is_image(path: Path) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TypedDict
 
@@ -37,8 +37,13 @@ def data_config(model: nn.Module) -> DataConfig:
     return config
 
 
-def load_images(model: nn.Module, images: Sequence[Image.Image]) -> Tensor:
-    """Images as the model takes them: resized, cropped and normalised, (B, 3, H, W); (B, 1, H, W) grey."""
+def load_images(model: nn.Module, images: Iterable[Image.Image]) -> Tensor:
+    """Images as the model takes them: resized, cropped and normalised, (B, 3, H, W); (B, 1, H, W) grey.
+
+    Args:
+        model: The model.
+        images: Taken one after the other, so that those which are decoded on the way are not held together.
+    """
     transform = image_transform(model)
     return torch.stack([transform(image) for image in images])
 

@@ -253,6 +253,8 @@ def read_file(path: str | Path, allowed: Sequence[type] = ()) -> Mapping[str, An
 
 def _reason(error: Exception) -> str:
     """What a reader complained about, in its own first line; torch's advice to let the file run code is left out."""
+    if isinstance(error, LookupError):  # whose text is a bare number
+        return "its entries refer to others that are not there"
     if isinstance(error, pickle.UnpicklingError):
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))
         return f"it asks for {plain(asked[1])}" if asked else "it is no pickle of plain values and weights"

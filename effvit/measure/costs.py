@@ -47,6 +47,7 @@ def profile(
     breakdown: bool = False,
     on_run: Callable[[str], None] | None = None,
     on_count: Callable[[str], None] | None = None,
+    is_enough: Callable[[], bool] = lambda: False,
     **options: Unpack[ProfileOptions],
 ) -> Record:
     """Measure and count models beside each other; the first is the baseline.
@@ -62,6 +63,7 @@ def profile(
         breakdown: Time the parts of every block too.
         on_run: Called with a model's name after each run.
         on_count: Called with a model's name when all about it is known.
+        is_enough: As of ``profile_models``.
         options: Further keywords of ``profile_models``: rounds, warmup, precision, max_rounds, threads, device, dtype,
             compile, cuda_graphs.
 
@@ -75,7 +77,7 @@ def profile(
     dense = next(iter(models.values()))
     tokens = {name: tokens_by_block(model, sample) for name, model in models.items()}
     runs = {**models, **(ideals(models, tokens) if ideal else {})}
-    speeds = profile_models(runs, input_size, batch_size, images=images, on_run=on_run, **options)
+    speeds = profile_models(runs, input_size, batch_size, images=images, on_run=on_run, is_enough=is_enough, **options)
     measured = {speed.name: speed for speed in speeds}
     compared = images is not None and any(is_reduced(model, dense) for model in models.values())
     reference = outputs(dense, sample) if compared else None

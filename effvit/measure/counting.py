@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from effvit.data.labelled import LabelledImages
 from effvit.measure.accuracy import right_answers
-from effvit.measure.json_files import read_json, replace_json
+from effvit.measure.json_files import read_json, write_json
 from effvit.measure.processes import Processes
 from effvit.measure.records import as_json
 from effvit.measure.resume import refuse_differences
@@ -190,7 +190,7 @@ class KeptCounts:
         if self.path is None or not self.is_writer:
             return
         self.groups[name] = Group(conditions, counts)
-        replace_json(self.path, {"state": STATE, "groups": as_json({n: g._asdict() for n, g in self.groups.items()})})
+        write_json(self.path, {"state": STATE, "groups": as_json({n: g._asdict() for n, g in self.groups.items()})})
 
     def close(self) -> None:
         """Remove the file: the evaluation is complete."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from effvit.data.classes import model_labels
-from effvit.data.labelled import LabelledImages, check_readable, digest, spread
+from effvit.data.labelled import LabelledImages, digest, readable, spread
 from effvit.data.preparation import data_config, image_transform
 from effvit.hosts.calibration import calibrate, needs_calibration
 from effvit.hosts.surface import Reduced
@@ -233,7 +233,7 @@ def load_labelled(model: nn.Module, selection: Selection, name: str) -> tuple[Te
         ValueError: Classes that are not the model's, or images that cannot be read, as of ``evaluate``.
     """
     numbers = model_labels(selection.images, model, name)
-    check_readable(selection.images, selection.indices)
+    readable(selection.images, selection.indices)  # counts the bad ones before the first is decoded
     prepared = Prepared(selection.images, selection.indices, numbers, image_transform(model))
     images, labels = zip(*(prepared[position] for position in range(len(prepared))), strict=True)
     return torch.stack(images), torch.tensor(labels)

@@ -1,16 +1,16 @@
-"""JSON files: read with limits on what they hold, written with finite numbers alone."""
+"""JSON files: read with limits on what they hold, written whole and with finite numbers alone."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 
+from effvit.measure.written_files import write_whole
 from effvit.messages import plain, shown
 from effvit.protocols import Json
 
-__all__ = ["parse_json", "read_json", "replace_json", "write_json"]
+__all__ = ["parse_json", "read_json", "write_json"]
 
 LARGEST_FILE = 64 << 20  # bytes; a record of ten models has 10 kB, an image with tokens 200 kB
 
@@ -63,28 +63,14 @@ def _each_once(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
 
 
 def write_json(path: Path, value: Json) -> None:
-    """Write the value, making the folder if there is none.
+    """Write the value, making the folder if there is none; the file holds all of it or what it held before.
 
     Raises:
+        OSError: As ``effvit.measure.written_files.write_whole``.
         ValueError: A number that is not finite, for which JSON has no words.
     """
     try:
         content = json.dumps(value, indent=1, allow_nan=False)
     except ValueError as error:
         raise ValueError(f"{plain(path)} is not written: {error}; the outputs of a model are not finite") from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content + "\n", encoding="utf-8")
-
-
-def replace_json(path: Path, value: Json) -> None:
-    """Write the value so that the file holds either all of it or what it held before, even after Ctrl-C.
-
-    Raises:
-        ValueError: As ``write_json``.
-    """
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write_json(beside, value)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_whole(path, f"{content}\n".encode())

@@ -8,9 +8,8 @@ from typing import NamedTuple, cast
 
 from torch import nn
 
-from effvit.hosts.surface import Reduced
 from effvit.measure.ideal import PlainViT
-from effvit.measure.variants import reduce_by
+from effvit.measure.variants import check_dense, reduce_by
 from effvit.protocols import Settings
 from effvit.reducers import METHODS
 
@@ -54,11 +53,7 @@ def families(dense: nn.Module, methods: Sequence[str] | None = None) -> list[Fam
     unknown = [method for method in methods if method not in known]
     if unknown:
         raise ValueError(f"{unknown[0]!r} is not tuned; tuned are {', '.join(known)}")
-    if isinstance(dense, Reduced):
-        raise ValueError(
-            f"the model is reduced by {dense.method} already, so that there is no dense model to compare with; give "
-            f"its host{f', {dense.host_name}' if dense.host_name else ''}"
-        )
+    check_dense(dense)
     if not hasattr(dense, "blocks"):
         raise TypeError(f"tuned are plain ViTs, whose blocks follow each other in 'blocks', not {type(dense).__name__}")
     host = cast("PlainViT", dense)

@@ -156,10 +156,29 @@ def fill_batch(images: Tensor, batch_size: int) -> Tensor:
 
 
 def present_device(device: str | torch.device) -> torch.device:
-    """The device; a ValueError for a CUDA device on a machine without."""
+    """The device, once a tensor was made there.
+
+    Raises:
+        ValueError: A device that this machine or this build of torch has not, or one that holds no values.
+        RuntimeError: A name that torch does not know.
+    """
     device = torch.device(device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {str(device)!r} asks for CUDA, but torch finds none here; use 'cpu'")
+    asked = f"device {str(device)!r} asks for {device.type.upper()}"
+    if device.type == "meta":
+        raise ValueError(f"{asked}, which computes nothing that could be measured; use 'cpu'")
+    try:
+        torch.empty(0, device=device)
+    except (
+        RuntimeError,
+        AssertionError,
+        ImportError,
+    ) as error:  # each backend says it in its own way
+        there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        found = (
+            "none here" if there is None or there.type != device.type else f"{torch.accelerator.device_count()} here"
+        )
+        known = "'cpu'" if there is None else f"'cpu' or '{there.type}'"
+        raise ValueError(f"{asked}, but torch finds {found}; use {known}") from error
     return device
 
 
@@ -180,6 +199,7 @@ def profile_models(
     keep_memory: bool = True,
     images: Tensor | None = None,
     on_run: Callable[[str], None] | None = None,
+    is_enough: Callable[[], bool] = lambda: False,
 ) -> list[Measurement]:
     """Interleaved inference speed of several models on one batch; the first is the baseline.
 
@@ -204,12 +224,13 @@ def profile_models(
         keep_memory: On a CPU, let the process keep freed memory from then on (``keep_freed_memory``).
         images: (B, channels, H, W) to measure on, repeated to fill the batch; None means seeded noise.
         on_run: Called with the model's name after each run.
+        is_enough: Asked after each round; True ends the measurement with the rounds there are, one at least.
 
     Returns:
         A Measurement of each model, in the order of ``models``.
 
     Raises:
-        ValueError: No model, or a count below 1; a CUDA device on a machine without; CUDA graphs on another device, or
+        ValueError: No model, or a count below 1; a device as of ``present_device``; CUDA graphs on another device, or
             of a model that waits for the device to know its token counts.
     """
     if not models:
@@ -234,7 +255,7 @@ def profile_models(
     try:
         memory = {name: peak_memory(twin, batch) for name, twin in twins.items()}
         runs = {name: prepared(name, twin, batch, compile, cuda_graphs) for name, twin in twins.items()}
-        seconds = interleaved(runs, batch, rounds, warmup, precision, max_rounds, on_run)
+        seconds = interleaved(runs, batch, rounds, warmup, precision, max_rounds, on_run, is_enough)
     finally:
         torch.set_num_threads(threads_before)
     baseline: Times = np.array(next(iter(seconds.values())))
@@ -249,6 +270,7 @@ def interleaved(
     precision: float | None,
     max_rounds: int,
     on_run: Callable[[str], None] | None,
+    is_enough: Callable[[], bool] = lambda: False,
 ) -> dict[str, list[float]]:
     """Name -> seconds in every measured round; arguments as in ``profile_models``."""
     rng = np.random.default_rng(SEED)
@@ -262,12 +284,14 @@ def interleaved(
 
     warm: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(max(warmup, MAX_WARMUP)):
-        if turn >= warmup and not any(still_faster(durations) for durations in warm.values()):
+        if is_enough() or (turn >= warmup and not any(still_faster(durations) for durations in warm.values())):
             break
         run_round(warm)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(max(rounds, max_rounds)):
         if turn >= rounds and (precision is None or resolved(seconds, precision)):
+            break
+        if turn and is_enough():
             break
         run_round(seconds)
     return seconds

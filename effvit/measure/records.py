@@ -43,6 +43,7 @@ from effvit.measure.values import (
     Fidelity,
     FreeChoices,
     Judged,
+    Metrics,
     ObjectPatches,
     Published,
     Record,
@@ -169,6 +170,7 @@ STAIRCASE = same_length(
     "tokens",
     "seconds",
 )
+PACKAGES = list_of(fields({"name": text, "needed": text, "found": optional(text), "fits": truth}))
 KINDS: dict[str, Rule] = {
     "profile": fields({"machine": MACHINE, "conditions": CONDITIONS, "models": list_of(COST, least=1)}),
     "accuracy": fields(
@@ -192,6 +194,29 @@ KINDS: dict[str, Rule] = {
             "stages": list_of(STAGE),
         },
         {"note": optional(text)},
+    ),
+    "metrics": fields(
+        {"config": text, "checkpoint": optional(text), "metrics": table_of(optional(number()))},
+    ),
+    "doctor": fields(
+        {
+            "effvit": text,
+            "python": text,
+            "system": text,
+            "devices": table_of(text),
+            "core": fields({"problem": optional(text), "packages": PACKAGES}),
+            "extras": table_of(
+                fields(
+                    {
+                        "name": text,
+                        "purpose": text,
+                        "packages": PACKAGES,
+                        "problems": list_of(text),
+                        "install": optional(text),
+                    }
+                )
+            ),
+        }
     ),
     "tune": fields(
         {
@@ -224,7 +249,8 @@ KINDS: dict[str, Rule] = {
 }
 
 
-LISTED = ("profile", "accuracy", "tokens")  # kinds that a list of records holds
+LISTED = ("profile", "accuracy", "tokens", "metrics")  # kinds that a list of records holds
+SINGLE = ("tune", "doctor")  # kinds that are a file of their own
 
 
 def check_record(record: Json, place: str, kinds: tuple[str, ...] = LISTED) -> None:
@@ -260,11 +286,16 @@ def read_records(path: Path, kinds: tuple[str, ...] = LISTED) -> list[Json]:
 
 
 def read_results(path: Path) -> list[Json]:
-    """What a report shows of a file: its records, or the one search that it holds; errors as of ``read_records``."""
+    """What a report shows of a file: its records, or what is a file of its own; errors as of ``read_records``."""
     value = read_json(path)
-    if isinstance(value, dict) and value.get("kind") == Tuning.kind:
-        check_record(value, plain(path), (Tuning.kind,))
+    if isinstance(value, dict) and value.get("kind") in SINGLE:
+        check_record(value, plain(path), SINGLE)
         return [value]
+    if isinstance(value, dict) and "state" in value:
+        raise ValueError(
+            f"{plain(path)} keeps the counts of an evaluation that is not complete; let its command go on, and give "
+            "the file of its --json"
+        )
     return _checked(value, path, LISTED)
 
 
@@ -272,7 +303,8 @@ def _checked(records: Json, path: Path, kinds: tuple[str, ...]) -> list[Json]:
     if not isinstance(records, list) or not records:
         raise ValueError(
             f"{plain(path)} must hold a list of records, at least one, got {type(records).__name__}; "
-            "effvit profile, evaluate and visualize write such files with --json, effvit tune --json one of its own"
+            "effvit profile, evaluate and visualize write such files with --json, effvit test with --out; tune and "
+            "doctor have files of their own"
         )
     for index, record in enumerate(records):
         check_record(record, f"{plain(path)}, record {index}", kinds)
@@ -443,7 +475,7 @@ def as_json(value: object) -> Json:
 def as_object(value: DataclassInstance) -> dict[str, Json]:
     """The fields of a dataclass as ``as_json`` writes them, those of a record after its schema and kind."""
     found: dict[str, Json] = {}
-    if isinstance(value, (Record, Evaluation, TokenRecord, Tuning)):
+    if isinstance(value, (Record, Evaluation, Metrics, TokenRecord, Tuning)):
         found |= {"schema": SCHEMA, "kind": value.kind}
     for entry in dataclasses.fields(value):
         own: object = getattr(value, entry.name)
@@ -454,7 +486,7 @@ def as_object(value: DataclassInstance) -> dict[str, Json]:
     return found
 
 
-def write_records(path: Path, records: Sequence[Record | Evaluation | TokenRecord]) -> None:
+def write_records(path: Path, records: Sequence[Record | Evaluation | Metrics | TokenRecord]) -> None:
     """Write a file of results; errors as of ``write_json``."""
     write_json(path, as_json(list(records)))
 

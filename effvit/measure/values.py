@@ -27,6 +27,7 @@ __all__ = [
     "FreeChoices",
     "Judged",
     "Machine",
+    "Metrics",
     "ObjectPatches",
     "Published",
     "Record",
@@ -513,6 +514,22 @@ class TokenStage:
     labels: Sequence[Sequence[int]]
     fused: Sequence[int]
     soft: bool
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What the evaluators of a config of mmdet, mmseg or mmpretrain said of a model.
+
+    Attributes:
+        config: The config.
+        checkpoint: What the weights are from, None for the pretrained ones that the config names.
+        metrics: Name -> value, None for one that is not finite.
+    """
+
+    kind: ClassVar[str] = "metrics"
+    config: str
+    checkpoint: str | None
+    metrics: Mapping[str, float | None]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from effvit.measure.json_files import parse_json
 from effvit.messages import plain, shown
 from effvit.protocols import Setting, Settings
 
-__all__ = ["build", "list_variants", "parse_setting", "python_line", "reduce_by", "reduced", "timm_line"]
+__all__ = ["build", "check_dense", "list_variants", "parse_setting", "python_line", "reduce_by", "reduced", "timm_line"]
 
 
 def parse_setting(text: str, option: str = "--set") -> tuple[str, Setting]:
@@ -54,8 +54,19 @@ def list_variants(methods: Sequence[str], assignments: Sequence[tuple[str, Setti
     ]
 
 
+def check_dense(model: nn.Module) -> None:
+    """Raise a ValueError for a model that is reduced already."""
+    if isinstance(model, Reduced):
+        raise ValueError(
+            f"the model is reduced by {model.method} already, so that there is no dense model to compare with; give "
+            f"its host{f', {model.host_name}' if model.host_name else ''}"
+        )
+
+
 def reduced(host: nn.Module, variants: Sequence[tuple[str, Settings]]) -> dict[str, Reduced]:
-    """Name -> the host with that method and those settings."""
+    """Name -> the host with that method and those settings; a ValueError for variants of a model reduced already."""
+    if variants:
+        check_dense(host)
     models: dict[str, Reduced] = {}
     for method, settings in variants:
         name = " ".join([method, *(f"{key}={value}" for key, value in settings.items())])

@@ -8,9 +8,7 @@ of what they are made of lie beside them.
 
 from __future__ import annotations
 
-import fnmatch
 import json
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -27,8 +25,7 @@ __all__ = [
     "cutout_pictures",
     "fashion_classes",
     "fashion_pictures",
-    "find_pictures",
-    "open_images",
+    "photograph_files",
     "photographs",
 ]
 
@@ -88,69 +85,23 @@ def cutout_pictures() -> dict[str, Labelled]:
         }
 
 
-def photographs() -> dict[str, Image.Image]:
-    """Photographs inside other packages by name, in RGB; nothing is downloaded.
+def photograph_files() -> dict[str, Path]:
+    """The files of photographs inside other packages by name; nothing is downloaded.
 
     Raises:
         FileNotFoundError: A package that carries some is not installed.
     """
-    found = {}
+    found: dict[str, Path] = {}
     for package, files in PHOTOGRAPHS.items():
         spec = find_spec(package)
         if spec is None or spec.origin is None:
             raise FileNotFoundError(
                 f"the demo's photographs come with the package {package}, which is not installed; install effvit[demo]"
             )
-        for file in files:
-            found[Path(file).stem] = open_image(Path(spec.origin).parent / file)
+        found |= {Path(file).stem: Path(spec.origin).parent / file for file in files}
     return found
 
 
-def find_pictures(text: str) -> dict[str, Image.Image]:
-    """The images that a text of the command line names, in RGB.
-
-    Args:
-        text: "fashion_mnist:PATTERN", "cutouts:PATTERN" or "photographs:PATTERN" with a shell-style pattern of their
-            names, else a file.
-
-    Raises:
-        ValueError: A pattern that matches none, or a file that is no image (``effvit.images.open_image``).
-        FileNotFoundError: No such file; for "photographs:" as ``photographs``.
-    """
-    kind, _, pattern = text.partition(":")
-    if kind not in ("fashion_mnist", "cutouts", "photographs"):
-        return {Path(text).stem: open_image(text)}
-    if kind == "photographs":
-        known = photographs()
-    else:
-        labelled = fashion_pictures() if kind == "fashion_mnist" else cutout_pictures()
-        known = {name: entry.image for name, entry in labelled.items()}
-    found = {name: image.convert("RGB") for name, image in known.items() if fnmatch.fnmatch(name, pattern)}
-    if not found:
-        raise ValueError(f"{text} names no picture; {kind}: has {', '.join(known)}")
-    return found
-
-
-def open_images(texts: Sequence[str]) -> dict[str, Image.Image]:
-    """The images that the texts name, in RGB, by name.
-
-    Raises:
-        ValueError, OSError: As ``find_pictures``; of several that cannot be read, all are named. Or two have one name.
-    """
-    images: dict[str, Image.Image] = {}
-    errors: list[ValueError | OSError] = []
-    for text in texts:
-        try:
-            found = find_pictures(text)
-        except (ValueError, OSError) as error:
-            errors.append(error)
-            continue
-        again = [name for name in found if name in images]
-        if again:
-            raise ValueError(f"images must differ in name, which {text} does not: {', '.join(again)}")
-        images |= found
-    if len(errors) == 1:
-        raise errors[0]
-    if errors:
-        raise ValueError(f"{len(errors)} of {len(texts)} images cannot be used: {'; '.join(map(str, errors))}")
-    return images
+def photographs() -> dict[str, Image.Image]:
+    """The photographs of ``photograph_files`` in RGB, all decoded; errors as of these."""
+    return {name: open_image(file) for name, file in photograph_files().items()}

@@ -346,6 +346,38 @@ function renderSearches() {
   byId("searches").replaceChildren(...searches.flatMap(tuneTable));
 }
 
+function plainTable(label, heads, body) { // rows of texts; the first column names the row
+  const head = heads.map((name) => make("th", { scope: "col", class: "text" }, name));
+  const rows = body.map(([name, ...cells]) => make("tr", {}, make("th", { scope: "row", class: "text" }, name),
+    ...cells.map((cell) => make("td", { class: "text" }, cell))));
+  const table = make("table", {}, make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...rows));
+  return make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": label }, table);
+}
+
+function renderMetrics() {
+  const found = records.filter((record) => record.kind === "metrics");
+  byId("metrics").hidden = !found.length;
+  byId("metric-tables").replaceChildren(...found.flatMap((record) => [
+    make("p", {}, `${record.config}, ${record.checkpoint ?? "weights that the config names"}`),
+    plainTable(`Metrics of ${record.config}`, ["metric", "value"],
+      Object.entries(record.metrics).map(([name, value]) => [name, text(value, 4)])),
+  ]));
+}
+
+function renderInstallations() {
+  const found = records.filter((record) => record.kind === "doctor");
+  const versions = (packages) => packages.map((own) => `${own.name} ${own.found ?? "missing"}`).join(", ");
+  byId("installed").hidden = !found.length;
+  byId("installations").replaceChildren(...found.flatMap((record) => [
+    make("p", {}, [`effvit ${record.effvit}, Python ${record.python}, ${record.system}`,
+      ...Object.entries(record.devices).map(([device, name]) => `${device}: ${name}`)].join("; ")),
+    plainTable("What is installed", ["part", "packages", "problems"], [
+      ["core", versions(record.core.packages), record.core.problem ?? "none"],
+      ...Object.values(record.extras).map((own) => [`${own.name}: ${own.purpose}`, versions(own.packages),
+        own.problems.join("; ") || "none"])]),
+  ]));
+}
+
 function renderFacts() {
   const table = make("table");
   for (const record of profiles) {
@@ -402,5 +434,7 @@ byId("cards").replaceChildren(...cards.map(([, card]) => card));
 renderFacts();
 renderEvaluations();
 renderSearches();
+renderMetrics();
+renderInstallations();
 readState();
 render();

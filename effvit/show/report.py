@@ -8,6 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from effvit.measure.records import read_results
+from effvit.measure.written_files import write_whole
 
 __all__ = ["write_report"]
 
@@ -18,7 +19,7 @@ def write_report(results: Sequence[Path], out: Path) -> None:
     """Write the records of the files as one HTML page with all it needs inside.
 
     Args:
-        results: JSON files that ``effvit profile``, ``visualize`` and ``tune`` wrote with ``--json``.
+        results: JSON files that the commands of ``effvit`` wrote.
         out: The page to write; its folder is made if there is none.
 
     Raises:
@@ -31,8 +32,7 @@ def write_report(results: Sequence[Path], out: Path) -> None:
     data = json.dumps(records, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     script = "\n".join(asset(name) for name in SCRIPTS)
     page = asset("report.html").replace("{{style}}", asset("report.css")).replace("{{script}}", script)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page.replace("{{data}}", data), encoding="utf-8")
+    write_whole(out, page.replace("{{data}}", data).encode())
 
 
 def asset(name: str) -> str:

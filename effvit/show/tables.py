@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from effvit.measure.values import (
     Record,
     Tuning,
 )
+from effvit.measure.written_files import write_whole
 from effvit.protocols import Settings
 
 __all__ = [
@@ -348,11 +350,11 @@ def settings_text(settings: Settings) -> str:
 def write_csv(path: Path, records: Sequence[Record]) -> None:
     """Write one row for each model of the records: conditions, machine and numbers, in the units of the record."""
     rows = [_row(record, cost) for record in records for cost in record.models]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, table.getvalue().encode())
 
 
 def _row(record: Record, cost: Cost) -> dict[str, object]:
