@@ -12,6 +12,7 @@ from effvit.cli import (
     demo,
     doctor,
     evaluate,
+    export,
     listing,
     profile,
     report,
@@ -39,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--version", action="version", version=f"effvit {effvit.__version__}")
     commands = root.add_subparsers(required=True, metavar="COMMAND")
     for command in (
-        *(listing, profile, evaluate, visualize, report, tune, convert, demo),
+        *(listing, profile, evaluate, visualize, report, tune, convert, export, demo),
         *(configs, train, test, run, doctor),
     ):
         command.add_command(commands)
