@@ -67,11 +67,13 @@ def write_onnx(program: ExportedProgram, path: Path) -> None:
     graph.save(path)
 
 
-def read_onnx(path: Path) -> Run:
-    """The graph of an .onnx file, run by onnxruntime."""
+def read_onnx(path: Path, threads: int = 0) -> Run:
+    """The graph of an .onnx file, run by onnxruntime on so many threads; 0 for its own choice."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     (name,) = (entry.name for entry in session.get_inputs())
     return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
 
@@ -89,11 +91,15 @@ def write_openvino(program: ExportedProgram, path: Path) -> None:
         openvino.save_model(openvino.Core().read_model(graph), path, compress_to_fp16=False)
 
 
-def read_openvino(path: Path) -> Run:
-    """The graph of an .xml file, run by OpenVINO on the CPU in float32, which on some CPUs is not its default."""
+def read_openvino(path: Path, threads: int = 0) -> Run:
+    """The graph of an .xml or .onnx file, run by OpenVINO on so many threads of the CPU; 0 for its own choice.
+
+    It computes in float32, which on CPUs with bfloat16 is not its default.
+    """
     import openvino
 
-    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": str(threads)}
+    compiled = openvino.Core().compile_model(path, "CPU", settings)
     return lambda x: torch.from_numpy(compiled(x.numpy())[0].copy())  # the next run overwrites its own output
 
 
