@@ -118,7 +118,8 @@ class TestNothingIsWritten:
 
         for run, message in (
             (refuse, "not run on a batch of 1: no such operator"),
-            (torch.flatten, r"scores \(9216,\)"),
+            (torch.flatten, r"scores \(9216,\) of a batch of 1, the model \(1, 7\)"),
+            (lambda x: torch.full((len(x), 7), torch.nan), "differ from the model's by nan"),
         ):
             monkeypatch.setitem(FORMATS, "pt2", FORMATS["pt2"]._replace(read=lambda _, run=run: run))
             with pytest.raises(ValueError, match=message):

@@ -27,7 +27,8 @@ class Agreement(NamedTuple):
 
     Attributes:
         batch_sizes: Of the batches compared.
-        distance: Largest difference of a score from the eager one, as a share of the largest eager score of its image.
+        distance: Largest difference of a score from the eager one, as a share of the largest eager score of its image;
+            NaN if one of the file's scores is.
         same_class: Images whose highest score is that of the same class.
     """
 
@@ -123,7 +124,8 @@ def compare(run: Run, expected: list[tuple[Tensor, Tensor]]) -> Agreement:
     Raises:
         ValueError: It does not run on one of the batches, or gives scores of another shape.
     """
-    distance, same_class = 0.0, 0
+    shares: list[Tensor] = []
+    same_class = 0
     for images, scores in expected:
         try:
             found = run(images)
@@ -136,12 +138,10 @@ def compare(run: Run, expected: list[tuple[Tensor, Tensor]]) -> Agreement:
                 f"nothing was written: the file gives scores {tuple(found.shape)} of a batch of {len(images)}, the "
                 f"model {tuple(scores.shape)}"
             )
-        shares = (found - scores).abs().amax(1) / scores.abs().amax(1)  # (B,)
-        distance = max(distance, float(shares.max())) if shares.isfinite().all() else float("nan")
+        largest = scores.abs().amax(1).clamp_min(torch.finfo(scores.dtype).tiny)  # (B,)
+        shares.append((found - scores).abs().amax(1) / largest)
         same_class += int((found.argmax(1) == scores.argmax(1)).sum())
-        if distance != distance:
-            break
-    return Agreement(tuple(len(images) for images, _ in expected), distance, same_class)
+    return Agreement(tuple(len(images) for images, _ in expected), float(torch.cat(shares).max()), same_class)
 
 
 def _scores(model: nn.Module, images: Tensor) -> Tensor:
