@@ -1,4 +1,4 @@
-"""Models whose linear layers multiply in 8 bits: an ONNX file rewritten by ONNX Runtime, a module by torchao."""
+"""Models that multiply in 8 bits: an ONNX file rewritten by ONNX Runtime, the linear layers of a module by torchao."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 def quantize_onnx(source: Path, target: Path) -> None:
     """Write the ONNX file again with int8 weights, for each channel; what enters them is rounded by the batch's range.
 
-    No images are needed to calibrate it.
+    That is so in linear layers and convolutions, as ONNX Runtime does by default. No images are needed to calibrate it.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -25,7 +25,7 @@ def quantize_onnx(source: Path, target: Path) -> None:
 
 
 def quantize_model(model: ModelT) -> ModelT:
-    """A copy of the model with int8 weights, for each channel; what enters them is rounded by the token's range.
+    """A copy of the model whose linear layers have int8 weights, for each channel; inputs are rounded for each token.
 
     torchao means such a model to be compiled (``effvit.compile``).
     """
