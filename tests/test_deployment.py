@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import hosts
 import pytest
@@ -15,6 +17,8 @@ import effvit
 from effvit.deployment import formats
 from effvit.deployment.exporting import export
 from effvit.deployment.formats import FORMATS
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "deployment.md"
 
 
 def small(method: str = "evit", **settings: object) -> nn.Module:
@@ -153,3 +157,15 @@ def test_uncalibrated_dymu_names_what_it_needs(tmp_path: Path) -> None:
     model = effvit.sparsify(hosts.make_host("class_token"), "dymu").eval()
     with pytest.raises(ValueError, match="thresholds"):
         export(model, tmp_path / "model.pt2", images(4), to="pt2")
+
+
+def test_example_of_the_page_runs_and_its_comment_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    example = re.search(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert example is not None
+    values: dict[str, Any] = {}
+    exec(example[1], values)
+    assert capsys.readouterr().out.startswith("Agreement(batch_sizes=(1, 3, 5), ")
+    assert values["scores"].shape == (6, 10)

@@ -60,7 +60,7 @@ def read_pt2(path: Path) -> Run:
 
 
 def write_onnx(program: ExportedProgram, path: Path) -> None:
-    """Write the program as ONNX, in the opset that this torch prefers; weights above 2 GB go to a file beside it."""
+    """Write the program as ONNX, in the opset that this torch prefers; weights above 1.5 GB go to a file beside it."""
     graph = torch.onnx.export(program, dynamo=True, input_names=[INPUT], output_names=[OUTPUT], verbose=False)
     assert graph is not None
     graph.save(path)
