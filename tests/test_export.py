@@ -62,6 +62,7 @@ NAMED = {
     ("torch.compile", "evit"),
     ("torch.compile", "ats packed eva02"),
     ("torch.export, dynamic size", "evit dynamic_img_size"),
+    ("torch.export, dynamic size", "hot dynamic_img_size"),
     ("torch.compile, dynamic", "evit"),
 }
 
