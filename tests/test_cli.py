@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import re
 import shlex
 import signal
 import sys
@@ -22,6 +23,7 @@ from effvit import cli
 from effvit.cli import demo, main
 from effvit.cli.models import RANDOM_WEIGHTS
 from effvit.cli.output import output
+from effvit.deployment.formats import read_pt2
 from effvit.images import open_image
 from effvit.measure.records import read_profiles
 from effvit.measure.variants import list_variants, parse_setting
@@ -103,6 +105,50 @@ class TestList:
 
     def test_pattern_without_match_is_an_error(self, capsys):
         assert "no method and no model matches 'nothing'" in failure(capsys, "list", "nothing")
+
+
+class TestExport:
+    NANO = ("export", "vit_nano_patch4_28", "--pretrained", "--to", "pt2")
+
+    def test_file_is_named_after_model_and_setting_and_holds_the_reduced_one(self, capsys, tmp_path, monkeypatch):
+        """The expectation is the model that effvit.sparsify makes with that setting."""
+        monkeypatch.chdir(tmp_path)
+        assert main([*self.NANO, "--method", "evit", "--set", "keep_rate=0.5", "--dynamic-batch"]) == 0
+        path, takes, agrees = capsys.readouterr().out.splitlines()
+        assert path == "vit_nano_patch4_28-evit-keep_rate-0.5.pt2"
+        assert takes.startswith("takes images (batch, 1, 28, 28) float32, mean (0.286,), std (0.353,)")
+        assert re.search(r"batches of 1, 3, 5: .* and 9 of 9 images get the same class", agrees)
+        host = timm.create_model("vit_nano_patch4_28", pretrained=True).eval()
+        model = effvit.sparsify(host, "evit", keep_rate=0.5).eval()
+        x = torch.randn(4, 1, 28, 28)
+        with torch.no_grad():
+            assert torch.allclose(read_pt2(Path(path))(x), model(x), atol=1e-5)
+
+    def test_random_weights_and_one_batch_size_are_told(self, capsys, tmp_path):
+        """Colour images of the package, for a model of three channels."""
+        out = tmp_path / "folder" / "tiny.pt2"
+        arguments = ["export", TINY, *SMALL, "--to", "pt2", "--batch-size", "2", "--out", str(out)]
+        assert main(arguments) == 0
+        captured = capsys.readouterr()
+        assert f"{TINY} has {RANDOM_WEIGHTS}" in captured.err
+        assert captured.out.startswith(f"{out}\ntakes images (2, 3, 64, 64) float32")
+        assert "batches of 2, 2, 2" in captured.out
+        assert out.is_file()
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("--set", "r=3"), "settings belong to a method"),
+            (("--method", "tome", "--set", "r=3", "--set", "r=4"), "one file holds one model, but --set gives 2"),
+            (("--method", "ats", "--set", 'ragged="packed"'), "ragged='padded'"),
+            (("--out", "model.onnx"), "a file of pt2 must end in .pt2, got model.onnx"),
+            (("--images", "nowhere.png"), "nowhere.png"),
+        ],
+    )
+    def test_what_cannot_be_written_is_one_sentence(self, capsys, tmp_path, monkeypatch, arguments, message):
+        monkeypatch.chdir(tmp_path)
+        assert message in failure(capsys, *self.NANO, *arguments)
+        assert not [*tmp_path.iterdir()]
 
 
 class TestProfile:

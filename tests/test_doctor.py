@@ -64,7 +64,7 @@ def test_json_says_the_same(versions: dict[str, str], capsys: pytest.CaptureFixt
     assert found["core"]["problem"] is None
     (torch_here,) = found["core"]["packages"]
     assert torch_here == {"name": "torch", "needed": ">=2.6", "found": "2.11.0", "fits": True}
-    assert found["extras"].keys() == {"mm", "transformers", "demo", "imagenet"}
+    assert found["extras"].keys() == {"mm", "transformers", "demo", "export", "imagenet"}
     assert found["extras"]["demo"]["problems"] == []
     assert found["extras"]["imagenet"]["problems"] == ["needs scipy>=1.11, found none"]
     assert found["extras"]["imagenet"]["install"] == "pip install 'effvit[imagenet]'"

@@ -36,7 +36,7 @@ ROWS = (
     ("images",),
     ("data",),
     ("measure",),
-    ("dense", "show", "testing"),
+    ("dense", "deployment", "show", "testing"),
     ("cli",),
 )
 RANKS = {part: row for row, parts in enumerate(ROWS) for part in parts}

@@ -14,6 +14,7 @@ from effvit.cli import (
     demo,
     doctor,
     evaluate,
+    export,
     listing,
     options,
     profile,
@@ -47,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--version", action="version", version=f"effvit {effvit.__version__}")
     commands = root.add_subparsers(required=True, metavar="COMMAND")
     for command in (
-        *(listing, profile, evaluate, visualize, report, tune, convert, demo),
+        *(listing, profile, evaluate, visualize, report, tune, convert, export, demo),
         *(configs, check_data, train, test, run, doctor, completion),
     ):
         command.add_command(commands)

@@ -28,6 +28,7 @@ PURPOSES = {
     "mm": "effvit train, effvit test, effvit check-data of a config, effvit.dense.openmmlab",
     "transformers": "effvit.dense.transformers, not beside mm",
     "demo": "effvit demo, images named photographs:*",
+    "export": "effvit export",
     "imagenet": "effvit evaluate on the archives of ILSVRC 2012",
 }
 # mmcv compiles its operators only where it finds these and torch, which pip's isolated builds hide from it; without

@@ -33,6 +33,7 @@ __all__ = [
     "Options",
     "ProfileOptions",
     "fill_batch",
+    "interleaved",
     "keep_freed_memory",
     "machine",
     "median_interval",

@@ -61,7 +61,8 @@ def peak_scores(x: Tensor, k: int = 2, compat: bool = False) -> Tensor:
     if not 2 <= k <= length:
         raise ValueError(f"k must be at least 2 and at most the number of tokens, got {k} for {length} tokens")
     x = widened(x)
-    if not (compat or length <= WIDTHS_WHOLE * x.shape[2] or is_recorded(x) or torch.jit.is_tracing()):
+    # Recording is asked for first: there the length may be open, and a comparison would fix on which side it is.
+    if not (compat or is_recorded(x) or torch.jit.is_tracing() or length <= WIDTHS_WHOLE * x.shape[2]):
         return _scores_by_blocks(x, k)
     squared: Tensor = (torch.cdist(x, x) / x.shape[2] ** 0.5).square() if compat else squared_distances(x)
     density = squared.topk(k, dim=-1, largest=False).values.mean(-1).neg().exp()  # (B, N)
