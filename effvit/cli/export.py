@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from effvit.cli import options
+from effvit.cli.images import named_images
 from effvit.cli.models import RANDOM_WEIGHTS, create, has_random_weights
 from effvit.cli.output import LONGEST_LINE, file_stem, output, say
 from effvit.data.preparation import data_config, load_images
@@ -15,7 +16,6 @@ from effvit.deployment.formats import FORMATS, INPUT, OUTPUT
 from effvit.measure.variants import list_variants, parse_setting, reduced
 from effvit.messages import plain
 from effvit.protocols import Size
-from effvit.show.pictures import open_images
 
 __all__ = ["add_command"]
 
@@ -31,6 +31,7 @@ class Arguments(options.WeightArguments):
     batch_size: int
     img_size: Size | None
     images: list[str] | None
+    skip_bad: bool
     tolerance: float
     out: Path | None
 
@@ -39,13 +40,13 @@ def add_command(commands: options.Commands) -> None:
     """Add the command's arguments; ``run`` of what is parsed is the function to call."""
     command = commands.add_parser(
         "export",
-        parents=[options.weights(), options.entry(), options.settings()],
+        parents=[options.weights(), options.entry(), options.settings(), options.images()],
         help="a file for ONNX Runtime, OpenVINO or torch, checked against the model before it is written",
         description="Record MODEL, or its form reduced by --method, run the file on other images and other batches, "
         "and write it only if its scores are those of the model. See docs/deployment.md.",
     )
-    command.add_argument("model", metavar="MODEL", help="any name of timm or of the zoo")
-    command.add_argument("--method", metavar="NAME", help="the method to reduce MODEL with")
+    command.add_argument("model", type=options.model_name, metavar="MODEL", help="any name of timm or of the zoo")
+    command.add_argument("--method", type=options.method_name, metavar="NAME", help="the method to reduce MODEL with")
     command.add_argument("--to", required=True, choices=[*FORMATS])
     batch = command.add_mutually_exclusive_group()
     batch.add_argument("--dynamic-batch", action="store_true", help="a file that takes batches of any size")
@@ -54,6 +55,7 @@ def add_command(commands: options.Commands) -> None:
     command.add_argument(
         "--images",
         nargs="+",
+        type=options.image_name,
         metavar="IMAGE",
         help=f"to record and compare with (default: those of the package): {options.IMAGES}",
     )
@@ -65,7 +67,9 @@ def add_command(commands: options.Commands) -> None:
         help="largest difference of a score, as a share of the largest one of its image (default: %(default)s)",
     )
     endings = ", ".join(form.suffix for form in FORMATS.values())
-    command.add_argument("--out", type=Path, metavar="FILE", help=f"{endings} (default: named after the model)")
+    command.add_argument(
+        "--out", type=options.output_file, metavar="FILE", help=f"{endings} (default: named after the model)"
+    )
     command.set_defaults(run=run_export)
 
 
@@ -73,7 +77,7 @@ def run_export(arguments: Arguments) -> None:
     """Write the file, and print what it takes and how near it is to the model."""
     name, model = named_model(arguments)
     out = arguments.out or Path(file_stem(name) + FORMATS[arguments.to].suffix)
-    images = images_for(model, arguments.images)
+    images = images_for(model, arguments.images, arguments.skip_bad)
     if has_random_weights(arguments):
         say(f"{name} has {RANDOM_WEIGHTS}")
     batch_size = None if arguments.dynamic_batch else arguments.batch_size
@@ -98,11 +102,10 @@ def named_model(arguments: Arguments) -> tuple[str, nn.Module]:
     return f"{arguments.model} {variant}", model.eval()
 
 
-def images_for(model: nn.Module, texts: list[str] | None) -> Tensor:
+def images_for(model: nn.Module, texts: list[str] | None, skip_bad: bool) -> Tensor:
     """Images as the model takes them: those named, else those of the package, grey ones for a model of one channel."""
     grey = data_config(model)["input_size"][0] == 1
-    found = open_images(texts or ["fashion_mnist:*" if grey else "cutouts:*"])
-    return load_images(model, [*found.values()])
+    return load_images(model, named_images(texts or ["fashion_mnist:*" if grey else "cutouts:*"], skip_bad))
 
 
 def lines(model: nn.Module, found: Agreement, batch_size: int | None) -> list[str]:
