@@ -7,9 +7,9 @@ all of them in a run with ``-m release``. Configs without an optimizer evaluate.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import product
-from math import ceil, prod
+from math import ceil, cos, pi, prod
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +55,18 @@ SMALL = {
     ),
     *("mmseg/upernet_gtp-deit-s_8xb2-160k_ade20k-512x512", "mmseg/segmenter_evit-vit-b_mask_8xb1-160k_ade20k-512x512"),
     *("mmseg/setr_vit-b_naive_8xb2-160k_ade20k-512x512", "mmseg/fpn_supertoken-s_4xb4-80k_ade20k-512x512"),
+    "mmseg/linear_dinov2-s_8xb2-40k_ade20k-512x512",
     *("mmseg/composites/upernet_evit", "mmseg/composites/upernet_stvit-r", "mmseg/composites/upernet_swin"),
     *("mmpretrain/gtp-deit-s_in1k", "mmpretrain/cifar10/vit-nano_cifar10", "mmpretrain/cutouts/vit-nano_cutouts"),
     *(f"mmpretrain/fashion-mnist/finetune_{name}" for name in ("ats", "evit_distilled", "gtp", "tome")),
     *(f"mmpretrain/fashion-mnist/scratch_{name}" for name in ("lookupvit", "sit", "stvit", "supertoken")),
+}
+# One of each head on a frozen backbone, and of each way that it is reduced; they train with four blocks.
+FROZEN = {
+    *("mmdet/mask-rcnn_dinov3-s_fpn_1x_coco", "mmdet/retinanet_expedite-dinov3-b_fpn_1x_coco"),
+    *("mmseg/linear_tome-dinov3-b_8xb2-40k_ade20k-512x512", "mmseg/upernet_dinov2-b_8xb2-160k_ade20k-512x512"),
+    "mmseg/mask2former_expedite-dinov3-l_8xb2-160k_ade20k-512x512",
+    "mmseg/dpt_tome-dinov3-b_8xb2-160k_ade20k-512x512",
 }
 # (H, W) that a pipeline may be given: one pixel, a row and a column of COCO's longest side, and a square.
 SOURCES = {(1, 1), (1, 640), (640, 1), (640, 640)}
@@ -101,6 +109,14 @@ def name(path: Path) -> str:
 
 
 SMALL_CONFIGS = [path for path in CONFIGS if name(path) in SMALL]
+FROZEN_CONFIGS = [path for path in CONFIGS if name(path) in FROZEN]
+
+
+WIDTHS = {"small": 384, "base": 768, "large": 1024}  # of timm's vit_small, vit_base, vit_large
+
+
+def is_frozen(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "backbone", None), "frozen", False))
 
 
 def resized(sizes: set[tuple[int, int]], scales: Iterable[tuple[int, int]]) -> set[tuple[int, int]]:
@@ -114,6 +130,8 @@ def made(pipeline: Sequence[Any], sizes: set[tuple[int, int]]) -> set[tuple[int,
         kind = step["type"]
         if kind == "RandomChoice":
             sizes = set().union(*(made(branch, sizes) for branch in step["transforms"]))
+        elif step.get("resize_type") == "ResizeShortestEdge":
+            sizes = resized(sizes, [(step["max_size"], side) for side in step["scales"]])
         elif kind in ("Resize", "RandomChoiceResize") and step["keep_ratio"]:
             sizes = resized(sizes, step.get("scales") or [step["scale"]])
         elif kind == "RandomResize" and step["keep_ratio"]:
@@ -186,22 +204,30 @@ def anchor_strides(model: Any) -> list[tuple[int, int]]:
 
 
 def train_a_step(model: Any, config: Config) -> None:
-    """A step with the config's optimizer: losses are finite, maps fit their anchors, and weights change."""
+    """A step with the config's optimizer: losses are finite, maps fit their anchors, and weights change.
+
+    Those of a frozen backbone do not, and it stays in eval mode.
+    """
     # Mixed precision with a loss scale is asked for on the command line.
     assert config.optim_wrapper.get("type", "OptimWrapper") in ("OptimWrapper", "BFloat16OptimWrapper")
     wrapper = build_optim_wrapper(model, config.optim_wrapper)
     sizes: list[tuple[int, ...]] = []
     if anchor_strides(model):
         model.neck.register_forward_hook(lambda module, args, maps: sizes.extend(tuple(x.shape[-2:]) for x in maps))
-    backbone = getattr(model, "backbone", model)
-    weight = next(p for p in backbone.parameters() if p.ndim > 1 and p.requires_grad)
+    trained = model if is_frozen(model) else getattr(model, "backbone", model)
+    weight = next(p for p in trained.parameters() if p.ndim > 1 and p.requires_grad)
     before = weight.detach().clone()
+    kept = {own: value.clone() for own, value in model.backbone.state_dict().items()} if is_frozen(model) else {}
     model.train()
     losses = model.train_step(inputs(config), wrapper)
     assert sizes == [(-(-SIDE // height), -(-SIDE // width)) for width, height in anchor_strides(model)]
     assert losses
     assert all(bool(torch.as_tensor(value).isfinite().all()) for value in losses.values())
     assert not torch.equal(before, weight)
+    if kept:
+        assert all(torch.equal(value, kept[own]) for own, value in model.backbone.state_dict().items())
+        assert not [own for own, p in model.backbone.named_parameters() if p.requires_grad]
+        assert not [own for own, module in model.backbone.named_modules() if module.training]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name)
@@ -227,6 +253,9 @@ def test_config_builds_as_it_ships_for_images_of_any_size(path: Path) -> None:
     groups = build_optim_wrapper(model, config.optim_wrapper).optimizer.param_groups
     names = {id(parameter): own for own, parameter in model.named_parameters()}
     decay = {names[id(p)]: group["weight_decay"] for group in groups for p in group["params"]}
+    if is_frozen(model):  # all the rest learns, and nothing of it
+        assert decay.keys() == {own for own in names.values() if not own.startswith("backbone.")}
+        return
     tables, kinds = next((tables, kinds) for rule, tables, kinds in RECIPES if re.match(rule, name(path)))
     backbone = model.backbone if hasattr(model, "backbone") else model.model
     prefix = "backbone." if hasattr(model, "backbone") else "model."
@@ -274,6 +303,72 @@ def test_config_trains_and_predicts(path: Path) -> None:
     assert len(predictions) == 2
 
 
+def test_command_line_reduces_a_frozen_backbone() -> None:
+    """The example of configs/README.md; 12 blocks of 68 leave 208 of 1024 patches."""
+    config = read(ROOT / "configs/mmseg/linear_dinov3-s_8xb2-40k_ade20k-512x512.py")
+    config.merge_from_dict({"model.backbone.sparsify.method": "tome", "model.backbone.sparsify.r": 68})
+    with torch.device("meta"):
+        backbone = MODELS.build(config.model.backbone)
+    assert backbone.model.token_counts((32, 32))[-1] == 1024 - 12 * 68
+
+
+def narrowed(part: Any, width: int) -> Any:
+    """A part of a config in which 96 channels stand for the width of the backbone."""
+    if isinstance(part, dict):
+        return {key: narrowed(value, width) for key, value in part.items()}
+    if isinstance(part, (list, tuple)):
+        return [narrowed(value, width) for value in part]
+    return 96 if part == width else part
+
+
+@pytest.mark.parametrize("path", FROZEN_CONFIGS, ids=name)
+def test_head_of_a_frozen_recipe_trains_alone(path: Path) -> None:
+    """Four blocks of 96 channels stand for the backbone, and 112 points for the 12544 that Mask2Former compares."""
+    config = read(path)
+    size = next(size for size in WIDTHS if f"vit_{size}_" in config.model.backbone.model_name)
+    heads = {key: narrowed(part, WIDTHS[size]) for key, part in config.model.items() if key.endswith(("neck", "head"))}
+    config.merge_from_dict({"model": heads})
+    if "mask2former" in name(path):
+        config.model.decode_head.train_cfg.num_points = 112
+    config.model.backbone.update(depth=4, embed_dim=96, num_heads=3)
+    config.model.backbone.out_indices = tuple(range(4))[-len(config.model.backbone.out_indices) :]
+    if config.default_scope == "mmseg":
+        config.model.data_preprocessor.size = (SIDE, SIDE)
+    torch.manual_seed(0)
+    model = revert_sync_batchnorm(MODELS.build(config.model))
+    train_a_step(model, config)
+    model.eval()
+    with torch.no_grad():
+        predictions = model.test_step(inputs(config))
+    assert len(predictions) == 2
+
+
+def test_rates_of_the_linear_classifiers_are_those_of_their_sources() -> None:
+    """A line to 0 (DINOv2) or a cosine (DINOv3) in closed form, under a linear warm-up from 1e-6 of it.
+
+    A hundredth of the iterations is run, 400 with 15 of warm-up. mmengine ends lines an iteration earlier.
+    """
+    falls: dict[str, Callable[[int], float]] = {
+        "dinov2": lambda i: 1 - i / 399,
+        "dinov3": lambda i: (1 + cos(pi * i / 400)) / 2,
+    }
+    for source, fall in falls.items():
+        config = load_config(ROOT / f"configs/mmseg/linear_{source}-s_8xb2-40k_ade20k-512x512.py")
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.optim_wrapper.optimizer.lr)
+        schedulers = []
+        for entry in config.param_scheduler:
+            short = {key: entry[key] // 100 for key in ("begin", "end", "T_max") if key in entry}
+            schedulers.append(PARAM_SCHEDULERS.build({**entry, **short}, default_args={"optimizer": optimizer}))
+        rates = []
+        for _ in range(config.train_cfg.max_iters // 100):
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            for scheduler in schedulers:
+                scheduler.step()
+        warm_up = [min(1.0, 1e-6 + (1 - 1e-6) * i / 14) for i in range(400)]
+        assert rates == pytest.approx([1e-3 * warm_up[i] * fall(i) for i in range(400)], rel=1e-6)
+
+
 def test_warm_up_of_casvit_is_the_official_line_from_zero_but_for_its_first_rate() -> None:
     """numpy.linspace from --warmup_start_lr 0 to --lr (main.py of Tianfang-Zhang/CAS-ViT@041d2d6)."""
     config = load_config(ROOT / "configs/mmpretrain/casvit-m_8xb256-300e_in1k.py")
@@ -309,7 +404,7 @@ def test_classifiers_of_cutouts_know_the_classes_of_the_set() -> None:
 
 
 def test_small_configs_are_configs() -> None:
-    assert {name(path) for path in CONFIGS} >= SMALL
+    assert {name(path) for path in CONFIGS} >= SMALL | FROZEN
 
 
 def test_every_config_says_where_its_settings_are_from() -> None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import re
+from pathlib import Path
+from typing import Any
+
 import pytest
 import segmentation_models_pytorch as smp
 import timm
@@ -69,6 +74,27 @@ def test_decoders_of_segmentation_models_pytorch_train_on_it(decoder: str) -> No
 def test_dpt_of_segmentation_models_pytorch_takes_the_maps_without_a_pyramid() -> None:
     model = smp.create_model("dpt", f"tu-{TINY}", encoder_weights=None, classes=3).eval()
     assert model(torch.randn(1, 3, 224, 224)).shape == (1, 3, 224, 224)
+
+
+def test_depth_example_of_the_page_learns_and_leaves_its_encoder_alone() -> None:
+    """With random weights in place of timm's; the loss has its closed form and falls on one pair of images."""
+    page = (Path(__file__).resolve().parents[1] / "docs" / "dense.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "smp.DPT" in block]
+    names: dict[str, Any] = {}
+    torch.manual_seed(0)
+    exec(code.replace('encoder_weights="imagenet"', "encoder_weights=None"), names)
+    model, loss = names["model"], names["depth_loss"]
+    truth = torch.rand(2, 1, 64, 64) * 9 + 1
+    assert loss(2 * truth, truth, balance=1.0).item() == pytest.approx(0, abs=1e-6)  # a scale alone is no error
+    assert loss(2 * truth, truth).item() == pytest.approx(math.log(2) ** 2 / 2, rel=1e-4)
+    unknown = truth.clone()
+    unknown[..., :32] = 0
+    assert loss(torch.where(unknown > 0, 2 * truth, 7), unknown).item() == pytest.approx(math.log(2) ** 2 / 2, rel=1e-4)
+    before = {name: weight.clone() for name, weight in model.encoder.state_dict().items()}
+    images = torch.randn(2, 3, 64, 64)
+    losses = [names["train_step"](images, truth).item() for _ in range(4)]
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(weight, before[name]) for name, weight in model.encoder.state_dict().items())
 
 
 def test_dynamic_image_sizes_reach_the_decoder() -> None:

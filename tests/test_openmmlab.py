@@ -7,6 +7,7 @@ stages, recomputation, bad arguments.
 from __future__ import annotations
 
 import math
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -196,6 +197,163 @@ class TestBackbone:
         assert not [name for name, parameter in model.named_parameters() if parameter.grad is None]
 
 
+CONSTRUCTOR = "TrainedOptimWrapperConstructor"
+
+
+class TestFrozen:
+    def test_nothing_has_a_gradient_or_leaves_eval_mode(self) -> None:
+        """Maps in training are those of eval mode: no dropout, no statistics, not even a gradient of the images."""
+        model = backbone(out_indices=(1, 3), frozen=True)
+        x = images(64, 64).requires_grad_()
+        expected = model.eval()(x)
+        maps = model.train()(x)
+        assert not [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        assert not [name for name, module in model.named_modules() if module.training]
+        for features, own in zip(maps, expected, strict=True):
+            assert not features.requires_grad
+            assert torch.equal(features, own)
+
+    def test_weights_of_a_file_stay_through_a_step_of_the_head(self, tmp_path: Path) -> None:
+        """The optimizer holds the head alone: its weights change, those of the file do not."""
+        save_file(timm.create_model("deit_tiny_patch16_224", **SMALL).state_dict(), tmp_path / "dense.safetensors")
+        model = Detector(frozen=True, pretrained=str(tmp_path / "dense.safetensors"))
+        model.backbone.init_weights()
+        before = {name: weight.clone() for name, weight in model.state_dict().items()}
+        cfg = {"optimizer": {"type": "AdamW", "lr": 1.0, "weight_decay": 0.05}, "constructor": CONSTRUCTOR}
+        wrapper = build_optim_wrapper(model.train(), cfg)
+        held = {id(p) for group in wrapper.optimizer.param_groups for p in group["params"]}
+        assert held == {id(p) for p in model.head.parameters()}
+        (features,) = model.backbone(images(64, 64))
+        wrapper.update_params(model.head(features.mean((2, 3))).square().sum())
+        same = {name for name, weight in model.state_dict().items() if torch.equal(weight, before[name])}
+        assert same == {name for name in before if name.startswith("backbone.")}
+
+    def test_what_trains_is_treated_as_by_mmengine(self) -> None:
+        """Of a half-frozen model too, where mmengine sorts out the rest."""
+        model = Detector(frozen_stages=2)
+        cfg: dict[str, Any] = {"optimizer": {"type": "AdamW", "lr": 1.0, "weight_decay": 0.05}}
+        cfg["paramwise_cfg"] = {"norm_decay_mult": 0.0, "custom_keys": {"backbone": {"lr_mult": 0.1}}}
+        ours, theirs = (
+            build_optim_wrapper(model, {**cfg, "constructor": name}).optimizer.param_groups
+            for name in (CONSTRUCTOR, "DefaultOptimWrapperConstructor")
+        )
+        assert [(id(g["params"][0]), g["lr"], g["weight_decay"]) for g in ours] == [
+            (id(g["params"][0]), g["lr"], g["weight_decay"]) for g in theirs
+        ]
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"frozen_stages": 2}, r"frozen=True freezes all stages, and frozen_stages=2 the first; give one of them"),
+            (
+                {"drop_path_rate": 0.1},
+                r"drop_path_rate=0\.1 acts in training alone, and frozen=True keeps the backbone",
+            ),
+            ({"patch_drop_rate": 0.5}, r"patch_drop_rate=0\.5 acts in training alone"),
+            ({"with_cp": True}, r"with_cp=True acts in training alone"),
+            (
+                {"out_norm": True},
+                r"out_norm=True adds parameters that must be trained, and frozen=True would keep them",
+            ),
+            ({"pyramid": True}, r"pyramid=True adds parameters .* train a neck behind the backbone in its place"),
+            ({"recover": "attention"}, r"recover='attention' adds parameters that must be trained"),
+        ],
+    )
+    def test_settings_that_contradict_it_are_refused(self, settings: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            backbone(frozen=True, **settings)
+
+    def test_example_of_the_page_runs(self) -> None:
+        page = (Path(__file__).resolve().parents[1] / "docs" / "dense.md").read_text()
+        (code,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "frozen=True" in block]
+        names: dict[str, Any] = {}
+        exec(code, names)
+        assert [features.shape for features in names["backbone"](images(64, 64))] == [(2, 384, 4, 4)] * 4
+
+    def test_rates_of_zero_contradict_nothing(self) -> None:
+        assert backbone(frozen=True, drop_path_rate=0.0, frozen_stages=-1).frozen
+
+
+class TestFinalNorm:
+    @pytest.mark.parametrize("settings", [{}, {"sparsify": {"method": "tome", "r": 2}}, {"keep_rate": 0.5}])
+    def test_maps_are_those_of_timm_under_its_norm(self, settings: dict[str, Any]) -> None:
+        """The weights of the norm are drawn anew, so that it is told from a norm without any."""
+        model = backbone(PLAIN if "keep_rate" in settings else "deit_tiny_patch16_224", final_norm=True, **settings)
+        torch.nn.init.normal_(model.model.norm.weight)
+        torch.nn.init.normal_(model.model.norm.bias)
+        x = images(64, 64)
+        plain = model.eval().model.forward_intermediates(x, indices=[3], intermediates_only=True, output_fmt="NLC")
+        expected = model.model.norm(plain[0]).transpose(1, 2).unflatten(2, (4, 4))
+        torch.testing.assert_close(model(x)[-1], expected, rtol=0, atol=0)
+
+    def test_norm_of_a_file_is_loaded(self, tmp_path: Path) -> None:
+        dense = timm.create_model("vit_small_patch16_dinov3", **SMALL)
+        torch.nn.init.normal_(dense.norm.weight)
+        save_file(dense.state_dict(), tmp_path / "dense.safetensors")
+        file = str(tmp_path / "dense.safetensors")
+        model = backbone("vit_small_patch16_dinov3", final_norm=True, out_indices=(1,), pretrained=file)
+        model.init_weights()
+        assert torch.equal(model.model.norm.weight, dense.norm.weight)
+
+    @pytest.mark.parametrize(
+        ("name", "settings", "message"),
+        [
+            ("swin_tiny_patch4_window7_224", SWIN, "final_norm=True takes a plain ViT .* which swin_tiny_.* is not"),
+            ("vit_base_patch16_gap_224", SMALL | {"fc_norm": True}, "final_norm=True takes a plain ViT with a norm"),
+            ("deit_tiny_patch16_224", SMALL | {"out_norm": True}, "final_norm=True and out_norm=True both normalise"),
+        ],
+    )
+    def test_models_without_such_a_norm_are_refused(self, name: str, settings: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            EffViT(name, final_norm=True, **settings)
+
+
+class TestCentrePadding:
+    """Against ``CenterPadding`` of dinov2/hub/utils.py@b8931f7: half of what is missing in front, the rest behind."""
+
+    @pytest.mark.parametrize(
+        ("size", "pad"), [((512, 512), (3, 3, 3, 3)), ((31, 57), (6, 7, 5, 6)), ((28, 42), (0, 0, 0, 0))]
+    )
+    def test_images_have_the_same_on_opposite_sides(self, size: tuple[int, int], pad: tuple[int, ...]) -> None:
+        """``pad`` is what those lines give for patches of 14: on the left, on the right, above, below."""
+        small = SMALL | {"depth": 1, "img_size": 56, "out_indices": (0,)}
+        model = backbone("vit_small_patch14_dinov2", **small, centre_padding=True).eval()
+        plain = backbone("vit_small_patch14_dinov2", **small).eval()
+        x = images(*size)
+        (features,) = model(x)
+        assert features.shape[-2:] == (math.ceil(size[0] / 14), math.ceil(size[1] / 14))
+        assert torch.equal(features, plain(F.pad(x, pad))[0])
+
+    def test_models_without_patches_are_refused(self) -> None:
+        with pytest.raises(
+            ValueError, match=r"centre_padding=True pads to whole patches, and tiny_vit_5m_224 cuts none"
+        ):
+            EffViT("tiny_vit_5m_224", centre_padding=True)
+
+
+class TestClassToken:
+    @pytest.mark.parametrize("settings", [{}, {"final_norm": True, "frozen": True}])
+    def test_each_map_comes_with_the_class_token_of_its_block(self, settings: dict[str, Any]) -> None:
+        name = "tome_vit_small_patch16_dinov3"  # whose class token has four registers behind it
+        model = backbone(name, r=2, out_indices=(1, 3), output_cls_token=True, **settings).eval()
+        x = images(64, 64)
+        take = {"indices": [1, 3], "norm": "final_norm" in settings, "intermediates_only": True}
+        expected = model.model.forward_intermediates(x, **take, return_prefix_tokens=True)
+        for (features, token), (own, prefix) in zip(model.train()(x), expected, strict=True):
+            assert torch.equal(features, own)
+            assert prefix.shape[1] == 5
+            assert torch.equal(token, prefix[:, 0])
+            assert token.requires_grad == ("frozen" not in settings)
+
+    @pytest.mark.parametrize(
+        ("name", "settings"),
+        [("vit_base_patch16_siglip_224", {}), (PLAIN, {"pyramid": True}), (PLAIN, {"out_norm": True})],
+    )
+    def test_backbones_without_one_beside_their_maps_are_refused(self, name: str, settings: dict[str, Any]) -> None:
+        with pytest.raises(ValueError, match=rf"needs a plain ViT that has one, .* which {name} with these settings"):
+            backbone(name, output_cls_token=True, **settings)
+
+
 class TestWeights:
     def test_pretrained_file_of_a_classifier_loads_without_its_head(self, tmp_path: Path) -> None:
         dense = timm.create_model("deit_tiny_patch16_224", **(SMALL | {"num_classes": 11}))
@@ -341,9 +499,9 @@ class TestBadArguments:
 class Detector(nn.Module):
     """A backbone and a head, as the optimizer constructor meets them."""
 
-    def __init__(self) -> None:
+    def __init__(self, **settings: Any) -> None:
         super().__init__()
-        self.backbone = backbone(out_indices=(3,))
+        self.backbone = backbone(out_indices=(3,), **settings)
         self.head = nn.Linear(48, 4)
 
 

@@ -56,7 +56,7 @@ class TestList:
         assert "no config matches 'yolo*'; `effvit configs list` prints all names" in capsys.readouterr().err
 
     def test_those_that_need_a_checkout_are_told(self, capsys: pytest.CaptureFixture[str]) -> None:
-        """custom_imports of any other module than the package's, in the config or inherited."""
+        """custom_imports of any other module than the package's and OpenMMLab's, in the config or inherited."""
         needing = {config.name: config.outside for config in list_configs() if config.outside}
         cutouts = ("mmpretrain/cutouts/vit-nano_cutouts.py", "mmpretrain/cutouts/vit-nano_cutouts_cooldown.py")
         assert needing == dict.fromkeys(cutouts, ("data.mmpretrain_sets",))

@@ -33,6 +33,7 @@ CASES: dict[str, dict[str, Any]] = {
         **SMALL,
     },
     "pyramid": {**EVIT, "pyramid": True, "out_indices": (1, 2)},
+    "frozen": {**EVIT, "frozen": True, "final_norm": True, "centre_padding": True},
     "buffers of no file": {"model_name": "tome_vit_small_patch16_dinov3", "r": 2, **SMALL},
     "swin": {
         "model_name": "swin_tiny_patch4_window7_224",

@@ -10,10 +10,12 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import nullcontext
 from typing import NamedTuple, Protocol, TypeAlias, cast
 
 import timm
 import torch
+import torch.nn.functional as F
 from timm.layers import LayerNorm2d, PatchEmbed
 from timm.models import group_parameters
 from timm.models._features import FeatureGetterNet
@@ -24,12 +26,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import effvit
 from effvit.hosts.checkpoints import adapt_state, check_state, read_checkpoint
 from effvit.hosts.feature_pyramid import PyramidFeatures
-from effvit.hosts.host import check_model_name
+from effvit.hosts.host import HOST_CLASSES, check_model_name
 from effvit.hosts.surface import Reduced
 from effvit.protocols import Setting, Settings
-from effvit.reducers import METHODS
+from effvit.reducers import METHODS, Reducer
 
 __all__ = ["DenseBackbone", "Features", "Recipe", "Trunk", "reduce_as"]
+
+DROPS = re.compile(r"drop(_path)?_rate$")  # settings of timm's dropouts, by weight, token, path or whole patch
 
 # What timm's `group_matcher` gives: rules by group, each a pattern or (pattern, suffix) pairs; or a function of names.
 Rule: TypeAlias = "tuple[str, tuple[int, ...] | None]"
@@ -46,6 +50,7 @@ class Trunk(Protocol):
     def group_matcher(self, coarse: bool = False) -> Rules: ...
     def no_weight_decay(self) -> AbstractSet[str]: ...
     def set_grad_checkpointing(self, enable: bool = True) -> None: ...
+    def forward_intermediates(self, x: Tensor, /, **options: object) -> Sequence[tuple[Tensor, Tensor]]: ...
 
 
 class FeatureInfo(Protocol):
@@ -73,12 +78,14 @@ class Recipe(NamedTuple):
         model_name: timm's name.
         out_indices: Blocks, stages or levels whose maps are given; None takes the model's default.
         sparsify: "method" and its settings for a host without a reduced name, else None.
+        final_norm: The model's final norm is applied to every map.
         settings: Keywords of ``timm.create_model``.
     """
 
     model_name: str
     out_indices: int | tuple[int, ...] | None
     sparsify: Mapping[str, Setting] | None
+    final_norm: bool
     settings: Settings
 
 
@@ -116,9 +123,16 @@ class DenseBackbone(nn.Module):
             repository or of this package. Its classifier is left out. Loaded by ``load_pretrained``, not here.
         pretrained_key: The entry of that file with the weights, where it has those of two networks, e.g. "teacher".
         out_norm: A LayerNorm for each map: the model's own where it has one, else a new one.
+        final_norm: The pretrained final norm of a plain ViT on each map, as DINOv2 (2304.07193) and DINOv3 (2508.10104)
+            read theirs.
+        frozen: The whole backbone stays as it is, for heads on pretrained weights: it runs without gradients, not even
+            for the images, and in eval mode whatever the rest of the model does.
         frozen_stages: The stem and that many blocks or stages do not train; 0 freezes the stem, -1 nothing.
         norm_eval: Keep BatchNorm layers in eval mode while training.
         with_cp: Recompute the blocks in the backward pass.
+        centre_padding: Pad images to whole patches with the same on opposite sides, an odd pixel more below and on the
+            right, as DINOv2's dense evaluations do (``CenterPadding`` of dinov2/hub/utils.py@b8931f7), in place of all
+            of it below and on the right. Not for detectors, whose boxes are measured from the corner of the image.
         sparsify: "method" and settings of ``effvit.sparsify``, for a host whose reduced form has no name.
         settings: Keywords of ``timm.create_model``: those of the method (``keep_rate``, ``r``, ``recover`` ...) and
             of the model (``img_size``, ``drop_path_rate`` ...).
@@ -131,7 +145,9 @@ class DenseBackbone(nn.Module):
 
     Raises:
         ValueError: An unknown name, ``out_indices`` the model does not have, too many frozen stages, a method that
-            cannot serve the host; from ``load_pretrained``, a checkpoint of another model.
+            cannot serve the host, ``frozen`` beside what only training uses or makes good, ``final_norm`` or
+            ``centre_padding`` on a model without such a norm or patches; from ``load_pretrained``, a checkpoint of
+            another model.
         TypeError: A setting the model does not have.
         FileNotFoundError: From ``load_pretrained``, no checkpoint where ``pretrained`` says.
     """
@@ -147,9 +163,12 @@ class DenseBackbone(nn.Module):
         pretrained: bool | str = False,
         pretrained_key: str | None = None,
         out_norm: bool = False,
+        final_norm: bool = False,
+        frozen: bool = False,
         frozen_stages: int = -1,
         norm_eval: bool = False,
         with_cp: bool = False,
+        centre_padding: bool = False,
         sparsify: Mapping[str, Setting] | None = None,
         **settings: Setting,
     ) -> None:
@@ -160,14 +179,20 @@ class DenseBackbone(nn.Module):
             out_indices = out_indices if isinstance(out_indices, int) else tuple(out_indices)
             number = 4 if settings.get("pyramid") else len(cast(Trunk, whole).feature_info)
             _check_indices(out_indices, number, model_name)
+        if final_norm:
+            _check_final_norm(whole, out_norm, model_name)
         self.pretrained, self.pretrained_key = pretrained, pretrained_key
-        self._recipe = Recipe(model_name, out_indices, sparsify, settings)
+        self._recipe = Recipe(model_name, out_indices, sparsify, final_norm, settings)
         self.features = _create_features(self._recipe)
         info = self.features.feature_info
         self.channels, self.strides, self.map_names = info.channels(), info.reduction(), info.module_name()
         new_norms = out_norm and "out_norm" not in settings
         self.out_norms = nn.ModuleList(LayerNorm2d(channels) for channels in self.channels) if new_norms else None
         self.out_norm, self.frozen_stages, self.norm_eval, self.with_cp = out_norm, frozen_stages, norm_eval, with_cp
+        self.frozen = frozen
+        self.padded_patch = _patch_size(self.model, model_name) if centre_padding else None
+        if frozen:
+            _refuse_training(self, settings)
         if with_cp:
             self.features.model.set_grad_checkpointing(True)
         self._freeze()
@@ -188,7 +213,7 @@ class DenseBackbone(nn.Module):
         if self.pretrained is True:
             state = _create_features(self._recipe, pretrained=True).model.state_dict()
         else:
-            name, _, sparsify, settings = self._recipe
+            name, _, sparsify, _, settings = self._recipe
             whole, _ = _whole_model(name, False, sparsify, settings)
             plain, _ = read_checkpoint(self.pretrained, allowed, self.pretrained_key)
             state, _ = adapt_state(whole, plain)
@@ -201,7 +226,7 @@ class DenseBackbone(nn.Module):
         Schedules and ``effvit.calibrate`` change a method after it was made; what is saved beside the weights must say
         so.
         """
-        name, out_indices, sparsify, settings = self._recipe
+        name, out_indices, sparsify, final_norm, settings = self._recipe
         model = self.model
         if isinstance(model, Reduced):
             now: Settings = {"recover": model.recover, **model.settings}
@@ -209,16 +234,46 @@ class DenseBackbone(nn.Module):
                 settings = settings | now
             else:
                 sparsify = {"method": model.method, **now}
-        own: Settings = {"out_norm": self.out_norm, "frozen_stages": self.frozen_stages}
-        own |= {"norm_eval": self.norm_eval, "with_cp": self.with_cp, "sparsify": sparsify}
+        own: Settings = {"out_norm": self.out_norm, "final_norm": final_norm, "frozen": self.frozen}
+        own |= {"frozen_stages": self.frozen_stages, "norm_eval": self.norm_eval, "with_cp": self.with_cp}
+        own |= {"centre_padding": self.padded_patch is not None, "sparsify": sparsify}
         return {"model_name": name, "out_indices": out_indices, **own, **settings}
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Images (B, 3, H, W) -> one map (B, C_i, H_i, W_i) for each of ``out_indices``."""
-        maps = self.features(x)
-        if self.out_norms is not None:
-            maps = [norm(y) for norm, y in zip(self.out_norms, maps, strict=True)]
-        return tuple(maps)
+        with torch.no_grad() if self.frozen else nullcontext():
+            maps = self.features(self._pad(x))
+            if self.out_norms is not None:
+                maps = [norm(y) for norm, y in zip(self.out_norms, maps, strict=True)]
+            return tuple(maps)
+
+    def check_class_token(self) -> None:
+        """Raise a ValueError unless ``forward_with_class_token`` has a class token for each map."""
+        shaped = self.out_norms is not None or self._recipe.settings.get("pyramid")
+        if getattr(self.model, "cls_token", None) is None or shaped:
+            raise ValueError(
+                f"a class token beside each map needs a plain ViT that has one, without out_norm or pyramid, which "
+                f"{self._recipe.model_name} with these settings is not; use a head that takes maps alone"
+            )
+
+    def forward_with_class_token(self, x: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Images (B, 3, H, W) -> (map as from ``forward``, class token (B, C)) for each of ``out_indices``.
+
+        The readout of DPT (2103.13413, section 3) takes both.
+        """
+        take = {"indices": self.features.out_indices, "norm": self._recipe.final_norm}
+        with torch.no_grad() if self.frozen else nullcontext():
+            pairs = self.features.model.forward_intermediates(
+                self._pad(x), **take, return_prefix_tokens=True, intermediates_only=True
+            )
+            return tuple((y, prefix[:, 0]) for y, prefix in pairs)
+
+    def _pad(self, x: Tensor) -> Tensor:
+        """Images (B, 3, H, W) with ``centre_padding``; without it the model itself pads below and on the right."""
+        if self.padded_patch is None:
+            return x
+        height, width = (-side % patch for side, patch in zip(x.shape[-2:], self.padded_patch, strict=True))
+        return F.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))
 
     def train(self, mode: bool = True) -> DenseBackbone:
         """Training mode, except for frozen parts and, with ``norm_eval``, BatchNorm."""
@@ -251,6 +306,8 @@ class DenseBackbone(nn.Module):
 
     def _freeze(self) -> None:
         """Stop the gradients of the frozen stages and keep what is frozen whole in eval mode."""
+        if self.frozen:
+            self.requires_grad_(False).eval()
         if self.frozen_stages < 0:
             return
         trunk = self.features.model
@@ -307,13 +364,13 @@ def _create_features(recipe: Recipe, pretrained: bool = False) -> Features:
 
 
 def _timm_features(recipe: Recipe) -> Features:
-    name, out_indices, sparsify, settings = recipe
+    name, out_indices, sparsify, final_norm, settings = recipe
     getter: Callable[..., Features] = PyramidFeatures if settings.get("pyramid") else FeatureGetterNet
     indices: dict[str, int | Sequence[int]] = {} if out_indices is None else {"out_indices": out_indices}
     form: dict[str, object] = {"features_only": True, **indices}
     if getter is FeatureGetterNet:
         form["feature_cls"] = "getter"  # timm's Swin would give NHWC maps by its default
-    if sparsify is None:
+    if sparsify is None and not final_norm:
         named: Features = timm.create_model(name, **form, **settings)
         return named
     if getter is FeatureGetterNet and out_indices is None:
@@ -321,7 +378,7 @@ def _timm_features(recipe: Recipe) -> Features:
             dense: Features = timm.create_model(name, **form, **(settings | {"pretrained": False}))
         indices["out_indices"] = dense.out_indices
     own = {key: value for key, value in settings.items() if key != "pyramid"}
-    return getter(reduce_as(sparsify, timm.create_model(name, **own)), **indices)
+    return getter(reduce_as(sparsify, timm.create_model(name, **own)), norm=final_norm, **indices)
 
 
 def _whole_model(
@@ -362,3 +419,45 @@ def _check_indices(out_indices: int | Sequence[int], number: int, name: str) -> 
                 f"out_indices={out_indices} goes beyond the {number} blocks, stages or levels of {name}, "
                 f"which are 0 to {number - 1}"
             )
+
+
+def _check_final_norm(whole: nn.Module, out_norm: bool, name: str) -> None:
+    """Raise a ValueError unless the model has one norm behind all its blocks, which fits the map of each."""
+    if not isinstance(whole, tuple(HOST_CLASSES)) or isinstance(whole.norm, nn.Identity):
+        raise ValueError(
+            f"final_norm=True takes a plain ViT with a norm behind its last block, which {name} is not; use "
+            "out_norm=True for a norm of each map"
+        )
+    if out_norm:
+        raise ValueError("final_norm=True and out_norm=True both normalise every map; give one of them")
+
+
+def _patch_size(model: nn.Module, name: str) -> tuple[int, int]:
+    """(height, width) of the patches, of whole numbers of which images are padded to."""
+    embed: object = getattr(model, "patch_embed", None)
+    if not isinstance(embed, PatchEmbed):
+        raise ValueError(f"centre_padding=True pads to whole patches, and {name} cuts none; leave it out")
+    height, width = embed.patch_size
+    return height, width
+
+
+def _refuse_training(backbone: DenseBackbone, settings: Settings) -> None:
+    """Raise a ValueError for settings of a frozen backbone that act in training alone, or whose weights need it."""
+    if backbone.frozen_stages >= 0:
+        raise ValueError(
+            f"frozen=True freezes all stages, and frozen_stages={backbone.frozen_stages} the first; give one of them"
+        )
+    acting = [f"{name}={value}" for name, value in settings.items() if DROPS.search(name) and value]
+    acting += ["with_cp=True"] * backbone.with_cp
+    if acting:
+        raise ValueError(f"{acting[0]} acts in training alone, and frozen=True keeps the backbone out of it; give one")
+    model = backbone.model
+    reducers: Mapping[int, Reducer] = getattr(model, "reducers", {})
+    random = ["out_norm=True"] * (backbone.out_norms is not None) + ["pyramid=True"] * bool(settings.get("pyramid"))
+    random += ["recover='attention'"] * (getattr(model, "recover", None) == "attention")
+    random += [f"method {reducer.name!r}" for reducer in reducers.values() if list(reducer.parameters())]
+    if random:
+        raise ValueError(
+            f"{random[0]} adds parameters that must be trained, and frozen=True would keep them random; train a neck "
+            "behind the backbone in its place, or leave frozen=True out"
+        )

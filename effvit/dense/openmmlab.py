@@ -44,6 +44,7 @@ __all__ = [
     "KeepRateHook",
     "LayerDecayOptimWrapperConstructor",
     "StartsPretrained",
+    "TrainedOptimWrapperConstructor",
     "load_config",
 ]
 
@@ -170,12 +171,14 @@ class EffViT(StartsPretrained, DenseBackbone, BaseModule):
     Args:
         model_name: As ``DenseBackbone``.
         out_indices: As ``DenseBackbone``.
+        output_cls_token: Give (map, class token (B, C)) for each of ``out_indices``, as mmseg's ``DPTHead`` takes them.
         init_cfg: mmengine's; ``dict(type="Pretrained", checkpoint=..., prefix="backbone.")``, loaded strictly.
         options: Further keywords of ``DenseBackbone``. ``pretrained`` is loaded by ``init_weights``, which the Runner
             calls before it trains; without a Runner call it yourself.
 
     Raises:
-        ValueError: As ``DenseBackbone``; from ``forward``, ``pretrained`` weights that were never loaded.
+        ValueError: As ``DenseBackbone``; ``output_cls_token`` where there is none, or beside what changes the maps
+            alone; from ``forward``, ``pretrained`` weights that were never loaded.
         TypeError: As ``DenseBackbone``.
         FileNotFoundError: From ``init_weights``, no checkpoint where ``pretrained`` says.
     """
@@ -185,10 +188,14 @@ class EffViT(StartsPretrained, DenseBackbone, BaseModule):
         model_name: str,
         out_indices: int | Sequence[int] | None = None,
         *,
+        output_cls_token: bool = False,
         init_cfg: InitCfg | list[InitCfg] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(model_name, out_indices, **options)
+        self.output_cls_token = output_cls_token
+        if output_cls_token:
+            self.check_class_token()
         self.init_cfg = copy.deepcopy(init_cfg)  # as BaseModule, which is built without it
 
     def init_weights(self) -> None:
@@ -210,10 +217,10 @@ class EffViT(StartsPretrained, DenseBackbone, BaseModule):
             self.load_state_dict(own)
         self._is_init = True
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Images (B, 3, H, W) -> one map (B, C_i, H_i, W_i) for each of ``out_indices``."""
+    def forward(self, x: Tensor) -> tuple[Tensor, ...] | tuple[tuple[Tensor, Tensor], ...]:  # type: ignore[override]
+        """Images (B, 3, H, W) -> one map (B, C_i, H_i, W_i), or a pair, for each of ``out_indices``."""
         self.check_weights()
-        return super().forward(x)
+        return self.forward_with_class_token(x) if self.output_cls_token else super().forward(x)
 
 
 def _weights_under(path: str, prefix: str) -> dict[str, Tensor]:
@@ -225,6 +232,25 @@ def _weights_under(path: str, prefix: str) -> dict[str, Tensor]:
     if not own:
         raise ValueError(f"{path} holds no weights under the prefix {prefix!r}; its names start {next(iter(state))!r}")
     return own
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class TrainedOptimWrapperConstructor(DefaultOptimWrapperConstructor):
+    """mmengine's constructor for what trains: modules that are frozen whole never reach the optimizer.
+
+    Without a ``paramwise_cfg`` mmengine hands it every parameter, and with one it warns of each frozen one by a line in
+    the log.
+    """
+
+    def __init__(self, optim_wrapper_cfg: dict[str, Any], paramwise_cfg: dict[str, Any] | None = None) -> None:
+        # An empty paramwise_cfg would be none, and mmengine would not look at single parameters.
+        super().__init__(optim_wrapper_cfg, paramwise_cfg or {"custom_keys": {}})
+
+    def add_params(
+        self, params: list[ParamGroup], module: nn.Module, prefix: str = "", is_dcn_module: int | float | None = None
+    ) -> None:
+        if any(parameter.requires_grad for parameter in module.parameters()):
+            super().add_params(params, module, prefix=prefix, is_dcn_module=is_dcn_module)
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()

@@ -23,6 +23,7 @@ __all__ = ["PREFIX", "ShippedConfig", "config_folder", "copy_config", "find_conf
 
 PREFIX = "effvit::"  # before a name, as mmengine has mmdet:: and mmseg::
 BASES = "_base_"  # both the variable that names the bases and the folder that holds what is only a base
+INSTALLED = {effvit.__name__, "mmdet", "mmpretrain", "mmseg"}  # packages whose modules a config finds wherever it runs
 SENTENCE = re.compile(r"\.\s+(?=[A-Z])")
 
 
@@ -138,12 +139,12 @@ def _assigned(path: Path, variable: str) -> Iterator[ast.expr]:
 
 
 def _outside(name: str) -> tuple[str, ...]:
-    """Modules that a config imports and that are not of this package; its own list replaces that of its bases."""
+    """Modules that a config imports and no package brings along; its own list replaces that of its bases."""
     for each in _with_bases(name):
         for value in _assigned(config_folder() / each, "custom_imports"):
             assert isinstance(value, ast.Call)  # dict(imports=[...])
             lists = [ast.literal_eval(keyword.value) for keyword in value.keywords if keyword.arg == "imports"]
-            return tuple(module for module in lists[0] if module.split(".")[0] != effvit.__name__)
+            return tuple(module for module in lists[0] if module.split(".")[0] not in INSTALLED)
     return ()
 
 

@@ -1,0 +1,7 @@
+# Mask R-CNN on a frozen DINOv3 ViT-L/16; all else as for ViT-S.
+_base_ = "mask-rcnn_dinov3-s_fpn_1x_coco.py"
+
+model = dict(
+    backbone=dict(model_name="vit_large_patch16_dinov3.lvd1689m", out_indices=(23,)),
+    neck=dict(in_channels=1024),
+)

@@ -1,0 +1,7 @@
+# The linear classifier on a frozen DINOv2 ViT-L/14; all else as for ViT-S.
+_base_ = "linear_dinov2-s_8xb2-40k_ade20k-512x512.py"
+
+model = dict(
+    backbone=dict(model_name="vit_large_patch14_dinov2.lvd142m", out_indices=(23,)),
+    decode_head=dict(in_channels=1024),
+)
