@@ -1,0 +1,202 @@
+"""Models on the Hugging Face Hub: pushed by timm with a card of ours, and loaded from there, bit for bit.
+
+No test asks the network. Of the Hub's client, what uploads is played by ``Hub``, which lays files where the real
+client keeps those that it has downloaded; the real client then finds them there, offline.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+import timm
+import timm.models._hub
+import torch
+import yaml
+from architectures import SIZES, SMALL, make_architecture
+from hosts import SETTINGS, make_host
+from timm.models import push_to_hf_hub
+from torch import Tensor, nn
+
+import effvit
+from effvit.reducers import METHODS
+from effvit.show.model_card import families, model_card
+
+ROOT = Path(__file__).resolve().parents[1]
+REPO = "someone/cheap-vit"
+COMMIT = "0" * 40
+NARROW: dict[str, Any] = {"depth": 4, "embed_dim": 48, "num_heads": 3, "img_size": 64, "num_classes": 5}
+
+
+class Hub:
+    """The part of ``huggingface_hub.HfApi`` that ``push_to_hf_hub`` calls, on the folder of the client's cache."""
+
+    def __init__(self, cache: Path) -> None:
+        self.cache = cache
+
+    def create_repo(self, repo_id: str, private: bool, exist_ok: bool) -> SimpleNamespace:
+        return SimpleNamespace(repo_id=repo_id)
+
+    def folder(self, repo_id: str) -> Path:
+        return self.cache / f"models--{repo_id.replace('/', '--')}"
+
+    def files(self, repo_id: str) -> Path:
+        return self.folder(repo_id) / "snapshots" / COMMIT
+
+    def file_exists(self, repo_id: str, filename: str, revision: str | None) -> bool:
+        return (self.files(repo_id) / filename).exists()
+
+    def upload_folder(self, repo_id: str, folder_path: str, **kwargs: Any) -> None:
+        shutil.copytree(folder_path, self.files(repo_id), dirs_exist_ok=True)
+        (self.folder(repo_id) / "refs").mkdir(exist_ok=True)
+        (self.folder(repo_id) / "refs" / "main").write_text(COMMIT)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hub:
+    hub = Hub(tmp_path)
+    monkeypatch.setattr(timm.models._hub, "HfApi", lambda **kwargs: hub)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return hub
+
+
+def plain() -> nn.Module:
+    return timm.create_model("evit_deit_tiny_patch16_224", keep_rate=0.5, reduce_at=(1,), **NARROW).eval()
+
+
+def images(model: nn.Module, size: tuple[int, int] = (64, 64)) -> Tensor:
+    return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
+
+
+def calibrated() -> nn.Module:
+    """A model whose thresholds are buffers that no keyword makes again."""
+    model: Any = timm.create_model("dymu_deit_tiny_patch16_224", r_total=6, **NARROW).eval()
+    effvit.calibrate(model, [images(model)])
+    return model
+
+
+def without_a_name() -> nn.Module:
+    """timm knows it as ``sparsified`` alone: no method has a name with this host."""
+    host = timm.create_model("vit_medium_patch16_reg4_gap_256", **NARROW)
+    return effvit.sparsify(host, "tome", r=2, recover="nearest").eval()
+
+
+MODELS = {
+    "plain": (plain, (64, 64)),
+    "buffers": (calibrated, (64, 64)),
+    "sparsified": (without_a_name, (64, 64)),
+    "architecture": (lambda: make_architecture("supertoken").eval(), SIZES["supertoken"][0]),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_pushed_model_comes_back_by_its_address_bit_for_bit(kind: str, hub: Hub) -> None:
+    make, size = MODELS[kind]
+    model: Any = make()
+    push_to_hf_hub(model, REPO, model_card=model_card(model, REPO, license="apache-2.0"))
+    assert {path.name for path in hub.files(REPO).iterdir()} == {
+        *("README.md", "config.json", "model.safetensors", "pytorch_model.bin")
+    }
+    again: Any = timm.create_model(f"hf-hub:{REPO}", pretrained=True, cache_dir=hub.cache).eval()
+    x = images(model, size)
+    assert torch.equal(again(x), model(x))
+    assert getattr(again, "settings", None) == getattr(model, "settings", None)
+
+
+def test_usage_on_the_card_runs_in_a_process_of_its_own(hub: Hub, tmp_path: Path) -> None:
+    model: Any = plain()
+    push_to_hf_hub(model, REPO, model_card=model_card(model, REPO, license="apache-2.0"))
+    (usage,) = re.findall(r"```python\n(.*?)```", (hub.files(REPO) / "README.md").read_text(), re.DOTALL)
+    code = f"{usage}torch.save([images, scores, features], 'seen.pth')"
+    own = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(hub.cache)}
+    own["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=os.environ | own
+    )
+    assert run.returncode == 0, run.stderr
+    x, scores, features = torch.load(tmp_path / "seen.pth")
+    assert torch.equal(scores, model(x))
+    assert features.shape == (1, 48, 4, 4)
+
+
+class TestCard:
+    def text(self, model: nn.Module, **kwargs: Any) -> str:
+        card = model_card(model, REPO, **({"license": "apache-2.0"} | kwargs))
+        return timm.models._hub.generate_readme(card, REPO.split("/")[1])
+
+    def test_says_what_the_model_is_and_whose(self) -> None:
+        model: Any = plain()
+        text = self.text(model, license="cc-by-nc-4.0")
+        _, front, body = text.split("---\n", 2)
+        assert yaml.safe_load(front) == {
+            "tags": ["timm", "effvit", "evit"],
+            "pipeline_tag": "image-classification",
+            "library_name": "timm",
+            "license": "cc-by-nc-4.0",
+        }
+        expected = (
+            "`deit_tiny_patch16_224` that computes fewer tokens by EViT: keep the patches",
+            "- Image size: 64 x 64",
+            "- Patch tokens: 16 in an image, 9 behind the last block",
+            "- keep_rate: 0.5",
+            "- reduce_at: [1]",
+            "https://arxiv.org/abs/2202.07800",
+            "- weights: cc-by-nc-4.0",
+            "- official code of EViT: Apache-2.0",
+            'timm.create_model("hf-hub:someone/cheap-vit", pretrained=True)',
+            "@inproceedings{liang2022evit,",
+        )
+        assert [line for line in expected if line not in body] == []
+
+    @pytest.mark.parametrize("method", SETTINGS)
+    def test_of_every_method_has_its_settings_and_its_paper_where_there_is_one(self, method: str) -> None:
+        model: Any = effvit.sparsify(make_host("class_token"), method, **SETTINGS[method])
+        text = self.text(model)
+        assert METHODS[method].summary in text
+        assert all(f"  - {name}: " in text for name in model.settings)
+        paper = families()[method].paper
+        assert ("## Citation" in text and "@" in text) == (paper is not None)
+
+    @pytest.mark.parametrize("case", SMALL)
+    def test_of_every_architecture_names_its_paper(self, case: str) -> None:
+        text = self.text(make_architecture(case))
+        assert text.count("https://arxiv.org/abs/") == 1
+        assert f"`{SMALL[case][0]}`" in text
+
+    def test_of_a_method_on_an_architecture_cites_both(self) -> None:
+        model = timm.create_model("tome_lvvit_small_patch16_224", r=2, **(NARROW | {"img_size": 64}))
+        text = self.text(model)
+        assert "bolya2023tome" in text
+        assert "jiang2021lvvit" in text
+        assert "official code of ToMe: CC-BY-NC 4.0. The official checkpoints, trained with the method, are" in text
+
+    def test_of_a_method_of_ones_own_has_what_its_class_says(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model: Any = effvit.sparsify(make_host("class_token"), "evit")
+        monkeypatch.setattr(model, "method", "mine")
+        monkeypatch.setitem(METHODS, "mine", METHODS["evit"])
+        assert "fewer tokens by mine: keep the patches" in self.text(model)
+
+    @pytest.mark.parametrize(
+        ("repo_id", "license", "message"),
+        [
+            ("cheap-vit", "mit", "repo_id must be 'user/name', got 'cheap-vit'"),
+            ("hf-hub:someone/cheap-vit", "mit", "repo_id must be 'user/name', got 'hf-hub:someone/cheap-vit'"),
+            (REPO, " ", "license must name the licence of the weights, e.g. 'apache-2.0', got ' '"),
+        ],
+    )
+    def test_wrong_address_or_no_licence_is_refused(self, repo_id: str, license: str, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            model_card(plain(), repo_id, license=license)
+
+    def test_model_of_another_package_is_refused(self) -> None:
+        dense = timm.create_model("deit_tiny_patch16_224", **NARROW)
+        with pytest.raises(ValueError, match=r"got a VisionTransformer; reduce it by effvit\.sparsify"):
+            model_card(dense, REPO, license="mit")
