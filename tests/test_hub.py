@@ -23,6 +23,7 @@ import torch
 import yaml
 from architectures import SIZES, SMALL, make_architecture
 from hosts import SETTINGS, make_host
+from pages import example
 from timm.models import push_to_hf_hub
 from torch import Tensor, nn
 
@@ -127,9 +128,25 @@ def test_usage_on_the_card_runs_in_a_process_of_its_own(hub: Hub, tmp_path: Path
     assert features.shape == (1, 48, 4, 4)
 
 
+def test_example_of_the_page_runs_and_the_data_set_is_named(hub: Hub) -> None:
+    code = example("hub_and_clients.md", "cheap-fashion")
+    names: dict[str, Any] = {"cache": hub.cache}
+    exec(code.replace('fashion", pretrained=True', 'fashion", pretrained=True, cache_dir=cache'), names)
+    assert names["cheap"].settings == {"r": 3, "prop_attn": True}
+    readme = (hub.files("someone/cheap-fashion") / "README.md").read_text()
+    assert yaml.safe_load(readme.split("---\n")[1])["datasets"] == ["fashion_mnist"]
+
+
+def test_card_of_a_repository_is_written_once(hub: Hub) -> None:
+    model = plain()
+    for license in ("mit", "apache-2.0"):
+        push_to_hf_hub(model, REPO, model_card=model_card(model, REPO, license=license))
+    assert "\nlicense: mit\n" in (hub.files(REPO) / "README.md").read_text()
+
+
 class TestCard:
     def text(self, model: nn.Module, **kwargs: Any) -> str:
-        card = model_card(model, REPO, **({"license": "apache-2.0"} | kwargs))
+        card: Any = model_card(model, REPO, **({"license": "apache-2.0"} | kwargs))
         return timm.models._hub.generate_readme(card, REPO.split("/")[1])
 
     def test_says_what_the_model_is_and_whose(self) -> None:

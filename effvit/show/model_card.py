@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import TypeAlias
+from typing import TypeAlias, TypedDict
 
 import timm
 from torch import nn
@@ -24,8 +24,7 @@ from effvit.reducers import METHODS
 __all__ = ["Card", "Family", "families", "model_card"]
 
 Details: TypeAlias = dict[str, "str | list[str] | dict[str, str]"]
-Card: TypeAlias = dict[str, "str | list[str] | Details"]
-"""What timm's ``push_to_hf_hub`` takes as ``model_card``: parts of the README by their names there."""
+"""Heading -> what stands there, as timm writes it: a line, or one for each member."""
 
 USAGE = """\
 The package `effvit` registers the name with timm: install it beside timm, and import it first.
@@ -43,6 +42,17 @@ images = torch.rand(1, *config["input_size"])  # or transform(image).unsqueeze(0
 scores = model(images)
 (features,) = model.forward_intermediates(images, indices=1, intermediates_only=True)  # (1, C, H, W)
 ```"""
+
+
+class Card(TypedDict):
+    """What timm's ``push_to_hf_hub`` takes as ``model_card``: parts of the README, under timm's names."""
+
+    tags: list[str]
+    license: str
+    description: str
+    details: Details
+    usage: str
+    citation: list[str]
 
 
 @dataclass(frozen=True)
@@ -79,8 +89,7 @@ def model_card(model: nn.Module, repo_id: str, *, license: str) -> Card:
     """The card of a model of this package, for ``timm.models.push_to_hf_hub(model, repo_id, model_card=...)``.
 
     It says what the model is and how it is loaded. What it was trained on and what it reaches, only its owner knows:
-    the result is a plain dict to add to, with the parts that timm's ``generate_readme`` writes ("description",
-    "details", "usage", "comparison", "citation").
+    the result is a plain dict to add to, such as ``card["details"]["Dataset"] = "imagenet-1k"``.
 
     Args:
         model: A reduced model, or one of an architecture of this package.
