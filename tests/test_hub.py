@@ -1,21 +1,17 @@
 """Models on the Hugging Face Hub: pushed by timm with a card of ours, and loaded from there, bit for bit.
 
-No test asks the network. Of the Hub's client, what uploads is played by ``Hub``, which lays files where the real
-client keeps those that it has downloaded; the real client then finds them there, offline.
+No test asks the network: see hub_stub.py.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import huggingface_hub.constants
 import pytest
 import timm
 import timm.models._hub
@@ -23,9 +19,11 @@ import torch
 import yaml
 from architectures import SIZES, SMALL, make_architecture
 from hosts import SETTINGS, make_host
+from hub_stub import Hub, put_up
 from pages import example
 from timm.models import push_to_hf_hub
 from torch import Tensor, nn
+from torchvision.utils import save_image
 
 import effvit
 from effvit.reducers import METHODS
@@ -33,40 +31,12 @@ from effvit.show.model_card import families, model_card
 
 ROOT = Path(__file__).resolve().parents[1]
 REPO = "someone/cheap-vit"
-COMMIT = "0" * 40
 NARROW: dict[str, Any] = {"depth": 4, "embed_dim": 48, "num_heads": 3, "img_size": 64, "num_classes": 5}
-
-
-class Hub:
-    """The part of ``huggingface_hub.HfApi`` that ``push_to_hf_hub`` calls, on the folder of the client's cache."""
-
-    def __init__(self, cache: Path) -> None:
-        self.cache = cache
-
-    def create_repo(self, repo_id: str, private: bool, exist_ok: bool) -> SimpleNamespace:
-        return SimpleNamespace(repo_id=repo_id)
-
-    def folder(self, repo_id: str) -> Path:
-        return self.cache / f"models--{repo_id.replace('/', '--')}"
-
-    def files(self, repo_id: str) -> Path:
-        return self.folder(repo_id) / "snapshots" / COMMIT
-
-    def file_exists(self, repo_id: str, filename: str, revision: str | None) -> bool:
-        return (self.files(repo_id) / filename).exists()
-
-    def upload_folder(self, repo_id: str, folder_path: str, **kwargs: Any) -> None:
-        shutil.copytree(folder_path, self.files(repo_id), dirs_exist_ok=True)
-        (self.folder(repo_id) / "refs").mkdir(exist_ok=True)
-        (self.folder(repo_id) / "refs" / "main").write_text(COMMIT)
 
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hub:
-    hub = Hub(tmp_path)
-    monkeypatch.setattr(timm.models._hub, "HfApi", lambda **kwargs: hub)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    return hub
+    return put_up(tmp_path / "cache", monkeypatch)
 
 
 def plain() -> nn.Module:
@@ -116,7 +86,8 @@ def test_usage_on_the_card_runs_in_a_process_of_its_own(hub: Hub, tmp_path: Path
     model: Any = plain()
     push_to_hf_hub(model, REPO, model_card=model_card(model, REPO, license="apache-2.0"))
     (usage,) = re.findall(r"```python\n(.*?)```", (hub.files(REPO) / "README.md").read_text(), re.DOTALL)
-    code = f"{usage}torch.save([images, scores, features], 'seen.pth')"
+    save_image(torch.rand(3, 80, 80), tmp_path / "image.jpg")
+    code = f"{usage}import torch; torch.save([images, scores, features], 'seen.pth')"
     own = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(hub.cache)}
     own["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     run = subprocess.run(
@@ -124,6 +95,7 @@ def test_usage_on_the_card_runs_in_a_process_of_its_own(hub: Hub, tmp_path: Path
     )
     assert run.returncode == 0, run.stderr
     x, scores, features = torch.load(tmp_path / "seen.pth")
+    assert x.shape == (1, 3, 64, 64)
     assert torch.equal(scores, model(x))
     assert features.shape == (1, 48, 4, 4)
 
@@ -194,6 +166,13 @@ class TestCard:
         assert "bolya2023tome" in text
         assert "jiang2021lvvit" in text
         assert "official code of ToMe: CC-BY-NC 4.0. The official checkpoints, trained with the method, are" in text
+
+    def test_of_a_host_with_windows_says_no_number_of_tokens(self) -> None:
+        """A TinyViT ends each stage with a full map."""
+        host = timm.create_model("tiny_vit_5m_224", embed_dims=(8, 16, 24, 32), num_heads=(1, 2, 3, 4))
+        text = self.text(effvit.sparsify(host, "tome", r=3))
+        assert "`tiny_vit_5m_224` that computes fewer tokens by ToMe" in text
+        assert "Patch tokens" not in text
 
     def test_of_a_method_of_ones_own_has_what_its_class_says(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model: Any = effvit.sparsify(make_host("class_token"), "evit")

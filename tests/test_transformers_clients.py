@@ -21,8 +21,9 @@ import peft
 from architectures import SIZES
 from architectures import SMALL as ARCHITECTURES
 from hosts import HOSTS, SETTINGS, make_host, make_images, make_model
+from hub_stub import put_up
 from pages import example
-from timm.models import save_for_hf
+from timm.models import push_to_hf_hub, save_for_hf
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, TimmBackbone, TimmWrapperConfig
 
 import effvit
@@ -108,6 +109,18 @@ class TestTimmWrapper:
         assert torch.equal(found.last_hidden_state, features)
         assert torch.equal(found.pooler_output, model.forward_head(features, pre_logits=True))
         assert all(torch.equal(a, b) for a, b in zip(found.hidden_states, maps, strict=True))
+
+    def test_repository_that_timm_has_pushed_to_is_loaded_like_a_folder(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        hub, model = put_up(tmp_path, monkeypatch), MODELS["named"]()
+        push_to_hf_hub(model, "someone/cheap-vit")
+        config = AutoConfig.from_pretrained("someone/cheap-vit", cache_dir=hub.cache)
+        config.model_args.pop("num_classes")
+        wrapped = AutoModelForImageClassification.from_pretrained(
+            "someone/cheap-vit", config=config, cache_dir=hub.cache
+        ).eval()
+        assert torch.equal(wrapped(images()).logits, model(images()))
 
     def test_example_of_the_page_runs_and_its_folder_needs_no_help(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -19,6 +19,7 @@ from effvit.data.preparation import data_config
 from effvit.hosts.host import ReducedHost
 from effvit.hosts.surface import Reduced
 from effvit.messages import shown
+from effvit.protocols import Size
 from effvit.reducers import METHODS
 
 __all__ = ["Card", "Family", "families", "model_card"]
@@ -31,14 +32,13 @@ The package `effvit` registers the name with timm: install it beside timm, and i
 
 ```python
 import timm
-import torch
+from PIL import Image
 
 import effvit  # registers the names
+from effvit.data.preparation import load_images
 
 model = timm.create_model("hf-hub:{repo_id}", pretrained=True).eval()
-config = timm.data.resolve_model_data_config(model)
-transform = timm.data.create_transform(**config, is_training=False)  # of a PIL image
-images = torch.rand(1, *config["input_size"])  # or transform(image).unsqueeze(0)
+images = load_images(model, [Image.open("image.jpg")])  # (1, {channels}, {height}, {width})
 scores = model(images)
 (features,) = model.forward_intermediates(images, indices=1, intermediates_only=True)  # (1, C, H, W)
 ```"""
@@ -105,7 +105,8 @@ def model_card(model: nn.Module, repo_id: str, *, license: str) -> Card:
     if not license.strip():
         raise ValueError(f"license must name the licence of the weights, e.g. 'apache-2.0', got {license!r}")
     own = _families_of(model)
-    details: Details = {"Model stats": _stats(model)}
+    channels, height, width = data_config(model)["input_size"]
+    details: Details = {"Model stats": _stats(model, (height, width))}
     if isinstance(model, Reduced):
         details["Reduction"] = _reduction(model)
     details |= {
@@ -119,7 +120,7 @@ def model_card(model: nn.Module, repo_id: str, *, license: str) -> Card:
         "license": license,
         "description": _description(model, own),
         "details": {heading: text for heading, text in details.items() if text},
-        "usage": USAGE.format(repo_id=repo_id),
+        "usage": USAGE.format(repo_id=repo_id, channels=channels, height=height, width=width),
         "citation": [family.bibtex for family in own if family.bibtex is not None],
     }
 
@@ -164,11 +165,10 @@ def _description(model: nn.Module, own: Sequence[Family]) -> str:
     return f"`{name}`, {own[0].title} as the package `effvit` implements it."
 
 
-def _stats(model: nn.Module) -> dict[str, str]:
-    _, height, width = data_config(model)["input_size"]
+def _stats(model: nn.Module, size: Size) -> dict[str, str]:
     stats = {
         "Params (M)": f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f}",
-        "Image size": f"{height} x {width}",
+        "Image size": f"{size[0]} x {size[1]}",
     }
     if isinstance(model, ReducedHost):
         most = "at most " if model.variable_length else ""
