@@ -180,6 +180,12 @@ class TestCard:
         monkeypatch.setitem(METHODS, "mine", METHODS["evit"])
         assert "fewer tokens by mine: keep the patches" in self.text(model)
 
+    def test_of_another_licence_has_its_name_and_address_where_they_are_given(self) -> None:
+        card: Any = model_card(plain(), REPO, license="other")
+        own = {"license_name": "research", "license_link": "https://example.org/licence"}
+        front = timm.models._hub.generate_readme(card | own, "cheap-vit").split("---\n")[1]
+        assert own.items() <= yaml.safe_load(front).items()
+
     @pytest.mark.parametrize(
         ("repo_id", "license", "message"),
         [

@@ -129,6 +129,7 @@ class TestTimmWrapper:
         names: dict[str, Any] = {}
         exec(example(PAGE, "AutoModelForImageClassification"), names)
         x = torch.rand(2, 1, 28, 28)
+        assert [features.shape for features in names["backbone"](x).feature_maps] == [(2, 96, 7, 7)] * 2
         again = AutoModelForImageClassification.from_pretrained("cheaper").eval()
         assert torch.equal(again(x).logits, effvit.sparsify(names["vit"], "tome", r=3).eval()(x))
 
@@ -220,6 +221,10 @@ class TestLora:
         exec(merge + rest, names)
         assert names["merged"].settings == names["cheap"].settings
         assert names["merged"].state_dict().keys() == names["vit"].state_dict().keys()
+
+    def test_bare_name_of_the_second_projection_is_that_of_the_patch_embedding_too(self) -> None:
+        adapted = peft.get_peft_model(MODELS["named"](), peft.LoraConfig(r=2, target_modules=["proj"]))
+        assert any("patch_embed.proj.lora_A" in name for name, _ in adapted.named_parameters())
 
     def test_merging_writes_into_weights_that_are_shared(self) -> None:
         """LoRA's layers are in the reduced model alone; its merge changes the weights in place."""
