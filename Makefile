@@ -84,10 +84,10 @@ mutate: .venv/.synced-test ## put each fault of tools/mutations.yml into the cod
 mutate-sample: .venv/.synced-test ## the same with ten of them, drawn by SEED
 	$(VENV)/python tools/mutate.py --sample 10 --seed $(SEED) --jobs $(MAX_JOBS)
 
-test-transformers: | $(UV) ## run the tests of the backbone for transformers, in an environment without OpenMMLab
+test-transformers: | $(UV) ## run the tests with transformers and peft, in an environment without OpenMMLab
 	$(UV) venv --quiet --allow-existing --python '$(PYTHON)' .venv-transformers
-	$(UV) pip install --quiet --python .venv-transformers/bin/python '.[transformers]' 'pytest>=8.4' 'hypothesis>=6.130'
-	.venv-transformers/bin/python -m pytest tests/test_transformers.py tests/test_imports.py -k transformers $(PYTEST_ARGS)
+	$(UV) pip install --quiet --python .venv-transformers/bin/python '.[transformers]' 'peft>=0.21' 'pytest>=8.4' 'hypothesis>=6.130'
+	.venv-transformers/bin/python -m pytest tests/test_transformers*.py tests/test_imports.py -k transformers $(PYTEST_ARGS)
 
 test-oldest: | $(UV) ## run a part of the tests with the oldest versions allowed
 	$(call test_versions,oldest,$(OLDEST_PYTHON),--resolution lowest-direct)

@@ -599,7 +599,7 @@ class RopeTokenAttention(TokenAttention, AttentionRope):
 class EvaTokenAttention(TokenAttention, EvaAttention):
     """timm's ``EvaAttention`` (EVA, EVA02, DINOv3: no key bias) for token maps."""
 
-    qkv: nn.Linear | None
+    qkv: Layer | None
     q_proj: Layer
     k_proj: Layer
     v_proj: Layer
@@ -611,12 +611,12 @@ class EvaTokenAttention(TokenAttention, EvaAttention):
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.qkv is None:
             return _project_apart(self, x)
-        project: Layer = self.qkv
         if self.q_bias is None:
-            return self._split_heads(x, project(x))
+            return self._split_heads(x, self.qkv(x))
         bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))  # (3C,)
-        if self.qkv_bias_separate:
-            return self._split_heads(x, project(x) + bias)
+        # A layer in place of timm's, such as LoRA's, does more than its weight says: timm would leave that out.
+        if self.qkv_bias_separate or type(self.qkv) is not nn.Linear:
+            return self._split_heads(x, self.qkv(x) + bias)
         return self._split_heads(x, F.linear(x, self.qkv.weight, bias))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hosts import make_host, make_images, make_model
-from timm.layers.attention import AttentionRope
+from timm.layers.attention import Attention, AttentionRope
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
@@ -156,6 +157,34 @@ def test_grouped_keys_are_those_of_timm() -> None:
     x = torch.randn(2, 9, 32)
     with torch.no_grad():
         assert torch.allclose(ours(x, TokenMap.full(x, (1, 8), 1, 1)), module(x), atol=1e-6)
+
+
+class Doubled(nn.Module):
+    """A layer in place of another that adds to what its weight gives, as an adapter does."""
+
+    def __init__(self, inner: nn.Linear) -> None:
+        super().__init__()
+        self.inner = inner
+        self.weight = inner.weight  # timm reads it
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.inner(x)
+
+
+@pytest.mark.parametrize("cls", [Attention, AttentionRope, EvaAttention])
+def test_layer_in_place_of_the_projection_is_called(cls: type[nn.Module]) -> None:
+    """Doubled queries, keys and values are those of doubled weights; DINOv3 has a bias beside, which is not doubled."""
+    module = cls(32, num_heads=2, qkv_bias=cls is EvaAttention, norm_layer=nn.LayerNorm).eval()
+    x = torch.randn(2, 9, 32)
+    wrapped, doubled = (rehouse(copy.deepcopy(module), ATTENTION_CLASSES[cls]) for _ in range(2))
+    wrapped.qkv = Doubled(wrapped.qkv)
+    with torch.no_grad():
+        doubled.qkv.weight.mul_(2)
+        for attn in (wrapped, doubled):
+            if cls is EvaAttention:
+                attn.v_bias.copy_(torch.arange(32.0))
+        tokens = TokenMap.full(x, (1, 8), 1, 1)
+        assert torch.allclose(wrapped(x, tokens), doubled(x, tokens), atol=1e-5)
 
 
 def test_bias_that_rides_in_features_keeps_sixteen_bits_in_bfloat16() -> None:

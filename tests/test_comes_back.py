@@ -25,14 +25,16 @@ import torch
 from architectures import SIZES, SMALL, make_architecture
 from hosts import PAIRS, SETTINGS, covered, covering, make_host, make_model, released
 from hosts import make_images as images_of
+from hub_stub import put_up
 from safetensors.torch import load_file, save_file
-from timm.models import save_for_hf
+from timm.models import push_to_hf_hub, save_for_hf
 from torch import Tensor, nn
 
 import effvit
 from effvit.hosts.host import HOST_CLASSES
 from effvit.hosts.surface import SPARSIFIED, Reduced
 from effvit.reducers import METHODS, Reducer
+from effvit.show.model_card import model_card
 
 # timm's names of hosts; the numbers make them small. Half have a name under each method in the zoo, half have none.
 NARROW = {"depth": 4, "embed_dim": 48, "num_heads": 3, "num_classes": 5}
@@ -119,6 +121,13 @@ def hub_folder_of_safetensors(model: nn.Module, folder: Path) -> nn.Module:
     return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
 
 
+def hub_address(model: nn.Module, folder: Path) -> nn.Module:
+    with pytest.MonkeyPatch.context() as patch:
+        hub = put_up(folder, patch)
+        push_to_hf_hub(model, "someone/model", model_card=model_card(model, "someone/model", license="mit"))
+        return timm.create_model("hf-hub:someone/model", pretrained=True, cache_dir=hub.cache).eval()
+
+
 def pickled(model: nn.Module, folder: Path) -> nn.Module:
     return pickle.loads(pickle.dumps(model))
 
@@ -168,7 +177,7 @@ def pretrained_cfg_overlay(model: Any, folder: Path) -> nn.Module:
     return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **args).eval()
 
 
-WHOLE = (hub_folder, hub_folder_of_safetensors, pickled, whole_file, deep_copy)  # the file tells the model
+WHOLE = (hub_folder, hub_folder_of_safetensors, hub_address, pickled, whole_file, deep_copy)  # the file tells the model
 BY_KEYWORDS = (checkpoint_path, pretrained_cfg_overlay)
 BY_WEIGHTS = (weights, weights_of_safetensors, checkpoint)  # into a fresh host, reduced by the settings the model tells
 
@@ -320,6 +329,10 @@ def test_features_only_comes_back_or_is_refused_by_timm_as_for_a_dense_model(
     model.model.set_keep_rate(0.3)
     if way in (hub_folder, hub_folder_of_safetensors):
         with pytest.raises(AttributeError, match="num_classes"):
+            way(model, tmp_path)
+        return
+    if way is hub_address:
+        with pytest.raises(ValueError, match="got a FeatureGetterNet"):  # by the card, before timm
             way(model, tmp_path)
         return
     assert_same(model, way(model, tmp_path), pictures(model))

@@ -25,6 +25,7 @@ FIRST_MINUTE = """
 import timm, torch, effvit
 from effvit.cli import main
 from effvit.dense.shipped_configs import list_configs
+from effvit.show.model_card import model_card
 from effvit.show.pictures import fashion_pictures
 
 print(effvit.__file__)
@@ -32,6 +33,7 @@ vit = timm.create_model("vit_nano_patch4_28", pretrained=True).eval()
 cheap = effvit.sparsify(vit, "tome", r=3)
 assert cheap(torch.rand(2, 1, 28, 28)).shape == (2, 10)
 assert len(fashion_pictures()) == 60
+assert model_card(cheap, "me/cheap", license="apache-2.0")["citation"]
 assert len(list_configs()) > 50
 assert main(["list", "evit_deit_tiny_*"]) == 0
 assert main(["report", "costs.json", "--out", "report.html"]) == 2  # reads the page's parts before what is not there

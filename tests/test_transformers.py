@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor
 pytest.importorskip("transformers", reason="the transformers extra is not installed")
 
 from architectures import SMALL as ARCHITECTURES
+from pages import example
 from transformers import AutoBackbone, AutoConfig, UperNetConfig, UperNetForSemanticSegmentation
 
 import effvit
@@ -115,10 +115,8 @@ def test_a_head_of_transformers_trains_on_it_and_comes_back_from_its_folder(tmp_
 
 
 def test_example_of_the_page_runs() -> None:
-    page = Path(__file__).resolve().parents[1] / "docs" / "dense.md"
-    (code,) = [block for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL) if "UperNet" in block]
     names: dict[str, Any] = {}
-    exec(code, names)
+    exec(example("dense.md", "UperNet"), names)
     with torch.no_grad():
         assert names["model"].eval()(torch.zeros(1, 3, 512, 512)).logits.shape == (1, 150, 512, 512)
 

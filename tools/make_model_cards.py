@@ -1,5 +1,7 @@
 """Write the model cards, their metafiles, model-index.yml and the tables of methods in README.md from one source.
 
+What a card on a hub says of a paper and its code goes into the package: effvit/show/families.json.
+
 What no program can know (papers, licences, published results) stands in model_cards/data, published top-1 accuracies
 in effvit/measure/published_top1.json; counts and measurements are read from docs/benchmarks. Nothing is typed into a
 card by hand.
@@ -24,17 +26,18 @@ import torch
 import yaml
 from cards.facts import ROOT, Result, read
 from cards.figures import MODELS, Family, Row, count, families, settings_to_count
-from cards.page import arxiv, card, code_url, table
+from cards.page import arxiv, bibtex, card, code_link, code_url, paper_link, table
 from marked_table import put_table, write_pages
 from rich.progress import track
 
 import effvit
 from effvit.reducers import METHODS
 
-__all__ = ["main", "metafile", "pages", "readme_table"]
+__all__ = ["hub_facts", "main", "metafile", "pages", "readme_table"]
 
 CARDS = "model_cards"
 TOOL = "make_model_cards.py"
+HUB_FACTS = "effvit/show/families.json"
 
 
 def _results(results: list[Result]) -> dict[str, Any]:
@@ -83,6 +86,21 @@ def metafile(family: Family) -> str:
     return yaml.safe_dump({"Collections": [collection], "Models": models}, sort_keys=False, width=120)
 
 
+def hub_facts(family: Family) -> dict[str, str | list[str]]:
+    """The family as an entry of families.json: the fields of ``effvit.show.model_card.Family`` that it has."""
+    facts = family.facts
+    entry: dict[str, str | list[str]] = {"title": facts["title"]}
+    if "architectures" in facts:
+        entry["models"] = facts["architectures"]
+    if "paper" in facts:
+        entry |= {"paper": paper_link(facts), "bibtex": "\n".join(bibtex(family.name, facts))}
+    if "code" in facts:
+        entry |= {"code": code_link(facts), "code_licence": facts["code"]["licence"]}
+    if family.name in METHODS and "weights" in facts:
+        entry["weights"] = " ".join(facts["weights"].splitlines())
+    return entry
+
+
 def readme_table(cards: list[Family], of_methods: bool) -> list[str]:
     """Lines of the table of methods, or of architectures, in README.md."""
     rows = []
@@ -110,6 +128,8 @@ def pages() -> dict[str, str]:
     made = {f"{CARDS}/{family.name}.metafile.yml": metafile(family) for family in cards}
     made["model-index.yml"] = yaml.safe_dump({"Import": sorted(made)})
     made |= {f"{CARDS}/{family.name}.md": card(family) for family in cards}
+    hub = {family.name: hub_facts(family) for family in cards}
+    made[HUB_FACTS] = json.dumps(hub, indent=1, ensure_ascii=False) + "\n"
     made["README.md"] = readme((ROOT / "README.md").read_text(), cards)
     return made
 
