@@ -45,7 +45,7 @@ class TestList:
         lines = capsys.readouterr().out.splitlines()
         assert [line.split()[0] for line in lines] == NAMES
         (line,) = (line for line in lines if line.startswith("mmdet/garments/mask-rcnn_vit-nano.py"))
-        assert line.endswith("  Dense: the ViT whose weights come with the package, fine-tuned")
+        assert line.endswith("\tDense: the ViT whose weights come with the package, fine-tuned")
 
     def test_pattern_selects(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["configs", "list", "mmseg/*segmenter*"]) == 0
