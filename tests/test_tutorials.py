@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 from collections.abc import Collection
 from contextlib import nullcontext, redirect_stdout
@@ -94,13 +96,28 @@ def joined(text: str) -> str:
     return re.sub(r"\\\n *", "", text)
 
 
+def torchrun(arguments: list[str]) -> str:
+    """What processes print that torchrun starts."""
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def run_command(line: str) -> None:
-    """Run a command of a page in this process, which has imported torch already."""
+    """Run a command of a page, in this process, which has imported torch already, unless it starts several."""
     program, *arguments = shlex.split(line)
     if program == "effvit":
         assert main(arguments) == 0, line
+    elif program == "torchrun":
+        print(torchrun(arguments), end="")
     else:
-        assert program == "python", f"{line}: a block of shell runs effvit or python"
+        assert program == "python", f"{line}: a block of shell runs effvit, python or torchrun"
         sys.argv = arguments
         runpy.run_path(arguments[0], run_name="__main__")
 
@@ -194,6 +211,13 @@ def test_dense_features_for_a_segmenter(monkeypatch: pytest.MonkeyPatch, tmp_pat
         assert all(-1 <= similarity < 0.9999 for similarity in others)
     assert values["ious"].keys() == {"dense", "EViT", "EViT, control"}
     assert all(0.2 < iou <= 1 for iou in values["ious"].values())
+
+
+@pytest.mark.slow  # five processes
+def test_many_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The losses shown are the same three times; test_many_processes.py compares weights too, in double precision."""
+    run_page("many_gpus", monkeypatch, tmp_path)
+    assert len({block.shown for block in own_blocks("many_gpus") if block.kind == "shell"}) == 1
 
 
 @pytest.mark.parametrize(
