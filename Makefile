@@ -91,7 +91,7 @@ test-transformers: | $(UV) ## run the tests of the backbone for transformers, in
 
 test-ray: | $(UV) ## run the tutorial on features in shards with two local workers of Ray, in an environment of its own
 	$(UV) venv --quiet --allow-existing --python '$(PYTHON)' .venv-ray
-	$(UV) pip install --quiet --python .venv-ray/bin/python '.[demo]' 'ray[data]>=2.60,<3' 'pytest>=8.4' 'hypothesis>=6.130'
+	$(UV) pip install --quiet --python .venv-ray/bin/python . 'ray[data]>=2.60,<3' 'pytest>=8.4' 'hypothesis>=6.130'
 	.venv-ray/bin/python -m pytest tests/test_tutorials.py -k features_in_shards $(PYTEST_ARGS)
 
 test-oldest: | $(UV) ## run a part of the tests with the oldest versions allowed

@@ -12,19 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 import effvit
 from effvit.hosts.host import ReducedHost
 from effvit.reducers import METHODS
-from effvit.testing.models import example, make_host, make_images, make_model
+from effvit.testing.models import SIZE, example, make_host, make_images, make_model
 
 PROCESSES = 2
 HOST = "class_token"
@@ -95,11 +97,35 @@ def follow_a_schedule(wrap: Callable[[ReducedHost], nn.Module]) -> list[list[int
     return counts
 
 
-def shard_beside_a_dense_model(images: Tensor, labels: Tensor) -> Found:
+def train_beside_a_dense_model(images: Tensor, labels: Tensor, wrap: Callable[[ReducedHost], nn.Module]) -> Found:
     dense = make_host(HOST).double()
-    model = sharded(effvit.sparsify(dense, "evit", **example("evit")).train())
-    train(model, images, labels)
+    model = effvit.sparsify(dense, "evit", **example("evit")).train()
+    train(wrap(model), images, labels)
     return {"dense": dense.state_dict(), "reduced": whole(model)}
+
+
+def wrap_weights_that_differ(wrap: Callable[[ReducedHost], nn.Module]) -> Tensor:
+    """The whole of a weight in which every process had its own number in every place."""
+    model = trained("evit")
+    nn.init.constant_(model.norm.weight, dist.get_rank())
+    wrap(model)
+    weight = model.norm.weight.detach()
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
+def gradients_of_maps(images: Tensor) -> Found:
+    """Gradients after a call past DistributedDataParallel, and after calls of a wrapped module that returns maps."""
+    model = trained("evit")
+    DistributedDataParallel(model)
+    maps: Any = model.forward_intermediates(images, intermediates_only=True)
+    maps[-1].square().mean().backward()
+    settings = {"img_size": SIZE["img_size"], "depth": 4, "embed_dim": 48, "num_heads": 3}
+    features = timm.create_model("evit_deit_tiny_patch16_224", features_only=True, **settings).double()
+    parallel = DistributedDataParallel(features)
+    for _ in range(STEPS):
+        features.zero_grad()
+        parallel(images)[-1].square().mean().backward()
+    return {"past": model.pos_embed.grad, "features": features.model.pos_embed.grad}
 
 
 def call_past_forward(images: Tensor) -> Found:
@@ -123,7 +149,9 @@ def work(rank: int, folder: Path) -> None:
         "ragged": {pair: replicate(images, labels, pair[0], ragged=pair[1]) for pair in RAGGED},
         "fsdp": {method: shard(images, labels, method) for method in SHARDED},
         "schedules": [follow_a_schedule(wrap) for wrap in (DistributedDataParallel, sharded)],
-        "shared": shard_beside_a_dense_model(images, labels),
+        "shared": [train_beside_a_dense_model(images, labels, wrap) for wrap in (DistributedDataParallel, sharded)],
+        "different": [wrap_weights_that_differ(wrap) for wrap in (DistributedDataParallel, sharded)],
+        "maps": gradients_of_maps(images),
         "past forward": call_past_forward(images),
     }
     torch.save(found, folder / str(rank))
@@ -159,6 +187,20 @@ class TestReplicated:
         assert max(parts[0]["lengths"]) != max(parts[1]["lengths"])
         assert_trained_as_one(parts, method, ragged=ragged)
 
+    def test_dense_model_goes_on_sharing_the_weights(self, found: list[Found]) -> None:
+        dense, reduced = (found[0]["shared"][0][name] for name in ("dense", "reduced"))
+        assert all(torch.equal(value, reduced[name]) for name, value in dense.items())
+        assert not torch.equal(dense["norm.weight"], make_host(HOST).double().state_dict()["norm.weight"])
+
+    def test_weights_of_the_first_process_are_those_of_all(self, found: list[Found]) -> None:
+        assert [part["different"][0].unique().tolist() for part in found] == [[0], [0]]
+
+    def test_maps_are_trained_on_through_a_module_that_returns_them(self, found: list[Found]) -> None:
+        """A call past the wrapper leaves each process its own gradients."""
+        first, second = (part["maps"] for part in found)
+        assert not torch.allclose(first["past"], second["past"])
+        torch.testing.assert_close(first["features"], second["features"])
+
 
 class TestSharded:
     @pytest.mark.parametrize("method", SHARDED)
@@ -177,8 +219,12 @@ class TestSharded:
     def test_dense_model_keeps_its_weights_and_is_not_trained(self, found: list[Found]) -> None:
         before = make_host(HOST).double().state_dict()
         for part in found:
-            assert all(torch.equal(value, before[name]) for name, value in part["shared"]["dense"].items())
-        assert not torch.equal(found[0]["shared"]["reduced"]["norm.weight"], before["norm.weight"])
+            assert all(torch.equal(value, before[name]) for name, value in part["shared"][1]["dense"].items())
+        assert not torch.equal(found[0]["shared"][1]["reduced"]["norm.weight"], before["norm.weight"])
+
+    def test_each_process_gives_its_own_part_of_the_weights(self, found: list[Found]) -> None:
+        half = len(make_host(HOST).norm.weight) // PROCESSES
+        assert [part["different"][1].tolist() for part in found] == [[0] * half + [1] * half] * PROCESSES
 
     def test_tokens_and_maps_need_their_methods_registered(self, found: list[Found]) -> None:
         model = trained("evit")
