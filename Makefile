@@ -60,7 +60,7 @@ define where_installed
 else echo '$(2) is left out: no Python $(1) is installed'; fi
 endef
 
-.PHONY: help demo check docs test test-transformers test-oldest test-newest test-versions mutate mutate-sample lint format clean
+.PHONY: help demo check docs test test-transformers test-ray test-oldest test-newest test-versions mutate mutate-sample lint format clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 28
@@ -89,6 +89,11 @@ test-transformers: | $(UV) ## run the tests with transformers and peft, in an en
 	$(UV) pip install --quiet --python .venv-transformers/bin/python '.[transformers]' 'peft>=0.21' 'pytest>=8.4' 'hypothesis>=6.130'
 	.venv-transformers/bin/python -m pytest tests/test_transformers*.py tests/test_imports.py -k transformers $(PYTEST_ARGS)
 
+test-ray: | $(UV) ## run the tutorial on features in shards with two local workers of Ray, in an environment of its own
+	$(UV) venv --quiet --allow-existing --python '$(PYTHON)' .venv-ray
+	$(UV) pip install --quiet --python .venv-ray/bin/python . 'ray[data]>=2.60,<3' 'pytest>=8.4' 'hypothesis>=6.130'
+	.venv-ray/bin/python -m pytest tests/test_tutorials.py -k features_in_shards $(PYTEST_ARGS)
+
 test-oldest: | $(UV) ## run a part of the tests with the oldest versions allowed
 	$(call test_versions,oldest,$(OLDEST_PYTHON),--resolution lowest-direct)
 
@@ -109,7 +114,7 @@ format: .venv/.synced-dev ## let ruff fix and format the code
 	$(VENV)/ruff format .
 
 clean: ## remove the environment, the lock and every cache
-	rm -rf .venv .venv-transformers .venv-oldest .venv-newest .uv-bootstrap uv.lock build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-transformers .venv-ray .venv-oldest .venv-newest .uv-bootstrap uv.lock build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps lie inside .venv, so they go with it; each is renewed when pyproject.toml is newer.

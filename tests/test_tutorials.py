@@ -13,25 +13,31 @@ download: ``STAND_INS`` lists what is put in place of such a line, and each must
 from __future__ import annotations
 
 import io
+import itertools
 import json
+import os
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 from collections.abc import Collection
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import make_notebooks
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import timm
 import torch
 from make_notebooks import Block, blocks
 from PIL import Image
 
+import effvit
 from effvit.cli import main, parser
+from effvit.data.preparation import load_images
 
 ROOT = Path(__file__).resolve().parents[1]
 TUTORIALS = ROOT / make_notebooks.PAGES
@@ -94,13 +100,28 @@ def joined(text: str) -> str:
     return re.sub(r"\\\n *", "", text)
 
 
+def torchrun(arguments: list[str]) -> str:
+    """What processes print that torchrun starts."""
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def run_command(line: str) -> None:
-    """Run a command of a page in this process, which has imported torch already."""
+    """Run a command of a page, in this process, which has imported torch already, unless it starts several."""
     program, *arguments = shlex.split(line)
     if program == "effvit":
         assert main(arguments) == 0, line
+    elif program == "torchrun":
+        print(torchrun(arguments), end="")
     else:
-        assert program == "python", f"{line}: a block of shell runs effvit or python"
+        assert program == "python", f"{line}: a block of shell runs effvit, python or torchrun"
         sys.argv = arguments
         runpy.run_path(arguments[0], run_name="__main__")
 
@@ -194,6 +215,77 @@ def test_dense_features_for_a_segmenter(monkeypatch: pytest.MonkeyPatch, tmp_pat
         assert all(-1 <= similarity < 0.9999 for similarity in others)
     assert values["ious"].keys() == {"dense", "EViT", "EViT, control"}
     assert all(0.2 < iou <= 1 for iou in values["ious"].values())
+
+
+@pytest.mark.slow  # five processes
+def test_many_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The losses shown are the same three times; test_many_processes.py compares weights too, in double precision."""
+    run_page("many_gpus", monkeypatch, tmp_path)
+    assert len({block.shown for block in own_blocks("many_gpus") if block.kind == "shell"}) == 1
+
+
+FEATURES = "features_in_shards"
+
+
+def stored(folder: str, name: str) -> np.ndarray:
+    """The arrays of all shards of a folder, joined."""
+    return np.concatenate([np.load(path)[name] for path in sorted(Path(folder).glob("*.npz"))])
+
+
+def test_features_in_shards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The map made of stored tokens is the model's own where patches have tokens; neither the size of a batch nor that
+    of a shard matters; and what is there is never taken for something else."""
+    values = run_page(FEATURES, monkeypatch, tmp_path, {"With Ray Data"})
+    model = effvit.sparsify(timm.create_model("vit_nano_patch4_28", pretrained=True), "ats", keep_rate=0.8).eval()
+    images = load_images(model, [Image.open(path) for path in values["shard"]["paths"][:3]])
+    with torch.inference_mode():
+        (maps,) = model.forward_intermediates(images, indices=1, norm=True, intermediates_only=True)
+    carried = values["source"].reshape(7, 7) >= 0
+    np.testing.assert_allclose(values["grid"], np.where(carried, maps[2], 0), atol=0.01)
+    assert 0 < carried.sum() < 49
+    assert stored("maps", "maps").shape == (60, 96, 7, 7)
+    assert stored("pooled", "pooled").shape == (60, 96)
+
+    ats = """--kind tokens --method ats --settings '{"keep_rate": 0.8}'"""
+    run_command(f"python extract.py garments others {ats} --shard-size 25 --batch-size 7")
+    for name in ("paths", "lengths", "source"):
+        np.testing.assert_array_equal(stored("others", name), stored("tokens", name))
+    np.testing.assert_allclose(stored("others", "tokens"), stored("tokens", "tokens"), atol=0.01)
+
+    with pytest.raises(ValueError, match=r"pooled/000000.npz holds other images than the list has there"):
+        run_command("python extract.py garments pooled --shard-size 8")
+
+
+def test_shards_of_a_run_that_stopped_are_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run_page(FEATURES, monkeypatch, tmp_path, {"What is stored", "A run that stopped", "With Ray Data"})
+    save, calls = np.savez, itertools.count()
+
+    def full_disk(file: BinaryIO, **arrays: np.ndarray) -> None:
+        save(file, **arrays)
+        if next(calls) == 2:
+            file.truncate(100)
+            raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "savez", full_disk)
+        with pytest.raises(OSError, match="no space"):
+            run_command("python extract.py garments pooled")
+    assert sorted(path.name for path in Path("pooled").glob("*.npz")) == ["000000.npz", "000001.npz"]
+    run_command("python extract.py garments pooled")
+    assert len(stored("pooled", "pooled")) == 60
+
+
+@pytest.mark.slow  # two workers of Ray
+@pytest.mark.filterwarnings("default")  # Ray's own
+def test_features_in_shards_by_ray(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ray = pytest.importorskip("ray", reason="ray is not installed, see make test-ray")
+    monkeypatch.setenv("HOME", str(tmp_path))  # where Ray leaves a token
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    try:
+        run_page(FEATURES, monkeypatch, tmp_path)
+    finally:
+        ray.shutdown()
+    assert len(stored("by_two", "lengths")) == len(stored("pooled", "pooled")) == 60
 
 
 @pytest.mark.parametrize(

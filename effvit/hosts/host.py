@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from effvit.block import BlockList, call_block, copy_shared, rehouse, set_child, token_block
 from effvit.hosts.closed_form import PlainViT, plain_vit
-from effvit.hosts.refusals import is_file_name, reason_against, reason_against_class
+from effvit.hosts.refusals import is_file_name, is_sharded, reason_against, reason_against_class
 from effvit.hosts.stages import Stage, map_stage
 from effvit.hosts.surface import (
     SPARSIFIED,
@@ -624,7 +624,7 @@ def sparsify(
         reduced = reduce_windows(dense, method, settings, share)
         return _described(reduced, dense, method, settings, recover)
     host_class = type(dense) if isinstance(dense, ReducedHost) else HOST_CLASSES.get(type(dense))
-    if host_class is None:
+    if host_class is None or is_sharded(dense):
         raise TypeError(reason_against(dense, {*HOST_CLASSES, TinyVit}))
     host = rehouse(copy_shared(dense, share), host_class)
     if not isinstance(dense, ReducedHost):

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-__all__ = ["is_file_name", "name_arguments", "reason_against", "reason_against_class"]
+__all__ = ["is_file_name", "is_sharded", "name_arguments", "reason_against", "reason_against_class"]
 
 UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
 # Classes that hold a program recorded from a model, without its blocks.
@@ -23,6 +23,11 @@ RECORDED = ("GraphModule", "ScriptModule", "RecursiveScriptModule", "TopLevelTra
 def is_file_name(name: str) -> bool:
     """Whether a string names a file or folder rather than a model: no registered name has such signs or endings."""
     return os.sep in name or ":" in name or name.endswith((".pth", ".pt", ".bin", ".safetensors", ".tar", ".onnx"))
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP holds the parameters, which by the names of its classes needs no import of it."""
+    return any(cls.__name__ in ("FSDPModule", "FullyShardedDataParallel") for cls in type(model).__mro__)
 
 
 def _path_of(cls: type) -> str:
@@ -35,8 +40,8 @@ def _listed(supported: Collection[type]) -> str:
 
 
 def _held(model: nn.Module, supported: Collection[type]) -> str | None:
-    """Where in the model the first one of a supported class is: "module", "visual.trunk"."""
-    return next((name for name, part in model.named_modules() if name and type(part) in supported), None)
+    """Where in the model the first one of a supported class is, reduced or not: "module", "visual.trunk"."""
+    return next((name for name, part in model.named_modules() if name and isinstance(part, tuple(supported))), None)
 
 
 def reason_against(model: object, supported: Collection[type]) -> str:
@@ -64,7 +69,7 @@ def reason_against(model: object, supported: Collection[type]) -> str:
         return f"a {_path_of(kind)} is a recorded program; sparsify the model first, then trace, quantise or export it"
     if not isinstance(model, nn.Module):
         return f"cannot reduce the tokens of a {_path_of(kind)}, which is no model; {known}"
-    if any(cls.__name__ in ("FSDPModule", "FullyShardedDataParallel") for cls in kind.__mro__):
+    if is_sharded(model):
         return "the parameters of this model are sharded (FSDP); sparsify the model first, then shard it"
     held = _held(model, supported)
     if held is not None:

@@ -12,6 +12,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from effvit.hosts.refusals import is_sharded
 from effvit.protocols import Layer, PatchEmbedding, Settings, Size
 from effvit.recording import is_recorded, refuse_fx
 from effvit.tokens import autocast_enabled
@@ -114,10 +115,11 @@ class Reduced(nn.Module):
     def check_whole(self) -> None:
         """Warn if a model that shares the weights was moved or cast, which leaves the buffers of this one behind.
 
-        Not while the model is recorded, where dtypes and devices may be those of a simulation.
+        Not while the model is recorded, where dtypes and devices may be those of a simulation, and not under FSDP,
+        which gathers the weights for each forward pass in a dtype of its own and shares them with no other model.
         """
         weight = next(self.parameters())
-        if (weight.dtype, weight.device) == self._placement or is_recorded(weight):
+        if (weight.dtype, weight.device) == self._placement or is_recorded(weight) or is_sharded(self):
             return
         left = [
             name
