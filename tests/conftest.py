@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import detectron2_stub
@@ -65,6 +66,14 @@ FAST = {
     "test_zero_tprune.py",
 }
 golden_errors: dict[str, dict[str, float]] = {}
+
+
+@pytest.fixture(autouse=True)
+def _same_excepthook() -> Iterator[None]:
+    """torch.distributed puts one in its place that begins each line with the rank, and leaves it there."""
+    before = sys.excepthook
+    yield
+    sys.excepthook = before
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

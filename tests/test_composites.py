@@ -370,8 +370,10 @@ def test_mmdet_reads_boxes_and_masks_unchanged(drawn_set: Path) -> None:
     pytest.importorskip("mmdet")
     from mmdet.datasets import CocoDataset
     from mmdet.utils import register_all_modules
+    from mmengine.registry import init_default_scope
 
-    register_all_modules(init_default_scope=True)
+    register_all_modules(init_default_scope=False)
+    init_default_scope("mmdet")
     dataset = CocoDataset(
         data_root=str(drawn_set),
         ann_file="annotations/instances_training.json",
@@ -398,10 +400,12 @@ def test_mmdet_reads_boxes_and_masks_unchanged(drawn_set: Path) -> None:
 @pytest.mark.parametrize("reduce_zero_label", [True, False])
 def test_mmseg_reads_label_maps_unchanged(drawn_set: Path, reduce_zero_label: bool) -> None:
     pytest.importorskip("mmseg")
+    from mmengine.registry import init_default_scope
     from mmseg.datasets import BaseSegDataset
     from mmseg.utils import register_all_modules
 
-    register_all_modules(init_default_scope=True)
+    register_all_modules(init_default_scope=False)
+    init_default_scope("mmseg")
     classes = tuple(PATTERNS) if reduce_zero_label else ("background", *PATTERNS)
     dataset = BaseSegDataset(
         data_root=str(drawn_set),

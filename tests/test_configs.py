@@ -186,7 +186,12 @@ def inputs(config: Config) -> dict[str, Any]:
     if config.default_scope == "mmpretrain":
         shape = PICTURES.get(Path(str(config.filename)).parent.name, (3, 224, 224))
         pictures = [torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator) for _ in range(2)]
-        return {"inputs": pictures, "data_samples": [DataSample().set_gt_label(label) for label in (3, 7)]}
+        samples = [DataSample().set_gt_label(label) for label in (3, 7)]
+        if config.model.type == "PatchTaughtClassifier":
+            patch_size = config.train_dataloader.dataset.patch_size
+            for sample in samples:
+                sample.patch_label = sample.gt_label.expand(prod(shape[1:]) // patch_size**2)
+        return {"inputs": pictures, "data_samples": samples}
     samples = []
     for _ in range(2):
         sample = SegDataSample(metainfo={"img_shape": (SIDE, SIDE), "ori_shape": (SIDE, SIDE)})

@@ -198,7 +198,7 @@ class TestFields:
 
     @pytest.mark.parametrize("kind", [[], {}, None, 1, "tune", "\x1b"])
     def test_other_kind_is_named(self, kind: Any) -> None:
-        with pytest.raises(ValueError, match="\"kind\": 'profile' or 'accuracy' or 'tokens', got"):
+        with pytest.raises(ValueError, match="\"kind\": 'profile' or 'accuracy' or 'tokens' or 'metrics', got"):
             check_record({"schema": 1, "kind": kind}, "a.json, record 0")
 
     @pytest.mark.parametrize(

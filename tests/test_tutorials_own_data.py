@@ -89,7 +89,8 @@ def run_page(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> dic
             assert re.fullmatch(pattern(expected), printed), f"effvit {' '.join(arguments)} prints\n{printed}"
         ran.add(arguments[0])
     assert ran == {"configs", "check-data", "train", "test"}
-    metrics: dict[str, float] = json.loads((folder / "metrics.json").read_text())
+    (record,) = json.loads((folder / "metrics.json").read_text())
+    metrics: dict[str, float] = record["metrics"]
     return metrics
 
 

@@ -87,10 +87,11 @@ def wanted_by(neck: Mapping[str, Any], channels: list[int]) -> tuple[str | None,
 
 
 def head_faults(place: str, head: Mapping[str, Any], channels: list[int]) -> Iterator[tuple[str, object, object]]:
-    """The faults of a head of mmseg, which chooses maps by ``in_index``."""
-    index, given = head.get("in_index", -1), head.get("in_channels")
+    """The faults of a head of mmseg, which chooses maps by ``in_index``; with a list of channels and without it, all."""
+    given = head.get("in_channels")
     if given is None:
         return
+    index = head.get("in_index", -1 if isinstance(given, int) else range(len(channels)))
     chosen = [index] if isinstance(index, int) else list(index)
     if not all(-len(channels) <= each < len(channels) for each in chosen):
         yield f"{place}.in_index", index, f"places among {len(channels)} maps, or give the backbone more out_indices"
