@@ -87,7 +87,7 @@ def wanted_by(neck: Mapping[str, Any], channels: list[int]) -> tuple[str | None,
 
 
 def head_faults(place: str, head: Mapping[str, Any], channels: list[int]) -> Iterator[tuple[str, object, object]]:
-    """The faults of a head of mmseg, which chooses maps by ``in_index``; with a list of channels and without it, all."""
+    """The faults of a head of mmseg, which takes the maps of ``in_index``, or all if it lists channels without it."""
     given = head.get("in_channels")
     if given is None:
         return
