@@ -120,7 +120,7 @@ def run_demo(arguments: options.FigureArguments) -> None:
         tell(path)
     console.print("\nWhat to try next:")
     for line in NEXT:
-        console.print(f"  {line}", soft_wrap=True, highlight=False, markup=False)
+        tell(f"  {line}")
 
 
 class Answers(NamedTuple):

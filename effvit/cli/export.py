@@ -89,15 +89,13 @@ def run_export(arguments: Arguments) -> None:
 
 def named_model(arguments: Arguments) -> tuple[str, nn.Module]:
     """The model that is asked for, with the name that it is given in messages and files."""
-    assignments = [parse_setting(text) for text in arguments.settings]
-    if arguments.method is None:
-        if assignments:
-            raise ValueError("settings belong to a method: name one with --method")
-        return arguments.model, create(arguments.model, arguments, arguments.img_size)
-    variants = list_variants([arguments.method], assignments)
+    methods = [] if arguments.method is None else [arguments.method]
+    variants = list_variants(methods, [parse_setting(text) for text in arguments.settings])
     if len(variants) > 1:
         raise ValueError(f"one file holds one model, but --set gives {len(variants)}: give each setting once")
     host = create(arguments.model, arguments, arguments.img_size)
+    if not variants:
+        return arguments.model, host
     ((variant, model),) = reduced(host, variants).items()
     return f"{arguments.model} {variant}", model.eval()
 

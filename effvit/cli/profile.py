@@ -91,8 +91,6 @@ def run_profile(arguments: Arguments) -> None:
     """Print what models and their reduced variants cost."""
     assignments = [parse_setting(text) for text in arguments.settings]
     assignments += [("keep_rate", rate) for rate in arguments.keep_rate]
-    if assignments and not arguments.method:
-        raise ValueError("settings belong to a method: name one with --method")
     variants = list_variants(arguments.method, assignments)
     check_device(arguments.device)
     photos = named_images(arguments.images or [], arguments.skip_bad)

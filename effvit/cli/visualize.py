@@ -62,10 +62,7 @@ def add_command(commands: options.Commands) -> None:
 
 def run_visualize(arguments: Arguments) -> None:
     """Write a figure for every image, method and setting."""
-    assignments = [parse_setting(text) for text in arguments.settings]
-    if assignments and not arguments.method:
-        raise ValueError("settings belong to a method: name one with --method")
-    variants = list_variants(arguments.method, assignments)
+    variants = list_variants(arguments.method, [parse_setting(text) for text in arguments.settings])
     images = named_images(arguments.images, arguments.skip_bad)
     model = create(arguments.model, arguments)
     models: Mapping[str, nn.Module] = reduced(model, variants) if variants else {arguments.model: model}

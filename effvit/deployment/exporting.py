@@ -14,6 +14,7 @@ from torch.export import Dim, ExportedProgram
 
 from effvit.deployment.formats import FORMATS, Run, check_installed
 from effvit.messages import one_line, plain
+from effvit.schedule import check_count
 
 __all__ = ["TOLERANCE", "Agreement", "compare", "export", "record"]
 
@@ -72,8 +73,8 @@ def export(
         raise ValueError(f"a file of {to} must end in {form.suffix}, got {plain(path)}")
     if len(images) < 2:
         raise ValueError(f"images must be at least 2, one to record and another to compare, got {len(images)}")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if batch_size is not None:
+        check_count("batch_size", batch_size, 1)
     if model.training:
         raise ValueError("the model is in training mode, which records dropout; call model.eval() first")
     check_installed(to)

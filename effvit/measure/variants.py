@@ -37,8 +37,10 @@ def list_variants(methods: Sequence[str], assignments: Sequence[tuple[str, Setti
     """(method, settings) for every method and combination of values of the settings it has.
 
     Raises:
-        ValueError: An unknown method, or a setting that none of them has.
+        ValueError: Settings without a method, an unknown method, or a setting that none of them has.
     """
+    if assignments and not methods:
+        raise ValueError("settings belong to a method: name one with --method")
     values: dict[str, list[Setting]] = {}
     for key, value in assignments:
         values.setdefault(key, []).append(value)

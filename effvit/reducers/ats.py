@@ -13,7 +13,7 @@ from torch import Tensor
 from effvit.attention import AttnState, Pick, Selection
 from effvit.protocols import Settings
 from effvit.recording import is_recorded
-from effvit.reducers.base import FEW_PATCHES, Reducer, check_finite, refuse_recording
+from effvit.reducers.base import Reducer, check_finite, refuse_recording
 from effvit.reducers.cost import BlockSizes, Change
 from effvit.reducers.keep_rate import Rated
 from effvit.reducers.ragged import RAGGED, packs, padded_if
@@ -146,6 +146,7 @@ class ATS(Rated):
     needs_class_token = True
     variable_length = True
     graph_reads_counts = True
+    rate_of_many = 0.5  # by default it samples as often as there are tokens, and even attention then drops next to none
 
     def __init__(
         self,
@@ -167,11 +168,6 @@ class ATS(Rated):
         self.drop_tokens = drop_tokens
         self.compat = compat
         self.reads_counts = drop_tokens or ragged == "packed"
-
-    @classmethod
-    def demo(cls, num_patches: int) -> list[Settings]:
-        # By default it takes as many samples as there are tokens, and even attention then drops next to none.
-        return super().demo(num_patches) if num_patches < FEW_PATCHES else [{"keep_rate": 0.5}]
 
     @classmethod
     def plan(

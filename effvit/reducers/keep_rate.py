@@ -49,9 +49,11 @@ class Rated(Reducer):
 
     Attributes:
         rate_of_few: The rate that ``effvit demo`` shows where the default, meant for 196 patches, takes too much.
+        rate_of_many: The rate that it shows elsewhere, or None for the default.
     """
 
     rate_of_few = 0.8
+    rate_of_many: float | None = None
 
     @classmethod
     def off(cls) -> Settings:
@@ -59,7 +61,8 @@ class Rated(Reducer):
 
     @classmethod
     def demo(cls, num_patches: int) -> list[Settings]:
-        return [{"keep_rate": cls.rate_of_few} if num_patches < FEW_PATCHES else {}]
+        rate = cls.rate_of_few if num_patches < FEW_PATCHES else cls.rate_of_many
+        return [{} if rate is None else {"keep_rate": rate}]
 
     @classmethod
     def ladders(cls, depth: int, num_patches: int) -> list[list[Settings]]:
