@@ -76,6 +76,14 @@ def _same_excepthook() -> Iterator[None]:
     sys.excepthook = before
 
 
+@pytest.fixture(autouse=True)
+def _no_logger_of_another_test() -> Iterator[None]:
+    """mmengine keeps loggers by the name of a config and the second: one of a test before writes to its closed stream."""
+    yield
+    if logging := sys.modules.get("mmengine.logging"):
+        logging.MMLogger._instance_dict.clear()
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--golden",
