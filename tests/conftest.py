@@ -78,10 +78,13 @@ def _same_excepthook() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _no_logger_of_another_test() -> Iterator[None]:
-    """mmengine keeps loggers by the name of a config and the second: one of a test before writes to its closed stream."""
+    """mmengine names loggers by config and second: one of an earlier test would write to a stream that is closed."""
     yield
     if logging := sys.modules.get("mmengine.logging"):
-        logging.MMLogger._instance_dict.clear()
+        loggers = logging.MMLogger._instance_dict
+        for handler in [handler for logger in loggers.values() for handler in logger.handlers]:
+            handler.close()
+        loggers.clear()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
