@@ -27,13 +27,14 @@ __all__ = [
     "Beside",
     "Images",
     "MapSums",
-    "Selection",
+    "Picked",
     "SumMap",
     "attend_one_by_one",
     "attend_together",
     "bias_as_features",
     "jagged_attention",
     "map_sums",
+    "sum_beside",
 ]
 
 T = TypeVar("T")
@@ -49,7 +50,7 @@ class Beside(Generic[T]):
     value: T
 
 
-class Selection(NamedTuple):
+class Picked(NamedTuple):
     """Which tokens stay as queries: the choice of a method that prunes between scores and attention.
 
     Attributes:
@@ -153,7 +154,7 @@ class AttnState(NamedTuple):
         return q, k
 
 
-Pick = Callable[[AttnState], Selection]
+Pick = Callable[[AttnState], Picked]
 EditMap = Callable[[Tensor], Tensor] | SumMap
 
 # Entries of a softmax map that are formed at once on a CPU: 2 MiB, which stay in its cache until they are applied.

@@ -19,7 +19,7 @@ from effvit.attention import (
     ATTENTION_CLASSES,
     AttnState,
     Beside,
-    Selection,
+    Picked,
     SumMap,
     bias_as_features,
     biased_attention,
@@ -80,8 +80,8 @@ def test_picked_rows_are_those_of_the_whole_attention(cls: type[nn.Module]) -> N
     index = torch.tensor([[5, 0, 3], [1, 2, 7]])
     rows = flat_rows(index, 9, 1)
 
-    def pick(_: AttnState) -> Selection:
-        return Selection(rows, tokens.keep(index, 3))
+    def pick(_: AttnState) -> Picked:
+        return Picked(rows, tokens.keep(index, 3))
 
     with torch.no_grad():
         assert torch.allclose(ours(x, tokens, pick=pick), take_rows(theirs(x), rows), atol=1e-6)

@@ -46,9 +46,10 @@ from effvit.layers.macs import Terms
 from effvit.protocols import Layer, PatchEmbedding, Setting, Settings, Size
 from effvit.recording import refuse_legacy_onnx
 from effvit.recover import FILLS, AttentionRecovery, check_fill, restore, to_grid, unpacked
-from effvit.reducers import METHODS, Reducer, register_method
+from effvit.reducers import METHODS, Reducer
 from effvit.reducers.keep_rate import HasKeepRate
-from effvit.schedule import check_fraction, check_switch, per_block
+from effvit.reducers.registry import register_reducer
+from effvit.schedule import block_number, check_fraction, check_switch, per_block
 from effvit.tokens import TokenMap, fix_traced_size, flat_rows, take_rows
 
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "ReducedViT",
     "TokenFeatures",
     "check_model_name",
+    "keep_drop_indices",
     "list_methods",
     "method_settings",
     "record_name",
@@ -212,19 +214,28 @@ class ReducedHost(Intermediates, Reduced):
                 taken.append(TokenFeatures(x, tokens))
         return TokenFeatures(x, tokens), taken
 
-    def forward_tokens(self, x: Tensor, memory: bool = False) -> TokenFeatures:
-        """Final tokens and their TokenMap.
+    def forward_tokens(self, x: Tensor, memory: bool = False, *, block: int | None = None) -> TokenFeatures:
+        """Final tokens and their TokenMap, or those of an earlier block.
 
         Args:
             x: Images (B, 3, H, W).
             memory: Let the map remember the features of dropped patches, which the fills "last" and "attention" need,
                 and those of all patches before the first reduction, which "reconstruct" needs.
+            block: Number of a block, negative from the last: its tokens are returned, not normalised, and the blocks
+                behind it are not run. None: the last block, and the norm behind it.
 
         Returns:
-            Normalised tokens (B, P+N, C) as the last block left them, and where they are.
+            Tokens (B, P+N, C) as the block left them, and where they are.
+
+        Raises:
+            ValueError: A block that the model does not have.
         """
-        (x, tokens), _ = self._forward_blocks(x, memory=memory, reference=memory)
-        return TokenFeatures(*unpacked(self.norm(x), tokens))
+        if block is None:
+            (x, tokens), _ = self._forward_blocks(x, memory=memory, reference=memory)
+            return TokenFeatures(*unpacked(self.norm(x), tokens))
+        stop = block_number(block, len(self.blocks)) + 1
+        final, _ = self._forward_blocks(x, num_blocks=stop, memory=memory, reference=memory)
+        return TokenFeatures(*unpacked(*final))
 
     def trace_tokens(self, x: Tensor, memory: bool = False) -> list[TokenFeatures]:
         """Tokens (not normalised) and TokenMap after every block, for pictures and statistics."""
@@ -604,7 +615,7 @@ def sparsify(
         TypeError: A model, block or attention class whose tokens cannot be reduced correctly.
     """
     if isinstance(method, type):
-        method = register_method(method).name
+        method = register_reducer(method).name
     check_settings(method, settings)
     check_switch("share", share)
     dense = _create_host(model) if isinstance(model, str) and not is_file_name(model) else model
@@ -633,7 +644,7 @@ def sparsify(
     _described(host, dense, method, settings, recover)
     set_child(host, "recovery", _recovery(host) if recover == "attention" else None)
     if not isinstance(dense, ReducedHost):
-        _keep_drop_indices(host)
+        keep_drop_indices(host)
         for i, block in enumerate(host.blocks):
             host.blocks[i] = token_block(block, i)
     lost = ["recovery"] if host.recovery is None and getattr(dense, "recovery", None) is not None else []
@@ -722,7 +733,7 @@ def _recovery(host: ReducedHost) -> AttentionRecovery:
     ).train(host.training)
 
 
-def _keep_drop_indices(host: ReducedHost) -> None:
+def keep_drop_indices(host: ReducedHost) -> None:
     """Move timm's patch dropout behind the embedding, where its choice can enter the TokenMap."""
     drop = host.patch_drop
     token_drop = None

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from effvit.attention import AttnState, Pick, Selection
+from effvit.attention import AttnState, Pick, Picked
 from effvit.protocols import Settings
 from effvit.recording import is_recorded
 from effvit.reducers.base import Reducer, check_finite, refuse_recording
@@ -246,7 +246,7 @@ class ATS(Rated):
     def pick(self) -> Pick | None:
         return None if self.keep_rate == 1 else self.sample  # off by set_keep_rate, as ``plan`` leaves such a block out
 
-    def sample(self, state: AttnState) -> Selection:
+    def sample(self, state: AttnState) -> Picked:
         """Sample the query rows that are computed from the scores of all tokens."""
         tokens = state.keys
         self.check_recordable(state.q)
@@ -260,7 +260,7 @@ class ATS(Rated):
         packed = tokens.packed or packs(self.ragged, kept.lengths, tokens.num_prefix, state.q)
         left = tokens.keep(kept.order, width, valid=kept.valid, packed=packed, lengths=kept.lengths)
         rows = packed_rows(tokens, kept.order, left) if packed else tokens.rows(kept.order)
-        return Selection(rows, left)
+        return Picked(rows, left)
 
     def check_recordable(self, q: Tensor) -> None:
         """Raise a ValueError where a graph of fixed shapes would differ from a plain run, or cannot be made."""
