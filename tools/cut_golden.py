@@ -49,6 +49,14 @@ CASES: dict[str, tuple[str, ...]] = {
     "hot": ("mixste_27_9", "keys_hot_mixste"),
     # both orders on four grids; a whole model of one of them, which differ in nothing else
     "static_controls": ("f_uniform_random", "p2_random_seed3"),
+    # selectors: the smallest of each kind of choice
+    "visionzip": ("p2_uneven_step", "p3_step_one"),
+    "divprune": ("p3_round_half_even", "p2_k16_of_64"),
+    "cdpruner": ("p1_no_text", "p3_text"),
+    "prumerge": ("p1_adaptive", "p2_fixed_ratio"),
+    "todre": ("p3_k5_of_36",),
+    "aim": ("p2_odd", "p4_one_small"),
+    "matryoshka": ("p2_196_uneven",),
     "casvit": ("cls_dist_64", "keys_rcvit_xs"),
     # the block with the other infusion; a model at three resolutions
     "lookupvit": (

@@ -1,28 +1,56 @@
 """Selectors: which tokens leave a vision tower. A new one is one file here and one line below."""
 
 from effvit.reducers.registry import register_method
+from effvit.selectors.aim import AIM
 from effvit.selectors.base import Choice, Features, Selector
+from effvit.selectors.cdpruner import CDPruner
 from effvit.selectors.class_attention import ClassAttention
 from effvit.selectors.controls import RandomCells, UniformCells
+from effvit.selectors.divprune import DivPrune
+from effvit.selectors.matryoshka import Matryoshka, MatryoshkaLoss
+from effvit.selectors.prumerge import PruMerge, PruMergePlus
 from effvit.selectors.registry import SELECTORS, list_selectors
 from effvit.selectors.select import TokenSelector, count_tokens, select_tokens
 from effvit.selectors.selection import Packed, Selection
+from effvit.selectors.todre import ToDRE
+from effvit.selectors.visionzip import VisionZip
 
 __all__ = [
+    "AIM",
     "SELECTORS",
+    "CDPruner",
     "Choice",
     "ClassAttention",
+    "DivPrune",
     "Features",
+    "Matryoshka",
+    "MatryoshkaLoss",
     "Packed",
+    "PruMerge",
+    "PruMergePlus",
     "RandomCells",
     "Selection",
     "Selector",
+    "ToDRE",
     "TokenSelector",
     "UniformCells",
+    "VisionZip",
     "count_tokens",
     "list_selectors",
     "select_tokens",
 ]
 
-for _selector in (ClassAttention, RandomCells, UniformCells):
+for _selector in (
+    ClassAttention,
+    VisionZip,
+    PruMerge,
+    PruMergePlus,
+    DivPrune,
+    CDPruner,
+    ToDRE,
+    AIM,
+    Matryoshka,
+    RandomCells,
+    UniformCells,
+):
     register_method(_selector)

@@ -13,7 +13,18 @@ from effvit.protocols import Settings, Size
 from effvit.schedule import check_fraction
 from effvit.tokens import flat_rows, take_rows
 
-__all__ = ["Choice", "Features", "Keep", "Selector", "left_over", "required_scores", "rows_of", "unit_rows"]
+__all__ = [
+    "Choice",
+    "Features",
+    "Keep",
+    "Selector",
+    "add_rows",
+    "count_members",
+    "left_over",
+    "required_scores",
+    "rows_of",
+    "unit_rows",
+]
 
 Keep = int | float | None
 """How many tokens stay: a number, a share of the cells in (0, 1], or what the method does by itself."""
@@ -53,22 +64,23 @@ class Choice(NamedTuple):
         tokens: (B, K, C) what leaves in their place; None: the tokens as they are.
         group: (B, N) for each token of ``Features.x`` its place in ``ids``, -1 for what is dropped; None: tokens go
             into nothing but themselves.
-        counts: (B,) how many of ``ids`` are meant, from the first; None: all.
+        valid: (B, K) False where ``ids`` is padding; None: nowhere.
         mixed: Every token is a mixture of all, so that there are no groups.
     """
 
     ids: Tensor
     tokens: Tensor | None = None
     group: Tensor | None = None
-    counts: Tensor | None = None
+    valid: Tensor | None = None
     mixed: bool = False
 
 
 class Selector(nn.Module):
     """A method that says which tokens leave a tower, and what becomes of the others.
 
-    A method is a subclass with ``choose``; keyword arguments of its constructor are its settings. It decides for each
-    image alone. Whoever calls it puts the tokens in image order, and asks for no choice where all tokens stay.
+    A method is a subclass with ``choose``, or with ``adapt`` if it finds by itself how many tokens an image needs, or
+    with both; keyword arguments of its constructor are its settings. It decides for each image alone. Whoever calls it
+    puts the tokens in image order, and asks for no choice where all tokens stay.
 
     Attributes:
         name: The method's name, as in ``effvit.list_selectors()``.
@@ -77,7 +89,6 @@ class Selector(nn.Module):
         keys: What ``Features.keys`` is made of, one of ``effvit.hosts.tower.KEYS``; None for no keys.
         reads_last: Scores and keys are those of the tower's last block, whichever block the tokens leave.
         reads_first: ``Features.early`` is asked for.
-        static: The number of tokens is known from grid and settings.
         whole_grid: The method needs all cells in place, so that no method may have reduced them in the tower.
         learns: It has weights, without which its name means nothing.
     """
@@ -88,7 +99,6 @@ class Selector(nn.Module):
     keys: ClassVar[str | None] = None
     reads_last: ClassVar[bool] = False
     reads_first: ClassVar[bool] = False
-    static: bool = True
     whole_grid: ClassVar[bool] = False
     learns: ClassVar[bool] = False
 
@@ -111,7 +121,12 @@ class Selector(nn.Module):
         Raises:
             ValueError: More tokens than cells, none, or a number that the method cannot give.
         """
-        return self.number(keep, math.prod(grid)) if self.static else None
+        return None if keep is None and self.adapts else self.number(keep, math.prod(grid))
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the method finds by itself how many tokens an image needs, where nobody says."""
+        return type(self).adapt is not Selector.adapt
 
     def number(self, keep: Keep, cells: int) -> int:
         """``keep`` as a number of cells."""
@@ -130,12 +145,11 @@ class Selector(nn.Module):
         """Raise a ValueError if the method cannot choose ``kept`` of these tokens; asked where some must leave."""
 
     def choose(self, features: Features, kept: int) -> Choice:
-        """The tokens that leave.
+        """The tokens that leave, ``kept`` of them for every image."""
+        raise NotImplementedError
 
-        Args:
-            features: What leaves the tower.
-            kept: How many; for a method whose count depends on the image, the most there can be.
-        """
+    def adapt(self, features: Features) -> Choice:
+        """The tokens that leave, as many as each image needs."""
         raise NotImplementedError
 
 
@@ -157,6 +171,18 @@ def left_over(kept: Tensor, number: int) -> Tensor:
     place = torch.arange(number, device=kept.device).expand(kept.shape[0], -1)  # (B, N)
     behind = place.scatter_add(1, kept, torch.full_like(kept, number))  # chosen ones go behind all others
     return behind.sort(dim=1).values[:, : number - kept.shape[1]]
+
+
+def add_rows(x: Tensor, place: Tensor, members: Tensor) -> Tensor:
+    """x (B, M, C) plus each of ``members`` (B, n, C) at its ``place`` (B, n)."""
+    rows = flat_rows(place, x.shape[1]).flatten()
+    return x.flatten(0, 1).index_add(0, rows, members.flatten(0, 1)).view_as(x)
+
+
+def count_members(place: Tensor, number: int) -> Tensor:
+    """(B, number) how many of ``place`` (B, n) are each of 0 to number - 1."""
+    none = torch.zeros(place.shape[0], number, dtype=torch.int64, device=place.device)
+    return none.scatter_add(1, place, torch.ones_like(place))
 
 
 def rows_of(x: Tensor, index: Tensor) -> Tensor:

@@ -20,14 +20,14 @@ def register_selector(selector: type[Selector]) -> None:
     """What ``effvit.register_method`` does with a subclass of ``Selector``.
 
     Raises:
-        TypeError: A class without ``name``, ``summary`` or ``choose``.
+        TypeError: A class without ``name``, ``summary`` or ``choose`` and ``adapt``.
         ValueError: A name that is no word in lower case, or that another selector has.
     """
     for attribute in ("name", "summary"):
         if not isinstance(getattr(selector, attribute, None), str):
             raise TypeError(f"{origin_of(selector)} has no {attribute}; set {attribute} = '...' in the class")
-    if selector.choose is Selector.choose:
-        raise TypeError(f"{origin_of(selector)} does not define choose, see effvit.Selector")
+    if selector.choose is Selector.choose and selector.adapt is Selector.adapt:
+        raise TypeError(f"{origin_of(selector)} does not define choose or adapt, see effvit.Selector")
     if not re.fullmatch("[a-z][a-z0-9_]*", selector.name):
         raise ValueError(
             f"the name of a selector is a word in lower case, got {selector.name!r} for {origin_of(selector)}"

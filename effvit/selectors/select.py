@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from effvit.hosts.tower import KEYS, RECEIVED, ROWS, Tower, TowerOutput, attention_received
 from effvit.protocols import Setting, Size
-from effvit.reducers.base import check_finite
+from effvit.reducers.base import check_finite, refuse_recording
 from effvit.schedule import check_choice, check_count, check_number
 from effvit.selectors.base import Choice, Features, Keep, Selector, rows_of
 from effvit.selectors.cells import cell_grid, cell_means, to_cells
@@ -213,10 +213,13 @@ def choose_tokens(selector: Selector, features: Features, keep: Keep, tokens: To
             check_finite(values, f"{name}: the {what}", features.x)
     kept = selector.count(keep, features.grid)
     if kept is None:
-        kept = number
-    elif kept > number:
+        refuse_recording(
+            features.x, f"{name} without keep leaves as many tokens as an image needs", "give keep, a number of tokens"
+        )
+        return _arranged(selector.adapt(features), features, tokens)
+    if kept > number:
         raise ValueError(f"{name} is to keep {kept} tokens, but only {number} leave the tower; keep fewer")
-    elif kept == number:
+    if kept == number:
         ids = torch.arange(number, device=features.x.device).expand(features.x.shape[0], -1)
         return _arranged(Choice(ids, features.x), features, tokens)
     selector.check(kept, features)
@@ -231,27 +234,28 @@ def _arranged(choice: Choice, features: Features, tokens: TokenMap | None) -> Se
     moved = tokens is not None and tokens.moved
     cells = tokens.anchor.gather(1, ids) if tokens is not None and moved else ids
     slots = torch.arange(width, device=ids.device).expand(batch, -1)
-    valid = None if choice.counts is None else slots < choice.counts.unsqueeze(1)
+    valid = choice.valid
     beyond = math.prod(features.grid)
     place = cells if valid is None else torch.where(valid, cells, slots + beyond)
     order = place.argsort(dim=1)  # padding stays behind
     left, cells = rows_of(left, order), cells.gather(1, order)
-    group = None if choice.mixed else _groups(choice, features, order, valid)
+    group = None if choice.mixed else _groups(choice, features, order)
     if group is not None and moved:
         assert tokens is not None
         group = torch.where(tokens.source < 0, -1, group.gather(1, tokens.source.clamp(min=0)))
-    counts = ids.new_full((batch,), width) if choice.counts is None else choice.counts
+    counts = ids.new_full((batch,), width) if valid is None else valid.sum(1)
     if valid is not None:
-        left, cells = left * valid.unsqueeze(-1), cells * valid
+        valid = slots < counts.unsqueeze(1)
+        left, cells = left.masked_fill(~valid.unsqueeze(-1), 0), cells * valid
     return Selection(left, cells, counts, valid, group, features.grid, None if moved else features.scores)
 
 
-def _groups(choice: Choice, features: Features, order: Tensor, valid: Tensor | None) -> Tensor:
+def _groups(choice: Choice, features: Features, order: Tensor) -> Tensor:
     """(B, N) place in image order of the token that each token of the features went into, -1 for none."""
     rank = torch.empty_like(order).scatter(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
     if choice.group is not None:
         return torch.where(choice.group < 0, -1, rank.gather(1, choice.group.clamp(min=0)))
-    rank = rank if valid is None else torch.where(valid, rank, -1)
+    assert choice.valid is None, "a choice with padding names its groups"
     return torch.full_like(rank[:, :1], -1).expand(-1, features.num_tokens).scatter(1, choice.ids, rank)
 
 
