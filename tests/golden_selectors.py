@@ -13,11 +13,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import effvit
-from effvit.selectors import Selection
+from effvit.selectors import QueryPooler, Selection
 from effvit.selectors.aim import AIM, merge_round, rounds_to
 from effvit.selectors.cdpruner import determinant_order, relevance_to_text
 from effvit.selectors.matryoshka import pool_windows, stride_for
-from effvit.selectors.prumerge import add_neighbours, num_outliers
+from effvit.selectors.neighbours import add_neighbours
+from effvit.selectors.prumerge import num_outliers
+from effvit.selectors.recoverable import OF_ALL, OF_REST, OUTLYING, recover_image
 from effvit.selectors.spread import isolated, spread
 
 
@@ -120,8 +122,7 @@ def compare_cdpruner(case: Case) -> None:
 def compare_prumerge(case: Case) -> None:
     x, config = case["tokens"], case.config
     grid = sizes(case, x, prefix=1)
-    q, k = case["q"].double(), case["k"].double()
-    scores = ((q[:, :1] @ k.transpose(1, 2)) * q.shape[-1] ** -0.5).softmax(-1)[:, 0, 1:]
+    scores = torch.stack([one_head_row(q, k) for q, k in zip(case["q"], case["k"], strict=True)])
     case.near(scores, case["class_attention"], "class_attention")
     method = "prumerge_plus" if config["plus"] else "prumerge"
     choose: Callable[..., Selection] = partial(effvit.select_tokens, method=method, neighbours=config["neighbours"])
@@ -241,6 +242,68 @@ def compare_matryoshka(case: Case) -> None:
             case.close(selection.tokens, f"s{asked}/output")
 
 
+def compare_recoverable(case: Case) -> None:
+    """The release compares by the keys of other patches; recorded beside it is what the right ones give."""
+    x, config = case["tokens"], case.config
+    grid = sizes(case, x, prefix=1)
+    expect(config, function="token_recycling_with_text_in_vision_and_clustring", lof_k=[OF_ALL, OF_ALL, OF_REST])
+    expect(config, lof_threshold=OUTLYING)
+    patches, keys, scores = x[1:], case["k"][1:], case["class_attention"]
+    case.near(one_head_row(case["q"], case["k"]), scores, "class_attention")
+    image = recover_image(patches, scores, keys, case["similarity"].double(), config["neighbours"])
+    centres = image.ids[image.num_kept : image.num_kept + image.num_centres]
+    case.equal(image.ids[: image.num_kept], "kept")
+    case.equal(centres, "centres")
+    case.close(image.tokens, "output_right_keys")
+    assert (image.num_kept, image.num_centres) == (
+        config["num_by_attention"] + config["num_by_text"],
+        config["num_centres"],
+    )
+    selection = effvit.select_tokens(
+        None,
+        None,
+        "recoverable",
+        neighbours=config["neighbours"],
+        tokens=patches.unsqueeze(0),
+        grid=grid,
+        scores=scores.unsqueeze(0),
+        keys=keys.unsqueeze(0),
+        relevance=case["similarity"].unsqueeze(0),
+    )
+    case.near(selection.tokens[0], case["output_right_keys"][image.ids.argsort()], "output_right_keys")
+
+
+def one_head_row(q: Tensor, k: Tensor) -> Tensor:
+    """Class attention (N,) of projections (1+N, C), all heads as one."""
+    q, k = q.double(), k.double()
+    return ((q[:1] @ k.T) * q.shape[-1] ** -0.5).softmax(-1)[0, 1:]
+
+
+def compare_llava_mini(case: Case) -> None:
+    x, config = case["tokens"], case.config
+    expect(config, checked=True, dtype=str(x.dtype).removeprefix("torch."), num_patches=x.shape[1])
+    expect(config, in_channels=x.shape[2], gradient="loss = output.square().sum()" if "grad_input" in case else None)
+    side, g = int(x.shape[1] ** 0.5), config["grid_size"]
+    pooler = QueryPooler(
+        config["channels"], grid_size=g, num_heads=config["num_heads"], in_dim=config["in_channels"]
+    ).to(x.dtype)
+    case.near(pooler.pos_embed, case["state/pos_embed"], "pos_embed")
+    pooler.load_state_dict(case.state())
+    x = x.clone().requires_grad_()
+    selection = effvit.select_tokens(None, None, pooler, tokens=x, grid=(side, side))
+    case.close(selection.tokens, "output")
+    out, attention = pooler.attend(x, (side, side))
+    case.close(out, "output")
+    case.close(attention, "attention")
+    if "grad_input" in case:
+        selection.tokens.square().sum().backward()
+        for name, parameter in pooler.named_parameters():
+            assert parameter.grad is not None
+            case.close(parameter.grad, f"grad/{name}")
+        assert x.grad is not None
+        case.close(x.grad, "grad_input")
+
+
 COMPARE: dict[str, Callable[[Case], None]] = {
     "visionzip": compare_visionzip,
     "divprune": compare_divprune,
@@ -249,4 +312,6 @@ COMPARE: dict[str, Callable[[Case], None]] = {
     "todre": compare_todre,
     "aim": compare_aim,
     "matryoshka": compare_matryoshka,
+    "recoverable": compare_recoverable,
+    "llava_mini": compare_llava_mini,
 }

@@ -7,8 +7,10 @@ from effvit.selectors.cdpruner import CDPruner
 from effvit.selectors.class_attention import ClassAttention
 from effvit.selectors.controls import RandomCells, UniformCells
 from effvit.selectors.divprune import DivPrune
+from effvit.selectors.llava_mini import QueryPooler
 from effvit.selectors.matryoshka import Matryoshka, MatryoshkaLoss
 from effvit.selectors.prumerge import PruMerge, PruMergePlus
+from effvit.selectors.recoverable import Recoverable
 from effvit.selectors.registry import SELECTORS, list_selectors
 from effvit.selectors.select import TokenSelector, count_tokens, select_tokens
 from effvit.selectors.selection import Packed, Selection
@@ -28,7 +30,9 @@ __all__ = [
     "Packed",
     "PruMerge",
     "PruMergePlus",
+    "QueryPooler",
     "RandomCells",
+    "Recoverable",
     "Selection",
     "Selector",
     "ToDRE",
@@ -49,7 +53,9 @@ for _selector in (
     CDPruner,
     ToDRE,
     AIM,
+    Recoverable,
     Matryoshka,
+    QueryPooler,
     RandomCells,
     UniformCells,
 ):

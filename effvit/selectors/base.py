@@ -90,7 +90,7 @@ class Selector(nn.Module):
         reads_last: Scores and keys are those of the tower's last block, whichever block the tokens leave.
         reads_first: ``Features.early`` is asked for.
         whole_grid: The method needs all cells in place, so that no method may have reduced them in the tower.
-        learns: It has weights, without which its name means nothing.
+        learns: It has weights, without which its name means nothing, and changes tokens even where all of them stay.
     """
 
     name: ClassVar[str]

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from effvit.schedule import check_count
-from effvit.selectors.base import Choice, Features, Selector, required_scores, rows_of, unit_rows
+from effvit.selectors.base import Choice, Features, Selector, required_scores
+from effvit.selectors.neighbours import add_neighbours
 from effvit.tokens import compact, wide_product
 
-__all__ = ["PruMerge", "PruMergePlus", "add_neighbours", "num_outliers"]
+__all__ = ["PruMerge", "PruMergePlus", "num_outliers"]
 
 
 def num_outliers(scores: Tensor) -> Tensor:
@@ -23,27 +24,6 @@ def num_outliers(scores: Tensor) -> Tensor:
     quartiles = torch.quantile(scores, torch.tensor([0.25, 0.75], dtype=scores.dtype, device=scores.device), dim=1)
     low, high = quartiles.unsqueeze(-1)  # (B, 1) each
     return (scores > high + 1.5 * (high - low)).sum(dim=1).clamp(min=1)
-
-
-def add_neighbours(x: Tensor, keys: Tensor, scores: Tensor, centres: Tensor, neighbours: int) -> Tensor:
-    """Each centre plus the sum of its nearest other tokens, weighted by their scores: (B, K, C).
-
-    Nearest by the cosine of the keys, other centres too; weights are not normalised and the centre's is 1, as in the
-    release (clip_encoder.py@097c041).
-
-    Args:
-        x: (B, N, C).
-        keys: (B, N, D).
-        scores: (B, N) attention.
-        centres: (B, K) tokens.
-        neighbours: Nearest tokens of each.
-    """
-    unit = unit_rows(keys.detach())
-    similarity = wide_product(rows_of(unit, centres), unit.transpose(1, 2))  # (B, K, N)
-    near = similarity.scatter(2, centres.unsqueeze(-1), -math.inf).topk(neighbours, dim=-1).indices
-    weight = scores.unsqueeze(1).expand_as(similarity)  # (B, K, N)
-    weight = torch.zeros_like(weight).scatter(2, near, weight.gather(2, near))
-    return rows_of(x, centres) + wide_product(weight, x).to(x.dtype)
 
 
 class PruMerge(Selector):

@@ -140,8 +140,8 @@ class TokenSelector(nn.Module):
         row = notes.pop(0) if self.selector.row is not None else None
         keys = notes.pop(0) if self.selector.keys is not None else None
         features = Features(output.patches, tokens.grid, row, keys, relevance, early)
-        selection = choose_tokens(self.selector, _in_cells(features, self.merge, self.max_norm), self.keep, tokens)
-        return selection._replace(prefix=output.prefix)
+        features = _in_cells(features, self.merge, self.max_norm)
+        return choose_tokens(self.selector, features, self.keep, tokens, output.prefix)
 
     def _check_map(self, tokens: TokenMap) -> None:
         if not tokens.moved:
@@ -153,7 +153,7 @@ class TokenSelector(nn.Module):
                 f"{who} needs all patches in place, but {method} leaves {tokens.num_tokens} of {tokens.num_patches}; "
                 "use the dense tower"
             )
-        if tokens.valid is not None or tokens.packed or tokens.soft:
+        if self.tower.host.variable_length or tokens.soft:
             raise ValueError(
                 f"{method} leaves tokens that differ in number or stand for soft clusters, which no selector follows; "
                 "use a method with a fixed number, such as 'evit' or 'tome', in the tower"
@@ -197,7 +197,13 @@ def _in_cells(features: Features, merge: int, max_norm: float | None) -> Feature
     return Features(to_cells(x, grid, merge), cell_grid(grid, merge), *means)
 
 
-def choose_tokens(selector: Selector, features: Features, keep: Keep, tokens: TokenMap | None = None) -> Selection:
+def choose_tokens(
+    selector: Selector,
+    features: Features,
+    keep: Keep,
+    tokens: TokenMap | None = None,
+    prefix: Tensor | None = None,
+) -> Selection:
     """What the selector makes of features, in image order.
 
     Args:
@@ -205,6 +211,7 @@ def choose_tokens(selector: Selector, features: Features, keep: Keep, tokens: To
         features: Of cells.
         keep: How many, as for ``select_tokens``.
         tokens: Where the tokens are if some of the cells are gone already.
+        prefix: Prefix tokens, handed on.
     """
     name, number = selector.name, features.num_tokens
     check_finite(features.x.detach(), f"{name}: the features", features.x)
@@ -216,17 +223,17 @@ def choose_tokens(selector: Selector, features: Features, keep: Keep, tokens: To
         refuse_recording(
             features.x, f"{name} without keep leaves as many tokens as an image needs", "give keep, a number of tokens"
         )
-        return _arranged(selector.adapt(features), features, tokens)
+        return _arranged(selector.adapt(features), features, tokens, prefix)
     if kept > number:
         raise ValueError(f"{name} is to keep {kept} tokens, but only {number} leave the tower; keep fewer")
-    if kept == number:
+    if kept == number and not selector.learns:
         ids = torch.arange(number, device=features.x.device).expand(features.x.shape[0], -1)
-        return _arranged(Choice(ids, features.x), features, tokens)
+        return _arranged(Choice(ids, features.x), features, tokens, prefix)
     selector.check(kept, features)
-    return _arranged(selector.choose(features, kept), features, tokens)
+    return _arranged(selector.choose(features, kept), features, tokens, prefix)
 
 
-def _arranged(choice: Choice, features: Features, tokens: TokenMap | None) -> Selection:
+def _arranged(choice: Choice, features: Features, tokens: TokenMap | None, prefix: Tensor | None) -> Selection:
     """The choice in image order, its ids and groups those of cells."""
     ids = choice.ids
     batch, width = ids.shape
@@ -247,7 +254,8 @@ def _arranged(choice: Choice, features: Features, tokens: TokenMap | None) -> Se
     if valid is not None:
         valid = slots < counts.unsqueeze(1)
         left, cells = left.masked_fill(~valid.unsqueeze(-1), 0), cells * valid
-    return Selection(left, cells, counts, valid, group, features.grid, None if moved else features.scores)
+    scores = None if moved else features.scores
+    return Selection(left, cells, counts, valid, group, features.grid, scores, prefix)
 
 
 def _groups(choice: Choice, features: Features, order: Tensor) -> Tensor:

@@ -54,17 +54,16 @@ def contextual_tokens(x: Tensor, keys: Tensor, dominant: Tensor, number: int) ->
     rest = left_over(dominant, x.shape[1])  # (B, n)
     step = max(1, rest.shape[1] // number)
     targets = rest[:, : step * number : step]  # (B, M)
-    is_target = torch.zeros(rest.shape[1], dtype=torch.bool)
-    is_target[: step * number : step] = True
-    others = rest[:, (~is_target).nonzero().squeeze(1).to(rest.device)]  # (B, n - M)
+    places = [place for place in range(rest.shape[1]) if place % step or place >= step * number]
+    others = rest[:, torch.tensor(places, dtype=torch.int64, device=rest.device)]  # (B, n - M)
     unit = unit_rows(keys.detach())
     similarity = wide_product(rows_of(unit, others), rows_of(unit, targets).transpose(1, 2))  # (B, n - M, M)
     best = similarity.argmax(dim=-1) if others.shape[1] else others
     built = rows_of(x, targets)
     sums = add_rows(torch.zeros_like(built), best, rows_of(x, others))
     built = built + sums / count_members(best, number).clamp(min=1).unsqueeze(-1).to(x.dtype)
-    places = torch.arange(number, device=x.device).expand_as(targets)
-    group = torch.full(x.shape[:2], -1, device=x.device).scatter(1, targets, places).scatter(1, others, best)
+    order = torch.arange(number, device=x.device).expand_as(targets)
+    group = torch.full(x.shape[:2], -1, device=x.device).scatter(1, targets, order).scatter(1, others, best)
     return Context(built, targets, group)
 
 
