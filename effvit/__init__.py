@@ -23,7 +23,15 @@ from effvit.recover import register_fill, to_map
 from effvit.reducers import Reducer, register_method
 from effvit.reducers.registry import load_entry_points
 from effvit.schedule import cosine_keep_rate
-from effvit.selectors import Selection, Selector, TokenSelector, count_tokens, list_selectors, select_tokens
+from effvit.selectors import (
+    Selection,
+    Selector,
+    TokenSelector,
+    count_tokens,
+    list_selectors,
+    select_parts,
+    select_tokens,
+)
 from effvit.tokens import TokenMap
 from effvit.zoo import list_models, register_pyramid
 
@@ -52,6 +60,7 @@ __all__ = [
     "register_host",
     "register_method",
     "register_pyramid",
+    "select_parts",
     "select_tokens",
     "sparsify",
     "to_map",

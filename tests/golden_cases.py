@@ -28,7 +28,7 @@ PROVENANCE = {
     *("official_part", "per_image", "order_from"),
 }
 # Names of the recorded input, whose first axis is the batch.
-INPUTS = ("input", "input_compressed", "attention", "importance", "cls/attn", "s0/x", "q", "tokens")
+INPUTS = ("input", "input_compressed", "attention", "importance", "cls/attn", "s0/x", "q", "tokens", "top_attention")
 LOSS = "output.square().sum()"  # of the recorded gradients, summed over outputs
 
 

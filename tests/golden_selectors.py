@@ -16,8 +16,11 @@ import effvit
 from effvit.selectors import QueryPooler, Selection
 from effvit.selectors.aim import AIM, merge_round, rounds_to
 from effvit.selectors.cdpruner import determinant_order, relevance_to_text
+from effvit.selectors.globalcom2 import crop_ratios
+from effvit.selectors.hired import share_budget
 from effvit.selectors.matryoshka import pool_windows, stride_for
 from effvit.selectors.neighbours import add_neighbours
+from effvit.selectors.parts import valid_cells
 from effvit.selectors.prumerge import num_outliers
 from effvit.selectors.recoverable import OF_ALL, OF_REST, OUTLYING, recover_image
 from effvit.selectors.spread import isolated, spread
@@ -304,6 +307,54 @@ def compare_llava_mini(case: Case) -> None:
         case.close(x.grad, "grad_input")
 
 
+def compare_hired(case: Case) -> None:
+    """The mask of the right squares; the release's strips are the same for one column of crops."""
+    config, early, late = case.config, case["top_attention"].sum(1), case["bottom_attention"].sum(1)
+    crops, grid = (config["crop_rows"], config["crop_cols"]), (config["side"], config["side"])
+    expect(config, checked=True, dtype=str(early.dtype).removeprefix("torch."), num_patches=early.shape[1])
+    expect(config, heads=case["top_attention"].shape[1])
+    total = int(early.numel() * config["token_budget_rate"])
+    assert total == config["budget"]
+    counts = share_budget(early[0], grid, crops, total, config["alpha"])
+    case.equal(torch.tensor(counts), "counts")
+    assert sum(counts) == config["kept"]
+    assert config["kept_official"] == case["official_counts"].sum()
+    if crops[1] == 1:
+        case.equal(torch.tensor(counts), "official_counts")
+    exact = share_budget(early[0], grid, crops, total, config["alpha"], exact=True)
+    assert sum(exact) == min(total, early.numel())
+    assert all(0 <= more - few <= 1 for few, more in zip(counts, exact, strict=True)) or max(counts) == early.shape[1]
+    given = {"crops": crops, "tokens": late.unsqueeze(-1), "grid": grid, "scores": late, "early": early}
+    selected = effvit.select_parts(
+        None, None, "hired", keep=config["token_budget_rate"], alpha=config["alpha"], **given
+    )
+    case.equal(selected.selection.mask(), "mask")
+
+
+def compare_globalcom2(case: Case) -> None:
+    config, x, scores = case.config, case["tokens"], case["score"]
+    crops, grid = (config["crop_rows"], config["crop_cols"]), (config["side"], config["side"])
+    expect(config, checked=True, dtype=str(x.dtype).removeprefix("torch."), num_patches=x.shape[1], channels=x.shape[2])
+    size = (config["image_height"], config["image_width"])
+    case.equal(valid_cells(size, crops, grid), "valid")
+    ratio = config["retention_ratio"]
+    case.close(crop_ratios(scores[0], grid, crops, ratio), "scales", 1e-6)
+    selected = effvit.select_parts(
+        None, None, "globalcom2", keep=ratio, crops=crops, image_size=size, tokens=x, grid=grid, scores=scores
+    )
+    mask = selected.selection.mask()
+    case.equal(mask[1:], "mask")
+    case.equal(selected.selection.counts[1:], "counts")
+    assert mask[0].nonzero().flatten().tolist() == case["thumbnail_ids"].sort().values.tolist()
+    canvas = selected.canvas_ids()[1:]
+    order = canvas[canvas >= 0].argsort()
+    tokens = selected.selection.tokens[1:][canvas >= 0][order]
+    output = case["official_output"]
+    without_newlines = output[(output != 7).any(1)]  # sevens stand for the newline token behind each row
+    in_order = torch.equal(tokens.half(), without_newlines)
+    assert in_order == config["official_output_is_mask_in_image_order"]
+
+
 COMPARE: dict[str, Callable[[Case], None]] = {
     "visionzip": compare_visionzip,
     "divprune": compare_divprune,
@@ -314,4 +365,6 @@ COMPARE: dict[str, Callable[[Case], None]] = {
     "matryoshka": compare_matryoshka,
     "recoverable": compare_recoverable,
     "llava_mini": compare_llava_mini,
+    "hired": compare_hired,
+    "globalcom2": compare_globalcom2,
 }

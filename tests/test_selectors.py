@@ -12,13 +12,22 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import effvit
-from effvit.selectors import SELECTORS, Choice, Features, Matryoshka, MatryoshkaLoss, QueryPooler, Selector
+from effvit.selectors import (
+    SELECTORS,
+    Choice,
+    Features,
+    Matryoshka,
+    MatryoshkaLoss,
+    PartSelector,
+    QueryPooler,
+    Selector,
+)
 from effvit.selectors.cells import cell_means, to_cells
 from effvit.selectors.select import choose_tokens
 
 GRID, KEPT = (6, 8), 12
 NUMBER = GRID[0] * GRID[1]
-BY_NAME = [name for name, selector in SELECTORS.items() if not selector.learns]
+BY_NAME = [name for name, cls in SELECTORS.items() if not (cls.learns or issubclass(cls, PartSelector))]
 STATIC = [name for name in BY_NAME if SELECTORS[name].choose is not Selector.choose]
 ADAPTIVE = [name for name in BY_NAME if SELECTORS[name].adapt is not Selector.adapt]
 EVERY_WAY = [(name, KEPT) for name in STATIC] + [(name, None) for name in ADAPTIVE]
@@ -451,6 +460,87 @@ class TestRegistration:
             effvit.register_method(Taken)
         with pytest.raises(TypeError, match="a selector has its settings already, got seed"):
             choose(SELECTORS["divprune"](), 4, features(), seed=1)
+
+
+class TestParts:
+    """A thumbnail and 2 x 3 crops of 6 x 8 cells."""
+
+    CROPS = (2, 3)
+
+    def given(self, parts: int = 7) -> dict[str, Any]:
+        of_parts = features(parts)
+        return of_parts | {"early": features(parts, seed=3)["scores"], "crops": self.CROPS}
+
+    @pytest.mark.parametrize(("method", "keep"), [("hired", 0.3), ("globalcom2", 0.3), ("class_attention", 9)])
+    @pytest.mark.parametrize("thumbnail", ["first", "last"])
+    def test_crops_of_a_canvas_are_named_by_its_cells(self, method: str, keep: float, thumbnail: str) -> None:
+        given = self.given()
+        selected = effvit.select_parts(None, None, method, keep=keep, thumbnail=thumbnail, **given)
+        canvas = torch.arange(12 * 24).view(2, 6, 3, 8).transpose(1, 2).reshape(6, NUMBER)  # cells of each crop
+        named = selected.canvas_ids()
+        crops = slice(1, 7) if thumbnail == "first" else slice(0, 6)
+        whole = 0 if thumbnail == "first" else 6
+        assert (named[whole] == -1).all()
+        for crop, (ids, cells) in enumerate(zip(selected.selection.ids[crops], named[crops], strict=True)):
+            count = int(selected.selection.counts[crops][crop])
+            assert torch.equal(cells[:count], canvas[crop, ids[:count]])
+            assert (cells[count:] == -1).all()
+
+    @pytest.mark.parametrize("method", ["hired", "globalcom2"])
+    def test_thumbnail_last_is_the_same_choice(self, method: str) -> None:
+        given = self.given()
+        first = effvit.select_parts(None, None, method, keep=0.3, **given).selection
+        turned = {key: value.roll(-1, 0) if isinstance(value, Tensor) else value for key, value in given.items()}
+        last = effvit.select_parts(None, None, method, keep=0.3, thumbnail="last", **turned).selection
+        assert torch.equal(last.mask(), first.mask().roll(-1, 0))
+
+    def test_budget_is_kept_exactly_if_asked_for(self) -> None:
+        given = self.given()
+        total = int(0.3 * 7 * NUMBER)
+        counts = [
+            effvit.select_parts(None, None, "hired", keep=keep, exact=exact, **given).selection.counts
+            for keep, exact in ((0.3, False), (0.3, True), (total, True))
+        ]
+        assert total - 6 <= int(counts[0].sum()) < total
+        assert int(counts[1].sum()) == total
+        assert torch.equal(counts[1], counts[2])
+
+    def test_padding_of_the_canvas_is_never_kept(self) -> None:
+        selected = effvit.select_parts(None, None, "globalcom2", keep=0.5, image_size=(100, 400), **self.given())
+        row = selected.canvas_ids() // 24
+        assert row[selected.canvas_ids() >= 0].min() >= 3
+        assert row.max() <= 8
+
+    @pytest.mark.parametrize("method", ["hired", "globalcom2", "visionzip"])
+    def test_parts_run_through_a_tower(self, method: str) -> None:
+        parts = torch.rand(5, 3, 48, 48)
+        tower = make_tower()
+        selected = effvit.select_parts(tower, parts, method, crops=(2, 2), keep=0.5)
+        dense = tower.forward_intermediates(parts, indices=[-2], norm=False, intermediates_only=True, output_fmt="NLC")[
+            0
+        ]
+        chosen = selected.selection
+        assert chosen.prefix is not None
+        if method != "visionzip":
+            held = chosen.mask()
+            assert torch.equal(chosen.packed().tokens, dense[held])
+
+    def test_what_does_not_fit_is_refused(self) -> None:
+        given = self.given()
+        with pytest.raises(ValueError, match="2 x 3 crops and a thumbnail are 7 parts, got 6"):
+            effvit.select_parts(None, None, "hired", keep=0.3, **self.given(6))
+        with pytest.raises(ValueError, match="hired shares its budget by what the thumbnail shows"):
+            effvit.select_parts(None, None, "hired", keep=0.3, thumbnail=None, **self.given(6))
+        with pytest.raises(ValueError, match="thumbnail must be one of first, last"):
+            effvit.select_parts(None, None, "hired", keep=0.3, thumbnail="middle", **given)
+        with pytest.raises(ValueError, match="globalcom2 shares out a ratio, got keep=50"):
+            effvit.select_parts(None, None, "globalcom2", keep=50, **given)
+        with pytest.raises(ValueError, match=r"hired needs scores of the first block too; give early= \(B, N\)"):
+            effvit.select_parts(None, None, "hired", keep=0.3, **(given | {"early": None}))
+        with pytest.raises(ValueError, match=r"hired shares a budget out over the crops .* use effvit.select_parts"):
+            choose("hired", None, {key: given[key] for key in ("tokens", "grid", "scores")})
+        with pytest.raises(ValueError, match=r"hired shares a budget out over the crops"):
+            effvit.TokenSelector(make_tower(), "hired")(IMAGES)
 
 
 class TestQueryPooler:

@@ -59,6 +59,8 @@ CASES: dict[str, tuple[str, ...]] = {
     "matryoshka": ("p2_196_uneven",),
     "recoverable": ("p3_196",),
     "llava_mini": ("p2_1x1",),
+    "hired": ("p2_1x3",),
+    "globalcom2": ("p2_1x3_wide",),
     "casvit": ("cls_dist_64", "keys_rcvit_xs"),
     # the block with the other infusion; a model at three resolutions
     "lookupvit": (

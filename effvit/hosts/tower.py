@@ -17,7 +17,7 @@ from effvit.reducers.matching import mean_keys
 from effvit.schedule import block_number
 from effvit.tokens import TokenMap, wide_dtype, wide_product
 
-__all__ = ["KEYS", "RECEIVED", "ROWS", "Tower", "TowerOutput", "attention_received"]
+__all__ = ["KEYS", "RECEIVED", "ROWS", "Read", "Tower", "TowerOutput", "attention_received"]
 
 Read = Callable[[AttnState], Tensor]
 
@@ -117,7 +117,7 @@ class Tower(nn.Module):
         model: A timm model that ``sparsify`` takes, or one that is reduced already.
         block: Whose output leaves, counted from 0, or from the last one, -1. Blocks behind it and behind all that are
             read are not run.
-        reads: {block: what to read of its attention}.
+        reads: Blocks, counted likewise, and what to read of their attention; the notes are in the order of the blocks.
 
     Raises:
         TypeError: A model that ``sparsify`` does not take.
@@ -125,7 +125,7 @@ class Tower(nn.Module):
             that of the tokens that leave.
     """
 
-    def __init__(self, model: nn.Module, block: int, reads: Mapping[int, Sequence[Read]]) -> None:
+    def __init__(self, model: nn.Module, block: int, reads: Sequence[tuple[int, Read]]) -> None:
         super().__init__()
         host_class = type(model) if isinstance(model, ReducedHost) else HOST_CLASSES.get(type(model))
         if host_class is None:
@@ -136,8 +136,10 @@ class Tower(nn.Module):
         self.host = rehouse(model, host_class)
         depth = len(self.host.blocks)
         self.block = block_number(block, depth)
-        places = {block_number(place, depth): tuple(wanted) for place, wanted in reads.items() if wanted}
-        self.num_notes = sum(map(len, places.values()))
+        places: dict[int, list[Read]] = {}
+        for place, read in reads:
+            places.setdefault(block_number(place, depth), []).append(read)
+        self.num_notes = len(reads)
         self.stop = max(self.block, *places) + 1 if places else self.block + 1
         if not isinstance(model, ReducedHost):
             self.host.method = Observer.name

@@ -7,8 +7,11 @@ from effvit.selectors.cdpruner import CDPruner
 from effvit.selectors.class_attention import ClassAttention
 from effvit.selectors.controls import RandomCells, UniformCells
 from effvit.selectors.divprune import DivPrune
+from effvit.selectors.globalcom2 import GlobalCom2
+from effvit.selectors.hired import HiRED
 from effvit.selectors.llava_mini import QueryPooler
 from effvit.selectors.matryoshka import Matryoshka, MatryoshkaLoss
+from effvit.selectors.parts import Parts, PartSelector, SelectedParts, select_parts
 from effvit.selectors.prumerge import PruMerge, PruMergePlus
 from effvit.selectors.recoverable import Recoverable
 from effvit.selectors.registry import SELECTORS, list_selectors
@@ -25,14 +28,19 @@ __all__ = [
     "ClassAttention",
     "DivPrune",
     "Features",
+    "GlobalCom2",
+    "HiRED",
     "Matryoshka",
     "MatryoshkaLoss",
     "Packed",
+    "PartSelector",
+    "Parts",
     "PruMerge",
     "PruMergePlus",
     "QueryPooler",
     "RandomCells",
     "Recoverable",
+    "SelectedParts",
     "Selection",
     "Selector",
     "ToDRE",
@@ -41,6 +49,7 @@ __all__ = [
     "VisionZip",
     "count_tokens",
     "list_selectors",
+    "select_parts",
     "select_tokens",
 ]
 
@@ -54,6 +63,8 @@ for _selector in (
     ToDRE,
     AIM,
     Recoverable,
+    HiRED,
+    GlobalCom2,
     Matryoshka,
     QueryPooler,
     RandomCells,

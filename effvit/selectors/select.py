@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from effvit.hosts.tower import KEYS, RECEIVED, ROWS, Tower, TowerOutput, attention_received
+from effvit.hosts.tower import KEYS, RECEIVED, ROWS, Read, Tower, TowerOutput, attention_received
 from effvit.protocols import Setting, Size
 from effvit.reducers.base import check_finite, refuse_recording
 from effvit.schedule import check_choice, check_count, check_number
@@ -18,7 +17,15 @@ from effvit.selectors.registry import make_selector
 from effvit.selectors.selection import Selection
 from effvit.tokens import TokenMap, wide_dtype
 
-__all__ = ["TokenSelector", "choose_tokens", "count_tokens", "select_tokens"]
+__all__ = [
+    "TokenSelector",
+    "arranged",
+    "check_features",
+    "choose_tokens",
+    "count_tokens",
+    "given_features",
+    "select_tokens",
+]
 
 CLASS_ROW = "class"
 
@@ -71,6 +78,7 @@ def select_tokens(
         TypeError: A tower that ``sparsify`` does not take, or both or neither of a tower and tokens.
     """
     selector = make_selector(method, settings)
+    refuse_parts(selector)
     if (tower is None) == (tokens is None) or (tower is None) != (images is None):
         raise TypeError("give a tower and images, or tokens= and grid= without them")
     if tower is not None:
@@ -79,8 +87,21 @@ def select_tokens(
             raise TypeError("scores, keys and grid of a tower are its own; give them beside tokens= only")
         module = TokenSelector(tower, selector, keep=keep, block=block, merge=merge, scores=scores, max_norm=max_norm)
         return module(images, relevance)
-    assert tokens is not None
-    if grid is None:
+    features = given_features(selector, tokens, grid, scores, keys, relevance)
+    return choose_tokens(selector, _in_cells(features, merge, max_norm), keep)
+
+
+def given_features(
+    selector: Selector,
+    tokens: Tensor | None,
+    grid: Size | None,
+    scores: Tensor | str,
+    keys: Tensor | None = None,
+    relevance: Tensor | None = None,
+    early: Tensor | None = None,
+) -> Features:
+    """Features in place of a tower, if they are what the selector needs, of one grid."""
+    if tokens is None or grid is None:
         raise TypeError("tokens need grid=(H, W), the patches they are of")
     if tokens.ndim != 3 or tokens.shape[1] != math.prod(grid):
         raise ValueError(f"tokens must be (B, {math.prod(grid)}, C) for a grid of {grid}, got {tuple(tokens.shape)}")
@@ -91,14 +112,13 @@ def select_tokens(
             f"{' and keys= (B, N, D)' if selector.keys else ''}, or use a method that needs features alone: 'divprune'"
         )
     if selector.keys is not None and keys is None:
-        raise ValueError(
-            f"{selector.name} compares keys of the tower's attention; give keys= (B, N, D) with the tokens"
-        )
-    for name, value in (("scores", given), ("keys", keys), ("relevance", relevance)):
+        raise ValueError(f"{selector.name} compares keys of the tower's attention; give keys= (B, N, D) too")
+    if selector.reads_first and early is None:
+        raise ValueError(f"{selector.name} needs scores of the first block too; give early= (B, N)")
+    for name, value in (("scores", given), ("keys", keys), ("relevance", relevance), ("early", early)):
         if value is not None and value.shape[:2] != tokens.shape[:2]:
             raise ValueError(f"{name} must be for {tuple(tokens.shape[:2])} tokens, got shape {tuple(value.shape)}")
-    features = Features(tokens, grid, given, keys, relevance)
-    return choose_tokens(selector, _in_cells(features, merge, max_norm), keep)
+    return Features(tokens, grid, given, keys, relevance, early)
 
 
 class TokenSelector(nn.Module):
@@ -132,6 +152,12 @@ class TokenSelector(nn.Module):
 
     def forward(self, images: Tensor, relevance: Tensor | None = None) -> Selection:
         """The tokens that leave the tower for images (B, 3, H, W); ``relevance`` (B, N) as for ``select_tokens``."""
+        refuse_parts(self.selector)
+        features, tokens, prefix = self.read(images, relevance)
+        return choose_tokens(self.selector, features, self.keep, tokens, prefix)
+
+    def read(self, images: Tensor, relevance: Tensor | None = None) -> tuple[Features, TokenMap, Tensor]:
+        """What the selector may choose by, the map of the tokens, and the prefix tokens (B, P, C)."""
         output: TowerOutput = self.tower(images)
         tokens = output.tokens
         self._check_map(tokens)
@@ -140,8 +166,7 @@ class TokenSelector(nn.Module):
         row = notes.pop(0) if self.selector.row is not None else None
         keys = notes.pop(0) if self.selector.keys is not None else None
         features = Features(output.patches, tokens.grid, row, keys, relevance, early)
-        features = _in_cells(features, self.merge, self.max_norm)
-        return choose_tokens(self.selector, features, self.keep, tokens, output.prefix)
+        return _in_cells(features, self.merge, self.max_norm), tokens, output.prefix
 
     def _check_map(self, tokens: TokenMap) -> None:
         if not tokens.moved:
@@ -160,10 +185,10 @@ class TokenSelector(nn.Module):
             )
 
 
-def _reads(selector: Selector, tower: nn.Module, block: int, scores: str) -> dict[int, list[Callable[..., Tensor]]]:
-    """{block of the tower: what to read of its attention}."""
+def _reads(selector: Selector, tower: nn.Module, block: int, scores: str) -> list[tuple[int, Read]]:
+    """Blocks of the tower, and what to read of their attention."""
     if selector.row is None:
-        return {}
+        return []
     row = ROWS[selector.row]
     if scores == RECEIVED:
         if selector.row == "one_head":
@@ -178,8 +203,9 @@ def _reads(selector: Selector, tower: nn.Module, block: int, scores: str) -> dic
             f"{selector.name} scores patches by the class token, but the tower has none; {received}use a method that "
             "needs features alone, such as 'divprune'"
         )
-    wanted = [row] if selector.keys is None else [row, KEYS[selector.keys]]
-    return {0: [row], block: wanted} if selector.reads_first else {-1 if selector.reads_last else block: wanted}
+    place = -1 if selector.reads_last else block
+    early = [(0, row)] if selector.reads_first else []
+    return [*early, (place, row), *([] if selector.keys is None else [(place, KEYS[selector.keys])])]
 
 
 def _in_cells(features: Features, merge: int, max_norm: float | None) -> Features:
@@ -214,26 +240,40 @@ def choose_tokens(
         prefix: Prefix tokens, handed on.
     """
     name, number = selector.name, features.num_tokens
-    check_finite(features.x.detach(), f"{name}: the features", features.x)
-    for what, values in (("scores", features.scores), ("relevances", features.relevance)):
-        if values is not None:
-            check_finite(values, f"{name}: the {what}", features.x)
+    check_features(features, name)
     kept = selector.count(keep, features.grid)
     if kept is None:
         refuse_recording(
             features.x, f"{name} without keep leaves as many tokens as an image needs", "give keep, a number of tokens"
         )
-        return _arranged(selector.adapt(features), features, tokens, prefix)
+        return arranged(selector.adapt(features), features, tokens, prefix)
     if kept > number:
         raise ValueError(f"{name} is to keep {kept} tokens, but only {number} leave the tower; keep fewer")
     if kept == number and not selector.learns:
         ids = torch.arange(number, device=features.x.device).expand(features.x.shape[0], -1)
-        return _arranged(Choice(ids, features.x), features, tokens, prefix)
+        return arranged(Choice(ids, features.x), features, tokens, prefix)
     selector.check(kept, features)
-    return _arranged(selector.choose(features, kept), features, tokens, prefix)
+    return arranged(selector.choose(features, kept), features, tokens, prefix)
 
 
-def _arranged(choice: Choice, features: Features, tokens: TokenMap | None, prefix: Tensor | None) -> Selection:
+def refuse_parts(selector: Selector) -> None:
+    """Raise a ValueError for a selector that chooses among the parts of one image."""
+    if selector.needs_parts:
+        raise ValueError(
+            f"{selector.name} shares a budget out over the crops of one image; use effvit.select_parts, or "
+            "'class_attention' for whole images"
+        )
+
+
+def check_features(features: Features, name: str) -> None:
+    """Raise a ValueError that names the first image of which anything is NaN."""
+    check_finite(features.x.detach(), f"{name}: the features", features.x)
+    for what, values in (("scores", features.scores), ("relevances", features.relevance), ("early", features.early)):
+        if values is not None:
+            check_finite(values, f"{name}: the {what}", features.x)
+
+
+def arranged(choice: Choice, features: Features, tokens: TokenMap | None, prefix: Tensor | None) -> Selection:
     """The choice in image order, its ids and groups those of cells."""
     ids = choice.ids
     batch, width = ids.shape
