@@ -349,9 +349,10 @@ def compare_globalcom2(case: Case) -> None:
     canvas = selected.canvas_ids()[1:]
     order = canvas[canvas >= 0].argsort()
     tokens = selected.selection.tokens[1:][canvas >= 0][order]
-    output = case["official_output"]
-    without_newlines = output[(output != 7).any(1)]  # sevens stand for the newline token behind each row
-    in_order = torch.equal(tokens.half(), without_newlines)
+    row = canvas[canvas >= 0][order] // (crops[1] * grid[1])
+    newline = torch.full_like(x[0, :1], 7)
+    lines = [torch.cat([tokens[row == number], newline]) for number in range(crops[0] * grid[0])]
+    in_order = torch.equal(torch.cat(lines).half(), case["official_output"])
     assert in_order == config["official_output_is_mask_in_image_order"]
 
 
