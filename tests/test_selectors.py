@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from effvit.selectors import (
 from effvit.selectors.cells import cell_means, to_cells
 from effvit.selectors.select import choose_tokens
 
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "towers.md"
 GRID, KEPT = (6, 8), 12
 NUMBER = GRID[0] * GRID[1]
 BY_NAME = [name for name, cls in SELECTORS.items() if not (cls.learns or issubclass(cls, PartSelector))]
@@ -576,6 +578,25 @@ class TestQueryPooler:
         pooler = QueryPooler(32, num_heads=4)
         assert "pos_embed" in pooler.state_dict()
         assert "pos_embed" not in dict(pooler.named_parameters())
+
+
+def test_page_prints_what_it_shows(capsys: pytest.CaptureFixture[str]) -> None:
+    """docs/towers.md from the first block to the last."""
+    blocks = re.findall(r"```(python|text)\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    try:
+        for kind, block in blocks:
+            if kind == "python":
+                assert capsys.readouterr().out == ""
+                exec(block, names)
+            else:
+                assert capsys.readouterr().out == block
+    finally:
+        SELECTORS.pop("largest", None)
+
+
+def test_page_names_every_selector() -> None:
+    assert [name for name in effvit.list_selectors() if f"`{name}`" not in PAGE.read_text()] == []
 
 
 class TestMatryoshkaLoss:
