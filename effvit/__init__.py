@@ -31,6 +31,7 @@ from effvit.selectors import (
     list_selectors,
     select_parts,
     select_tokens,
+    select_video,
 )
 from effvit.tokens import TokenMap
 from effvit.zoo import list_models, register_pyramid
@@ -62,6 +63,7 @@ __all__ = [
     "register_pyramid",
     "select_parts",
     "select_tokens",
+    "select_video",
     "sparsify",
     "to_map",
 ]

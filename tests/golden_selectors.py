@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from golden_cases import DOUBLE, SINGLE, Case, expect
@@ -18,6 +19,7 @@ from effvit.selectors.aim import AIM, merge_round, rounds_to
 from effvit.selectors.cdpruner import determinant_order, relevance_to_text
 from effvit.selectors.globalcom2 import crop_ratios
 from effvit.selectors.hired import share_budget
+from effvit.selectors.holitom import static_windows
 from effvit.selectors.matryoshka import pool_windows, stride_for
 from effvit.selectors.neighbours import add_neighbours
 from effvit.selectors.parts import valid_cells
@@ -356,6 +358,38 @@ def compare_globalcom2(case: Case) -> None:
     assert in_order == config["official_output_is_mask_in_image_order"]
 
 
+def compare_holitom(case: Case) -> None:
+    config, x = case.config, case["tokens"]
+    grid = sizes(case, x)
+    expect(config, frames=len(x), D=0.0)  # the only value that the release can run
+    unit = F.normalize(x, dim=-1)
+    similarity = (unit[1:] * unit[:-1]).sum(-1)
+    case.close(similarity, "similarity")
+    windows = static_windows(similarity > config["tau"], config["max_window_size"])
+    case.equal(torch.tensor(windows.spans), "windows")
+    assert (len(windows.spans), windows.saved) == (config["num_windows"], config["total_reduced"])
+    assert config["retain_ratio"] / (1 - windows.saved / case["attention"].numel()) == pytest.approx(
+        config["ratio_after_static"]
+    )
+    settings = {"tau": config["tau"], "beta": config["beta"], "k": config["K"], "longest": config["max_window_size"]}
+    selection = effvit.select_video(
+        None, None, keep=config["retain_ratio"], tokens=x, grid=grid, scores=case["attention"], **settings
+    )
+    places = {cell: place for place, cell in enumerate(selection.ids[0].tolist())}
+    cells = x.shape[1]
+    for number, (first, last) in enumerate(windows.spans):
+        static = [first * cells + place for place in case[f"window{number}/static_pos"].flatten().tolist()]
+        moving = [
+            frame * cells + place
+            for frame, kept in zip(range(first, last + 1), case[f"window{number}/dynamic_pos"].tolist(), strict=True)
+            for place in kept
+        ]
+        order = [places.pop(cell) for cell in (*static, *moving)]
+        expected = [case[f"window{number}/{kind}"].flatten(0, 1) for kind in ("static", "dynamic")]
+        case.near(selection.tokens[0, order], torch.cat(expected), f"window{number}")
+    assert not places
+
+
 COMPARE: dict[str, Callable[[Case], None]] = {
     "visionzip": compare_visionzip,
     "divprune": compare_divprune,
@@ -368,4 +402,5 @@ COMPARE: dict[str, Callable[[Case], None]] = {
     "llava_mini": compare_llava_mini,
     "hired": compare_hired,
     "globalcom2": compare_globalcom2,
+    "holitom": compare_holitom,
 }

@@ -19,17 +19,17 @@ from effvit.selectors import (
     Features,
     Matryoshka,
     MatryoshkaLoss,
-    PartSelector,
     QueryPooler,
     Selector,
 )
 from effvit.selectors.cells import cell_means, to_cells
+from effvit.selectors.holitom import static_windows
 from effvit.selectors.select import choose_tokens
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "towers.md"
 GRID, KEPT = (6, 8), 12
 NUMBER = GRID[0] * GRID[1]
-BY_NAME = [name for name, cls in SELECTORS.items() if not (cls.learns or issubclass(cls, PartSelector))]
+BY_NAME = [name for name, cls in SELECTORS.items() if not cls.learns and cls.takes == "select_tokens"]
 STATIC = [name for name in BY_NAME if SELECTORS[name].choose is not Selector.choose]
 ADAPTIVE = [name for name in BY_NAME if SELECTORS[name].adapt is not Selector.adapt]
 EVERY_WAY = [(name, KEPT) for name in STATIC] + [(name, None) for name in ADAPTIVE]
@@ -539,10 +539,68 @@ class TestParts:
             effvit.select_parts(None, None, "globalcom2", keep=50, **given)
         with pytest.raises(ValueError, match=r"hired needs scores of the first block too; give early= \(B, N\)"):
             effvit.select_parts(None, None, "hired", keep=0.3, **(given | {"early": None}))
-        with pytest.raises(ValueError, match=r"hired shares a budget out over the crops .* use effvit.select_parts"):
+        with pytest.raises(ValueError, match=r"hired chooses among the parts of one image .* use effvit.select_parts"):
             choose("hired", None, {key: given[key] for key in ("tokens", "grid", "scores")})
-        with pytest.raises(ValueError, match=r"hired shares a budget out over the crops"):
+        with pytest.raises(ValueError, match=r"hired chooses among the parts of one image"):
             effvit.TokenSelector(make_tower(), "hired")(IMAGES)
+
+
+class TestVideo:
+    def video(self) -> dict[str, Any]:
+        """Five frames of 48 cells, of which the first half of the cells stays the same in the first three."""
+        x = features(5)["tokens"]
+        x[1:3, :24] = x[0, :24] + 0.01 * x[1:3, :24]
+        return {"tokens": x, "grid": GRID, "scores": features(5)["scores"]}
+
+    def test_what_stays_the_same_is_merged_over_its_window(self) -> None:
+        given = self.video()
+        chosen = effvit.select_video(None, None, keep=1.0, **given)
+        assert chosen.grid == (5, *GRID)
+        group = chosen.group.view(5, NUMBER)
+        assert torch.equal(group[0, :24], group[1, :24])
+        assert torch.equal(group[0, :24], group[2, :24])
+        assert chosen.tokens.shape[1] == 5 * NUMBER - 2 * 24
+        assert torch.equal(chosen.tokens[0, group[3]], given["tokens"][3])
+        torch.testing.assert_close(chosen.tokens[0, group[0, :24]], given["tokens"][:3, :24].mean(0))
+        assert chosen.positions().shape[-1] == 3
+
+    def test_what_is_saved_is_given_back_to_the_ratio(self) -> None:
+        chosen = effvit.select_video(None, None, keep=0.25, **self.video())
+        assert int(0.25 * 5 * NUMBER) <= chosen.tokens.shape[1] <= int(0.25 * 5 * NUMBER) + 10  # ceil in each frame
+        assert (chosen.ids.diff() > 0).all()
+        assert torch.equal(chosen.group[0, chosen.ids[0]], torch.arange(chosen.tokens.shape[1]))
+
+    def test_longest_windows_by_counting_all_cuts(self) -> None:
+        """Against every way to cut seven frames."""
+        steps = torch.rand(6, 10) > 0.3
+        for longest in (1, 3, 7):
+            best = 0
+            for cuts in range(2**6):
+                ends = [frame for frame in range(6) if cuts >> frame & 1] + [6]
+                spans = list(zip([0, *(end + 1 for end in ends[:-1])], ends, strict=True))
+                if max(last - first + 1 for first, last in spans) <= longest:
+                    best = max(best, sum(int(steps[f:e].all(0).sum()) * (e - f) for f, e in spans if e > f))
+            windows = static_windows(steps, longest)
+            assert windows.saved == best
+            assert windows.saved == sum(int(steps[f:e].all(0).sum()) * (e - f) for f, e in windows.spans if e > f)
+            assert [f for f, _ in windows.spans] == [0, *(e + 1 for _, e in windows.spans[:-1])]
+
+    def test_a_tower_needs_no_class_token(self) -> None:
+        tower = make_tower(class_token=False, global_pool="avg")
+        chosen = effvit.select_video(tower, torch.rand(4, 3, 48, 48), keep=0.3)
+        assert chosen.tokens.shape == (1, int(chosen.counts), 32)
+
+    def test_what_is_no_video_is_refused(self) -> None:
+        given = self.video()
+        with pytest.raises(ValueError, match=r"divprune knows no time; choose in each frame by effvit.select_tokens"):
+            effvit.select_video(None, None, "divprune", keep=0.3, **given)
+        with pytest.raises(ValueError, match=r"holitom chooses among .* use effvit.select_video"):
+            choose("holitom", None, given)
+        with pytest.raises(ValueError, match=r"keep must be in \(0, 1\], got 1.2"):
+            effvit.select_video(None, None, keep=1.2, **given)
+        given["tokens"][2, 0, 0] = float("nan")
+        with pytest.raises(ValueError, match="holitom: the features are NaN for image 2"):
+            effvit.select_video(None, None, keep=0.3, **given)
 
 
 class TestQueryPooler:

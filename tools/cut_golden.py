@@ -61,6 +61,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "llava_mini": ("p2_1x1",),
     "hired": ("p2_1x3",),
     "globalcom2": ("p2_1x3_wide",),
+    "holitom": ("p1_six_frames",),
     "casvit": ("cls_dist_64", "keys_rcvit_xs"),
     # the block with the other infusion; a model at three resolutions
     "lookupvit": (

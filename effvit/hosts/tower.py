@@ -63,11 +63,16 @@ def joined_keys(state: AttnState) -> Tensor:
     return state.k.detach().transpose(1, 2).flatten(2)[:, state.keys.num_prefix :].to(wide_dtype(state.k.dtype))
 
 
-ROWS: dict[str, Read] = {"attention": class_attention, "logits": class_logits, "one_head": one_head_attention}
-"""What the class token says of the patches, (B, N) by the name that ``Selector.row`` gives."""
-
 RECEIVED = "received"
 """The name of ``attention_received``, which needs no class token."""
+
+ROWS: dict[str, Read] = {
+    "attention": class_attention,
+    "logits": class_logits,
+    "one_head": one_head_attention,
+    RECEIVED: attention_received,
+}
+"""What attention says of the patches, (B, N) by the name that ``Selector.row`` gives."""
 
 KEYS: dict[str, Read] = {"mean": averaged_keys, "joined": joined_keys}
 """Keys of the patches, (B, N, D) by the name that ``Selector.keys`` gives."""

@@ -9,6 +9,7 @@ from effvit.selectors.controls import RandomCells, UniformCells
 from effvit.selectors.divprune import DivPrune
 from effvit.selectors.globalcom2 import GlobalCom2
 from effvit.selectors.hired import HiRED
+from effvit.selectors.holitom import HoliTom, select_video
 from effvit.selectors.llava_mini import QueryPooler
 from effvit.selectors.matryoshka import Matryoshka, MatryoshkaLoss
 from effvit.selectors.parts import Parts, PartSelector, SelectedParts, select_parts
@@ -30,6 +31,7 @@ __all__ = [
     "Features",
     "GlobalCom2",
     "HiRED",
+    "HoliTom",
     "Matryoshka",
     "MatryoshkaLoss",
     "Packed",
@@ -51,6 +53,7 @@ __all__ = [
     "list_selectors",
     "select_parts",
     "select_tokens",
+    "select_video",
 ]
 
 for _selector in (
@@ -65,6 +68,7 @@ for _selector in (
     Recoverable,
     HiRED,
     GlobalCom2,
+    HoliTom,
     Matryoshka,
     QueryPooler,
     RandomCells,

@@ -90,7 +90,7 @@ class Selector(nn.Module):
         reads_last: Scores and keys are those of the tower's last block, whichever block the tokens leave.
         reads_first: ``Features.early`` is asked for.
         whole_grid: The method needs all cells in place, so that no method may have reduced them in the tower.
-        needs_parts: It chooses among the parts of one image together, see ``effvit.selectors.parts``.
+        takes: Which function takes it: "select_tokens" for images one by one, "select_parts" or "select_video".
         learns: It has weights, without which its name means nothing, and changes tokens even where all of them stay.
     """
 
@@ -101,7 +101,7 @@ class Selector(nn.Module):
     reads_last: ClassVar[bool] = False
     reads_first: ClassVar[bool] = False
     whole_grid: ClassVar[bool] = False
-    needs_parts: ClassVar[bool] = False
+    takes: ClassVar[str] = "select_tokens"
     learns: ClassVar[bool] = False
 
     @classmethod

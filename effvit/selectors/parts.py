@@ -84,7 +84,7 @@ class SelectedParts(NamedTuple):
 class PartSelector(Selector):
     """A method that shares a budget out over the parts of one image; a subclass supplies ``choose_parts``."""
 
-    needs_parts = True
+    takes = "select_parts"
 
     def count(self, keep: Keep, grid: Size) -> int | None:
         return None

@@ -26,7 +26,8 @@ def register_selector(selector: type[Selector]) -> None:
     for attribute in ("name", "summary"):
         if not isinstance(getattr(selector, attribute, None), str):
             raise TypeError(f"{origin_of(selector)} has no {attribute}; set {attribute} = '...' in the class")
-    if selector.choose is Selector.choose and selector.adapt is Selector.adapt and not selector.needs_parts:
+    alone = selector.takes == "select_tokens"
+    if alone and selector.choose is Selector.choose and selector.adapt is Selector.adapt:
         raise TypeError(f"{origin_of(selector)} does not define choose or adapt, see effvit.Selector")
     if not re.fullmatch("[a-z][a-z0-9_]*", selector.name):
         raise ValueError(

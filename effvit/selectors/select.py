@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from effvit.hosts.tower import KEYS, RECEIVED, ROWS, Read, Tower, TowerOutput, attention_received
+from effvit.hosts.tower import KEYS, RECEIVED, ROWS, Read, Tower, TowerOutput
 from effvit.protocols import Setting, Size
 from effvit.reducers.base import check_finite, refuse_recording
 from effvit.schedule import check_choice, check_count, check_number
@@ -78,7 +78,7 @@ def select_tokens(
         TypeError: A tower that ``sparsify`` does not take, or both or neither of a tower and tokens.
     """
     selector = make_selector(method, settings)
-    refuse_parts(selector)
+    refuse_elsewhere(selector)
     if (tower is None) == (tokens is None) or (tower is None) != (images is None):
         raise TypeError("give a tower and images, or tokens= and grid= without them")
     if tower is not None:
@@ -152,7 +152,6 @@ class TokenSelector(nn.Module):
 
     def forward(self, images: Tensor, relevance: Tensor | None = None) -> Selection:
         """The tokens that leave the tower for images (B, 3, H, W); ``relevance`` (B, N) as for ``select_tokens``."""
-        refuse_parts(self.selector)
         features, tokens, prefix = self.read(images, relevance)
         return choose_tokens(self.selector, features, self.keep, tokens, prefix)
 
@@ -196,8 +195,8 @@ def _reads(selector: Selector, tower: nn.Module, block: int, scores: str) -> lis
                 f"{selector.name} weights patches by the class token's attention, for which the attention received is "
                 "no substitute; use 'visionzip' with scores='received'"
             )
-        row = attention_received
-    elif getattr(tower, "cls_token", None) is None:
+        row = ROWS[RECEIVED]
+    elif selector.row != RECEIVED and getattr(tower, "cls_token", None) is None:
         received = "" if selector.row == "one_head" else "give scores='received', the mean attention each gets, or "
         raise ValueError(
             f"{selector.name} scores patches by the class token, but the tower has none; {received}use a method that "
@@ -239,6 +238,7 @@ def choose_tokens(
         tokens: Where the tokens are if some of the cells are gone already.
         prefix: Prefix tokens, handed on.
     """
+    refuse_elsewhere(selector)
     name, number = selector.name, features.num_tokens
     check_features(features, name)
     kept = selector.count(keep, features.grid)
@@ -256,12 +256,12 @@ def choose_tokens(
     return arranged(selector.choose(features, kept), features, tokens, prefix)
 
 
-def refuse_parts(selector: Selector) -> None:
-    """Raise a ValueError for a selector that chooses among the parts of one image."""
-    if selector.needs_parts:
+def refuse_elsewhere(selector: Selector) -> None:
+    """Raise a ValueError for a selector of the parts of an image or of a video."""
+    if selector.takes != "select_tokens":
         raise ValueError(
-            f"{selector.name} shares a budget out over the crops of one image; use effvit.select_parts, or "
-            "'class_attention' for whole images"
+            f"{selector.name} chooses among the parts of one image or the frames of one video; use "
+            f"effvit.{selector.takes}, or 'class_attention' for images one by one"
         )
 
 
