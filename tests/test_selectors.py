@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from effvit.selectors import (
 from effvit.selectors.cells import cell_means, to_cells
 from effvit.selectors.holitom import static_windows
 from effvit.selectors.select import choose_tokens
+from effvit.testing import assert_runs_on_fakes, count_reads
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "towers.md"
 GRID, KEPT = (6, 8), 12
@@ -128,6 +130,13 @@ class TestStatic:
             assert torch.equal(chosen.tokens, given["tokens"])
             assert torch.equal(chosen.ids, torch.arange(NUMBER).expand(3, -1))
             assert torch.equal(chosen.group, chosen.ids)
+
+    def test_a_device_is_not_read_and_nothing_is_made_elsewhere(self, name: str) -> None:
+        settings = {"neighbours": 8} if name.startswith("prumerge") else {}
+        module = effvit.TokenSelector(make_tower(), name, keep=9, **settings)
+        assert not count_reads(lambda: module(IMAGES))
+        for autocast in (False, True):
+            assert_runs_on_fakes(module, lambda images: tuple(module(images)[:3]), IMAGES, autocast)
 
     def test_it_exports_with_a_dynamic_batch(self, name: str) -> None:
         program, given = exported(name)
@@ -307,6 +316,31 @@ class TestTower:
         )[0]
         contextual = chosen.scores[0].topk(6).indices  # no contextual token of so few: 6 * 10 // 64 is 0
         assert torch.equal(chosen.tokens[0], dense[0, contextual.sort().values])
+
+    def test_gradients_reach_the_blocks_that_run_through_checkpoints_too(self) -> None:
+        tower = make_tower().train()
+        gradients = []
+        for checkpointing in (False, True):
+            tower.set_grad_checkpointing(checkpointing)
+            tower.zero_grad()
+            effvit.select_tokens(tower, IMAGES, "visionzip", keep=9, contextual=3).tokens.square().sum().backward()
+            assert tower.blocks[2].mlp.fc1.weight.grad is None
+            gradients.append(tower.blocks[0].attn.qkv.weight.grad)
+        torch.testing.assert_close(*gradients)
+
+    def test_module_comes_back_from_a_file_and_in_half_precision(self) -> None:
+        module = effvit.TokenSelector(make_tower(), "visionzip", keep=9)
+        again = pickle.loads(pickle.dumps(module))
+        assert torch.equal(again(IMAGES).tokens, module(IMAGES).tokens)
+        assert again.half()(IMAGES.half()).tokens.dtype == torch.float16
+
+    def test_images_of_any_size_have_their_own_grid(self) -> None:
+        tower = make_tower(dynamic_img_size=True)
+        chosen = effvit.select_tokens(tower, torch.rand(1, 3, 64, 40), "uniform", keep=0.5)
+        assert chosen.grid == (8, 5)
+        assert chosen.counts.tolist() == [20]
+        with pytest.raises(ValueError, match="the width of the grid 8 x 5 is 5; resize or pad"):
+            effvit.select_tokens(tower, torch.rand(1, 3, 64, 40), "uniform", keep=0.5, merge=2)
 
     def test_compiled_tower_is_one_graph(self) -> None:
         module = effvit.TokenSelector(make_tower(), "visionzip", keep=9, contextual=3)

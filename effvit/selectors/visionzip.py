@@ -53,9 +53,9 @@ def contextual_tokens(x: Tensor, keys: Tensor, dominant: Tensor, number: int) ->
     """
     rest = left_over(dominant, x.shape[1])  # (B, n)
     step = max(1, rest.shape[1] // number)
-    targets = rest[:, : step * number : step]  # (B, M)
-    places = [place for place in range(rest.shape[1]) if place % step or place >= step * number]
-    others = rest[:, torch.tensor(places, dtype=torch.int64, device=rest.device)]  # (B, n - M)
+    spans = rest[:, : step * number].unflatten(1, (number, step))  # (B, M, step)
+    targets = spans[:, :, 0]  # (B, M)
+    others = torch.cat([spans[:, :, 1:].flatten(1), rest[:, step * number :]], dim=1)  # (B, n - M)
     unit = unit_rows(keys.detach())
     similarity = wide_product(rows_of(unit, others), rows_of(unit, targets).transpose(1, 2))  # (B, n - M, M)
     best = similarity.argmax(dim=-1) if others.shape[1] else others
