@@ -300,6 +300,14 @@ class TestTower:
         with pytest.raises(ValueError, match="ats leaves tokens that differ in number"):
             effvit.select_tokens(ragged, IMAGES, "divprune", keep=5)
 
+    def test_relevance_follows_the_patches_of_a_reduced_tower(self) -> None:
+        tower = effvit.sparsify(make_tower(depth=4), "tome", r=[9, 9])
+        relevance = torch.zeros(2, 36) + 1e-3
+        anchors = tower.forward_tokens(IMAGES, block=-2).tokens.anchor
+        relevance.scatter_(1, anchors[:, :1], 1.0)
+        chosen = effvit.select_tokens(tower, IMAGES, "cdpruner", keep=5, relevance=relevance)
+        assert (chosen.ids == anchors[:, :1]).any(1).all()
+
     def test_patches_of_large_norm_rank_last(self) -> None:
         given = features()
         given["tokens"][:, 7] *= 100
@@ -443,6 +451,17 @@ class TestRefusals:
             choose("divprune", 9, {"tokens": given["tokens"][:, 1:], "grid": GRID})
         with pytest.raises(TypeError, match="give a tower and images, or tokens= and grid="):
             effvit.select_tokens(make_tower(), None, "divprune", keep=9)
+
+    def test_what_would_be_ignored_is_refused(self) -> None:
+        given = features()
+        with pytest.raises(ValueError, match=r"max_norm=9.0 ranks patches last, but this method ranks none by a score"):
+            effvit.select_tokens(make_tower(), IMAGES, "divprune", keep=4, max_norm=9.0)
+        with pytest.raises(TypeError, match=r"scores of tokens are a tensor \(B, N\), got 'received'"):
+            choose("divprune", 4, given | {"scores": "received"})
+        with pytest.raises(TypeError, match="scores, keys and grid of a tower are its own"):
+            effvit.select_tokens(make_tower(), IMAGES, "class_attention", keep=4, scores=given["scores"])
+        with pytest.raises(ValueError, match=r"relevance must be for \(2, 36\) patches, got \(2, 30\)"):
+            effvit.select_tokens(make_tower(), IMAGES, "cdpruner", keep=4, relevance=torch.rand(2, 30))
 
     def test_class_that_cannot_be_a_tower_is_told_how_to_take_part(self) -> None:
         with pytest.raises(TypeError, match="or run the tower and give what leaves it, merger included, as tokens="):

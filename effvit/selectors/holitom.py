@@ -15,7 +15,7 @@ from effvit.reducers.hot import density_peaks
 from effvit.schedule import check_count, check_fraction, check_number
 from effvit.selectors.base import Features, Keep, Selector, left_over, required_scores
 from effvit.selectors.registry import make_selector
-from effvit.selectors.select import TokenSelector, check_features, given_features
+from effvit.selectors.select import CLASS_ROW, TokenSelector, check_features, given_features
 from effvit.selectors.selection import Selection
 from effvit.tokens import widened
 
@@ -203,6 +203,6 @@ def select_video(
     if tower is not None and frames is not None:
         features, _, _ = TokenSelector(tower, selector, block=block).read(frames)
     else:
-        features = given_features(selector, tokens, grid, "" if scores is None else scores)
+        features = given_features(selector, tokens, grid, CLASS_ROW if scores is None else scores)
     check_features(features, selector.name)
     return selector.choose_video(features, check_fraction("keep", keep))

@@ -62,8 +62,8 @@ def select_tokens(
             prefix tokens.
         grid: (H, W) patches of ``tokens``.
         scores: "class": the attention of the class token, as the method reads it; "received": the mean attention each
-            patch gets, for towers without one, at the cost of a second softmax map, formed in pieces; or (B, N) of
-            your own, where larger means that a patch matters more.
+            patch gets, for towers without one, at the cost of a second softmax map, formed in pieces. Beside
+            ``tokens`` (B, N) of your own, where larger means that a patch matters more.
         keys: (B, N, D) keys for ``tokens``, for a method that compares them.
         relevance: (B, N) how much each patch has to do with a text, for CDPruner and Recoverable Compression.
         max_norm: Patches whose tokens have a larger norm rank last. Some patches of large ViTs without registers hold
@@ -106,6 +106,8 @@ def given_features(
     if tokens.ndim != 3 or tokens.shape[1] != math.prod(grid):
         raise ValueError(f"tokens must be (B, {math.prod(grid)}, C) for a grid of {grid}, got {tuple(tokens.shape)}")
     given = scores if isinstance(scores, Tensor) else None
+    if given is None and scores != CLASS_ROW:
+        raise TypeError(f"scores of tokens are a tensor (B, N), got {scores!r}; a name says what to read of a tower")
     if given is None and selector.row is not None:
         raise ValueError(
             f"{selector.name} chooses by the tower's attention, but only tokens were given; give scores= (B, N)"
@@ -160,6 +162,12 @@ class TokenSelector(nn.Module):
         output: TowerOutput = self.tower(images)
         tokens = output.tokens
         self._check_map(tokens)
+        if relevance is not None:
+            if relevance.shape != (len(images), tokens.num_patches):
+                raise ValueError(
+                    f"relevance must be for {(len(images), tokens.num_patches)} patches, got {tuple(relevance.shape)}"
+                )
+            relevance = relevance.gather(1, tokens.anchor) if tokens.moved else relevance
         notes = list(output.notes)
         early = notes.pop(0) if self.selector.reads_first else None
         row = notes.pop(0) if self.selector.row is not None else None
@@ -210,6 +218,10 @@ def _reads(selector: Selector, tower: nn.Module, block: int, scores: str) -> lis
 def _in_cells(features: Features, merge: int, max_norm: float | None) -> Features:
     """The features of patches as those of cells, scores of patches without content last."""
     x, grid, scores = features.x, features.grid, features.scores
+    if scores is None and max_norm is not None:
+        raise ValueError(
+            f"max_norm={max_norm} ranks patches last, but this method ranks none by a score; leave max_norm out"
+        )
     if scores is not None:
         scores = scores.to(wide_dtype(scores.dtype))
         if max_norm is not None:
