@@ -28,7 +28,7 @@ from effvit.selectors.holitom import static_windows
 from effvit.selectors.select import choose_tokens
 from effvit.testing import assert_runs_on_fakes, count_reads
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "towers.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "select_tokens.md"
 GRID, KEPT = (6, 8), 12
 NUMBER = GRID[0] * GRID[1]
 BY_NAME = [name for name, cls in SELECTORS.items() if not cls.learns and cls.takes == "select_tokens"]
@@ -692,7 +692,7 @@ class TestQueryPooler:
 
 
 def test_page_prints_what_it_shows(capsys: pytest.CaptureFixture[str]) -> None:
-    """docs/towers.md from the first block to the last."""
+    """docs/select_tokens.md from the first block to the last."""
     blocks = re.findall(r"```(python|text)\n(.*?)```", PAGE.read_text(), re.DOTALL)
     names: dict[str, Any] = {}
     try:

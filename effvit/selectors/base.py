@@ -85,8 +85,8 @@ class Selector(nn.Module):
     Attributes:
         name: The method's name, as in ``effvit.list_selectors()``.
         summary: One line on the method with its source.
-        row: What ``Features.scores`` is made of, one of ``effvit.hosts.tower.ROWS``; None for no scores.
-        keys: What ``Features.keys`` is made of, one of ``effvit.hosts.tower.KEYS``; None for no keys.
+        row: What ``Features.scores`` is made of, one of ``effvit.hosts.tower_exit.ROWS``; None for no scores.
+        keys: What ``Features.keys`` is made of, one of ``effvit.hosts.tower_exit.KEYS``; None for no keys.
         reads_last: Scores and keys are those of the tower's last block, whichever block the tokens leave.
         reads_first: ``Features.early`` is asked for.
         whole_grid: The method needs all cells in place, so that no method may have reduced them in the tower.

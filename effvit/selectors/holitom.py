@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effvit.hosts.tower import RECEIVED
+from effvit.hosts.tower_exit import RECEIVED
 from effvit.protocols import Setting, Size
 from effvit.reducers.hot import density_peaks
 from effvit.schedule import check_count, check_fraction, check_number

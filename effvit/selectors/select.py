@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from effvit.hosts.tower import KEYS, RECEIVED, ROWS, Read, Tower, TowerOutput
+from effvit.hosts.tower_exit import KEYS, RECEIVED, ROWS, Read, Tower, TowerOutput
 from effvit.protocols import Setting, Size
 from effvit.reducers.base import check_finite, refuse_recording
 from effvit.schedule import check_choice, check_count, check_number
