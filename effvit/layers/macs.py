@@ -27,6 +27,7 @@ __all__ = [
     "layers",
     "norm",
     "plain_block",
+    "position_bias",
     "window_block",
     "window_cross",
     "windows",
@@ -122,9 +123,19 @@ def attend(attn: SelfAttention, keys: int, queries: int, pairs: int | None = Non
         elif name in ("q_norm", "k_norm"):
             groups: int = getattr(attn, "num_kv_groups", 1) if name == "k_norm" else 1
             terms += norm(layer, keys * attn.num_heads // groups)
+        elif name == "rel_pos":
+            terms += position_bias(layer)
         else:
             terms += layers("projection", layer, keys)
     return terms
+
+
+def position_bias(module: nn.Module | None) -> Terms:
+    """The bias of all offsets in a window, by an MLP; nothing for a table, whose entries are only read."""
+    if module is None:
+        return Terms()
+    height, width = getattr(module, "window_size")  # noqa: B009
+    return layers("positions", module, (2 * height - 1) * (2 * width - 1))
 
 
 def feedforward(block: FeedForward, rows: int) -> Terms:

@@ -190,6 +190,8 @@ class Contract:
             assert torch.allclose(own, expected, rtol=1e-5, atol=1e-5)
 
     def test_dynamic_sizes_equal_a_model_of_that_size(self, method: str, host: str) -> None:
+        if not hasattr(make_host(host), "dynamic_img_size"):
+            pytest.skip("timm's class takes images of the size it was made for alone")
         dynamic = reduce(make_host(host, dynamic_img_size=True), method, example(method))
         x = make_images(dynamic)
         fixed = make_model(method, host)
