@@ -102,7 +102,7 @@ def plain_vit(model: PlainViT, size: Size, counts: Sequence[int] | None) -> Term
     patches = left = grid[0] * grid[1]
     prefix, dim = model.num_prefix_tokens, model.embed_dim
     terms += norm(getattr(model, "norm_pre", nn.Identity()), prefix + patches)
-    terms += position_bias(getattr(model, "shared_rel_pos", None))
+    terms += position_bias(getattr(model, "shared_rel_pos", None), grid)
     reducers: Mapping[int, Reducer] = getattr(model, "reducers", {})
     for reducer in list(reducers.values())[:1]:
         terms["reduction"] += reducer.start_cost(patches, dim)
@@ -119,6 +119,7 @@ def plain_vit(model: PlainViT, size: Size, counts: Sequence[int] | None) -> Term
         keys, queries = prefix + change.keys, prefix + change.queries
         normed = queries if getattr(block, "post_norm", False) else keys
         terms += norm(block.norm1, normed) + attend(block.attn, keys, queries) + feedforward(block, prefix + left)
+        terms += position_bias(getattr(block.attn, "rel_pos", None), grid)
         terms["reduction"] += change.macs
     return terms + classifier(model, left, patches)
 

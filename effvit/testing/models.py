@@ -77,7 +77,12 @@ HOSTS: dict[str, MakeModel] = {
     "beit": _small(Beit, use_abs_pos_emb=False, use_rel_pos_bias=True, qkv_bias=True, init_values=0.1),
     "relpos": _small(VisionTransformerRelPos, class_token=True, global_pool="token", rel_pos_dim=16, init_values=0.1),
     "shared_relpos": _small(
-        VisionTransformerRelPos, block_fn=ResPostRelPosBlock, rel_pos_type="bias", shared_rel_pos=True, qk_norm=True
+        VisionTransformerRelPos,
+        block_fn=ResPostRelPosBlock,
+        rel_pos_type="bias",
+        shared_rel_pos=True,
+        qk_norm=True,
+        init_values=None,
     ),
     "lvvit": _small(LVViT, patch_size=16, img_size=(64, 80)),
 }
