@@ -35,6 +35,10 @@ KINDS = (
     "vit_base_patch16_clip_224",
     "eva02_tiny_patch14_336",
     "vit_small_patch16_dinov3",
+    "beit_base_patch16_224",
+    "vit_relpos_medium_patch16_cls_224",
+    "vit_srelpos_small_patch16_224",
+    "vit_relpos_small_patch16_rpn_224",
     "lvvit_small_patch16_224",
 )
 NAMES = [f"{method}_{host}" for method in METHODS for host in KINDS if f"{method}_{host}" in default_cfgs]
@@ -42,6 +46,8 @@ FX_NAMES = [f"{method}_deit_tiny_patch16_224" for method in METHODS] + [
     "tome_vit_base_patch16_siglip_224",
     "evit_eva02_tiny_patch14_336",
     "ats_vit_small_patch16_dinov3",
+    "gtp_beit_base_patch16_224",
+    "ats_vit_relpos_medium_patch16_cls_224",
 ]
 
 
