@@ -1,4 +1,4 @@
-"""timm's attention modules for token sequences that shrink: key biases, sampled query rows, packed batches.
+"""timm's attention modules for token sequences that shrink: biases, sampled query rows, packed batches.
 
 Each class below has the parameters and names of the timm module it extends and computes the same numbers bit
 for bit while nothing is reduced. The fused ``scaled_dot_product_attention`` is used unless a method truly needs
@@ -17,7 +17,6 @@ from timm.layers.attention import Attention, AttentionRope
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
-from effvit.pair_bias import PairBias
 from effvit.protocols import Layer
 from effvit.recording import graphs_count, is_exported, is_recorded
 from effvit.tokens import TokenMap, fx_leaf, take_rows, wide_dtype, wide_product, widened
@@ -28,11 +27,13 @@ __all__ = [
     "Beside",
     "Images",
     "MapSums",
+    "PairBias",
     "Selection",
     "SumMap",
     "attend_one_by_one",
     "attend_together",
     "bias_as_features",
+    "biases_between",
     "jagged_attention",
     "map_sums",
 ]
@@ -84,6 +85,63 @@ class SumMap(NamedTuple):
 
     weigh: Callable[[AttnState], Tensor] | None = None
     hold: bool = False
+
+
+@fx_leaf
+def biases_between(table: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+    """Entries of a table for the queries and keys of each image.
+
+    Args:
+        table: (heads, F, F), or (1, heads, F, F), between the F places of the full sequence.
+        queries: (B, Q) places of the queries.
+        keys: (B, K) places of the keys.
+
+    Returns:
+        (B, heads, Q, K).
+    """
+    number = table.shape[-1]
+    pairs = (queries * number).unsqueeze(2) + keys.unsqueeze(1)  # (B, Q, K)
+    entries = table.reshape(-1, number * number).index_select(1, pairs.flatten())  # (heads, B * Q * K)
+    return entries.unflatten(1, pairs.shape).transpose(0, 1)
+
+
+class PairBias(NamedTuple):
+    """The bias of each pair of query and key in one block of a host with relative positions.
+
+    It belongs to two places of the full sequence. Tokens keep the place of their anchor, so that of any two of them is
+    an entry of the host's table, gathered when it is asked for.
+
+    Attributes:
+        table: (heads, F, F) between the F places of the full sequence, prefix tokens in front; or (1, heads, F, F).
+            While nothing moved it is used as it is, since kernels are chosen by its dimensions and timm's shall run.
+        places: (B, P+N) place of each token in the full sequence.
+        moved: False while the tokens are the full sequence.
+    """
+
+    table: Tensor
+    places: Tensor
+    moved: bool
+
+    @classmethod
+    def of(cls, table: Tensor, tokens: TokenMap) -> PairBias:
+        """The bias between the tokens of a map that is not packed."""
+        ranges = tokens.layout.ranges
+        places = ranges.behind_prefix(tokens.anchor) + tokens.num_prefix if tokens.moved else ranges.sequence
+        return cls(table, places, tokens.moved)
+
+    def whole(self) -> Tensor:
+        """Between all tokens: (B, heads, P+N, P+N); the table itself, for all images, while nothing moved."""
+        return biases_between(self.table, self.places, self.places) if self.moved else self.table
+
+    def leading(self, number: int) -> Tensor:
+        """Of the first ``number`` tokens as queries, which may be those of class: (B or 1, heads, number, P+N)."""
+        if not self.moved:
+            return self.table[..., :number, :]
+        return biases_between(self.table, self.places[:, :number], self.places)
+
+    def picked(self, rows: Tensor) -> Tensor:
+        """Of the queries in the rows (B, Q) of the flattened sequence: (B, heads, Q, P+N)."""
+        return biases_between(self.table, take_rows(self.places, rows), self.places)
 
 
 class AttnState(NamedTuple):

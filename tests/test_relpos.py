@@ -17,11 +17,10 @@ from timm.models.vision_transformer_relpos import RelPosBlock, ResPostRelPosBloc
 from torch import Tensor, nn
 
 import effvit
-from effvit.attention import AttnState, Beside, Selection
+from effvit.attention import AttnState, Beside, PairBias, Selection
 from effvit.hosts.relpos import CLASS_TOKEN_HOSTS, NO_CLASS_TOKEN_HOSTS
 from effvit.layers.macs import position_bias
 from effvit.measure.closed_form import closed_form_macs
-from effvit.pair_bias import PairBias
 from effvit.reducers import METHODS, ragged
 from effvit.testing import SIZE
 from effvit.testing.models import perturb

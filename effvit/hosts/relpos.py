@@ -2,7 +2,7 @@
 
 Their attention adds a bias to the logits of each pair of tokens, which depends on the offset between the two: from a
 table or from an MLP of log-spaced offsets (Swin v2, 2111.09883), of each block or shared by all. timm's own modules
-make it for the full grid, and resize it; a token has the bias of its anchor (``effvit.pair_bias``).
+make it for the full grid, and resize it; a token has the bias of its anchor (``effvit.attention.PairBias``).
 """
 
 from __future__ import annotations
