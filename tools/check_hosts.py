@@ -23,9 +23,11 @@ from typing import Any, NamedTuple
 import timm
 import torch
 from timm.models import list_modules
+from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 
 import effvit
@@ -33,7 +35,7 @@ from effvit.reducers import METHODS
 
 __all__ = ["REASONS", "Outcome", "build", "check", "find_hosts", "main", "report", "summary"]
 
-PLAIN_CLASSES = (VisionTransformer, VisionTransformerDistilled, Eva)
+PLAIN_CLASSES = (VisionTransformer, VisionTransformerDistilled, Eva, Beit, VisionTransformerRelPos)
 DEPTH = 2
 GRID = (5, 6)  # not square, so that swapped rows and columns show
 # What a pair may be refused for: a word for the table, and the message that says so.

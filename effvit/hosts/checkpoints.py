@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
-from timm.models import eva, tiny_vit, vision_transformer
+from timm.models import beit, eva, tiny_vit, vision_transformer, vision_transformer_relpos
 from torch import Tensor, nn
 
 from effvit.hosts._pickles import check_pickles
@@ -180,6 +180,10 @@ def host_state_dict(state: dict[str, Tensor], model: nn.Module) -> dict[str, Ten
     _check_tables(state, model)
     if isinstance(model, eva.Eva):
         return eva.checkpoint_filter_fn(state, model)
+    if isinstance(model, beit.Beit):
+        return beit.checkpoint_filter_fn(state, model)
+    if isinstance(model, vision_transformer_relpos.VisionTransformerRelPos):
+        return vision_transformer_relpos.checkpoint_filter_fn(state, model)
     if isinstance(model, vision_transformer.VisionTransformer) and state:
         return vision_transformer.checkpoint_filter_fn(state, model, adapt_layer_scale=True)
     if isinstance(model, tiny_vit.TinyVit):

@@ -18,6 +18,7 @@ from effvit.layers.macs import (
     feedforward,
     layers,
     norm,
+    position_bias,
     window_block,
 )
 from effvit.protocols import PatchEmbedding, Size
@@ -66,7 +67,6 @@ class PlainViT(Classifies, Protocol):
     """A plain ViT of timm, reduced or not."""
 
     patch_embed: PatchEmbedding
-    norm_pre: nn.Module
     blocks: Sequence[Block]
 
 
@@ -101,7 +101,8 @@ def plain_vit(model: PlainViT, size: Size, counts: Sequence[int] | None) -> Term
     terms, grid = embedding(model.patch_embed, size)
     patches = left = grid[0] * grid[1]
     prefix, dim = model.num_prefix_tokens, model.embed_dim
-    terms += norm(model.norm_pre, prefix + patches)
+    terms += norm(getattr(model, "norm_pre", nn.Identity()), prefix + patches)
+    terms += position_bias(getattr(model, "shared_rel_pos", None), grid)
     reducers: Mapping[int, Reducer] = getattr(model, "reducers", {})
     for reducer in list(reducers.values())[:1]:
         terms["reduction"] += reducer.start_cost(patches, dim)
@@ -116,7 +117,9 @@ def plain_vit(model: PlainViT, size: Size, counts: Sequence[int] | None) -> Term
             change = reducers[i].cost(sizes)
         left = change.left
         keys, queries = prefix + change.keys, prefix + change.queries
-        terms += norm(block.norm1, keys) + attend(block.attn, keys, queries) + feedforward(block, prefix + left)
+        normed = queries if getattr(block, "post_norm", False) else keys
+        terms += norm(block.norm1, normed) + attend(block.attn, keys, queries) + feedforward(block, prefix + left)
+        terms += position_bias(getattr(block.attn, "rel_pos", None), grid)
         terms["reduction"] += change.macs
     return terms + classifier(model, left, patches)
 

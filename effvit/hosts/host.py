@@ -93,10 +93,12 @@ class ReducedHost(Intermediates, Reduced):
     Attributes:
         recovery: The trained module of the fill "attention", else None.
         head_reads_patches: The head reads patch tokens although it pools the class token.
+        biases_pairs: Attention adds a bias to the logits of each pair of tokens.
     """
 
     recovery: AttentionRecovery | None
     head_reads_patches = False
+    biases_pairs = False
     _depth: int  # blocks of the whole host, of which features_only may leave some out
     token_drop: PatchDropoutWithIndices | None
 
@@ -143,7 +145,7 @@ class ReducedHost(Intermediates, Reduced):
     # -- what one forward pass does ----------------------------------------------------------------------------
 
     def _embed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Images (B, 3, H, W) -> tokens (B, P+N, C) and the rotary table, None without RoPE."""
+        """Images (B, 3, H, W) -> tokens (B, P+N, C), and what the blocks share: a rotary table or a bias of pairs."""
         raise NotImplementedError
 
     def _block_rope(self, rope: Tensor | None, block: int) -> Tensor | None:
@@ -724,12 +726,13 @@ def _recovery(host: ReducedHost) -> AttentionRecovery:
 
 def _keep_drop_indices(host: ReducedHost) -> None:
     """Move timm's patch dropout behind the embedding, where its choice can enter the TokenMap."""
-    drop = host.patch_drop
+    drop = getattr(host, "patch_drop", None)  # not of every class
     token_drop = None
     if isinstance(drop, (PatchDropout, PatchDropoutWithIndices)):
         token_drop = PatchDropoutWithIndices(drop.prob, drop.num_prefix_tokens, drop.ordered).train(drop.training)
     set_child(host, "token_drop", token_drop)
-    set_child(host, "patch_drop", None if isinstance(host, Eva) else nn.Identity().train(host.training))
+    if drop is not None:
+        set_child(host, "patch_drop", None if isinstance(host, Eva) else nn.Identity().train(host.training))
 
 
 def _check_host(host: ReducedHost) -> None:
@@ -745,6 +748,12 @@ def _check_host(host: ReducedHost) -> None:
                 f"{host.method} scores patches by the class token, but this {type(host).__bases__[1].__name__} has "
                 f"none (num_prefix_tokens={host.num_prefix_tokens}); use a host with one, or a method without that "
                 "need such as 'tome' or 'zero_tprune'"
+            )
+        if getattr(reducer, "ragged", "") == "packed" and host.biases_pairs:
+            raise ValueError(
+                f"{host.method} with ragged='packed' runs on kernels for packed batches, which take no bias of "
+                f"pairs of tokens, as this {type(host).__bases__[1].__name__} has for relative positions; use "
+                "ragged='padded'"
             )
         dropping = reducer.variable_length and not reducer.keeps_every_patch
         if dropping and host.global_pool in ("map", "prr"):

@@ -27,6 +27,7 @@ __all__ = [
     "layers",
     "norm",
     "plain_block",
+    "position_bias",
     "window_block",
     "window_cross",
     "windows",
@@ -122,9 +123,14 @@ def attend(attn: SelfAttention, keys: int, queries: int, pairs: int | None = Non
         elif name in ("q_norm", "k_norm"):
             groups: int = getattr(attn, "num_kv_groups", 1) if name == "k_norm" else 1
             terms += norm(layer, keys * attn.num_heads // groups)
-        else:
+        elif name != "rel_pos":  # of which no rows are tokens, see position_bias
             terms += layers("projection", layer, keys)
     return terms
+
+
+def position_bias(module: nn.Module | None, grid: Size) -> Terms:
+    """The bias of all offsets on a grid by an MLP; nothing without one, or for a table, whose entries are only read."""
+    return Terms() if module is None else layers("positions", module, (2 * grid[0] - 1) * (2 * grid[1] - 1))
 
 
 def feedforward(block: FeedForward, rows: int) -> Terms:

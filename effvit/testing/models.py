@@ -7,9 +7,11 @@ from functools import partial
 from typing import cast
 
 import torch
+from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
 from torch import Tensor, nn
 
 import effvit
@@ -71,6 +73,16 @@ HOSTS: dict[str, MakeModel] = {
         qk_norm=True,
         class_token=True,
         global_pool="avg",
+    ),
+    "beit": _small(Beit, use_abs_pos_emb=False, use_rel_pos_bias=True, qkv_bias=True, init_values=0.1),
+    "relpos": _small(VisionTransformerRelPos, class_token=True, global_pool="token", rel_pos_dim=16, init_values=0.1),
+    "shared_relpos": _small(
+        VisionTransformerRelPos,
+        block_fn=ResPostRelPosBlock,
+        rel_pos_type="bias",
+        shared_rel_pos=True,
+        qk_norm=True,
+        init_values=None,
     ),
     "lvvit": _small(LVViT, patch_size=16, img_size=(64, 80)),
 }

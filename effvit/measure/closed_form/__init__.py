@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol, TypeGuard, cast
 
+from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import nn
 
 from effvit.block import BLOCK_CLASSES
@@ -26,7 +28,7 @@ from effvit.reducers import METHODS, Reducer
 
 __all__ = ["closed_form_macs"]
 
-PLAIN = (VisionTransformer, VisionTransformerDistilled, Eva, LVViT)
+PLAIN = (VisionTransformer, VisionTransformerDistilled, Eva, Beit, VisionTransformerRelPos, LVViT)
 
 
 class HasClosedForm(Protocol):
