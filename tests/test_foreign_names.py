@@ -6,7 +6,10 @@ were made of. Beside them, tests/test_transformers_checkpoints.py holds those of
 
 from __future__ import annotations
 
+import itertools
 import re
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +18,12 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 import effvit
 from effvit.cli import main
+from effvit.dense.backbone import DenseBackbone
+from effvit.hosts._torchscript import read_torchscript
 from effvit.hosts.checkpoints import convert_checkpoint
 from effvit.hosts.foreign_names import FAMILIES, find_tower
 
@@ -63,7 +68,7 @@ CASES: dict[str, tuple[foreign_files.Writer, str, dict[str, Any], str, set[str]]
 }
 
 
-def drawn(name: str, **settings: Any) -> nn.Module:
+def drawn(name: str, **settings: Any) -> Any:
     """A model whose weights are drawn, also where timm would start at zero; but no bias that a file does not have."""
     model = timm.create_model(name, **settings)
     generator = torch.Generator().manual_seed(0)
@@ -149,6 +154,114 @@ def test_command_line_names_the_family_and_what_was_dropped(tmp_path: Path, caps
     assert "dropped: embeddings.mask_token" in said
 
 
+class TestConfig:
+    """What stands in the config.json that transformers writes beside the weights, and not in these."""
+
+    def folder(self, tmp_path: Path, text: str) -> Path:
+        file = foreign_files.vit_of_transformers(drawn("vit_base_patch16_224", **TINY, num_classes=5))
+        save_file({name: value.contiguous() for name, value in file.items()}, tmp_path / "model.safetensors")
+        (tmp_path / "config.json").write_text(text)
+        return tmp_path / "model.safetensors"
+
+    def host(self, **settings: Any) -> nn.Module:
+        return timm.create_model("vit_base_patch16_224", **(TINY | settings), num_classes=5)
+
+    @pytest.mark.parametrize(
+        ("text", "settings"),
+        [
+            ('{"num_attention_heads": 2, "hidden_act": "gelu"}', {}),
+            ('{"vision_config": {"num_attention_heads": 2, "hidden_act": "gelu_pytorch_tanh"}}', {}),
+            ('{"hidden_act": "quick_gelu"}', {"act_layer": "quick_gelu"}),
+            ('{"architecture": "vit_base_patch16_224"}', {}),
+            ("[1]", {}),
+        ],
+    )
+    def test_host_that_computes_the_same_is_taken(self, text: str, settings: dict[str, Any], tmp_path: Path) -> None:
+        assert effvit.load_checkpoint(self.host(**settings), self.folder(tmp_path, text)) == []
+
+    @pytest.mark.parametrize(
+        ("text", "settings", "message"),
+        [
+            ('{"num_attention_heads": 3}', {}, r"3 heads of attention .* has 2; create the host with num_heads=3"),
+            ('{"hidden_act": "quick_gelu"}', {}, r"computes 'quick_gelu' .* computes GELU; .*act_layer='quick_gelu'"),
+            (
+                '{"vision_config": {"hidden_act": "gelu"}}',
+                {"act_layer": "quick_gelu"},
+                r"computes 'gelu' .* computes QuickGELU; take the host without quickgelu",
+            ),
+            ("{", {}, r"config\.json cannot be read \(.*\); get it anew, or move the weights"),
+            ("[" * 100_000, {}, r"config\.json cannot be read"),
+        ],
+    )
+    def test_host_that_computes_otherwise_is_refused(
+        self, text: str, settings: dict[str, Any], message: str, tmp_path: Path
+    ) -> None:
+        with pytest.raises(ValueError, match=message):
+            effvit.load_checkpoint(self.host(**settings), self.folder(tmp_path, text))
+
+
+class Parts(nn.Module):
+    """Modules and parameters under the names of a file, for TorchScript."""
+
+    def __init__(self, file: foreign_files.Names) -> None:
+        super().__init__()
+        inner: dict[str, foreign_files.Names] = {}
+        for name, value in file.items():
+            first, _, rest = name.partition(".")
+            if rest:
+                inner.setdefault(first, {})[rest] = value
+            else:
+                self.register_parameter(first, nn.Parameter(value))
+        for name, parts in inner.items():
+            self.add_module(name, Parts(parts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class TestTorchScript:
+    """OpenAI's files of CLIP; the program in them is never run, so that one may be written by anybody."""
+
+    @pytest.mark.filterwarnings("ignore:.torch.jit.*deprecated:DeprecationWarning")  # the files there are stay
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    def test_weights_are_those_of_the_program(self, dtype: torch.dtype, tmp_path: Path) -> None:
+        model = drawn("vit_base_patch16_clip_quickgelu_224", **TINY, num_classes=16).to(dtype)
+        file = foreign_files.clip(model)
+        torch.jit.save(torch.jit.script(Parts(file)), tmp_path / "ViT-B-16.pt")
+        assert read_torchscript(tmp_path / "ViT-B-16.pt").keys() == file.keys()
+        conversion = convert_checkpoint(model, tmp_path / "ViT-B-16.pt")
+        assert conversion.family == "CLIP, original or of open_clip"
+        assert all(torch.equal(value, conversion.state[name]) for name, value in model.state_dict().items())
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            b"cbuiltins\neval\n(V1\ntR.",
+            b"c__torch__.M\nM\n)\x81}(Vweight\nctorch\nload\nub.",
+            b"ctorch._utils\n_rebuild_tensor_v2\nV__class__\nb.",
+            b"c__torch__.M\nM\n)\x81(lb.",
+            b"}.",
+            b"",
+        ],
+    )
+    def test_anything_but_modules_and_tensors_is_refused(self, content: bytes, tmp_path: Path) -> None:
+        path = tmp_path / "file.pt"
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("file/data.pkl", b"\x80\x02" + content)
+            archive.writestr("file/constants.pkl", b"\x80\x02).")
+        with pytest.raises(ValueError, match=r"cannot be read as a checkpoint|none of its 0 entries"):
+            effvit.load_checkpoint(timm.create_model("vit_base_patch16_clip_224", **TINY), path)
+
+
+FAULTS: tuple[Callable[[Tensor], Tensor], ...] = (
+    lambda x: x[:-1],
+    lambda x: x[:0],
+    lambda x: x.sum(),
+    lambda x: x.unsqueeze(0),
+    lambda x: x.to(torch.int8),
+)
+
+
 class TestRefusals:
     def refused(self, tmp_path: Path, file: dict[str, Any], name: str, message: str, **settings: Any) -> None:
         torch.save(file, tmp_path / "file.pth")
@@ -208,20 +321,19 @@ class TestRefusals:
 
     @pytest.mark.parametrize("kind", [kind for kind in CASES if kind != "SAM"])
     def test_mutated_file_loads_or_is_a_value_error(self, kind: str, tmp_path: Path) -> None:
-        """Each entry once without its last row, once without all, and once as another kind of array."""
+        """Each entry with one of five faults in turn: without its last row, without all, as a scalar and so on."""
         write, name, settings, _, _ = CASES[kind]
         model = drawn(name, **settings)
         file = write(model)
         refused: list[str] = []
-        for entry in [entry for entry in file if not re.search(r"(layer|blocks|resblocks)\.1\.", entry)]:
-            value = torch.atleast_1d(file[entry])
-            for odd in (value[:-1], value[:0], value.sum(), value.unsqueeze(0), value.to(torch.int8)):
-                torch.save({**file, entry: odd}, tmp_path / "file.pth")
-                try:
-                    convert_checkpoint(model, tmp_path / "file.pth")
-                except ValueError as error:
-                    refused.append(str(error))
-        assert len(refused) > 40
+        entries = [entry for entry in file if not re.search(r"(layer|blocks|resblocks)\.1\.", entry)]
+        for entry, fault in zip(entries, itertools.cycle(FAULTS), strict=False):
+            torch.save({**file, entry: fault(torch.atleast_1d(file[entry]))}, tmp_path / "file.pth")
+            try:
+                convert_checkpoint(model, tmp_path / "file.pth")
+            except ValueError as error:
+                refused.append(str(error))
+        assert len(refused) > 10
         assert max(map(len, refused)) < 1500
 
 
@@ -233,3 +345,18 @@ def test_names_of_timm_are_of_no_family() -> None:
         "samvit_base_patch16",
     ):
         assert find_tower(timm.create_model(name, **(TINY if "sam" not in name else SAM)).state_dict()) is None
+
+
+def test_dense_backbone_reads_them_and_their_config(tmp_path: Path) -> None:
+    model = drawn("vit_small_patch16_dinov3_qkvb", **TINY)
+    file = foreign_files.dinov3_of_transformers(model)
+    save_file({name: value.contiguous() for name, value in file.items()}, tmp_path / "model.safetensors")
+    options = {"out_indices": (1,), "final_norm": True, "pretrained": str(tmp_path / "model.safetensors")}
+    backbone = DenseBackbone("vit_small_patch16_dinov3_qkvb", **TINY, **options).eval()
+    backbone.load_pretrained()
+    images = torch.randn(2, 3, 32, 32)
+    maps = model.forward_intermediates(images, indices=[1], norm=True, intermediates_only=True)
+    assert torch.equal(backbone(images)[0], maps[0])
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 3}')
+    with pytest.raises(ValueError, match="3 heads of attention"):
+        backbone.load_pretrained()

@@ -24,7 +24,7 @@ from torch import nn
 
 from effvit.hosts.checkpoints import convert_checkpoint
 
-__all__ = ["CASES", "Case", "Comparison", "compare", "main"]
+__all__ = ["CASES", "Case", "Comparison", "compare", "main", "table"]
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = "docs/benchmarks/transformers_checkpoints.json"
@@ -179,7 +179,7 @@ def compare(case: Case) -> Comparison:
     )
 
 
-def lines(record: dict[str, Any]) -> list[str]:
+def table(record: dict[str, Any]) -> list[str]:
     """The table of a record."""
     rows = [
         f"| `{row['model']}` | {row['family']} | `{row['host']}` | {row['used']} | {row['dropped']} | "
@@ -202,10 +202,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         import transformers
 
         versions = {"transformers": transformers.__version__, "timm": timm.__version__, "torch": torch.__version__}
-        rows = [compare(case)._asdict() for case in CASES]
-        path.write_text(json.dumps({"versions": versions, "dtype": "float32", "models": rows}, indent=1) + "\n")
-    table = lines(json.loads(path.read_text()))
-    page = put_table((ROOT / PAGE).read_text(), PAGE, "transformers", TOOL, table)
+        found = [compare(case)._asdict() for case in CASES]
+        path.write_text(json.dumps({"versions": versions, "dtype": "float32", "models": found}, indent=1) + "\n")
+    rows = table(json.loads(path.read_text()))
+    page = put_table((ROOT / PAGE).read_text(), PAGE, "transformers", TOOL, rows)
     return write_pages({PAGE: page}, ROOT, TOOL, arguments.check)
 
 

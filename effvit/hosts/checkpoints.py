@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from effvit.hosts._foreign_configs import check_config
 from effvit.hosts._pickles import check_pickles
 from effvit.hosts._tiny_vit_names import timm_name
+from effvit.hosts._torchscript import is_torchscript, read_torchscript
 from effvit.hosts.foreign_names import find_tower, unknown_names
 from effvit.messages import plain, shown
 
@@ -89,7 +91,7 @@ def official_state_dict(
                 f"a checkpoint names its weights by strings, but this one has an entry {name!r}; save the model's "
                 "state_dict"
             )
-    is_foreign = find_tower({INSERTED.sub("", name) for name in checkpoint}) is not None
+    is_foreign = find_tower(dict.fromkeys(INSERTED.sub("", name) for name in checkpoint)) is not None
     state: dict[str, Tensor] = {}
     dropped = []
     for name, value in checkpoint.items():
@@ -262,7 +264,7 @@ def read_file(path: str | Path, allowed: Sequence[type] = ()) -> Mapping[str, An
     """The content of a checkpoint file; nothing but weights and plain values is ever loaded from it.
 
     Args:
-        path: .safetensors, or a .pth.
+        path: .safetensors, or a .pth; of TorchScript, the weights alone are read.
         allowed: Further types a .pth may hold, as ``torch.serialization.safe_globals`` takes them.
 
     Raises:
@@ -279,9 +281,10 @@ def read_file(path: str | Path, allowed: Sequence[type] = ()) -> Mapping[str, An
             return load_file(path)
         _check_archive(path)
         check_pickles(path)
+        content: object
         # EViT's and DeiT's files hold their command line as a Namespace beside the weights.
         with torch.serialization.safe_globals([argparse.Namespace, *allowed]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = read_torchscript(path) if is_torchscript(path) else torch.load(path, "cpu", weights_only=True)
         if isinstance(content, Mapping):
             _check_memory(content)
     except Exception as error:  # a damaged file makes the readers raise nearly anything: KeyError, struct.error ...
@@ -469,6 +472,8 @@ def convert_checkpoint(
     given, dropped = read_checkpoint(path, allowed, key)
     tower = find_tower(given)
     family = None if tower is None else tower.family.name
+    if tower is not None:
+        check_config(path, model)
     with Origins(given) as origins:
         state, _ = adapt_state(model, given)
     sources = {name: origins.of(value) | ({name} & given.keys()) for name, value in state.items()}
