@@ -57,6 +57,7 @@ __all__ = [
     "ReducedEva",
     "ReducedViT",
     "TokenFeatures",
+    "as_host",
     "check_model_name",
     "list_methods",
     "method_settings",
@@ -665,6 +666,13 @@ def sparsify(
             f"without: {method} with these settings and recover {recover!r} cannot hold it; the given model keeps it",
             stacklevel=2,
         )
+    return host
+
+
+def as_host(dense: nn.Module) -> ReducedHost:
+    """A model of a class in HOST_CLASSES with nothing reduced: its blocks and sizes, whatever part of it holds them."""
+    host = sparsify(dense, "uniform", recover=None, share=True, **METHODS["uniform"].off())
+    assert isinstance(host, ReducedHost)
     return host
 
 

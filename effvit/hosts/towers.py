@@ -260,8 +260,8 @@ class ReducedTower(ReducedHost):
         raise NotImplementedError
 
     @property
-    def _cell(self) -> int:
-        """Side of the cells of patches that a grid must be cut into as a whole; 1 if any grid will do."""
+    def cell(self) -> int:
+        """Side in patches of the cells that the projector cuts a grid into without a rest; 1 if it takes any grid."""
         return 1
 
     def _project(self, x: Tensor, grid: Size) -> Tensor:
@@ -302,12 +302,12 @@ class ReducedTower(ReducedHost):
 
     def _check_cells(self, x: Tensor) -> None:
         """Raise a ValueError for images whose patches the projector cannot take, before a block has run."""
-        if self._cell > 1 and isinstance(x, Tensor) and x.ndim == 4:
+        if self.cell > 1 and isinstance(x, Tensor) and x.ndim == 4:
             self._check_patches((x.shape[-2], x.shape[-1]))
             self._check_grid(self._grid_of(x))
 
     def _check_grid(self, grid: Size) -> None:
-        cell, patch = self._cell, self.patch_embed.patch_size
+        cell, patch = self.cell, self.patch_embed.patch_size
         if grid[0] % cell or grid[1] % cell:
             raise ValueError(
                 f"this tower reads cells of {cell} x {cell} patches, so both sides of the grid must be multiples of "
@@ -444,7 +444,7 @@ class QwenTower(ReducedTower):
         return self._merger is not None
 
     @property
-    def _cell(self) -> int:
+    def cell(self) -> int:
         return 1 if self._merger is None else self._merger.merge_size
 
     def _project(self, x: Tensor, grid: Size) -> Tensor:
@@ -529,7 +529,7 @@ class GemmaTower(ReducedTower):
         return self._gemma.global_pool == "soft"
 
     @property
-    def _cell(self) -> int:
+    def cell(self) -> int:
         return self._gemma.pooler.pooling_kernel_size if self._projects else 1
 
     def _project(self, x: Tensor, grid: Size) -> Tensor:
