@@ -452,26 +452,35 @@ def attend_one_by_one(
 
 
 def fused_attention(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, pair_bias: Tensor | None, dropout_p: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    pair_bias: Tensor | None,
+    dropout_p: float,
+    scale: float | None = None,
 ) -> Tensor:
     """``biased_attention``, or that without a bias, or with one of pairs (B or 1, heads, Tq, Tk) as the mask."""
     if pair_bias is not None:
         mask = pair_bias if bias is None else pair_bias + bias
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype), dropout_p=dropout_p)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype), dropout_p=dropout_p, scale=scale)
     if bias is None:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)
-    return biased_attention(q, k, v, bias, dropout_p)
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
+    return biased_attention(q, k, v, bias, dropout_p, scale)
 
 
 @fx_leaf
-def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout_p: float) -> Tensor:
+def biased_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout_p: float, scale: float | None = None
+) -> Tensor:
     """Fused attention of q, k and v (B, heads, N, D) with a bias on the logits of each key, (B, 1, 1, Tk).
 
-    As a mask, or as features of q and k where that lets flash attention run, which takes no mask.
+    As a mask, or as features of q and k where that lets flash attention run, which takes no mask. ``scale`` is the
+    factor on q k^T, None for 1 / sqrt(D).
     """
     if not bias_keeps_from_flash(q, k):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), dropout_p=dropout_p)
-    width, scale = v.shape[-1], q.shape[-1] ** -0.5
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), dropout_p=dropout_p, scale=scale)
+    width, scale = v.shape[-1], q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = bias_as_features(q, k, v, bias[:, 0, 0], scale)
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)[..., :width]
 
@@ -541,16 +550,16 @@ def jagged_attention(
     return out.transpose(1, 2).values().transpose(0, 1).unsqueeze(0)  # (1, heads, Tq, D)
 
 
-def _rotate(x: Tensor, tokens: TokenMap, rope: Tensor, half: bool) -> Tensor:
-    """Apply the rotary table of the full grid to the patch tokens of x (B, heads, P+N, D)."""
+def _rotate(x: Tensor, tokens: TokenMap, rope: Tensor, turn: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Apply the rotary table of the full grid by ``turn`` to the patch tokens of x (B, heads, P+N, D)."""
     table = tokens.position_table(rope)
     if tokens.packed:  # prefix tokens lie between the images: give them the identity rotation (sin 0, cos 1)
         sin, cos = torch.zeros_like(table[:, :, :1]).expand(-1, -1, tokens.num_prefix, -1).chunk(2, dim=-1)
         still = torch.cat([sin, cos + 1], dim=-1)  # (B, heads or 1, P, D)
         table = tokens.pack(torch.cat([still, table], dim=2).transpose(1, 2)).transpose(1, 2)
-        return apply_rot_embed_cat(x, table, half=half)
+        return turn(x, table)
     prefix, patches = x[:, :, : tokens.num_prefix], x[:, :, tokens.num_prefix :]
-    return torch.cat([prefix, apply_rot_embed_cat(patches, table, half=half)], dim=2)
+    return torch.cat([prefix, turn(patches, table)], dim=2)
 
 
 class TokenAttention(nn.Module):
@@ -575,6 +584,7 @@ class TokenAttention(nn.Module):
     # Of some of timm's classes alone.
     num_kv_groups: int = 1
     rotate_half: bool = False
+    own_scale: float | None = None  # factor on q k^T where it is not 1 / sqrt(D)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens (B, N, C) -> q, k, v, each (B, heads, N, D)."""
@@ -583,6 +593,10 @@ class TokenAttention(nn.Module):
     def _pair_table(self, shared: Tensor | None) -> Tensor | None:
         """Bias between the places of the full sequence, given what the blocks share; None in a host without one."""
         return None
+
+    def _turn(self, x: Tensor, table: Tensor) -> Tensor:
+        """Tokens x (B, heads, N, D) turned by a table of sines and cosines that broadcasts with them, (..., N, 2D)."""
+        return apply_rot_embed_cat(x, table, half=self.rotate_half)
 
     def _split_heads(self, x: Tensor, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         batch, length, _ = x.shape
@@ -619,8 +633,8 @@ class TokenAttention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         pair_table = self._pair_table(rope)
         if rope is not None and pair_table is None:
-            q = _rotate(q, tokens, rope, self.rotate_half).type_as(v)
-            k = _rotate(k, tokens, rope, self.rotate_half).type_as(v)
+            q = _rotate(q, tokens, rope, self._turn).type_as(v)
+            k = _rotate(k, tokens, rope, self._turn).type_as(v)
         if self.num_kv_groups > 1:
             k, v = (y.repeat_interleave(self.num_kv_groups, dim=1) for y in (k, v))
 
@@ -648,10 +662,11 @@ class TokenAttention(nn.Module):
             dropout_p = self.attn_drop.p if self.training else 0.0
             # (1, T): without the padding, a bias says something only where keys have weights.
             of_keys = tokens.pack(bias[:, 0, 0]) if bias is not None and tokens.key_weight is not None else None
+            q = q if self.own_scale is None else q * (self.own_scale * q.shape[-1] ** 0.5)  # kernels take no scale
             out = variable_length_attention(q, k, v, state.tokens, tokens, dropout_p, of_keys)
         elif self.fused_attn:
             dropout_p = self.attn_drop.p if self.training else 0.0
-            out = fused_attention(q, k, v, bias, state.pair_bias(), dropout_p)
+            out = fused_attention(q, k, v, bias, state.pair_bias(), dropout_p, self.own_scale)
         else:
             logits = (q * self.scale) @ k.transpose(-2, -1)  # (B, heads, Nq, P+N)
             pair_bias = state.pair_bias()

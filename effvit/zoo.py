@@ -15,7 +15,7 @@ from timm.models._pretrained import DefaultCfg, PretrainedCfg
 from torch import Tensor, nn
 
 from effvit.architectures import variants
-from effvit.hosts import lvvit, relpos, vit_nano
+from effvit.hosts import lvvit, relpos, towers, vit_nano
 from effvit.hosts.checkpoints import host_state_dict
 from effvit.hosts.feature_pyramid import feature_settings
 from effvit.hosts.host import check_model_name, check_settings, record_name, sparsify
@@ -53,6 +53,7 @@ NO_CLASS_TOKEN_HOSTS = (
     "vit_so400m_patch14_siglip_384",
     "vit_medium_patch16_gap_256",
     *relpos.NO_CLASS_TOKEN_HOSTS,
+    *towers.NAMES,
 )
 default_cfgs: dict[str, DefaultCfg] = {}
 _PYRAMIDS: dict[str, dict[str, object]] = {}  # names that register_pyramid made, and their settings

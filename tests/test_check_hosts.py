@@ -12,6 +12,8 @@ import torch
 from scripts import load_tool
 from timm.models.vision_transformer import VisionTransformer
 
+from effvit.hosts.towers import NAMES
+
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
@@ -23,6 +25,13 @@ def test_hosts_are_plain_vision_transformers_of_every_kind(tool: ModuleType) -> 
     assert {"deit_tiny_distilled_patch16_224", "eva02_tiny_patch14_224", "vit_tiny_r_s16_p8_224"} <= set(hosts)
     assert not [name for name in hosts if name.startswith(("swin", "cait", "evit"))]
     assert hosts["eva02_tiny_patch14_224"] == {"depth": 2, "img_size": (70, 84)}
+
+
+def test_towers_are_found_in_every_form_with_grids_of_whole_cells(tool: ModuleType) -> None:
+    hosts = tool.find_hosts("*_vit_*m*")
+    assert set(hosts) == set(NAMES)
+    assert hosts["deepseek_vit_412m"] == {"depth": 2, "img_size": (6 * 14, 12 * 14)}
+    assert hosts["gemma4_vit_167m_enc"] == {"depth": 2, "img_size": (6 * 16, 12 * 16)}
 
 
 def test_grouped_key_heads_are_narrowed_to_the_depth(tool: ModuleType) -> None:
@@ -85,4 +94,4 @@ def test_difference_from_timm_is_found(tool: ModuleType) -> None:
 def test_pattern_that_matches_nothing_is_an_error(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         tool.main(["--pattern", "resnet*"])
-    assert "no plain vision transformer of timm matches 'resnet*'" in capsys.readouterr().err
+    assert "no plain vision transformer or tower of timm matches 'resnet*'" in capsys.readouterr().err

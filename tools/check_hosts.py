@@ -1,4 +1,4 @@
-"""Check every method on every timm model that is a plain vision transformer.
+"""Check every method on every timm model that is a plain vision transformer or the tower of a vision-language model.
 
 For each name, a method that reduces nothing must give timm's output bit for bit, and its default setting must
 run, be finite and remove tokens; or the pair must be refused for one of the reasons in REASONS. All else
@@ -31,13 +31,16 @@ from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 
 import effvit
+from effvit.hosts.host import as_host
+from effvit.hosts.towers import TOWERS
 from effvit.reducers import METHODS
 
 __all__ = ["REASONS", "Outcome", "build", "check", "find_hosts", "main", "report", "summary"]
 
-PLAIN_CLASSES = (VisionTransformer, VisionTransformerDistilled, Eva, Beit, VisionTransformerRelPos)
+PLAIN_CLASSES = (VisionTransformer, VisionTransformerDistilled, Eva, Beit, VisionTransformerRelPos, *TOWERS)
 DEPTH = 2
 GRID = (5, 6)  # not square, so that swapped rows and columns show
+TOWER_GRID = (6, 12)  # likewise, of whole cells for every projector
 # What a pair may be refused for: a word for the table, and the message that says so.
 REASONS = {
     "block class": r"^blocks\.\d+ is an? \w+, which token reduction does not know",
@@ -63,7 +66,7 @@ Outcomes = dict[str, dict[str, dict[str, Outcome]]]  # {host: {method: {check: o
 
 
 def small_arguments(name: str) -> dict[str, Any] | None:
-    """Arguments that make a small model of timm's ``name``; None if it is no plain vision transformer."""
+    """Arguments that make a small model of timm's ``name``; None if it is none of PLAIN_CLASSES."""
     small: dict[str, Any] = {"depth": DEPTH}
     with torch.device("meta"):
         try:
@@ -74,13 +77,16 @@ def small_arguments(name: str) -> dict[str, Any] | None:
             small["num_kv_heads"] = (heads[0], heads[len(heads) // 2])
     if type(model) not in PLAIN_CLASSES:
         return None
+    if type(model) in TOWERS:
+        patch = as_host(model).patch_embed.patch_size
+        return small | {"img_size": (TOWER_GRID[0] * patch[0], TOWER_GRID[1] * patch[1])}
     embed = model.patch_embed
     stride = [pixels // patches for pixels, patches in zip(embed.img_size, embed.grid_size, strict=True)]
     return small | {"img_size": (GRID[0] * stride[0], GRID[1] * stride[1])}
 
 
 def find_hosts(pattern: str = "*") -> dict[str, dict[str, Any]]:
-    """{name: arguments of a small one} of all plain vision transformers whose timm name matches the pattern.
+    """{name: arguments of a small one} of all models of PLAIN_CLASSES whose timm name matches the pattern.
 
     Every name of the modules that know one of PLAIN_CLASSES is created, on the meta device.
     """
@@ -165,7 +171,8 @@ def summary(outcomes: Outcomes) -> str:
     """Table of the outcomes, the reasons of refusals with their numbers, and everything that is wrong."""
     methods = list(next(iter(outcomes.values()), {}))
     lines = [
-        f"{len(outcomes)} hosts of timm {timm.__version__}, {DEPTH} blocks, {GRID[0]} x {GRID[1]} patches",
+        f"{len(outcomes)} hosts of timm {timm.__version__}, {DEPTH} blocks, {GRID[0]} x {GRID[1]} patches, of towers "
+        f"{TOWER_GRID[0]} x {TOWER_GRID[1]}",
         f"{'':<12}{'nothing reduced':^27}{'default setting':^27}",
         f"{'method':<12}" + "".join(f"{head:>9}" for head in ("exact", "refused", "wrong", "runs", "refused", "wrong")),
     ]
@@ -193,7 +200,7 @@ def report(outcomes: Outcomes) -> dict[str, Any]:
         for host, by_method in outcomes.items()
     }
     versions = {"timm": timm.__version__, "torch": torch.__version__}
-    return {"depth": DEPTH, "grid": GRID, "versions": versions, "hosts": hosts}
+    return {"depth": DEPTH, "grid": GRID, "tower_grid": TOWER_GRID, "versions": versions, "hosts": hosts}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -206,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     hosts = find_hosts(args.pattern)
     if not hosts:
-        parser.error(f"no plain vision transformer of timm matches {args.pattern!r}")
+        parser.error(f"no plain vision transformer or tower of timm matches {args.pattern!r}")
     outcomes: Outcomes = {}
     started = time.monotonic()
     for number, (name, small) in enumerate(hosts.items(), 1):

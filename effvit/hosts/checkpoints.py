@@ -13,7 +13,17 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
-from timm.models import beit, eva, tiny_vit, vision_transformer, vision_transformer_relpos, vision_transformer_sam
+from timm.models import (
+    beit,
+    deepseek_vit,
+    eva,
+    gemma4_vit,
+    qwen3_vit,
+    tiny_vit,
+    vision_transformer,
+    vision_transformer_relpos,
+    vision_transformer_sam,
+)
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -56,6 +66,15 @@ INSERTED = re.compile(r"(?:(?<=\.)|^)(_orig_mod|_fsdp_wrapped_module|_checkpoint
 THRESHOLD = re.compile(r"^(blocks\.\d+\.)threshold$")
 # What a reduced host has besides the plain one: learnt thresholds, and the module of the fill "attention".
 OWN = re.compile(r"(\.reducer\.|^recovery\.)")
+# timm's own readers of towers, for its files and those of the language models that the towers are from.
+TOWER_FILTERS: dict[type[nn.Module], Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]]] = {
+    qwen3_vit.Qwen3VitEncoder: qwen3_vit.checkpoint_filter_fn_encoder,
+    qwen3_vit.Qwen3VitClassifier: qwen3_vit.checkpoint_filter_fn_classifier,
+    deepseek_vit.DeepseekVitEncoder: deepseek_vit.checkpoint_filter_fn_encoder,
+    deepseek_vit.DeepseekVitClassifier: deepseek_vit.checkpoint_filter_fn_classifier,
+    gemma4_vit.Gemma4VitEncoder: gemma4_vit.checkpoint_filter_fn_encoder,
+    gemma4_vit.Gemma4VitClassifier: gemma4_vit.checkpoint_filter_fn_classifier,
+}
 # Parameters of training only: the projection head of DINO, how many weights an average is of. Constants: the all-zero
 # row of ATS, an index table. And what stands around a backbone in the files of mmdet, mmseg and SAM.
 DROPPED = re.compile(
@@ -65,7 +84,7 @@ DROPPED = re.compile(
 # What a tower of CLIP or a classifier of transformers has, and a host made as a backbone has not.
 HEAD = re.compile(r"^head(_dist)?\.(weight|bias)$")
 # timm's filters of hosts that need nothing around them.
-OWN_FILTERS: dict[type[nn.Module], Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]]] = {
+PLAIN_FILTERS: dict[type[nn.Module], Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]]] = {
     beit.Beit: beit.checkpoint_filter_fn,
     vision_transformer_relpos.VisionTransformerRelPos: vision_transformer_relpos.checkpoint_filter_fn,
     vision_transformer_sam.VisionTransformerSAM: vision_transformer_sam.checkpoint_filter_fn,
@@ -203,11 +222,15 @@ def host_state_dict(state: dict[str, Tensor], model: nn.Module) -> dict[str, Ten
         return eva.checkpoint_filter_fn(_without_zero_biases(state, model), model)
     if isinstance(model, vision_transformer.VisionTransformer) and state:
         return vision_transformer.checkpoint_filter_fn(state, model, adapt_layer_scale=True)
-    for cls, convert in OWN_FILTERS.items():
+    for cls, convert in PLAIN_FILTERS.items():
         if isinstance(model, cls):
             return convert(state, model)
     if isinstance(model, tiny_vit.TinyVit):
         return tiny_vit_state_dict(state, model)
+    for cls, adapt in TOWER_FILTERS.items():
+        if isinstance(model, cls):
+            own = {name: value for name, value in state.items() if OWN.search(name)}
+            return adapt(_placed(state, model), model) | own
     return state
 
 
@@ -233,6 +256,19 @@ def _without_zero_biases(state: Mapping[str, Tensor], model: nn.Module) -> dict[
             )
         del kept[name]
     return kept
+
+
+def _placed(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """A classifier's weights under timm's names: those of the tower it holds begin with ``encoder.``, a wrapper's name.
+
+    Files of a language model name a tower otherwise, and may hold a head and a norm of their own.
+    """
+    parts = {name.partition(".")[0] for name in model.state_dict()}
+    if "encoder" not in parts or not {name.partition(".")[0] for name in state} & (parts - {"encoder"}):
+        return state
+    if any(name.startswith(("encoder.", "vision.", "model.", "visual.", "vision_", "vlm.")) for name in state):
+        return state
+    return {name if name.partition(".")[0] in parts else f"encoder.{name}": value for name, value in state.items()}
 
 
 def _check_tables(state: Mapping[str, Tensor], model: nn.Module) -> None:

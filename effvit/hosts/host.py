@@ -57,6 +57,7 @@ __all__ = [
     "ReducedEva",
     "ReducedViT",
     "TokenFeatures",
+    "as_host",
     "check_model_name",
     "list_methods",
     "method_settings",
@@ -142,6 +143,10 @@ class ReducedHost(Intermediates, Reduced):
         """Token counts depend on the image."""
         return any(reducer.variable_length for reducer in self.reducers.values())
 
+    def _settle(self) -> None:
+        """Make room for token maps in a copy of a dense model, once, before its blocks are replaced."""
+        _keep_drop_indices(self)
+
     # -- what one forward pass does ----------------------------------------------------------------------------
 
     def _embed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -226,7 +231,7 @@ class ReducedHost(Intermediates, Reduced):
             Normalised tokens (B, P+N, C) as the last block left them, and where they are.
         """
         (x, tokens), _ = self._forward_blocks(x, memory=memory, reference=memory)
-        return TokenFeatures(*unpacked(self.norm(x), tokens))
+        return TokenFeatures(*unpacked(self._norm_tokens(x), tokens))
 
     def trace_tokens(self, x: Tensor, memory: bool = False) -> list[TokenFeatures]:
         """Tokens (not normalised) and TokenMap after every block, for pictures and statistics."""
@@ -252,7 +257,15 @@ class ReducedHost(Intermediates, Reduced):
         """
         refuse_mask(self, attn_mask, is_causal)
         (x, tokens), _ = self._forward_blocks(x)
+        return self._finished(x, tokens)
+
+    def _finished(self, x: Tensor, tokens: TokenMap) -> Tensor:
+        """What ``forward_features`` returns, of the tokens x that leave the last block."""
         return self._poolable(*self._normalised(x, tokens))
+
+    def _norm_tokens(self, x: Tensor) -> Tensor:
+        """The norm behind the last block, of prefix and patch tokens."""
+        return self.norm(x)
 
     @property
     def _pools_patches(self) -> bool:
@@ -262,7 +275,7 @@ class ReducedHost(Intermediates, Reduced):
         """Normalised tokens and their map, soft clusters restored to all patches if the head pools them."""
         if tokens.soft and self._pools_patches:
             x, tokens = restore(x, tokens)
-        return unpacked(self.norm(x), tokens)
+        return unpacked(self._norm_tokens(x), tokens)
 
     def _poolable(self, x: Tensor, tokens: TokenMap) -> Tensor:
         if not self._pools_patches:
@@ -308,7 +321,7 @@ class ReducedHost(Intermediates, Reduced):
             y, tokens = unpacked(*features)
             patches.append(to_grid(y, tokens, self.recover, self.recovery))  # (B, H*W, C)
             prefixes.append(tokens.split(y)[0])
-        return BlockFeatures(patches, prefixes, final.tokens.grid, lambda: self._poolable(*self._normalised(*final)))
+        return BlockFeatures(patches, prefixes, final.tokens.grid, lambda: self._finished(*final))
 
     # -- settings ----------------------------------------------------------------------------------------------
 
@@ -631,11 +644,11 @@ def sparsify(
     host = rehouse(copy_shared(dense, share), host_class)
     if not isinstance(dense, ReducedHost):
         host._depth = len(host.blocks)
+        host._settle()
     plan = METHODS[method].plan(host._depth, **settings)
     _described(host, dense, method, settings, recover)
     set_child(host, "recovery", _recovery(host) if recover == "attention" else None)
     if not isinstance(dense, ReducedHost):
-        _keep_drop_indices(host)
         for i, block in enumerate(host.blocks):
             host.blocks[i] = token_block(block, i)
     lost = ["recovery"] if host.recovery is None and getattr(dense, "recovery", None) is not None else []
@@ -655,6 +668,13 @@ def sparsify(
             f"without: {method} with these settings and recover {recover!r} cannot hold it; the given model keeps it",
             stacklevel=2,
         )
+    return host
+
+
+def as_host(dense: nn.Module) -> ReducedHost:
+    """A model of a class in HOST_CLASSES with nothing reduced: its blocks and sizes, whatever part of it holds them."""
+    host = sparsify(dense, "uniform", recover=None, share=True, **METHODS["uniform"].off())
+    assert isinstance(host, ReducedHost)
     return host
 
 
@@ -745,7 +765,7 @@ def _check_host(host: ReducedHost) -> None:
     for reducer in host.reducers.values():
         if reducer.needs_class_token and host.num_class_tokens == 0:
             raise ValueError(
-                f"{host.method} scores patches by the class token, but this {type(host).__bases__[1].__name__} has "
+                f"{host.method} scores patches by the class token, but this {type(host).__bases__[-1].__name__} has "
                 f"none (num_prefix_tokens={host.num_prefix_tokens}); use a host with one, or a method without that "
                 "need such as 'tome' or 'zero_tprune'"
             )

@@ -8,15 +8,20 @@ from typing import cast
 
 import torch
 from timm.models.beit import Beit
+from timm.models.deepseek_vit import DeepseekVitClassifier
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
+from timm.models.gemma4_vit import Gemma4VitClassifier
+from timm.models.qwen3_vit import Qwen3VitClassifier
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
 from torch import Tensor, nn
 
 import effvit
-from effvit.hosts.host import ReducedHost
+from effvit.hosts.host import ReducedHost, as_host
 from effvit.hosts.lvvit import LVViT
+from effvit.hosts.surface import record_args
+from effvit.hosts.towers import TOWERS
 from effvit.protocols import Setting, Settings, Size
 from effvit.reducers import METHODS
 from effvit.testing.surface import Backbone, MakeModel
@@ -45,6 +50,13 @@ def _gated(**settings: Setting) -> nn.Module:
         block.attn.gate = nn.Linear(host.embed_dim, block.attn.attn_dim)
     host.init_weights()
     return host
+
+
+def _tower(cls: Callable[..., nn.Module], dynamic_img_size: bool = True, **settings: Setting) -> nn.Module:
+    """A classifier around a tower, which takes images of any size, so that there is no keyword to ask for it."""
+    tower = cls(**settings)
+    record_args(tower, settings)  # as timm.create_model does: Gemma's towers do not keep the size of their images
+    return tower
 
 
 HOSTS: dict[str, MakeModel] = {
@@ -85,6 +97,16 @@ HOSTS: dict[str, MakeModel] = {
         init_values=None,
     ),
     "lvvit": _small(LVViT, patch_size=16, img_size=(64, 80)),
+    "qwen3": _small(partial(_tower, Qwen3VitClassifier), pos_embed_grid_size=6, mlp_ratio=2.0),
+    "deepseek": _small(partial(_tower, DeepseekVitClassifier)),
+    "gemma4": _small(
+        partial(_tower, Gemma4VitClassifier),
+        head_dim=16,
+        num_kv_heads=1,
+        intermediate_size=64,
+        position_embedding_size=10,
+        use_clipped_linears=True,
+    ),
 }
 
 
@@ -122,7 +144,8 @@ def reduce(host: Backbone, method: str, settings: Settings, recover: str | None 
 
 def make_images(model: Backbone | ReducedHost, batch: int = 2) -> Tensor:
     """Images (B, 3, H, W) of the model's size, the same ones at every call."""
-    size = model.patch_embed.img_size
+    sized = as_host(model) if type(model) in TOWERS else model
+    size = sized.patch_embed.img_size
     assert size is not None, "the model was not made for images of one size"
     return noise(batch, size)
 

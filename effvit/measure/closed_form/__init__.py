@@ -22,6 +22,8 @@ from effvit.block import BLOCK_CLASSES
 from effvit.hosts.closed_form import PlainViT, Swin, plain_vit, swin
 from effvit.hosts.host import HOST_CLASSES, ReducedHost
 from effvit.hosts.lvvit import LVViT
+from effvit.hosts.tower_costs import tower_form
+from effvit.hosts.towers import TOWERS
 from effvit.layers.macs import Terms
 from effvit.protocols import Size
 from effvit.reducers import METHODS, Reducer
@@ -49,7 +51,8 @@ def closed_form_macs(
     """Multiply-accumulates (MACs) of one image in eval mode, term by term; the sum of the values is the total.
 
     Args:
-        model: A model of this package, or a plain ViT, Eva or Swin of timm; on any device, also meta.
+        model: A model of this package, or a plain ViT, Eva, Swin or vision-language tower of timm; on any device, also
+            meta.
         input_size: (channels, H, W) of an image.
         token_counts: Patch tokens that leave each block. Needed for ATS and DyMU, whose numbers depend on the image,
             and refused for all others.
@@ -75,11 +78,14 @@ def closed_form_macs(
         if isinstance(model, ReducedHost):
             return dict(+model.closed_form(size, token_counts))
         return dict(+plain_vit(cast(PlainViT, model), size, None))
+    if type(model) in (*TOWERS, *(HOST_CLASSES[cls] for cls in TOWERS)):
+        check_plain(model, token_counts)
+        return dict(+tower_form(model, size, token_counts))
     if type(model) is SwinTransformer:
         return dict(+swin(cast(Swin, model), size))
     if knows_its_form(model):
         return dict(+model.closed_form(size))
-    known = ", ".join(cls.__name__ for cls in (*PLAIN, SwinTransformer))
+    known = ", ".join(cls.__name__ for cls in (*PLAIN, *TOWERS, SwinTransformer))
     raise TypeError(
         f"a {type(model).__name__} has no closed form, only {known} and classes that define closed_form themselves "
         "have; use effvit.count_flops instead"
@@ -88,7 +94,7 @@ def closed_form_macs(
 
 def check_plain(model: Any, token_counts: Sequence[int] | None) -> None:
     """Raise an error unless the blocks and the method of a plain ViT have a closed form."""
-    blocks = model.blocks
+    blocks = getattr(model, "encoder", model).blocks
     foreign = {type(block).__name__ for block in blocks if not isinstance(block, tuple(BLOCK_CLASSES))}
     if foreign:
         raise TypeError(f"blocks of the class {', '.join(foreign)} have no closed form; use effvit.count_flops")
