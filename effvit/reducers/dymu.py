@@ -123,6 +123,7 @@ def plan_merge(
     trim: bool = True,
     keep_mask: bool = False,
     packed: bool = False,
+    lengths: tuple[int, ...] | None = None,
 ) -> Merge:
     """Choose the tokens to merge (DyMU, 2504.17040, section 3.1).
 
@@ -142,6 +143,7 @@ def plan_merge(
         trim: Cut the padding to the longest image.
         keep_mask: Return the mask even if no slot is empty.
         packed: The tokens are to be packed.
+        lengths: Tokens that each image keeps, where they are known before; None: read from the device.
     """
     if compat:
         metric = fix_traced_size(metric, 0)  # one image is merged otherwise than several
@@ -188,7 +190,7 @@ def plan_merge(
     order = torch.cat([place_a + behind * merged, place_b], dim=1).sort(dim=1).values % number  # (B, N)
     if falling and rank is not None:
         order = torch.where(merges > 0, patch.scatter(1, 2 * rank, source), patch).gather(1, order)
-    kept = trimmed(order, counts, number, trim, keep_mask, packed)
+    kept = trimmed(order, counts, number, trim, keep_mask, packed, lengths)
     return Merge(source, destination, merged, *kept, threshold, official)
 
 
@@ -302,6 +304,7 @@ class DyMU(Reducer):
         self.ragged = ragged
         self.compat = compat
         self.ranking = False
+        self.takes_padding = not compat
         self.register_buffer("threshold", torch.empty((), dtype=torch.float32))
         self.register_buffer("num_batches", torch.empty((), dtype=torch.int64))
         self.reset_parameters()
