@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from effvit.block import copy_shared, set_child
 from effvit.hosts.host import HOST_CLASSES, ReducedHost, sparsify
+from effvit.hosts.native_patches import patches_of
 from effvit.hosts.surface import Reduced, patch_grid
 from effvit.measure.closed_form import closed_form_macs
 from effvit.measure.costs import macs_of
@@ -261,7 +262,7 @@ def resolution_control(dense: nn.Module, macs: float) -> ResolutionControl:
         raise TypeError(f"smaller images are for a plain ViT, which is one of {known}, got a {type(dense).__name__}")
     check_number("macs", macs, "positive")
     vit = cast("Resizable", dense)
-    patch, (height, width) = vit.patch_embed.patch_size, vit.patch_embed.grid_size
+    patch, (height, width) = patches_of(dense).patch_size, patches_of(dense).grid_size
     longer = max(height, width)
     for side in range(longer, 0, -1):
         rows, columns = (max(1, round(whole * side / longer)) for whole in (height, width))
@@ -269,6 +270,7 @@ def resolution_control(dense: nn.Module, macs: float) -> ResolutionControl:
         cost = sum(closed_form_macs(dense, (vit.in_chans, *size)).values())
         if cost <= macs:
             model = copy_shared(dense, share=False)
-            cast("Resizable", model).set_input_size(size)
+            if hasattr(model, "set_input_size"):  # a NaFlexVit takes any size as it is
+                cast("Resizable", model).set_input_size(size)
             return ResolutionControl(model, size, cost)
     raise ValueError(f"macs must be at least {cost}, which this model takes for one patch, got {macs}")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from effvit.hosts.host import HOST_CLASSES, ReducedHost
+from effvit.hosts.native_patches import patches_of
 from effvit.hosts.surface import Reduced
 from effvit.measure.breakdown import time_by_block
 from effvit.measure.fidelity import compare_outputs, outputs
@@ -199,4 +200,4 @@ def tokens_by_block(model: nn.Module, images: Tensor) -> list[float] | None:
     if type(model) not in HOST_CLASSES:
         return None
     dense = cast("PlainViT", model)
-    return [float(dense.patch_embed.num_patches)] * len(dense.blocks)
+    return [float(patches_of(model).num_patches)] * len(dense.blocks)

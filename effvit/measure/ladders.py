@@ -8,6 +8,7 @@ from typing import NamedTuple, cast
 
 from torch import nn
 
+from effvit.hosts.native_patches import patches_of
 from effvit.measure.ideal import PlainViT
 from effvit.measure.variants import check_dense, reduce_by
 from effvit.protocols import Settings
@@ -57,7 +58,7 @@ def families(dense: nn.Module, methods: Sequence[str] | None = None) -> list[Fam
     if not hasattr(dense, "blocks"):
         raise TypeError(f"tuned are plain ViTs, whose blocks follow each other in 'blocks', not {type(dense).__name__}")
     host = cast("PlainViT", dense)
-    depth, patches = len(host.blocks), host.patch_embed.num_patches
+    depth, patches = len(host.blocks), patches_of(dense).num_patches
     found = []
     for method in methods:
         for ladder in METHODS[method].ladders(depth, patches):

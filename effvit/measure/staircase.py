@@ -13,6 +13,7 @@ from typing import cast
 import numpy as np
 from torch import Tensor, nn
 
+from effvit.hosts.native_patches import patches_of
 from effvit.measure.ideal import IDEAL_HOSTS, PlainViT
 from effvit.measure.values import Staircase
 from effvit.protocols import Layer, Settings, Size
@@ -83,7 +84,7 @@ def staircase_of_macs(dense: nn.Module, total: int) -> Staircase:
     """
     host = cast("PlainViT", dense)
     dim: int = getattr(dense, "embed_dim")  # noqa: B009
-    depth, patches = len(host.blocks), host.patch_embed.num_patches
+    depth, patches = len(host.blocks), patches_of(dense).num_patches
     counts = measured_counts(patches)
     lengths = [host.num_prefix_tokens + count for count in counts]
     macs = [float(12 * length * dim**2 + 2 * length**2 * dim) for length in lengths]

@@ -19,6 +19,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from effvit.hosts.host import ReducedHost
+from effvit.hosts.native_patches import patches_of
 from effvit.measure.closed_form import closed_form_macs
 from effvit.measure.fidelity import Outputs, classified, compare_outputs, outputs
 from effvit.measure.free_choices import FreeModel, default_models, random_controls
@@ -404,7 +405,7 @@ class Trials:
 
     def moved(self, method: str, settings: Settings, steps: Staircase) -> Sequence[Settings]:
         """A ladder from the schedule that moves between blocks lead to; empty if they lead nowhere."""
-        grid, depth = self.host.patch_embed.grid_size, len(self.host.blocks)
+        grid, depth = patches_of(self.host).grid_size, len(self.host.blocks)
         start = METHODS[method].block_schedule(settings, depth)
         if start is None:
             return []

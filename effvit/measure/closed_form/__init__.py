@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeGuard, cast
 
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
+from timm.models.naflexvit import NaFlexVit
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -26,7 +27,7 @@ from effvit.reducers import METHODS, Reducer
 
 __all__ = ["closed_form_macs"]
 
-PLAIN = (VisionTransformer, VisionTransformerDistilled, Eva, LVViT)
+PLAIN = (VisionTransformer, VisionTransformerDistilled, Eva, NaFlexVit, LVViT)
 
 
 class HasClosedForm(Protocol):
