@@ -115,9 +115,9 @@ class EViT(KeepRate):
         """``reduce`` of images with different numbers of tokens, each of which keeps a share of its own."""
         lengths = [length - tokens.num_prefix for length in tokens.sequence_lengths()]
         numbers = [self.num_kept(length) for length in lengths]
-        left = [kept + int(self.fuse_token and kept < length) for kept, length in zip(numbers, lengths, strict=True)]
-        if left == lengths:
+        if numbers == lengths:
             return x, tokens
+        left = [kept + int(self.fuse_token and kept < length) for kept, length in zip(numbers, lengths, strict=True)]
         packed = tokens.packed
         x, tokens = unpacked(x, tokens)
         scores = check_finite(

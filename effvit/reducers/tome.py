@@ -15,8 +15,8 @@ from effvit.protocols import Settings
 from effvit.reducers.base import FEW_PATCHES, Reducer, check_finite
 from effvit.reducers.block_schedule import BlockSchedule, tokens_by_block
 from effvit.reducers.cost import BlockSizes, Change, alternating_pairs
-from effvit.reducers.dymu import apply_merge, plan_merge
 from effvit.reducers.matching import alternating_match, mean_keys, merge_sizes, move_shares
+from effvit.reducers.merging import apply_merge, plan_merge
 from effvit.schedule import check_switch, spread_ladder, tome_r
 from effvit.tokens import Ranges, TokenMap, fx_leaf, position_of, ranges_of, wide_dtype, wide_product, widened
 
