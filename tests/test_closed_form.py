@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import effvit
 from effvit.hosts.host import ReducedHost
+from effvit.hosts.native_patches import patches_of
 from effvit.measure.closed_form import closed_form_macs
 from effvit.measure.flops import FlopReport, count_flops
 from effvit.reducers import METHODS, EViT, Reducer
@@ -90,7 +91,7 @@ def check_agreement(model: nn.Module, size: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize("name", HOSTS)
 def test_counts_of_hosts_agree(name: str) -> None:
     model = make_host(name)
-    check_agreement(model, (3, *model.patch_embed.img_size))
+    check_agreement(model, (3, *patches_of(model).img_size))
 
 
 @pytest.mark.parametrize(("method", "host"), covered(PAIRS))

@@ -269,13 +269,13 @@ class ReducedNaFlex(ReducedHost, NaFlexVit):
         """
         batch = self._native(patches, patch_coord, patch_valid, attn_mask)
         if batch is None:
-            return super().forward_features(patches)
+            return super().forward_features(patches)  # type: ignore[arg-type]
         x, tokens = self._together(batch, self._run(batch))
         x, valid = self._pooled_features(x, tokens)
         every = torch.ones_like(x[:, self.num_prefix_tokens :, 0], dtype=torch.bool)
         return {"patches": x, "patch_valid": every if valid is None else valid}
 
-    def forward_tokens(self, x: Images, memory: bool = False) -> TokenFeatures:  # type: ignore[override]
+    def forward_tokens(self, x: Images, memory: bool = False) -> TokenFeatures:
         """As of every host. Of images with grids of their own, padded, and their map on a grid that holds all of them.
 
         Args:
@@ -287,7 +287,7 @@ class ReducedNaFlex(ReducedHost, NaFlexVit):
         """
         batch = self._native(x, None, None, None)
         if batch is None:
-            return super().forward_tokens(x, memory)
+            return super().forward_tokens(x, memory)  # type: ignore[arg-type]
         if memory and len(batch.by_grid()) > 1:
             raise ValueError(
                 f"memory is for full maps, which images of {len(batch.by_grid())} different grids do not share; leave "
@@ -295,11 +295,11 @@ class ReducedNaFlex(ReducedHost, NaFlexVit):
             )
         return TokenFeatures(*self._together(batch, self._run(batch, memory=memory, reference=memory)))
 
-    def trace_tokens(self, x: Images, memory: bool = False) -> list[TokenFeatures]:  # type: ignore[override]
+    def trace_tokens(self, x: Images, memory: bool = False) -> list[TokenFeatures]:
         """Tokens (not normalised) and TokenMap after every block; arguments and errors as ``forward_tokens``."""
         batch = self._native(x, None, None, None)
         if batch is None:
-            return super().trace_tokens(x, memory)
+            return super().trace_tokens(x, memory)  # type: ignore[arg-type]
         parts = self._run(batch, take=range(len(self.blocks)), memory=memory, reference=memory)
         traces = []
         for i in range(len(self.blocks)):
@@ -307,7 +307,7 @@ class ReducedNaFlex(ReducedHost, NaFlexVit):
             traces.append(TokenFeatures(*(left[0][1:] if len(left) == 1 else joined(batch, left))))
         return traces
 
-    def trace_stages(self, x: Images) -> list[Stage]:  # type: ignore[override]
+    def trace_stages(self, x: Images) -> list[Stage]:
         """What each reducing block makes of the patches of an image (1, 3, H, W), or of the dict of one."""
         return super().trace_stages(x)  # type: ignore[arg-type]
 

@@ -99,11 +99,12 @@ class NominalPatches:
         return height, width
 
 
-def patches_of(model: nn.Module) -> PatchEmbedding:
+def patches_of(model: object) -> PatchEmbedding:
     """What cuts images into patches: ``patch_embed`` of a plain ViT, reduced or not, or the like of a ``NaFlexVit``."""
-    if not hasattr(model, "patch_embed") and hasattr(model, "embeds"):
-        return NominalPatches(cast("NativeEmbeds", model.embeds), getattr(model, "pretrained_cfg", None) or {})
-    return cast("PatchEmbedding", model.patch_embed)
+    host: Any = model
+    if hasattr(host, "patch_embed"):
+        return cast("PatchEmbedding", host.patch_embed)
+    return NominalPatches(host.embeds, getattr(host, "pretrained_cfg", None) or {})
 
 
 @dataclass(frozen=True)

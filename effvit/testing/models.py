@@ -9,12 +9,14 @@ from typing import cast
 import torch
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
+from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import effvit
 from effvit.hosts.host import ReducedHost
 from effvit.hosts.lvvit import LVViT
+from effvit.hosts.native_patches import patches_of
 from effvit.protocols import Setting, Settings, Size
 from effvit.reducers import METHODS
 from effvit.testing.surface import Backbone, MakeModel
@@ -45,6 +47,11 @@ def _gated(**settings: Setting) -> nn.Module:
     return host
 
 
+def _naflex(*, img_size: Size, dynamic_img_size: bool = True, **settings: Setting) -> nn.Module:
+    """A ``NaFlexVit``, which takes images of any size, without a word for it; positions are those of a 6 x 8 grid."""
+    return NaFlexVit(pos_embed_grid_size=(6, 8), **settings)
+
+
 HOSTS: dict[str, MakeModel] = {
     "class_token": _small(VisionTransformer),
     "distilled": _small(VisionTransformerDistilled),
@@ -73,6 +80,7 @@ HOSTS: dict[str, MakeModel] = {
         global_pool="avg",
     ),
     "lvvit": _small(LVViT, patch_size=16, img_size=(64, 80)),
+    "naflex": _small(_naflex, class_token=True, reg_tokens=1, init_values=0.1, global_pool="avg"),
 }
 
 
@@ -110,7 +118,7 @@ def reduce(host: Backbone, method: str, settings: Settings, recover: str | None 
 
 def make_images(model: Backbone | ReducedHost, batch: int = 2) -> Tensor:
     """Images (B, 3, H, W) of the model's size, the same ones at every call."""
-    size = model.patch_embed.img_size
+    size = patches_of(model).img_size
     assert size is not None, "the model was not made for images of one size"
     return noise(batch, size)
 
