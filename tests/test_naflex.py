@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 from hosts import released
+from pages import example
 from timm.data.naflex_dataset import NaFlexCollator
 from timm.data.naflex_transforms import patchify_image
 from timm.models import save_for_hf
@@ -543,3 +544,12 @@ def test_a_foreign_block_is_refused_by_name() -> None:
 
 def test_the_host_of_the_contract_takes_images_of_any_size() -> None:
     assert make_host("naflex")(torch.zeros(1, 3, 24, 40)).shape == (1, 7)
+
+
+def test_example_of_the_page_runs() -> None:
+    names: dict[str, Any] = {}
+    exec(example("native_resolution.md", "NaFlexCollator"), names)
+    assert names["scores"].shape == (2, 10)
+    assert [y.shape for y in names["maps"]] == [(2, 768, 14, 10)] * 2
+    assert [y.shape for y in names["rows"]] == [(2, 96, 768)] * 4
+    assert names["tokens"].counts().tolist() == [52, 28]
