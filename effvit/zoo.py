@@ -15,7 +15,7 @@ from timm.models._pretrained import DefaultCfg, PretrainedCfg
 from torch import Tensor, nn
 
 from effvit.architectures import variants
-from effvit.hosts import lvvit, relpos, towers, vit_nano
+from effvit.hosts import lvvit, naflex, relpos, towers, vit_nano
 from effvit.hosts.checkpoints import host_state_dict
 from effvit.hosts.feature_pyramid import feature_settings
 from effvit.hosts.host import check_model_name, check_settings, record_name, sparsify
@@ -46,6 +46,7 @@ CLASS_TOKEN_HOSTS = (
     *relpos.CLASS_TOKEN_HOSTS,
     "lvvit_small_patch16_224",
     "lvvit_medium_patch16_224",
+    *naflex.CLASS_TOKEN_HOSTS,
 )
 NO_CLASS_TOKEN_HOSTS = (
     "vit_base_patch16_siglip_224",
@@ -54,6 +55,7 @@ NO_CLASS_TOKEN_HOSTS = (
     "vit_medium_patch16_gap_256",
     *relpos.NO_CLASS_TOKEN_HOSTS,
     *towers.NAMES,
+    *naflex.NO_CLASS_TOKEN_HOSTS,
 )
 default_cfgs: dict[str, DefaultCfg] = {}
 _PYRAMIDS: dict[str, dict[str, object]] = {}  # names that register_pyramid made, and their settings

@@ -12,6 +12,7 @@ from hosts import HOSTS, PAIRS, covered, make_host, make_images, make_model
 from torch import nn
 
 import effvit
+from effvit.hosts.host import as_host
 from effvit.measure.closed_form import closed_form_macs
 from effvit.measure.controls import control_of, place_of, resolution_control
 from effvit.measure.flops import count_flops
@@ -185,8 +186,8 @@ class TestResolutionControl:
     def test_grid_is_the_largest_in_the_proportions_of_the_host(self, host: str) -> None:
         """Every host: one more row or column of the longer side would exceed the target."""
         dense = make_host(host)
-        rows, columns = dense.patch_embed.grid_size
-        patch = dense.patch_embed.patch_size[0]
+        embedding = as_host(dense).patch_embed
+        (rows, columns), patch = embedding.grid_size, embedding.patch_size[0]
         whole = sum(closed_form_macs(dense, (3, rows * patch, columns * patch)).values())
         small, size, macs = resolution_control(dense, 0.6 * whole)
         assert macs == sum(closed_form_macs(small, (3, *size)).values()) <= 0.6 * whole

@@ -21,12 +21,8 @@ import effvit
 from effvit.attention import AttnState
 from effvit.hosts.calibration import ranking
 from effvit.hosts.host import ReducedHost
-from effvit.reducers.dymu import (
-    DyMU,
-    descending_rank,
-    plan_merge,
-    top_of_batch,
-)
+from effvit.reducers.dymu import DyMU
+from effvit.reducers.merging import descending_rank, plan_merge, top_of_batch
 from effvit.reducers.unmerge import remerge, virtual_unmerge, virtual_unmerged_attention
 from effvit.schedule import R_SCHEDULES, dymu_r
 from effvit.testing.reads import count_reads

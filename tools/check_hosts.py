@@ -26,18 +26,23 @@ from timm.models import list_modules
 from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
+from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 
 import effvit
-from effvit.hosts.host import as_host
+from effvit.hosts.host import patch_embedding
 from effvit.hosts.towers import TOWERS
 from effvit.reducers import METHODS
 
 __all__ = ["REASONS", "Outcome", "build", "check", "find_hosts", "main", "report", "summary"]
 
-PLAIN_CLASSES = (VisionTransformer, VisionTransformerDistilled, Eva, Beit, VisionTransformerRelPos, *TOWERS)
+PLAIN_CLASSES = (
+    *(VisionTransformer, VisionTransformerDistilled, Eva),
+    *(Beit, VisionTransformerRelPos, NaFlexVit),
+    *TOWERS,
+)
 DEPTH = 2
 GRID = (5, 6)  # not square, so that swapped rows and columns show
 TOWER_GRID = (6, 12)  # likewise, of whole cells for every projector
@@ -65,35 +70,44 @@ class Outcome(NamedTuple):
 Outcomes = dict[str, dict[str, dict[str, Outcome]]]  # {host: {method: {check: outcome}}}
 
 
-def small_arguments(name: str) -> dict[str, Any] | None:
-    """Arguments that make a small model of timm's ``name``; None if it is none of PLAIN_CLASSES."""
-    small: dict[str, Any] = {"depth": DEPTH}
+def small_arguments(name: str, naflex: bool = False) -> dict[str, Any] | None:
+    """Arguments that make a small model of timm's ``name``; None if it is none of PLAIN_CLASSES.
+
+    With ``naflex`` a ``NaFlexVit`` of it, None if timm makes none of that name.
+    """
+    small: dict[str, Any] = {"depth": DEPTH} | ({"use_naflex": True} if naflex else {})
     with torch.device("meta"):
         try:
             model = timm.create_model(name, **small)
         except AssertionError:  # the number of key heads is given for each block: take the first and a middle one
-            model = timm.create_model(name)
+            model = timm.create_model(name, **({"use_naflex": True} if naflex else {}))
             heads = [block.attn.num_heads // block.attn.num_kv_groups for block in model.blocks]
             small["num_kv_heads"] = (heads[0], heads[len(heads) // 2])
-    if type(model) not in PLAIN_CLASSES:
+        except (TypeError, ValueError):
+            if naflex:  # builders that do not know the word, and configurations that NaFlexVit lacks
+                return None
+            raise
+    if type(model) not in PLAIN_CLASSES or (naflex and type(model) is not NaFlexVit):
         return None
+    embed = patch_embedding(model)
+    assert embed is not None
     if type(model) in TOWERS:
-        patch = as_host(model).patch_embed.patch_size
-        return small | {"img_size": (TOWER_GRID[0] * patch[0], TOWER_GRID[1] * patch[1])}
-    embed = model.patch_embed
+        return small | {"img_size": tuple(TOWER_GRID[i] * embed.patch_size[i] for i in (0, 1))}
     stride = [pixels // patches for pixels, patches in zip(embed.img_size, embed.grid_size, strict=True)]
     return small | {"img_size": (GRID[0] * stride[0], GRID[1] * stride[1])}
 
 
-def find_hosts(pattern: str = "*") -> dict[str, dict[str, Any]]:
+def find_hosts(pattern: str = "*", naflex: bool = False) -> dict[str, dict[str, Any]]:
     """{name: arguments of a small one} of all models of PLAIN_CLASSES whose timm name matches the pattern.
 
-    Every name of the modules that know one of PLAIN_CLASSES is created, on the meta device.
+
+    With ``naflex`` of those of which timm makes a ``NaFlexVit`` by ``use_naflex=True``. Every name of the modules that
+    know one of PLAIN_CLASSES is created, on the meta device.
     """
     contents = {name: vars(sys.modules.get(f"timm.models.{name}", object)).values() for name in list_modules()}
     modules = [name for name, content in contents.items() if any(cls in content for cls in PLAIN_CLASSES)]
     names = sorted(name for module in modules for name in timm.list_models(module=module))
-    arguments = {name: small_arguments(name) for name in names if fnmatch.fnmatch(name, pattern)}
+    arguments = {name: small_arguments(name, naflex) for name in names if fnmatch.fnmatch(name, pattern)}
     return {name: small for name, small in arguments.items() if small is not None}
 
 
@@ -208,10 +222,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--pattern", default="*", help="shell-style pattern of timm names")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
+    parser.add_argument("--naflex", action="store_true", help="make them NaFlexVit models by use_naflex=True")
     parser.add_argument("--json", type=Path, help="file to write every outcome to")
     args = parser.parse_args(argv)
 
-    hosts = find_hosts(args.pattern)
+    hosts = find_hosts(args.pattern, args.naflex)
     if not hosts:
         parser.error(f"no plain vision transformer or tower of timm matches {args.pattern!r}")
     outcomes: Outcomes = {}

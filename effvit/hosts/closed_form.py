@@ -7,6 +7,7 @@ from typing import Protocol, TypeAlias, TypeVar
 
 from torch import nn
 
+from effvit.hosts.native_patches import patches_of
 from effvit.layers.macs import (
     PlainBlock,
     SelfAttention,
@@ -117,6 +118,13 @@ def embedding(patch_embed: PatchEmbedding, size: Size) -> tuple[Terms, Size]:
     if patch_embed.dynamic_img_pad:
         patch = patch_embed.patch_size
         size = -(-size[0] // patch[0]) * patch[0], -(-size[1] // patch[1]) * patch[1]
+    projection = dict(patch_embed.named_children())
+    if isinstance(projection.get("proj"), nn.Linear):  # of patches that were cut out before
+        grid = patch_embed.dynamic_feat_size(size)
+        terms = Terms()
+        for layer in projection.values():
+            terms += layers("embedding", layer, grid[0] * grid[1])
+        return terms, grid
     # In the order they are applied: the convolutions of a stem come before the projection, though it was made first.
     parts = sorted(patch_embed.named_children(), key=lambda part: part[0] in ("proj", "norm"))
     return convolutions("embedding", nn.Sequential(*(part for _, part in parts)), size)
@@ -124,7 +132,7 @@ def embedding(patch_embed: PatchEmbedding, size: Size) -> tuple[Terms, Size]:
 
 def plain_vit(model: PlainViT, size: Size, counts: Sequence[int] | None) -> Terms:
     """A plain ViT; ``counts`` are the patch tokens that leave each block of a method that adapts to the image."""
-    terms, grid = embedding(model.patch_embed, size)
+    terms, grid = embedding(patches_of(model), size)
     patches, prefix = grid[0] * grid[1], model.num_prefix_tokens
     terms += norm(getattr(model, "norm_pre", nn.Identity()), prefix + patches)
     for biases in (getattr(model, "shared_rel_pos", None), *(getattr(b.attn, "rel_pos", None) for b in model.blocks)):

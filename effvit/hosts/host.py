@@ -22,6 +22,7 @@ from timm.models import checkpoint
 from timm.models._pretrained import PretrainedCfg
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
+from timm.models.naflexvit import NaFlexVit
 from timm.models.tiny_vit import TinyVit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -61,6 +62,7 @@ __all__ = [
     "check_model_name",
     "list_methods",
     "method_settings",
+    "patch_embedding",
     "record_name",
     "register_host",
     "sparsify",
@@ -169,9 +171,15 @@ class ReducedHost(Intermediates, Reduced):
                 reducer.check_size(grid)
             check_counts(self, grid)
         x, rope = self._embed(x)
+        return self._enter(x, rope, grid, memory, reference)
+
+    def _enter(
+        self, x: Tensor, rope: Tensor | None, grid: Size, memory: bool, reference: bool
+    ) -> tuple[Tensor, Tensor | None, TokenMap]:
+        """What enters the first block, of the embedded tokens x (B, P + H*W, C) of a full grid."""
         tokens = TokenMap.full(x, grid, self.num_prefix_tokens, self.num_class_tokens)
         tokens = tokens.remember(x) if memory else tokens
-        for reducer in reducers[:1]:
+        for reducer in islice(self.reducers.values(), 1):
             tokens = reducer.start(x, tokens)
         if self.token_drop is not None:
             full = x
@@ -304,12 +312,15 @@ class ReducedHost(Intermediates, Reduced):
         refuse_mask(self, attn_mask, is_causal)
         (x, tokens), _ = self._forward_blocks(x)
         x, tokens = self._normalised(x, tokens)
-        if tokens.size is None:
-            return self.forward_head(x)
+        return self.forward_head(x) if tokens.size is None else self._attention_pooled(x, tokens)
+
+    def _attention_pooled(self, x: Tensor, tokens: TokenMap) -> Tensor:
+        """Class scores by attention pooling of the normalised tokens of a map with sizes."""
+        assert self.attn_pool is not None
         # Attention pooling over merged tokens: a bias of log size equals pooling the un-merged sequence.
         bias = replace(tokens, key_weight=tokens.size).key_bias(x.dtype)
         assert bias is not None
-        if isinstance(self, VisionTransformer) and not self.pool_include_prefix:
+        if not getattr(self, "pool_include_prefix", True):
             x, bias = x[:, tokens.num_prefix :], bias[..., tokens.num_prefix :]  # (B, N, C), (B, 1, 1, N)
         return self.head(self.head_drop(self.fc_norm(self.attn_pool(x, attn_mask=bias.to(x.dtype)))))
 
@@ -678,6 +689,14 @@ def as_host(dense: nn.Module) -> ReducedHost:
     return host
 
 
+def patch_embedding(model: nn.Module) -> PatchEmbedding | None:
+    """What cuts images into patches of a known size, whatever part of the model holds it; None where nothing does."""
+    own: PatchEmbedding | None = getattr(model, "patch_embed", None)
+    if type(model) in HOST_CLASSES and not hasattr(own, "img_size"):
+        return as_host(model).patch_embed
+    return own
+
+
 def _described(
     host: ReducedT, dense: nn.Module, method: str, settings: Mapping[str, Setting], recover: str
 ) -> ReducedT:
@@ -752,7 +771,8 @@ def _keep_drop_indices(host: ReducedHost) -> None:
         token_drop = PatchDropoutWithIndices(drop.prob, drop.num_prefix_tokens, drop.ordered).train(drop.training)
     set_child(host, "token_drop", token_drop)
     if drop is not None:
-        set_child(host, "patch_drop", None if isinstance(host, Eva) else nn.Identity().train(host.training))
+        identity = None if isinstance(host, (Eva, NaFlexVit)) else nn.Identity().train(host.training)
+        set_child(host, "patch_drop", identity)
 
 
 def _check_host(host: ReducedHost) -> None:

@@ -270,7 +270,7 @@ def resolution_control(dense: nn.Module, macs: float) -> ResolutionControl:
         cost = sum(closed_form_macs(dense, (cast("Resizable", dense).in_chans, *size)).values())
         if cost <= macs:
             model = copy_shared(dense, share=False)
-            if not isinstance(host, ReducedTower):  # which takes any size
+            if hasattr(model, "set_input_size") and not isinstance(host, ReducedTower):  # others take any size
                 cast("Resizable", model).set_input_size(size)
             return ResolutionControl(model, size, cost)
     least = "one patch" if cell == 1 else f"one cell of {cell} x {cell} patches"

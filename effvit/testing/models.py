@@ -12,16 +12,16 @@ from timm.models.deepseek_vit import DeepseekVitClassifier
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.gemma4_vit import Gemma4VitClassifier
+from timm.models.naflexvit import NaFlexVit
 from timm.models.qwen3_vit import Qwen3VitClassifier
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
 from torch import Tensor, nn
 
 import effvit
-from effvit.hosts.host import ReducedHost, as_host
+from effvit.hosts.host import ReducedHost, patch_embedding
 from effvit.hosts.lvvit import LVViT
 from effvit.hosts.surface import record_args
-from effvit.hosts.towers import TOWERS
 from effvit.protocols import Setting, Settings, Size
 from effvit.reducers import METHODS
 from effvit.testing.surface import Backbone, MakeModel
@@ -50,6 +50,11 @@ def _gated(**settings: Setting) -> nn.Module:
         block.attn.gate = nn.Linear(host.embed_dim, block.attn.attn_dim)
     host.init_weights()
     return host
+
+
+def _naflex(*, img_size: Size, dynamic_img_size: bool = True, **settings: Setting) -> nn.Module:
+    """A ``NaFlexVit``, which takes images of any size, without a word for it; positions are those of a 6 x 8 grid."""
+    return NaFlexVit(pos_embed_grid_size=(6, 8), **settings)
 
 
 def _tower(cls: Callable[..., nn.Module], dynamic_img_size: bool = True, **settings: Setting) -> nn.Module:
@@ -107,6 +112,7 @@ HOSTS: dict[str, MakeModel] = {
         position_embedding_size=10,
         use_clipped_linears=True,
     ),
+    "naflex": _small(_naflex, class_token=True, reg_tokens=1, init_values=0.1, global_pool="avg"),
 }
 
 
@@ -144,8 +150,8 @@ def reduce(host: Backbone, method: str, settings: Settings, recover: str | None 
 
 def make_images(model: Backbone | ReducedHost, batch: int = 2) -> Tensor:
     """Images (B, 3, H, W) of the model's size, the same ones at every call."""
-    sized = as_host(model) if type(model) in TOWERS else model
-    size = sized.patch_embed.img_size
+    embedding = patch_embedding(model)
+    size = None if embedding is None else embedding.img_size
     assert size is not None, "the model was not made for images of one size"
     return noise(batch, size)
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeGuard, cast
 from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
+from timm.models.naflexvit import NaFlexVit
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
@@ -30,7 +31,7 @@ from effvit.reducers import METHODS, Reducer
 
 __all__ = ["closed_form_macs"]
 
-PLAIN = (VisionTransformer, VisionTransformerDistilled, Eva, Beit, VisionTransformerRelPos, LVViT)
+PLAIN = (VisionTransformer, VisionTransformerDistilled, Eva, Beit, VisionTransformerRelPos, NaFlexVit, LVViT)
 
 
 class HasClosedForm(Protocol):
