@@ -17,6 +17,7 @@ import foreign_files
 import pytest
 import timm
 import torch
+from pages import example
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -361,3 +362,14 @@ def test_dense_backbone_reads_them_and_their_config(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"num_attention_heads": 3}')
     with pytest.raises(ValueError, match="3 heads of attention"):
         backbone.load_pretrained()
+
+
+def test_example_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("dinov3").mkdir()
+    file = foreign_files.dinov3_of_transformers(timm.create_model("vit_small_patch16_dinov3"))
+    save_file(file, "dinov3/model.safetensors")
+    names: dict[str, Any] = {}
+    exec(example("checkpoints.md", "load_checkpoint"), names)
+    assert torch.equal(names["cheap"].reg_token, file["embeddings.register_tokens"])
+    assert "embeddings.mask_token" in names["dropped"]
