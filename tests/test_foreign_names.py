@@ -373,3 +373,11 @@ def test_example_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     exec(example("checkpoints.md", "load_checkpoint"), names)
     assert torch.equal(names["cheap"].reg_token, file["embeddings.register_tokens"])
     assert "embeddings.mask_token" in names["dropped"]
+
+
+def test_entries_that_are_one_tensor_are_both_used(tmp_path: Path) -> None:
+    file = foreign_files.vit_of_transformers(drawn("vit_base_patch16_224", **TINY, num_classes=5))
+    first, second = (f"vit.encoder.layer.{block}.layernorm_before.bias" for block in (0, 1))
+    torch.save(file | {second: file[first]}, tmp_path / "file.pth")
+    model = timm.create_model("vit_base_patch16_224", **TINY, num_classes=5)
+    assert convert_checkpoint(model, tmp_path / "file.pth").dropped == []
