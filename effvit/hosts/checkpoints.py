@@ -467,7 +467,9 @@ class Origins(TorchFunctionMode):
 
     def __init__(self, given: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.names = {id(value): {name} for name, value in given.items()}
+        self.names: dict[int, set[str]] = {}
+        for name, value in given.items():
+            self.names.setdefault(id(value), set()).add(name)
         self.results: list[Tensor] = []  # alive, so that no other tensor gets the identity of one
 
     def of(self, value: Tensor) -> set[str]:
