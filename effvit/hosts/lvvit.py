@@ -170,7 +170,7 @@ _CFG = model_cfg(
     paper_ids="arXiv:2104.10858",
     origin_url="https://github.com/zihangJiang/TokenLabeling",
 )
-_RELEASE = "https://github.com/zihangJiang/TokenLabeling/releases/download/1.0"  # the README links to its files
+_RELEASE = "https://github.com/zihangJiang/TokenLabeling/releases/download/1.0"  # linked in README.md@9dbfd59
 default_cfgs = generate_default_cfgs(
     {
         "lvvit_small_patch16_224.in1k": _CFG | {"url": f"{_RELEASE}/lvvit_s-26M-224-83.3.pth.tar"},
