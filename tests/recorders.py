@@ -191,6 +191,9 @@ CASES |= {
     )
     for name in architectures.SMALL
 }
+# hosts with relative positions
+RELATIVE = (("evit", "beit"), ("ats", "beit"), ("tome", "relpos"), ("zero_tprune", "shared_relpos"))
+CASES |= {f"{method} {host}": host_case(method, host) for method, host in RELATIVE}
 
 # A model of each method and architecture, for runtimes that take minutes and formats that depend on nothing else.
 DEPLOYED = (
