@@ -29,6 +29,7 @@ from effvit.hosts.native_patches import (
 from effvit.hosts.stages import Stage
 from effvit.hosts.surface import BlockFeatures, Intermediates, refuse_mask, with_gradients
 from effvit.protocols import Size
+from effvit.recording import refuse_fx, refuse_open_sides
 from effvit.recover import FILLS, to_grid, unpacked
 from effvit.schedule import check_choice
 from effvit.tokens import TokenMap, fix_traced_size
@@ -106,6 +107,9 @@ class ReducedNaFlex(ReducedHost, NaFlexVit):
     # -- what one forward pass does ----------------------------------------------------------------------------
 
     def _embed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.embeds.pos_embed_type != "none":  # timm asks whether the grid is that of the table
+            sides = self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
+            refuse_open_sides(sides, 0, "a NaFlexVit with a table of positions", "resampled positions")
         x, grid = self.embeds(x)
         assert grid is not None
         rope = None if self.rope is None else self.rope.get_embed(shape=grid)
@@ -157,6 +161,9 @@ class ReducedNaFlex(ReducedHost, NaFlexVit):
         Raises:
             TypeError, ValueError: As ``check_native``, or for an attention mask.
         """
+        if isinstance(x, torch.fx.Proxy):
+            refuse_fx(x, "the sizes of the images of a NaFlexVit are known only at run time", "use torch.export")
+            return None
         refuse_mask(self, attn_mask, is_causal=False)
         if isinstance(x, Mapping):
             given = {"patch_coord": patch_coord, "patch_valid": patch_valid, **x}
