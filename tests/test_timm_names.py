@@ -36,6 +36,8 @@ KINDS = (
     "eva02_tiny_patch14_336",
     "vit_small_patch16_dinov3",
     "lvvit_small_patch16_224",
+    "naflexvit_base_patch16_gap",
+    "naflexvit_base_patch16_radio_v3",
 )
 NAMES = [f"{method}_{host}" for method in METHODS for host in KINDS if f"{method}_{host}" in default_cfgs]
 FX_NAMES = [f"{method}_deit_tiny_patch16_224" for method in METHODS] + [
