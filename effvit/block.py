@@ -134,7 +134,7 @@ class ReducibleBlock(nn.Module):
         if tokens.packed and self.training and isinstance(self.drop_path1, DropPath):
             raise ValueError(
                 "a packed batch is one row, so drop_path cannot drop single images from it; "
-                "train with ragged='padded' or with drop_path_rate=0"
+                "train with ragged='padded' (batching='padded' of a NaFlexVit) or with drop_path_rate=0"
             )
         beside: Beside[AttnState] = Beside()
         y = self.attn(self._attention_input(x), tokens, rope, pick, edit_map, beside)

@@ -50,12 +50,14 @@ HOSTS: dict[str, dict[str, Any]] = {
     "vit_nano_patch4_28": {"depth": 4, "embed_dim": 48},
     "vit_medium_patch16_reg4_gap_256": NARROW | {"img_size": 96},
     "vit_small_patch16_rope_mixed_224": NARROW | {"img_size": 96},
+    "naflexvit_base_patch16_gap": NARROW,
     "tiny_vit_5m_224": {"embed_dims": (8, 16, 24, 32), "num_heads": (1, 2, 3, 4), "depths": (1, 1, 2, 1)},
 }
 NO_CLASS_TOKEN = {
     "vit_base_patch16_siglip_224",
     "vit_medium_patch16_reg4_gap_256",
     "vit_relpos_small_patch16_rpn_224",
+    "naflexvit_base_patch16_gap",
 }
 WINDOWS = {"tome", "expedite"}  # what a TinyViT takes
 

@@ -156,7 +156,7 @@ class TestOneImageAmongOthers:
         for way in BATCHING:
             model.batching = way
             if way in ("padded", "packed") and method not in PADDED:
-                with pytest.raises(ValueError, match=rf"{method} needs the full grid .* cannot be {way} .* 'grouped'"):
+                with pytest.raises(ValueError, match=rf"{method} takes no padding, .* cannot be {way} .* 'grouped'"):
                     model(batch)
                 continue
             assert torch.allclose(model(batch), alone, rtol=0, atol=1e-11)
@@ -272,10 +272,25 @@ def test_evit_keeps_its_number_of_an_image_that_has_as_many(settings: dict[str, 
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", ["tome", "dymu"])
-def test_even_attention_without_sizes_and_method_settings_hold_in_every_way(method: str) -> None:
-    settings = {"tome": {"r": 4, "prop_attn": False}, "dymu": {"thresholds": (0.5,) * 4, "ragged": "packed"}}[method]
-    model = effvit.sparsify(make("average").double(), method, **settings)
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("tome", {"r": 4, "prop_attn": False}),
+        ("dymu", {"thresholds": (0.5,) * 4, "ragged": "packed"}),
+        ("ats", {"drop_tokens": False, "reduce_at": (1, 2)}),
+        ("ats", {"grid": "midpoint", "keep_rate": 0.4, "ragged": "packed"}),
+        ("ats", {"compat": True, "keep_rate": 0.4}),
+    ],
+)
+def test_settings_of_methods_hold_in_every_way_that_they_can_run(method: str, settings: dict[str, Any]) -> None:
+    model = effvit.sparsify(make("token").double(), method, **settings)
+    if "compat" in settings:  # an image depends on those of its own grid then, so each has one of its own
+        batch = double(collated(pixels((5, 6), (3, 4), (7, 2)), 33))
+        assert torch.allclose(model(batch)[:1], model(own(batch, 0)), rtol=0, atol=1e-11)
+        model.batching = "padded"
+        with pytest.raises(ValueError, match="ats takes no padding"):
+            model(batch)
+        return
     batch = double(collated(pixels(*GRIDS), 33))
     expected = torch.cat([model(own(batch, image)) for image in range(4)])
     for way in BATCHING:
@@ -419,6 +434,12 @@ class TestBadBatch:
             model.forward_tokens(batch, memory=True)
         with pytest.raises(ValueError, match=r"grids of their own, of 30, 12, 30, 14 patches, .* give images of one"):
             effvit.to_map(*model.forward_tokens(batch), "nearest")
+        with pytest.raises(ValueError, match=r"memory is for full maps"):
+            model.trace_tokens(batch, memory=True)
+
+    def test_images_that_are_no_tensor(self, model: ReducedNaFlex) -> None:
+        with pytest.raises(TypeError, match=r"expected images \(B, 3, H, W\) as a tensor, got list"):
+            model([torch.zeros(3, 16, 20)])
 
     def test_a_way_to_run_a_batch_that_there_is_not(self) -> None:
         model = effvit.sparsify(make("token"), "tome", r=1)
@@ -553,3 +574,29 @@ def test_example_of_the_page_runs() -> None:
     assert [y.shape for y in names["maps"]] == [(2, 768, 14, 10)] * 2
     assert [y.shape for y in names["rows"]] == [(2, 96, 768)] * 4
     assert names["tokens"].counts().tolist() == [52, 28]
+
+
+@torch.no_grad()
+def test_without_pooling_every_token_goes_through_the_head() -> None:
+    """As in timm, so that a model without pooling and classes gives its features."""
+    dense = make("token")
+    dense.reset_classifier(0, "")
+    batch = collated(pixels(*GRIDS), 33)
+    valid = torch.nn.functional.pad(batch["patch_valid"], (2 + 1, 0), value=True)
+    off = effvit.sparsify(dense, "tome", r=0)
+    assert torch.equal(off(batch)[valid], dense(batch)[valid])
+    reduced = effvit.sparsify(dense, "hot", keep_rate=0.5, reduce_at=(1,))
+    assert reduced(batch).shape == (4, 3 + 15, 16)
+
+
+@pytest.mark.parametrize("way", ["padded", "packed"])
+def test_stochastic_depth_trains_in_every_way_but_packed(way: str) -> None:
+    dense = NaFlexVit(pos_embed_grid_size=(4, 5), drop_path_rate=0.2, **(SMALL | TOKEN))
+    model = effvit.sparsify(dense, "tome", r=1).train()
+    model.batching = way
+    batch = collated(pixels(*GRIDS), 33)
+    if way == "packed":
+        with pytest.raises(ValueError, match=r"cannot drop single images .*batching='padded' of a NaFlexVit"):
+            model(batch)
+    else:
+        assert model(batch).isfinite().all()

@@ -40,6 +40,8 @@ KINDS = (
     "vit_srelpos_small_patch16_224",
     "vit_relpos_small_patch16_rpn_224",
     "lvvit_small_patch16_224",
+    "naflexvit_base_patch16_gap",
+    "naflexvit_base_patch16_radio_v3",
 )
 NAMES = [f"{method}_{host}" for method in METHODS for host in KINDS if f"{method}_{host}" in default_cfgs]
 FX_NAMES = [f"{method}_deit_tiny_patch16_224" for method in METHODS] + [

@@ -29,6 +29,7 @@ from effvit.hosts.native_patches import (
 from effvit.hosts.stages import Stage
 from effvit.hosts.surface import BlockFeatures, Intermediates, refuse_mask, with_gradients
 from effvit.protocols import Size
+from effvit.recording import refuse_fx, refuse_open_sides
 from effvit.recover import FILLS, to_grid, unpacked
 from effvit.schedule import check_choice
 from effvit.tokens import TokenMap, fix_traced_size
@@ -106,6 +107,9 @@ class ReducedNaFlex(ReducedHost, NaFlexVit):
     # -- what one forward pass does ----------------------------------------------------------------------------
 
     def _embed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.embeds.pos_embed_type != "none":  # timm asks whether the grid is that of the table
+            sides = self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
+            refuse_open_sides(sides, 0, "a NaFlexVit with a table of positions", "resampled positions")
         x, grid = self.embeds(x)
         assert grid is not None
         rope = None if self.rope is None else self.rope.get_embed(shape=grid)
@@ -157,6 +161,9 @@ class ReducedNaFlex(ReducedHost, NaFlexVit):
         Raises:
             TypeError, ValueError: As ``check_native``, or for an attention mask.
         """
+        if isinstance(x, torch.fx.Proxy):
+            refuse_fx(x, "the sizes of the images of a NaFlexVit are known only at run time", "use torch.export")
+            return None
         refuse_mask(self, attn_mask, is_causal=False)
         if isinstance(x, Mapping):
             given = {"patch_coord": patch_coord, "patch_valid": patch_valid, **x}
@@ -169,6 +176,17 @@ class ReducedNaFlex(ReducedHost, NaFlexVit):
             check_counts(self, grid)
         return batch
 
+    def _native_with(self, x: Images, memory: bool) -> NativeBatch | None:
+        """``_native`` of what is to be made into tokens; a ValueError for memory of images of several grids."""
+        batch = self._native(x, None, None, None)
+        grids = 1 if batch is None else len(batch.by_grid())
+        if memory and grids > 1:
+            raise ValueError(
+                f"memory is for full maps, which images of {grids} different grids do not share; leave memory out, or "
+                "give images of one grid"
+            )
+        return batch
+
     def _way(self, reference: bool) -> str:
         """How images of several grids run: "grouped", "padded" or "packed".
 
@@ -179,8 +197,8 @@ class ReducedNaFlex(ReducedHost, NaFlexVit):
         takes = all(reducer.takes_padding for reducer in self.reducers.values())
         if not takes and self.batching in ("padded", "packed"):
             raise ValueError(
-                f"{self.method} needs the full grid of each image, so images of several grids cannot be "
-                f"{self.batching} in one batch; set model.batching to 'grouped' or 'auto', which give the same result"
+                f"{self.method} takes no padding, so images of several grids cannot be {self.batching} in one batch; "
+                "set model.batching to 'grouped' or 'auto', which give the same result"
             )
         dropping = self.training and self.token_drop is not None
         if not takes or dropping or (reference and self.reducers):  # each of these reads full grids
@@ -223,6 +241,12 @@ class ReducedNaFlex(ReducedHost, NaFlexVit):
         x, valid = self._pooled_features(x, tokens)
         return self.forward_head(x, patch_valid=valid)
 
+    def _batch_scores(self, batch: NativeBatch, parts: list[Part]) -> Tensor:
+        if not self.global_pool:  # of every token, of which images have different numbers
+            return self.forward_head(self._together(batch, parts)[0])
+        scores = torch.cat([self._scores_of(*part.final) for part in parts])
+        return scores[_inverse(parts, scores)] if len(parts) > 1 else scores
+
     def _together(self, batch: NativeBatch, parts: list[Part]) -> tuple[Tensor, TokenMap]:
         """Normalised tokens of the whole batch and their map."""
         normalised = [(part.images, *self._normalised(*part.final)) for part in parts]
@@ -247,12 +271,9 @@ class ReducedNaFlex(ReducedHost, NaFlexVit):
         """
         batch = self._native(x, patch_coord, patch_valid, attn_mask)
         if batch is None:
-            assert isinstance(x, Tensor)
-            scores = self._scores_of(*self._forward_blocks(x)[0])
+            scores = self._scores_of(*self._forward_blocks(x)[0])  # type: ignore[arg-type]
         else:
-            parts = self._run(batch)
-            scores = torch.cat([self._scores_of(*part.final) for part in parts])
-            scores = scores[_inverse(parts, scores)] if len(parts) > 1 else scores
+            scores = self._batch_scores(batch, self._run(batch))
         return with_gradients(scores, self.recovery) if self.training else scores  # only maps need the recovery
 
     def forward_features(  # type: ignore[override]
@@ -285,19 +306,14 @@ class ReducedNaFlex(ReducedHost, NaFlexVit):
         Raises:
             ValueError: ``memory`` for images of several grids.
         """
-        batch = self._native(x, None, None, None)
+        batch = self._native_with(x, memory)
         if batch is None:
             return super().forward_tokens(x, memory)  # type: ignore[arg-type]
-        if memory and len(batch.by_grid()) > 1:
-            raise ValueError(
-                f"memory is for full maps, which images of {len(batch.by_grid())} different grids do not share; leave "
-                "memory out, or give images of one grid"
-            )
         return TokenFeatures(*self._together(batch, self._run(batch, memory=memory, reference=memory)))
 
     def trace_tokens(self, x: Images, memory: bool = False) -> list[TokenFeatures]:
         """Tokens (not normalised) and TokenMap after every block; arguments and errors as ``forward_tokens``."""
-        batch = self._native(x, None, None, None)
+        batch = self._native_with(x, memory)
         if batch is None:
             return super().trace_tokens(x, memory)  # type: ignore[arg-type]
         parts = self._run(batch, take=range(len(self.blocks)), memory=memory, reference=memory)

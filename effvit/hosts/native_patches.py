@@ -47,6 +47,7 @@ class NativeEmbeds(Protocol):
     supports_patch_interpolation: bool
     dynamic_img_pad: bool
     default_img_size: Size | None
+    pos_embed_type: str
     pos_embed_grid_size: Size | None
 
     def __call__(
