@@ -195,7 +195,7 @@ def test_blocks_and_norms_without_closed_form_are_refused() -> None:
     sizes = {"img_size": 32, "embed_dim": 48, "depth": 1, "num_heads": 3}
     with pytest.raises(TypeError, match="blocks of the class ParallelScalingBlock have no closed form"):
         closed_form_macs(VisionTransformer(block_fn=ParallelScalingBlock, **sizes), (3, 32, 32))
-    with pytest.raises(TypeError, match="closed forms know LayerNorm, .* not SimpleNorm; use count_flops"):
+    with pytest.raises(TypeError, match=r"closed forms know LayerNorm, .* not SimpleNorm; use count_flops"):
         closed_form_macs(VisionTransformer(norm_layer=SimpleNorm, **sizes), (3, 32, 32))
 
 
