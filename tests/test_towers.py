@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from hosts import SETTINGS
+from pages import example
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 from timm.models.gemma4_vit import Gemma4VitEncoder
@@ -225,6 +226,19 @@ def test_caller_takes_the_reduced_tokens_with_the_patch_of_each(case: str) -> No
     y, tokens = model.forward_tokens(x)
     assert y.shape[1] == tokens.anchor.shape[1] == tokens.num_patches // 2
     assert torch.allclose(y, full.gather(1, tokens.anchor.unsqueeze(-1).expand_as(y)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", ENCODERS)
+def test_dropped_patches_are_remembered_once_each_without_gradients(case: str) -> None:
+    """The features are those that the sequences of all blocks hold, which gradients keep."""
+    model = reduced(case, "uniform", keep_rate=0.8, reduce_at=(0, 1, 2, 3))
+    x = images(case)
+    kept, _ = model.forward_tokens(x, memory=True).tokens.memory, model(x)
+    with torch.no_grad():
+        compact = model.forward_tokens(x, memory=True).tokens.memory
+    assert len(kept.sequences) == 4
+    assert [tuple(sequence.shape[:2]) for sequence in compact.sequences] == [(2, kept.rows.shape[1])]
+    assert torch.equal(compact.features(), kept.features())
 
 
 # -- refusals ------------------------------------------------------------------------------------------------------
@@ -459,3 +473,22 @@ def test_exported_tower_equals_the_plain_run(case: str) -> None:
     exported = torch.export.export(model, (images(case),)).module()
     other = images(case).flip(-1)
     assert torch.allclose(exported(other), model(other), rtol=1e-5, atol=1e-5)
+
+
+def test_examples_of_the_page_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a narrow tower of the same name, without weights and on smaller images."""
+    create = timm.create_model
+    narrow = {"embed_dim": 32, "num_heads": 2, "out_features": 24}
+    monkeypatch.setattr(
+        timm, "create_model", lambda name, **given: create(name, **(given | narrow | {"pretrained": False}))
+    )
+    code = "\n".join(example("towers.md", word) for word in ("create_model", "forward_tokens"))
+    names: dict[str, Any] = {}
+    with torch.no_grad():
+        exec(code.replace("2, 3, 768, 768", "2, 3, 256, 256").replace("r=80", "r=8"), names)
+    assert names["read"].shape == (2, 64, 24)
+    assert names["features"].shape == (2, 64, 32)  # of 256 patches, 24 blocks have merged 8 each
+    assert names["members"].sum(1).tolist() == [256.0, 256.0]
+    assert torch.equal(names["source"].gather(1, names["patch"])[0], torch.arange(64))
+    assert int(names["rows"].max()) < 16
+    assert int(names["columns"].max()) < 16

@@ -17,6 +17,7 @@ reads as many tokens as from the dense tower, in the same order:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, NoReturn, Protocol, cast
 
 import torch
@@ -41,7 +42,7 @@ from effvit.hosts.tower_costs import tower_form
 from effvit.layers.macs import Terms
 from effvit.protocols import Layer, PatchEmbedding, Size
 from effvit.recover import FILLS, restore, to_grid, unpacked
-from effvit.tokens import TokenMap, fix_traced_size
+from effvit.tokens import Memory, TokenMap, fix_traced_size
 
 __all__ = [
     "NAMES",
@@ -318,6 +319,21 @@ class ReducedTower(ReducedHost):
     def _grid_of(self, x: Tensor) -> Size:
         """(H, W) patch grid of images x."""
         return self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
+
+    def _remember(self, x: Tensor, tokens: TokenMap) -> TokenMap:
+        """The map that remembers x; of all sequences before, without gradients, one feature a patch is kept.
+
+        A tower has so many patches and blocks that sequences of every block would be its peak of memory.
+        """
+        tokens = tokens.remember(x)
+        memory = tokens.memory
+        if memory is None or len(memory.sequences) < 2 or (torch.is_grad_enabled() and x.requires_grad):
+            return tokens
+        rows = (
+            tokens.layout.ranges.first(tokens.num_patches, 0) + tokens.layout.ranges.sequence[:, : tokens.num_patches]
+        )
+        compact = Memory((memory.features(),), rows)
+        return replace(tokens, history=tokens.history._replace(memory=compact))
 
     def _whole(self, x: Tensor, tokens: TokenMap) -> Tensor:
         """Tokens (B, N, C) behind the last block -> normalised patches of the full grid, (B, H*W, C)."""
