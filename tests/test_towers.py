@@ -115,6 +115,16 @@ def test_nothing_reduced_is_bit_equal_to_timm_in_every_form(case: str) -> None:
         assert all(map(torch.equal, maps, expected))
 
 
+@pytest.mark.parametrize("case", ["qwen3 merge", "deepseek encoder", "gemma4 encoder"])
+def test_dict_of_intermediates_has_the_entries_of_timm(case: str) -> None:
+    dense, x = build(case), images(case)
+    model = effvit.sparsify(dense, "tome", r=0)
+    own, expected = (each.forward_intermediates(x, output_dict=True) for each in (model, dense))
+    assert own.keys() == expected.keys()
+    assert torch.equal(own["image_features"], expected["image_features"])
+    assert torch.equal(own.get("patch_valid", x), expected.get("patch_valid", x))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("case", ENCODERS)
 def test_nothing_reduced_is_bit_equal_in_other_dtypes(case: str, dtype: torch.dtype) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, NoReturn, Protocol, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol, cast
 
 import torch
 from timm.layers import to_2tuple
@@ -329,10 +329,8 @@ class ReducedTower(ReducedHost):
         memory = tokens.memory
         if memory is None or len(memory.sequences) < 2 or (torch.is_grad_enabled() and x.requires_grad):
             return tokens
-        rows = (
-            tokens.layout.ranges.first(tokens.num_patches, 0) + tokens.layout.ranges.sequence[:, : tokens.num_patches]
-        )
-        compact = Memory((memory.features(),), rows)
+        ranges, number = tokens.layout.ranges, tokens.num_patches
+        compact = Memory((memory.features(),), ranges.first(number, 0) + ranges.sequence[:, :number])
         return replace(tokens, history=tokens.history._replace(memory=compact))
 
     def _whole(self, x: Tensor, tokens: TokenMap) -> Tensor:
@@ -576,6 +574,14 @@ class ReducedDeepseekClassifier(TowerClassifier, DeepseekTower, DeepseekVitClass
 
 class ReducedGemma4Encoder(GemmaTower, Gemma4VitEncoder):
     """timm's ``Gemma4VitEncoder`` with a reduction method."""
+
+    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As of any host; a dict has ``patch_valid`` too, as timm's: (B, H*W), True for the patches of images."""
+        found = super().forward_intermediates(x, *args, **kwargs)
+        if isinstance(found, dict):
+            height, width = self._grid_of(x)
+            found["patch_valid"] = torch.ones(x.shape[0], height * width, dtype=torch.bool, device=x.device)
+        return found
 
 
 class ReducedGemma4Classifier(TowerClassifier, GemmaTower, Gemma4VitClassifier):
