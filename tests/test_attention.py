@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -43,6 +44,9 @@ def attend(attn: nn.Module, x: Tensor, way: str) -> Tensor:
         tokens = tokens.keep(every, every.shape[1], valid=torch.ones_like(every, dtype=torch.bool), packed=True)
         return tokens.unpack(attn(tokens.pack(x), tokens))
     return attn(x, tokens, edit_map=EDITS.get(way))
+
+
+GATED = [cls for cls in ATTENTION_CLASSES if "gated" in inspect.signature(cls).parameters]
 
 
 def gated(cls: type[nn.Module]) -> tuple[nn.Module, nn.Module]:

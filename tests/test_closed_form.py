@@ -25,7 +25,7 @@ from effvit.measure.flops import FlopReport, count_flops
 from effvit.reducers import METHODS, EViT, Reducer
 
 # What torch does not count, and we do as fvcore does.
-NOT_PRODUCTS = {"layer_norm", "batch_norm", "adaptive_avg_pool2d", "grid_sampler"}
+NOT_PRODUCTS = {"layer_norm", "rms_norm", "batch_norm", "adaptive_avg_pool2d", "grid_sampler", "upsample_bilinear2d"}
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -75,6 +75,8 @@ TOWER_FILTERS: dict[type[nn.Module], Callable[[dict[str, Tensor], nn.Module], di
     gemma4_vit.Gemma4VitEncoder: gemma4_vit.checkpoint_filter_fn_encoder,
     gemma4_vit.Gemma4VitClassifier: gemma4_vit.checkpoint_filter_fn_classifier,
 }
+# Bounds that Gemma's towers clamp to, infinite where there is none.
+BOUND = re.compile(r"\.(input|output)_(min|max)$")
 # Parameters of training only: the projection head of DINO, how many weights an average is of. Constants: the all-zero
 # row of ATS, an index table. And what stands around a backbone in the files of mmdet, mmseg and SAM.
 DROPPED = re.compile(
@@ -455,7 +457,8 @@ def _check_numbers(name: str, value: Tensor, origin: str | Path) -> None:
             f"{plain(origin)}: {name} holds {value.dtype} in place of floating-point numbers; save the weights before "
             "they are quantised"
         )
-    if not value.is_meta and not value.float().isfinite().all():
+    sound = value.float().isnan().logical_not() if BOUND.search(name) else value.float().isfinite()
+    if not value.is_meta and not sound.all():
         raise ValueError(
             f"{plain(origin)}: {name} holds NaN or infinity, the training it is from diverged; take an earlier "
             "checkpoint"

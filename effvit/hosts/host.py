@@ -215,7 +215,7 @@ class ReducedHost(Intermediates, Reduced):
         taken = []
         for i, block in enumerate(islice(self.blocks, num_blocks)):
             if memory and block.reducer is not None and not block.reducer.keeps_every_patch:
-                tokens = tokens.remember(x)
+                tokens = self._remember(x, tokens)
             if reference and block.reducer is not None and tokens.reference is None:
                 tokens = tokens.refer(x)
             block_rope = self._block_rope(rope, i)
@@ -270,6 +270,10 @@ class ReducedHost(Intermediates, Reduced):
     def _finished(self, x: Tensor, tokens: TokenMap) -> Tensor:
         """What ``forward_features`` returns, of the tokens x that leave the last block."""
         return self._poolable(*self._normalised(x, tokens))
+
+    def _remember(self, x: Tensor, tokens: TokenMap) -> TokenMap:
+        """The map that remembers the tokens x which enter a block that drops some."""
+        return tokens.remember(x)
 
     def _norm_tokens(self, x: Tensor) -> Tensor:
         """The norm behind the last block, of prefix and patch tokens."""

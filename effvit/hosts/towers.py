@@ -17,7 +17,8 @@ reads as many tokens as from the dense tower, in the same order:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, NoReturn, Protocol, cast
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol, cast
 
 import torch
 from timm.layers import to_2tuple
@@ -41,7 +42,7 @@ from effvit.hosts.tower_costs import tower_form
 from effvit.layers.macs import Terms
 from effvit.protocols import Layer, PatchEmbedding, Size
 from effvit.recover import FILLS, restore, to_grid, unpacked
-from effvit.tokens import TokenMap, fix_traced_size
+from effvit.tokens import Memory, TokenMap, fix_traced_size
 
 __all__ = [
     "NAMES",
@@ -319,6 +320,19 @@ class ReducedTower(ReducedHost):
         """(H, W) patch grid of images x."""
         return self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
 
+    def _remember(self, x: Tensor, tokens: TokenMap) -> TokenMap:
+        """The map that remembers x; of all sequences before, without gradients, one feature a patch is kept.
+
+        A tower has so many patches and blocks that sequences of every block would be its peak of memory.
+        """
+        tokens = tokens.remember(x)
+        memory = tokens.memory
+        if memory is None or len(memory.sequences) < 2 or (torch.is_grad_enabled() and x.requires_grad):
+            return tokens
+        ranges, number = tokens.layout.ranges, tokens.num_patches
+        compact = Memory((memory.features(),), ranges.first(number, 0) + ranges.sequence[:, :number])
+        return replace(tokens, history=tokens.history._replace(memory=compact))
+
     def _whole(self, x: Tensor, tokens: TokenMap) -> Tensor:
         """Tokens (B, N, C) behind the last block -> normalised patches of the full grid, (B, H*W, C)."""
         if not self._pools_patches:
@@ -560,6 +574,14 @@ class ReducedDeepseekClassifier(TowerClassifier, DeepseekTower, DeepseekVitClass
 
 class ReducedGemma4Encoder(GemmaTower, Gemma4VitEncoder):
     """timm's ``Gemma4VitEncoder`` with a reduction method."""
+
+    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As of any host; a dict has ``patch_valid`` too, as timm's: (B, H*W), True for the patches of images."""
+        found = super().forward_intermediates(x, *args, **kwargs)
+        if isinstance(found, dict):
+            height, width = self._grid_of(x)
+            found["patch_valid"] = torch.ones(x.shape[0], height * width, dtype=torch.bool, device=x.device)
+        return found
 
 
 class ReducedGemma4Classifier(TowerClassifier, GemmaTower, Gemma4VitClassifier):
