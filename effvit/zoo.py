@@ -21,6 +21,7 @@ from effvit.hosts.feature_pyramid import feature_settings
 from effvit.hosts.host import check_model_name, check_settings, record_name, sparsify
 from effvit.hosts.refusals import name_arguments
 from effvit.hosts.surface import SPARSIFIED, Reduced, record_args
+from effvit.hosts.windows import window_methods
 from effvit.protocols import Setting
 from effvit.reducers import METHODS, Reducer
 from effvit.reducers.registry import on_registration
@@ -51,6 +52,10 @@ NO_CLASS_TOKEN_HOSTS = (
     "vit_base_patch16_siglip_384",
     "vit_so400m_patch14_siglip_384",
     "vit_medium_patch16_gap_256",
+)
+WINDOW_HOSTS = (
+    *(f"samvit_{size}_patch16" for size in ("base", "large", "huge")),
+    "samvit_base_patch16_224",
 )
 default_cfgs: dict[str, DefaultCfg] = {}
 _PYRAMIDS: dict[str, dict[str, object]] = {}  # names that register_pyramid made, and their settings
@@ -222,6 +227,7 @@ def sparsified(pretrained: bool = False, **kwargs: object) -> nn.Module:
 def _register_names(method: type[Reducer]) -> None:
     """Names for ``timm.create_model``: the method with each of the hosts it can have."""
     hosts = CLASS_TOKEN_HOSTS + (() if method.needs_class_token else NO_CLASS_TOKEN_HOSTS)
+    hosts += WINDOW_HOSTS if method.name in window_methods() else ()
     variants = {f"{method.name}_{host}": host for host in hosts}
     taken = next((variant for variant in variants if timm.is_model(variant)), None)
     if taken is not None:

@@ -24,11 +24,13 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.tiny_vit import TinyVit
 from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import Tensor, nn
 
 from effvit.block import BlockList, call_block, copy_shared, rehouse, set_child, token_block
 from effvit.hosts.closed_form import PlainViT, plain_vit
 from effvit.hosts.refusals import is_file_name, is_sharded, reason_against, reason_against_class
+from effvit.hosts.sam import ReducedSAM
 from effvit.hosts.stages import Stage, map_stage
 from effvit.hosts.surface import (
     SPARSIFIED,
@@ -434,7 +436,10 @@ HOST_CLASSES: dict[type[nn.Module], type[ReducedHost]] = {
     Eva: ReducedEva,
 }
 
-WINDOW_CLASSES: dict[type[nn.Module], type[ReducedWindows]] = {TinyVit: ReducedTinyViT}
+WINDOW_CLASSES: dict[type[nn.Module], type[ReducedWindows]] = {
+    TinyVit: ReducedTinyViT,
+    VisionTransformerSAM: ReducedSAM,
+}
 
 
 def register_host(host_class: type[HostT], reduced_class: type[ReducedHost] | None = None) -> type[HostT]:

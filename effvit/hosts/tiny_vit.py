@@ -64,10 +64,6 @@ class MergingBlock(GroupingBlock, TinyVitBlock):
     def cut(self, size: Size) -> Cut:
         return Cut((self.window_size, self.window_size), size)
 
-    @property
-    def area(self) -> int:
-        return self.window_size**2
-
     def _enter(self, x: Tensor) -> Tensor:
         return x
 

@@ -144,7 +144,8 @@ def compared_in_parts(features: Tensor, cut: Cut) -> Tensor:
         return features
     features = F.normalize(features.detach().to(wide_dtype(features.dtype)), dim=-1)
     parts = cut.parts(features)  # (nW, N)
-    codes = F.one_hot(parts, cut.num_parts).to(features.dtype) * PART_WEIGHT**0.5  # (nW, N, parts)
+    is_part = parts.unsqueeze(-1) == torch.arange(cut.num_parts, device=parts.device)  # (nW, N, parts)
+    codes = is_part.to(features.dtype) * PART_WEIGHT**0.5
     return torch.cat([features, codes.repeat(features.shape[0] // parts.shape[0], 1, 1)], dim=-1)
 
 
@@ -228,10 +229,9 @@ class GroupingBlock(nn.Module):
         """How the block cuts a map of that size."""
         raise NotImplementedError
 
-    @property
-    def area(self) -> int:
-        """Tokens of a window of the network, also in a block that attends to the whole map."""
-        raise NotImplementedError
+    def area(self, cut: Cut) -> int:
+        """Tokens that absolute numbers are meant for: those of a window, also where the whole map is one."""
+        return cut.area
 
     def _enter(self, x: Tensor) -> Tensor:
         """The map x as it is cut for attention."""
@@ -262,7 +262,7 @@ class GroupingBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map x (B, H, W, C) -> (B, H, W, C)."""
         cut, windows, features = self.compared(x)
-        groups = self.reducer.group(features, windows, self.area)
+        groups = self.reducer.group(features, windows, self.area(cut))
         del features
         merged, size = groups.merge(windows)  # (B*nW, K, C), (B*nW, K)
         y: Tensor = self.attn(merged, Among(groups.anchor, size, cut.window, attending_parts(groups, cut)))
@@ -276,7 +276,7 @@ class GroupingBlock(nn.Module):
     def stage(self, x: Tensor, number: int) -> Stage:
         """The groups of the first image of the map x that enters the block."""
         cut, windows, features = self.compared(x[:1])
-        groups = self.reducer.group(features, windows, self.area)
+        groups = self.reducer.group(features, windows, self.area(cut))
         return window_stage(groups.target, cut, groups.anchor.shape[1], number)
 
 
@@ -580,7 +580,12 @@ def planned_span(
     first, last = max(shrinking - start, 0), min(end - start, len(blocks))
     windows = [window_of(block) for block in blocks]
     window = next((window for window in windows if window != WHOLE), None)
-    if first >= last or window is None:
+    if window is None:
+        raise ValueError(
+            f"{plan[shrinking].name} makes windows smaller, but the blocks of this model attend to whole maps "
+            f"(window_size=0); use method {' or '.join(repr(n) for n, method in METHODS.items() if method.groups())}"
+        )
+    if first >= last:
         return None
     span = Span(copy.copy(plan[shrinking]), first, last, window)  # each stage names its own first block in errors
     return None if span.cells == window else span

@@ -275,7 +275,8 @@ class ToMe(Reducer):
         return MergedGrids(matching, matching_target(matching, x[..., 0].long()), self.prop_attn)
 
     def cost(self, at: BlockSizes) -> Change:
-        merged = min(self.r, at.tokens // 2)
+        r = self.r if at.area is None else self.r * at.tokens // at.area
+        merged = min(r, at.tokens // 2)
         return Change(at.tokens, at.tokens, at.tokens - merged, alternating_pairs(at.tokens, at.head_dim))
 
     def reduce(self, x: Tensor, tokens: TokenMap, state: AttnState) -> tuple[Tensor, TokenMap]:

@@ -14,12 +14,14 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import nn
 
 from effvit.block import BLOCK_CLASSES
 from effvit.hosts.closed_form import PlainViT, Swin, plain_vit, swin
 from effvit.hosts.host import HOST_CLASSES, ReducedHost
 from effvit.hosts.lvvit import LVViT
+from effvit.hosts.sam import sam
 from effvit.layers.macs import Terms
 from effvit.protocols import Size
 from effvit.reducers import METHODS, Reducer
@@ -47,7 +49,7 @@ def closed_form_macs(
     """Multiply-accumulates (MACs) of one image in eval mode, term by term; the sum of the values is the total.
 
     Args:
-        model: A model of this package, or a plain ViT, Eva or Swin of timm; on any device, also meta.
+        model: A model of this package, or a plain ViT, Eva, Swin or SAM of timm; on any device, also meta.
         input_size: (channels, H, W) of an image.
         token_counts: Patch tokens that leave each block. Needed for ATS and DyMU, whose numbers depend on the image,
             and refused for all others.
@@ -75,9 +77,11 @@ def closed_form_macs(
         return dict(+plain_vit(cast(PlainViT, model), size, None))
     if type(model) is SwinTransformer:
         return dict(+swin(cast(Swin, model), size))
+    if type(model) is VisionTransformerSAM:
+        return dict(+sam(model, size))
     if knows_its_form(model):
         return dict(+model.closed_form(size))
-    known = ", ".join(cls.__name__ for cls in (*PLAIN, SwinTransformer))
+    known = ", ".join(cls.__name__ for cls in (*PLAIN, SwinTransformer, VisionTransformerSAM))
     raise TypeError(
         f"a {type(model).__name__} has no closed form, only {known} and classes that define closed_form themselves "
         "have; use effvit.count_flops instead"
