@@ -53,9 +53,17 @@ NO_CLASS_TOKEN_HOSTS = (
     "vit_so400m_patch14_siglip_384",
     "vit_medium_patch16_gap_256",
 )
+WIDER = ((16, 256), (24, 384))  # windows and pixels of Swin V2 behind its pretraining at 12 and 192
+PYRAMID_HOSTS = (
+    *(f"swin_{size}_patch4_window7_224" for size in ("tiny", "small", "base", "large")),
+    *(f"swin_{size}_patch4_window12_384" for size in ("base", "large")),
+    *(f"swinv2_{size}_window{window}_256" for size in ("tiny", "small", "base") for window in (8, 16)),
+    *(f"swinv2_{size}_window12to{window}_192to{pixels}" for size in ("base", "large") for window, pixels in WIDER),
+)
 WINDOW_HOSTS = (
     *(f"samvit_{size}_patch16" for size in ("base", "large", "huge")),
     "samvit_base_patch16_224",
+    *PYRAMID_HOSTS,
 )
 default_cfgs: dict[str, DefaultCfg] = {}
 _PYRAMIDS: dict[str, dict[str, object]] = {}  # names that register_pyramid made, and their settings
@@ -106,7 +114,7 @@ def _create(
     strict = saved or "siglip" not in host or kwargs.get("global_pool", "map") == "map"  # timm's rule for SigLIP
     loading = {name: kwargs.pop(name) for name in ("cache_dir", "pretrained_model_args") if name in kwargs}
     args = dict(kwargs)
-    feature_cfg = feature_settings(kwargs, out_indices=3)
+    feature_cfg = feature_settings(kwargs, out_indices=(0, 1, 2, 3) if host in PYRAMID_HOSTS else 3)
 
     def reduced_host(**host_kwargs: object) -> nn.Module:
         as_timm = pretrained and not behind

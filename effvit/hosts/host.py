@@ -22,6 +22,8 @@ from timm.models import checkpoint
 from timm.models._pretrained import PretrainedCfg
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.tiny_vit import TinyVit
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_sam import VisionTransformerSAM
@@ -43,6 +45,7 @@ from effvit.hosts.surface import (
     refuse_open_sizes,
     with_gradients,
 )
+from effvit.hosts.swin import ReducedSwin, ReducedSwinV2
 from effvit.hosts.tiny_vit import ReducedTinyViT
 from effvit.hosts.windows import ReducedWindows, reduce_windows
 from effvit.layers.macs import Terms
@@ -439,6 +442,8 @@ HOST_CLASSES: dict[type[nn.Module], type[ReducedHost]] = {
 WINDOW_CLASSES: dict[type[nn.Module], type[ReducedWindows]] = {
     TinyVit: ReducedTinyViT,
     VisionTransformerSAM: ReducedSAM,
+    SwinTransformer: ReducedSwin,
+    SwinTransformerV2: ReducedSwinV2,
 }
 
 

@@ -16,6 +16,20 @@ from torch import nn
 __all__ = ["is_file_name", "is_sharded", "name_arguments", "reason_against", "reason_against_class"]
 
 UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
+OTHERS = {  # classes near those that are taken, by what tells them apart
+    "SwinTransformerV2Cr": (
+        "it draws position biases from its own network, which has dropout inside and was trained on the pairs of whole "
+        "windows, and no official code reduces it; create a swinv2_ model without _cr"
+    ),
+    "Hiera": (
+        "it keeps its tokens in the order of mask units, which its pooling halves from stage to stage, and no official "
+        "code reduces it; create a swin_ model, or a plain ViT"
+    ),
+    "HieraDet": (
+        "its blocks pool queries inside their windows, so that a token has no one place to be given back to; create a "
+        "samvit_ model for SAM, or a swin_ model"
+    ),
+}
 # Classes that hold a program recorded from a model, without its blocks.
 RECORDED = ("GraphModule", "ScriptModule", "RecursiveScriptModule", "TopLevelTracedModule", "ExportedProgram")
 
@@ -93,6 +107,8 @@ def reason_against_class(kind: type, supported: Collection[type]) -> str:
             f"{_path_of(kind)} is a subclass of {_path_of(base)} and may compute something else, so it is not reduced "
             "as one; if it only adds to it, register it: effvit.register_host(cls)"
         )
+    if kind.__name__ in OTHERS and kind.__module__.startswith("timm."):
+        return f"cannot reduce the tokens of a {_path_of(kind)}: {OTHERS[kind.__name__]}"
     library = kind.__module__.partition(".")[0]
     advice = ""
     if library in ("torchvision", "transformers", "open_clip", "mmpretrain", "torch"):

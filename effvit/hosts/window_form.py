@@ -19,10 +19,12 @@ class WindowForm(NamedTuple):
     Attributes:
         window_of: (h, w) of the windows of a block on a map of that size.
         position_macs: MACs of all position biases: (attention, cut, tokens of a window, grouped) -> MACs.
+        attend: MACs of attention without them: (attention, keys, queries, pairs) -> terms.
     """
 
     window_of: Callable[[Any, Size], Size]
     position_macs: Callable[[Any, Cut, int, bool], int]
+    attend: Callable[[Any, int, int, int], Terms] = attend
 
 
 def stage_terms(blocks: Iterable[Any], span: Span | None, size: Size, form: WindowForm) -> Terms:
@@ -49,7 +51,7 @@ def block_terms(block: Any, size: Size, form: WindowForm) -> Terms:
         left = change.left
         terms["reduction"] += cut.number * change.macs
     tokens = cut.number * left
-    terms += attend(attn, tokens, tokens, tokens * left)
+    terms += form.attend(attn, tokens, tokens, tokens * left)
     terms["attention"] += form.position_macs(attn, cut, left, isinstance(block, GroupingBlock))
     return terms + feedforward(block, min(tokens, rows) if isinstance(block, GroupingBlock) else rows)
 

@@ -487,6 +487,11 @@ class ReducedWindows(Reduced):
         refuse_legacy_onnx(f"a model reduced by {self.method}")
         check_batch(x, self, getattr(self, "in_chans", 3))
 
+    def make_plain(self) -> None:
+        """Take the method out of the blocks."""
+        for stage in self.window_stages():
+            stage.blocks, stage.span = plain_blocks(stage, self.family), None
+
     def place(self, method: str, settings: Mapping[str, Setting]) -> None:
         """Let a method act in the blocks, in place of what acts there.
 

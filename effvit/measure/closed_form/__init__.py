@@ -7,21 +7,23 @@ a trace does not see because no output depends on it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeGuard, cast
 
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import nn
 
 from effvit.block import BLOCK_CLASSES
-from effvit.hosts.closed_form import PlainViT, Swin, plain_vit, swin
+from effvit.hosts.closed_form import PlainViT, plain_vit
 from effvit.hosts.host import HOST_CLASSES, ReducedHost
 from effvit.hosts.lvvit import LVViT
 from effvit.hosts.sam import sam
+from effvit.hosts.swin import swin
 from effvit.layers.macs import Terms
 from effvit.protocols import Size
 from effvit.reducers import METHODS, Reducer
@@ -29,6 +31,11 @@ from effvit.reducers import METHODS, Reducer
 __all__ = ["closed_form_macs"]
 
 PLAIN = (VisionTransformer, VisionTransformerDistilled, Eva, LVViT)
+WITH_WINDOWS: dict[type[nn.Module], Callable[[nn.Module, Size], Terms]] = {
+    SwinTransformer: swin,
+    SwinTransformerV2: swin,
+    VisionTransformerSAM: sam,
+}
 
 
 class HasClosedForm(Protocol):
@@ -75,13 +82,11 @@ def closed_form_macs(
         if isinstance(model, ReducedHost):
             return dict(+model.closed_form(size, token_counts))
         return dict(+plain_vit(cast(PlainViT, model), size, None))
-    if type(model) is SwinTransformer:
-        return dict(+swin(cast(Swin, model), size))
-    if type(model) is VisionTransformerSAM:
-        return dict(+sam(model, size))
+    if type(model) in WITH_WINDOWS:
+        return dict(+WITH_WINDOWS[type(model)](model, size))
     if knows_its_form(model):
         return dict(+model.closed_form(size))
-    known = ", ".join(cls.__name__ for cls in (*PLAIN, SwinTransformer, VisionTransformerSAM))
+    known = ", ".join(cls.__name__ for cls in (*PLAIN, *WITH_WINDOWS))
     raise TypeError(
         f"a {type(model).__name__} has no closed form, only {known} and classes that define closed_form themselves "
         "have; use effvit.count_flops instead"
