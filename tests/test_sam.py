@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from PIL import Image
 from timm.models.vision_transformer_sam import VisionTransformerSAM, get_decomposed_rel_pos_bias
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ from effvit.hosts.windows import Among, Cut, compared_in_parts
 from effvit.measure.closed_form import closed_form_macs
 from effvit.measure.flops import count_flops
 from effvit.show.visualize import token_figure
+from effvit.testing import assert_reads, assert_runs_on_fakes
 
 # Maps of 6 x 7 tokens in windows of 4, padded to 8 x 8; blocks 1 and 3 are global.
 SMALL: dict[str, Any] = {
@@ -122,6 +124,13 @@ class TestReduced:
         model = effvit.sparsify(small(), method, **settings)
         assert sum(closed_form_macs(model, (3, *size)).values()) == count_flops(model, (3, *size), strict=True).total
 
+    def test_nothing_is_read_from_the_device_nor_made_on_another(self, method: str, settings: dict[str, Any]) -> None:
+        model, x = effvit.sparsify(small(), method, **settings), images(2)
+        assert_reads(lambda: model(x), 0)
+        if settings.get("r") == 5:  # in all blocks: timm's own take indices of relative positions from the CPU
+            assert_runs_on_fakes(model, model, x)
+            assert_runs_on_fakes(model.train(), model, x)
+
     def test_half_precision_and_autocast_run(self, method: str, settings: dict[str, Any]) -> None:
         model, x = effvit.sparsify(small(), method, **settings), images()
         with torch.autocast("cpu", torch.bfloat16):
@@ -136,6 +145,14 @@ class TestReduced:
         for stage in stages:
             assert stage.labels.shape == (6, 7)
             assert 0 <= stage.labels.min() <= stage.labels.max() < stage.tokens
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "settings"), [SETTINGS[0], SETTINGS[3]])
+def test_exported_program_gives_the_scores_of_a_plain_run(method: str, settings: dict[str, Any]) -> None:
+    model, x = effvit.sparsify(small(), method, **settings), images(2)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    torch.testing.assert_close(program.module()(images(3)), model(images(3)), rtol=1e-4, atol=1e-5)
 
 
 def test_dense_closed_form_agrees_with_the_count() -> None:
@@ -229,7 +246,5 @@ class TestRefusals:
 
 
 def test_image_of_tokens_is_drawn() -> None:
-    from PIL import Image
-
     figure = token_figure(effvit.sparsify(small(), "tome", r=5), Image.new("RGB", (56, 48), "red"))
     assert figure.width > 56

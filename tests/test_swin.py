@@ -25,6 +25,7 @@ from effvit.hosts.swin import (
 from effvit.hosts.windows import Among, Cut, attending_parts, compared_in_parts
 from effvit.measure.closed_form import closed_form_macs
 from effvit.measure.flops import count_flops
+from effvit.testing import assert_reads, assert_runs_on_fakes
 
 # Maps of 12 x 10 and 6 x 5 tokens, in windows of 4 that are shifted by 2 in every second block, padded.
 SMALL: dict[str, Any] = {
@@ -134,6 +135,14 @@ class TestReduced:
         model = effvit.sparsify(small(kind, img_size=size), method, **settings)
         assert sum(closed_form_macs(model, (3, *size)).values()) == count_flops(model, (3, *size), strict=True).total
 
+    def test_nothing_is_read_from_the_device_nor_made_on_another(
+        self, kind: str, method: str, settings: dict[str, Any]
+    ) -> None:
+        model, x = effvit.sparsify(small(kind), method, **settings), images(2)
+        assert_reads(lambda: model(x), 0)
+        assert_runs_on_fakes(model, model, x)
+        assert_runs_on_fakes(model.train(), model, x)
+
     def test_half_precision_and_autocast_run(self, kind: str, method: str, settings: dict[str, Any]) -> None:
         model, x = effvit.sparsify(small(kind), method, **settings), images()
         with torch.autocast("cpu", torch.bfloat16):
@@ -156,6 +165,15 @@ class TestReduced:
         maps = model.forward_intermediates(x, intermediates_only=True)
         for taken, expected in zip(extracted.values(), maps, strict=True):
             torch.testing.assert_close(taken.permute(0, 3, 1, 2), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("method", "settings"), [SETTINGS[0], SETTINGS[3]])
+def test_exported_program_gives_the_scores_of_a_plain_run(kind: str, method: str, settings: dict[str, Any]) -> None:
+    model, x = effvit.sparsify(small(kind), method, **settings), images(2)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    torch.testing.assert_close(program.module()(images(3)), model(images(3)), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [(48, 40), (28, 60)])

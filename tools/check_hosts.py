@@ -1,4 +1,4 @@
-"""Check every method on every timm model that is a plain vision transformer.
+"""Check every method on every timm model that is a plain vision transformer or one with windows that methods know.
 
 For each name, a method that reduces nothing must give timm's output bit for bit, and its default setting must
 run, be finite and remove tokens; or the pair must be refused for one of the reasons in REASONS. All else
@@ -22,13 +22,14 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from timm.models import list_modules
+from timm.models import is_model_in_modules, list_modules
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import effvit
+from effvit.hosts.host import WINDOW_CLASSES
 from effvit.reducers import METHODS
 
 __all__ = ["REASONS", "Outcome", "build", "check", "find_hosts", "main", "report", "summary"]
@@ -36,11 +37,20 @@ __all__ = ["REASONS", "Outcome", "build", "check", "find_hosts", "main", "report
 PLAIN_CLASSES = (VisionTransformer, VisionTransformerDistilled, Eva)
 DEPTH = 2
 GRID = (5, 6)  # not square, so that swapped rows and columns show
+# Arguments that make small models of timm's modules with windows: padded ones, and maps that one window covers.
+IMAGE = (80, 96)
+WITH_WINDOWS: dict[str, dict[str, Any]] = {
+    "swin_transformer": {"depths": (2, 1, 1, 1), "img_size": IMAGE},
+    "swin_transformer_v2": {"depths": (2, 1, 1, 1), "img_size": IMAGE},
+    "tiny_vit": {"depths": (1, 1, 2, 1)},
+    "vision_transformer_sam": {"depth": DEPTH, "global_attn_indexes": (1,), "img_size": IMAGE},
+}
 # What a pair may be refused for: a word for the table, and the message that says so.
 REASONS = {
     "block class": r"^blocks\.\d+ is an? \w+, which token reduction does not know",
     "attention class": r"^blocks\.\d+\.attn is an? \w+, which token reduction does not know",
     "no class token": r"scores patches by the class token, but this \w+ has none",
+    "windows": r"takes tokens away for good, or not as many of each window",
     "attention pooling": r"which attention pooling .* cannot tell from padding",
 }
 
@@ -61,7 +71,11 @@ Outcomes = dict[str, dict[str, dict[str, Outcome]]]  # {host: {method: {check: o
 
 
 def small_arguments(name: str) -> dict[str, Any] | None:
-    """Arguments that make a small model of timm's ``name``; None if it is no plain vision transformer."""
+    """Arguments that make a small model of timm's ``name``; None if it is no vision transformer that methods know."""
+    for module, arguments in WITH_WINDOWS.items():
+        if is_model_in_modules(name, [module]):
+            with torch.device("meta"):
+                return dict(arguments) if type(timm.create_model(name, **arguments)) in WINDOW_CLASSES else None
     small: dict[str, Any] = {"depth": DEPTH}
     with torch.device("meta"):
         try:
@@ -78,13 +92,13 @@ def small_arguments(name: str) -> dict[str, Any] | None:
 
 
 def find_hosts(pattern: str = "*") -> dict[str, dict[str, Any]]:
-    """{name: arguments of a small one} of all plain vision transformers whose timm name matches the pattern.
+    """{name: arguments of a small one} of all vision transformers that methods know, if the name matches the pattern.
 
-    Every name of the modules that know one of PLAIN_CLASSES is created, on the meta device.
+    Every name of the modules that know one of PLAIN_CLASSES or have windows is created, on the meta device.
     """
     contents = {name: vars(sys.modules.get(f"timm.models.{name}", object)).values() for name in list_modules()}
     modules = [name for name, content in contents.items() if any(cls in content for cls in PLAIN_CLASSES)]
-    names = sorted(name for module in modules for name in timm.list_models(module=module))
+    names = sorted(name for module in (*modules, *WITH_WINDOWS) for name in timm.list_models(module=module))
     arguments = {name: small_arguments(name) for name in names if fnmatch.fnmatch(name, pattern)}
     return {name: small for name, small in arguments.items() if small is not None}
 
@@ -120,6 +134,8 @@ def check_off(dense: nn.Module, method: str, x: Tensor, expected: list[Tensor]) 
 def check_default(dense: nn.Module, method: str, x: Tensor, expected: list[Tensor]) -> Outcome:
     """Whether the method's default setting removes tokens and gives finite scores, features and maps."""
     model = effvit.sparsify(dense, method)
+    if type(dense) in WINDOW_CLASSES:
+        return check_windows(model, x, expected)
     if "thresholds" in model.settings:
         effvit.calibrate(model, [x])
     scores, features = model(x), model.forward_tokens(x, memory=True)
@@ -131,6 +147,18 @@ def check_default(dense: nn.Module, method: str, x: Tensor, expected: list[Tenso
     left = int(features.tokens.counts()[0])
     if not 0 < left < features.tokens.num_patches:
         return Outcome("wrong", f"{left} of {features.tokens.num_patches} tokens are left")
+    return Outcome("good")
+
+
+def check_windows(model: nn.Module, x: Tensor, expected: list[Tensor]) -> Outcome:
+    """Whether a model reduced in its windows gives finite scores, features and maps of full size, and others."""
+    own = everything(model, x)
+    if [y.shape for y in own] != [y.shape for y in expected]:
+        return Outcome("wrong", f"shapes are {', '.join(str(tuple(y.shape)) for y in own)}")
+    if not all(y.isfinite().all() for y in own):
+        return Outcome("wrong", "output is not finite")
+    if torch.equal(own[0], expected[0]):
+        return Outcome("wrong", "nothing is reduced")
     return Outcome("good")
 
 
@@ -204,12 +232,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     hosts = find_hosts(args.pattern)
     if not hosts:
-        parser.error(f"no plain vision transformer of timm matches {args.pattern!r}")
+        parser.error(f"no vision transformer of timm that methods know matches {args.pattern!r}")
     outcomes: Outcomes = {}
     started = time.monotonic()
     for number, (name, small) in enumerate(hosts.items(), 1):
         dense = build(name, small)
-        outcomes[name] = check(dense, args.methods, torch.randn(1, 3, *small["img_size"]))
+        outcomes[name] = check(dense, args.methods, torch.randn(1, 3, *small.get("img_size", IMAGE)))
         print(f"{number}/{len(hosts)} {time.monotonic() - started:.0f} s {name}", file=sys.stderr)
     print(summary(outcomes))
     if args.json:

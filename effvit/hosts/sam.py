@@ -13,9 +13,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed_nhwc
 from timm.models._features import feature_take_indices
-from timm.models.vision_transformer_sam import Attention, Block, VisionTransformerSAM, get_rel_pos
+from timm.models.vision_transformer_sam import Attention, Block, VisionTransformerSAM
 from torch import Tensor, nn
 
 from effvit.block import rehouse
@@ -43,9 +44,9 @@ __all__ = ["ReducedSAM", "decomposed_bias"]
 
 def distance_table(table: Tensor, side: int) -> Tensor:
     """Relative positions (L, D) for the distances 1 - side to side - 1, resized as timm does it: (2 * side - 1, D)."""
-    pairs = get_rel_pos(side, side, table)  # (side, side, D): query, key
-    backwards = torch.arange(side - 1, -1, -1, device=table.device)
-    return torch.cat([pairs[0, backwards], pairs[1:, 0]])
+    if table.shape[0] == 2 * side - 1:
+        return table
+    return F.interpolate(table.T.unsqueeze(0), 2 * side - 1, mode="linear")[0].T
 
 
 def products_by_key(q: Tensor, table: Tensor, place: Tensor, side: int) -> Tensor:
