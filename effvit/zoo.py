@@ -21,6 +21,7 @@ from effvit.hosts.feature_pyramid import feature_settings
 from effvit.hosts.host import check_model_name, check_settings, record_name, sparsify
 from effvit.hosts.refusals import name_arguments
 from effvit.hosts.surface import SPARSIFIED, Reduced, record_args
+from effvit.hosts.windows import window_methods
 from effvit.protocols import Setting
 from effvit.reducers import METHODS, Reducer
 from effvit.reducers.registry import on_registration
@@ -56,6 +57,18 @@ NO_CLASS_TOKEN_HOSTS = (
     *relpos.NO_CLASS_TOKEN_HOSTS,
     *towers.NAMES,
     *naflex.NO_CLASS_TOKEN_HOSTS,
+)
+WIDER = ((16, 256), (24, 384))  # windows and pixels of Swin V2 behind its pretraining at 12 and 192
+PYRAMID_HOSTS = (
+    *(f"swin_{size}_patch4_window7_224" for size in ("tiny", "small", "base", "large")),
+    *(f"swin_{size}_patch4_window12_384" for size in ("base", "large")),
+    *(f"swinv2_{size}_window{window}_256" for size in ("tiny", "small", "base") for window in (8, 16)),
+    *(f"swinv2_{size}_window12to{window}_192to{pixels}" for size in ("base", "large") for window, pixels in WIDER),
+)
+WINDOW_HOSTS = (
+    *(f"samvit_{size}_patch16" for size in ("base", "large", "huge")),
+    "samvit_base_patch16_224",
+    *PYRAMID_HOSTS,
 )
 default_cfgs: dict[str, DefaultCfg] = {}
 _PYRAMIDS: dict[str, dict[str, object]] = {}  # names that register_pyramid made, and their settings
@@ -106,7 +119,7 @@ def _create(
     strict = saved or "siglip" not in host or kwargs.get("global_pool", "map") == "map"  # timm's rule for SigLIP
     loading = {name: kwargs.pop(name) for name in ("cache_dir", "pretrained_model_args") if name in kwargs}
     args = dict(kwargs)
-    feature_cfg = feature_settings(kwargs, out_indices=3)
+    feature_cfg = feature_settings(kwargs, out_indices=(0, 1, 2, 3) if host in PYRAMID_HOSTS else 3)
 
     def reduced_host(**host_kwargs: object) -> nn.Module:
         as_timm = pretrained and not behind
@@ -227,6 +240,7 @@ def sparsified(pretrained: bool = False, **kwargs: object) -> nn.Module:
 def _register_names(method: type[Reducer]) -> None:
     """Names for ``timm.create_model``: the method with each of the hosts it can have."""
     hosts = CLASS_TOKEN_HOSTS + (() if method.needs_class_token else NO_CLASS_TOKEN_HOSTS)
+    hosts += WINDOW_HOSTS if method.name in window_methods() else ()
     variants = {f"{method.name}_{host}": host for host in hosts}
     taken = next((variant for variant in variants if timm.is_model(variant)), None)
     if taken is not None:

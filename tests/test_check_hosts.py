@@ -23,7 +23,8 @@ def tool() -> ModuleType:
 def test_hosts_are_plain_vision_transformers_of_every_kind(tool: ModuleType) -> None:
     hosts = tool.find_hosts("*tiny*")
     assert {"deit_tiny_distilled_patch16_224", "eva02_tiny_patch14_224", "vit_tiny_r_s16_p8_224"} <= set(hosts)
-    assert not [name for name in hosts if name.startswith(("swin", "cait", "evit"))]
+    assert {"swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "tiny_vit_5m_224"} <= set(hosts)
+    assert not [name for name in hosts if name.startswith(("swinv2_cr", "cait", "evit"))]
     assert hosts["eva02_tiny_patch14_224"] == {"depth": 2, "img_size": (70, 84)}
 
 
@@ -55,6 +56,21 @@ def test_small_hosts_are_exact_or_refused_for_a_reason(
         assert {by_check["off"] for by_check in host.values()} == {"good"}
     assert written["hosts"]["test_vit2"]["tome"]["default"] == "good"
     assert written["hosts"]["test_vit2"]["evit"]["default"] == "refused: no class token"
+
+
+def test_hosts_with_windows_are_exact_reduced_or_refused(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tool.main(["--pattern", "samvit_base_patch16_224", "--methods", "evit", "tome", "expedite"]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert table[3:] == [
+        "evit                0        1        0        0        1        0",
+        "tome                1        0        0        1        0        0",
+        "expedite            1        0        0        1        0        0",
+        "refused:",
+        "  evit, off: 1 windows",
+        "  evit, default: 1 windows",
+        "wrong:",
+        "  none",
+    ]
 
 
 def test_refusals_are_counted_by_reason(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,4 +110,4 @@ def test_difference_from_timm_is_found(tool: ModuleType) -> None:
 def test_pattern_that_matches_nothing_is_an_error(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         tool.main(["--pattern", "resnet*"])
-    assert "no plain vision transformer or tower of timm matches 'resnet*'" in capsys.readouterr().err
+    assert "no vision transformer of timm that methods know matches 'resnet*'" in capsys.readouterr().err

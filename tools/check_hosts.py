@@ -1,4 +1,5 @@
-"""Check every method on every timm model that is a plain vision transformer or the tower of a vision-language model.
+"""Check every method on every timm model that is a plain vision transformer, one with windows that methods know, or the
+tower of a vision-language model.
 
 For each name, a method that reduces nothing must give timm's output bit for bit, and its default setting must
 run, be finite and remove tokens; or the pair must be refused for one of the reasons in REASONS. All else
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from timm.models import list_modules
+from timm.models import is_model_in_modules, list_modules
 from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
@@ -32,7 +33,7 @@ from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 
 import effvit
-from effvit.hosts.host import patch_embedding
+from effvit.hosts.host import WINDOW_CLASSES, patch_embedding
 from effvit.hosts.towers import TOWERS
 from effvit.reducers import METHODS
 
@@ -46,11 +47,20 @@ PLAIN_CLASSES = (
 DEPTH = 2
 GRID = (5, 6)  # not square, so that swapped rows and columns show
 TOWER_GRID = (6, 12)  # likewise, of whole cells for every projector
+# Arguments that make small models of timm's modules with windows: padded ones, and maps that one window covers.
+IMAGE = (80, 96)
+WITH_WINDOWS: dict[str, dict[str, Any]] = {
+    "swin_transformer": {"depths": (2, 1, 1, 1), "img_size": IMAGE},
+    "swin_transformer_v2": {"depths": (2, 1, 1, 1), "img_size": IMAGE},
+    "tiny_vit": {"depths": (1, 1, 2, 1)},
+    "vision_transformer_sam": {"depth": DEPTH, "global_attn_indexes": (1,), "img_size": IMAGE},
+}
 # What a pair may be refused for: a word for the table, and the message that says so.
 REASONS = {
     "block class": r"^blocks\.\d+ is an? \w+, which token reduction does not know",
     "attention class": r"^blocks\.\d+\.attn is an? \w+, which token reduction does not know",
     "no class token": r"scores patches by the class token, but this \w+ has none",
+    "windows": r"takes tokens away for good, or not as many of each window",
     "attention pooling": r"which attention pooling .* cannot tell from padding",
 }
 
@@ -71,10 +81,15 @@ Outcomes = dict[str, dict[str, dict[str, Outcome]]]  # {host: {method: {check: o
 
 
 def small_arguments(name: str, naflex: bool = False) -> dict[str, Any] | None:
-    """Arguments that make a small model of timm's ``name``; None if it is none of PLAIN_CLASSES.
+    """Arguments that make a small model of timm's ``name``; None if it is no vision transformer that methods know.
 
     With ``naflex`` a ``NaFlexVit`` of it, None if timm makes none of that name.
     """
+    for module, arguments in WITH_WINDOWS.items():
+        if is_model_in_modules(name, [module]):
+            with torch.device("meta"):
+                known = not naflex and type(timm.create_model(name, **arguments)) in WINDOW_CLASSES
+            return dict(arguments) if known else None
     small: dict[str, Any] = {"depth": DEPTH} | ({"use_naflex": True} if naflex else {})
     with torch.device("meta"):
         try:
@@ -98,15 +113,14 @@ def small_arguments(name: str, naflex: bool = False) -> dict[str, Any] | None:
 
 
 def find_hosts(pattern: str = "*", naflex: bool = False) -> dict[str, dict[str, Any]]:
-    """{name: arguments of a small one} of all models of PLAIN_CLASSES whose timm name matches the pattern.
-
+    """{name: arguments of a small one} of all vision transformers that methods know, if the name matches the pattern.
 
     With ``naflex`` of those of which timm makes a ``NaFlexVit`` by ``use_naflex=True``. Every name of the modules that
-    know one of PLAIN_CLASSES is created, on the meta device.
+    know one of PLAIN_CLASSES or have windows is created, on the meta device.
     """
     contents = {name: vars(sys.modules.get(f"timm.models.{name}", object)).values() for name in list_modules()}
     modules = [name for name, content in contents.items() if any(cls in content for cls in PLAIN_CLASSES)]
-    names = sorted(name for module in modules for name in timm.list_models(module=module))
+    names = sorted({name for module in (*modules, *WITH_WINDOWS) for name in timm.list_models(module=module)})
     arguments = {name: small_arguments(name, naflex) for name in names if fnmatch.fnmatch(name, pattern)}
     return {name: small for name, small in arguments.items() if small is not None}
 
@@ -142,6 +156,8 @@ def check_off(dense: nn.Module, method: str, x: Tensor, expected: list[Tensor]) 
 def check_default(dense: nn.Module, method: str, x: Tensor, expected: list[Tensor]) -> Outcome:
     """Whether the method's default setting removes tokens and gives finite scores, features and maps."""
     model = effvit.sparsify(dense, method)
+    if type(dense) in WINDOW_CLASSES:
+        return check_windows(model, x, expected)
     if "thresholds" in model.settings:
         effvit.calibrate(model, [x])
     scores, features = model(x), model.forward_tokens(x, memory=True)
@@ -153,6 +169,18 @@ def check_default(dense: nn.Module, method: str, x: Tensor, expected: list[Tenso
     left = int(features.tokens.counts()[0])
     if not 0 < left < features.tokens.num_patches:
         return Outcome("wrong", f"{left} of {features.tokens.num_patches} tokens are left")
+    return Outcome("good")
+
+
+def check_windows(model: nn.Module, x: Tensor, expected: list[Tensor]) -> Outcome:
+    """Whether a model reduced in its windows gives finite scores, features and maps of full size, and others."""
+    own = everything(model, x)
+    if [y.shape for y in own] != [y.shape for y in expected]:
+        return Outcome("wrong", f"shapes are {', '.join(str(tuple(y.shape)) for y in own)}")
+    if not all(y.isfinite().all() for y in own):
+        return Outcome("wrong", "output is not finite")
+    if torch.equal(own[0], expected[0]):
+        return Outcome("wrong", "nothing is reduced")
     return Outcome("good")
 
 
@@ -228,12 +256,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     hosts = find_hosts(args.pattern, args.naflex)
     if not hosts:
-        parser.error(f"no plain vision transformer or tower of timm matches {args.pattern!r}")
+        parser.error(f"no vision transformer of timm that methods know matches {args.pattern!r}")
     outcomes: Outcomes = {}
     started = time.monotonic()
     for number, (name, small) in enumerate(hosts.items(), 1):
         dense = build(name, small)
-        outcomes[name] = check(dense, args.methods, torch.randn(1, 3, *small["img_size"]))
+        outcomes[name] = check(dense, args.methods, torch.randn(1, 3, *small.get("img_size", IMAGE)))
         print(f"{number}/{len(hosts)} {time.monotonic() - started:.0f} s {name}", file=sys.stderr)
     print(summary(outcomes))
     if args.json:

@@ -1,4 +1,4 @@
-"""Closed forms of plain vision transformers, with and without a reduction method, and of Swin."""
+"""Closed forms of plain vision transformers, with and without a reduction method."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from effvit.layers.macs import (
     PlainBlock,
     SelfAttention,
     Terms,
-    WindowedBlock,
     attend,
     attention,
     convolutions,
@@ -20,13 +19,12 @@ from effvit.layers.macs import (
     layers,
     norm,
     position_bias,
-    window_block,
 )
 from effvit.protocols import PatchEmbedding, Size
 from effvit.reducers import METHODS, Reducer
 from effvit.reducers.cost import BlockSizes, Change
 
-__all__ = ["PlainViT", "Swin", "classifier", "embedding", "plain_block", "plain_vit", "run_blocks", "swin"]
+__all__ = ["PlainViT", "classifier", "embedding", "plain_block", "plain_vit", "run_blocks"]
 
 
 class Pool(Protocol):
@@ -95,22 +93,6 @@ class PlainViT(Classifies, Protocol):
 
     patch_embed: PatchEmbedding
     blocks: Sequence[Block]
-
-
-class SwinStage(Protocol):
-    """A stage of timm's Swin."""
-
-    downsample: nn.Module
-    blocks: Sequence[WindowedBlock]
-
-
-class Swin(Protocol):
-    """timm's Swin transformer."""
-
-    patch_embed: nn.Module
-    layers: Sequence[SwinStage]
-    norm: nn.Module
-    head: nn.Module
 
 
 def embedding(patch_embed: PatchEmbedding, size: Size) -> tuple[Terms, Size]:
@@ -212,15 +194,3 @@ def attention_pool(pool: Pool, keys: int) -> Terms:
         else:
             terms += layers("pooling", layer, keys if name == "kv" else queries)
     return terms
-
-
-def swin(model: Swin, size: Size) -> Terms:
-    """timm's Swin transformer (2103.14030)."""
-    terms, (height, width) = convolutions("embedding", model.patch_embed, size)
-    for stage in model.layers:
-        if not isinstance(stage.downsample, nn.Identity):
-            height, width = -(-height // 2), -(-width // 2)
-            terms += layers("embedding", stage.downsample, height * width)
-        for block in stage.blocks:
-            terms += window_block(block, (height, width))
-    return terms + norm(model.norm, height * width) + layers("head", model.head, 1)

@@ -23,13 +23,17 @@ from timm.models._pretrained import PretrainedCfg
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.naflexvit import NaFlexVit
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.tiny_vit import TinyVit
 from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import Tensor, nn
 
 from effvit.block import BlockList, call_block, copy_shared, rehouse, set_child, token_block
 from effvit.hosts.closed_form import PlainViT, plain_vit
 from effvit.hosts.refusals import is_file_name, is_sharded, reason_against, reason_against_class
+from effvit.hosts.sam import ReducedSAM
 from effvit.hosts.stages import Stage, map_stage
 from effvit.hosts.surface import (
     SPARSIFIED,
@@ -42,7 +46,9 @@ from effvit.hosts.surface import (
     refuse_open_sizes,
     with_gradients,
 )
-from effvit.hosts.tiny_vit import ReducedTinyViT, reduce_windows
+from effvit.hosts.swin import ReducedSwin, ReducedSwinV2
+from effvit.hosts.tiny_vit import ReducedTinyViT
+from effvit.hosts.windows import ReducedWindows, reduce_windows
 from effvit.layers.macs import Terms
 from effvit.protocols import Layer, PatchEmbedding, Setting, Settings, Size
 from effvit.recording import refuse_legacy_onnx
@@ -463,6 +469,13 @@ HOST_CLASSES: dict[type[nn.Module], type[ReducedHost]] = {
     Eva: ReducedEva,
 }
 
+WINDOW_CLASSES: dict[type[nn.Module], type[ReducedWindows]] = {
+    TinyVit: ReducedTinyViT,
+    VisionTransformerSAM: ReducedSAM,
+    SwinTransformer: ReducedSwin,
+    SwinTransformerV2: ReducedSwinV2,
+}
+
 
 def register_host(host_class: type[HostT], reduced_class: type[ReducedHost] | None = None) -> type[HostT]:
     """Let ``sparsify`` take models of a class of your own. It can stand above the class as a decorator.
@@ -602,12 +615,12 @@ def sparsify(
     recover: str | None = None,
     share: bool = True,
     **settings: Setting,
-) -> ReducedHost | ReducedTinyViT:
+) -> ReducedHost | ReducedWindows:
     """A cheaper version of a timm vision transformer that drops, merges or samples tokens as it goes.
 
     Args:
         model: A timm model or the name of one (then created without pretrained weights; for others call
-            ``timm.create_model`` and give the model), plain or a TinyVit (``effvit.hosts.tiny_vit``). It may be
+            ``timm.create_model`` and give the model), plain or with windows (``effvit.hosts.windows``). It may be
             reduced already: its method is replaced. What the reducers have learnt (DyMU's thresholds, parameters of
             a method of your own) and the module ``recovery`` stay where the new ones are of the same method and
             shapes; otherwise a warning names what the new model is without.
@@ -616,7 +629,7 @@ def sparsify(
             ``effvit.recover.FILLS``: "last", "nearest", "zero", "reconstruct" or "attention", which is trained and
             adds a module ``recovery``, which a classifier carries along unused. None means what the model has if it is
             reduced by the same method already, else "reconstruct" for Expedite and "last" for the other methods.
-            Stages of a TinyViT end with full maps: there is nothing to choose.
+            Stages with windows end with full maps: there is nothing to choose.
         share: Share every parameter and buffer with the given model: training either one trains both, and moving or
             casting the new one moves or casts both. False gives the new model copies, as a student needs that learns
             from its teacher.
@@ -639,23 +652,24 @@ def sparsify(
     check_switch("share", share)
     dense = _create_host(model) if isinstance(model, str) and not is_file_name(model) else model
     if not isinstance(dense, nn.Module):
-        raise TypeError(reason_against(dense, {*HOST_CLASSES, TinyVit}))
+        raise TypeError(reason_against(dense, {*HOST_CLASSES, *WINDOW_CLASSES}))
     if recover is None:
         recover = METHODS[method].recover
         if isinstance(dense, Reduced) and dense.method == method:
             recover = dense.recover
     check_fill(recover)
-    if type(dense) in (TinyVit, ReducedTinyViT):
+    window_class = type(dense) if isinstance(dense, ReducedWindows) else WINDOW_CLASSES.get(type(dense))
+    if window_class is not None:
         if recover != METHODS[method].recover:
             raise ValueError(
-                f"every stage of a TinyVit ends with full maps, so there is nothing to fill by recover {recover!r}; "
-                "leave recover out"
+                f"every stage of a {window_class.__bases__[-1].__name__} ends with full maps, so there is nothing to "
+                f"fill by recover {recover!r}; leave recover out"
             )
-        reduced = reduce_windows(dense, method, settings, share)
+        reduced = reduce_windows(dense, window_class, method, settings, share)
         return _described(reduced, dense, method, settings, recover)
     host_class = type(dense) if isinstance(dense, ReducedHost) else HOST_CLASSES.get(type(dense))
     if host_class is None or is_sharded(dense):
-        raise TypeError(reason_against(dense, {*HOST_CLASSES, TinyVit}))
+        raise TypeError(reason_against(dense, {*HOST_CLASSES, *WINDOW_CLASSES}))
     host = rehouse(copy_shared(dense, share), host_class)
     if not isinstance(dense, ReducedHost):
         host._depth = len(host.blocks)

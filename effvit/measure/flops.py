@@ -176,6 +176,7 @@ HANDLES: dict[str, Handle] = {
     "aten::gru": recurrent_flops,
     "aten::avg_pool1d": pool_flops,
     "aten::avg_pool2d": pool_flops,
+    "aten::upsample_linear1d": resize_flops(2),
     "aten::upsample_bicubic2d": resize_flops(4),
     "aten::_upsample_bilinear2d_aa": resize_flops(2, antialiased=True),
     "aten::_upsample_bicubic2d_aa": resize_flops(4, antialiased=True),

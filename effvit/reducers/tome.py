@@ -18,10 +18,22 @@ from effvit.reducers.cost import BlockSizes, Change, alternating_pairs
 from effvit.reducers.matching import alternating_match, mean_keys, merge_sizes, move_shares
 from effvit.reducers.merging import apply_merge, plan_merge
 from effvit.schedule import check_switch, spread_ladder, tome_r
-from effvit.tokens import Ranges, TokenMap, fx_leaf, position_of, ranges_of, wide_dtype, wide_product, widened
+from effvit.tokens import (
+    Ranges,
+    TokenMap,
+    flat_rows,
+    fx_leaf,
+    position_of,
+    ranges_of,
+    take_rows,
+    wide_dtype,
+    wide_product,
+    widened,
+)
 
 __all__ = [
     "Matching",
+    "MergedGrids",
     "ToMe",
     "bipartite_soft_matching",
     "kth_bipartite_target",
@@ -164,6 +176,34 @@ def merge_tokens(
     return new.view(*kept.shape, -1), new_sizes.view(kept.shape)
 
 
+class MergedGrids(NamedTuple):
+    """Groups of the tokens of small grids, see ``effvit.reducers.grids``.
+
+    Attributes:
+        matching: The pairs.
+        target: (B, N) group of each token.
+        sizes_count: A group counts as a key by its size.
+    """
+
+    matching: Matching
+    target: Tensor
+    sizes_count: bool
+
+    @property
+    def anchor(self) -> Tensor:
+        """(B, N-r) token whose position each group keeps."""
+        return self.matching.order
+
+    def merge(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Tokens x (B, N, C) -> means (B, N-r, C), and the sizes (B, N-r) if they count."""
+        means, sizes = merge_tokens(x, None, self.matching)
+        return means, sizes if self.sizes_count else None
+
+    def spread(self, y: Tensor) -> Tensor:
+        """Each token gets what its group became: y (B, N-r, C) -> (B, N, C)."""
+        return take_rows(y, flat_rows(self.target, y.shape[1]))
+
+
 class ToMe(Reducer):
     """Merge the r most similar token pairs of each block (ToMe, 2210.09461, section 3).
 
@@ -225,8 +265,21 @@ class ToMe(Reducer):
     def count(self, num_tokens: int, num_patches: int) -> int:
         return num_tokens - self.num_merged(num_tokens)
 
+    @torch.no_grad()
+    def group(self, features: Tensor, x: Tensor, area: int) -> MergedGrids:
+        """Groups of the r most similar pairs of each grid; r is meant for ``area`` tokens.
+
+        What the block will make of its tokens is not known yet, keys neither: as in token merging for Stable Diffusion
+        (2303.17604), tokens are compared as they enter.
+        """
+        length = features.shape[1]
+        r = min(self.r * length // area, length // 2)
+        matching = bipartite_soft_matching(features, r, 0, origin=self.origin("tokens"), x=x)
+        return MergedGrids(matching, matching_target(matching, x[..., 0].long()), self.prop_attn)
+
     def cost(self, at: BlockSizes) -> Change:
-        merged = min(self.r, at.tokens // 2)
+        r = self.r if at.area is None else self.r * at.tokens // at.area
+        merged = min(r, at.tokens // 2)
         return Change(at.tokens, at.tokens, at.tokens - merged, alternating_pairs(at.tokens, at.head_dim))
 
     def reduce(self, x: Tensor, tokens: TokenMap, state: AttnState) -> tuple[Tensor, TokenMap]:
