@@ -16,11 +16,12 @@ from pages import example
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 from timm.models.gemma4_vit import Gemma4VitEncoder
+from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
 from torch import Tensor, nn
 
 import effvit
 from effvit.hosts.host import HOST_CLASSES
-from effvit.hosts.towers import NAMES, TOWERS, mean_filled
+from effvit.hosts.towers import NAMES, TOWERS, is_tower, mean_filled
 from effvit.measure.breakdown import time_by_block
 from effvit.measure.closed_form import closed_form_macs
 from effvit.measure.controls import control_of, resolution_control
@@ -466,6 +467,15 @@ def test_smaller_images_of_a_tower_are_cut_into_whole_cells() -> None:
     assert control.model(torch.randn(1, 3, 48, 96)).shape == (1, 5)
     with pytest.raises(ValueError, match="which this model takes for one cell of 3 x 3 patches"):
         resolution_control(dense, 1)
+
+
+def test_plain_vits_whose_blocks_are_refused_still_tell_their_tokens() -> None:
+    """Only the parts of a tower are found by way of a reduced model."""
+    dense = VisionTransformer(img_size=32, embed_dim=48, depth=2, num_heads=3, block_fn=ParallelScalingBlock).eval()
+    assert tokens_by_block(dense, torch.zeros(1, 3, 32, 32)) == [4.0, 4.0]
+    assert not is_tower(dense)
+    assert is_tower(build("gemma4 soft"))
+    assert not is_tower(reduced("gemma4 soft"))
 
 
 def test_all_classes_of_towers_are_registered() -> None:

@@ -12,7 +12,7 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
 from effvit.hosts.host import as_host
-from effvit.hosts.towers import TOWERS
+from effvit.hosts.towers import is_tower
 from effvit.images import as_rgb
 from effvit.protocols import Size
 
@@ -33,7 +33,7 @@ class DataConfig(TypedDict):
 def data_config(model: nn.Module) -> DataConfig:
     """timm's data configuration of the model (mean, std, crop ...) with the input size the model has now."""
     config: DataConfig = resolve_model_data_config(model)
-    sized = as_host(model) if type(model) in TOWERS else model
+    sized = as_host(model) if is_tower(model) else model
     img_size: Size | None = getattr(getattr(sized, "patch_embed", None), "img_size", None)
     if img_size is not None:
         config["input_size"] = (config["input_size"][0], *img_size)

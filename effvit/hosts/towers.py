@@ -55,6 +55,7 @@ __all__ = [
     "ReducedQwen3Encoder",
     "ReducedTower",
     "SizedPatchEmbed",
+    "is_tower",
     "mean_filled",
 ]
 
@@ -599,3 +600,8 @@ TOWERS: dict[type[nn.Module], type[ReducedTower]] = {
     Gemma4VitClassifier: ReducedGemma4Classifier,
 }
 HOST_CLASSES |= TOWERS
+
+
+def is_tower(model: nn.Module) -> bool:
+    """Whether a model is a dense tower, whose blocks and sizes ``effvit.hosts.host.as_host`` finds."""
+    return issubclass(HOST_CLASSES.get(type(model), ReducedHost), ReducedTower)

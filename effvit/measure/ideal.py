@@ -11,7 +11,8 @@ from timm.models.eva import Eva, EvaBlock
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from effvit.hosts.host import HOST_CLASSES, ReducedHost, as_host
+from effvit.hosts.host import ReducedHost, as_host
+from effvit.hosts.towers import is_tower
 from effvit.measure.flops import eval_twin
 from effvit.protocols import Layer, PatchEmbedding
 
@@ -92,7 +93,7 @@ class Parts(Protocol):
 
 def plain_parts(dense: nn.Module) -> Parts:
     """Blocks and patch embedding of a plain ViT, whatever part of the model holds them."""
-    return as_host(dense) if type(dense) in HOST_CLASSES else cast("Parts", dense)
+    return as_host(dense) if is_tower(dense) else cast("Parts", dense)
 
 
 class EvaAttention(Protocol):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from effvit.hosts.host import HOST_CLASSES
+from effvit.hosts.towers import is_tower
 from effvit.measure.ideal import plain_parts
 from effvit.measure.variants import check_dense, reduce_by
 from effvit.protocols import Settings
@@ -55,7 +55,7 @@ def families(dense: nn.Module, methods: Sequence[str] | None = None) -> list[Fam
     if unknown:
         raise ValueError(f"{unknown[0]!r} is not tuned; tuned are {', '.join(known)}")
     check_dense(dense)
-    if not hasattr(dense, "blocks") and type(dense) not in HOST_CLASSES:
+    if not hasattr(dense, "blocks") and not is_tower(dense):
         raise TypeError(f"tuned are plain ViTs, whose blocks follow each other in 'blocks', not {type(dense).__name__}")
     host = plain_parts(dense)
     depth, patches = len(host.blocks), host.patch_embed.num_patches

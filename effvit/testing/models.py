@@ -19,7 +19,7 @@ import effvit
 from effvit.hosts.host import ReducedHost, as_host
 from effvit.hosts.lvvit import LVViT
 from effvit.hosts.surface import record_args
-from effvit.hosts.towers import TOWERS
+from effvit.hosts.towers import is_tower
 from effvit.protocols import Setting, Settings, Size
 from effvit.reducers import METHODS
 from effvit.testing.surface import Backbone, MakeModel
@@ -132,7 +132,7 @@ def reduce(host: Backbone, method: str, settings: Settings, recover: str | None 
 
 def make_images(model: Backbone | ReducedHost, batch: int = 2) -> Tensor:
     """Images (B, 3, H, W) of the model's size, the same ones at every call."""
-    sized = as_host(model) if type(model) in TOWERS else model
+    sized = as_host(model) if is_tower(model) else model
     size = sized.patch_embed.img_size
     assert size is not None, "the model was not made for images of one size"
     return noise(batch, size)
