@@ -16,6 +16,7 @@ from pages import example
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 from timm.models.gemma4_vit import Gemma4VitEncoder
+from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
 from torch import Tensor, nn
 
 import effvit
@@ -466,6 +467,12 @@ def test_smaller_images_of_a_tower_are_cut_into_whole_cells() -> None:
     assert control.model(torch.randn(1, 3, 48, 96)).shape == (1, 5)
     with pytest.raises(ValueError, match="which this model takes for one cell of 3 x 3 patches"):
         resolution_control(dense, 1)
+
+
+def test_plain_vits_whose_blocks_are_refused_still_tell_their_tokens() -> None:
+    """Only parts that the model itself does not hold are found by way of a reduced model."""
+    dense = VisionTransformer(img_size=32, embed_dim=48, depth=2, num_heads=3, block_fn=ParallelScalingBlock).eval()
+    assert tokens_by_block(dense, torch.zeros(1, 3, 32, 32)) == [4.0, 4.0]
 
 
 def test_all_classes_of_towers_are_registered() -> None:

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effvit.block import copy_shared, set_child
-from effvit.hosts.host import HOST_CLASSES, ReducedHost, as_host, sparsify
+from effvit.hosts.host import HOST_CLASSES, ReducedHost, sparsify
 from effvit.hosts.surface import Reduced, patch_grid
 from effvit.hosts.towers import ReducedTower
 from effvit.measure.closed_form import closed_form_macs
 from effvit.measure.costs import macs_of
-from effvit.measure.ideal import mean_counts
+from effvit.measure.ideal import mean_counts, plain_parts
 from effvit.protocols import Setting, Size
 from effvit.reducers import METHODS, Reducer
 from effvit.reducers.static_selection import Random, StaticSelection
@@ -260,9 +260,9 @@ def resolution_control(dense: nn.Module, macs: float) -> ResolutionControl:
         known = ", ".join(cls.__name__ for cls in HOST_CLASSES)
         raise TypeError(f"smaller images are for a plain ViT, which is one of {known}, got a {type(dense).__name__}")
     check_number("macs", macs, "positive")
-    host = as_host(dense)
-    cell = host.cell if isinstance(host, ReducedTower) else 1
-    patch, (height, width) = host.patch_embed.patch_size, host.patch_embed.grid_size
+    parts = plain_parts(dense)
+    cell = parts.cell if isinstance(parts, ReducedTower) else 1
+    patch, (height, width) = parts.patch_embed.patch_size, parts.patch_embed.grid_size
     longer = max(height, width)
     for side in range(longer, 0, -cell):
         rows, columns = (cell * max(1, round(whole * side / longer / cell)) for whole in (height, width))
@@ -270,7 +270,7 @@ def resolution_control(dense: nn.Module, macs: float) -> ResolutionControl:
         cost = sum(closed_form_macs(dense, (cast("Resizable", dense).in_chans, *size)).values())
         if cost <= macs:
             model = copy_shared(dense, share=False)
-            if hasattr(model, "set_input_size") and not isinstance(host, ReducedTower):  # others take any size
+            if hasattr(model, "set_input_size") and not isinstance(parts, ReducedTower):  # others take any size
                 cast("Resizable", model).set_input_size(size)
             return ResolutionControl(model, size, cost)
     least = "one patch" if cell == 1 else f"one cell of {cell} x {cell} patches"

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from effvit.hosts.host import HOST_CLASSES, ReducedHost, as_host
+from effvit.hosts.host import HOST_CLASSES, ReducedHost
 from effvit.hosts.surface import Reduced
 from effvit.measure.breakdown import time_by_block
 from effvit.measure.fidelity import compare_outputs, outputs
 from effvit.measure.flops import FlopReport, count_flops
-from effvit.measure.ideal import ideal_of, mean_counts
+from effvit.measure.ideal import ideal_of, mean_counts, plain_parts
 from effvit.measure.profiler import (
     Measurement,
     ProfileOptions,
@@ -198,4 +198,5 @@ def tokens_by_block(model: nn.Module, images: Tensor) -> list[float] | None:
         return mean_counts(model, images)
     if type(model) not in HOST_CLASSES:
         return None
-    return [float(count) for count in as_host(model).token_counts()]
+    parts = plain_parts(model)
+    return [float(parts.patch_embed.num_patches)] * len(parts.blocks)

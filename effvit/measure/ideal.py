@@ -11,7 +11,7 @@ from timm.models.eva import Eva, EvaBlock
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from effvit.hosts.host import HOST_CLASSES, ReducedHost, as_host
+from effvit.hosts.host import ReducedHost, as_host
 from effvit.measure.flops import eval_twin
 from effvit.protocols import Layer, PatchEmbedding
 
@@ -92,7 +92,8 @@ class Parts(Protocol):
 
 def plain_parts(dense: nn.Module) -> Parts:
     """Blocks and patch embedding of a plain ViT, whatever part of the model holds them."""
-    return as_host(dense) if type(dense) in HOST_CLASSES else cast("Parts", dense)
+    holds_them = hasattr(dense, "blocks") and hasattr(getattr(dense, "patch_embed", None), "img_size")
+    return cast("Parts", dense) if holds_them else as_host(dense)
 
 
 class EvaAttention(Protocol):
