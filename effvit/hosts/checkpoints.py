@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
-from timm.models import eva, tiny_vit, vision_transformer
+from timm.models import eva, tiny_vit, vision_transformer, vision_transformer_sam
 from torch import Tensor, nn
 
 from effvit.hosts._pickles import check_pickles
@@ -62,7 +62,7 @@ STALE = re.compile(r"(^|\.)image_encoder\.head\.(weight|bias)$")
 
 
 def official_state_dict(
-    checkpoint: Mapping[str, object], key: str | None = None
+    checkpoint: Mapping[str, object], key: str | None = None, own: Collection[str] = ()
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Weights of a loaded checkpoint under plain names, and the names of what was dropped from it.
 
@@ -70,6 +70,7 @@ def official_state_dict(
         checkpoint: Weights, or a dict that holds them beside others: averaged ones come before the last ones, in timm's
             order.
         key: The entry with the weights; None finds it.
+        own: Names of the model to load, which stay even if other networks have parts that are dropped under them.
 
     Raises:
         ValueError: Entries whose names are no strings, or two of one plain name; no ``key``, or none given for a file
@@ -86,7 +87,7 @@ def official_state_dict(
             )
         stale = STALE.search(name)
         name = WRAPPERS.sub("", INSERTED.sub("", name))
-        if not isinstance(value, Tensor) or stale or DROPPED.search(name):
+        if not isinstance(value, Tensor) or stale or (DROPPED.search(name) and name not in own):
             dropped.append(name)
         elif name in state:
             raise ValueError(
@@ -184,13 +185,15 @@ def host_state_dict(state: dict[str, Tensor], model: nn.Module) -> dict[str, Ten
         return vision_transformer.checkpoint_filter_fn(state, model, adapt_layer_scale=True)
     if isinstance(model, tiny_vit.TinyVit):
         return tiny_vit_state_dict(state, model)
+    if isinstance(model, vision_transformer_sam.VisionTransformerSAM):
+        return {name.replace("mlp.lin", "mlp.fc"): value for name, value in state.items()}
     return state
 
 
 def _check_tables(state: Mapping[str, Tensor], model: nn.Module) -> None:
     """Raise a ValueError for a position table or patch kernel that cannot be resampled to the model's sizes."""
     table, own = state.get("pos_embed"), getattr(model, "pos_embed", None)
-    if table is not None and own is not None:
+    if table is not None and own is not None and own.ndim == 3:  # SAM's is a map, of one size
         prefix = 0 if getattr(model, "no_embed_class", False) else getattr(model, "num_prefix_tokens", 0)
         patches = table.shape[1] - prefix if table.ndim == 3 else 0
         is_square = patches > 0 and math.isqrt(patches) ** 2 == patches
@@ -285,15 +288,15 @@ def _check_memory(content: Mapping[object, object]) -> None:
 
 
 def read_checkpoint(
-    path: str | Path, allowed: Sequence[type] = (), key: str | None = None
+    path: str | Path, allowed: Sequence[type] = (), key: str | None = None, own: Collection[str] = ()
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The weights in a file under plain names, and the names of what was dropped from it.
 
-    The file is read by ``read_file``; ``key`` and further errors are those of ``official_state_dict``.
+    The file is read by ``read_file``; ``key``, ``own`` and further errors are those of ``official_state_dict``.
     """
     content = read_file(path, allowed)
     try:
-        return official_state_dict(content, key)
+        return official_state_dict(content, key, own)
     except ValueError as error:
         raise ValueError(f"{plain(path)}: {error}") from error
 
@@ -386,7 +389,7 @@ def convert_checkpoint(
         ValueError: The file cannot be read, has two networks, or belongs to another architecture: missing, unexpected
             or differently shaped parameters, of which the first are named.
     """
-    given, dropped = read_checkpoint(path, allowed, key)
+    given, dropped = read_checkpoint(path, allowed, key, model.state_dict().keys())
     state, unused = adapt_state(model, given)
     check_state(state, model, path)
     origins = {(value.data_ptr(), value.numel()): name for name, value in given.items()}
