@@ -207,7 +207,7 @@ def _take_recipe(kwargs: dict[str, object]) -> Recipe:
     if recipe.host == SPARSIFIED:
         raise ValueError(f"host must name the model to reduce, got {SPARSIFIED!r}, which is one reduced already")
     check_settings(recipe.method, settings)
-    beside = sorted(METHODS[recipe.method].defaults().keys() & kwargs.keys())
+    beside = sorted((METHODS[recipe.method].defaults().keys() & kwargs.keys()) - {"window_size"})  # hosts have it too
     if beside:
         raise TypeError(
             f"{SPARSIFIED!r} takes the settings of {recipe.method} as a dict, got {', '.join(beside)} beside it; give "

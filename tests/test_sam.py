@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -199,6 +200,16 @@ def test_padding_is_merged_with_padding_first() -> None:
     assert padding.sum() == 10
     assert padding[groups.matching.source[3]].all()
     assert padding[groups.matching.destination[3]].all()
+
+
+def test_official_file_loads_and_tells_what_has_no_place(tmp_path: Path) -> None:
+    """Under the names of the released files, which hold a prompt encoder and a mask decoder too."""
+    model, other = effvit.sparsify(small(num_classes=0), "tome", r=5), small(num_classes=0)
+    file = {f"image_encoder.{name.replace('mlp.fc', 'mlp.lin')}": value for name, value in model.state_dict().items()}
+    torch.save(file | {"prompt_encoder.x": torch.zeros(3)}, tmp_path / "sam.pth")
+    torch.nn.init.zeros_(other.pos_embed)
+    assert effvit.load_checkpoint(other, tmp_path / "sam.pth") == ["prompt_encoder.x"]
+    assert torch.equal(effvit.sparsify(other, "tome", r=5)(images()), model(images()))
 
 
 def test_names_have_the_tags_of_the_host() -> None:

@@ -96,7 +96,7 @@ STALE = re.compile(r"(^|\.)image_encoder\.head\.(weight|bias)$")
 
 
 def official_state_dict(
-    checkpoint: Mapping[str, object], key: str | None = None
+    checkpoint: Mapping[str, object], key: str | None = None, own: Collection[str] = ()
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Weights of a loaded checkpoint under plain names, and the names of what was dropped from it.
 
@@ -106,6 +106,7 @@ def official_state_dict(
         checkpoint: Weights, or a dict that holds them beside others: averaged ones come before the last ones, in timm's
             order.
         key: The entry with the weights; None finds it.
+        own: Names of the model to load, which stay even if other networks have parts that are dropped under them.
 
     Raises:
         ValueError: Entries whose names are no strings, or two of one plain name; no ``key``, or none given for a file
@@ -125,7 +126,8 @@ def official_state_dict(
         stale = STALE.search(name)
         name = INSERTED.sub("", name)
         name = name if is_foreign else WRAPPERS.sub("", name)
-        if not isinstance(value, Tensor) or (not is_foreign and (stale or DROPPED.search(name))):
+        no_weight = not is_foreign and (stale or (DROPPED.search(name) and name not in own))
+        if not isinstance(value, Tensor) or no_weight:
             dropped.append(name)
         elif name in state:
             raise ValueError(
@@ -276,7 +278,7 @@ def _placed(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
 def _check_tables(state: Mapping[str, Tensor], model: nn.Module) -> None:
     """Raise a ValueError for a position table or patch kernel that cannot be resampled to the model's sizes."""
     table, own = state.get("pos_embed"), getattr(model, "pos_embed", None)
-    if table is not None and own is not None and own.ndim == 3:
+    if table is not None and own is not None and own.ndim == 3:  # SAM's is a map, of one size
         prefix = 0 if getattr(model, "no_embed_class", False) else getattr(model, "num_prefix_tokens", 0)
         if "register_tokens" in state:  # DINOv2's, whose table has a row for the class token, which timm adds to it
             prefix = 1
@@ -374,15 +376,15 @@ def _check_memory(content: Mapping[object, object]) -> None:
 
 
 def read_checkpoint(
-    path: str | Path, allowed: Sequence[type] = (), key: str | None = None
+    path: str | Path, allowed: Sequence[type] = (), key: str | None = None, own: Collection[str] = ()
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The weights in a file under plain names, and the names of what was dropped from it.
 
-    The file is read by ``read_file``; ``key`` and further errors are those of ``official_state_dict``.
+    The file is read by ``read_file``; ``key``, ``own`` and further errors are those of ``official_state_dict``.
     """
     content = read_file(path, allowed)
     try:
-        return official_state_dict(content, key)
+        return official_state_dict(content, key, own)
     except ValueError as error:
         raise ValueError(f"{plain(path)}: {error}") from error
 
@@ -515,7 +517,7 @@ def convert_checkpoint(
         ValueError: The file cannot be read, has two networks, or belongs to another architecture: missing, unexpected
             or differently shaped parameters, of which the first are named.
     """
-    given, dropped = read_checkpoint(path, allowed, key)
+    given, dropped = read_checkpoint(path, allowed, key, model.state_dict().keys())
     tower = find_tower(given)
     family = None if tower is None else tower.family.name
     if tower is not None:

@@ -738,10 +738,12 @@ def record_name(model: Reduced) -> None:
     """Let ``pretrained_cfg`` name what the model is, for timm's hub folders.
 
     The zoo's name, if its host has one under the method: keywords of ``timm.create_model`` cannot be None, so with a
-    setting that is, and with any other host, the name is SPARSIFIED and ``_model_args`` tells the rest.
+    setting that is, with one that is named as a keyword the host was made with, and with any other host, the name is
+    SPARSIFIED and ``_model_args`` tells the rest.
     """
     name, defaults = f"{model.method}_{model.host_name}", METHODS[model.method].defaults()
     unsaid = any(value is None and defaults[setting] is not None for setting, value in model._settings.items())
+    unsaid = unsaid or bool(model.__dict__.get("_model_args", {}).keys() & defaults.keys())
     cfg: dict[str, object] | None = getattr(model, "pretrained_cfg", None)
     if cfg is None:  # of a host that was built by its class
         img_size = model.patch_embed.img_size

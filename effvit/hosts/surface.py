@@ -88,7 +88,9 @@ class Reduced(nn.Module):
 
     @_model_args.setter
     def _model_args(self, args: dict[str, object]) -> None:
-        own = {"host", "method", "recover", "settings", *self._settings}
+        own = {"host", "method", "recover", "settings"}
+        if self.pretrained_cfg["architecture"] != SPARSIFIED:  # there, what is beside the settings is the host's
+            own |= self._settings.keys()
         self.__dict__["_model_args"] = {name: value for name, value in args.items() if name not in own}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Reduced:
