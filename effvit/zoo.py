@@ -15,12 +15,13 @@ from timm.models._pretrained import DefaultCfg, PretrainedCfg
 from torch import Tensor, nn
 
 from effvit.architectures import variants
-from effvit.hosts import lvvit, vit_nano
+from effvit.hosts import lvvit, naflex, relpos, towers, vit_nano
 from effvit.hosts.checkpoints import host_state_dict
 from effvit.hosts.feature_pyramid import feature_settings
 from effvit.hosts.host import check_model_name, check_settings, record_name, sparsify
 from effvit.hosts.refusals import name_arguments
 from effvit.hosts.surface import SPARSIFIED, Reduced, record_args
+from effvit.hosts.windows import window_methods
 from effvit.protocols import Setting
 from effvit.reducers import METHODS, Reducer
 from effvit.reducers.registry import on_registration
@@ -43,14 +44,31 @@ CLASS_TOKEN_HOSTS = (
     *(f"eva02_{size}_patch14_336" for size in ("tiny", "small")),
     "eva02_base_patch14_448",
     "eva02_large_patch14_448",
+    *relpos.CLASS_TOKEN_HOSTS,
     "lvvit_small_patch16_224",
     "lvvit_medium_patch16_224",
+    *naflex.CLASS_TOKEN_HOSTS,
 )
 NO_CLASS_TOKEN_HOSTS = (
     "vit_base_patch16_siglip_224",
     "vit_base_patch16_siglip_384",
     "vit_so400m_patch14_siglip_384",
     "vit_medium_patch16_gap_256",
+    *relpos.NO_CLASS_TOKEN_HOSTS,
+    *towers.NAMES,
+    *naflex.NO_CLASS_TOKEN_HOSTS,
+)
+WIDER = ((16, 256), (24, 384))  # windows and pixels of Swin V2 behind its pretraining at 12 and 192
+PYRAMID_HOSTS = (
+    *(f"swin_{size}_patch4_window7_224" for size in ("tiny", "small", "base", "large")),
+    *(f"swin_{size}_patch4_window12_384" for size in ("base", "large")),
+    *(f"swinv2_{size}_window{window}_256" for size in ("tiny", "small", "base") for window in (8, 16)),
+    *(f"swinv2_{size}_window12to{window}_192to{pixels}" for size in ("base", "large") for window, pixels in WIDER),
+)
+WINDOW_HOSTS = (
+    *(f"samvit_{size}_patch16" for size in ("base", "large", "huge")),
+    "samvit_base_patch16_224",
+    *PYRAMID_HOSTS,
 )
 default_cfgs: dict[str, DefaultCfg] = {}
 _PYRAMIDS: dict[str, dict[str, object]] = {}  # names that register_pyramid made, and their settings
@@ -101,7 +119,7 @@ def _create(
     strict = saved or "siglip" not in host or kwargs.get("global_pool", "map") == "map"  # timm's rule for SigLIP
     loading = {name: kwargs.pop(name) for name in ("cache_dir", "pretrained_model_args") if name in kwargs}
     args = dict(kwargs)
-    feature_cfg = feature_settings(kwargs, out_indices=3)
+    feature_cfg = feature_settings(kwargs, out_indices=(0, 1, 2, 3) if host in PYRAMID_HOSTS else 3)
 
     def reduced_host(**host_kwargs: object) -> nn.Module:
         as_timm = pretrained and not behind
@@ -189,7 +207,7 @@ def _take_recipe(kwargs: dict[str, object]) -> Recipe:
     if recipe.host == SPARSIFIED:
         raise ValueError(f"host must name the model to reduce, got {SPARSIFIED!r}, which is one reduced already")
     check_settings(recipe.method, settings)
-    beside = sorted(METHODS[recipe.method].defaults().keys() & kwargs.keys())
+    beside = sorted((METHODS[recipe.method].defaults().keys() & kwargs.keys()) - {"window_size"})  # hosts have it too
     if beside:
         raise TypeError(
             f"{SPARSIFIED!r} takes the settings of {recipe.method} as a dict, got {', '.join(beside)} beside it; give "
@@ -222,6 +240,7 @@ def sparsified(pretrained: bool = False, **kwargs: object) -> nn.Module:
 def _register_names(method: type[Reducer]) -> None:
     """Names for ``timm.create_model``: the method with each of the hosts it can have."""
     hosts = CLASS_TOKEN_HOSTS + (() if method.needs_class_token else NO_CLASS_TOKEN_HOSTS)
+    hosts += WINDOW_HOSTS if method.name in window_methods() else ()
     variants = {f"{method.name}_{host}": host for host in hosts}
     taken = next((variant for variant in variants if timm.is_model(variant)), None)
     if taken is not None:

@@ -235,6 +235,7 @@ class Conventions(nn.Module):
             self.pool(x),
             F.avg_pool2d(x, (2,)),
             F.avg_pool1d(x[0], 2),
+            F.interpolate(x[0], size=5, mode="linear"),
             *resized,
             self.norm(x),
             F.rms_norm(x, (8,)),
@@ -247,6 +248,7 @@ def test_other_layers_are_counted_in_fvcores_manner():
         "lstm": steps * 2 * 4 * (5 * 8 + 5 * 5 + 5 * 10 + 5 * 5),
         "avg_pool2d": 3 * 3 * 4 * 9 + 3 * 3 * 4 * 4,
         "avg_pool1d": 3 * 6 * 4 * 2,
+        "upsample_linear1d": 3 * 6 * 5 * 2,
         "upsample_bicubic2d": 3 * 3 * 4 * 16,
         "_upsample_bicubic2d_aa": 3 * 3 * 4 * 16 * 2 * 2,  # both sides shrink by two
         "rms_norm": elements * 3 + elements * 2,

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from hosts import make_host, make_images
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -466,6 +467,26 @@ class TestRefusals:
     def test_class_that_cannot_be_a_tower_is_told_how_to_take_part(self) -> None:
         with pytest.raises(TypeError, match="or run the tower and give what leaves it, merger included, as tokens="):
             effvit.select_tokens(nn.Linear(3, 3), IMAGES, "divprune", keep=9)
+
+    @pytest.mark.parametrize("host", ["naflex", "qwen3"])
+    def test_tower_with_a_projector_or_native_grids_is_told_how_to_take_part(self, host: str) -> None:
+        with pytest.raises(TypeError, match=r"does not run a \w+, .*; run it and give what leaves it, merger included"):
+            effvit.select_tokens(make_host(host), IMAGES, "divprune", keep=9)
+
+    def test_scores_of_towers_with_relative_positions_have_their_biases(self) -> None:
+        """Against the softmax of the class token's logits, which timm's own module gives."""
+        tower = make_host("beit")
+        x = make_images(tower)
+        read: list[Tensor] = []
+        tower.blocks[-1].attn.attn_drop.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+        for block in tower.blocks:
+            block.attn.fused_attn = False
+        tower(x)
+        expected = read[0][:, :, 0, 1:].mean(1)  # (B, N)
+        chosen = effvit.select_tokens(tower, x, "class_attention", keep=9, block=-1)
+        assert torch.allclose(chosen.scores, expected, atol=1e-6)
+        with pytest.raises(ValueError, match="bias each head in its own way; use 'visionzip'"):
+            effvit.select_tokens(tower, x, "prumerge", keep=9)
 
     def test_sparsify_takes_no_selector(self) -> None:
         with pytest.raises(TypeError, match=r"a method is a subclass of effvit.Reducer, got .*RandomCells"):

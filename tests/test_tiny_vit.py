@@ -17,6 +17,7 @@ import effvit
 from effvit.block import rehouse
 from effvit.hosts.checkpoints import convert_checkpoint
 from effvit.hosts.tiny_vit import MergedAttention, cluster_biases
+from effvit.hosts.windows import Among, run_blocks
 from effvit.measure.costs import profile
 from effvit.reducers.expedite import cluster_centres
 
@@ -216,7 +217,7 @@ class TestMerging:
         attention = small().stages[2].blocks[0].attn
         x, order = torch.randn(2, 196, 24), torch.stack([torch.randperm(196), torch.randperm(196)])
         shuffled = torch.stack([row[index] for row, index in zip(x, order, strict=True)])
-        y = rehouse(attention, MergedAttention)(shuffled, order, torch.ones(2, 196))
+        y = rehouse(attention, MergedAttention)(shuffled, Among(order, torch.ones(2, 196), (14, 14)))
         expected = torch.stack([row[index] for row, index in zip(attention(x), order, strict=True)])
         torch.testing.assert_close(y, expected)
 
@@ -241,8 +242,8 @@ class TestMerging:
         attention = rehouse(small().stages[2].blocks[0].attn, MergedAttention)
         x, anchor = torch.randn(1, 3, 24), torch.tensor([[30, 0, 7]])
         twice = torch.tensor([0, 0, 1, 2])
-        y = attention(x, anchor, torch.tensor([[2.0, 1.0, 1.0]]))
-        torch.testing.assert_close(y, attention(x[:, twice], anchor[:, twice], None)[:, 1:])
+        y = attention(x, Among(anchor, torch.tensor([[2.0, 1.0, 1.0]]), (14, 14)))
+        torch.testing.assert_close(y, attention(x[:, twice], Among(anchor[:, twice], None, (14, 14)))[:, 1:])
 
     def test_nan_names_the_block(self) -> None:
         model = effvit.sparsify(small(), "tome")
@@ -293,7 +294,7 @@ class TestClusters:
         for block in stage.blocks:
             block.forward = lambda x: x
         x = torch.randn(1, 7, 7, 24).repeat_interleave(2, 1).repeat_interleave(2, 2)
-        torch.testing.assert_close(stage.clustered(x), x)
+        torch.testing.assert_close(run_blocks(stage.blocks, x, stage.span)[0], x)
 
     def test_patches_are_reconstructed_from_as_many_clusters_as_asked_for(self) -> None:
         """From one each, however soft the clusters are: what comes back are centres of the 7 x 7."""
@@ -302,7 +303,9 @@ class TestClusters:
             block.forward = lambda x: x
         x = torch.randn(1, 14, 14, 24)
         centres = cluster_centres(x, (7, 7), 5, 1e-3, 5).flatten(1, 2)
-        assert torch.cdist(stage.clustered(x).flatten(1, 2), centres).amin(-1).max() < 1e-2  # they are 0.3 apart
+        assert (
+            torch.cdist(run_blocks(stage.blocks, x, stage.span)[0].flatten(1, 2), centres).amin(-1).max() < 1e-2
+        )  # they are 0.3 apart
 
     def test_clusters_that_are_not_square_are_refused(self) -> None:
         with pytest.raises(ValueError, match="must be square in the square windows of a TinyVit, got 5 x 4"):

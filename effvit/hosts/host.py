@@ -22,13 +22,18 @@ from timm.models import checkpoint
 from timm.models._pretrained import PretrainedCfg
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
+from timm.models.naflexvit import NaFlexVit
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.tiny_vit import TinyVit
 from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import Tensor, nn
 
 from effvit.block import BlockList, call_block, copy_shared, rehouse, set_child, token_block
 from effvit.hosts.closed_form import PlainViT, plain_vit
 from effvit.hosts.refusals import is_file_name, is_sharded, reason_against, reason_against_class
+from effvit.hosts.sam import ReducedSAM
 from effvit.hosts.stages import Stage, map_stage
 from effvit.hosts.surface import (
     SPARSIFIED,
@@ -41,7 +46,9 @@ from effvit.hosts.surface import (
     refuse_open_sizes,
     with_gradients,
 )
-from effvit.hosts.tiny_vit import ReducedTinyViT, reduce_windows
+from effvit.hosts.swin import ReducedSwin, ReducedSwinV2
+from effvit.hosts.tiny_vit import ReducedTinyViT
+from effvit.hosts.windows import ReducedWindows, reduce_windows
 from effvit.layers.macs import Terms
 from effvit.protocols import Layer, PatchEmbedding, Setting, Settings, Size
 from effvit.recording import refuse_legacy_onnx
@@ -58,10 +65,11 @@ __all__ = [
     "ReducedEva",
     "ReducedViT",
     "TokenFeatures",
+    "as_host",
     "check_model_name",
-    "keep_drop_indices",
     "list_methods",
     "method_settings",
+    "patch_embedding",
     "record_name",
     "register_host",
     "sparsify",
@@ -95,10 +103,12 @@ class ReducedHost(Intermediates, Reduced):
     Attributes:
         recovery: The trained module of the fill "attention", else None.
         head_reads_patches: The head reads patch tokens although it pools the class token.
+        biases_pairs: Attention adds a bias to the logits of each pair of tokens.
     """
 
     recovery: AttentionRecovery | None
     head_reads_patches = False
+    biases_pairs = False
     _depth: int  # blocks of the whole host, of which features_only may leave some out
     token_drop: PatchDropoutWithIndices | None
 
@@ -142,10 +152,14 @@ class ReducedHost(Intermediates, Reduced):
         """Token counts depend on the image."""
         return any(reducer.variable_length for reducer in self.reducers.values())
 
+    def _settle(self) -> None:
+        """Make room for token maps in a copy of a dense model, once, before its blocks are replaced."""
+        _keep_drop_indices(self)
+
     # -- what one forward pass does ----------------------------------------------------------------------------
 
     def _embed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Images (B, 3, H, W) -> tokens (B, P+N, C) and the rotary table, None without RoPE."""
+        """Images (B, 3, H, W) -> tokens (B, P+N, C), and what the blocks share: a rotary table or a bias of pairs."""
         raise NotImplementedError
 
     def _block_rope(self, rope: Tensor | None, block: int) -> Tensor | None:
@@ -164,9 +178,15 @@ class ReducedHost(Intermediates, Reduced):
                 reducer.check_size(grid)
             check_counts(self, grid)
         x, rope = self._embed(x)
+        return self._enter(x, rope, grid, memory, reference)
+
+    def _enter(
+        self, x: Tensor, rope: Tensor | None, grid: Size, memory: bool, reference: bool
+    ) -> tuple[Tensor, Tensor | None, TokenMap]:
+        """What enters the first block, of the embedded tokens x (B, P + H*W, C) of a full grid."""
         tokens = TokenMap.full(x, grid, self.num_prefix_tokens, self.num_class_tokens)
         tokens = tokens.remember(x) if memory else tokens
-        for reducer in reducers[:1]:
+        for reducer in islice(self.reducers.values(), 1):
             tokens = reducer.start(x, tokens)
         if self.token_drop is not None:
             full = x
@@ -202,7 +222,7 @@ class ReducedHost(Intermediates, Reduced):
         taken = []
         for i, block in enumerate(islice(self.blocks, num_blocks)):
             if memory and block.reducer is not None and not block.reducer.keeps_every_patch:
-                tokens = tokens.remember(x)
+                tokens = self._remember(x, tokens)
             if reference and block.reducer is not None and tokens.reference is None:
                 tokens = tokens.refer(x)
             block_rope = self._block_rope(rope, i)
@@ -232,7 +252,7 @@ class ReducedHost(Intermediates, Reduced):
         """
         if block is None:
             (x, tokens), _ = self._forward_blocks(x, memory=memory, reference=memory)
-            return TokenFeatures(*unpacked(self.norm(x), tokens))
+            return TokenFeatures(*unpacked(self._norm_tokens(x), tokens))
         stop = block_number(block, len(self.blocks)) + 1
         final, _ = self._forward_blocks(x, num_blocks=stop, memory=memory, reference=memory)
         return TokenFeatures(*unpacked(*final))
@@ -261,7 +281,19 @@ class ReducedHost(Intermediates, Reduced):
         """
         refuse_mask(self, attn_mask, is_causal)
         (x, tokens), _ = self._forward_blocks(x)
+        return self._finished(x, tokens)
+
+    def _finished(self, x: Tensor, tokens: TokenMap) -> Tensor:
+        """What ``forward_features`` returns, of the tokens x that leave the last block."""
         return self._poolable(*self._normalised(x, tokens))
+
+    def _remember(self, x: Tensor, tokens: TokenMap) -> TokenMap:
+        """The map that remembers the tokens x which enter a block that drops some."""
+        return tokens.remember(x)
+
+    def _norm_tokens(self, x: Tensor) -> Tensor:
+        """The norm behind the last block, of prefix and patch tokens."""
+        return self.norm(x)
 
     @property
     def _pools_patches(self) -> bool:
@@ -271,7 +303,7 @@ class ReducedHost(Intermediates, Reduced):
         """Normalised tokens and their map, soft clusters restored to all patches if the head pools them."""
         if tokens.soft and self._pools_patches:
             x, tokens = restore(x, tokens)
-        return unpacked(self.norm(x), tokens)
+        return unpacked(self._norm_tokens(x), tokens)
 
     def _poolable(self, x: Tensor, tokens: TokenMap) -> Tensor:
         if not self._pools_patches:
@@ -300,12 +332,15 @@ class ReducedHost(Intermediates, Reduced):
         refuse_mask(self, attn_mask, is_causal)
         (x, tokens), _ = self._forward_blocks(x)
         x, tokens = self._normalised(x, tokens)
-        if tokens.size is None:
-            return self.forward_head(x)
+        return self.forward_head(x) if tokens.size is None else self._attention_pooled(x, tokens)
+
+    def _attention_pooled(self, x: Tensor, tokens: TokenMap) -> Tensor:
+        """Class scores by attention pooling of the normalised tokens of a map with sizes."""
+        assert self.attn_pool is not None
         # Attention pooling over merged tokens: a bias of log size equals pooling the un-merged sequence.
         bias = replace(tokens, key_weight=tokens.size).key_bias(x.dtype)
         assert bias is not None
-        if isinstance(self, VisionTransformer) and not self.pool_include_prefix:
+        if not getattr(self, "pool_include_prefix", True):
             x, bias = x[:, tokens.num_prefix :], bias[..., tokens.num_prefix :]  # (B, N, C), (B, 1, 1, N)
         return self.head(self.head_drop(self.fc_norm(self.attn_pool(x, attn_mask=bias.to(x.dtype)))))
 
@@ -317,7 +352,7 @@ class ReducedHost(Intermediates, Reduced):
             y, tokens = unpacked(*features)
             patches.append(to_grid(y, tokens, self.recover, self.recovery))  # (B, H*W, C)
             prefixes.append(tokens.split(y)[0])
-        return BlockFeatures(patches, prefixes, final.tokens.grid, lambda: self._poolable(*self._normalised(*final)))
+        return BlockFeatures(patches, prefixes, final.tokens.grid, lambda: self._finished(*final))
 
     # -- settings ----------------------------------------------------------------------------------------------
 
@@ -442,6 +477,13 @@ HOST_CLASSES: dict[type[nn.Module], type[ReducedHost]] = {
     VisionTransformer: ReducedViT,
     VisionTransformerDistilled: ReducedDistilled,
     Eva: ReducedEva,
+}
+
+WINDOW_CLASSES: dict[type[nn.Module], type[ReducedWindows]] = {
+    TinyVit: ReducedTinyViT,
+    VisionTransformerSAM: ReducedSAM,
+    SwinTransformer: ReducedSwin,
+    SwinTransformerV2: ReducedSwinV2,
 }
 
 
@@ -583,12 +625,12 @@ def sparsify(
     recover: str | None = None,
     share: bool = True,
     **settings: Setting,
-) -> ReducedHost | ReducedTinyViT:
+) -> ReducedHost | ReducedWindows:
     """A cheaper version of a timm vision transformer that drops, merges or samples tokens as it goes.
 
     Args:
         model: A timm model or the name of one (then created without pretrained weights; for others call
-            ``timm.create_model`` and give the model), plain or a TinyVit (``effvit.hosts.tiny_vit``). It may be
+            ``timm.create_model`` and give the model), plain or with windows (``effvit.hosts.windows``). It may be
             reduced already: its method is replaced. What the reducers have learnt (DyMU's thresholds, parameters of
             a method of your own) and the module ``recovery`` stay where the new ones are of the same method and
             shapes; otherwise a warning names what the new model is without.
@@ -597,7 +639,7 @@ def sparsify(
             ``effvit.recover.FILLS``: "last", "nearest", "zero", "reconstruct" or "attention", which is trained and
             adds a module ``recovery``, which a classifier carries along unused. None means what the model has if it is
             reduced by the same method already, else "reconstruct" for Expedite and "last" for the other methods.
-            Stages of a TinyViT end with full maps: there is nothing to choose.
+            Stages with windows end with full maps: there is nothing to choose.
         share: Share every parameter and buffer with the given model: training either one trains both, and moving or
             casting the new one moves or casts both. False gives the new model copies, as a student needs that learns
             from its teacher.
@@ -620,31 +662,32 @@ def sparsify(
     check_switch("share", share)
     dense = _create_host(model) if isinstance(model, str) and not is_file_name(model) else model
     if not isinstance(dense, nn.Module):
-        raise TypeError(reason_against(dense, {*HOST_CLASSES, TinyVit}))
+        raise TypeError(reason_against(dense, {*HOST_CLASSES, *WINDOW_CLASSES}))
     if recover is None:
         recover = METHODS[method].recover
         if isinstance(dense, Reduced) and dense.method == method:
             recover = dense.recover
     check_fill(recover)
-    if type(dense) in (TinyVit, ReducedTinyViT):
+    window_class = type(dense) if isinstance(dense, ReducedWindows) else WINDOW_CLASSES.get(type(dense))
+    if window_class is not None:
         if recover != METHODS[method].recover:
             raise ValueError(
-                f"every stage of a TinyVit ends with full maps, so there is nothing to fill by recover {recover!r}; "
-                "leave recover out"
+                f"every stage of a {window_class.__bases__[-1].__name__} ends with full maps, so there is nothing to "
+                f"fill by recover {recover!r}; leave recover out"
             )
-        reduced = reduce_windows(dense, method, settings, share)
+        reduced = reduce_windows(dense, window_class, method, settings, share)
         return _described(reduced, dense, method, settings, recover)
     host_class = type(dense) if isinstance(dense, ReducedHost) else HOST_CLASSES.get(type(dense))
     if host_class is None or is_sharded(dense):
-        raise TypeError(reason_against(dense, {*HOST_CLASSES, TinyVit}))
+        raise TypeError(reason_against(dense, {*HOST_CLASSES, *WINDOW_CLASSES}))
     host = rehouse(copy_shared(dense, share), host_class)
     if not isinstance(dense, ReducedHost):
         host._depth = len(host.blocks)
+        host._settle()
     plan = METHODS[method].plan(host._depth, **settings)
     _described(host, dense, method, settings, recover)
     set_child(host, "recovery", _recovery(host) if recover == "attention" else None)
     if not isinstance(dense, ReducedHost):
-        keep_drop_indices(host)
         for i, block in enumerate(host.blocks):
             host.blocks[i] = token_block(block, i)
     lost = ["recovery"] if host.recovery is None and getattr(dense, "recovery", None) is not None else []
@@ -665,6 +708,21 @@ def sparsify(
             stacklevel=2,
         )
     return host
+
+
+def as_host(dense: nn.Module) -> ReducedHost:
+    """A model of a class in HOST_CLASSES with nothing reduced: its blocks and sizes, whatever part of it holds them."""
+    host = sparsify(dense, "uniform", recover=None, share=True, **METHODS["uniform"].off())
+    assert isinstance(host, ReducedHost)
+    return host
+
+
+def patch_embedding(model: nn.Module) -> PatchEmbedding | None:
+    """What cuts images into patches of a known size, whatever part of the model holds it; None where nothing does."""
+    own: PatchEmbedding | None = getattr(model, "patch_embed", None)
+    if type(model) in HOST_CLASSES and not hasattr(own, "img_size"):
+        return as_host(model).patch_embed
+    return own
 
 
 def _described(
@@ -690,10 +748,12 @@ def record_name(model: Reduced) -> None:
     """Let ``pretrained_cfg`` name what the model is, for timm's hub folders.
 
     The zoo's name, if its host has one under the method: keywords of ``timm.create_model`` cannot be None, so with a
-    setting that is, and with any other host, the name is SPARSIFIED and ``_model_args`` tells the rest.
+    setting that is, with one that is named as a keyword the host was made with, and with any other host, the name is
+    SPARSIFIED and ``_model_args`` tells the rest.
     """
     name, defaults = f"{model.method}_{model.host_name}", METHODS[model.method].defaults()
     unsaid = any(value is None and defaults[setting] is not None for setting, value in model._settings.items())
+    unsaid = unsaid or bool(model.__dict__.get("_model_args", {}).keys() & defaults.keys())
     cfg: dict[str, object] | None = getattr(model, "pretrained_cfg", None)
     if cfg is None:  # of a host that was built by its class
         img_size = model.patch_embed.img_size
@@ -733,14 +793,16 @@ def _recovery(host: ReducedHost) -> AttentionRecovery:
     ).train(host.training)
 
 
-def keep_drop_indices(host: ReducedHost) -> None:
+def _keep_drop_indices(host: ReducedHost) -> None:
     """Move timm's patch dropout behind the embedding, where its choice can enter the TokenMap."""
-    drop = host.patch_drop
+    drop = getattr(host, "patch_drop", None)  # not of every class
     token_drop = None
     if isinstance(drop, (PatchDropout, PatchDropoutWithIndices)):
         token_drop = PatchDropoutWithIndices(drop.prob, drop.num_prefix_tokens, drop.ordered).train(drop.training)
     set_child(host, "token_drop", token_drop)
-    set_child(host, "patch_drop", None if isinstance(host, Eva) else nn.Identity().train(host.training))
+    if drop is not None:
+        identity = None if isinstance(host, (Eva, NaFlexVit)) else nn.Identity().train(host.training)
+        set_child(host, "patch_drop", identity)
 
 
 def _check_host(host: ReducedHost) -> None:
@@ -753,9 +815,15 @@ def _check_host(host: ReducedHost) -> None:
     for reducer in host.reducers.values():
         if reducer.needs_class_token and host.num_class_tokens == 0:
             raise ValueError(
-                f"{host.method} scores patches by the class token, but this {type(host).__bases__[1].__name__} has "
+                f"{host.method} scores patches by the class token, but this {type(host).__bases__[-1].__name__} has "
                 f"none (num_prefix_tokens={host.num_prefix_tokens}); use a host with one, or a method without that "
                 "need such as 'tome' or 'zero_tprune'"
+            )
+        if getattr(reducer, "ragged", "") == "packed" and host.biases_pairs:
+            raise ValueError(
+                f"{host.method} with ragged='packed' runs on kernels for packed batches, which take no bias of "
+                f"pairs of tokens, as this {type(host).__bases__[1].__name__} has for relative positions; use "
+                "ragged='padded'"
             )
         dropping = reducer.variable_length and not reducer.keeps_every_patch
         if dropping and host.global_pool in ("map", "prr"):

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from effvit.attention import AttnState, SumMap, sum_beside
 from effvit.block import BlockList, ReducibleBlock, rehouse, set_child, token_block
-from effvit.hosts.host import HOST_CLASSES, ReducedHost, keep_drop_indices
+from effvit.hosts.host import HOST_CLASSES, ReducedHost
+from effvit.hosts.naflex import ReducedNaFlex
 from effvit.hosts.refusals import reason_against
+from effvit.hosts.towers import ReducedTower
 from effvit.reducers.base import Reducer
 from effvit.reducers.matching import mean_keys
 from effvit.schedule import block_number
@@ -30,11 +32,22 @@ def class_attention(state: AttnState) -> Tensor:
 def class_logits(state: AttnState) -> Tensor:
     """(B, N) the same before the softmax (GlobalCom2, 2501.05179)."""
     q, k = state.map_factors()
-    return wide_product(q[:, :, :1], k.transpose(-2, -1))[:, :, 0, state.keys.num_prefix :].mean(dim=1)
+    logits = wide_product(q[:, :, :1], k.transpose(-2, -1))  # (B, heads, 1, P+N)
+    logits = logits if state.pairs is None else logits + state.pairs.leading(1)
+    return logits[:, :, 0, state.keys.num_prefix :].mean(dim=1)
 
 
 def one_head_attention(state: AttnState) -> Tensor:
-    """(B, N) attention of the class token with all heads taken as one of C channels (PruMerge, 2403.15388)."""
+    """(B, N) attention of the class token with all heads taken as one of C channels (PruMerge, 2403.15388).
+
+    Raises:
+        ValueError: Relative positions, whose biases belong to single heads.
+    """
+    if state.pairs is not None:
+        raise ValueError(
+            "all heads are taken as one, but the relative positions of this tower bias each head in its own way; use "
+            "'visionzip' or 'class_attention', which read the heads one by one"
+        )
     wide = wide_dtype(state.q.dtype)
     q = state.q[:, :, :1].to(wide).transpose(1, 2).flatten(2)  # (B, 1, C)
     k = state.k.to(wide).transpose(1, 2).flatten(2)  # (B, P+N, C)
@@ -138,6 +151,11 @@ class Tower(nn.Module):
                 f"{reason_against(model, HOST_CLASSES)}; or run the tower and give what leaves it, merger included, as "
                 "tokens= and grid="
             )
+        if issubclass(host_class, (ReducedTower, ReducedNaFlex)):
+            raise TypeError(
+                f"select_tokens does not run a {type(model).__name__}, which has a projector of its own or images of "
+                "several grids; run it and give what leaves it, merger included, as tokens= and grid="
+            )
         self.host = rehouse(model, host_class)
         depth = len(self.host.blocks)
         self.block = block_number(block, depth)
@@ -149,7 +167,7 @@ class Tower(nn.Module):
         if not isinstance(model, ReducedHost):
             self.host.method = Observer.name
             self.host.note_placement()
-            keep_drop_indices(self.host)
+            self.host._settle()
         else:
             self._check_reads(model, places)
         blocks: BlockList = self.host.blocks[: self.stop]  # a new container, so that the model keeps its own

@@ -43,18 +43,24 @@ def num_windows(side: int, window: int) -> int:
     return -(-side // window)
 
 
+def window_sides(window: int | Size) -> tuple[int, int]:
+    """Rows and columns of a window that may be given by one number for both."""
+    rows, columns = (window, window) if isinstance(window, int) else window
+    return rows, columns
+
+
 def shift_of(side: int, window: int, shift: int, shift_small: bool) -> int:
     """The shift along a side: none where one window covers it, unless ``shift_small``."""
     return shift if shift_small or side > window else 0
 
 
 @fx_leaf
-def to_windows(x: Tensor, window: int, shift: int = 0, shift_small: bool = True, edge: bool = False) -> Tensor:
+def to_windows(x: Tensor, window: int | Size, shift: int = 0, shift_small: bool = True, edge: bool = False) -> Tensor:
     """Disjoint windows of a map.
 
     Args:
         x: (B, H, W, C), padded to whole windows at the bottom and right.
-        window: Side of a window.
+        window: Side of a window, or its rows and columns.
         shift: Positions the padded map is rolled up and left before it is cut (Swin's shifted windows).
         shift_small: Roll sides that a single window covers, too.
         edge: Pad with copies of the last row and column instead of zeros.
@@ -64,26 +70,28 @@ def to_windows(x: Tensor, window: int, shift: int = 0, shift_small: bool = True,
     """
     x = fix_traced_size(x, 1, 2)
     height, width = x.shape[1:3]
-    rows, columns = num_windows(height, window) * window, num_windows(width, window) * window
+    sides = window_sides(window)
+    rows, columns = (num_windows(side, w) * w for side, w in zip((height, width), sides, strict=True))
     if (rows, columns) != (height, width):
         if edge:
             x = x.index_select(1, torch.arange(rows, device=x.device).clamp(max=height - 1))  # (B, rows, W, C)
             x = x.index_select(2, torch.arange(columns, device=x.device).clamp(max=width - 1))  # (B, rows, columns, C)
         else:
             x = F.pad(x, (0, 0, 0, columns - width, 0, rows - height))  # (B, rows, columns, C)
-    up, left = (shift_of(side, window, shift, shift_small) for side in (height, width))
+    up, left = (shift_of(side, w, shift, shift_small) for side, w in zip((height, width), sides, strict=True))
     if up or left:
         x = x.roll((-up, -left), (1, 2))
-    return window_partition(x, (window, window)).flatten(1, 2)
+    return window_partition(x, sides).flatten(1, 2)
 
 
 @fx_leaf
-def from_windows(windows: Tensor, window: int, size: Size, shift: int = 0, shift_small: bool = True) -> Tensor:
+def from_windows(windows: Tensor, window: int | Size, size: Size, shift: int = 0, shift_small: bool = True) -> Tensor:
     """The map (B, H, W, C) of ``size`` (H, W) that ``to_windows`` cut into (B * nW, window * window, C)."""
     height, width = size
-    rows, columns = num_windows(height, window) * window, num_windows(width, window) * window
-    x = window_reverse(windows.unflatten(1, (window, window)), (window, window), rows, columns)  # (B, rows, columns, C)
-    up, left = (shift_of(side, window, shift, shift_small) for side in (height, width))
+    sides = window_sides(window)
+    rows, columns = (num_windows(side, w) * w for side, w in zip((height, width), sides, strict=True))
+    x = window_reverse(windows.unflatten(1, sides), sides, rows, columns)  # (B, rows, columns, C)
+    up, left = (shift_of(side, w, shift, shift_small) for side, w in zip((height, width), sides, strict=True))
     if up or left:
         x = x.roll((up, left), (1, 2))
     return x[:, :height, :width]

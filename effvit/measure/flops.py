@@ -63,16 +63,16 @@ IGNORED_OPERATORS = frozenset(f"aten::{name}{in_place}" for in_place in ("", "_"
     # element-wise arithmetic and activations, softmax
     "abs", "add", "addcmul", "ceil", "clamp_min", "cos", "div", "exp", "gelu", "hardsigmoid", "hardswish", "hardtanh",
     "leaky_relu", "linalg_vector_norm", "log", "log2", "log_softmax", "logsumexp", "mul", "nan_to_num", "neg", "pow",
-    "rsqrt", "rsub", "sigmoid", "silu", "sin", "softmax", "sqrt", "square", "sub", "tanh",
+    "reciprocal", "rsqrt", "rsub", "sigmoid", "silu", "sin", "softmax", "sqrt", "square", "sub", "tanh",
     # sums, extremes and order
     "adaptive_max_pool2d", "amax", "amin", "any", "argmax", "argsort", "cumsum", "kthvalue", "max_pool2d", "maximum",
     "mean", "min", "minimum", "sort", "sum", "topk",
     # comparisons
     "__or__", "isfinite", "isnan", "le", "lt", "ne",
     # making and moving tokens, adding one to another
-    "clone", "col2im", "diagonal", "dropout", "expand_as", "eye", "feature_dropout", "fill", "im2col", "index_add",
-    "index_copy", "index_select", "meshgrid", "new_ones", "nonzero_static", "numel", "numpy_T", "ones_like", "pad",
-    "rand_like", "repeat",
+    "clone", "col2im", "diagonal", "dropout", "expand_as", "eye", "feature_dropout", "fill", "flip", "im2col",
+    "index_add", "index_copy", "index_select", "meshgrid", "new_ones", "nonzero_static", "numel", "numpy_T", "one_hot",
+    "ones_like", "pad", "rand_like", "repeat",
     "resolve_conj", "resolve_neg",
     "repeat_interleave", "reshape_as", "scatter", "scatter_add", "tile", "unflatten", "unfold", "view_as", "where",
 ))
@@ -176,6 +176,7 @@ HANDLES: dict[str, Handle] = {
     "aten::gru": recurrent_flops,
     "aten::avg_pool1d": pool_flops,
     "aten::avg_pool2d": pool_flops,
+    "aten::upsample_linear1d": resize_flops(2),
     "aten::upsample_bicubic2d": resize_flops(4),
     "aten::_upsample_bilinear2d_aa": resize_flops(2, antialiased=True),
     "aten::_upsample_bicubic2d_aa": resize_flops(4, antialiased=True),

@@ -15,6 +15,7 @@ from effvit.attention import AttnState, EditMap, Pick
 from effvit.protocols import Host, Settings, Size
 from effvit.recording import graphs_count, is_recorded, refuse_open_sides
 from effvit.reducers.cost import BlockSizes, Change
+from effvit.reducers.grids import Groups, SmallGrids
 from effvit.tokens import TokenMap, fx_leaf
 
 if TYPE_CHECKING:
@@ -84,6 +85,9 @@ class Reducer(nn.Module):
         graph_reads_counts: ``effvit.compile`` makes one graph that reads the numbers of tokens; else it compiles the
             MLPs alone.
         keeps_every_patch: No patch is dropped: each is part of a merged token or of a cluster.
+        takes_padding: In a batch of images with grids of their own, whose ``TokenMap.layout.own`` tells their patches,
+            padding is never scored, merged or kept, and counts are those of the image. Else images of equal grids run
+            together.
         open_sides: Sides of the patch grid, 0 to 2, of which ``torch.export`` can follow the token counts where they
             are unknown; see ``check_size``.
         learns: The method learns something beside the weights, which state_dict holds.
@@ -102,6 +106,7 @@ class Reducer(nn.Module):
     reads_counts = False
     graph_reads_counts = False
     keeps_every_patch = False
+    takes_padding = False
     open_sides = 2
     learns = False
     soft = False
@@ -283,6 +288,43 @@ class Reducer(nn.Module):
     def after(self, x: Tensor, tokens: TokenMap, note: Any) -> tuple[Tensor, TokenMap]:
         """Behind the block: x (B, P+N, C) -> (B, P+K, C) that leave it, and their map."""
         return x, tokens
+
+    def group(self, features: Tensor, x: Tensor, area: int) -> Groups:
+        """Which tokens of each small grid share one in this block, for a host that needs all of them behind it.
+
+        Only for a method that merges as many tokens of every grid, see ``effvit.reducers.grids``.
+
+        Args:
+            features: (B, N, D) what the tokens of the grids are compared by, as cosines.
+            x: (B, N, C) tokens that enter the block, for messages.
+            area: Tokens that absolute numbers of the settings are meant for; a grid of more merges more in proportion.
+        """
+        raise NotImplementedError
+
+    def cells(self, grid: Size) -> Size:
+        """(h, w) of what ``shrink`` leaves of a grid (H, W).
+
+        Raises:
+            ValueError: Settings that do not fit the grid.
+        """
+        raise NotImplementedError
+
+    def shrink(self, x: Tensor) -> SmallGrids:
+        """Smaller grids in place of x (B, H, W, C), for the blocks of a host until all tokens are needed again.
+
+        Only for a method that leaves a rectangle of every grid, see ``effvit.reducers.grids``.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def groups(cls) -> bool:
+        """Whether the method can ``group`` the tokens of small grids."""
+        return cls.group is not Reducer.group
+
+    @classmethod
+    def shrinks(cls) -> bool:
+        """Whether the method can ``shrink`` small grids."""
+        return cls.shrink is not Reducer.shrink
 
     def origin(self, scores: str) -> str:
         """Who computed the scores, for messages."""

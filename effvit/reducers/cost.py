@@ -20,6 +20,8 @@ class BlockSizes(NamedTuple):
         heads: Attention heads.
         head_dim: Channels D of a head.
         last: Whether no block follows.
+        area: Tokens that absolute numbers are meant for where N tokens are one of many small grids, see
+            ``Reducer.group``; None: they are the patches of the image.
     """
 
     tokens: int
@@ -31,6 +33,7 @@ class BlockSizes(NamedTuple):
     heads: int
     head_dim: int
     last: bool
+    area: int | None = None
 
     @property
     def class_rows(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from effvit.protocols import Settings
 from effvit.recording import compile_each_size
-from effvit.recover import NORMS, closeness, restore
+from effvit.recover import NORMS, closeness, reconstruct_tokens, restore
 from effvit.reducers.base import Reducer, check_finite
 from effvit.reducers.block_schedule import BlockSchedule
 from effvit.reducers.cost import BlockSizes, Change
@@ -21,7 +22,15 @@ from effvit.reducers.tiles import Tiling, cut_side, first_patch, lay_tiles, tile
 from effvit.schedule import check_blocks, check_choice, check_count, check_fraction, check_number
 from effvit.tokens import Moved, Reference, TokenMap, fx_leaf, wide_product, widened
 
-__all__ = ["Expedite", "Restore", "cell_middles", "cluster_centres", "cluster_tokens", "nearest_centre"]
+__all__ = [
+    "ClusteredGrids",
+    "Expedite",
+    "Restore",
+    "cell_middles",
+    "cluster_centres",
+    "cluster_tokens",
+    "nearest_centre",
+]
 
 
 def cluster_tokens(
@@ -133,6 +142,30 @@ def check_window(window_size: int) -> None:
         raise ValueError(f"window_size must be odd, so that a cluster is in its middle, got {window_size}")
 
 
+class ClusteredGrids(NamedTuple):
+    """Centres of clusters in place of grids of tokens, see ``effvit.reducers.grids``.
+
+    Attributes:
+        x: (B, h, w, C) centres.
+        reference: The tokens of the full grids and the centres, and how to reconstruct.
+    """
+
+    x: Tensor
+    reference: Reference
+
+    def restore(self, z: Tensor) -> Tensor:
+        """The full grids (B, H*W, C), reconstructed from what became of the centres, z (B, h*w, C)."""
+        patches, centres, temperature, k, norm = self.reference
+        assert centres is not None
+        return reconstruct_tokens(z, patches, centres, temperature, k, norm)
+
+    def labels(self) -> Tensor:
+        """(B, H*W) nearest centre of each token."""
+        patches, centres, *_ = self.reference
+        assert centres is not None
+        return nearest_centre(patches, centres)
+
+
 class Expedite(Rated):
     """Replace the patches by the centres of soft clusters before one block (Expedite, 2210.01035).
 
@@ -142,9 +175,8 @@ class Expedite(Rated):
     labels say which patch is whose, except that this middle always belongs to its own cluster, so that none is empty.
     ``torch.compile`` makes a graph for every grid of clusters that a schedule of keep rates passes through.
 
-    The official code does this inside the windows of SAM (hourglass_image_encoder.py@75a1c30); here, in a plain
-    vision transformer, the window is the whole image. For windows use ``cluster_tokens`` and
-    ``effvit.recover.reconstruct_tokens`` with windows as the batch.
+    In a plain vision transformer the whole image is clustered; in a host with windows (``effvit.hosts.windows``) each
+    window is, as the official code does in those of SAM (hourglass_image_encoder.py@75a1c30).
     """
 
     name = "expedite"
@@ -287,6 +319,19 @@ class Expedite(Rated):
     def before(self, x: Tensor, tokens: TokenMap) -> tuple[Tensor, TokenMap]:
         clusters = self.clusters(tokens.grid)
         return (x, tokens) if clusters == tokens.grid else self.cluster(x, tokens, clusters)
+
+    def cells(self, grid: tuple[int, int]) -> tuple[int, int]:
+        cells = self.clusters(grid)
+        self.count_on(grid[0] * grid[1], grid)
+        return cells
+
+    def shrink(self, x: Tensor) -> ClusteredGrids:
+        """Centres of the soft clusters of each grid of x (B, H, W, C), as officially in the windows of SAM."""
+        clusters = self.clusters((x.shape[1], x.shape[2]))
+        centres = cluster_centres(x, clusters, self.num_iters, self.temperature, self.window_size)
+        check_finite(centres.detach().flatten(1, 2).sum(-1), self.origin("cluster centres"), x)
+        reference = Reference(x.flatten(1, 2), centres.flatten(1, 2), self.temperature, self.k, self.norm)
+        return ClusteredGrids(centres.to(x.dtype), reference)
 
     def cluster(self, x: Tensor, tokens: TokenMap, clusters: tuple[int, int]) -> tuple[Tensor, TokenMap]:
         """Patches of the full grid in x (B, P + H*W, C) -> (B, P + h*w, C) centres and their map."""

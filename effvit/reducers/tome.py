@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -15,11 +16,24 @@ from effvit.reducers.base import FEW_PATCHES, Reducer, check_finite
 from effvit.reducers.block_schedule import BlockSchedule, tokens_by_block
 from effvit.reducers.cost import BlockSizes, Change, alternating_pairs
 from effvit.reducers.matching import alternating_match, mean_keys, merge_sizes, move_shares
+from effvit.reducers.merging import apply_merge, plan_merge
 from effvit.schedule import check_switch, spread_ladder, tome_r
-from effvit.tokens import Ranges, TokenMap, fx_leaf, position_of, ranges_of, wide_dtype, wide_product, widened
+from effvit.tokens import (
+    Ranges,
+    TokenMap,
+    flat_rows,
+    fx_leaf,
+    position_of,
+    ranges_of,
+    take_rows,
+    wide_dtype,
+    wide_product,
+    widened,
+)
 
 __all__ = [
     "Matching",
+    "MergedGrids",
     "ToMe",
     "bipartite_soft_matching",
     "kth_bipartite_target",
@@ -162,6 +176,34 @@ def merge_tokens(
     return new.view(*kept.shape, -1), new_sizes.view(kept.shape)
 
 
+class MergedGrids(NamedTuple):
+    """Groups of the tokens of small grids, see ``effvit.reducers.grids``.
+
+    Attributes:
+        matching: The pairs.
+        target: (B, N) group of each token.
+        sizes_count: A group counts as a key by its size.
+    """
+
+    matching: Matching
+    target: Tensor
+    sizes_count: bool
+
+    @property
+    def anchor(self) -> Tensor:
+        """(B, N-r) token whose position each group keeps."""
+        return self.matching.order
+
+    def merge(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Tokens x (B, N, C) -> means (B, N-r, C), and the sizes (B, N-r) if they count."""
+        means, sizes = merge_tokens(x, None, self.matching)
+        return means, sizes if self.sizes_count else None
+
+    def spread(self, y: Tensor) -> Tensor:
+        """Each token gets what its group became: y (B, N-r, C) -> (B, N, C)."""
+        return take_rows(y, flat_rows(self.target, y.shape[1]))
+
+
 class ToMe(Reducer):
     """Merge the r most similar token pairs of each block (ToMe, 2210.09461, section 3).
 
@@ -173,6 +215,7 @@ class ToMe(Reducer):
     summary = "merge the r most similar tokens of every block (2210.09461)"
     open_sides = 1
     keeps_every_patch = True
+    takes_padding = True
 
     def __init__(self, r: int, prop_attn: bool) -> None:
         super().__init__()
@@ -222,11 +265,26 @@ class ToMe(Reducer):
     def count(self, num_tokens: int, num_patches: int) -> int:
         return num_tokens - self.num_merged(num_tokens)
 
+    @torch.no_grad()
+    def group(self, features: Tensor, x: Tensor, area: int) -> MergedGrids:
+        """Groups of the r most similar pairs of each grid; r is meant for ``area`` tokens.
+
+        What the block will make of its tokens is not known yet, keys neither: as in token merging for Stable Diffusion
+        (2303.17604), tokens are compared as they enter.
+        """
+        length = features.shape[1]
+        r = min(self.r * length // area, length // 2)
+        matching = bipartite_soft_matching(features, r, 0, origin=self.origin("tokens"), x=x)
+        return MergedGrids(matching, matching_target(matching, x[..., 0].long()), self.prop_attn)
+
     def cost(self, at: BlockSizes) -> Change:
-        merged = min(self.r, at.tokens // 2)
+        r = self.r if at.area is None else self.r * at.tokens // at.area
+        merged = min(r, at.tokens // 2)
         return Change(at.tokens, at.tokens, at.tokens - merged, alternating_pairs(at.tokens, at.head_dim))
 
     def reduce(self, x: Tensor, tokens: TokenMap, state: AttnState) -> tuple[Tensor, TokenMap]:
+        if tokens.valid is not None:
+            return self.reduce_each(x, tokens, state)
         r = self.num_merged(tokens.num_tokens)
         if r == 0:
             return x, tokens
@@ -237,3 +295,19 @@ class ToMe(Reducer):
         x, size = merge_tokens(x, tokens.size, matching, ranges)
         weight = size if self.prop_attn else None
         return x, tokens.relabel(matching, tokens.num_tokens - r, size, weight, keeps_every_patch=True)
+
+    def reduce_each(self, x: Tensor, tokens: TokenMap, state: AttnState) -> tuple[Tensor, TokenMap]:
+        """``reduce`` of images with different numbers of tokens, each of which loses r or half of its own."""
+        lengths = [length - tokens.num_prefix for length in tokens.sequence_lengths()]
+        left = tuple(length - self.num_merged(length) for length in lengths)
+        if left == tuple(lengths):
+            return x, tokens
+        metric = mean_keys(state.k)
+        metric = (tokens.unpack(metric) if tokens.packed else metric)[:, tokens.num_prefix :]  # (B, N, D)
+        check_finite(metric, self.origin("keys"), state.x)
+        every = metric.new_full((), -2)  # below all cosines
+        merge = plan_merge(
+            metric, tokens.valid, tokens.num_prefix, every, max_r=self.r, packed=tokens.packed, lengths=left
+        )
+        x, merged = apply_merge(x, tokens, merge, tokens.packed)
+        return x, merged if self.prop_attn else replace(merged, key_weight=None)
