@@ -6,6 +6,8 @@ __all__ = ["UNSERVED"]
 
 _CONVOLVED = "convolutions between its layers need every patch at its place on the full grid"
 
+_CONVOLUTIONAL = "its blocks stand between convolutions, which need every patch at its place on the full grid"
+
 UNSERVED = {
     "cait": "its heads mix their attention maps (talking heads), which no fused kernel does, and its class token comes "
     "behind the blocks that would be reduced",
@@ -24,6 +26,19 @@ UNSERVED = {
     "convit": "its gated attention mixes in a map of positions behind the softmax, which no fused kernel does",
     "levit": "it shrinks the grid between stages by strides, which need every patch at its place",
     "davit": f"it attends inside windows and between channels of a full map, and {_CONVOLVED}",
+    "efficientvit_msra": "each head reads what the head before it gives, and its tokens are convolved between layers",
+    "edgenext": f"it attends between channels, not tokens, and {_CONVOLUTIONAL}",
+    "cpubone": f"it attends to maps that convolutions have made coarser, and {_CONVOLUTIONAL}",
+    "lowformer": f"it attends to maps that convolutions have made coarser, and {_CONVOLUTIONAL}",
+    "mobilevit": f"it attends between pixels at the same place of different patches, and {_CONVOLUTIONAL}",
+    "csatv2": _CONVOLUTIONAL,
+    "efficientformer": _CONVOLUTIONAL,
+    "efficientformer_v2": _CONVOLUTIONAL,
+    "fastvit": _CONVOLUTIONAL,
+    "metaformer": _CONVOLUTIONAL,
+    "nextvit": _CONVOLUTIONAL,
+    "swiftformer": _CONVOLUTIONAL,
+    "visformer": _CONVOLUTIONAL,
     "swin_transformer_v2_cr": "a network with dropout inside makes its position biases, trained on the pairs of whole "
     "windows; create a swinv2_ model without _cr",
     "hiera": "it keeps its tokens in the order of mask units, which its pooling shrinks from stage to stage; create a "
