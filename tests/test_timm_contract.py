@@ -230,7 +230,7 @@ class TestInitialisation:
         model.load_state_dict(reference.state_dict())
         assert torch.equal(model(x), reference(x))
 
-    # timm itself leaves the learned frequencies of a mixed RoPE and Gemma's classifier as they were, in dense models too.
+    # timm leaves the learned frequencies of a mixed RoPE and Gemma's classifier as they were, in dense models too.
     @pytest.mark.parametrize("host", [host for host in HOSTS if host not in ("rope_mixed", "gemma4")])
     def test_host_after_to_empty_is_as_new(self, host: str) -> None:
         assert_distributed_alike(*initialised(lambda: effvit.sparsify(HOSTS[host](), "tome", r=1)))

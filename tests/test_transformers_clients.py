@@ -239,9 +239,8 @@ class TestLora:
     def test_adapter_on_every_host_gets_gradients_in_all_its_weights(self, host: str) -> None:
         model = make_model("tome", host).double().train()
         x = make_images(model).double()
-        layers = (
-            ATTENTION + r"\.linear" if host == "gemma4" else ATTENTION
-        )  # wrapped in a class that peft does not know
+        inner = r"\.linear" if host == "gemma4" else ""  # timm wraps these in a class that peft does not know
+        layers = ATTENTION + inner
         adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=layers, init_lora_weights=False))
         outputs = adapted(x)
         (outputs[0] if isinstance(outputs, tuple) else outputs).square().sum().backward()
