@@ -24,7 +24,7 @@ from timm.models import list_modules
 
 from effvit.hosts._unserved import UNSERVED
 
-__all__ = ["counted", "main", "table"]
+__all__ = ["counted", "main", "read_record", "result_of", "table"]
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = "docs/hosts.md"
@@ -72,6 +72,12 @@ def table(record: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def read_record() -> dict[str, Any]:
+    """What ``counted`` gave when the page was made."""
+    record: dict[str, Any] = json.loads((ROOT / RECORD).read_text())
+    return record
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Write or check the page; returns the exit status."""
     parser = argparse.ArgumentParser(description="Write the table of docs/hosts.md.")
@@ -81,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.checked is not None and not arguments.check:
         record = counted(json.loads(arguments.checked.read_text()))
         (ROOT / RECORD).write_text(json.dumps(record, indent=1) + "\n")
-    record = json.loads((ROOT / RECORD).read_text())
+    record = read_record()
     text = put_table((ROOT / PAGE).read_text(), PAGE, "hosts", TOOL, table(record))
     return write_pages({PAGE: text}, ROOT, TOOL, arguments.check)
 
