@@ -17,7 +17,7 @@ from timm.models.vision_transformer_relpos import RelPosBlock, ResPostRelPosBloc
 from torch import Tensor, nn
 
 import effvit
-from effvit.attention import AttnState, Beside, PairBias, Selection
+from effvit.attention import AttnState, Beside, PairBias, Picked
 from effvit.hosts.relpos import CLASS_TOKEN_HOSTS, NO_CLASS_TOKEN_HOSTS
 from effvit.layers.macs import position_bias
 from effvit.measure.closed_form import closed_form_macs
@@ -175,8 +175,8 @@ class TestMovedTokens:
             x, tokens = tokens.select(x, torch.stack([torch.randperm(48)[:30] for _ in range(2)]), 30)
         index = torch.stack([torch.randperm(x.shape[1] - prefix)[:5] for _ in range(2)])
 
-        def pick(state: AttnState) -> Selection:
-            return Selection(state.keys.rows(index), state.keys.keep(index, 5))
+        def pick(state: AttnState) -> Picked:
+            return Picked(state.keys.rows(index), state.keys.keep(index, 5))
 
         whole = take_rows(attn(x, tokens, shared), tokens.rows(index))
         for enabled in (True, False):

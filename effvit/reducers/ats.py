@@ -115,7 +115,7 @@ def inverse_transform_sample(
         first = height.masked_fill(height <= 0, 1).amin(1, keepdim=True)
         step = ((1 - first) / (num_points - 1)).clamp(min=tiny)
     else:
-        step = torch.ones_like(top) / num_points
+        step = 1 / num_points.to(top.dtype) if isinstance(num_points, Tensor) else torch.full_like(top, 1 / num_points)
         first = step / 2
     # The last grid point nearer to token j than to j + 1 is the last one up to the middle between the two.
     middle = (height[:, :-1] + height[:, 1:]) / 2
@@ -123,7 +123,11 @@ def inverse_transform_sample(
     if compat:
         place = torch.ones_like(order[:, :-1]).cumsum(1) - 1
         last_point = last_point.masked_fill(place < scores.shape[1] - num_points, -1)
-    every_point = torch.ones_like(top) * (num_points - 1)  # as a number in F.pad it would fix the image size of a graph
+    # (B, 1), since a number in F.pad would fix the image size of a graph.
+    if isinstance(num_points, Tensor):
+        every_point = (num_points - 1).to(top.dtype)
+    else:
+        every_point = torch.full_like(top, num_points - 1)
     reached = torch.cat([last_point, every_point], dim=1) > F.pad(last_point, (1, 0), value=-1)  # (B, N)
     return Sample(order, reached if real is None else reached & real)
 
