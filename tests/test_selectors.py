@@ -664,6 +664,13 @@ class TestVideo:
         chosen = effvit.select_video(tower, torch.rand(4, 3, 48, 48), keep=0.3)
         assert chosen.tokens.shape == (1, int(chosen.counts), 32)
 
+    def test_scores_are_of_the_block_the_tokens_leave(self) -> None:
+        """The release deletes the last block of its tower and reads the last one that is left."""
+        tower = make_tower(class_token=False, global_pool="avg")
+        chosen = effvit.select_video(tower, IMAGES, keep=0.3)
+        received = softmax_maps(tower, IMAGES)[-2].mean((1, 2))
+        torch.testing.assert_close(chosen.scores, received.view(1, -1), rtol=1e-5, atol=1e-6)
+
     def test_what_is_no_video_is_refused(self) -> None:
         given = self.video()
         with pytest.raises(ValueError, match=r"divprune knows no time; choose in each frame by effvit.select_tokens"):

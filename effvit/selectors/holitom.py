@@ -97,11 +97,11 @@ class HoliTom(Selector):
 
     The part in front of the language model, llava_arch.py@e9b2972, for one video: patches whose cosine to the next
     frame is above ``tau`` throughout a window become one token each, and what that saves is given back to the ratio.
-    Of the others each frame keeps the share with the most attention, which is what each patch receives in the last
-    block of SigLIP; of the merged ones a share of density peaks stays, to which the rest is merged. The release's
-    setting D, which would merge others too, cannot run above its default 0 and is left out. Its tokens are pooled
-    frames behind the projector: give those for its results. A merged token has its position in the first frame of the
-    window.
+    Of the others each frame keeps the share with the most attention, which is what each patch receives in the block the
+    tokens leave: the release deletes the last block of SigLIP, so that its "last" one is -2 here. Of the merged ones a
+    share of density peaks stays, to which the rest is merged. The release's setting D, which would merge others too,
+    cannot run above its default 0 and is left out. Its tokens are pooled frames behind the projector: give those for
+    its results. A merged token has its position in the first frame of the window.
 
     Args:
         tau: Cosine from which on a patch stays the same.
@@ -113,7 +113,6 @@ class HoliTom(Selector):
     name = "holitom"
     summary = "merge what stays the same in a video, choose the rest by attention (2505.21334)"
     row = RECEIVED
-    reads_last = True
     whole_grid = True
     takes = "select_video"
 
