@@ -27,6 +27,7 @@ from effvit.selectors import (
 from effvit.selectors.cells import cell_means, to_cells
 from effvit.selectors.holitom import static_windows
 from effvit.selectors.select import choose_tokens
+from effvit.selectors.spread import spread
 from effvit.testing import assert_runs_on_fakes, count_reads
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "select_tokens.md"
@@ -120,6 +121,30 @@ class TestContract:
         given["tokens"][1, 3, 0] = float("nan")
         with pytest.raises(ValueError, match=f"{name}: the features are NaN for image 1 of the batch"):
             choose(name, keep, given)
+
+    def test_infinite_features_and_bad_keys_are_refused_by_image(self, name: str, keep: int | None) -> None:
+        """A tower in float16 that overflows gives infinity, whose cosine to any other token is no number."""
+        given = features()
+        given["tokens"][2, 3, 0] = float("inf")
+        remedy = "are infinite for image 2 of the batch; run the tower in bfloat16 or float32"
+        with pytest.raises(ValueError, match=f"{name}: the features {remedy}"):
+            choose(name, keep, given)
+        if SELECTORS[name].keys is None:
+            return
+        for value, message in (("inf", remedy), ("nan", "are NaN for image 2 of the batch")):
+            given = features()
+            given["keys"][2, 5, 1] = float(value)
+            with pytest.raises(ValueError, match=f"{name}: the keys {message}"):
+                choose(name, keep, given)
+
+
+@pytest.mark.parametrize("total", [False, True])
+def test_no_token_is_picked_twice_whatever_the_distances_are(total: bool) -> None:
+    """Values that a device does not check: infinite tokens, whose distances are no numbers."""
+    x = features()["tokens"]
+    x[:, 3:9, 0] = float("inf")
+    picks, _ = spread(x, torch.zeros(3, 1, dtype=torch.int64), 20, total)
+    assert [len(image.unique()) for image in picks] == [20] * 3
 
 
 @pytest.mark.parametrize("name", STATIC)

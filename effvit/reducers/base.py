@@ -22,10 +22,16 @@ if TYPE_CHECKING:
     from effvit.block import ReducibleBlock
     from effvit.reducers.block_schedule import BlockSchedule
 
-__all__ = ["Reducer", "check_finite", "refuse_recording"]
+__all__ = ["Reducer", "check_bounded", "check_finite", "refuse_recording"]
 
 
 CHECK_FINITE = "EFFVIT_CHECK_FINITE"  # "1": check on every device
+
+
+def stays_unread(values: Tensor) -> bool:
+    """Whether checks leave the values alone, since they are recorded or to read them would stop a device's queue."""
+    checked = values.device.type == "cpu" or os.environ.get(CHECK_FINITE) == "1" or torch.is_anomaly_enabled()
+    return is_recorded(values) or not checked
 
 
 @fx_leaf
@@ -36,9 +42,7 @@ def check_finite(scores: Tensor, origin: str, x: Tensor | None) -> Tensor:
     checked only with ``EFFVIT_CHECK_FINITE=1`` in the environment or under ``torch.autograd.detect_anomaly``. What is
     recorded or transformed (see ``is_recorded``) is never checked.
     """
-    if is_recorded(scores):
-        return scores
-    if scores.device.type != "cpu" and not (os.environ.get(CHECK_FINITE) == "1" or torch.is_anomaly_enabled()):
+    if stays_unread(scores):
         return scores
     total = scores.sum().item()
     if math.isnan(total) and scores.isnan().any():  # infinities of both signs have no sum either
@@ -50,6 +54,22 @@ def check_finite(scores: Tensor, origin: str, x: Tensor | None) -> Tensor:
         )
         raise ValueError(f"{origin} are NaN for image {image} of the batch; {cause}")
     return scores
+
+
+@fx_leaf
+def check_bounded(values: Tensor, origin: str) -> Tensor:
+    """``values``, or an error that names the first image with an infinite one; checked where ``check_finite`` checks.
+
+    For what is divided by its norm: infinite rows have no direction.
+    """
+    if not stays_unread(values) and not math.isfinite(values.sum().item()):  # or the sum alone overflows
+        unbounded = values.isinf().flatten(1).any(1)
+        if unbounded.any():
+            image = int(unbounded.nonzero()[0])
+            raise ValueError(
+                f"{origin} are infinite for image {image} of the batch; run the tower in bfloat16 or float32"
+            )
+    return values
 
 
 @fx_leaf

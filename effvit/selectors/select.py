@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from effvit.hosts.tower_exit import KEYS, RECEIVED, ROWS, Read, Tower, TowerOutput
 from effvit.protocols import Setting, Size
-from effvit.reducers.base import check_finite, refuse_recording
+from effvit.reducers.base import check_bounded, check_finite, refuse_recording
 from effvit.schedule import check_choice, check_count, check_number
 from effvit.selectors.base import Choice, Features, Keep, Selector, rows_of
 from effvit.selectors.cells import cell_grid, cell_means, to_cells
@@ -278,11 +278,19 @@ def refuse_elsewhere(selector: Selector) -> None:
 
 
 def check_features(features: Features, name: str) -> None:
-    """Raise a ValueError that names the first image of which anything is NaN."""
-    check_finite(features.x.detach(), f"{name}: the features", features.x)
-    for what, values in (("scores", features.scores), ("relevances", features.relevance), ("early", features.early)):
+    """Raise a ValueError that names the first image of which anything is NaN, or features or keys are infinite."""
+    x = check_finite(features.x.detach(), f"{name}: the features", features.x)
+    check_bounded(x, f"{name}: the features")
+    for what, values in (
+        ("scores", features.scores),
+        ("keys", features.keys),
+        ("relevances", features.relevance),
+        ("early scores", features.early),
+    ):
         if values is not None:
-            check_finite(values, f"{name}: the {what}", features.x)
+            check_finite(values, f"{name}: the {what}", x)
+    if features.keys is not None:
+        check_bounded(features.keys, f"{name}: the keys")
 
 
 def arranged(choice: Choice, features: Features, tokens: TokenMap | None, prefix: Tensor | None) -> Selection:
