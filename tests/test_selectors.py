@@ -201,6 +201,26 @@ def exported(name: str) -> tuple[torch.export.ExportedProgram, dict[str, Any]]:
     return torch.export.export(Chooser(name), inputs, dynamic_shapes=(batch, batch, batch)), features(3, seed=5)
 
 
+class TestPruMergePlus:
+    @pytest.mark.parametrize("spaced", [6, 7, 11, 13])
+    def test_spaced_tokens_reach_the_end_of_the_image(self, spaced: int) -> None:
+        """Only spaced tokens are kept of the second half, where no score is, and no gap is longer than a stretch."""
+        given = features()
+        given["scores"] = torch.zeros(3, NUMBER)
+        given["scores"][:, : NUMBER // 2] = 1
+        chosen = choose("prumerge_plus", 2 * spaced + 1, given, neighbours=4)
+        late = chosen.ids[0, chosen.ids[0] >= NUMBER // 2]
+        gaps = torch.cat([late, torch.tensor([NUMBER])]).diff()
+        assert gaps.max() <= -(-NUMBER // spaced)
+
+    def test_spaced_tokens_are_those_of_the_release_at_an_eighth(self) -> None:
+        """The release begins in the middle of the first stretch of 1 / ratio tokens and goes on by as many."""
+        given = features()
+        given["scores"] = torch.rand(3, NUMBER) * 1e-6
+        chosen = choose("prumerge_plus", 2 * NUMBER // 8 + 1, given)
+        assert set(range(4, NUMBER, 8)) <= set(chosen.ids[0].tolist())
+
+
 class TestSelection:
     def test_positions_are_those_of_the_dense_grid(self) -> None:
         chosen = choose("uniform", KEPT, features())

@@ -103,7 +103,8 @@ class PruMergePlus(PruMerge):
     Without ``keep`` every s-th token is kept too, s = max(1, int(int(N / outliers) / 3)), but for the last token, as in
     the release, whose 575 is N - 1; about four times as many tokens as PruMerge. With ``keep`` half of the kept tokens
     are evenly spaced and the others the most attended ones beside them: the release keeps doubles, and only ratios at
-    which its two halves are of equal length.
+    which its two halves are of equal length. The spaced ones are the middles of equal stretches of the image, which at
+    the release's ratio of 1/8 are its own.
     """
 
     name = "prumerge_plus"
@@ -112,8 +113,8 @@ class PruMergePlus(PruMerge):
     def choose(self, features: Features, kept: int) -> Choice:
         number, spaced = features.num_tokens, (kept - 1) // 2
         scores = required_scores(self, features)
-        step = number // max(1, spaced)
-        even = torch.arange(step // 2, number, step, device=scores.device)[:spaced].expand(scores.shape[0], -1)
+        middles = (2 * torch.arange(spaced, device=scores.device) + 1) * number // (2 * max(1, spaced))
+        even = middles.expand(scores.shape[0], -1)
         attended = scores.scatter(1, even, -math.inf).topk(kept - 1 - spaced, dim=1).indices
         return self.merged(features, torch.cat([attended, even], dim=1), None)
 
