@@ -26,6 +26,7 @@ from effvit.selectors import (
 )
 from effvit.selectors.cells import cell_means, to_cells
 from effvit.selectors.holitom import static_windows
+from effvit.selectors.parts import valid_cells
 from effvit.selectors.select import choose_tokens
 from effvit.selectors.spread import spread
 from effvit.testing import assert_runs_on_fakes, count_reads
@@ -625,6 +626,21 @@ class TestParts:
         assert total - 6 <= int(counts[0].sum()) < total
         assert int(counts[1].sum()) == total
         assert torch.equal(counts[1], counts[2])
+
+    @pytest.mark.parametrize(("method", "keep"), [("hired", 1.0), ("hired", 7 * NUMBER), ("globalcom2", 1.0)])
+    def test_all_tokens_are_the_tokens_bit_for_bit(self, method: str, keep: float) -> None:
+        given = self.given()
+        selection = effvit.select_parts(None, None, method, keep=keep, **given).selection
+        assert torch.equal(selection.tokens, given["tokens"])
+        assert torch.equal(selection.ids, torch.arange(NUMBER).expand(7, -1))
+        assert torch.equal(selection.group, selection.ids)
+
+    def test_all_tokens_of_a_padded_canvas_are_those_that_show_the_image(self) -> None:
+        selected = effvit.select_parts(None, None, "globalcom2", keep=1.0, image_size=(100, 400), **self.given())
+        shown = valid_cells((100, 400), self.CROPS, GRID).flatten().nonzero().flatten()
+        named = selected.canvas_ids()
+        assert torch.equal(named[named >= 0].sort().values, shown)
+        assert int(selected.selection.counts[0]) == NUMBER
 
     def test_padding_of_the_canvas_is_never_kept(self) -> None:
         selected = effvit.select_parts(None, None, "globalcom2", keep=0.5, image_size=(100, 400), **self.given())

@@ -73,6 +73,8 @@ class HiRED(PartSelector):
         scores, early = required_scores(self, features), features.early
         assert early is not None
         total = self.number(keep, scores.numel())
+        if total == scores.numel():  # more than the thumbnail's share of them may hold
+            return torch.ones_like(scores, dtype=torch.bool)
         counts = share_budget(parts.split(early)[0], features.grid, parts.crops, total, self.alpha, self.exact)
         numbers = torch.tensor(counts, device=scores.device)
         return highest_each(scores, parts.join(numbers[0], numbers[1:]))
