@@ -52,7 +52,14 @@ def features(batch: int = 3, seed: int = 0, dtype: torch.dtype = torch.float32) 
 
 def choose(name: str | Selector, keep: float | None, given: dict[str, Any], **settings: Any) -> effvit.Selection:
     settings = NEIGHBOURS.get(str(name), {}) | settings
-    return effvit.select_tokens(None, None, name, keep=keep, **given, **settings)
+    return effvit.select_tokens(None, None, name, keep=keep, **of_use(name, given), **settings)
+
+
+def of_use(name: str | Selector, given: dict[str, Any]) -> dict[str, Any]:
+    """What is given, without what the method does not use."""
+    selector = name if isinstance(name, Selector) else SELECTORS.get(name, Selector)
+    used = {"scores": selector.row, "keys": selector.keys, "early": selector.reads_first}
+    return {key: value for key, value in given.items() if used.get(key, True)}
 
 
 def make_tower(**kwargs: Any) -> VisionTransformer:
@@ -496,15 +503,32 @@ class TestRefusals:
             effvit.select_tokens(None, None, "divprune", keep=9, tokens=given["tokens"])
         with pytest.raises(ValueError, match=r"tokens must be \(B, 48, C\) for a grid of \(6, 8\)"):
             choose("divprune", 9, {"tokens": given["tokens"][:, 1:], "grid": GRID})
-        with pytest.raises(TypeError, match="give a tower and images, or tokens= and grid="):
+        message = r"give a tower and its images \(parts, frames\), or tokens= and grid= without them"
+        with pytest.raises(TypeError, match=message):
             effvit.select_tokens(make_tower(), None, "divprune", keep=9)
+        with pytest.raises(TypeError, match=message):
+            effvit.select_parts(make_tower(), None, "divprune", crops=(1, 2), keep=9)
+        with pytest.raises(TypeError, match=message):
+            effvit.select_video(make_tower(), IMAGES, keep=0.5, tokens=given["tokens"], grid=GRID)
 
     def test_what_would_be_ignored_is_refused(self) -> None:
         given = features()
-        with pytest.raises(ValueError, match=r"max_norm=9.0 ranks patches last, but this method ranks none by a score"):
-            effvit.select_tokens(make_tower(), IMAGES, "divprune", keep=4, max_norm=9.0)
+        tower, bare = make_tower(), {"tokens": given["tokens"], "grid": GRID}
+        for name, value in (("max_norm", 9.0), ("scores", "received"), ("relevance", torch.rand(2, 36))):
+            message = f"divprune does not use {name}, which would change nothing; leave it out, or use"
+            with pytest.raises(ValueError, match=message):
+                effvit.select_tokens(tower, IMAGES, "divprune", keep=4, **{name: value})
+        for name, value in (("max_norm", 9.0), ("scores", given["scores"]), ("keys", given["keys"])):
+            with pytest.raises(ValueError, match=f"divprune does not use {name}, which would change nothing"):
+                effvit.select_tokens(None, None, "divprune", keep=4, **bare, **{name: value})
+        with pytest.raises(ValueError, match="visionzip does not use early"):
+            effvit.select_parts(None, None, "visionzip", crops=(1, 2), keep=4, **given, early=given["scores"])
+        with pytest.raises(
+            ValueError, match=r"class_attention does not use relevance, .* use one of cdpruner, recoverable"
+        ):
+            choose("class_attention", 4, given, relevance=given["scores"])
         with pytest.raises(TypeError, match=r"scores of tokens are a tensor \(B, N\), got 'received'"):
-            choose("divprune", 4, given | {"scores": "received"})
+            choose("class_attention", 4, given | {"scores": "received"})
         with pytest.raises(TypeError, match="scores, keys and grid of a tower are its own"):
             effvit.select_tokens(make_tower(), IMAGES, "class_attention", keep=4, scores=given["scores"])
         with pytest.raises(ValueError, match=r"relevance must be for \(2, 36\) patches, got \(2, 30\)"):
@@ -597,7 +621,7 @@ class TestParts:
     @pytest.mark.parametrize("thumbnail", ["first", "last"])
     def test_crops_of_a_canvas_are_named_by_its_cells(self, method: str, keep: float, thumbnail: str) -> None:
         given = self.given()
-        selected = effvit.select_parts(None, None, method, keep=keep, thumbnail=thumbnail, **given)
+        selected = effvit.select_parts(None, None, method, keep=keep, thumbnail=thumbnail, **of_use(method, given))
         canvas = torch.arange(12 * 24).view(2, 6, 3, 8).transpose(1, 2).reshape(6, NUMBER)  # cells of each crop
         named = selected.canvas_ids()
         crops = slice(1, 7) if thumbnail == "first" else slice(0, 6)
@@ -611,13 +635,14 @@ class TestParts:
     @pytest.mark.parametrize("method", ["hired", "globalcom2"])
     def test_thumbnail_last_is_the_same_choice(self, method: str) -> None:
         given = self.given()
+        given = of_use(method, given)
         first = effvit.select_parts(None, None, method, keep=0.3, **given).selection
         turned = {key: value.roll(-1, 0) if isinstance(value, Tensor) else value for key, value in given.items()}
         last = effvit.select_parts(None, None, method, keep=0.3, thumbnail="last", **turned).selection
         assert torch.equal(last.mask(), first.mask().roll(-1, 0))
 
     def test_budget_is_kept_exactly_if_asked_for(self) -> None:
-        given = self.given()
+        given = of_use("hired", self.given())
         total = int(0.3 * 7 * NUMBER)
         counts = [
             effvit.select_parts(None, None, "hired", keep=keep, exact=exact, **given).selection.counts
@@ -629,21 +654,23 @@ class TestParts:
 
     @pytest.mark.parametrize(("method", "keep"), [("hired", 1.0), ("hired", 7 * NUMBER), ("globalcom2", 1.0)])
     def test_all_tokens_are_the_tokens_bit_for_bit(self, method: str, keep: float) -> None:
-        given = self.given()
+        given = of_use(method, self.given())
         selection = effvit.select_parts(None, None, method, keep=keep, **given).selection
         assert torch.equal(selection.tokens, given["tokens"])
         assert torch.equal(selection.ids, torch.arange(NUMBER).expand(7, -1))
         assert torch.equal(selection.group, selection.ids)
 
     def test_all_tokens_of_a_padded_canvas_are_those_that_show_the_image(self) -> None:
-        selected = effvit.select_parts(None, None, "globalcom2", keep=1.0, image_size=(100, 400), **self.given())
+        given = of_use("globalcom2", self.given())
+        selected = effvit.select_parts(None, None, "globalcom2", keep=1.0, image_size=(100, 400), **given)
         shown = valid_cells((100, 400), self.CROPS, GRID).flatten().nonzero().flatten()
         named = selected.canvas_ids()
         assert torch.equal(named[named >= 0].sort().values, shown)
         assert int(selected.selection.counts[0]) == NUMBER
 
     def test_padding_of_the_canvas_is_never_kept(self) -> None:
-        selected = effvit.select_parts(None, None, "globalcom2", keep=0.5, image_size=(100, 400), **self.given())
+        given = of_use("globalcom2", self.given())
+        selected = effvit.select_parts(None, None, "globalcom2", keep=0.5, image_size=(100, 400), **given)
         row = selected.canvas_ids() // 24
         assert row[selected.canvas_ids() >= 0].min() >= 3
         assert row.max() <= 8
@@ -662,16 +689,42 @@ class TestParts:
             held = chosen.mask()
             assert torch.equal(chosen.packed().tokens, dense[held])
 
+    def test_parts_take_what_images_take(self) -> None:
+        """Cells, relevance and norms: each part as ``select_tokens`` has it."""
+        given, relevance = self.given(), torch.rand(7, NUMBER)
+        bare = {"tokens": given["tokens"], "grid": GRID}
+        ranked = bare | {"scores": given["scores"]}
+        for method, settings in (
+            ("cdpruner", bare | {"relevance": relevance}),
+            ("class_attention", ranked | {"merge": 2}),
+            ("class_attention", ranked | {"max_norm": 5.0}),
+        ):
+            alone = effvit.select_tokens(None, None, method, keep=6, **settings)
+            parts = effvit.select_parts(None, None, method, keep=6, crops=self.CROPS, **settings)
+            assert torch.equal(parts.selection.ids, alone.ids)
+            assert torch.equal(parts.selection.tokens, alone.tokens)
+        of_cells = effvit.select_parts(None, None, "hired", keep=0.5, merge=2, **of_use("hired", given))
+        assert of_cells.selection.grid == (3, 4)
+        assert of_cells.canvas_ids().max() < 6 * 12
+
+    def test_scores_beside_features_are_widened(self) -> None:
+        """Half-precision scores of two crops are ranked in float32, as the scores of a tower are."""
+        given = of_use("globalcom2", self.given())
+        given["scores"] = given["scores"].bfloat16()
+        selected = effvit.select_parts(None, None, "globalcom2", keep=0.3, **given)
+        assert selected.selection.scores.dtype == torch.float32
+
     def test_what_does_not_fit_is_refused(self) -> None:
-        given = self.given()
+        given = of_use("hired", self.given())
+        shared = of_use("globalcom2", self.given())
         with pytest.raises(ValueError, match="2 x 3 crops and a thumbnail are 7 parts, got 6"):
-            effvit.select_parts(None, None, "hired", keep=0.3, **self.given(6))
+            effvit.select_parts(None, None, "hired", keep=0.3, **of_use("hired", self.given(6)))
         with pytest.raises(ValueError, match="hired shares its budget by what the thumbnail shows"):
-            effvit.select_parts(None, None, "hired", keep=0.3, thumbnail=None, **self.given(6))
+            effvit.select_parts(None, None, "hired", keep=0.3, thumbnail=None, **of_use("hired", self.given(6)))
         with pytest.raises(ValueError, match="thumbnail must be one of first, last"):
             effvit.select_parts(None, None, "hired", keep=0.3, thumbnail="middle", **given)
         with pytest.raises(ValueError, match="globalcom2 shares out a ratio, got keep=50"):
-            effvit.select_parts(None, None, "globalcom2", keep=50, **given)
+            effvit.select_parts(None, None, "globalcom2", keep=50, **shared)
         with pytest.raises(ValueError, match=r"hired needs scores of the first block too; give early= \(B, N\)"):
             effvit.select_parts(None, None, "hired", keep=0.3, **(given | {"early": None}))
         with pytest.raises(ValueError, match=r"hired chooses among the parts of one image .* use effvit.select_parts"):
@@ -724,6 +777,12 @@ class TestVideo:
         tower = make_tower(class_token=False, global_pool="avg")
         chosen = effvit.select_video(tower, torch.rand(4, 3, 48, 48), keep=0.3)
         assert chosen.tokens.shape == (1, int(chosen.counts), 32)
+
+    def test_prefix_tokens_of_all_frames_come_along(self) -> None:
+        tower = make_tower(reg_tokens=2)
+        chosen = effvit.select_video(tower, IMAGES, keep=0.3)
+        images = effvit.select_tokens(tower, IMAGES, "uniform", keep=4)
+        assert torch.equal(chosen.prefix, images.prefix.reshape(1, 6, 32))
 
     def test_scores_are_of_the_block_the_tokens_leave(self) -> None:
         """The release deletes the last block of its tower and reads the last one that is left."""

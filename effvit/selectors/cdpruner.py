@@ -82,6 +82,7 @@ class CDPruner(Selector):
 
     name = "cdpruner"
     summary = "keep tokens that are relevant and unlike each other, by their determinant (2506.10967)"
+    reads_relevance = True
 
     def check(self, kept: int, features: Features) -> None:
         channels = features.x.shape[2]

@@ -15,7 +15,7 @@ from effvit.reducers.hot import density_peaks
 from effvit.schedule import check_count, check_fraction, check_number
 from effvit.selectors.base import Features, Keep, Selector, left_over, required_scores
 from effvit.selectors.registry import make_selector
-from effvit.selectors.select import CLASS_ROW, TokenSelector, check_features, given_features
+from effvit.selectors.select import CLASS_ROW, check_features, features_of
 from effvit.selectors.selection import Selection
 from effvit.tokens import widened
 
@@ -177,6 +177,8 @@ def select_video(
 ) -> Selection:
     """The tokens of one video, as a Selection of one "image" whose grid is (T, H, W).
 
+    Its prefix (1, T * P, C) is that of all frames, one after another.
+
     Args:
         tower: As for ``select_tokens``; None where ``tokens`` are given.
         frames: (T, 3, H, W).
@@ -197,11 +199,9 @@ def select_video(
         raise ValueError(
             f"{selector.name} knows no time; choose in each frame by effvit.{selector.takes}, or use 'holitom'"
         )
-    if (tower is None) != (frames is None) or (tower is None) == (tokens is None):
-        raise TypeError("give a tower and the frames of a video, or tokens= and grid= without them")
-    if tower is not None and frames is not None:
-        features, _, _ = TokenSelector(tower, selector, block=block).read(frames)
-    else:
-        features = given_features(selector, tokens, grid, CLASS_ROW if scores is None else scores)
+    ratio = check_fraction("keep", keep)
+    given = CLASS_ROW if scores is None else scores
+    features, _, prefix = features_of(selector, tower, frames, block=block, tokens=tokens, grid=grid, scores=given)
     check_features(features, selector.name)
-    return selector.choose_video(features, check_fraction("keep", keep))
+    chosen = selector.choose_video(features, ratio)
+    return chosen if prefix is None else chosen._replace(prefix=prefix.flatten(0, 1).unsqueeze(0))

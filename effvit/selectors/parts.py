@@ -13,11 +13,10 @@ from effvit.selectors.base import Choice, Features, Keep, Selector
 from effvit.selectors.registry import make_selector
 from effvit.selectors.select import (
     CLASS_ROW,
-    TokenSelector,
     arranged,
     check_features,
     choose_tokens,
-    given_features,
+    features_of,
 )
 from effvit.selectors.selection import Selection
 from effvit.tokens import compact
@@ -131,11 +130,14 @@ def select_parts(
     image_size: Size | None = None,
     keep: Keep = None,
     block: int = -2,
+    merge: int = 1,
     tokens: Tensor | None = None,
     grid: Size | None = None,
     scores: Tensor | str = CLASS_ROW,
     keys: Tensor | None = None,
+    relevance: Tensor | None = None,
     early: Tensor | None = None,
+    max_norm: float | None = None,
     **settings: Setting,
 ) -> SelectedParts:
     """The tokens of one image that was cut into crops.
@@ -145,7 +147,8 @@ def select_parts(
     Args:
         tower: As for ``select_tokens``; None where ``tokens`` are given.
         parts: (P, 3, H, W) the crops of one image row by row, and its thumbnail.
-        method: As for ``select_tokens``, and so are block, tokens, grid, scores, keys and settings.
+        method: As for ``select_tokens``, and so are block, merge, tokens, grid, scores, keys, relevance, max_norm and
+            settings.
         crops: (rows, columns) of crops.
         thumbnail: Where it stands among the parts: "first" (LLaVA-NeXT), "last" (InternVL), or None.
         image_size: (height, width) of the image, by which padding is known; None: there is none.
@@ -162,22 +165,26 @@ def select_parts(
     selector = make_selector(method, settings)
     layout = Parts((rows, columns), thumbnail)
     given = tokens if parts is None else parts
-    if given is None or (tower is None) != (parts is None):
-        raise TypeError("give a tower and the parts of an image, or tokens= and grid= without them")
-    if given.shape[0] != layout.number:
+    if given is not None and given.shape[0] != layout.number:
         raise ValueError(
             f"{rows} x {columns} crops {'without a' if thumbnail is None else 'and a'} thumbnail are {layout.number} "
             f"parts, got {given.shape[0]}; give those of one image"
         )
-    of_map, prefix = None, None
-    if tower is not None and parts is not None:
-        if isinstance(scores, Tensor):
-            raise TypeError("scores of a tower are its own; give them beside tokens= only")
-        per_part = keep if not isinstance(selector, PartSelector) else None
-        module = TokenSelector(tower, selector, keep=per_part, block=block, scores=scores)
-        features, of_map, prefix = module.read(parts)
-    else:
-        features = given_features(selector, tokens, grid, scores, keys, early=early)
+    features, of_map, prefix = features_of(
+        selector,
+        tower,
+        parts,
+        keep=keep,
+        block=block,
+        merge=merge,
+        max_norm=max_norm,
+        tokens=tokens,
+        grid=grid,
+        scores=scores,
+        keys=keys,
+        relevance=relevance,
+        early=early,
+    )
     if not isinstance(selector, PartSelector):
         return SelectedParts(choose_tokens(selector, features, keep, of_map, prefix), layout)
     if thumbnail is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,9 @@ from effvit.reducers.base import check_bounded, check_finite, refuse_recording
 from effvit.schedule import check_choice, check_count, check_number
 from effvit.selectors.base import Choice, Features, Keep, Selector, rows_of
 from effvit.selectors.cells import cell_grid, cell_means, to_cells
-from effvit.selectors.registry import make_selector
+from effvit.selectors.registry import SELECTORS, make_selector
 from effvit.selectors.selection import Selection
-from effvit.tokens import TokenMap, wide_dtype
+from effvit.tokens import TokenMap, widened
 
 __all__ = [
     "TokenSelector",
@@ -23,7 +24,7 @@ __all__ = [
     "check_features",
     "choose_tokens",
     "count_tokens",
-    "given_features",
+    "features_of",
     "select_tokens",
 ]
 
@@ -65,7 +66,7 @@ def select_tokens(
             patch gets, for towers without one, at the cost of a second softmax map, formed in pieces. Beside
             ``tokens`` (B, N) of your own, where larger means that a patch matters more.
         keys: (B, N, D) keys for ``tokens``, for a method that compares them.
-        relevance: (B, N) how much each patch has to do with a text, for CDPruner and Recoverable Compression.
+        relevance: (B, N) how much each patch has to do with a text, for CDPruner and Recoverable Compression alone.
         max_norm: Patches whose tokens have a larger norm rank last. Some patches of large ViTs without registers hold
             no content of their own but draw attention (2309.16588, which takes 150 for DINOv2).
         settings: Settings of the method.
@@ -74,21 +75,100 @@ def select_tokens(
         The Selection. All tokens, bit for bit, if as many are kept as there are.
 
     Raises:
-        ValueError: A number of tokens that the method cannot give; something it needs and did not get; NaN.
+        ValueError: A number of tokens that the method cannot give; something it needs and did not get, or
+            got and does not use; NaN.
         TypeError: A tower that ``sparsify`` does not take, or both or neither of a tower and tokens.
     """
     selector = make_selector(method, settings)
     refuse_elsewhere(selector)
+    features, of_map, prefix = features_of(
+        selector,
+        tower,
+        images,
+        keep=keep,
+        block=block,
+        merge=merge,
+        max_norm=max_norm,
+        tokens=tokens,
+        grid=grid,
+        scores=scores,
+        keys=keys,
+        relevance=relevance,
+    )
+    return choose_tokens(selector, features, keep, of_map, prefix)
+
+
+class TowerFeatures(NamedTuple):
+    """What a selector may choose by, and what goes around it.
+
+    Attributes:
+        features: Of cells.
+        tokens: The map of a tower's tokens; None where they were given.
+        prefix: (B, P, C) a tower's prefix tokens, likewise.
+    """
+
+    features: Features
+    tokens: TokenMap | None = None
+    prefix: Tensor | None = None
+
+
+def features_of(
+    selector: Selector,
+    tower: nn.Module | None,
+    images: Tensor | None,
+    *,
+    keep: Keep = None,
+    block: int = -2,
+    merge: int = 1,
+    max_norm: float | None = None,
+    tokens: Tensor | None = None,
+    grid: Size | None = None,
+    scores: Tensor | str = CLASS_ROW,
+    keys: Tensor | None = None,
+    relevance: Tensor | None = None,
+    early: Tensor | None = None,
+) -> TowerFeatures:
+    """Features of a tower and images, or those given in their place; arguments as for ``select_tokens``.
+
+    Args:
+        early: (B, N) scores of the first block for ``tokens``.
+
+    Raises:
+        ValueError: Something that the selector needs and did not get, or got and does not use; another shape.
+        TypeError: Both or neither of a tower and tokens, or parts of both.
+    """
     if (tower is None) == (tokens is None) or (tower is None) != (images is None):
-        raise TypeError("give a tower and images, or tokens= and grid= without them")
-    if tower is not None:
-        assert images is not None
-        if isinstance(scores, Tensor) or keys is not None or grid is not None:
-            raise TypeError("scores, keys and grid of a tower are its own; give them beside tokens= only")
-        module = TokenSelector(tower, selector, keep=keep, block=block, merge=merge, scores=scores, max_norm=max_norm)
-        return module(images, relevance)
-    features = given_features(selector, tokens, grid, scores, keys, relevance)
-    return choose_tokens(selector, _in_cells(features, merge, max_norm), keep)
+        raise TypeError("give a tower and its images (parts, frames), or tokens= and grid= without them")
+    if tower is None:
+        features = given_features(selector, tokens, grid, scores, keys, relevance, early)
+        refuse_unused(selector, max_norm=max_norm)
+        return TowerFeatures(_in_cells(features, merge, max_norm))
+    assert images is not None
+    if isinstance(scores, Tensor) or any(value is not None for value in (keys, grid, early)):
+        raise TypeError("scores, keys and grid of a tower are its own; give them beside tokens= only")
+    module = TokenSelector(tower, selector, keep=keep, block=block, merge=merge, scores=scores, max_norm=max_norm)
+    return module.read(images, relevance)
+
+
+def uses(selector: Selector | type[Selector]) -> dict[str, bool]:
+    """Which of the arguments beside the features a method reads."""
+    return {
+        "scores": selector.row is not None,
+        "max_norm": selector.row is not None,
+        "keys": selector.keys is not None,
+        "relevance": selector.reads_relevance,
+        "early": selector.reads_first,
+    }
+
+
+def refuse_unused(selector: Selector, **given: object) -> None:
+    """Raise a ValueError for an argument that is not None, and that the selector would ignore."""
+    for name, value in given.items():
+        if value is not None and not uses(selector)[name]:
+            users = ", ".join(known for known in SELECTORS if uses(SELECTORS[known])[name])
+            raise ValueError(
+                f"{selector.name} does not use {name}, which would change nothing; leave it out, or use one of {users}"
+            )
 
 
 def given_features(
@@ -96,9 +176,9 @@ def given_features(
     tokens: Tensor | None,
     grid: Size | None,
     scores: Tensor | str,
-    keys: Tensor | None = None,
-    relevance: Tensor | None = None,
-    early: Tensor | None = None,
+    keys: Tensor | None,
+    relevance: Tensor | None,
+    early: Tensor | None,
 ) -> Features:
     """Features in place of a tower, if they are what the selector needs, of one grid."""
     if tokens is None or grid is None:
@@ -117,6 +197,7 @@ def given_features(
         raise ValueError(f"{selector.name} compares keys of the tower's attention; give keys= (B, N, D) too")
     if selector.reads_first and early is None:
         raise ValueError(f"{selector.name} needs scores of the first block too; give early= (B, N)")
+    refuse_unused(selector, scores=given, keys=keys, relevance=relevance, early=early)
     for name, value in (("scores", given), ("keys", keys), ("relevance", relevance), ("early", early)):
         if value is not None and value.shape[:2] != tokens.shape[:2]:
             raise ValueError(f"{name} must be for {tuple(tokens.shape[:2])} tokens, got shape {tuple(value.shape)}")
@@ -146,6 +227,7 @@ class TokenSelector(nn.Module):
         self.selector = make_selector(method, settings)
         self.keep, self.merge, self.max_norm = keep, check_count("merge", merge, 1), max_norm
         check_choice("scores", scores, (CLASS_ROW, RECEIVED))
+        refuse_unused(self.selector, scores=None if scores == CLASS_ROW else scores, max_norm=max_norm)
         self.tower = Tower(tower, block, _reads(self.selector, tower, block, scores))
         if not getattr(tower, "dynamic_img_size", False):
             cells = cell_grid(self.tower.host.patch_embed.grid_size, self.merge)
@@ -157,8 +239,9 @@ class TokenSelector(nn.Module):
         features, tokens, prefix = self.read(images, relevance)
         return choose_tokens(self.selector, features, self.keep, tokens, prefix)
 
-    def read(self, images: Tensor, relevance: Tensor | None = None) -> tuple[Features, TokenMap, Tensor]:
+    def read(self, images: Tensor, relevance: Tensor | None = None) -> TowerFeatures:
         """What the selector may choose by, the map of the tokens, and the prefix tokens (B, P, C)."""
+        refuse_unused(self.selector, relevance=relevance)
         output: TowerOutput = self.tower(images)
         tokens = output.tokens
         self._check_map(tokens)
@@ -173,7 +256,7 @@ class TokenSelector(nn.Module):
         row = notes.pop(0) if self.selector.row is not None else None
         keys = notes.pop(0) if self.selector.keys is not None else None
         features = Features(output.patches, tokens.grid, row, keys, relevance, early)
-        return _in_cells(features, self.merge, self.max_norm), tokens, output.prefix
+        return TowerFeatures(_in_cells(features, self.merge, self.max_norm), tokens, output.prefix)
 
     def _check_map(self, tokens: TokenMap) -> None:
         if not tokens.moved:
@@ -216,21 +299,14 @@ def _reads(selector: Selector, tower: nn.Module, block: int, scores: str) -> lis
 
 
 def _in_cells(features: Features, merge: int, max_norm: float | None) -> Features:
-    """The features of patches as those of cells, scores of patches without content last."""
-    x, grid, scores = features.x, features.grid, features.scores
-    if scores is None and max_norm is not None:
-        raise ValueError(
-            f"max_norm={max_norm} ranks patches last, but this method ranks none by a score; leave max_norm out"
-        )
-    if scores is not None:
-        scores = scores.to(wide_dtype(scores.dtype))
-        if max_norm is not None:
-            check_number("max_norm", max_norm, "positive")
-            outlier = torch.linalg.vector_norm(x.detach(), dim=-1) > max_norm  # (B, N)
-            scores = torch.where(outlier, scores.amin(dim=1, keepdim=True), scores)
-    if merge == 1:
-        return features._replace(scores=scores)
-    means = [y if y is None else cell_means(y, grid, merge) for y in (scores, *features[3:])]
+    """The features of patches as those of cells, the rest widened; scores of patches without content last."""
+    x, grid = features.x, features.grid
+    scores, *others = [y if y is None else widened(y) for y in features[2:]]
+    if scores is not None and max_norm is not None:
+        check_number("max_norm", max_norm, "positive")
+        outlier = torch.linalg.vector_norm(x.detach(), dim=-1) > max_norm  # (B, N)
+        scores = torch.where(outlier, scores.amin(dim=1, keepdim=True), scores)
+    means = [y if y is None else cell_means(y, grid, merge) for y in (scores, *others)]
     return Features(to_cells(x, grid, merge), cell_grid(grid, merge), *means)
 
 
