@@ -492,6 +492,16 @@ class TestRefusals:
         with pytest.raises(ValueError, match=message):
             choose(name, keep, features(), **settings)
 
+    @pytest.mark.parametrize(("value", "rule"), [(-0.1, "negative"), (0.0, "all 0"), (float("inf"), "infinite")])
+    def test_relevance_that_scales_nothing_is_refused(self, value: float, rule: str) -> None:
+        """Cosines are no relevances of CDPruner: a negative one counts as much as its positive."""
+        relevance = torch.rand(3, NUMBER) + 0.1
+        relevance[1, slice(None) if value == 0 else 4] = value
+        message = f"cdpruner: the relevances are {rule} for image 1 of the batch; .* as relevance_to_text does"
+        with pytest.raises(ValueError, match=message):
+            choose("cdpruner", 9, features(), relevance=relevance)
+        choose("recoverable", None, features(), relevance=torch.rand(3, NUMBER) - 0.5)  # cosines are its own
+
     def test_missing_scores_and_keys_are_asked_for(self) -> None:
         given = features()
         bare = {"tokens": given["tokens"], "grid": GRID}

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from effvit.block import ReducibleBlock
     from effvit.reducers.block_schedule import BlockSchedule
 
-__all__ = ["Reducer", "check_bounded", "check_finite", "refuse_recording"]
+__all__ = ["Reducer", "check_bounded", "check_finite", "check_weights", "refuse_recording"]
 
 
 CHECK_FINITE = "EFFVIT_CHECK_FINITE"  # "1": check on every device
@@ -69,6 +69,23 @@ def check_bounded(values: Tensor, origin: str) -> Tensor:
             raise ValueError(
                 f"{origin} are infinite for image {image} of the batch; run the tower in bfloat16 or float32"
             )
+    return values
+
+
+@fx_leaf
+def check_weights(values: Tensor, origin: str, remedy: str) -> Tensor:
+    """``values`` (B, N), or an error unless those of every image are finite, at least 0 and not all 0.
+
+    Checked where ``check_finite`` checks.
+    """
+    if not stays_unread(values):
+        for rule, bad in (
+            ("infinite", values.isinf().any(1)),
+            ("negative", (values < 0).any(1)),
+            ("all 0", (values == 0).all(1)),
+        ):
+            if bad.any():
+                raise ValueError(f"{origin} are {rule} for image {int(bad.nonzero()[0])} of the batch; {remedy}")
     return values
 
 

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from effvit.reducers.base import check_weights
 from effvit.selectors.base import Choice, Features, Selector, unit_rows
 from effvit.tokens import wide_product, widened
 
@@ -90,6 +91,12 @@ class CDPruner(Selector):
             raise ValueError(
                 f"cdpruner can tell at most as many tokens apart as they have channels, {channels}, got keep={kept}; "
                 "keep fewer, or use 'divprune'"
+            )
+        if features.relevance is not None:
+            check_weights(
+                features.relevance,
+                "cdpruner: the relevances",
+                "similarities are scaled by them, so give numbers above 0, as relevance_to_text does, or no relevance",
             )
 
     def choose(self, features: Features, kept: int) -> Choice:
