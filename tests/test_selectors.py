@@ -369,6 +369,36 @@ class TestTower:
         assert (choose("class_attention", 5, given).ids == 7).any(1).all()
         assert not (choose("class_attention", 5, given, max_norm=50.0).ids == 7).any()
 
+    def test_patches_of_large_norm_are_behind_those_of_the_lowest_score(self) -> None:
+        given = features()
+        given["tokens"][:, 7] *= 100
+        given["scores"] = torch.zeros_like(given["scores"])
+        chosen = choose("class_attention", NUMBER - 1, given, max_norm=50.0)
+        assert torch.equal(chosen.mask(), (torch.arange(NUMBER) != 7).expand(3, -1))
+        of_cells = choose("class_attention", NUMBER // 4 - 1, given, max_norm=50.0, merge=2)
+        assert torch.equal(of_cells.mask(), (torch.arange(NUMBER // 4) != 3).expand(3, -1))
+
+    @pytest.mark.parametrize("outlier", [7, 40])
+    def test_contextual_tokens_are_those_without_the_patches_of_large_norm(self, outlier: int) -> None:
+        """Against the same tokens on a grid that lacks the patch."""
+        given = of_use("visionzip", features())
+        place = torch.tensor([i for i in range(NUMBER) if i != outlier])
+        without = {key: value[:, place] for key, value in given.items() if isinstance(value, Tensor)}
+        given["tokens"][:, outlier] *= 100
+        expected = choose("visionzip", 12, without | {"grid": (1, NUMBER - 1)}, contextual=5)
+        chosen = choose("visionzip", 12, given, contextual=5, max_norm=50.0)
+        assert torch.equal(chosen.ids, place[expected.ids])
+        assert torch.equal(chosen.tokens, expected.tokens)
+        assert (chosen.group[:, outlier] == -1).all()
+
+    @pytest.mark.parametrize(("name", "settings"), [("visionzip", {"contextual": 1}), ("aim", {})])
+    def test_means_are_summed_in_float32(self, name: str, settings: dict[str, Any]) -> None:
+        """All tokens but one are equal, so that their mean is a number of bfloat16, which their sum is not."""
+        given = of_use(name, features())
+        given["tokens"] = torch.full((3, NUMBER, 4), 1.0078125, dtype=torch.bfloat16)
+        chosen = choose(name, 2, given, **settings)
+        assert set(chosen.tokens.float().unique().tolist()) <= {1.0078125, 2 * 1.0078125}
+
     def test_rotary_towers_choose_too(self) -> None:
         tower = timm.create_model("vit_small_patch16_dinov3", img_size=64, depth=3, embed_dim=48, num_heads=2).eval()
         images = torch.rand(1, 3, 64, 64)

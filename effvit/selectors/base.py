@@ -40,6 +40,7 @@ class Features(NamedTuple):
         keys: (B, N, D) keys of the attention that the scores are from, likewise.
         relevance: (B, N) how much each token has to do with a text, from the caller.
         early: (B, N) scores of the first block, for a method that asks for them.
+        outliers: (B, N) True for tokens of a norm above ``max_norm``, whose scores are the lowest; None without it.
     """
 
     x: Tensor
@@ -48,6 +49,7 @@ class Features(NamedTuple):
     keys: Tensor | None = None
     relevance: Tensor | None = None
     early: Tensor | None = None
+    outliers: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -16,7 +16,7 @@ from effvit.selectors.base import Choice, Features, Keep, Selector, rows_of
 from effvit.selectors.cells import cell_grid, cell_means, to_cells
 from effvit.selectors.registry import SELECTORS, make_selector
 from effvit.selectors.selection import Selection
-from effvit.tokens import TokenMap, widened
+from effvit.tokens import TokenMap, wide_dtype, widened
 
 __all__ = [
     "TokenSelector",
@@ -67,8 +67,9 @@ def select_tokens(
             ``tokens`` (B, N) of your own, where larger means that a patch matters more.
         keys: (B, N, D) keys for ``tokens``, for a method that compares them.
         relevance: (B, N) how much each patch has to do with a text, for CDPruner and Recoverable Compression alone.
-        max_norm: Patches whose tokens have a larger norm rank last. Some patches of large ViTs without registers hold
-            no content of their own but draw attention (2309.16588, which takes 150 for DINOv2).
+        max_norm: Patches whose tokens have a larger norm rank last, and so do cells that hold one. Some patches of
+            large ViTs without registers hold no content of their own but draw attention (2309.16588, which takes 150
+            for DINOv2).
         settings: Settings of the method.
 
     Returns:
@@ -298,16 +299,23 @@ def _reads(selector: Selector, tower: nn.Module, block: int, scores: str) -> lis
     return [*early, (place, row), *([] if selector.keys is None else [(place, KEYS[selector.keys])])]
 
 
+def _norms(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x.detach(), dim=-1, dtype=wide_dtype(x.dtype))
+
+
 def _in_cells(features: Features, merge: int, max_norm: float | None) -> Features:
     """The features of patches as those of cells, the rest widened; scores of patches without content last."""
     x, grid = features.x, features.grid
-    scores, *others = [y if y is None else widened(y) for y in features[2:]]
-    if scores is not None and max_norm is not None:
-        check_number("max_norm", max_norm, "positive")
-        outlier = torch.linalg.vector_norm(x.detach(), dim=-1) > max_norm  # (B, N)
-        scores = torch.where(outlier, scores.amin(dim=1, keepdim=True), scores)
-    means = [y if y is None else cell_means(y, grid, merge) for y in (scores, *others)]
-    return Features(to_cells(x, grid, merge), cell_grid(grid, merge), *means)
+    outliers = None
+    if max_norm is not None:
+        outliers = _norms(x) > check_number("max_norm", max_norm, "positive")  # (B, N)
+        outliers = cell_means(outliers.float(), grid, merge) > 0
+    means = [y if y is None else cell_means(widened(y), grid, merge) for y in features[2:6]]
+    scores, keys, relevance, early = means
+    if scores is not None and outliers is not None:
+        below = torch.nextafter(scores.amin(dim=1, keepdim=True), scores.new_tensor(-math.inf))
+        scores = torch.where(outliers, below, scores)
+    return Features(to_cells(x, grid, merge), cell_grid(grid, merge), scores, keys, relevance, early, outliers)
 
 
 def choose_tokens(
