@@ -747,6 +747,15 @@ class TestParts:
         assert of_cells.selection.grid == (3, 4)
         assert of_cells.canvas_ids().max() < 6 * 12
 
+    @pytest.mark.parametrize("size", [(1, 10000), (10000, 1)])
+    def test_a_thin_image_is_a_line_of_cells(self, size: tuple[int, int]) -> None:
+        """Fitted into the canvas its short side is less than a cell."""
+        assert valid_cells(size, self.CROPS, GRID).any()
+        given = of_use("globalcom2", self.given())
+        selected = effvit.select_parts(None, None, "globalcom2", keep=1.0, image_size=size, **given)
+        side = 12 if size[0] > size[1] else 24
+        assert int((selected.canvas_ids() >= 0).sum()) == 2 * side
+
     def test_scores_beside_features_are_widened(self) -> None:
         """Half-precision scores of two crops are ranked in float32, as the scores of a tower are."""
         given = of_use("globalcom2", self.given())
@@ -761,6 +770,17 @@ class TestParts:
             effvit.select_parts(None, None, "hired", keep=0.3, **of_use("hired", self.given(6)))
         with pytest.raises(ValueError, match="hired shares its budget by what the thumbnail shows"):
             effvit.select_parts(None, None, "hired", keep=0.3, thumbnail=None, **of_use("hired", self.given(6)))
+        for method, few in (("hired", 1), ("globalcom2", 0.001)):
+            of_method = of_use(method, self.given())
+            with pytest.raises(
+                ValueError, match=f"keep={few} of 48 cells in each of 7 parts leaves no token by the rule"
+            ):
+                effvit.select_parts(None, None, method, keep=few, **of_method)
+        with pytest.raises(ValueError, match="image_size must be at least 1, got 0"):
+            effvit.select_parts(None, None, "globalcom2", keep=0.3, image_size=(0, 30), **shared)
+        reduced = effvit.sparsify(make_tower(depth=4), "tome", r=[9, 9])
+        with pytest.raises(ValueError, match="globalcom2 needs all patches in place, but tome leaves 18 of 36"):
+            effvit.select_parts(reduced, torch.rand(5, 3, 48, 48), "globalcom2", crops=(2, 2), keep=0.3)
         with pytest.raises(ValueError, match="thumbnail must be one of first, last"):
             effvit.select_parts(None, None, "hired", keep=0.3, thumbnail="middle", **given)
         with pytest.raises(ValueError, match="globalcom2 shares out a ratio, got keep=50"):
@@ -797,6 +817,11 @@ class TestVideo:
         assert int(0.25 * 5 * NUMBER) <= chosen.tokens.shape[1] <= int(0.25 * 5 * NUMBER) + 10  # ceil in each frame
         assert (chosen.ids.diff() > 0).all()
         assert torch.equal(chosen.group[0, chosen.ids[0]], torch.arange(chosen.tokens.shape[1]))
+
+    def test_a_video_in_which_nothing_moves_keeps_a_token(self) -> None:
+        given = features(4)
+        still = {"tokens": given["tokens"][:1].expand(4, -1, -1), "grid": GRID, "scores": given["scores"]}
+        assert effvit.select_video(None, None, keep=0.001, **still).tokens.shape[1] == 1
 
     def test_longest_windows_by_counting_all_cuts(self) -> None:
         """Against every way to cut seven frames."""

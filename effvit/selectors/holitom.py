@@ -96,12 +96,13 @@ class HoliTom(Selector):
     """Merge what stays the same in a window of frames, choose the rest by attention (HoliTom, 2505.21334).
 
     The part in front of the language model, llava_arch.py@e9b2972, for one video: patches whose cosine to the next
-    frame is above ``tau`` throughout a window become one token each, and what that saves is given back to the ratio.
-    Of the others each frame keeps the share with the most attention, which is what each patch receives in the block the
+    frame is above ``tau`` throughout a window become one token each, and what that saves is given back to the ratio. Of
+    the others each frame keeps the share with the most attention, which is what each patch receives in the block the
     tokens leave: the release deletes the last block of SigLIP, so that its "last" one is -2 here. Of the merged ones a
     share of density peaks stays, to which the rest is merged. The release's setting D, which would merge others too,
-    cannot run above its default 0 and is left out. Its tokens are pooled frames behind the projector: give those for
-    its results. A merged token has its position in the first frame of the window.
+    cannot run above its default 0 and is left out. Of a window in which nothing moves one token stays at least, where
+    the release may keep none. Its tokens are pooled frames behind the projector: give those for its results. A merged
+    token has its position in the first frame of the window.
 
     Args:
         tau: Cosine from which on a patch stays the same.
@@ -138,7 +139,7 @@ class HoliTom(Selector):
         for first, last in windows.spans:
             static = steps[first:last].all(0) if last > first else torch.zeros_like(scores[0], dtype=torch.bool)
             same, moving = static.nonzero().squeeze(1), (~static).nonzero().squeeze(1)
-            number = round(len(same) * ratio)
+            number = max(round(len(same) * ratio), int(not len(moving)))
             if number:
                 mean = x[first : last + 1, same].mean(0)
                 merged, centres, into = merge_static(mean, number, self.beta, self.k)

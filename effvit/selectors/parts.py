@@ -105,16 +105,18 @@ def valid_cells(image_size: Size, crops: Size, grid: Size) -> Tensor:
     LLaVA fits the image into the canvas and pads it evenly on two sides; the rule of its unpadding, to whole cells.
 
     Args:
-        image_size: (height, width) of the image before it was fitted.
+        image_size: (height, width) of the image before it was fitted; a side of less than a cell counts as one.
         crops: (rows, columns) of crops.
         grid: (H, W) cells of a crop.
     """
+    for side in image_size:
+        check_count("image_size", side, 1)
     height, width = crops[0] * grid[0], crops[1] * grid[1]
     top = left = 0
     if image_size[1] / image_size[0] > width / height:
-        top = (height - int(image_size[0] * (width / image_size[1]))) // 2
+        top = (height - max(1, int(image_size[0] * (width / image_size[1])))) // 2
     else:
-        left = (width - int(image_size[1] * (height / image_size[0]))) // 2
+        left = (width - max(1, int(image_size[1] * (height / image_size[0])))) // 2
     valid = torch.zeros(height, width, dtype=torch.bool)
     valid[top : height - top, left : width - left] = True
     return valid
@@ -156,8 +158,8 @@ def select_parts(
         early: (P, N) scores of the first block for ``tokens``, which HiRED needs.
 
     Raises:
-        ValueError: A number of parts that is not that of the crops; a budget without a thumbnail to share it by; what
-            ``select_tokens`` refuses.
+        ValueError: A number of parts that is not that of the crops; a budget without a thumbnail to share it by, or
+            of which rounding leaves nothing; what ``select_tokens`` refuses.
     """
     if thumbnail is not None:
         check_choice("thumbnail", thumbnail, THUMBNAILS)
@@ -197,6 +199,11 @@ def select_parts(
         layout = layout._replace(valid=valid)
     check_features(features, selector.name)
     kept = selector.choose_parts(features, layout, keep)
+    if not kept.any():
+        raise ValueError(
+            f"keep={keep} of {kept.shape[1]} cells in each of {kept.shape[0]} parts leaves no token by the rule of "
+            f"{selector.name}; keep more"
+        )
     place = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
     chosen = compact(place, kept, kept.shape[1], trim=True, keep_mask=True)
     group = torch.where(kept, kept.cumsum(1) - 1, -1)
