@@ -255,6 +255,23 @@ class TestSelection:
             assert torch.equal(packed.tokens[start : start + count], chosen.tokens[image, :count])
 
 
+class TestShares:
+    """Shares as decimal fractions, of which a product in binary may fall short."""
+
+    @pytest.mark.parametrize(
+        ("share", "grid", "expected"),
+        [(0.29, (10, 10), 29), (1 / 49, (7, 7), 1), (0.57, (10, 10), 57), (0.299, (10, 10), 29), (1.0, (24, 24), 576)],
+    )
+    def test_a_share_of_whole_cells_is_their_number(self, share: float, grid: tuple[int, int], expected: int) -> None:
+        for name in ("class_attention", "visionzip", "cdpruner", "uniform", "todre", "aim"):
+            assert effvit.count_tokens(name, grid, keep=share) == expected
+
+    def test_matryoshka_takes_shares_of_a_few_digits(self) -> None:
+        """576 tokens pooled by 3 x 3 are 64, a share of 0.1111."""
+        assert effvit.count_tokens("matryoshka", (24, 24), keep=0.1111) == 64
+        assert effvit.count_tokens("matryoshka", (24, 24), keep=0.0625) == 36
+
+
 class TestCells:
     def test_cells_are_pixel_unshuffle_row_by_row(self) -> None:
         x = torch.rand(2, NUMBER, 5)

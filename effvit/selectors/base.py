@@ -118,8 +118,11 @@ class Selector(nn.Module):
         """Take note of the grid of cells (H, W) that will be met, before anything is recorded."""
 
     def rounded(self, share: float, cells: int) -> int:
-        """A share of the cells as a number, by the rule of the method's official code."""
-        return int(share * cells)
+        """A share of the cells as a number, by the rule of the method's official code; rounded down if it has none.
+
+        A share such as 1 / 49 of 49 cells is one cell, though their product is less than 1.
+        """
+        return int(share * cells + 1e-6)
 
     def count(self, keep: Keep, grid: Size) -> int | None:
         """How many tokens leave for a grid of cells (H, W); None if that depends on the image.

@@ -69,6 +69,9 @@ class HiRED(PartSelector):
         self.alpha = check_fraction("alpha", alpha)
         self.exact = check_switch("exact", exact)
 
+    def rounded(self, share: float, cells: int) -> int:
+        return int(share * cells)  # as the release has it, to the last bit
+
     def choose_parts(self, features: Features, parts: Parts, keep: Keep) -> Tensor:
         scores, early = required_scores(self, features), features.early
         assert early is not None
