@@ -24,6 +24,7 @@ from effvit.selectors import (
     QueryPooler,
     Selector,
 )
+from effvit.selectors.cdpruner import determinant_order
 from effvit.selectors.cells import cell_means, to_cells
 from effvit.selectors.holitom import static_windows
 from effvit.selectors.parts import valid_cells
@@ -253,6 +254,17 @@ class TestSelection:
         for image, count in enumerate(chosen.counts.tolist()):
             start = int(packed.cu_seqlens[image])
             assert torch.equal(packed.tokens[start : start + count], chosen.tokens[image, :count])
+
+
+class TestCDPruner:
+    @pytest.mark.parametrize("seed", range(4))
+    def test_tokens_of_low_relevance_are_picked_as_in_float64(self, seed: int) -> None:
+        """Relevances over many orders of magnitude, whose variances are far below the largest but no rounding error."""
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(2, 96, 512, generator=generator)
+        relevance = torch.rand(2, 96, generator=generator).pow(6) + 1e-6
+        exact = determinant_order(x.double(), 64, relevance.double())[0]
+        assert torch.equal(determinant_order(x, 64, relevance)[0], exact)
 
 
 class TestShares:
