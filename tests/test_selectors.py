@@ -327,6 +327,18 @@ class TestTower:
         with pytest.raises(ValueError, match=r"block must be in -4 to 3 for a model of 4 blocks, got 4"):
             reduced.forward_tokens(IMAGES, block=4)
 
+    def test_of_a_block_that_is_only_read_nothing_runs_behind_its_projections(self) -> None:
+        tower = make_tower(depth=4)
+        ran = []
+        for i, block in enumerate(tower.blocks):
+            for name in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp"):
+                block.get_submodule(name).register_forward_hook(lambda *_, at=f"{i}.{name}": ran.append(at))
+        effvit.select_tokens(tower, IMAGES, "prumerge", keep=5, block=1, neighbours=4)
+        assert ran[-7:] == ["2.norm1", "2.attn.qkv", "2.attn.proj", "2.norm2", "2.mlp", "3.norm1", "3.attn.qkv"]
+        ran.clear()
+        effvit.select_tokens(tower, IMAGES, "prumerge", keep=5, block=-1, neighbours=4)
+        assert ran[-1] == "3.mlp", "the tokens leave behind the block that is read"
+
     def test_the_tower_stays_as_it_was(self) -> None:
         tower = make_tower()
         before, kinds = tower(IMAGES), [type(m) for m in tower.modules()]

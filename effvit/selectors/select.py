@@ -56,7 +56,7 @@ def select_tokens(
         method: One of ``effvit.list_selectors()``, or a selector.
         keep: How many tokens leave: a number, or a share of the cells in (0, 1], rounded as in the method's code.
         block: Whose output leaves the tower, not normalised; -2 as in LLaVA. Blocks behind it are not run but for a
-            method that reads the last one.
+            method that reads the last one, of which its attention's queries and keys are computed alone.
         merge: Side of the cells, in patches, that a merger behind the tower makes one token of. Whole cells are chosen,
             by the mean of their scores, and leave as rows of merge^2 * C channels.
         tokens: (B, N, C) features of the full grid in place of a tower, merged already or with ``merge``, without
