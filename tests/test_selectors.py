@@ -615,6 +615,38 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"relevance must be for \(2, 36\) patches, got \(2, 30\)"):
             effvit.select_tokens(make_tower(), IMAGES, "cdpruner", keep=4, relevance=torch.rand(2, 30))
 
+    @pytest.mark.parametrize(
+        ("method", "name", "shape", "message"),
+        [
+            ("class_attention", "scores", (3, 48, 1), r"scores must be \(B, N\) = \(3, 48\), got shape \(3, 48, 1\)"),
+            ("cdpruner", "relevance", (3, 48, 1), r"relevance must be \(B, N\) = \(3, 48\), got shape \(3, 48, 1\)"),
+            ("visionzip", "keys", (3, 48), r"keys must be \(B, N, D\) = \(3, 48, D\), got shape \(3, 48\)"),
+        ],
+    )
+    def test_other_shapes_are_named(self, method: str, name: str, shape: tuple[int, ...], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            choose(method, 9, features() | {name: torch.rand(shape)})
+
+    def test_grids_and_crops_are_two_sides(self) -> None:
+        given = features()
+        with pytest.raises(TypeError, match="grid must be two whole numbers, rows and columns, got 24"):
+            effvit.count_tokens("divprune", 24, keep=4)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="grid must be two whole numbers, rows and columns, got 48"):
+            choose("divprune", 4, given | {"grid": 48})
+        with pytest.raises(ValueError, match="grid must be at least 1, got 0"):
+            effvit.count_tokens("divprune", (0, 24), keep=4)
+        with pytest.raises(TypeError, match="crops must be two whole numbers, rows and columns, got 2"):
+            effvit.select_parts(None, None, "divprune", keep=4, crops=2, **of_use("divprune", given))  # type: ignore[arg-type]
+
+    def test_patch_dropout_is_named_where_all_patches_are_needed(self) -> None:
+        tower = make_tower(patch_drop_rate=0.5).train()
+        message = r"needs all patches in place, but patch_drop_rate is on and leaves 18 of 36; call eval\(\)"
+        with pytest.raises(ValueError, match=f"uniform {message}"):
+            effvit.select_tokens(tower, IMAGES, "uniform", keep=4)
+        with pytest.raises(ValueError, match=f"a merger of 2 x 2 {message}"):
+            effvit.select_tokens(tower, IMAGES, "divprune", keep=4, merge=2)
+        assert effvit.select_tokens(tower.eval(), IMAGES, "uniform", keep=4).counts.tolist() == [4, 4]
+
     def test_class_that_cannot_be_a_tower_is_told_how_to_take_part(self) -> None:
         with pytest.raises(TypeError, match="or run the tower and give what leaves it, merger included, as tokens="):
             effvit.select_tokens(nn.Linear(3, 3), IMAGES, "divprune", keep=9)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from effvit.protocols import Setting, Size
-from effvit.schedule import check_choice, check_count
+from effvit.schedule import check_choice
 from effvit.selectors.base import Choice, Features, Keep, Selector
+from effvit.selectors.cells import check_sides
 from effvit.selectors.registry import make_selector
 from effvit.selectors.select import (
     CLASS_ROW,
@@ -109,8 +110,7 @@ def valid_cells(image_size: Size, crops: Size, grid: Size) -> Tensor:
         crops: (rows, columns) of crops.
         grid: (H, W) cells of a crop.
     """
-    for side in image_size:
-        check_count("image_size", side, 1)
+    check_sides("image_size", image_size)
     height, width = crops[0] * grid[0], crops[1] * grid[1]
     top = left = 0
     if image_size[1] / image_size[0] > width / height:
@@ -163,7 +163,7 @@ def select_parts(
     """
     if thumbnail is not None:
         check_choice("thumbnail", thumbnail, THUMBNAILS)
-    rows, columns = (check_count("crops", side, 1) for side in crops)
+    rows, columns = check_sides("crops", crops)
     selector = make_selector(method, settings)
     layout = Parts((rows, columns), thumbnail)
     given = tokens if parts is None else parts

@@ -13,7 +13,7 @@ from effvit.protocols import Setting, Size
 from effvit.reducers.base import check_bounded, check_finite, refuse_recording
 from effvit.schedule import check_choice, check_count, check_number
 from effvit.selectors.base import Choice, Features, Keep, Selector, rows_of
-from effvit.selectors.cells import cell_grid, cell_means, to_cells
+from effvit.selectors.cells import cell_grid, cell_means, check_sides, to_cells
 from effvit.selectors.registry import SELECTORS, make_selector
 from effvit.selectors.selection import Selection
 from effvit.tokens import TokenMap, wide_dtype, widened
@@ -184,6 +184,7 @@ def given_features(
     """Features in place of a tower, if they are what the selector needs, of one grid."""
     if tokens is None or grid is None:
         raise TypeError("tokens need grid=(H, W), the patches they are of")
+    check_sides("grid", grid)
     if tokens.ndim != 3 or tokens.shape[1] != math.prod(grid):
         raise ValueError(f"tokens must be (B, {math.prod(grid)}, C) for a grid of {grid}, got {tuple(tokens.shape)}")
     given = scores if isinstance(scores, Tensor) else None
@@ -199,9 +200,12 @@ def given_features(
     if selector.reads_first and early is None:
         raise ValueError(f"{selector.name} needs scores of the first block too; give early= (B, N)")
     refuse_unused(selector, scores=given, keys=keys, relevance=relevance, early=early)
-    for name, value in (("scores", given), ("keys", keys), ("relevance", relevance), ("early", early)):
-        if value is not None and value.shape[:2] != tokens.shape[:2]:
-            raise ValueError(f"{name} must be for {tuple(tokens.shape[:2])} tokens, got shape {tuple(value.shape)}")
+    for name, value in (("scores", given), ("relevance", relevance), ("early", early)):
+        if value is not None and value.shape != tokens.shape[:2]:
+            raise ValueError(f"{name} must be (B, N) = {tuple(tokens.shape[:2])}, got shape {tuple(value.shape)}")
+    if keys is not None and (keys.ndim != 3 or keys.shape[:2] != tokens.shape[:2]):
+        number, cells = tokens.shape[:2]
+        raise ValueError(f"keys must be (B, N, D) = ({number}, {cells}, D), got shape {tuple(keys.shape)}")
     return Features(tokens, grid, given, keys, relevance, early)
 
 
@@ -262,12 +266,16 @@ class TokenSelector(nn.Module):
     def _check_map(self, tokens: TokenMap) -> None:
         if not tokens.moved:
             return
-        method = self.tower.host.method
+        method, drop = self.tower.host.method, self.tower.host.token_drop
         if self.merge > 1 or self.selector.whole_grid:
             who = f"a merger of {self.merge} x {self.merge}" if self.merge > 1 else self.selector.name
+            dropping = drop is not None and drop.training and drop.prob > 0
+            cause, remedy = (
+                ("patch_drop_rate is on and", "call eval()") if dropping else (method, "use the dense tower")
+            )
             raise ValueError(
-                f"{who} needs all patches in place, but {method} leaves {tokens.num_tokens} of {tokens.num_patches}; "
-                "use the dense tower"
+                f"{who} needs all patches in place, but {cause} leaves {tokens.num_tokens} of {tokens.num_patches}; "
+                f"{remedy}"
             )
         if self.tower.host.variable_length or tokens.soft:
             raise ValueError(
@@ -430,5 +438,5 @@ def count_tokens(
         frames: Images of the same grid, of which each keeps that many.
         settings: Settings of the method.
     """
-    kept = make_selector(method, settings).count(keep, cell_grid(grid, merge))
+    kept = make_selector(method, settings).count(keep, cell_grid(check_sides("grid", grid), merge))
     return None if kept is None else kept * check_count("frames", frames, 1)
