@@ -627,6 +627,26 @@ class TestRefusals:
         with pytest.raises(ValueError, match=message):
             choose(method, 9, features() | {name: torch.rand(shape)})
 
+    @pytest.mark.parametrize(
+        ("name", "keep", "settings", "message"),
+        [
+            ("prumerge", 1, {}, "prumerge needs keep of at least 2, one token for those not kept, got 1"),
+            ("prumerge_plus", 9, {"neighbours": 48}, "needs more tokens than that, got 48; give fewer neighbours"),
+            ("prumerge", None, {"neighbours": 48}, "needs more tokens than that, got 48; give fewer neighbours"),
+            ("visionzip", 12, {"contextual": 12}, "contextual=12 of keep=12 tokens leaves no dominant one"),
+        ],
+    )
+    def test_a_number_that_is_refused_is_not_counted(
+        self, name: str, keep: int | None, settings: dict[str, Any], message: str
+    ) -> None:
+        for ask in (
+            effvit.count_tokens,
+            lambda name, grid, **given: choose(name, given.pop("keep"), features(), **given),
+        ):
+            with pytest.raises(ValueError, match=message):
+                ask(name, GRID, keep=keep, **settings)
+        assert effvit.count_tokens(name, GRID, keep=1.0, **settings) == NUMBER
+
     def test_grids_and_crops_are_two_sides(self) -> None:
         given = features()
         with pytest.raises(TypeError, match="grid must be two whole numbers, rows and columns, got 24"):
@@ -764,6 +784,9 @@ class TestParts:
         assert total - 6 <= int(counts[0].sum()) < total
         assert int(counts[1].sum()) == total
         assert torch.equal(counts[1], counts[2])
+        for keep in (0.3, total):
+            assert effvit.count_tokens("hired", GRID, keep=keep, frames=7, exact=True) == total
+            assert effvit.count_tokens("hired", GRID, keep=keep, frames=7) is None
 
     @pytest.mark.parametrize(("method", "keep"), [("hired", 1.0), ("hired", 7 * NUMBER), ("globalcom2", 1.0)])
     def test_all_tokens_are_the_tokens_bit_for_bit(self, method: str, keep: float) -> None:

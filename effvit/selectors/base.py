@@ -132,6 +132,11 @@ class Selector(nn.Module):
         """
         return None if keep is None and self.adapts else self.number(keep, math.prod(grid))
 
+    def count_all(self, keep: Keep, grid: Size, images: int) -> int | None:
+        """How many tokens leave that many images of a grid together; ``count`` of each, but for a shared budget."""
+        kept = self.count(keep, grid)
+        return None if kept is None else kept * images
+
     @property
     def adapts(self) -> bool:
         """Whether the method finds by itself how many tokens an image needs, where nobody says."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -71,6 +73,10 @@ class HiRED(PartSelector):
 
     def rounded(self, share: float, cells: int) -> int:
         return int(share * cells)  # as the release has it, to the last bit
+
+    def count_all(self, keep: Keep, grid: Size, images: int) -> int | None:
+        total = self.number(keep, images * math.prod(grid))
+        return total if self.exact else None
 
     def choose_parts(self, features: Features, parts: Parts, keep: Keep) -> Tensor:
         scores, early = required_scores(self, features), features.early

@@ -430,13 +430,18 @@ def count_tokens(
 ) -> int | None:
     """How many tokens ``select_tokens`` leaves, known before the tower runs; None if that depends on the image.
 
+    Likewise for ``select_parts`` with HiRED's ``exact=True``, where ``frames`` are the parts of one image.
+
     Args:
         method: As for ``select_tokens``, and so are ``keep``, ``merge`` and ``settings``.
         grid: (H, W) patches of one image.
         keep: How many.
         merge: Side of the cells.
-        frames: Images of the same grid, of which each keeps that many.
+        frames: Images of the same grid, whose tokens are counted together.
         settings: Settings of the method.
+
+    Raises:
+        ValueError: What ``select_tokens`` refuses of a number and a grid.
     """
-    kept = make_selector(method, settings).count(keep, cell_grid(check_sides("grid", grid), merge))
-    return None if kept is None else kept * check_count("frames", frames, 1)
+    cells = cell_grid(check_sides("grid", grid), merge)
+    return make_selector(method, settings).count_all(keep, cells, check_count("frames", frames, 1))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from effvit.protocols import Size
 from effvit.schedule import check_count
 from effvit.selectors.base import (
     Choice,
     Features,
+    Keep,
     Selector,
     add_rows,
     count_members,
@@ -99,12 +102,14 @@ class VisionZip(Selector):
         """How many of ``kept`` tokens are contextual."""
         return kept * 10 // 64 if self.contextual is None else self.contextual
 
-    def check(self, kept: int, features: Features) -> None:
-        if self.num_contextual(kept) >= kept:
+    def count(self, keep: Keep, grid: Size) -> int | None:
+        kept = self.number(keep, math.prod(grid))
+        if kept < math.prod(grid) and self.num_contextual(kept) >= kept:
             raise ValueError(
                 f"contextual={self.contextual} of keep={kept} tokens leaves no dominant one; keep more tokens, or "
                 "fewer contextual ones"
             )
+        return kept
 
     def choose(self, features: Features, kept: int) -> Choice:
         number = self.num_contextual(kept)
