@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import pickle
 import re
 from pathlib import Path
@@ -28,6 +29,7 @@ from effvit.selectors.cdpruner import determinant_order
 from effvit.selectors.cells import cell_means, to_cells
 from effvit.selectors.holitom import static_windows
 from effvit.selectors.parts import valid_cells
+from effvit.selectors.registry import RESERVED
 from effvit.selectors.select import choose_tokens
 from effvit.selectors.spread import spread
 from effvit.testing import assert_runs_on_fakes, count_reads
@@ -639,12 +641,10 @@ class TestRefusals:
     def test_a_number_that_is_refused_is_not_counted(
         self, name: str, keep: int | None, settings: dict[str, Any], message: str
     ) -> None:
-        for ask in (
-            effvit.count_tokens,
-            lambda name, grid, **given: choose(name, given.pop("keep"), features(), **given),
-        ):
-            with pytest.raises(ValueError, match=message):
-                ask(name, GRID, keep=keep, **settings)
+        with pytest.raises(ValueError, match=message):
+            effvit.count_tokens(name, GRID, keep=keep, **settings)
+        with pytest.raises(ValueError, match=message):
+            choose(name, keep, features(), **settings)
         assert effvit.count_tokens(name, GRID, keep=1.0, **settings) == NUMBER
 
     def test_grids_and_crops_are_two_sides(self) -> None:
@@ -717,6 +717,47 @@ class TestRegistration:
             assert effvit.select_tokens(make_tower(), IMAGES, Largest(), keep=4).counts.tolist() == [4, 4]
         finally:
             del SELECTORS["largest"]
+
+    @pytest.mark.parametrize(
+        ("ids", "message"),
+        [
+            ([0, 1, 2], r"own must choose ids \(B, 4\), got shape \(3, 3\)"),
+            ([0, 1, 2, 2], "own: the ids are doubled in image 0 of the batch"),
+            ([0, 1, 2, 48], "own: the ids are no places of 0 to 47 in image 0 of the batch"),
+        ],
+    )
+    def test_ids_that_are_no_choice_are_refused(self, ids: list[int], message: str) -> None:
+        class Own(Selector):
+            name = "own"
+            summary = "whatever it is told"
+
+            def choose(self, features: Features, kept: int) -> Choice:
+                return Choice(torch.tensor(ids).expand(features.x.shape[0], -1))
+
+        with pytest.raises(ValueError, match=message):
+            choose(Own(), 4, features())
+
+    def test_names_of_arguments_are_no_settings(self) -> None:
+        class Blocked(Selector):
+            name = "blocked"
+            summary = "has a setting of the name of an argument"
+
+            def __init__(self, *, block: int = 3) -> None:
+                super().__init__()
+
+            def choose(self, features: Features, kept: int) -> Choice:
+                raise NotImplementedError
+
+        with pytest.raises(ValueError, match=r"has a setting 'block', which effvit\.select_tokens or its like takes"):
+            effvit.register_method(Blocked)
+        functions = (
+            effvit.select_tokens,
+            effvit.select_parts,
+            effvit.select_video,
+            effvit.count_tokens,
+            effvit.TokenSelector,
+        )
+        assert {name for function in functions for name in inspect.signature(function).parameters} == RESERVED
 
     def test_incomplete_or_doubled_selectors_are_refused(self) -> None:
         class Nameless(Selector):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from effvit.block import ReducibleBlock
     from effvit.reducers.block_schedule import BlockSchedule
 
-__all__ = ["Reducer", "check_bounded", "check_finite", "check_weights", "refuse_recording"]
+__all__ = ["Reducer", "check_bounded", "check_distinct", "check_finite", "check_weights", "refuse_recording"]
 
 
 CHECK_FINITE = "EFFVIT_CHECK_FINITE"  # "1": check on every device
@@ -87,6 +87,28 @@ def check_weights(values: Tensor, origin: str, remedy: str) -> Tensor:
             if bad.any():
                 raise ValueError(f"{origin} are {rule} for image {int(bad.nonzero()[0])} of the batch; {remedy}")
     return values
+
+
+@fx_leaf
+def check_distinct(ids: Tensor, valid: Tensor | None, number: int, origin: str) -> Tensor:
+    """``ids`` (B, K), or an error unless those of every image are different places of 0 to ``number`` - 1.
+
+    Checked where ``check_finite`` checks.
+
+    Args:
+        ids: Places.
+        valid: (B, K) False where they are padding.
+        number: Places there are.
+        origin: What they are.
+    """
+    if not stays_unread(ids):
+        slots = torch.arange(ids.shape[1], device=ids.device)
+        place = ids if valid is None else torch.where(valid, ids, slots % number)
+        twice = (ids if valid is None else torch.where(valid, ids, number + slots)).sort(dim=1).values.diff(dim=1) == 0
+        for rule, bad in ((f"no places of 0 to {number - 1}", (place < 0) | (place >= number)), ("doubled", twice)):
+            if bad.any():
+                raise ValueError(f"{origin} are {rule} in image {int(bad.any(1).nonzero()[0])} of the batch")
+    return ids
 
 
 @fx_leaf

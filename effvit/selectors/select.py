@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from effvit.hosts.tower_exit import KEYS, RECEIVED, ROWS, Read, Tower, TowerOutput
 from effvit.protocols import Setting, Size
-from effvit.reducers.base import check_bounded, check_finite, refuse_recording
+from effvit.reducers.base import check_bounded, check_distinct, check_finite, refuse_recording
 from effvit.schedule import check_choice, check_count, check_number
 from effvit.selectors.base import Choice, Features, Keep, Selector, rows_of
 from effvit.selectors.cells import cell_grid, cell_means, check_sides, to_cells
@@ -350,14 +350,26 @@ def choose_tokens(
         refuse_recording(
             features.x, f"{name} without keep leaves as many tokens as an image needs", "give keep, a number of tokens"
         )
-        return arranged(selector.adapt(features), features, tokens, prefix)
+        return arranged(_checked(selector.adapt(features), None, selector, number), features, tokens, prefix)
     if kept > number:
         raise ValueError(f"{name} is to keep {kept} tokens, but only {number} leave the tower; keep fewer")
     if kept == number and not selector.learns:
         ids = torch.arange(number, device=features.x.device).expand(features.x.shape[0], -1)
         return arranged(Choice(ids, features.x), features, tokens, prefix)
     selector.check(kept, features)
-    return arranged(selector.choose(features, kept), features, tokens, prefix)
+    return arranged(_checked(selector.choose(features, kept), kept, selector, number), features, tokens, prefix)
+
+
+def _checked(choice: Choice, kept: int | None, selector: Selector, number: int) -> Choice:
+    """The choice, or a ValueError if it is none of ``kept`` tokens of ``number``, each at most once."""
+    ids = choice.ids
+    if ids.ndim != 2 or kept not in (None, ids.shape[1]):
+        many = "K" if kept is None else str(kept)
+        raise ValueError(
+            f"{selector.name} must choose ids (B, {many}), got shape {tuple(ids.shape)}; choose as many as count says"
+        )
+    check_distinct(ids, choice.valid, number, f"{selector.name}: the ids")
+    return choice
 
 
 def refuse_elsewhere(selector: Selector) -> None:
