@@ -30,8 +30,9 @@ CHECK_FINITE = "EFFVIT_CHECK_FINITE"  # "1": check on every device
 
 def stays_unread(values: Tensor) -> bool:
     """Whether checks leave the values alone, since they are recorded or to read them would stop a device's queue."""
-    checked = values.device.type == "cpu" or os.environ.get(CHECK_FINITE) == "1" or torch.is_anomaly_enabled()
-    return is_recorded(values) or not checked
+    if is_recorded(values):
+        return True
+    return values.device.type != "cpu" and not (os.environ.get(CHECK_FINITE) == "1" or torch.is_anomaly_enabled())
 
 
 @fx_leaf
