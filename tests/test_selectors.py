@@ -613,7 +613,7 @@ class TestRefusals:
             choose("class_attention", 4, given, relevance=given["scores"])
         with pytest.raises(TypeError, match=r"scores of tokens are a tensor \(B, N\), got 'received'"):
             choose("class_attention", 4, given | {"scores": "received"})
-        with pytest.raises(TypeError, match="scores, keys and grid of a tower are its own"):
+        with pytest.raises(TypeError, match="scores, keys, early and grid of a tower are its own"):
             effvit.select_tokens(make_tower(), IMAGES, "class_attention", keep=4, scores=given["scores"])
         with pytest.raises(ValueError, match=r"relevance must be for \(2, 36\) patches, got \(2, 30\)"):
             effvit.select_tokens(make_tower(), IMAGES, "cdpruner", keep=4, relevance=torch.rand(2, 30))

@@ -146,7 +146,7 @@ def features_of(
         return TowerFeatures(_in_cells(features, merge, max_norm))
     assert images is not None
     if isinstance(scores, Tensor) or any(value is not None for value in (keys, grid, early)):
-        raise TypeError("scores, keys and grid of a tower are its own; give them beside tokens= only")
+        raise TypeError("scores, keys, early and grid of a tower are its own; give them beside tokens= only")
     module = TokenSelector(tower, selector, keep=keep, block=block, merge=merge, scores=scores, max_norm=max_norm)
     return module.read(images, relevance)
 
