@@ -612,6 +612,7 @@ class TokenAttention(nn.Module):
         pick: Pick | None = None,
         edit_map: EditMap | None = None,
         beside: Beside[AttnState] | None = None,
+        attends: bool = True,
     ) -> Tensor:
         """Self-attention of the tokens, and what a reducer may score them with.
 
@@ -625,9 +626,10 @@ class TokenAttention(nn.Module):
                 asks for sums of the map alone: it is formed in pieces, or beside the fused kernel where autograd
                 would keep it.
             beside: Takes the AttnState.
+            attends: False for the state alone, of a block whose output nobody needs.
 
         Returns:
-            (B, P+K, C) output of the selected rows.
+            (B, P+K, C) output of the selected rows; x itself where nothing attends.
         """
         gate = self.gate(x).sigmoid() if self.gate is not None else None
         q, k, v = self._project(x)
@@ -640,6 +642,10 @@ class TokenAttention(nn.Module):
             k, v = (y.repeat_interleave(self.num_kv_groups, dim=1) for y in (k, v))
 
         state = AttnState.of(q, k, v, self.scale, tokens, x, pair_table)
+        if not attends:
+            if beside is not None:
+                beside.value = state
+            return x
         bias = state.bias
         if pick is not None:
             rows, selected = pick(state)

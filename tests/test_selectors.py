@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import pickle
 import re
 from pathlib import Path
@@ -24,9 +25,15 @@ from effvit.selectors import (
     QueryPooler,
     Selector,
 )
+from effvit.selectors.aim import merge_round
+from effvit.selectors.cdpruner import determinant_order
 from effvit.selectors.cells import cell_means, to_cells
 from effvit.selectors.holitom import static_windows
+from effvit.selectors.parts import valid_cells
+from effvit.selectors.registry import RESERVED
 from effvit.selectors.select import choose_tokens
+from effvit.selectors.spread import spread
+from effvit.selectors.visionzip import contextual_tokens
 from effvit.testing import assert_runs_on_fakes, count_reads
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "select_tokens.md"
@@ -50,7 +57,14 @@ def features(batch: int = 3, seed: int = 0, dtype: torch.dtype = torch.float32) 
 
 def choose(name: str | Selector, keep: float | None, given: dict[str, Any], **settings: Any) -> effvit.Selection:
     settings = NEIGHBOURS.get(str(name), {}) | settings
-    return effvit.select_tokens(None, None, name, keep=keep, **given, **settings)
+    return effvit.select_tokens(None, None, name, keep=keep, **of_use(name, given), **settings)
+
+
+def of_use(name: str | Selector, given: dict[str, Any]) -> dict[str, Any]:
+    """What is given, without what the method does not use."""
+    selector = name if isinstance(name, Selector) else SELECTORS.get(name, Selector)
+    used = {"scores": selector.row, "keys": selector.keys, "early": selector.reads_first}
+    return {key: value for key, value in given.items() if used.get(key, True)}
 
 
 def make_tower(**kwargs: Any) -> VisionTransformer:
@@ -121,6 +135,30 @@ class TestContract:
         with pytest.raises(ValueError, match=f"{name}: the features are NaN for image 1 of the batch"):
             choose(name, keep, given)
 
+    def test_infinite_features_and_bad_keys_are_refused_by_image(self, name: str, keep: int | None) -> None:
+        """A tower in float16 that overflows gives infinity, whose cosine to any other token is no number."""
+        given = features()
+        given["tokens"][2, 3, 0] = float("inf")
+        remedy = "are infinite for image 2 of the batch; run the tower in bfloat16 or float32"
+        with pytest.raises(ValueError, match=f"{name}: the features {remedy}"):
+            choose(name, keep, given)
+        if SELECTORS[name].keys is None:
+            return
+        for value, message in (("inf", remedy), ("nan", "are NaN for image 2 of the batch")):
+            given = features()
+            given["keys"][2, 5, 1] = float(value)
+            with pytest.raises(ValueError, match=f"{name}: the keys {message}"):
+                choose(name, keep, given)
+
+
+@pytest.mark.parametrize("total", [False, True])
+def test_no_token_is_picked_twice_whatever_the_distances_are(total: bool) -> None:
+    """Values that a device does not check: infinite tokens, whose distances are no numbers."""
+    x = features()["tokens"]
+    x[:, 3:9, 0] = float("inf")
+    picks, _ = spread(x, torch.zeros(3, 1, dtype=torch.int64), 20, total)
+    assert [len(image.unique()) for image in picks] == [20] * 3
+
 
 @pytest.mark.parametrize("name", STATIC)
 class TestStatic:
@@ -176,6 +214,26 @@ def exported(name: str) -> tuple[torch.export.ExportedProgram, dict[str, Any]]:
     return torch.export.export(Chooser(name), inputs, dynamic_shapes=(batch, batch, batch)), features(3, seed=5)
 
 
+class TestPruMergePlus:
+    @pytest.mark.parametrize("spaced", [6, 7, 11, 13])
+    def test_spaced_tokens_reach_the_end_of_the_image(self, spaced: int) -> None:
+        """Only spaced tokens are kept of the second half, where no score is, and no gap is longer than a stretch."""
+        given = features()
+        given["scores"] = torch.zeros(3, NUMBER)
+        given["scores"][:, : NUMBER // 2] = 1
+        chosen = choose("prumerge_plus", 2 * spaced + 1, given, neighbours=4)
+        late = chosen.ids[0, chosen.ids[0] >= NUMBER // 2]
+        gaps = torch.cat([late, torch.tensor([NUMBER])]).diff()
+        assert gaps.max() <= -(-NUMBER // spaced)
+
+    def test_spaced_tokens_are_those_of_the_release_at_an_eighth(self) -> None:
+        """The release begins in the middle of the first stretch of 1 / ratio tokens and goes on by as many."""
+        given = features()
+        given["scores"] = torch.rand(3, NUMBER) * 1e-6
+        chosen = choose("prumerge_plus", 2 * NUMBER // 8 + 1, given)
+        assert set(range(4, NUMBER, 8)) <= set(chosen.ids[0].tolist())
+
+
 class TestSelection:
     def test_positions_are_those_of_the_dense_grid(self) -> None:
         chosen = choose("uniform", KEPT, features())
@@ -200,6 +258,34 @@ class TestSelection:
         for image, count in enumerate(chosen.counts.tolist()):
             start = int(packed.cu_seqlens[image])
             assert torch.equal(packed.tokens[start : start + count], chosen.tokens[image, :count])
+
+
+class TestCDPruner:
+    @pytest.mark.parametrize("seed", range(4))
+    def test_tokens_of_low_relevance_are_picked_as_in_float64(self, seed: int) -> None:
+        """Relevances over many orders of magnitude, whose variances are far below the largest but no rounding error."""
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(2, 96, 512, generator=generator)
+        relevance = torch.rand(2, 96, generator=generator).pow(6) + 1e-6
+        exact = determinant_order(x.double(), 64, relevance.double())[0]
+        assert torch.equal(determinant_order(x, 64, relevance)[0], exact)
+
+
+class TestShares:
+    """Shares as decimal fractions, of which a product in binary may fall short."""
+
+    @pytest.mark.parametrize(
+        ("share", "grid", "expected"),
+        [(0.29, (10, 10), 29), (1 / 49, (7, 7), 1), (0.57, (10, 10), 57), (0.299, (10, 10), 29), (1.0, (24, 24), 576)],
+    )
+    def test_a_share_of_whole_cells_is_their_number(self, share: float, grid: tuple[int, int], expected: int) -> None:
+        for name in ("class_attention", "visionzip", "cdpruner", "uniform", "todre", "aim"):
+            assert effvit.count_tokens(name, grid, keep=share) == expected
+
+    def test_matryoshka_takes_shares_of_a_few_digits(self) -> None:
+        """576 tokens pooled by 3 x 3 are 64, a share of 0.1111."""
+        assert effvit.count_tokens("matryoshka", (24, 24), keep=0.1111) == 64
+        assert effvit.count_tokens("matryoshka", (24, 24), keep=0.0625) == 36
 
 
 class TestCells:
@@ -244,6 +330,18 @@ class TestTower:
         assert torch.equal(features.x, torch.cat([prefix, dense], 1))
         with pytest.raises(ValueError, match=r"block must be in -4 to 3 for a model of 4 blocks, got 4"):
             reduced.forward_tokens(IMAGES, block=4)
+
+    def test_of_a_block_that_is_only_read_nothing_runs_behind_its_projections(self) -> None:
+        tower = make_tower(depth=4)
+        ran = []
+        for i, block in enumerate(tower.blocks):
+            for name in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp"):
+                block.get_submodule(name).register_forward_hook(lambda *_, at=f"{i}.{name}": ran.append(at))
+        effvit.select_tokens(tower, IMAGES, "prumerge", keep=5, block=1, neighbours=4)
+        assert ran[-7:] == ["2.norm1", "2.attn.qkv", "2.attn.proj", "2.norm2", "2.mlp", "3.norm1", "3.attn.qkv"]
+        ran.clear()
+        effvit.select_tokens(tower, IMAGES, "prumerge", keep=5, block=-1, neighbours=4)
+        assert ran[-1] == "3.mlp", "the tokens leave behind the block that is read"
 
     def test_the_tower_stays_as_it_was(self) -> None:
         tower = make_tower()
@@ -315,6 +413,35 @@ class TestTower:
         given["scores"][:, 7] = 1
         assert (choose("class_attention", 5, given).ids == 7).any(1).all()
         assert not (choose("class_attention", 5, given, max_norm=50.0).ids == 7).any()
+
+    def test_patches_of_large_norm_are_behind_those_of_the_lowest_score(self) -> None:
+        given = features()
+        given["tokens"][:, 7] *= 100
+        given["scores"] = torch.zeros_like(given["scores"])
+        chosen = choose("class_attention", NUMBER - 1, given, max_norm=50.0)
+        assert torch.equal(chosen.mask(), (torch.arange(NUMBER) != 7).expand(3, -1))
+        of_cells = choose("class_attention", NUMBER // 4 - 1, given, max_norm=50.0, merge=2)
+        assert torch.equal(of_cells.mask(), (torch.arange(NUMBER // 4) != 3).expand(3, -1))
+
+    @pytest.mark.parametrize("outlier", [7, 40])
+    def test_contextual_tokens_are_those_without_the_patches_of_large_norm(self, outlier: int) -> None:
+        """Against the same tokens on a grid that lacks the patch."""
+        given = of_use("visionzip", features())
+        place = torch.tensor([i for i in range(NUMBER) if i != outlier])
+        without = {key: value[:, place] for key, value in given.items() if isinstance(value, Tensor)}
+        given["tokens"][:, outlier] *= 100
+        expected = choose("visionzip", 12, without | {"grid": (1, NUMBER - 1)}, contextual=5)
+        chosen = choose("visionzip", 12, given, contextual=5, max_norm=50.0)
+        assert torch.equal(chosen.ids, place[expected.ids])
+        assert torch.equal(chosen.tokens, expected.tokens)
+        assert (chosen.group[:, outlier] == -1).all()
+
+    def test_means_are_summed_in_float32(self) -> None:
+        """Those of tokens in bfloat16 are those of the same numbers in float32, rounded once."""
+        x = (3 + 0.3 * features()["tokens"]).bfloat16()
+        keys, dominant = features()["keys"], torch.zeros(3, 1, dtype=torch.int64)
+        for means in (lambda x: contextual_tokens(x, keys, dominant, 2).tokens, lambda x: merge_round(x, 24).tokens):
+            assert torch.equal(means(x), means(x.float()).bfloat16())
 
     def test_rotary_towers_choose_too(self) -> None:
         tower = timm.create_model("vit_small_patch16_dinov3", img_size=64, depth=3, embed_dim=48, num_heads=2).eval()
@@ -439,6 +566,16 @@ class TestRefusals:
         with pytest.raises(ValueError, match=message):
             choose(name, keep, features(), **settings)
 
+    @pytest.mark.parametrize(("value", "rule"), [(-0.1, "negative"), (0.0, "all 0"), (float("inf"), "infinite")])
+    def test_relevance_that_scales_nothing_is_refused(self, value: float, rule: str) -> None:
+        """Cosines are no relevances of CDPruner: a negative one counts as much as its positive."""
+        relevance = torch.rand(3, NUMBER) + 0.1
+        relevance[1, slice(None) if value == 0 else 4] = value
+        message = f"cdpruner: the relevances are {rule} for image 1 of the batch; .* as relevance_to_text does"
+        with pytest.raises(ValueError, match=message):
+            choose("cdpruner", 9, features(), relevance=relevance)
+        choose("recoverable", None, features(), relevance=torch.rand(3, NUMBER) - 0.5)  # cosines are its own
+
     def test_missing_scores_and_keys_are_asked_for(self) -> None:
         given = features()
         bare = {"tokens": given["tokens"], "grid": GRID}
@@ -450,19 +587,86 @@ class TestRefusals:
             effvit.select_tokens(None, None, "divprune", keep=9, tokens=given["tokens"])
         with pytest.raises(ValueError, match=r"tokens must be \(B, 48, C\) for a grid of \(6, 8\)"):
             choose("divprune", 9, {"tokens": given["tokens"][:, 1:], "grid": GRID})
-        with pytest.raises(TypeError, match="give a tower and images, or tokens= and grid="):
+        message = r"give a tower and its images \(parts, frames\), or tokens= and grid= without them"
+        with pytest.raises(TypeError, match=message):
             effvit.select_tokens(make_tower(), None, "divprune", keep=9)
+        with pytest.raises(TypeError, match=message):
+            effvit.select_parts(make_tower(), None, "divprune", crops=(1, 2), keep=9)
+        with pytest.raises(TypeError, match=message):
+            effvit.select_video(make_tower(), IMAGES, keep=0.5, tokens=given["tokens"], grid=GRID)
 
     def test_what_would_be_ignored_is_refused(self) -> None:
         given = features()
-        with pytest.raises(ValueError, match=r"max_norm=9.0 ranks patches last, but this method ranks none by a score"):
-            effvit.select_tokens(make_tower(), IMAGES, "divprune", keep=4, max_norm=9.0)
+        tower, bare = make_tower(), {"tokens": given["tokens"], "grid": GRID}
+        for name, value in (("max_norm", 9.0), ("scores", "received"), ("relevance", torch.rand(2, 36))):
+            message = f"divprune does not use {name}, which would change nothing; leave it out, or use"
+            with pytest.raises(ValueError, match=message):
+                effvit.select_tokens(tower, IMAGES, "divprune", keep=4, **{name: value})
+        for name, value in (("max_norm", 9.0), ("scores", given["scores"]), ("keys", given["keys"])):
+            with pytest.raises(ValueError, match=f"divprune does not use {name}, which would change nothing"):
+                effvit.select_tokens(None, None, "divprune", keep=4, **bare, **{name: value})
+        with pytest.raises(ValueError, match="visionzip does not use early"):
+            effvit.select_parts(None, None, "visionzip", crops=(1, 2), keep=4, **given, early=given["scores"])
+        with pytest.raises(
+            ValueError, match=r"class_attention does not use relevance, .* use one of cdpruner, recoverable"
+        ):
+            choose("class_attention", 4, given, relevance=given["scores"])
         with pytest.raises(TypeError, match=r"scores of tokens are a tensor \(B, N\), got 'received'"):
-            choose("divprune", 4, given | {"scores": "received"})
-        with pytest.raises(TypeError, match="scores, keys and grid of a tower are its own"):
+            choose("class_attention", 4, given | {"scores": "received"})
+        with pytest.raises(TypeError, match="scores, keys, early and grid of a tower are its own"):
             effvit.select_tokens(make_tower(), IMAGES, "class_attention", keep=4, scores=given["scores"])
         with pytest.raises(ValueError, match=r"relevance must be for \(2, 36\) patches, got \(2, 30\)"):
             effvit.select_tokens(make_tower(), IMAGES, "cdpruner", keep=4, relevance=torch.rand(2, 30))
+
+    @pytest.mark.parametrize(
+        ("method", "name", "shape", "message"),
+        [
+            ("class_attention", "scores", (3, 48, 1), r"scores must be \(B, N\) = \(3, 48\), got shape \(3, 48, 1\)"),
+            ("cdpruner", "relevance", (3, 48, 1), r"relevance must be \(B, N\) = \(3, 48\), got shape \(3, 48, 1\)"),
+            ("visionzip", "keys", (3, 48), r"keys must be \(B, N, D\) = \(3, 48, D\), got shape \(3, 48\)"),
+        ],
+    )
+    def test_other_shapes_are_named(self, method: str, name: str, shape: tuple[int, ...], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            choose(method, 9, features() | {name: torch.rand(shape)})
+
+    @pytest.mark.parametrize(
+        ("name", "keep", "settings", "message"),
+        [
+            ("prumerge", 1, {}, "prumerge needs keep of at least 2, one token for those not kept, got 1"),
+            ("prumerge_plus", 9, {"neighbours": 48}, "needs more tokens than that, got 48; give fewer neighbours"),
+            ("prumerge", None, {"neighbours": 48}, "needs more tokens than that, got 48; give fewer neighbours"),
+            ("visionzip", 12, {"contextual": 12}, "contextual=12 of keep=12 tokens leaves no dominant one"),
+        ],
+    )
+    def test_a_number_that_is_refused_is_not_counted(
+        self, name: str, keep: int | None, settings: dict[str, Any], message: str
+    ) -> None:
+        with pytest.raises(ValueError, match=message):
+            effvit.count_tokens(name, GRID, keep=keep, **settings)
+        with pytest.raises(ValueError, match=message):
+            choose(name, keep, features(), **settings)
+        assert effvit.count_tokens(name, GRID, keep=1.0, **settings) == NUMBER
+
+    def test_grids_and_crops_are_two_sides(self) -> None:
+        given = features()
+        with pytest.raises(TypeError, match="grid must be two whole numbers, rows and columns, got 24"):
+            effvit.count_tokens("divprune", 24, keep=4)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="grid must be two whole numbers, rows and columns, got 48"):
+            choose("divprune", 4, given | {"grid": 48})
+        with pytest.raises(ValueError, match="grid must be at least 1, got 0"):
+            effvit.count_tokens("divprune", (0, 24), keep=4)
+        with pytest.raises(TypeError, match="crops must be two whole numbers, rows and columns, got 2"):
+            effvit.select_parts(None, None, "divprune", keep=4, crops=2, **of_use("divprune", given))  # type: ignore[arg-type]
+
+    def test_patch_dropout_is_named_where_all_patches_are_needed(self) -> None:
+        tower = make_tower(patch_drop_rate=0.5).train()
+        message = r"needs all patches in place, but patch_drop_rate is on and leaves 18 of 36; call eval\(\)"
+        with pytest.raises(ValueError, match=f"uniform {message}"):
+            effvit.select_tokens(tower, IMAGES, "uniform", keep=4)
+        with pytest.raises(ValueError, match=f"a merger of 2 x 2 {message}"):
+            effvit.select_tokens(tower, IMAGES, "divprune", keep=4, merge=2)
+        assert effvit.select_tokens(tower.eval(), IMAGES, "uniform", keep=4).counts.tolist() == [4, 4]
 
     def test_class_that_cannot_be_a_tower_is_told_how_to_take_part(self) -> None:
         with pytest.raises(TypeError, match="or run the tower and give what leaves it, merger included, as tokens="):
@@ -515,6 +719,47 @@ class TestRegistration:
         finally:
             del SELECTORS["largest"]
 
+    @pytest.mark.parametrize(
+        ("ids", "message"),
+        [
+            ([0, 1, 2], r"own must choose ids \(B, 4\), got shape \(3, 3\)"),
+            ([0, 1, 2, 2], "own: the ids are doubled in image 0 of the batch"),
+            ([0, 1, 2, 48], "own: the ids are no places of 0 to 47 in image 0 of the batch"),
+        ],
+    )
+    def test_ids_that_are_no_choice_are_refused(self, ids: list[int], message: str) -> None:
+        class Own(Selector):
+            name = "own"
+            summary = "whatever it is told"
+
+            def choose(self, features: Features, kept: int) -> Choice:
+                return Choice(torch.tensor(ids).expand(features.x.shape[0], -1))
+
+        with pytest.raises(ValueError, match=message):
+            choose(Own(), 4, features())
+
+    def test_names_of_arguments_are_no_settings(self) -> None:
+        class Blocked(Selector):
+            name = "blocked"
+            summary = "has a setting of the name of an argument"
+
+            def __init__(self, *, block: int = 3) -> None:
+                super().__init__()
+
+            def choose(self, features: Features, kept: int) -> Choice:
+                raise NotImplementedError
+
+        with pytest.raises(ValueError, match=r"has a setting 'block', which effvit\.select_tokens or its like takes"):
+            effvit.register_method(Blocked)
+        functions = (
+            effvit.select_tokens,
+            effvit.select_parts,
+            effvit.select_video,
+            effvit.count_tokens,
+            effvit.TokenSelector,
+        )
+        assert {name for function in functions for name in inspect.signature(function).parameters} == RESERVED
+
     def test_incomplete_or_doubled_selectors_are_refused(self) -> None:
         class Nameless(Selector):
             pass
@@ -551,7 +796,7 @@ class TestParts:
     @pytest.mark.parametrize("thumbnail", ["first", "last"])
     def test_crops_of_a_canvas_are_named_by_its_cells(self, method: str, keep: float, thumbnail: str) -> None:
         given = self.given()
-        selected = effvit.select_parts(None, None, method, keep=keep, thumbnail=thumbnail, **given)
+        selected = effvit.select_parts(None, None, method, keep=keep, thumbnail=thumbnail, **of_use(method, given))
         canvas = torch.arange(12 * 24).view(2, 6, 3, 8).transpose(1, 2).reshape(6, NUMBER)  # cells of each crop
         named = selected.canvas_ids()
         crops = slice(1, 7) if thumbnail == "first" else slice(0, 6)
@@ -565,13 +810,14 @@ class TestParts:
     @pytest.mark.parametrize("method", ["hired", "globalcom2"])
     def test_thumbnail_last_is_the_same_choice(self, method: str) -> None:
         given = self.given()
+        given = of_use(method, given)
         first = effvit.select_parts(None, None, method, keep=0.3, **given).selection
         turned = {key: value.roll(-1, 0) if isinstance(value, Tensor) else value for key, value in given.items()}
         last = effvit.select_parts(None, None, method, keep=0.3, thumbnail="last", **turned).selection
         assert torch.equal(last.mask(), first.mask().roll(-1, 0))
 
     def test_budget_is_kept_exactly_if_asked_for(self) -> None:
-        given = self.given()
+        given = of_use("hired", self.given())
         total = int(0.3 * 7 * NUMBER)
         counts = [
             effvit.select_parts(None, None, "hired", keep=keep, exact=exact, **given).selection.counts
@@ -580,9 +826,29 @@ class TestParts:
         assert total - 6 <= int(counts[0].sum()) < total
         assert int(counts[1].sum()) == total
         assert torch.equal(counts[1], counts[2])
+        for keep in (0.3, total):
+            assert effvit.count_tokens("hired", GRID, keep=keep, frames=7, exact=True) == total
+            assert effvit.count_tokens("hired", GRID, keep=keep, frames=7) is None
+
+    @pytest.mark.parametrize(("method", "keep"), [("hired", 1.0), ("hired", 7 * NUMBER), ("globalcom2", 1.0)])
+    def test_all_tokens_are_the_tokens_bit_for_bit(self, method: str, keep: float) -> None:
+        given = of_use(method, self.given())
+        selection = effvit.select_parts(None, None, method, keep=keep, **given).selection
+        assert torch.equal(selection.tokens, given["tokens"])
+        assert torch.equal(selection.ids, torch.arange(NUMBER).expand(7, -1))
+        assert torch.equal(selection.group, selection.ids)
+
+    def test_all_tokens_of_a_padded_canvas_are_those_that_show_the_image(self) -> None:
+        given = of_use("globalcom2", self.given())
+        selected = effvit.select_parts(None, None, "globalcom2", keep=1.0, image_size=(100, 400), **given)
+        shown = valid_cells((100, 400), self.CROPS, GRID).flatten().nonzero().flatten()
+        named = selected.canvas_ids()
+        assert torch.equal(named[named >= 0].sort().values, shown)
+        assert int(selected.selection.counts[0]) == NUMBER
 
     def test_padding_of_the_canvas_is_never_kept(self) -> None:
-        selected = effvit.select_parts(None, None, "globalcom2", keep=0.5, image_size=(100, 400), **self.given())
+        given = of_use("globalcom2", self.given())
+        selected = effvit.select_parts(None, None, "globalcom2", keep=0.5, image_size=(100, 400), **given)
         row = selected.canvas_ids() // 24
         assert row[selected.canvas_ids() >= 0].min() >= 3
         assert row.max() <= 8
@@ -601,16 +867,62 @@ class TestParts:
             held = chosen.mask()
             assert torch.equal(chosen.packed().tokens, dense[held])
 
+    def test_parts_take_what_images_take(self) -> None:
+        """Cells, relevance and norms: each part as ``select_tokens`` has it."""
+        given, relevance = self.given(), torch.rand(7, NUMBER)
+        bare = {"tokens": given["tokens"], "grid": GRID}
+        ranked = bare | {"scores": given["scores"]}
+        for method, settings in (
+            ("cdpruner", bare | {"relevance": relevance}),
+            ("class_attention", ranked | {"merge": 2}),
+            ("class_attention", ranked | {"max_norm": 5.0}),
+        ):
+            alone = effvit.select_tokens(None, None, method, keep=6, **settings)
+            parts = effvit.select_parts(None, None, method, keep=6, crops=self.CROPS, **settings)
+            assert torch.equal(parts.selection.ids, alone.ids)
+            assert torch.equal(parts.selection.tokens, alone.tokens)
+        of_cells = effvit.select_parts(None, None, "hired", keep=0.5, merge=2, **of_use("hired", given))
+        assert of_cells.selection.grid == (3, 4)
+        assert of_cells.canvas_ids().max() < 6 * 12
+
+    @pytest.mark.parametrize("size", [(1, 10000), (10000, 1)])
+    def test_a_thin_image_is_a_line_of_cells(self, size: tuple[int, int]) -> None:
+        """Fitted into the canvas its short side is less than a cell."""
+        assert valid_cells(size, self.CROPS, GRID).any()
+        given = of_use("globalcom2", self.given())
+        selected = effvit.select_parts(None, None, "globalcom2", keep=1.0, image_size=size, **given)
+        side = 12 if size[0] > size[1] else 24
+        assert int((selected.canvas_ids() >= 0).sum()) == 2 * side
+
+    def test_scores_beside_features_are_widened(self) -> None:
+        """Half-precision scores of two crops are ranked in float32, as the scores of a tower are."""
+        given = of_use("globalcom2", self.given())
+        given["scores"] = given["scores"].bfloat16()
+        selected = effvit.select_parts(None, None, "globalcom2", keep=0.3, **given)
+        assert selected.selection.scores.dtype == torch.float32
+
     def test_what_does_not_fit_is_refused(self) -> None:
-        given = self.given()
+        given = of_use("hired", self.given())
+        shared = of_use("globalcom2", self.given())
         with pytest.raises(ValueError, match="2 x 3 crops and a thumbnail are 7 parts, got 6"):
-            effvit.select_parts(None, None, "hired", keep=0.3, **self.given(6))
+            effvit.select_parts(None, None, "hired", keep=0.3, **of_use("hired", self.given(6)))
         with pytest.raises(ValueError, match="hired shares its budget by what the thumbnail shows"):
-            effvit.select_parts(None, None, "hired", keep=0.3, thumbnail=None, **self.given(6))
+            effvit.select_parts(None, None, "hired", keep=0.3, thumbnail=None, **of_use("hired", self.given(6)))
+        for method, few in (("hired", 1), ("globalcom2", 0.001)):
+            of_method = of_use(method, self.given())
+            with pytest.raises(
+                ValueError, match=f"keep={few} of 48 cells in each of 7 parts leaves no token by the rule"
+            ):
+                effvit.select_parts(None, None, method, keep=few, **of_method)
+        with pytest.raises(ValueError, match="image_size must be at least 1, got 0"):
+            effvit.select_parts(None, None, "globalcom2", keep=0.3, image_size=(0, 30), **shared)
+        reduced = effvit.sparsify(make_tower(depth=4), "tome", r=[9, 9])
+        with pytest.raises(ValueError, match="globalcom2 needs all patches in place, but tome leaves 18 of 36"):
+            effvit.select_parts(reduced, torch.rand(5, 3, 48, 48), "globalcom2", crops=(2, 2), keep=0.3)
         with pytest.raises(ValueError, match="thumbnail must be one of first, last"):
             effvit.select_parts(None, None, "hired", keep=0.3, thumbnail="middle", **given)
         with pytest.raises(ValueError, match="globalcom2 shares out a ratio, got keep=50"):
-            effvit.select_parts(None, None, "globalcom2", keep=50, **given)
+            effvit.select_parts(None, None, "globalcom2", keep=50, **shared)
         with pytest.raises(ValueError, match=r"hired needs scores of the first block too; give early= \(B, N\)"):
             effvit.select_parts(None, None, "hired", keep=0.3, **(given | {"early": None}))
         with pytest.raises(ValueError, match=r"hired chooses among the parts of one image .* use effvit.select_parts"):
@@ -644,6 +956,11 @@ class TestVideo:
         assert (chosen.ids.diff() > 0).all()
         assert torch.equal(chosen.group[0, chosen.ids[0]], torch.arange(chosen.tokens.shape[1]))
 
+    def test_a_video_in_which_nothing_moves_keeps_a_token(self) -> None:
+        given = features(4)
+        still = {"tokens": given["tokens"][:1].expand(4, -1, -1), "grid": GRID, "scores": given["scores"]}
+        assert effvit.select_video(None, None, keep=0.001, **still).tokens.shape[1] == 1
+
     def test_longest_windows_by_counting_all_cuts(self) -> None:
         """Against every way to cut seven frames."""
         steps = torch.rand(6, 10) > 0.3
@@ -663,6 +980,19 @@ class TestVideo:
         tower = make_tower(class_token=False, global_pool="avg")
         chosen = effvit.select_video(tower, torch.rand(4, 3, 48, 48), keep=0.3)
         assert chosen.tokens.shape == (1, int(chosen.counts), 32)
+
+    def test_prefix_tokens_of_all_frames_come_along(self) -> None:
+        tower = make_tower(reg_tokens=2)
+        chosen = effvit.select_video(tower, IMAGES, keep=0.3)
+        images = effvit.select_tokens(tower, IMAGES, "uniform", keep=4)
+        assert torch.equal(chosen.prefix, images.prefix.reshape(1, 6, 32))
+
+    def test_scores_are_of_the_block_the_tokens_leave(self) -> None:
+        """The release deletes the last block of its tower and reads the last one that is left."""
+        tower = make_tower(class_token=False, global_pool="avg")
+        chosen = effvit.select_video(tower, IMAGES, keep=0.3)
+        received = softmax_maps(tower, IMAGES)[-2].mean((1, 2))
+        torch.testing.assert_close(chosen.scores, received.view(1, -1), rtol=1e-5, atol=1e-6)
 
     def test_what_is_no_video_is_refused(self) -> None:
         given = self.video()

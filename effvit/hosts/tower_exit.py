@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from effvit.attention import AttnState, SumMap, sum_beside
+from effvit.attention import AttnState, Beside, SumMap, sum_beside
 from effvit.block import BlockList, ReducibleBlock, rehouse, set_child, token_block
 from effvit.hosts.host import HOST_CLASSES, ReducedHost
 from effvit.hosts.naflex import ReducedNaFlex
@@ -112,6 +112,20 @@ class Observer(Reducer):
         return x, replace(tokens, carry=(*seen, *note))
 
 
+class LastObserver(Observer):
+    """An observer of a block behind those the tokens leave: its first norm, queries and keys are all that runs.
+
+    Values are made too, where one layer gives all three.
+    """
+
+    def forward(
+        self, x: Tensor, tokens: TokenMap, block: ReducibleBlock, rope: Tensor | None
+    ) -> tuple[Tensor, TokenMap]:
+        beside: Beside[AttnState] = Beside()
+        block.attn(block._attention_input(x), tokens, rope, beside=beside, attends=False)
+        return self.after(x, tokens, self.note(beside.value))
+
+
 class TowerOutput(NamedTuple):
     """What leaves a tower.
 
@@ -134,7 +148,7 @@ class Tower(nn.Module):
     Args:
         model: A timm model that ``sparsify`` takes, or one that is reduced already.
         block: Whose output leaves, counted from 0, or from the last one, -1. Blocks behind it and behind all that are
-            read are not run.
+            read are not run, and of one that is read behind it only what is read.
         reads: Blocks, counted likewise, and what to read of their attention; the notes are in the order of the blocks.
 
     Raises:
@@ -172,7 +186,8 @@ class Tower(nn.Module):
             self._check_reads(model, places)
         blocks: BlockList = self.host.blocks[: self.stop]  # a new container, so that the model keeps its own
         for i in range(self.stop):
-            blocks[i] = observed(blocks[i], i, Observer(places[i]) if i in places else None)
+            kind = LastObserver if self.block < i == self.stop - 1 else Observer
+            blocks[i] = observed(blocks[i], i, kind(places[i]) if i in places else None)
         set_child(self.host, "blocks", blocks)  # type: ignore[arg-type]
 
     def _check_reads(self, model: ReducedHost, places: Mapping[int, object]) -> None:

@@ -22,10 +22,17 @@ if TYPE_CHECKING:
     from effvit.block import ReducibleBlock
     from effvit.reducers.block_schedule import BlockSchedule
 
-__all__ = ["Reducer", "check_finite", "refuse_recording"]
+__all__ = ["Reducer", "check_bounded", "check_distinct", "check_finite", "check_weights", "refuse_recording"]
 
 
 CHECK_FINITE = "EFFVIT_CHECK_FINITE"  # "1": check on every device
+
+
+def stays_unread(values: Tensor) -> bool:
+    """Whether checks leave the values alone, since they are recorded or to read them would stop a device's queue."""
+    if is_recorded(values):
+        return True
+    return values.device.type != "cpu" and not (os.environ.get(CHECK_FINITE) == "1" or torch.is_anomaly_enabled())
 
 
 @fx_leaf
@@ -36,9 +43,7 @@ def check_finite(scores: Tensor, origin: str, x: Tensor | None) -> Tensor:
     checked only with ``EFFVIT_CHECK_FINITE=1`` in the environment or under ``torch.autograd.detect_anomaly``. What is
     recorded or transformed (see ``is_recorded``) is never checked.
     """
-    if is_recorded(scores):
-        return scores
-    if scores.device.type != "cpu" and not (os.environ.get(CHECK_FINITE) == "1" or torch.is_anomaly_enabled()):
+    if stays_unread(scores):
         return scores
     total = scores.sum().item()
     if math.isnan(total) and scores.isnan().any():  # infinities of both signs have no sum either
@@ -50,6 +55,61 @@ def check_finite(scores: Tensor, origin: str, x: Tensor | None) -> Tensor:
         )
         raise ValueError(f"{origin} are NaN for image {image} of the batch; {cause}")
     return scores
+
+
+@fx_leaf
+def check_bounded(values: Tensor, origin: str) -> Tensor:
+    """``values``, or an error that names the first image with an infinite one; checked where ``check_finite`` checks.
+
+    For what is divided by its norm: infinite rows have no direction.
+    """
+    if not stays_unread(values) and not math.isfinite(values.sum().item()):  # or the sum alone overflows
+        unbounded = values.isinf().flatten(1).any(1)
+        if unbounded.any():
+            image = int(unbounded.nonzero()[0])
+            raise ValueError(
+                f"{origin} are infinite for image {image} of the batch; run the tower in bfloat16 or float32"
+            )
+    return values
+
+
+@fx_leaf
+def check_weights(values: Tensor, origin: str, remedy: str) -> Tensor:
+    """``values`` (B, N), or an error unless those of every image are finite, at least 0 and not all 0.
+
+    Checked where ``check_finite`` checks.
+    """
+    if not stays_unread(values):
+        for rule, bad in (
+            ("infinite", values.isinf().any(1)),
+            ("negative", (values < 0).any(1)),
+            ("all 0", (values == 0).all(1)),
+        ):
+            if bad.any():
+                raise ValueError(f"{origin} are {rule} for image {int(bad.nonzero()[0])} of the batch; {remedy}")
+    return values
+
+
+@fx_leaf
+def check_distinct(ids: Tensor, valid: Tensor | None, number: int, origin: str) -> Tensor:
+    """``ids`` (B, K), or an error unless those of every image are different places of 0 to ``number`` - 1.
+
+    Checked where ``check_finite`` checks.
+
+    Args:
+        ids: Places.
+        valid: (B, K) False where they are padding.
+        number: Places there are.
+        origin: What they are.
+    """
+    if not stays_unread(ids):
+        slots = torch.arange(ids.shape[1], device=ids.device)
+        place = ids if valid is None else torch.where(valid, ids, slots % number)
+        twice = (ids if valid is None else torch.where(valid, ids, number + slots)).sort(dim=1).values.diff(dim=1) == 0
+        for rule, bad in ((f"no places of 0 to {number - 1}", (place < 0) | (place >= number)), ("doubled", twice)):
+            if bad.any():
+                raise ValueError(f"{origin} are {rule} in image {int(bad.any(1).nonzero()[0])} of the batch")
+    return ids
 
 
 @fx_leaf

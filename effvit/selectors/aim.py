@@ -7,6 +7,7 @@ from torch import Tensor
 
 from effvit.reducers.matching import alternating_match
 from effvit.selectors.base import Choice, Features, Selector, add_rows, count_members, rows_of
+from effvit.tokens import widened
 
 __all__ = ["AIM", "merge_round", "rounds_to"]
 
@@ -38,8 +39,8 @@ def merge_round(x: Tensor, r: int) -> Choice:
     order = best.argsort(dim=1, descending=True)
     gone, left = order[:, :r], order[:, r:]
     into = match.gather(1, gone)
-    members = 1 + count_members(into, odd.shape[1]).unsqueeze(-1).to(x.dtype)
-    merged = add_rows(x[:, 1::2], into, rows_of(x, 2 * gone)) / members
+    members = 1 + count_members(into, odd.shape[1]).unsqueeze(-1)
+    merged = (add_rows(widened(x[:, 1::2]), into, widened(rows_of(x, 2 * gone))) / members).to(x.dtype)
     ids = torch.cat([2 * left, odd], dim=1)
     places = torch.arange(ids.shape[1], device=x.device).expand_as(ids)
     group = torch.zeros_like(torch.cat([even, odd], dim=1)).scatter(1, ids, places)

@@ -40,6 +40,7 @@ class Features(NamedTuple):
         keys: (B, N, D) keys of the attention that the scores are from, likewise.
         relevance: (B, N) how much each token has to do with a text, from the caller.
         early: (B, N) scores of the first block, for a method that asks for them.
+        outliers: (B, N) True for tokens of a norm above ``max_norm``, whose scores are the lowest; None without it.
     """
 
     x: Tensor
@@ -48,6 +49,7 @@ class Features(NamedTuple):
     keys: Tensor | None = None
     relevance: Tensor | None = None
     early: Tensor | None = None
+    outliers: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -89,6 +91,7 @@ class Selector(nn.Module):
         keys: What ``Features.keys`` is made of, one of ``effvit.hosts.tower_exit.KEYS``; None for no keys.
         reads_last: Scores and keys are those of the tower's last block, whichever block the tokens leave.
         reads_first: ``Features.early`` is asked for.
+        reads_relevance: ``Features.relevance`` is used where the caller gives it.
         whole_grid: The method needs all cells in place, so that no method may have reduced them in the tower.
         takes: Which function takes it: "select_tokens" for images one by one, "select_parts" or "select_video".
         learns: It has weights, without which its name means nothing, and changes tokens even where all of them stay.
@@ -100,6 +103,7 @@ class Selector(nn.Module):
     keys: ClassVar[str | None] = None
     reads_last: ClassVar[bool] = False
     reads_first: ClassVar[bool] = False
+    reads_relevance: ClassVar[bool] = False
     whole_grid: ClassVar[bool] = False
     takes: ClassVar[str] = "select_tokens"
     learns: ClassVar[bool] = False
@@ -114,8 +118,11 @@ class Selector(nn.Module):
         """Take note of the grid of cells (H, W) that will be met, before anything is recorded."""
 
     def rounded(self, share: float, cells: int) -> int:
-        """A share of the cells as a number, by the rule of the method's official code."""
-        return int(share * cells)
+        """A share of the cells as a number, by the rule of the method's official code; rounded down if it has none.
+
+        A share such as 1 / 49 of 49 cells is one cell, though their product is less than 1.
+        """
+        return int(share * cells + 1e-6)
 
     def count(self, keep: Keep, grid: Size) -> int | None:
         """How many tokens leave for a grid of cells (H, W); None if that depends on the image.
@@ -124,6 +131,11 @@ class Selector(nn.Module):
             ValueError: More tokens than cells, none, or a number that the method cannot give.
         """
         return None if keep is None and self.adapts else self.number(keep, math.prod(grid))
+
+    def count_all(self, keep: Keep, grid: Size, images: int) -> int | None:
+        """How many tokens leave that many images of a grid together; ``count`` of each, but for a shared budget."""
+        kept = self.count(keep, grid)
+        return None if kept is None else kept * images
 
     @property
     def adapts(self) -> bool:

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from effvit.reducers.base import check_weights
 from effvit.selectors.base import Choice, Features, Selector, unit_rows
 from effvit.tokens import wide_product, widened
 
@@ -49,7 +50,8 @@ def determinant_order(x: Tensor, number: int, relevance: Tensor | None = None) -
     u = unit_rows(widened(x))
     r = torch.ones_like(u[..., 0]) if relevance is None else relevance.to(u.dtype)
     left = r.square()  # (B, N) conditional variances
-    spent = left.amax(dim=1, keepdim=True) * torch.finfo(u.dtype).eps * u.shape[2]
+    # Rounding alone: a bound that grows with the channels would take tokens of low relevance for dependent ones.
+    spent = left.amax(dim=1, keepdim=True) * torch.finfo(u.dtype).eps * 8
     taken = torch.zeros_like(left, dtype=torch.bool)
     factor = u.new_zeros(u.shape[0], number, u.shape[1])  # (B, K, N)
     picks, gains = [], []
@@ -82,6 +84,7 @@ class CDPruner(Selector):
 
     name = "cdpruner"
     summary = "keep tokens that are relevant and unlike each other, by their determinant (2506.10967)"
+    reads_relevance = True
 
     def check(self, kept: int, features: Features) -> None:
         channels = features.x.shape[2]
@@ -89,6 +92,12 @@ class CDPruner(Selector):
             raise ValueError(
                 f"cdpruner can tell at most as many tokens apart as they have channels, {channels}, got keep={kept}; "
                 "keep fewer, or use 'divprune'"
+            )
+        if features.relevance is not None:
+            check_weights(
+                features.relevance,
+                "cdpruner: the relevances",
+                "similarities are scaled by them, so give numbers above 0, as relevance_to_text does, or no relevance",
             )
 
     def choose(self, features: Features, kept: int) -> Choice:

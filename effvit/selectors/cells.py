@@ -7,7 +7,15 @@ from torch import Tensor
 from effvit.protocols import Size
 from effvit.schedule import check_count
 
-__all__ = ["cell_grid", "cell_means", "to_cells"]
+__all__ = ["cell_grid", "cell_means", "check_sides", "to_cells"]
+
+
+def check_sides(name: str, sides: Size) -> Size:
+    """``sides`` if they are two whole numbers of at least 1, rows and columns; else an error that names them."""
+    if not isinstance(sides, (tuple, list)) or len(sides) != 2:
+        raise TypeError(f"{name} must be two whole numbers, rows and columns, got {sides!r}")
+    height, width = (check_count(name, side, 1) for side in sides)
+    return height, width
 
 
 def cell_grid(grid: Size, merge: int) -> Size:

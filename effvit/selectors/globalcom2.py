@@ -69,6 +69,7 @@ class GlobalCom2(PartSelector):
     summary = "the thumbnail says how much of each crop to keep, and which tokens (2501.05179)"
     row = "logits"
     reads_last = True
+    whole_grid = True
 
     def __init__(self, *, temperature: float = 10.0) -> None:
         super().__init__()
@@ -81,6 +82,8 @@ class GlobalCom2(PartSelector):
         canvas = (parts.crops[0] * features.grid[0], parts.crops[1] * features.grid[1])
         valid = torch.ones(canvas, dtype=torch.bool, device=own.device) if parts.valid is None else parts.valid
         shown = on_crops(valid, features.grid, parts.crops)  # (P - 1, N)
+        if ratio == 1:  # the release's ratios are below it for crops that score low
+            return parts.join(torch.ones_like(shown[0]), shown)
         enlarged = thumbnail_on_crops(whole, features.grid, parts.crops, valid)
         joint = F.normalize(own * shown, dim=1) + F.normalize(enlarged * shown, dim=1)
         ratios = crop_ratios(whole, features.grid, parts.crops, ratio, self.temperature)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -69,10 +71,19 @@ class HiRED(PartSelector):
         self.alpha = check_fraction("alpha", alpha)
         self.exact = check_switch("exact", exact)
 
+    def rounded(self, share: float, cells: int) -> int:
+        return int(share * cells)  # as the release has it, to the last bit
+
+    def count_all(self, keep: Keep, grid: Size, images: int) -> int | None:
+        total = self.number(keep, images * math.prod(grid))
+        return total if self.exact else None
+
     def choose_parts(self, features: Features, parts: Parts, keep: Keep) -> Tensor:
         scores, early = required_scores(self, features), features.early
         assert early is not None
         total = self.number(keep, scores.numel())
+        if total == scores.numel():  # more than the thumbnail's share of them may hold
+            return torch.ones_like(scores, dtype=torch.bool)
         counts = share_budget(parts.split(early)[0], features.grid, parts.crops, total, self.alpha, self.exact)
         numbers = torch.tensor(counts, device=scores.device)
         return highest_each(scores, parts.join(numbers[0], numbers[1:]))

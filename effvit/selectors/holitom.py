@@ -15,7 +15,7 @@ from effvit.reducers.hot import density_peaks
 from effvit.schedule import check_count, check_fraction, check_number
 from effvit.selectors.base import Features, Keep, Selector, left_over, required_scores
 from effvit.selectors.registry import make_selector
-from effvit.selectors.select import CLASS_ROW, TokenSelector, check_features, given_features
+from effvit.selectors.select import CLASS_ROW, check_features, features_of
 from effvit.selectors.selection import Selection
 from effvit.tokens import widened
 
@@ -96,12 +96,13 @@ class HoliTom(Selector):
     """Merge what stays the same in a window of frames, choose the rest by attention (HoliTom, 2505.21334).
 
     The part in front of the language model, llava_arch.py@e9b2972, for one video: patches whose cosine to the next
-    frame is above ``tau`` throughout a window become one token each, and what that saves is given back to the ratio.
-    Of the others each frame keeps the share with the most attention, which is what each patch receives in the last
-    block of SigLIP; of the merged ones a share of density peaks stays, to which the rest is merged. The release's
-    setting D, which would merge others too, cannot run above its default 0 and is left out. Its tokens are pooled
-    frames behind the projector: give those for its results. A merged token has its position in the first frame of the
-    window.
+    frame is above ``tau`` throughout a window become one token each, and what that saves is given back to the ratio. Of
+    the others each frame keeps the share with the most attention, which is what each patch receives in the block the
+    tokens leave: the release deletes the last block of SigLIP, so that its "last" one is -2 here. Of the merged ones a
+    share of density peaks stays, to which the rest is merged. The release's setting D, which would merge others too,
+    cannot run above its default 0 and is left out. Of a window in which nothing moves one token stays at least, where
+    the release may keep none. Its tokens are pooled frames behind the projector: give those for its results. A merged
+    token has its position in the first frame of the window.
 
     Args:
         tau: Cosine from which on a patch stays the same.
@@ -113,7 +114,6 @@ class HoliTom(Selector):
     name = "holitom"
     summary = "merge what stays the same in a video, choose the rest by attention (2505.21334)"
     row = RECEIVED
-    reads_last = True
     whole_grid = True
     takes = "select_video"
 
@@ -139,7 +139,7 @@ class HoliTom(Selector):
         for first, last in windows.spans:
             static = steps[first:last].all(0) if last > first else torch.zeros_like(scores[0], dtype=torch.bool)
             same, moving = static.nonzero().squeeze(1), (~static).nonzero().squeeze(1)
-            number = round(len(same) * ratio)
+            number = max(round(len(same) * ratio), int(not len(moving)))
             if number:
                 mean = x[first : last + 1, same].mean(0)
                 merged, centres, into = merge_static(mean, number, self.beta, self.k)
@@ -178,6 +178,8 @@ def select_video(
 ) -> Selection:
     """The tokens of one video, as a Selection of one "image" whose grid is (T, H, W).
 
+    Its prefix (1, T * P, C) is that of all frames, one after another.
+
     Args:
         tower: As for ``select_tokens``; None where ``tokens`` are given.
         frames: (T, 3, H, W).
@@ -198,11 +200,9 @@ def select_video(
         raise ValueError(
             f"{selector.name} knows no time; choose in each frame by effvit.{selector.takes}, or use 'holitom'"
         )
-    if (tower is None) != (frames is None) or (tower is None) == (tokens is None):
-        raise TypeError("give a tower and the frames of a video, or tokens= and grid= without them")
-    if tower is not None and frames is not None:
-        features, _, _ = TokenSelector(tower, selector, block=block).read(frames)
-    else:
-        features = given_features(selector, tokens, grid, CLASS_ROW if scores is None else scores)
+    ratio = check_fraction("keep", keep)
+    given = CLASS_ROW if scores is None else scores
+    features, _, prefix = features_of(selector, tower, frames, block=block, tokens=tokens, grid=grid, scores=given)
     check_features(features, selector.name)
-    return selector.choose_video(features, check_fraction("keep", keep))
+    chosen = selector.choose_video(features, ratio)
+    return chosen if prefix is None else chosen._replace(prefix=prefix.flatten(0, 1).unsqueeze(0))

@@ -39,12 +39,16 @@ class Matryoshka(Selector):
 
     The number of tokens must be that of whole windows: where the grid is no multiple of k, the release leaves out rows
     and columns or gives more tokens than asked; here that is an error that names the numbers there are. The release
-    pools behind the projector. A token has the position of the cell in the middle of its window.
+    pools behind the projector. A share of the cells is rounded to the nearest number. A token has the position of the
+    cell in the middle of its window.
     """
 
     name = "matryoshka"
     summary = "average windows of cells, with one training for all numbers of tokens (2405.17430)"
     whole_grid = True
+
+    def rounded(self, share: float, cells: int) -> int:
+        return round(share * cells)
 
     def count(self, keep: Keep, grid: Size) -> int | None:
         number = self.number(keep, math.prod(grid))

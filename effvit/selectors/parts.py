@@ -8,16 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from effvit.protocols import Setting, Size
-from effvit.schedule import check_choice, check_count
+from effvit.schedule import check_choice
 from effvit.selectors.base import Choice, Features, Keep, Selector
+from effvit.selectors.cells import check_sides
 from effvit.selectors.registry import make_selector
 from effvit.selectors.select import (
     CLASS_ROW,
-    TokenSelector,
     arranged,
     check_features,
     choose_tokens,
-    given_features,
+    features_of,
 )
 from effvit.selectors.selection import Selection
 from effvit.tokens import compact
@@ -106,16 +106,17 @@ def valid_cells(image_size: Size, crops: Size, grid: Size) -> Tensor:
     LLaVA fits the image into the canvas and pads it evenly on two sides; the rule of its unpadding, to whole cells.
 
     Args:
-        image_size: (height, width) of the image before it was fitted.
+        image_size: (height, width) of the image before it was fitted; a side of less than a cell counts as one.
         crops: (rows, columns) of crops.
         grid: (H, W) cells of a crop.
     """
+    check_sides("image_size", image_size)
     height, width = crops[0] * grid[0], crops[1] * grid[1]
     top = left = 0
     if image_size[1] / image_size[0] > width / height:
-        top = (height - int(image_size[0] * (width / image_size[1]))) // 2
+        top = (height - max(1, int(image_size[0] * (width / image_size[1])))) // 2
     else:
-        left = (width - int(image_size[1] * (height / image_size[0]))) // 2
+        left = (width - max(1, int(image_size[1] * (height / image_size[0])))) // 2
     valid = torch.zeros(height, width, dtype=torch.bool)
     valid[top : height - top, left : width - left] = True
     return valid
@@ -131,11 +132,14 @@ def select_parts(
     image_size: Size | None = None,
     keep: Keep = None,
     block: int = -2,
+    merge: int = 1,
     tokens: Tensor | None = None,
     grid: Size | None = None,
     scores: Tensor | str = CLASS_ROW,
     keys: Tensor | None = None,
+    relevance: Tensor | None = None,
     early: Tensor | None = None,
+    max_norm: float | None = None,
     **settings: Setting,
 ) -> SelectedParts:
     """The tokens of one image that was cut into crops.
@@ -145,7 +149,8 @@ def select_parts(
     Args:
         tower: As for ``select_tokens``; None where ``tokens`` are given.
         parts: (P, 3, H, W) the crops of one image row by row, and its thumbnail.
-        method: As for ``select_tokens``, and so are block, tokens, grid, scores, keys and settings.
+        method: As for ``select_tokens``, and so are block, merge, tokens, grid, scores, keys, relevance, max_norm and
+            settings.
         crops: (rows, columns) of crops.
         thumbnail: Where it stands among the parts: "first" (LLaVA-NeXT), "last" (InternVL), or None.
         image_size: (height, width) of the image, by which padding is known; None: there is none.
@@ -153,31 +158,35 @@ def select_parts(
         early: (P, N) scores of the first block for ``tokens``, which HiRED needs.
 
     Raises:
-        ValueError: A number of parts that is not that of the crops; a budget without a thumbnail to share it by; what
-            ``select_tokens`` refuses.
+        ValueError: A number of parts that is not that of the crops; a budget without a thumbnail to share it by, or
+            of which rounding leaves nothing; what ``select_tokens`` refuses.
     """
     if thumbnail is not None:
         check_choice("thumbnail", thumbnail, THUMBNAILS)
-    rows, columns = (check_count("crops", side, 1) for side in crops)
+    rows, columns = check_sides("crops", crops)
     selector = make_selector(method, settings)
     layout = Parts((rows, columns), thumbnail)
     given = tokens if parts is None else parts
-    if given is None or (tower is None) != (parts is None):
-        raise TypeError("give a tower and the parts of an image, or tokens= and grid= without them")
-    if given.shape[0] != layout.number:
+    if given is not None and given.shape[0] != layout.number:
         raise ValueError(
             f"{rows} x {columns} crops {'without a' if thumbnail is None else 'and a'} thumbnail are {layout.number} "
             f"parts, got {given.shape[0]}; give those of one image"
         )
-    of_map, prefix = None, None
-    if tower is not None and parts is not None:
-        if isinstance(scores, Tensor):
-            raise TypeError("scores of a tower are its own; give them beside tokens= only")
-        per_part = keep if not isinstance(selector, PartSelector) else None
-        module = TokenSelector(tower, selector, keep=per_part, block=block, scores=scores)
-        features, of_map, prefix = module.read(parts)
-    else:
-        features = given_features(selector, tokens, grid, scores, keys, early=early)
+    features, of_map, prefix = features_of(
+        selector,
+        tower,
+        parts,
+        keep=keep,
+        block=block,
+        merge=merge,
+        max_norm=max_norm,
+        tokens=tokens,
+        grid=grid,
+        scores=scores,
+        keys=keys,
+        relevance=relevance,
+        early=early,
+    )
     if not isinstance(selector, PartSelector):
         return SelectedParts(choose_tokens(selector, features, keep, of_map, prefix), layout)
     if thumbnail is None:
@@ -190,6 +199,11 @@ def select_parts(
         layout = layout._replace(valid=valid)
     check_features(features, selector.name)
     kept = selector.choose_parts(features, layout, keep)
+    if not kept.any():
+        raise ValueError(
+            f"keep={keep} of {kept.shape[1]} cells in each of {kept.shape[0]} parts leaves no token by the rule of "
+            f"{selector.name}; keep more"
+        )
     place = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
     chosen = compact(place, kept, kept.shape[1], trim=True, keep_mask=True)
     group = torch.where(kept, kept.cumsum(1) - 1, -1)

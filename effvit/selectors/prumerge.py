@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from effvit.protocols import Size
 from effvit.schedule import check_count
-from effvit.selectors.base import Choice, Features, Selector, required_scores
+from effvit.selectors.base import Choice, Features, Keep, Selector, required_scores
 from effvit.selectors.neighbours import add_neighbours
 from effvit.tokens import compact, wide_product
 
@@ -48,14 +49,23 @@ class PruMerge(Selector):
         super().__init__()
         self.neighbours = check_count("neighbours", neighbours, 1)
 
+    def count(self, keep: Keep, grid: Size) -> int | None:
+        kept, cells = super().count(keep, grid), math.prod(grid)
+        if kept != cells:
+            self._check_sizes(kept, cells)
+        return kept
+
     def check(self, kept: int, features: Features) -> None:
-        number = features.num_tokens
+        self._check_sizes(kept, features.num_tokens)
+
+    def _check_sizes(self, kept: int | None, number: int) -> None:
+        """Raise a ValueError unless ``number`` tokens can become ``kept`` ones, or as many as an image needs."""
         if number <= self.neighbours:
             raise ValueError(
                 f"{self.name} adds {self.neighbours} neighbours to a token, so it needs more tokens than that, got "
                 f"{number}; give fewer neighbours"
             )
-        if kept < 2:
+        if kept is not None and kept < 2:
             raise ValueError(f"{self.name} needs keep of at least 2, one token for those not kept, got {kept}")
 
     def choose(self, features: Features, kept: int) -> Choice:
@@ -63,7 +73,7 @@ class PruMerge(Selector):
         return self.merged(features, scores.topk(kept - 1, dim=1).indices, None)
 
     def adapt(self, features: Features) -> Choice:
-        self.check(2, features)
+        self._check_sizes(None, features.num_tokens)
         scores = required_scores(self, features)
         rank = scores.argsort(dim=1, descending=True).argsort(dim=1)  # (B, N)
         return self.merged_where(features, self.standing_out(features, rank, num_outliers(scores).unsqueeze(1)))
@@ -103,7 +113,8 @@ class PruMergePlus(PruMerge):
     Without ``keep`` every s-th token is kept too, s = max(1, int(int(N / outliers) / 3)), but for the last token, as in
     the release, whose 575 is N - 1; about four times as many tokens as PruMerge. With ``keep`` half of the kept tokens
     are evenly spaced and the others the most attended ones beside them: the release keeps doubles, and only ratios at
-    which its two halves are of equal length.
+    which its two halves are of equal length. The spaced ones are the middles of equal stretches of the image, which at
+    the release's ratio of 1/8 are its own.
     """
 
     name = "prumerge_plus"
@@ -112,8 +123,8 @@ class PruMergePlus(PruMerge):
     def choose(self, features: Features, kept: int) -> Choice:
         number, spaced = features.num_tokens, (kept - 1) // 2
         scores = required_scores(self, features)
-        step = number // max(1, spaced)
-        even = torch.arange(step // 2, number, step, device=scores.device)[:spaced].expand(scores.shape[0], -1)
+        middles = (2 * torch.arange(spaced, device=scores.device) + 1) * number // (2 * max(1, spaced))
+        even = middles.expand(scores.shape[0], -1)
         attended = scores.scatter(1, even, -math.inf).topk(kept - 1 - spaced, dim=1).indices
         return self.merged(features, torch.cat([attended, even], dim=1), None)
 

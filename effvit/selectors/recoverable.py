@@ -130,6 +130,7 @@ class Recoverable(Selector):
     row = "one_head"
     keys = "joined"
     reads_last = True
+    reads_relevance = True
 
     def __init__(self, *, neighbours: int = 32) -> None:
         super().__init__()

@@ -11,9 +11,14 @@ from effvit.protocols import Setting
 from effvit.reducers.registry import origin_of, register_kind
 from effvit.selectors.base import Selector
 
-__all__ = ["SELECTORS", "list_selectors", "make_selector", "register_selector"]
+__all__ = ["RESERVED", "SELECTORS", "list_selectors", "make_selector", "register_selector"]
 
 SELECTORS: dict[str, type[Selector]] = {}
+# Keywords beside a method's settings: of select_tokens, TokenSelector, select_parts, select_video, count_tokens.
+RESERVED = frozenset(
+    {"tower", "images", "method", "keep", "block", "merge", "tokens", "grid", "scores", "keys", "relevance", "max_norm"}
+    | {"parts", "crops", "thumbnail", "image_size", "early", "frames", "settings"}
+)
 
 
 def register_selector(selector: type[Selector]) -> None:
@@ -21,7 +26,8 @@ def register_selector(selector: type[Selector]) -> None:
 
     Raises:
         TypeError: A class without ``name``, ``summary`` or ``choose`` and ``adapt``.
-        ValueError: A name that is no word in lower case, or that another selector has.
+        ValueError: A name that is no word in lower case, or that another selector has; a setting whose name means
+            something else to ``select_tokens`` and its like.
     """
     for attribute in ("name", "summary"):
         if not isinstance(getattr(selector, attribute, None), str):
@@ -32,6 +38,12 @@ def register_selector(selector: type[Selector]) -> None:
     if not re.fullmatch("[a-z][a-z0-9_]*", selector.name):
         raise ValueError(
             f"the name of a selector is a word in lower case, got {selector.name!r} for {origin_of(selector)}"
+        )
+    clash = sorted(selector.defaults().keys() & RESERVED)
+    if clash:
+        raise ValueError(
+            f"{origin_of(selector)} has a setting {clash[0]!r}, which effvit.select_tokens or its like takes for "
+            "something else; give it another name"
         )
     known = SELECTORS.setdefault(selector.name, selector)
     if known is not selector:

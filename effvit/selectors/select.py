@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from effvit.hosts.tower_exit import KEYS, RECEIVED, ROWS, Read, Tower, TowerOutput
 from effvit.protocols import Setting, Size
-from effvit.reducers.base import check_finite, refuse_recording
+from effvit.reducers.base import check_bounded, check_distinct, check_finite, refuse_recording
 from effvit.schedule import check_choice, check_count, check_number
 from effvit.selectors.base import Choice, Features, Keep, Selector, rows_of
-from effvit.selectors.cells import cell_grid, cell_means, to_cells
-from effvit.selectors.registry import make_selector
+from effvit.selectors.cells import cell_grid, cell_means, check_sides, to_cells
+from effvit.selectors.registry import SELECTORS, make_selector
 from effvit.selectors.selection import Selection
-from effvit.tokens import TokenMap, wide_dtype
+from effvit.tokens import TokenMap, wide_dtype, widened
 
 __all__ = [
     "TokenSelector",
@@ -23,7 +24,7 @@ __all__ = [
     "check_features",
     "choose_tokens",
     "count_tokens",
-    "given_features",
+    "features_of",
     "select_tokens",
 ]
 
@@ -55,7 +56,7 @@ def select_tokens(
         method: One of ``effvit.list_selectors()``, or a selector.
         keep: How many tokens leave: a number, or a share of the cells in (0, 1], rounded as in the method's code.
         block: Whose output leaves the tower, not normalised; -2 as in LLaVA. Blocks behind it are not run but for a
-            method that reads the last one.
+            method that reads the last one, of which its attention's queries and keys are computed alone.
         merge: Side of the cells, in patches, that a merger behind the tower makes one token of. Whole cells are chosen,
             by the mean of their scores, and leave as rows of merge^2 * C channels.
         tokens: (B, N, C) features of the full grid in place of a tower, merged already or with ``merge``, without
@@ -65,30 +66,110 @@ def select_tokens(
             patch gets, for towers without one, at the cost of a second softmax map, formed in pieces. Beside
             ``tokens`` (B, N) of your own, where larger means that a patch matters more.
         keys: (B, N, D) keys for ``tokens``, for a method that compares them.
-        relevance: (B, N) how much each patch has to do with a text, for CDPruner and Recoverable Compression.
-        max_norm: Patches whose tokens have a larger norm rank last. Some patches of large ViTs without registers hold
-            no content of their own but draw attention (2309.16588, which takes 150 for DINOv2).
+        relevance: (B, N) how much each patch has to do with a text, for CDPruner and Recoverable Compression alone.
+        max_norm: Patches whose tokens have a larger norm rank last, and so do cells that hold one. Some patches of
+            large ViTs without registers hold no content of their own but draw attention (2309.16588, which takes 150
+            for DINOv2).
         settings: Settings of the method.
 
     Returns:
         The Selection. All tokens, bit for bit, if as many are kept as there are.
 
     Raises:
-        ValueError: A number of tokens that the method cannot give; something it needs and did not get; NaN.
+        ValueError: A number of tokens that the method cannot give; something it needs and did not get, or
+            got and does not use; NaN.
         TypeError: A tower that ``sparsify`` does not take, or both or neither of a tower and tokens.
     """
     selector = make_selector(method, settings)
     refuse_elsewhere(selector)
+    features, of_map, prefix = features_of(
+        selector,
+        tower,
+        images,
+        keep=keep,
+        block=block,
+        merge=merge,
+        max_norm=max_norm,
+        tokens=tokens,
+        grid=grid,
+        scores=scores,
+        keys=keys,
+        relevance=relevance,
+    )
+    return choose_tokens(selector, features, keep, of_map, prefix)
+
+
+class TowerFeatures(NamedTuple):
+    """What a selector may choose by, and what goes around it.
+
+    Attributes:
+        features: Of cells.
+        tokens: The map of a tower's tokens; None where they were given.
+        prefix: (B, P, C) a tower's prefix tokens, likewise.
+    """
+
+    features: Features
+    tokens: TokenMap | None = None
+    prefix: Tensor | None = None
+
+
+def features_of(
+    selector: Selector,
+    tower: nn.Module | None,
+    images: Tensor | None,
+    *,
+    keep: Keep = None,
+    block: int = -2,
+    merge: int = 1,
+    max_norm: float | None = None,
+    tokens: Tensor | None = None,
+    grid: Size | None = None,
+    scores: Tensor | str = CLASS_ROW,
+    keys: Tensor | None = None,
+    relevance: Tensor | None = None,
+    early: Tensor | None = None,
+) -> TowerFeatures:
+    """Features of a tower and images, or those given in their place; arguments as for ``select_tokens``.
+
+    Args:
+        early: (B, N) scores of the first block for ``tokens``.
+
+    Raises:
+        ValueError: Something that the selector needs and did not get, or got and does not use; another shape.
+        TypeError: Both or neither of a tower and tokens, or parts of both.
+    """
     if (tower is None) == (tokens is None) or (tower is None) != (images is None):
-        raise TypeError("give a tower and images, or tokens= and grid= without them")
-    if tower is not None:
-        assert images is not None
-        if isinstance(scores, Tensor) or keys is not None or grid is not None:
-            raise TypeError("scores, keys and grid of a tower are its own; give them beside tokens= only")
-        module = TokenSelector(tower, selector, keep=keep, block=block, merge=merge, scores=scores, max_norm=max_norm)
-        return module(images, relevance)
-    features = given_features(selector, tokens, grid, scores, keys, relevance)
-    return choose_tokens(selector, _in_cells(features, merge, max_norm), keep)
+        raise TypeError("give a tower and its images (parts, frames), or tokens= and grid= without them")
+    if tower is None:
+        features = given_features(selector, tokens, grid, scores, keys, relevance, early)
+        refuse_unused(selector, max_norm=max_norm)
+        return TowerFeatures(_in_cells(features, merge, max_norm))
+    assert images is not None
+    if isinstance(scores, Tensor) or any(value is not None for value in (keys, grid, early)):
+        raise TypeError("scores, keys, early and grid of a tower are its own; give them beside tokens= only")
+    module = TokenSelector(tower, selector, keep=keep, block=block, merge=merge, scores=scores, max_norm=max_norm)
+    return module.read(images, relevance)
+
+
+def uses(selector: Selector | type[Selector]) -> dict[str, bool]:
+    """Which of the arguments beside the features a method reads."""
+    return {
+        "scores": selector.row is not None,
+        "max_norm": selector.row is not None,
+        "keys": selector.keys is not None,
+        "relevance": selector.reads_relevance,
+        "early": selector.reads_first,
+    }
+
+
+def refuse_unused(selector: Selector, **given: object) -> None:
+    """Raise a ValueError for an argument that is not None, and that the selector would ignore."""
+    for name, value in given.items():
+        if value is not None and not uses(selector)[name]:
+            users = ", ".join(known for known in SELECTORS if uses(SELECTORS[known])[name])
+            raise ValueError(
+                f"{selector.name} does not use {name}, which would change nothing; leave it out, or use one of {users}"
+            )
 
 
 def given_features(
@@ -96,13 +177,14 @@ def given_features(
     tokens: Tensor | None,
     grid: Size | None,
     scores: Tensor | str,
-    keys: Tensor | None = None,
-    relevance: Tensor | None = None,
-    early: Tensor | None = None,
+    keys: Tensor | None,
+    relevance: Tensor | None,
+    early: Tensor | None,
 ) -> Features:
     """Features in place of a tower, if they are what the selector needs, of one grid."""
     if tokens is None or grid is None:
         raise TypeError("tokens need grid=(H, W), the patches they are of")
+    check_sides("grid", grid)
     if tokens.ndim != 3 or tokens.shape[1] != math.prod(grid):
         raise ValueError(f"tokens must be (B, {math.prod(grid)}, C) for a grid of {grid}, got {tuple(tokens.shape)}")
     given = scores if isinstance(scores, Tensor) else None
@@ -117,9 +199,13 @@ def given_features(
         raise ValueError(f"{selector.name} compares keys of the tower's attention; give keys= (B, N, D) too")
     if selector.reads_first and early is None:
         raise ValueError(f"{selector.name} needs scores of the first block too; give early= (B, N)")
-    for name, value in (("scores", given), ("keys", keys), ("relevance", relevance), ("early", early)):
-        if value is not None and value.shape[:2] != tokens.shape[:2]:
-            raise ValueError(f"{name} must be for {tuple(tokens.shape[:2])} tokens, got shape {tuple(value.shape)}")
+    refuse_unused(selector, scores=given, keys=keys, relevance=relevance, early=early)
+    for name, value in (("scores", given), ("relevance", relevance), ("early", early)):
+        if value is not None and value.shape != tokens.shape[:2]:
+            raise ValueError(f"{name} must be (B, N) = {tuple(tokens.shape[:2])}, got shape {tuple(value.shape)}")
+    if keys is not None and (keys.ndim != 3 or keys.shape[:2] != tokens.shape[:2]):
+        number, cells = tokens.shape[:2]
+        raise ValueError(f"keys must be (B, N, D) = ({number}, {cells}, D), got shape {tuple(keys.shape)}")
     return Features(tokens, grid, given, keys, relevance, early)
 
 
@@ -146,6 +232,7 @@ class TokenSelector(nn.Module):
         self.selector = make_selector(method, settings)
         self.keep, self.merge, self.max_norm = keep, check_count("merge", merge, 1), max_norm
         check_choice("scores", scores, (CLASS_ROW, RECEIVED))
+        refuse_unused(self.selector, scores=None if scores == CLASS_ROW else scores, max_norm=max_norm)
         self.tower = Tower(tower, block, _reads(self.selector, tower, block, scores))
         if not getattr(tower, "dynamic_img_size", False):
             cells = cell_grid(self.tower.host.patch_embed.grid_size, self.merge)
@@ -157,8 +244,9 @@ class TokenSelector(nn.Module):
         features, tokens, prefix = self.read(images, relevance)
         return choose_tokens(self.selector, features, self.keep, tokens, prefix)
 
-    def read(self, images: Tensor, relevance: Tensor | None = None) -> tuple[Features, TokenMap, Tensor]:
+    def read(self, images: Tensor, relevance: Tensor | None = None) -> TowerFeatures:
         """What the selector may choose by, the map of the tokens, and the prefix tokens (B, P, C)."""
+        refuse_unused(self.selector, relevance=relevance)
         output: TowerOutput = self.tower(images)
         tokens = output.tokens
         self._check_map(tokens)
@@ -173,17 +261,21 @@ class TokenSelector(nn.Module):
         row = notes.pop(0) if self.selector.row is not None else None
         keys = notes.pop(0) if self.selector.keys is not None else None
         features = Features(output.patches, tokens.grid, row, keys, relevance, early)
-        return _in_cells(features, self.merge, self.max_norm), tokens, output.prefix
+        return TowerFeatures(_in_cells(features, self.merge, self.max_norm), tokens, output.prefix)
 
     def _check_map(self, tokens: TokenMap) -> None:
         if not tokens.moved:
             return
-        method = self.tower.host.method
+        method, drop = self.tower.host.method, self.tower.host.token_drop
         if self.merge > 1 or self.selector.whole_grid:
             who = f"a merger of {self.merge} x {self.merge}" if self.merge > 1 else self.selector.name
+            dropping = drop is not None and drop.training and drop.prob > 0
+            cause, remedy = (
+                ("patch_drop_rate is on and", "call eval()") if dropping else (method, "use the dense tower")
+            )
             raise ValueError(
-                f"{who} needs all patches in place, but {method} leaves {tokens.num_tokens} of {tokens.num_patches}; "
-                "use the dense tower"
+                f"{who} needs all patches in place, but {cause} leaves {tokens.num_tokens} of {tokens.num_patches}; "
+                f"{remedy}"
             )
         if self.tower.host.variable_length or tokens.soft:
             raise ValueError(
@@ -215,23 +307,23 @@ def _reads(selector: Selector, tower: nn.Module, block: int, scores: str) -> lis
     return [*early, (place, row), *([] if selector.keys is None else [(place, KEYS[selector.keys])])]
 
 
+def _norms(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x.detach(), dim=-1, dtype=wide_dtype(x.dtype))
+
+
 def _in_cells(features: Features, merge: int, max_norm: float | None) -> Features:
-    """The features of patches as those of cells, scores of patches without content last."""
-    x, grid, scores = features.x, features.grid, features.scores
-    if scores is None and max_norm is not None:
-        raise ValueError(
-            f"max_norm={max_norm} ranks patches last, but this method ranks none by a score; leave max_norm out"
-        )
-    if scores is not None:
-        scores = scores.to(wide_dtype(scores.dtype))
-        if max_norm is not None:
-            check_number("max_norm", max_norm, "positive")
-            outlier = torch.linalg.vector_norm(x.detach(), dim=-1) > max_norm  # (B, N)
-            scores = torch.where(outlier, scores.amin(dim=1, keepdim=True), scores)
-    if merge == 1:
-        return features._replace(scores=scores)
-    means = [y if y is None else cell_means(y, grid, merge) for y in (scores, *features[3:])]
-    return Features(to_cells(x, grid, merge), cell_grid(grid, merge), *means)
+    """The features of patches as those of cells, the rest widened; scores of patches without content last."""
+    x, grid = features.x, features.grid
+    outliers = None
+    if max_norm is not None:
+        outliers = _norms(x) > check_number("max_norm", max_norm, "positive")  # (B, N)
+        outliers = cell_means(outliers.float(), grid, merge) > 0
+    means = [y if y is None else cell_means(widened(y), grid, merge) for y in features[2:6]]
+    scores, keys, relevance, early = means
+    if scores is not None and outliers is not None:
+        below = torch.nextafter(scores.amin(dim=1, keepdim=True), scores.new_tensor(-math.inf))
+        scores = torch.where(outliers, below, scores)
+    return Features(to_cells(x, grid, merge), cell_grid(grid, merge), scores, keys, relevance, early, outliers)
 
 
 def choose_tokens(
@@ -258,14 +350,26 @@ def choose_tokens(
         refuse_recording(
             features.x, f"{name} without keep leaves as many tokens as an image needs", "give keep, a number of tokens"
         )
-        return arranged(selector.adapt(features), features, tokens, prefix)
+        return arranged(_checked(selector.adapt(features), None, selector, number), features, tokens, prefix)
     if kept > number:
         raise ValueError(f"{name} is to keep {kept} tokens, but only {number} leave the tower; keep fewer")
     if kept == number and not selector.learns:
         ids = torch.arange(number, device=features.x.device).expand(features.x.shape[0], -1)
         return arranged(Choice(ids, features.x), features, tokens, prefix)
     selector.check(kept, features)
-    return arranged(selector.choose(features, kept), features, tokens, prefix)
+    return arranged(_checked(selector.choose(features, kept), kept, selector, number), features, tokens, prefix)
+
+
+def _checked(choice: Choice, kept: int | None, selector: Selector, number: int) -> Choice:
+    """The choice, or a ValueError if it is none of ``kept`` tokens of ``number``, each at most once."""
+    ids = choice.ids
+    if ids.ndim != 2 or kept not in (None, ids.shape[1]):
+        many = "K" if kept is None else str(kept)
+        raise ValueError(
+            f"{selector.name} must choose ids (B, {many}), got shape {tuple(ids.shape)}; choose as many as count says"
+        )
+    check_distinct(ids, choice.valid, number, f"{selector.name}: the ids")
+    return choice
 
 
 def refuse_elsewhere(selector: Selector) -> None:
@@ -278,11 +382,19 @@ def refuse_elsewhere(selector: Selector) -> None:
 
 
 def check_features(features: Features, name: str) -> None:
-    """Raise a ValueError that names the first image of which anything is NaN."""
-    check_finite(features.x.detach(), f"{name}: the features", features.x)
-    for what, values in (("scores", features.scores), ("relevances", features.relevance), ("early", features.early)):
+    """Raise a ValueError that names the first image of which anything is NaN, or features or keys are infinite."""
+    x = check_finite(features.x.detach(), f"{name}: the features", features.x)
+    check_bounded(x, f"{name}: the features")
+    for what, values in (
+        ("scores", features.scores),
+        ("keys", features.keys),
+        ("relevances", features.relevance),
+        ("early scores", features.early),
+    ):
         if values is not None:
-            check_finite(values, f"{name}: the {what}", features.x)
+            check_finite(values, f"{name}: the {what}", x)
+    if features.keys is not None:
+        check_bounded(features.keys, f"{name}: the keys")
 
 
 def arranged(choice: Choice, features: Features, tokens: TokenMap | None, prefix: Tensor | None) -> Selection:
@@ -330,13 +442,18 @@ def count_tokens(
 ) -> int | None:
     """How many tokens ``select_tokens`` leaves, known before the tower runs; None if that depends on the image.
 
+    Likewise for ``select_parts`` with HiRED's ``exact=True``, where ``frames`` are the parts of one image.
+
     Args:
         method: As for ``select_tokens``, and so are ``keep``, ``merge`` and ``settings``.
         grid: (H, W) patches of one image.
         keep: How many.
         merge: Side of the cells.
-        frames: Images of the same grid, of which each keeps that many.
+        frames: Images of the same grid, whose tokens are counted together.
         settings: Settings of the method.
+
+    Raises:
+        ValueError: What ``select_tokens`` refuses of a number and a grid.
     """
-    kept = make_selector(method, settings).count(keep, cell_grid(grid, merge))
-    return None if kept is None else kept * check_count("frames", frames, 1)
+    cells = cell_grid(check_sides("grid", grid), merge)
+    return make_selector(method, settings).count_all(keep, cells, check_count("frames", frames, 1))

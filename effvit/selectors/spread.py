@@ -47,11 +47,12 @@ def spread(x: Tensor, first: Tensor, number: int, total: bool = False) -> tuple[
     u = unit_rows(widened(x))
     picks, far = [first], [torch.zeros_like(first, dtype=u.dtype)]
     apart = u.new_zeros(x.shape[:2]) if total else u.new_full(x.shape[:2], math.inf)  # (B, N)
+    taken = torch.zeros_like(apart, dtype=torch.bool)
     for _ in range(number - 1):
         picked = u.gather(1, picks[-1].unsqueeze(-1).expand(-1, -1, u.shape[2]))  # (B, 1, C)
         distance = 1 - wide_product(picked, u.transpose(1, 2)).squeeze(1)  # (B, N)
         apart = apart + distance if total else torch.minimum(apart, distance)
-        apart = apart.scatter(1, picks[-1], -math.inf)
-        picks.append(apart.argmax(dim=1, keepdim=True))
+        taken = taken.scatter(1, picks[-1], True)
+        picks.append(apart.masked_fill(taken, -math.inf).argmax(dim=1, keepdim=True))
         far.append(apart.gather(1, picks[-1]))
     return torch.cat(picks, dim=1), torch.cat(far, dim=1)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from effvit.protocols import Size
 from effvit.schedule import check_count
 from effvit.selectors.base import (
     Choice,
     Features,
+    Keep,
     Selector,
     add_rows,
     count_members,
@@ -19,7 +22,7 @@ from effvit.selectors.base import (
     rows_of,
     unit_rows,
 )
-from effvit.tokens import wide_product
+from effvit.tokens import wide_product, widened
 
 __all__ = ["Context", "VisionZip", "contextual_tokens"]
 
@@ -38,7 +41,9 @@ class Context(NamedTuple):
     group: Tensor
 
 
-def contextual_tokens(x: Tensor, keys: Tensor, dominant: Tensor, number: int) -> Context:
+def contextual_tokens(
+    x: Tensor, keys: Tensor, dominant: Tensor, number: int, outliers: Tensor | None = None
+) -> Context:
     """Sum up the tokens that are not dominant in ``number`` contextual ones (VisionZip, 2412.04467, section 3.2).
 
     Every max(1, n // M)-th of the n tokens left is a target; each other one goes to the target of largest cosine of the
@@ -50,21 +55,27 @@ def contextual_tokens(x: Tensor, keys: Tensor, dominant: Tensor, number: int) ->
         keys: (B, N, D) keys, the mean over the heads.
         dominant: (B, K) tokens that are kept.
         number: M, at most N - K.
+        outliers: (B, N) True for tokens that go into none, and are targets only where nothing else is left.
     """
+    outlying = torch.zeros_like(x[..., 0], dtype=torch.bool) if outliers is None else outliers
     rest = left_over(dominant, x.shape[1])  # (B, n)
-    step = max(1, rest.shape[1] // number)
-    spans = rest[:, : step * number].unflatten(1, (number, step))  # (B, M, step)
-    targets = spans[:, :, 0]  # (B, M)
-    others = torch.cat([spans[:, :, 1:].flatten(1), rest[:, step * number :]], dim=1)  # (B, n - M)
+    behind = outlying.gather(1, rest)
+    rest = torch.where(behind, rest + x.shape[1], rest).sort(dim=1).values % x.shape[1]
+    step = ((~behind).sum(dim=1, keepdim=True) // number).clamp(min=1)  # (B, 1)
+    order = torch.arange(number, device=x.device)
+    targets = rest.gather(1, step * order)  # (B, M)
+    others = left_over(torch.cat([dominant, targets], dim=1), x.shape[1])  # (B, n - M)
+    counted = ~outlying.gather(1, others)
     unit = unit_rows(keys.detach())
     similarity = wide_product(rows_of(unit, others), rows_of(unit, targets).transpose(1, 2))  # (B, n - M, M)
     best = similarity.argmax(dim=-1) if others.shape[1] else others
-    built = rows_of(x, targets)
-    sums = add_rows(torch.zeros_like(built), best, rows_of(x, others))
-    built = built + sums / count_members(best, number).clamp(min=1).unsqueeze(-1).to(x.dtype)
-    order = torch.arange(number, device=x.device).expand_as(targets)
-    group = torch.full(x.shape[:2], -1, device=x.device).scatter(1, targets, order).scatter(1, others, best)
-    return Context(built, targets, group)
+    place = torch.where(counted, best, number)  # one more, which is left out again
+    built = widened(rows_of(x, targets))
+    sums = add_rows(built.new_zeros(x.shape[0], number + 1, x.shape[2]), place, widened(rows_of(x, others)))
+    counts = count_members(place, number + 1).clamp(min=1).unsqueeze(-1)
+    built = (built + (sums / counts)[:, :number]).to(x.dtype)
+    group = torch.full(x.shape[:2], -1, device=x.device).scatter(1, targets, order.expand_as(targets))
+    return Context(built, targets, group.scatter(1, others, torch.where(counted, best, -1)))
 
 
 class VisionZip(Selector):
@@ -91,12 +102,14 @@ class VisionZip(Selector):
         """How many of ``kept`` tokens are contextual."""
         return kept * 10 // 64 if self.contextual is None else self.contextual
 
-    def check(self, kept: int, features: Features) -> None:
-        if self.num_contextual(kept) >= kept:
+    def count(self, keep: Keep, grid: Size) -> int | None:
+        kept = self.number(keep, math.prod(grid))
+        if kept < math.prod(grid) and self.num_contextual(kept) >= kept:
             raise ValueError(
                 f"contextual={self.contextual} of keep={kept} tokens leaves no dominant one; keep more tokens, or "
                 "fewer contextual ones"
             )
+        return kept
 
     def choose(self, features: Features, kept: int) -> Choice:
         number = self.num_contextual(kept)
@@ -104,7 +117,7 @@ class VisionZip(Selector):
         if not number:
             return Choice(dominant)
         assert features.keys is not None
-        context = contextual_tokens(features.x, features.keys, dominant, number)
+        context = contextual_tokens(features.x, features.keys, dominant, number, features.outliers)
         places = torch.arange(kept - number, device=dominant.device).expand_as(dominant)
         group = torch.where(context.group < 0, -1, context.group + kept - number).scatter(1, dominant, places)
         tokens = torch.cat([rows_of(features.x, dominant), context.tokens], dim=1)

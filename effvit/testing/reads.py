@@ -6,6 +6,7 @@ a CPU that costs nothing and so stays unseen: here every such read is found, wit
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from traceback import walk_tb
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from effvit.reducers.base import check_finite
+from effvit.reducers.base import check_bounded, check_distinct, check_finite, check_weights
 
 __all__ = ["Read", "assert_reads", "count_reads", "place_of_call", "place_of_error"]
 
@@ -38,8 +39,10 @@ VALUES = {
 }
 # Methods that hand values to Python without an operator, on a CPU.
 HANDED_OUT = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.cpu}
-# The check of scores reads on a CPU alone, or where a user asks for it; see its docstring.
-ONLY_ON_A_CPU: set[CodeType] = {check_finite.__wrapped__.__code__}  # type: ignore[attr-defined]  # of functools.wraps
+# The checks of values read on a CPU alone, or where a user asks for it; see their docstrings.
+ONLY_ON_A_CPU: set[CodeType] = {
+    inspect.unwrap(check).__code__ for check in (check_finite, check_bounded, check_weights, check_distinct)
+}
 AT_WORK = {__name__, "effvit.testing.fakes", "contextlib"}  # modules of which no frame is the place of a read
 
 
