@@ -23,6 +23,16 @@ from effvit.recover import register_fill, to_map
 from effvit.reducers import Reducer, register_method
 from effvit.reducers.registry import load_entry_points
 from effvit.schedule import cosine_keep_rate
+from effvit.selectors import (
+    Selection,
+    Selector,
+    TokenSelector,
+    count_tokens,
+    list_selectors,
+    select_parts,
+    select_tokens,
+    select_video,
+)
 from effvit.tokens import TokenMap
 from effvit.zoo import list_models, register_pyramid
 
@@ -32,20 +42,28 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Reducer",
+    "Selection",
+    "Selector",
     "TokenFeatures",
     "TokenMap",
+    "TokenSelector",
     "calibrate",
     "compile",
     "cosine_keep_rate",
     "count_flops",
+    "count_tokens",
     "list_methods",
     "list_models",
+    "list_selectors",
     "load_checkpoint",
     "method_settings",
     "register_fill",
     "register_host",
     "register_method",
     "register_pyramid",
+    "select_parts",
+    "select_tokens",
+    "select_video",
     "sparsify",
     "to_map",
 ]

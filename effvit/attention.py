@@ -1,4 +1,4 @@
-"""timm's attention modules for token sequences that shrink: key biases, sampled query rows, packed batches.
+"""timm's attention modules for token sequences that shrink: biases, sampled query rows, packed batches.
 
 Each class below has the parameters and names of the timm module it extends and computes the same numbers bit
 for bit while nothing is reduced. The fused ``scaled_dot_product_attention`` is used unless a method truly needs
@@ -27,13 +27,16 @@ __all__ = [
     "Beside",
     "Images",
     "MapSums",
-    "Selection",
+    "PairBias",
+    "Picked",
     "SumMap",
     "attend_one_by_one",
     "attend_together",
     "bias_as_features",
+    "biases_between",
     "jagged_attention",
     "map_sums",
+    "sum_beside",
 ]
 
 T = TypeVar("T")
@@ -49,7 +52,7 @@ class Beside(Generic[T]):
     value: T
 
 
-class Selection(NamedTuple):
+class Picked(NamedTuple):
     """Which tokens stay as queries: the choice of a method that prunes between scores and attention.
 
     Attributes:
@@ -85,6 +88,63 @@ class SumMap(NamedTuple):
     hold: bool = False
 
 
+@fx_leaf
+def biases_between(table: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+    """Entries of a table for the queries and keys of each image.
+
+    Args:
+        table: (heads, F, F), or (1, heads, F, F), between the F places of the full sequence.
+        queries: (B, Q) places of the queries.
+        keys: (B, K) places of the keys.
+
+    Returns:
+        (B, heads, Q, K).
+    """
+    number = table.shape[-1]
+    pairs = (queries * number).unsqueeze(2) + keys.unsqueeze(1)  # (B, Q, K)
+    entries = table.reshape(-1, number * number).index_select(1, pairs.flatten())  # (heads, B * Q * K)
+    return entries.unflatten(1, pairs.shape).transpose(0, 1)
+
+
+class PairBias(NamedTuple):
+    """The bias of each pair of query and key in one block of a host with relative positions.
+
+    It belongs to two places of the full sequence. Tokens keep the place of their anchor, so that of any two of them is
+    an entry of the host's table, gathered when it is asked for.
+
+    Attributes:
+        table: (heads, F, F) between the F places of the full sequence, prefix tokens in front; or (1, heads, F, F).
+            While nothing moved it is used as it is, since kernels are chosen by its dimensions and timm's shall run.
+        places: (B, P+N) place of each token in the full sequence.
+        moved: False while the tokens are the full sequence.
+    """
+
+    table: Tensor
+    places: Tensor
+    moved: bool
+
+    @classmethod
+    def of(cls, table: Tensor, tokens: TokenMap) -> PairBias:
+        """The bias between the tokens of a map that is not packed."""
+        ranges = tokens.layout.ranges
+        places = ranges.behind_prefix(tokens.anchor) + tokens.num_prefix if tokens.moved else ranges.sequence
+        return cls(table, places, tokens.moved)
+
+    def whole(self) -> Tensor:
+        """Between all tokens: (B, heads, P+N, P+N); the table itself, for all images, while nothing moved."""
+        return biases_between(self.table, self.places, self.places) if self.moved else self.table
+
+    def leading(self, number: int) -> Tensor:
+        """Of the first ``number`` tokens as queries, which may be those of class: (B or 1, heads, number, P+N)."""
+        if not self.moved:
+            return self.table[..., :number, :]
+        return biases_between(self.table, self.places[:, :number], self.places)
+
+    def picked(self, rows: Tensor) -> Tensor:
+        """Of the queries in the rows (B, Q) of the flattened sequence: (B, heads, Q, P+N)."""
+        return biases_between(self.table, take_rows(self.places, rows), self.places)
+
+
 class AttnState(NamedTuple):
     """What one block's attention knows, for a reducer to score tokens with.
 
@@ -100,6 +160,7 @@ class AttnState(NamedTuple):
         rows: The selected rows of the input sequence, None for all.
         weights: (B, heads, P+N, P+N) softmax map, only for a method that asked for it (and where it is not too large).
         sums: Its diagonal and column sums, likewise.
+        pairs: The bias of each pair of tokens in a host with relative positions; None in others.
     """
 
     q: Tensor
@@ -113,11 +174,28 @@ class AttnState(NamedTuple):
     rows: Tensor | None = None
     weights: Tensor | None = None
     sums: MapSums | None = None
+    pairs: PairBias | None = None
 
     @classmethod
-    def of(cls, q: Tensor, k: Tensor, v: Tensor, scale: float, tokens: TokenMap, x: Tensor | None = None) -> AttnState:
+    def of(
+        cls,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        tokens: TokenMap,
+        x: Tensor | None = None,
+        pair_table: Tensor | None = None,
+    ) -> AttnState:
         """The state before any selection: all tokens of the map, which makes the key bias."""
-        return cls(q, k, v, scale, tokens, tokens, tokens.key_bias(q.dtype), x)
+        pairs = None if pair_table is None else PairBias.of(pair_table, tokens)
+        return cls(q, k, v, scale, tokens, tokens, tokens.key_bias(q.dtype), x, pairs=pairs)
+
+    def pair_bias(self) -> Tensor | None:
+        """(B or 1, heads, P+K, P+N) bias of the queries that go on with all keys; None without relative positions."""
+        if self.pairs is None:
+            return None
+        return self.pairs.whole() if self.rows is None else self.pairs.picked(self.rows)
 
     def class_rows(self) -> Tensor:
         """Attention of the class-like tokens to all tokens, (B, heads, num_class, P+N), in fp32 (fp64 for fp64).
@@ -133,17 +211,21 @@ class AttnState(NamedTuple):
             q, k = self.q[:, :, :num_class], self.k
         wide = wide_dtype(q.dtype)
         logits = wide_product(q.to(wide) * self.scale, k.transpose(-2, -1))  # (B, heads, num_class, P+N)
+        if self.pairs is not None:
+            logits = logits + self.pairs.leading(num_class)
         return (logits if self.bias is None else logits + self.bias).softmax(dim=-1)
 
     def softmax_map(self) -> Tensor:
         """The whole softmax map (B, heads, P+N, P+N), in fp32 (fp64 for fp64), since methods rank tokens by it."""
         q, k = self.map_factors()
-        return wide_product(q, k.transpose(-2, -1)).softmax(dim=-1)
+        logits = wide_product(q, k.transpose(-2, -1))
+        return (logits if self.pairs is None else logits + self.pairs.whole()).softmax(dim=-1)
 
     def map_factors(self) -> tuple[Tensor, Tensor]:
         """Queries and keys (B, heads, P+N, D or D+1) in fp32 (fp64 for fp64) whose products are the map's logits.
 
-        A key bias rides in one more feature, 1 for the queries, so the map is not passed over again to add it.
+        But for the bias of pairs, which features cannot hold. A key bias rides in one more feature, 1 for the queries,
+        so the map is not passed over again to add it.
         """
         wide = wide_dtype(self.q.dtype)
         q, k = self.q.to(wide) * self.scale, self.k.to(wide)
@@ -153,7 +235,7 @@ class AttnState(NamedTuple):
         return q, k
 
 
-Pick = Callable[[AttnState], Selection]
+Pick = Callable[[AttnState], Picked]
 EditMap = Callable[[Tensor], Tensor] | SumMap
 
 # Entries of a softmax map that are formed at once on a CPU: 2 MiB, which stay in its cache until they are applied.
@@ -187,12 +269,14 @@ def piece_shape(q: Tensor) -> tuple[int, int]:
     return max(1, entries // length**2), max(1, min(length, entries // length))
 
 
-def is_one_piece(q: Tensor) -> bool:
-    """Whether the softmax map of q (B, heads, N, D) is formed whole.
+def is_one_piece(state: AttnState) -> bool:
+    """Whether the softmax map of the state is formed whole.
 
-    What is recorded must hold for other batches and sizes, so its map is one piece, which compilers fuse as they can.
+    What is recorded must hold for other batches and sizes, so its map is one piece, which compilers fuse as they can. A
+    map with a bias of pairs is one piece beside that of the biases.
     """
-    if is_recorded(q) or torch.jit.is_tracing():
+    q = state.q
+    if state.pairs is not None or is_recorded(q) or torch.jit.is_tracing():
         return True
     return q.shape[0] * q.shape[1] * q.shape[2] ** 2 <= piece_entries(q)
 
@@ -246,7 +330,7 @@ def sum_beside(state: AttnState, summing: SumMap) -> AttnState:
     """The state with the sums of its map, which is not applied to the values."""
     with torch.no_grad():
         weigh = None if summing.weigh is None else summing.weigh(state)
-        if is_one_piece(state.q):
+        if is_one_piece(state):
             weights = state.softmax_map()
             return state._replace(sums=map_sums(weights, weigh), weights=weights if summing.hold else None)
         return state._replace(sums=sum_in_pieces(state, weigh, None))
@@ -255,7 +339,7 @@ def sum_beside(state: AttnState, summing: SumMap) -> AttnState:
 def sum_and_apply(state: AttnState, summing: SumMap) -> tuple[AttnState, Tensor]:
     """The state with the sums of its map, and the map's product with the values, (B, heads, P+N, D)."""
     weigh = None if summing.weigh is None else summing.weigh(state)
-    if is_one_piece(state.q):
+    if is_one_piece(state):
         weights = state.softmax_map()
         sums, out = map_sums(weights, weigh), weights.to(state.v.dtype) @ state.v
         return state._replace(sums=sums, weights=weights if summing.hold else None), out
@@ -368,22 +452,36 @@ def attend_one_by_one(
     return torch.cat(outputs, dim=2)
 
 
-def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout_p: float) -> Tensor:
-    """``biased_attention``, or that without a bias."""
+def fused_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    pair_bias: Tensor | None,
+    dropout_p: float,
+    scale: float | None = None,
+) -> Tensor:
+    """``biased_attention``, or that without a bias, or with one of pairs (B or 1, heads, Tq, Tk) as the mask."""
+    if pair_bias is not None:
+        mask = pair_bias if bias is None else pair_bias + bias
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype), dropout_p=dropout_p, scale=scale)
     if bias is None:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)
-    return biased_attention(q, k, v, bias, dropout_p)
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
+    return biased_attention(q, k, v, bias, dropout_p, scale)
 
 
 @fx_leaf
-def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout_p: float) -> Tensor:
+def biased_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout_p: float, scale: float | None = None
+) -> Tensor:
     """Fused attention of q, k and v (B, heads, N, D) with a bias on the logits of each key, (B, 1, 1, Tk).
 
-    As a mask, or as features of q and k where that lets flash attention run, which takes no mask.
+    As a mask, or as features of q and k where that lets flash attention run, which takes no mask. ``scale`` is the
+    factor on q k^T, None for 1 / sqrt(D).
     """
     if not bias_keeps_from_flash(q, k):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), dropout_p=dropout_p)
-    width, scale = v.shape[-1], q.shape[-1] ** -0.5
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), dropout_p=dropout_p, scale=scale)
+    width, scale = v.shape[-1], q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = bias_as_features(q, k, v, bias[:, 0, 0], scale)
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)[..., :width]
 
@@ -453,16 +551,16 @@ def jagged_attention(
     return out.transpose(1, 2).values().transpose(0, 1).unsqueeze(0)  # (1, heads, Tq, D)
 
 
-def _rotate(x: Tensor, tokens: TokenMap, rope: Tensor, half: bool) -> Tensor:
-    """Apply the rotary table of the full grid to the patch tokens of x (B, heads, P+N, D)."""
+def _rotate(x: Tensor, tokens: TokenMap, rope: Tensor, turn: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Apply the rotary table of the full grid by ``turn`` to the patch tokens of x (B, heads, P+N, D)."""
     table = tokens.position_table(rope)
     if tokens.packed:  # prefix tokens lie between the images: give them the identity rotation (sin 0, cos 1)
         sin, cos = torch.zeros_like(table[:, :, :1]).expand(-1, -1, tokens.num_prefix, -1).chunk(2, dim=-1)
         still = torch.cat([sin, cos + 1], dim=-1)  # (B, heads or 1, P, D)
         table = tokens.pack(torch.cat([still, table], dim=2).transpose(1, 2)).transpose(1, 2)
-        return apply_rot_embed_cat(x, table, half=half)
+        return turn(x, table)
     prefix, patches = x[:, :, : tokens.num_prefix], x[:, :, tokens.num_prefix :]
-    return torch.cat([prefix, apply_rot_embed_cat(patches, table, half=half)], dim=2)
+    return torch.cat([prefix, turn(patches, table)], dim=2)
 
 
 class TokenAttention(nn.Module):
@@ -487,10 +585,19 @@ class TokenAttention(nn.Module):
     # Of some of timm's classes alone.
     num_kv_groups: int = 1
     rotate_half: bool = False
+    own_scale: float | None = None  # factor on q k^T where it is not 1 / sqrt(D)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens (B, N, C) -> q, k, v, each (B, heads, N, D)."""
         raise NotImplementedError
+
+    def _pair_table(self, shared: Tensor | None) -> Tensor | None:
+        """Bias between the places of the full sequence, given what the blocks share; None in a host without one."""
+        return None
+
+    def _turn(self, x: Tensor, table: Tensor) -> Tensor:
+        """Tokens x (B, heads, N, D) turned by a table of sines and cosines that broadcasts with them, (..., N, 2D)."""
+        return apply_rot_embed_cat(x, table, half=self.rotate_half)
 
     def _split_heads(self, x: Tensor, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         batch, length, _ = x.shape
@@ -511,7 +618,8 @@ class TokenAttention(nn.Module):
         Args:
             x: (B, P+N, C) normalised tokens, or (1, T, C) packed.
             tokens: Their map; its key bias enters the softmax.
-            rope: Rotary table of the full grid, (H*W, D) or (heads, H*W, D).
+            rope: Rotary table of the full grid, (H*W, D) or (heads, H*W, D); in a host with relative positions the
+                bias that its blocks share, (heads, P+H*W, P+H*W), with or without a dimension in front.
             pick: Given, called with the state before attention; only the rows it selects are computed.
             edit_map: Given, the softmax map is materialised, passed through it and kept in the state. A ``SumMap``
                 asks for sums of the map alone: it is formed in pieces, or beside the fused kernel where autograd
@@ -524,18 +632,19 @@ class TokenAttention(nn.Module):
         gate = self.gate(x).sigmoid() if self.gate is not None else None
         q, k, v = self._project(x)
         q, k = self.q_norm(q), self.k_norm(k)
-        if rope is not None:
-            q = _rotate(q, tokens, rope, self.rotate_half).type_as(v)
-            k = _rotate(k, tokens, rope, self.rotate_half).type_as(v)
+        pair_table = self._pair_table(rope)
+        if rope is not None and pair_table is None:
+            q = _rotate(q, tokens, rope, self._turn).type_as(v)
+            k = _rotate(k, tokens, rope, self._turn).type_as(v)
         if self.num_kv_groups > 1:
             k, v = (y.repeat_interleave(self.num_kv_groups, dim=1) for y in (k, v))
 
-        state = AttnState.of(q, k, v, self.scale, tokens, x)
+        state = AttnState.of(q, k, v, self.scale, tokens, x, pair_table)
         bias = state.bias
         if pick is not None:
             rows, selected = pick(state)
             # Made anew, since what ``_replace`` gives comes out empty of a graph that dynamo breaks in this branch.
-            state = AttnState(q, k, v, self.scale, selected, tokens, bias, x, rows)
+            state = AttnState(q, k, v, self.scale, selected, tokens, bias, x, rows, pairs=state.pairs)
             q = take_heads(q, rows)
             gate = take_rows(gate, rows) if gate is not None else None
         if isinstance(edit_map, SumMap) and (has_gradient(q) or (self.training and self.attn_drop.p > 0)):
@@ -554,12 +663,16 @@ class TokenAttention(nn.Module):
             dropout_p = self.attn_drop.p if self.training else 0.0
             # (1, T): without the padding, a bias says something only where keys have weights.
             of_keys = tokens.pack(bias[:, 0, 0]) if bias is not None and tokens.key_weight is not None else None
+            q = q if self.own_scale is None else q * (self.own_scale * q.shape[-1] ** 0.5)  # kernels take no scale
             out = variable_length_attention(q, k, v, state.tokens, tokens, dropout_p, of_keys)
         elif self.fused_attn:
             dropout_p = self.attn_drop.p if self.training else 0.0
-            out = fused_attention(q, k, v, bias, dropout_p)
+            out = fused_attention(q, k, v, bias, state.pair_bias(), dropout_p, self.own_scale)
         else:
             logits = (q * self.scale) @ k.transpose(-2, -1)  # (B, heads, Nq, P+N)
+            pair_bias = state.pair_bias()
+            if pair_bias is not None:
+                logits = logits + pair_bias
             if bias is not None:
                 logits = logits + bias.to(logits.dtype)
             dropped = self.attn_drop(logits.softmax(dim=-1))

@@ -99,6 +99,12 @@ class ReducibleBlock(nn.Module):
     mlp: Layer
     drop_path1: Layer
 
+    # Whether the norms stand behind attention and MLP, not before them.
+    post_norm = False
+
+    def _attention_input(self, x: Tensor) -> Tensor:
+        return self.norm1(x)
+
     def _attention_branch(self, y: Tensor) -> Tensor:
         raise NotImplementedError
 
@@ -118,7 +124,7 @@ class ReducibleBlock(nn.Module):
         Args:
             x: (B, P+N, C) tokens; (1, T, C) packed.
             tokens: Their map.
-            rope: Rotary table of the full grid for this block.
+            rope: What the host knows of positions for this block, see ``effvit.attention.TokenAttention.forward``.
             pick: Chooses the query rows that go on, see ``attention``.
             edit_map: Receives the softmax map, see ``attention``.
 
@@ -128,10 +134,10 @@ class ReducibleBlock(nn.Module):
         if tokens.packed and self.training and isinstance(self.drop_path1, DropPath):
             raise ValueError(
                 "a packed batch is one row, so drop_path cannot drop single images from it; "
-                "train with ragged='padded' or with drop_path_rate=0"
+                "train with ragged='padded' (batching='padded' of a NaFlexVit) or with drop_path_rate=0"
             )
         beside: Beside[AttnState] = Beside()
-        y = self.attn(self.norm1(x), tokens, rope, pick, edit_map, beside)
+        y = self.attn(self._attention_input(x), tokens, rope, pick, edit_map, beside)
         state = beside.value
         if state.rows is not None:
             x = take_rows(x, state.rows)
@@ -153,7 +159,7 @@ class ReducibleBlock(nn.Module):
         Args:
             x: (B, P+N, C) tokens; (1, T, C) packed.
             tokens: Their map.
-            rope: Rotary table of the full grid for this block.
+            rope: What the host knows of positions for this block, see ``effvit.attention.TokenAttention.forward``.
             beside: Takes the map of the K tokens left.
 
         Returns:

@@ -294,7 +294,16 @@ def register_fill(
 
 
 def to_map(x: Tensor, tokens: TokenMap, fill: str = "last", recovery: AttentionRecovery | None = None) -> Tensor:
-    """Full feature map (B, C, H, W) of x; arguments and errors as in to_grid."""
+    """Full feature map (B, C, H, W) of x; arguments and errors as in to_grid.
+
+    Raises:
+        ValueError: As to_grid, and for images with grids of their own.
+    """
+    if tokens.layout.own is not None:
+        raise ValueError(
+            f"the images have grids of their own, of {', '.join(map(str, tokens.layout.own))} patches, so there is no "
+            "one map (B, C, H, W) of them; give images of one size, or use forward_intermediates(output_fmt='NLC')"
+        )
     return to_grid(x, tokens, fill, recovery).transpose(1, 2).unflatten(2, tokens.grid).contiguous()
 
 

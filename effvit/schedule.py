@@ -13,6 +13,7 @@ from effvit.protocols import Settings
 
 __all__ = [
     "R_SCHEDULES",
+    "block_number",
     "check_blocks",
     "check_choice",
     "check_count",
@@ -91,6 +92,20 @@ def check_blocks(name: str, blocks: Sequence[int], depth: int) -> tuple[int, ...
     if list(blocks) != sorted(blocks):
         raise ValueError(f"{name} must be in ascending order, got {list(blocks)}")
     return tuple(blocks)
+
+
+def block_number(block: int, depth: int) -> int:
+    """The 0-based number of a block that may be counted from the last one, -1.
+
+    Raises:
+        TypeError: No whole number.
+        ValueError: A block outside the model.
+    """
+    if isinstance(block, bool) or not isinstance(block, int):
+        raise TypeError(f"block must be a whole number, got {block!r}")
+    if not -depth <= block < depth:
+        raise ValueError(f"block must be in {-depth} to {depth - 1} for a model of {depth} blocks, got {block}")
+    return block % depth
 
 
 def spread_blocks(blocks: Sequence[int], depth: int) -> tuple[int, ...]:

@@ -256,17 +256,25 @@ def compact(
 
 @fx_leaf
 def trimmed(
-    order: Tensor, counts: Tensor, width: int, trim: bool, keep_mask: bool = False, packed: bool = False
+    order: Tensor,
+    counts: Tensor,
+    width: int,
+    trim: bool,
+    keep_mask: bool = False,
+    packed: bool = False,
+    lengths: tuple[int, ...] | None = None,
 ) -> Compact:
-    """``compact`` where the kept tokens are in front already: (B,) ``counts`` of those in ``order`` (B, N)."""
-    lengths: tuple[int, ...] | None = None
+    """``compact`` where the kept tokens are in front already: (B,) ``counts`` of those in ``order`` (B, N).
+
+    ``lengths`` are the counts as numbers of Python, for who knows them; None: read where they are needed.
+    """
     number = order.shape[1]
     if (trim or packed) and graphs_count():
         least = min(LEAST_SLOTS, number)
         width = count_in_graph(counts.amax().clamp(min=least), least, number)
     else:
         width = min(width, number)
-        if (trim or packed) and not is_recorded(counts):
+        if lengths is None and (trim or packed) and not is_recorded(counts):
             lengths = tuple(counts.tolist())  # the one read of a block
         if trim and lengths is not None:
             width = min(width, max(lengths))
@@ -278,6 +286,9 @@ def trimmed(
 
 @fx_leaf
 def _rotary_rows(table: Tensor, anchor: Tensor) -> Tensor:
+    if table.ndim == 4:
+        index = anchor[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[3])
+        return table.gather(2, index)  # (B, heads or 1, N, D)
     heads_last = table.unsqueeze(1) if table.ndim == 2 else table.transpose(0, 1)  # (H*W, heads or 1, D)
     return heads_last[anchor].transpose(1, 2)  # (B, heads or 1, N, D)
 
@@ -358,12 +369,14 @@ class Layout(NamedTuple):
         num_prefix: P, prefix tokens in front.
         num_class: Of these, the class-like tokens: 1 class, 2 with a distillation token, 0 without either.
         ranges: Numbers of the images, of the P + H*W places in the full sequence and of the prefix tokens.
+        own: Patches of each image, where each has a grid of its own in the upper left corner of this one. None: all.
     """
 
     grid: tuple[int, int]
     num_prefix: int
     num_class: int
     ranges: Ranges
+    own: tuple[int, ...] | None = None
 
 
 class Step(Protocol):
@@ -404,14 +417,29 @@ class Kept(NamedTuple):
 
 
 class Fused(NamedTuple):
-    """All tokens that are not in ``order`` (B, K) but for its last place were fused into the token there."""
+    """All tokens that are not in front of one place in ``order`` (B, K) were fused into the token there.
+
+    The place is (B, 1) in each image, behind which there is padding; None: the last.
+    """
 
     order: Tensor
+    place: Tensor | None = None
     fuses: bool = True
 
     def target(self, like: Tensor) -> Tensor:
-        target = position_of(self.order, like)
-        return torch.where(target < 0, self.order.shape[1] - 1, target)
+        if self.place is None:
+            target = position_of(self.order, like)
+            return torch.where(target < 0, self.order.shape[1] - 1, target)
+        target = position_of(self.order, like, self.marked() | (self.rank() < self.place))
+        return torch.where(target < 0, self.place, target)
+
+    def rank(self) -> Tensor:
+        """(K,) places."""
+        return torch.arange(self.order.shape[1], device=self.order.device)
+
+    def marked(self) -> Tensor:
+        """(B, K) or (K,) True for the fused token."""
+        return self.rank() == (self.order.shape[1] - 1 if self.place is None else self.place)
 
 
 @dataclass(eq=False)
@@ -468,7 +496,9 @@ class Trail:
             if former is None:
                 former = torch.zeros_like(self.patches[:, :1], dtype=torch.bool).expand(-1, self.former.width)
             fused = former.gather(1, self.step.order)
-            if self.step.fuses:
+            if isinstance(self.step, Fused) and self.step.place is not None:
+                fused = fused | self.step.marked()
+            elif self.step.fuses:
                 fused = torch.cat([fused[:, :-1], torch.ones_like(fused[:, :1])], dim=1)
             self.composed["fused"] = fused
         return self.composed["fused"]
@@ -715,7 +745,8 @@ class TokenMap:
         """A rotary table for the current tokens.
 
         Args:
-            table: (H*W, D), or (heads, H*W, D) for one block of a "mixed" table.
+            table: (H*W, D), or (heads, H*W, D) for one block of a "mixed" table; (B, heads or 1, H*W, D) where images
+                have grids of their own.
 
         Returns:
             The table itself while nothing moved, else (B, 1, N, D) or (B, heads, N, D).

@@ -15,7 +15,7 @@ from timm.models._pretrained import DefaultCfg, PretrainedCfg
 from torch import Tensor, nn
 
 from effvit.architectures import variants
-from effvit.hosts import lvvit, vit_nano
+from effvit.hosts import lvvit, naflex, relpos, towers, vit_nano
 from effvit.hosts.checkpoints import host_state_dict
 from effvit.hosts.feature_pyramid import feature_settings
 from effvit.hosts.host import check_model_name, check_settings, record_name, sparsify
@@ -44,14 +44,19 @@ CLASS_TOKEN_HOSTS = (
     *(f"eva02_{size}_patch14_336" for size in ("tiny", "small")),
     "eva02_base_patch14_448",
     "eva02_large_patch14_448",
+    *relpos.CLASS_TOKEN_HOSTS,
     "lvvit_small_patch16_224",
     "lvvit_medium_patch16_224",
+    *naflex.CLASS_TOKEN_HOSTS,
 )
 NO_CLASS_TOKEN_HOSTS = (
     "vit_base_patch16_siglip_224",
     "vit_base_patch16_siglip_384",
     "vit_so400m_patch14_siglip_384",
     "vit_medium_patch16_gap_256",
+    *relpos.NO_CLASS_TOKEN_HOSTS,
+    *towers.NAMES,
+    *naflex.NO_CLASS_TOKEN_HOSTS,
 )
 WIDER = ((16, 256), (24, 384))  # windows and pixels of Swin V2 behind its pretraining at 12 and 192
 PYRAMID_HOSTS = (

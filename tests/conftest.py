@@ -47,6 +47,7 @@ FAST = {
     "test_recording.py",
     "test_reads.py",
     "test_records.py",
+    "test_relpos.py",
     "test_recover.py",
     "test_register.py",
     "test_report.py",

@@ -20,10 +20,7 @@ import effvit
 from effvit.hosts.calibration import ranking
 from effvit.hosts.checkpoints import official_state_dict, place_thresholds
 from effvit.hosts.host import ReducedHost, TokenFeatures
-from effvit.reducers.dymu import (
-    apply_merge,
-    plan_merge,
-)
+from effvit.reducers.merging import apply_merge, plan_merge
 from effvit.reducers.unmerge import remerge, virtual_unmerge, virtual_unmerged_attention
 from effvit.schedule import dymu_r
 from effvit.tokens import TokenMap

@@ -169,6 +169,7 @@ CASES |= {
 # models that take images of any size
 CASES |= {f"{method} dynamic_img_size": host_case(method, dynamic=True) for method in SETTINGS}
 CASES |= {f"{method} dynamic_img_size eva02": host_case(method, "eva02", dynamic=True) for method in ("evit", "ats")}
+CASES |= {f"{method} naflex dynamic_img_size": host_case(method, "naflex", dynamic=True) for method in ("evit", "ats")}
 CASES |= {
     "tiny_vit tome": Case(partial(_pyramid, "tome", {"r": 3}), (64, 96), (96, 72)),
     "tiny_vit expedite": Case(partial(_pyramid, "expedite", {"keep_rate": 0.5}), (64, 96), (96, 72)),
@@ -191,6 +192,9 @@ CASES |= {
     )
     for name in architectures.SMALL
 }
+# hosts with relative positions
+RELATIVE = (("evit", "beit"), ("ats", "beit"), ("tome", "relpos"), ("zero_tprune", "shared_relpos"))
+CASES |= {f"{method} {host}": host_case(method, host) for method, host in RELATIVE}
 
 # A model of each method and architecture, for runtimes that take minutes and formats that depend on nothing else.
 DEPLOYED = (
@@ -569,6 +573,13 @@ REFUSALS = (
         "both height and width",
         "The token counts are expressions of both sides, which `torch.export` does not simplify in minutes: export "
         "with one of height and width dynamic, or none, once for every size; the batch may be dynamic.",
+    ),
+    Refusal(
+        r"torch\.export, dynamic (height|size)",
+        r"\w+ naflex dynamic_img_size",
+        "a dynamic height or width",
+        "timm's `NaFlexVit` asks whether the grid is that of its table of positions, which would fix the size: export "
+        "with height and width fixed, once for every size; the batch may be dynamic.",
     ),
 )
 

@@ -12,6 +12,8 @@ import torch
 from scripts import load_tool
 from timm.models.vision_transformer import VisionTransformer
 
+from effvit.hosts.towers import NAMES
+
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
@@ -22,8 +24,15 @@ def test_hosts_are_plain_vision_transformers_of_every_kind(tool: ModuleType) -> 
     hosts = tool.find_hosts("*tiny*")
     assert {"deit_tiny_distilled_patch16_224", "eva02_tiny_patch14_224", "vit_tiny_r_s16_p8_224"} <= set(hosts)
     assert {"swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "tiny_vit_5m_224"} <= set(hosts)
-    assert not [name for name in hosts if name.startswith(("swinv2_cr", "beit", "cait", "evit"))]
+    assert not [name for name in hosts if name.startswith(("swinv2_cr", "cait", "evit"))]
     assert hosts["eva02_tiny_patch14_224"] == {"depth": 2, "img_size": (70, 84)}
+
+
+def test_towers_are_found_in_every_form_with_grids_of_whole_cells(tool: ModuleType) -> None:
+    hosts = tool.find_hosts("*_vit_*m*")
+    assert set(hosts) == set(NAMES)
+    assert hosts["deepseek_vit_412m"] == {"depth": 2, "img_size": (6 * 14, 12 * 14)}
+    assert hosts["gemma4_vit_167m_enc"] == {"depth": 2, "img_size": (6 * 16, 12 * 16)}
 
 
 def test_grouped_key_heads_are_narrowed_to_the_depth(tool: ModuleType) -> None:
@@ -39,7 +48,10 @@ def test_small_hosts_are_exact_or_refused_for_a_reason(
     assert "wrong:\n  none" in table
     written = json.loads(path.read_text())
     assert written["versions"] == {"timm": timm.__version__, "torch": torch.__version__}
-    assert set(written["hosts"]) == set(timm.list_models("test_vit*", module="vision_transformer"))
+    modules = ("vision_transformer", "vision_transformer_relpos")
+    assert set(written["hosts"]) == {
+        name for module in modules for name in timm.list_models("test_vit*", module=module)
+    }
     for host in written["hosts"].values():
         assert {by_check["off"] for by_check in host.values()} == {"good"}
     assert written["hosts"]["test_vit2"]["tome"]["default"] == "good"

@@ -44,10 +44,13 @@ HOSTS: dict[str, dict[str, Any]] = {
     "vit_base_patch16_siglip_224": NARROW | {"img_size": (96, 64)},
     "vit_small_patch16_dinov3": NARROW | {"img_size": 96},
     "eva02_tiny_patch14_336": NARROW | {"img_size": 84},
+    "beit_base_patch16_224": NARROW | {"img_size": 96},
+    "vit_relpos_small_patch16_rpn_224": NARROW | {"img_size": (96, 64)},
     "lvvit_small_patch16_224": NARROW | {"img_size": 96},
     "vit_nano_patch4_28": {"depth": 4, "embed_dim": 48},
     "vit_medium_patch16_reg4_gap_256": NARROW | {"img_size": 96},
     "vit_small_patch16_rope_mixed_224": NARROW | {"img_size": 96},
+    "naflexvit_base_patch16_gap": NARROW,
     "tiny_vit_5m_224": {"embed_dims": (8, 16, 24, 32), "num_heads": (1, 2, 3, 4), "depths": (1, 1, 2, 1)},
     "samvit_base_patch16": {
         "img_size": (96, 80),
@@ -62,7 +65,12 @@ HOSTS: dict[str, dict[str, Any]] = {
     "swinv2_tiny_window8_256": {"img_size": 64, "embed_dim": 16, "depths": (2, 1), "num_heads": (1, 2)},
 }
 WITH_WINDOWS = {"tiny_vit_5m_224", "samvit_base_patch16", "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"}
-NO_CLASS_TOKEN = {"vit_base_patch16_siglip_224", "vit_medium_patch16_reg4_gap_256"}
+NO_CLASS_TOKEN = {
+    "vit_base_patch16_siglip_224",
+    "vit_medium_patch16_reg4_gap_256",
+    "vit_relpos_small_patch16_rpn_224",
+    "naflexvit_base_patch16_gap",
+}
 WINDOWS = {"tome", "expedite"}  # what they take
 
 

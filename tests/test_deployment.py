@@ -133,7 +133,7 @@ class TestNothingIsWritten:
     @pytest.mark.parametrize(
         ("changed", "message"),
         [
-            ({"to": "tflite"}, "unknown format 'tflite'; known are onnx, pt2, openvino"),
+            ({"to": "tflite"}, "to must be one of onnx, pt2, openvino, got 'tflite'"),
             ({"to": "onnx"}, r"a file of onnx must end in .onnx, got .*model.pt2"),
             ({"images": images(1)}, "images must be at least 2, .* got 1"),
             ({"batch_size": 0}, "batch_size must be at least 1, got 0"),

@@ -41,6 +41,7 @@ def test_readme_and_speed_page_show_the_measured_overhead(capsys: pytest.Capture
         ("docs/accuracy.md", "masks", "evaluate_masks", "mobilesam_cpu.json"),
         ("docs/profile.md", "check", "check_profiler", "profiler_check_cpu.json"),
         ("docs/profile.md", "tune", "check_tune", "tune_cpu.json"),
+        ("docs/checkpoints.md", "transformers", "compare_transformers", "transformers_checkpoints.json"),
     ],
 )
 def test_pages_show_the_measured_tables(document: str, name: str, tool: str, record: str) -> None:

@@ -20,6 +20,7 @@ import golden_casvit
 import golden_expedite
 import golden_hot
 import golden_lookupvit
+import golden_selectors
 import golden_sit
 import golden_static_selection
 import golden_stvit_deit
@@ -73,7 +74,7 @@ ARCHITECTURES: dict[str, ModuleType] = {
 CONTROLS = "static_controls"  # one folder for all of them
 FOLDERS = [CONTROLS if issubclass(method, StaticSelection) else name for name, method in METHODS.items()]
 # Any other folder is skipped by name.
-IMPLEMENTED = tuple(dict.fromkeys((*FOLDERS, *ARCHITECTURES)))
+IMPLEMENTED = tuple(dict.fromkeys((*FOLDERS, *ARCHITECTURES, *golden_selectors.COMPARE)))
 OTHER_CONTROLS = "heuristic_"  # fixed rings of patches, no method of this package
 
 
@@ -829,6 +830,7 @@ COMPARE: dict[str, Callable[[Case], None]] = {
     "expedite": golden_expedite.compare,
     "hot": golden_hot.compare,
     CONTROLS: golden_static_selection.compare,
+    **golden_selectors.COMPARE,
 }
 TABLES: dict[str, Callable[[Path, Any], None]] = {
     "keep_rate_schedule": compare_keep_rates,

@@ -31,6 +31,7 @@ from effvit.show.model_card import families, model_card
 
 ROOT = Path(__file__).resolve().parents[1]
 REPO = "someone/cheap-vit"
+SMALL_SWIN: dict[str, Any] = {"embed_dim": 24, "depths": (1, 1, 6, 1), "num_heads": (1, 2, 3, 4)}
 NARROW: dict[str, Any] = {"depth": 4, "embed_dim": 48, "num_heads": 3, "img_size": 64, "num_classes": 5}
 
 
@@ -202,3 +203,54 @@ class TestCard:
         dense = timm.create_model("deit_tiny_patch16_224", **NARROW)
         with pytest.raises(ValueError, match=r"got a VisionTransformer; reduce it by effvit\.sparsify"):
             model_card(dense, REPO, license="mit")
+
+
+def released_stvit_r(model: nn.Module) -> dict[str, Tensor]:
+    """Weights under the names of changsn/STViT-R, which numbers the blocks of the third stage through."""
+    units = ("block", "semantic.stgm1", "semantic.stgm2", "semantic.blocks.0", "semantic.blocks.1", "recover")
+
+    def name(own: str) -> str:
+        own = re.sub(
+            r"^stem\.conv(\d)\.(conv|bn)\.", lambda m: f"patch_embed.proj.{2 * int(m[1]) - 2}.{m[2][:2]}.", own
+        )
+        own = own.replace("proj.0.co.", "proj.0.c.").replace("proj.2.co.", "proj.2.c.").replace("stem.", "patch_embed.")
+        own = re.sub(r"^stages\.(\d)\.downsample", lambda m: f"layers.{int(m[1]) - 1}.downsample", own)
+        for i, unit in enumerate(units):
+            own = re.sub(
+                rf"^stages\.2\.blocks\.(\d+)\.{unit}\.", lambda m, i=i: f"layers.2.blocks.{6 * int(m[1]) + i}.", own
+            )
+        return own.replace("stages.", "layers.").replace("head.fc.", "head.")
+
+    return {name(own): value for own, value in model.state_dict().items()}
+
+
+class TestOfficialWeights:
+    """Of architectures whose official weights are public, timm's tags fetch them; here a stand-in has small ones."""
+
+    @pytest.mark.parametrize(("size", "file"), [("small", "STViT-R-Swin-S.pth"), ("base", "STViT-R-Swin-B.pth")])
+    def test_stvit_r_is_fetched_from_its_repository(self, size: str, file: str, hub: Hub, tmp_path: Path) -> None:
+        name = f"stvit_r_swin_{size}_patch4_window7_224"
+        source = timm.create_model(name, **SMALL_SWIN).eval()
+        torch.nn.init.normal_(source.get_submodule("head.fc").weight)
+        torch.save({"model": released_stvit_r(source), "epoch": 300}, tmp_path / file)
+        (tmp_path / "uploaded").mkdir()
+        (tmp_path / file).rename(tmp_path / "uploaded" / file)
+        hub.upload_folder("csncsn/STViT-R", str(tmp_path / "uploaded"))
+        for tagged in (f"{name}.in1k", name):
+            model = timm.create_model(tagged, pretrained=True, cache_dir=hub.cache, **SMALL_SWIN).eval()
+            assert model.pretrained_cfg["tag"] == "in1k"
+            assert all(torch.equal(value, source.state_dict()[key]) for key, value in model.state_dict().items())
+
+    @pytest.mark.parametrize("method", ["", "evit_"])
+    def test_lv_vit_is_fetched_from_its_release(self, method: str, tmp_path: Path) -> None:
+        small = {"embed_dim": 48, "depth": 4, "num_heads": 3}
+        source = timm.create_model("lvvit_small_patch16_224", **small)
+        torch.save(source.state_dict(), tmp_path / "lvvit_s-26M-224-83.3.pth.tar")
+        name = f"{method}lvvit_small_patch16_224.in1k"
+        model = timm.create_model(name, pretrained=True, cache_dir=tmp_path, **small)
+        assert all(torch.equal(value, source.state_dict()[key]) for key, value in model.state_dict().items())
+
+    def test_tags_are_listed_and_sizes_without_weights_have_none(self) -> None:
+        listed = timm.list_pretrained("stvit_*")
+        assert listed == [f"stvit_r_swin_{size}_patch4_window7_224.in1k" for size in ("base", "small")]
+        assert "tome_lvvit_medium_patch16_224.in1k" in timm.list_pretrained("tome_lvvit_*")

@@ -30,7 +30,7 @@ ROWS = (
     ("block", "packed_operator", "recover"),
     ("reducers",),
     ("hosts",),
-    ("architectures",),
+    ("architectures", "selectors"),
     ("zoo",),
     ("",),
     ("images",),

@@ -27,6 +27,8 @@ from torch import Tensor, nn
 
 import effvit
 from effvit import requirements
+from effvit.hosts._unserved import UNSERVED
+from effvit.hosts.host import HOST_CLASSES
 from effvit.hosts.lvvit import LVViT
 
 POOLS = ("token", "avg", "avgmax", "max", "map", "prr")
@@ -228,8 +230,8 @@ class TestInitialisation:
         model.load_state_dict(reference.state_dict())
         assert torch.equal(model(x), reference(x))
 
-    # timm itself leaves the learned frequencies of a mixed RoPE as they were, in its dense models too.
-    @pytest.mark.parametrize("host", [host for host in HOSTS if host != "rope_mixed"])
+    # timm leaves the learned frequencies of a mixed RoPE and Gemma's classifier as they were, in dense models too.
+    @pytest.mark.parametrize("host", [host for host in HOSTS if host not in ("rope_mixed", "gemma4")])
     def test_host_after_to_empty_is_as_new(self, host: str) -> None:
         assert_distributed_alike(*initialised(lambda: effvit.sparsify(HOSTS[host](), "tome", r=1)))
 
@@ -324,6 +326,71 @@ class TestRefusals:
         ):
             assert f"at '{part}'" in self.refusal(model)
             assert f"model.{part}" in self.refusal(model)
+
+    def test_features_only_leaves_maps_to_ask_for(self) -> None:
+        getter = timm.models._features.FeatureGetterNet(make_host("class_token"), out_indices=[0])
+        message = self.refusal(getter)
+        assert message.startswith("a timm.models._features.FeatureGetterNet only holds the parts that its maps need")
+        assert "effvit.sparsify(model.model, ...), and call forward_intermediates, or create a registered" in message
+        maps = effvit.sparsify(getter.model, "tome", r=1).forward_intermediates(
+            make_images(getter.model), intermediates_only=True
+        )
+        assert len(maps) == len(getter.model.blocks)
+        cnn = timm.create_model("test_resnet", features_only=True)
+        assert "create the model without features_only, sparsify it and call forward" in self.refusal(cnn)
+
+    def test_model_with_adapters_is_named_with_the_part_that_holds_them(self) -> None:
+        """The classes stand for those of peft, which are told by their names and nested like this."""
+
+        class LoraModel(nn.Module):
+            def __init__(self, model: nn.Module) -> None:
+                super().__init__()
+                self.model = model
+
+        class PeftModel(nn.Module):
+            __module__ = "peft.peft_model"
+            __qualname__ = "PeftModel"
+
+            def __init__(self, model: nn.Module) -> None:
+                super().__init__()
+                self.base_model = LoraModel(model)
+
+        message = self.refusal(PeftModel(make_host("class_token")))
+        assert message.startswith(
+            "a peft.peft_model.PeftModel holds a vision transformer at 'base_model.model', and ada"
+        )
+        assert "effvit.sparsify(model.base_model.model, ...), which shares them" in message
+        assert "or sparsify model.merge_and_unload()" in message
+
+    @pytest.mark.parametrize(
+        ("name", "reason"),
+        [
+            ("cait_xxs24_224", r"cait\.Cait: its heads mix their attention maps \(talking heads\), which no"),
+            ("xcit_nano_12_p16_224", r"xcit\.Xcit: it attends between channels, not tokens, and convolutions"),
+            ("volo_d1_224", r"volo\.VOLO: its outlook attention gathers the neighbours of every patch"),
+            ("pit_ti_224", r"pit\.PoolingVisionTransformer: it pools the grid between stages by a convolution"),
+            ("mvitv2_tiny", r"mvitv2\.MultiScaleVit: its attention pools queries, keys and values by conv"),
+            ("pvt_v2_b0", r"pvt_v2\.PyramidVisionTransformerV2: keys and values are pooled by a convolution"),
+            ("maxvit_tiny_tf_224", r"maxxvit\.MaxxVit: it attends inside windows and strided grids of a full map"),
+            ("twins_pcpvt_small", r"twins\.Twins: it attends inside windows of a full map, and to keys that"),
+            ("nest_tiny", r"nest\.Nest: it attends inside blocks of a full map"),
+            ("coat_tiny", r"coat\.CoaT: its attention is factorised, without a map of pairs of tokens"),
+            ("crossvit_tiny_240", r"crossvit\.CrossVit: its two branches cut the image into patches of different"),
+            ("tnt_s_legacy_patch16_224", r"tnt\.TNT: every patch holds a sequence of pixel tokens of its own"),
+            ("convit_tiny", r"convit\.ConVit: its gated attention mixes in a map of positions behind the softmax"),
+            ("levit_128s", r"levit\.LevitDistilled: it shrinks the grid between stages by strides"),
+            ("davit_tiny", r"davit\.DaVit: it attends inside windows and between channels of a full map"),
+            ("gcvit_xxtiny", r"gcvit\.GlobalContextVit: it attends inside windows of a full map"),
+        ],
+    )
+    def test_family_that_is_no_host_is_told_why(self, name: str, reason: str) -> None:
+        with torch.device("meta"):
+            message = self.refusal(timm.create_model(name))
+        assert re.search(rf"cannot reduce the tokens of a timm\.models\.{reason}.*; supported are ", message)
+
+    def test_every_family_with_a_reason_is_one_of_timm(self) -> None:
+        assert not UNSERVED.keys() - {*timm.list_modules()}
+        assert not [cls for cls in HOST_CLASSES if cls.__module__.removeprefix("timm.models.") in UNSERVED]
 
     def test_weights_and_files_are_told_from_models(self, tmp_path: Path) -> None:
         weights = make_host("class_token").state_dict()

@@ -35,13 +35,21 @@ KINDS = (
     "vit_base_patch16_clip_224",
     "eva02_tiny_patch14_336",
     "vit_small_patch16_dinov3",
+    "beit_base_patch16_224",
+    "vit_relpos_medium_patch16_cls_224",
+    "vit_srelpos_small_patch16_224",
+    "vit_relpos_small_patch16_rpn_224",
     "lvvit_small_patch16_224",
+    "naflexvit_base_patch16_gap",
+    "naflexvit_base_patch16_radio_v3",
 )
 NAMES = [f"{method}_{host}" for method in METHODS for host in KINDS if f"{method}_{host}" in default_cfgs]
 FX_NAMES = [f"{method}_deit_tiny_patch16_224" for method in METHODS] + [
     "tome_vit_base_patch16_siglip_224",
     "evit_eva02_tiny_patch14_336",
     "ats_vit_small_patch16_dinov3",
+    "gtp_beit_base_patch16_224",
+    "ats_vit_relpos_medium_patch16_cls_224",
 ]
 
 
@@ -52,6 +60,11 @@ def build(name: str, **kwargs: object) -> nn.Module:
     if name.startswith("dymu_"):  # random weights have no learnt thresholds
         small = {"thresholds": (0.5, 0.5, 0.5)} | small
     return timm.create_model(name, **small)
+
+
+def build_for_one_size(name: str, **kwargs: object) -> nn.Module:
+    """``build`` for images of one size; classes with relative positions take no others, and no keyword that says so."""
+    return build(name, **kwargs, **({} if "beit" in name or "relpos" in name else {"dynamic_img_size": False}))
 
 
 def images(model: nn.Module, batch: int = 1) -> Tensor:
@@ -132,7 +145,7 @@ class TestTimmName:
 @pytest.mark.parametrize("name", FX_NAMES)
 class TestFxTracing:
     def test_traced_model_is_bit_equal(self, name: str) -> None:
-        model = build(name, dynamic_img_size=False).eval()
+        model = build_for_one_size(name).eval()
         x = images(model)
         nodes, _ = get_graph_node_names(model, tracer_kwargs=tracer_kwargs())
         traced = create_feature_extractor(
@@ -142,7 +155,7 @@ class TestFxTracing:
             assert torch.equal(traced(x)["out"], model(x))
 
     def test_traced_model_gives_every_parameter_a_gradient(self, name: str) -> None:
-        model = build(name, num_classes=42, dynamic_img_size=False).train()
+        model = build_for_one_size(name, num_classes=42).train()
         nodes, _ = get_graph_node_names(model, tracer_kwargs=tracer_kwargs())
         traced = create_feature_extractor(
             model,

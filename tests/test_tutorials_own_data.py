@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import foreign_files
 import pytest
+import timm
 import torch
 from drawn_parts import save_as_jpeg, write_parts
+from safetensors.torch import save_file
 
 pytest.importorskip("mmdet", reason="the mm extra is not installed")
 pytest.importorskip("mmseg")
@@ -74,8 +77,17 @@ def pattern(lines: list[str]) -> str:
     )
 
 
-def run_page(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, float]:
-    """Run a page in a folder and hold it to the output that it shows; returns the metrics of its last test."""
+def run_page(
+    name: str, folder: Path, capsys: pytest.CaptureFixture[str], others: Collection[str] = ("configs",)
+) -> dict[str, float]:
+    """Run a page in a folder and hold it to the output that it shows; returns the metrics of its last test.
+
+    Args:
+        name: Of the page.
+        folder: The working directory.
+        capsys: What captures the output.
+        others: Commands that it shows besides check-data, train and test.
+    """
     page = (TUTORIALS / name).read_text()
     for config, text in configs(page).items():
         (folder / config).write_text(text)
@@ -83,12 +95,15 @@ def run_page(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> dic
     for arguments, expected in commands(page):
         capsys.readouterr()
         status = main(arguments)
-        printed = capsys.readouterr().out
-        assert status == (1 if any(line.startswith("wrong:") for line in expected) else 0), printed
+        said = capsys.readouterr()
+        is_refused = any(line.startswith("effvit: error: ") for line in expected)
+        printed = said.err if is_refused else said.out
+        wrong = any(line.startswith("wrong:") for line in expected)
+        assert status == (2 if is_refused else 1 if wrong else 0), printed
         if expected:
             assert re.fullmatch(pattern(expected), printed), f"effvit {' '.join(arguments)} prints\n{printed}"
         ran.add(arguments[0])
-    assert ran == {"configs", "check-data", "train", "test"}
+    assert ran == {"check-data", "train", "test", *others}
     (record,) = json.loads((folder / "metrics.json").read_text())
     metrics: dict[str, float] = record["metrics"]
     return metrics
@@ -119,6 +134,21 @@ def test_upernet_trains_on_a_folder_of_masks(folder: Path, capsys: pytest.Captur
     assert 0 <= metrics["mIoU"] <= 100
     state = torch.load(folder / "work_dirs/parts_tiny/iter_3.pth", weights_only=False)["state_dict"]
     assert state["decode_head.conv_seg.weight"].shape[0] == 3
+
+
+def test_dinov3_of_transformers_trains_under_mask_rcnn(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The backbone in the checkpoint, which is frozen, has the weights of the file, under timm's names."""
+    source = timm.create_model("vit_small_patch16_dinov3")
+    (folder / "dinov3").mkdir()
+    save_file(foreign_files.dinov3_of_transformers(source), folder / "dinov3/model.safetensors")
+    metrics = run_page("dinov3_of_transformers_under_my_detector.md", folder, capsys, {"convert"})
+    assert all(-1 <= value <= 1 for value in metrics.values())
+    state = torch.load(folder / "work_dirs/parts_tiny/epoch_1.pth", weights_only=False)["state_dict"]
+    trained = {name.rpartition("model.")[2]: value for name, value in state.items() if name.startswith("backbone.")}
+    assert len(trained) > 150
+    for name, value in trained.items():
+        if name in source.state_dict():
+            torch.testing.assert_close(value, source.state_dict()[name], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["masks", "boxes", "labels"])

@@ -1,4 +1,5 @@
-"""Check every method on every timm model that is a plain vision transformer or one with windows that methods know.
+"""Check every method on every timm model that is a plain vision transformer, one with windows that methods know, or the
+tower of a vision-language model.
 
 For each name, a method that reduces nothing must give timm's output bit for bit, and its default setting must
 run, be finite and remove tokens; or the pair must be refused for one of the reasons in REASONS. All else
@@ -23,20 +24,29 @@ from typing import Any, NamedTuple
 import timm
 import torch
 from timm.models import is_model_in_modules, list_modules
+from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
+from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 
 import effvit
-from effvit.hosts.host import WINDOW_CLASSES
+from effvit.hosts.host import WINDOW_CLASSES, patch_embedding
+from effvit.hosts.towers import TOWERS
 from effvit.reducers import METHODS
 
 __all__ = ["REASONS", "Outcome", "build", "check", "find_hosts", "main", "report", "summary"]
 
-PLAIN_CLASSES = (VisionTransformer, VisionTransformerDistilled, Eva)
+PLAIN_CLASSES = (
+    *(VisionTransformer, VisionTransformerDistilled, Eva),
+    *(Beit, VisionTransformerRelPos, NaFlexVit),
+    *TOWERS,
+)
 DEPTH = 2
 GRID = (5, 6)  # not square, so that swapped rows and columns show
+TOWER_GRID = (6, 12)  # likewise, of whole cells for every projector
 # Arguments that make small models of timm's modules with windows: padded ones, and maps that one window covers.
 IMAGE = (80, 96)
 WITH_WINDOWS: dict[str, dict[str, Any]] = {
@@ -70,36 +80,48 @@ class Outcome(NamedTuple):
 Outcomes = dict[str, dict[str, dict[str, Outcome]]]  # {host: {method: {check: outcome}}}
 
 
-def small_arguments(name: str) -> dict[str, Any] | None:
-    """Arguments that make a small model of timm's ``name``; None if it is no vision transformer that methods know."""
+def small_arguments(name: str, naflex: bool = False) -> dict[str, Any] | None:
+    """Arguments that make a small model of timm's ``name``; None if it is no vision transformer that methods know.
+
+    With ``naflex`` a ``NaFlexVit`` of it, None if timm makes none of that name.
+    """
     for module, arguments in WITH_WINDOWS.items():
         if is_model_in_modules(name, [module]):
             with torch.device("meta"):
-                return dict(arguments) if type(timm.create_model(name, **arguments)) in WINDOW_CLASSES else None
-    small: dict[str, Any] = {"depth": DEPTH}
+                known = not naflex and type(timm.create_model(name, **arguments)) in WINDOW_CLASSES
+            return dict(arguments) if known else None
+    small: dict[str, Any] = {"depth": DEPTH} | ({"use_naflex": True} if naflex else {})
     with torch.device("meta"):
         try:
             model = timm.create_model(name, **small)
         except AssertionError:  # the number of key heads is given for each block: take the first and a middle one
-            model = timm.create_model(name)
+            model = timm.create_model(name, **({"use_naflex": True} if naflex else {}))
             heads = [block.attn.num_heads // block.attn.num_kv_groups for block in model.blocks]
             small["num_kv_heads"] = (heads[0], heads[len(heads) // 2])
-    if type(model) not in PLAIN_CLASSES:
+        except (TypeError, ValueError):
+            if naflex:  # builders that do not know the word, and configurations that NaFlexVit lacks
+                return None
+            raise
+    if type(model) not in PLAIN_CLASSES or (naflex and type(model) is not NaFlexVit):
         return None
-    embed = model.patch_embed
+    embed = patch_embedding(model)
+    assert embed is not None
+    if type(model) in TOWERS:
+        return small | {"img_size": tuple(TOWER_GRID[i] * embed.patch_size[i] for i in (0, 1))}
     stride = [pixels // patches for pixels, patches in zip(embed.img_size, embed.grid_size, strict=True)]
     return small | {"img_size": (GRID[0] * stride[0], GRID[1] * stride[1])}
 
 
-def find_hosts(pattern: str = "*") -> dict[str, dict[str, Any]]:
+def find_hosts(pattern: str = "*", naflex: bool = False) -> dict[str, dict[str, Any]]:
     """{name: arguments of a small one} of all vision transformers that methods know, if the name matches the pattern.
 
-    Every name of the modules that know one of PLAIN_CLASSES or have windows is created, on the meta device.
+    With ``naflex`` of those of which timm makes a ``NaFlexVit`` by ``use_naflex=True``. Every name of the modules that
+    know one of PLAIN_CLASSES or have windows is created, on the meta device.
     """
     contents = {name: vars(sys.modules.get(f"timm.models.{name}", object)).values() for name in list_modules()}
     modules = [name for name, content in contents.items() if any(cls in content for cls in PLAIN_CLASSES)]
-    names = sorted(name for module in (*modules, *WITH_WINDOWS) for name in timm.list_models(module=module))
-    arguments = {name: small_arguments(name) for name in names if fnmatch.fnmatch(name, pattern)}
+    names = sorted({name for module in (*modules, *WITH_WINDOWS) for name in timm.list_models(module=module)})
+    arguments = {name: small_arguments(name, naflex) for name in names if fnmatch.fnmatch(name, pattern)}
     return {name: small for name, small in arguments.items() if small is not None}
 
 
@@ -191,7 +213,8 @@ def summary(outcomes: Outcomes) -> str:
     """Table of the outcomes, the reasons of refusals with their numbers, and everything that is wrong."""
     methods = list(next(iter(outcomes.values()), {}))
     lines = [
-        f"{len(outcomes)} hosts of timm {timm.__version__}, {DEPTH} blocks, {GRID[0]} x {GRID[1]} patches",
+        f"{len(outcomes)} hosts of timm {timm.__version__}, {DEPTH} blocks, {GRID[0]} x {GRID[1]} patches, of towers "
+        f"{TOWER_GRID[0]} x {TOWER_GRID[1]}",
         f"{'':<12}{'nothing reduced':^27}{'default setting':^27}",
         f"{'method':<12}" + "".join(f"{head:>9}" for head in ("exact", "refused", "wrong", "runs", "refused", "wrong")),
     ]
@@ -219,7 +242,7 @@ def report(outcomes: Outcomes) -> dict[str, Any]:
         for host, by_method in outcomes.items()
     }
     versions = {"timm": timm.__version__, "torch": torch.__version__}
-    return {"depth": DEPTH, "grid": GRID, "versions": versions, "hosts": hosts}
+    return {"depth": DEPTH, "grid": GRID, "tower_grid": TOWER_GRID, "versions": versions, "hosts": hosts}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -227,10 +250,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--pattern", default="*", help="shell-style pattern of timm names")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
+    parser.add_argument("--naflex", action="store_true", help="make them NaFlexVit models by use_naflex=True")
     parser.add_argument("--json", type=Path, help="file to write every outcome to")
     args = parser.parse_args(argv)
 
-    hosts = find_hosts(args.pattern)
+    hosts = find_hosts(args.pattern, args.naflex)
     if not hosts:
         parser.error(f"no vision transformer of timm that methods know matches {args.pattern!r}")
     outcomes: Outcomes = {}

@@ -49,6 +49,19 @@ CASES: dict[str, tuple[str, ...]] = {
     "hot": ("mixste_27_9", "keys_hot_mixste"),
     # both orders on four grids; a whole model of one of them, which differ in nothing else
     "static_controls": ("f_uniform_random", "p2_random_seed3"),
+    # selectors: the smallest of each kind of choice
+    "visionzip": ("p3_step_one",),
+    "divprune": ("p3_round_half_even",),
+    "cdpruner": ("p3_text",),
+    "prumerge": ("p1_adaptive",),
+    "todre": ("p3_k5_of_36",),
+    "aim": ("p2_odd",),
+    "matryoshka": ("p2_196_uneven",),
+    "recoverable": ("p3_196",),
+    "llava_mini": ("p2_1x1",),
+    "hired": ("p2_1x3",),
+    "globalcom2": ("p2_1x3_wide",),
+    "holitom": ("p1_six_frames",),
     "casvit": ("cls_dist_64", "keys_rcvit_xs"),
     # the block with the other infusion; a model at three resolutions
     "lookupvit": (

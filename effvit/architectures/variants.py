@@ -1,12 +1,12 @@
 """The architectures with weights of their own: one table of sizes, and their names in timm.
 
-Each row gives the class, the arguments of the size and where they are from. No pretrained file is
-named where none is known to be public; ``effvit.load_checkpoint`` reads the official ones from a path.
+Each row gives the class, the arguments of the size and where they are from. Those whose official weights lie on the
+Hugging Face Hub have them as timm's tags; of others ``effvit.load_checkpoint`` reads the official files from a path.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
 from timm.models import generate_default_cfgs, register_model
@@ -43,6 +43,8 @@ class Variant(NamedTuple):
         source: Where the size is from.
         cfg: Entries of timm's pretrained configuration that differ from ``model_cfg``.
         out_indices: Default of ``features_only``.
+        weights: Tag -> entries of timm's pretrained configuration that say where its weights are; none are known to be
+            on a hub if empty.
     """
 
     model: type[nn.Module]
@@ -50,6 +52,7 @@ class Variant(NamedTuple):
     source: str
     cfg: Settings
     out_indices: int | tuple[int, ...] = 3
+    weights: Mapping[str, Settings] = {}
 
 
 PYRAMID: Settings = {"pool_size": (7, 7), "classifier": "head.fc"}
@@ -81,6 +84,11 @@ SWIN_CFG: Settings = PYRAMID | {
     "origin_url": "https://github.com/changsn/STViT-R",
     "license": "mit",
 }
+# The README of changsn/STViT-R links to both files.
+STVIT_R_WEIGHTS: dict[str, Mapping[str, Settings]] = {
+    size: {"in1k": {"hf_hub_id": "csncsn/STViT-R", "hf_hub_filename": f"STViT-R-Swin-{size[0].upper()}.pth"}}
+    for size in ("small", "base")
+}
 DENSE: Settings = {"key_windows": "dense", "shortcut": True, "shift_small": True, "out_norm": True}
 STVIT_SWIN: dict[str, Variant] = {
     **{
@@ -90,6 +98,7 @@ STVIT_SWIN: dict[str, Variant] = {
             source=f"STViT-R on Swin-{size[0].upper()}, changsn/STViT-R@b4a27a0 (2303.08685, table 3)",
             cfg=SWIN_CFG,
             out_indices=EVERY_STAGE,
+            weights=STVIT_R_WEIGHTS.get(size, {}),
         )
         for size, args in SWIN.items()
     },
@@ -253,7 +262,13 @@ CASVIT: dict[str, Variant] = {
 
 VARIANTS: dict[str, Variant] = STVIT | STVIT_SWIN | SUPERTOKEN | LOOKUPVIT | SIT | CASVIT
 
-default_cfgs = generate_default_cfgs({name: model_cfg(**variant.cfg) for name, variant in VARIANTS.items()})
+default_cfgs = generate_default_cfgs(
+    {
+        f"{name}.{tag}" if tag else name: model_cfg(**(variant.cfg | source))
+        for name, variant in VARIANTS.items()
+        for tag, source in (variant.weights or {"": {}}).items()
+    }
+)
 
 
 def _own_names(state_dict: dict[str, Tensor], model: AdaptsWeights) -> dict[str, Tensor]:

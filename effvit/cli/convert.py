@@ -1,4 +1,4 @@
-"""``effvit convert``: an official checkpoint under our names, and what was left out of it."""
+"""``effvit convert``: a checkpoint of another house under our names, and what was left out of it."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def add_command(commands: options.Commands) -> None:
     command = commands.add_parser(
         "convert",
         parents=[options.entry(), options.settings()],
-        help="an official checkpoint under our names, and what was left out of it",
-        description="Read FILE (.pth without code, or .safetensors) into MODEL strictly, say what became of its "
-        "entries, and write it as .safetensors.",
+        help="a checkpoint of another house under our names, and what was left out of it",
+        description="Read FILE (.pth without code, or .safetensors) of an official repository, of transformers or of "
+        "open_clip into MODEL strictly, say what became of its entries, and write it as .safetensors.",
     )
     command.add_argument("file", type=Path, metavar="FILE")
     command.add_argument(
@@ -55,7 +55,8 @@ def run_convert(arguments: Arguments) -> None:
     settings = dict(parse_setting(text) for text in arguments.settings)
     model = build(arguments.model, settings)
     conversion = convert_checkpoint(model, arguments.file, runner_types(), arguments.key)
-    lines = [
+    lines = [] if conversion.family is None else [f"named as {conversion.family}"]
+    lines += [
         f"{len(conversion.state)} entries for {arguments.model}: {len(conversion.same)} under the file's names, "
         f"{len(conversion.renamed)} renamed, {len(conversion.made)} joined, split or new; "
         f"{len(conversion.dropped)} dropped"

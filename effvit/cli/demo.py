@@ -31,11 +31,12 @@ from effvit.hosts.host import ReducedHost
 from effvit.hosts.surface import Reduced
 from effvit.measure.accuracy import top1, with_accuracies
 from effvit.measure.controls import CONTROLS, control_names, with_controls
+from effvit.measure.ideal import plain_parts
 from effvit.measure.records import write_records
 from effvit.measure.values import Record, TokenRecord
 from effvit.measure.variants import build, reduced
 from effvit.messages import plain
-from effvit.protocols import PatchEmbedding, Settings
+from effvit.protocols import Settings
 from effvit.reducers import METHODS, DyMU
 from effvit.show.pictures import Labelled, fashion_classes, fashion_pictures, photographs
 from effvit.show.plots import plot_accuracy, plot_costs
@@ -250,6 +251,6 @@ def calibrate_all(console: Console, models: Mapping[str, Reduced], images: Tenso
 
 def demo_variants(host: nn.Module) -> list[tuple[str, Settings]]:
     """(method, settings) of every method that has something to show on that host, but of no control."""
-    num_patches = cast(PatchEmbedding, host.patch_embed).num_patches
+    num_patches = plain_parts(host).patch_embed.num_patches
     methods = {name: method for name, method in METHODS.items() if name not in CONTROLS}
     return [(name, settings) for name, method in methods.items() for settings in method.demo(num_patches)]

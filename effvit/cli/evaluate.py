@@ -34,13 +34,11 @@ __all__ = ["add_command"]
 CALIBRATION_IMAGES = 512
 
 
-class Arguments(options.WeightArguments, options.MachineArguments, options.ImageArguments):
+class Arguments(options.WeightArguments, options.VariantArguments, options.MachineArguments, options.ImageArguments):
     """Parsed arguments of ``effvit evaluate``."""
 
     model: str | None
     data: Path
-    method: list[str]
-    settings: list[str]
     paper: list[str]
     checkpoints: Path | None
     model_kwargs: list[str]
@@ -63,7 +61,7 @@ def add_command(commands: options.Commands) -> None:
     """Add the command's arguments; ``run`` of what is parsed is the function to call."""
     command = commands.add_parser(
         "evaluate",
-        parents=[options.weights(), options.entry(), options.settings(), options.machine(), options.images()],
+        parents=[options.weights(), options.entry(), options.variants(), options.machine(), options.images()],
         help="top-1 accuracy on labelled images",
         description="Measure the top-1 accuracy of MODEL and its variants by --method, or repeat published figures.",
     )
@@ -75,9 +73,6 @@ def add_command(commands: options.Commands) -> None:
         help="any name of timm; with --paper a pattern of names",
     )
     command.add_argument("--data", type=Path, required=True, metavar="PATH", help=FORMS)
-    command.add_argument(
-        "--method", nargs="+", default=[], type=options.method_name, metavar="NAME", help="methods to reduce MODEL with"
-    )
     command.add_argument(
         "--control",
         nargs="+",

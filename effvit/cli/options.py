@@ -17,6 +17,7 @@ __all__ = [
     "ImageArguments",
     "MachineArguments",
     "RunnerArguments",
+    "VariantArguments",
     "WeightArguments",
     "check_outputs",
     "config_file",
@@ -33,6 +34,7 @@ __all__ = [
     "parse_size",
     "runner",
     "settings",
+    "variants",
     "weights",
 ]
 
@@ -63,6 +65,13 @@ class FigureArguments(WeightArguments):
 
     model: str
     out: Path
+
+
+class VariantArguments(argparse.Namespace):
+    """Parsed arguments of ``variants``."""
+
+    method: list[str]
+    settings: list[str]
 
 
 class MachineArguments(argparse.Namespace):
@@ -107,6 +116,15 @@ def entry() -> argparse.ArgumentParser:
     parent = argparse.ArgumentParser(add_help=False)
     parent.add_argument(
         "--key", metavar="NAME", help="entry of the checkpoint with the weights, where it has several, e.g. teacher"
+    )
+    return parent
+
+
+def variants() -> argparse.ArgumentParser:
+    """Methods to reduce a model with, and their settings."""
+    parent = argparse.ArgumentParser(add_help=False, parents=[settings()])
+    parent.add_argument(
+        "--method", nargs="+", default=[], type=method_name, metavar="NAME", help="methods to reduce each model with"
     )
     return parent
 

@@ -23,12 +23,10 @@ from effvit.show.tables import print_record, write_csv
 __all__ = ["add_command"]
 
 
-class Arguments(options.WeightArguments, options.MachineArguments, options.ImageArguments):
+class Arguments(options.WeightArguments, options.VariantArguments, options.MachineArguments, options.ImageArguments):
     """Parsed arguments of ``effvit profile``."""
 
     models: list[str]
-    method: list[str]
-    settings: list[str]
     keep_rate: list[float]
     img_size: list[Size] | None
     batch_size: list[int]
@@ -47,20 +45,12 @@ def add_command(commands: options.Commands) -> None:
     """Add the command's arguments; ``run`` of what is parsed is the function to call."""
     command = commands.add_parser(
         "profile",
-        parents=[options.weights(), options.entry(), options.settings(), options.machine(), options.images()],
+        parents=[options.weights(), options.entry(), options.variants(), options.machine(), options.images()],
         help="parameters, multiply-adds and speed",
         description="Compare each MODEL with its variants by --method; without one, all with the first.",
     )
     command.add_argument(
         "models", nargs="+", type=options.model_name, metavar="MODEL", help="any name of timm or of the zoo"
-    )
-    command.add_argument(
-        "--method",
-        nargs="+",
-        default=[],
-        type=options.method_name,
-        metavar="NAME",
-        help="methods to reduce each MODEL with",
     )
     command.add_argument("--keep-rate", nargs="+", type=float, default=[], metavar="RATE", help="one variant for each")
     command.add_argument(

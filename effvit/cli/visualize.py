@@ -21,12 +21,10 @@ from effvit.show.visualize import token_record
 __all__ = ["add_command"]
 
 
-class Arguments(options.FigureArguments, options.ImageArguments):
+class Arguments(options.FigureArguments, options.VariantArguments, options.ImageArguments):
     """Parsed arguments of ``effvit visualize``."""
 
     images: list[str]
-    method: list[str]
-    settings: list[str]
     json: Path | None
 
 
@@ -34,7 +32,7 @@ def add_command(commands: options.Commands) -> None:
     """Add the command's arguments; ``run`` of what is parsed is the function to call."""
     command = commands.add_parser(
         "visualize",
-        parents=[options.weights(), options.entry(), options.settings(), options.images()],
+        parents=[options.weights(), options.entry(), options.variants(), options.images()],
         help="figures of the tokens a model leaves of each image",
     )
     command.add_argument("images", nargs="+", type=options.image_name, metavar="IMAGE", help=options.IMAGES)
@@ -44,14 +42,6 @@ def add_command(commands: options.Commands) -> None:
         type=options.model_name,
         metavar="NAME",
         help="the dense host, or a model to show as it is",
-    )
-    command.add_argument(
-        "--method",
-        nargs="+",
-        default=[],
-        type=options.method_name,
-        metavar="NAME",
-        help="methods to reduce the host with",
     )
     command.add_argument("--out", required=True, type=options.output_folder, metavar="DIR")
     command.add_argument(

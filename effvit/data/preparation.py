@@ -11,6 +11,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
+from effvit.hosts.host import patch_embedding
 from effvit.images import as_rgb
 from effvit.protocols import Size
 
@@ -31,7 +32,7 @@ class DataConfig(TypedDict):
 def data_config(model: nn.Module) -> DataConfig:
     """timm's data configuration of the model (mean, std, crop ...) with the input size the model has now."""
     config: DataConfig = resolve_model_data_config(model)
-    img_size: Size | None = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    img_size: Size | None = getattr(patch_embedding(model), "img_size", None)
     if img_size is not None:
         config["input_size"] = (config["input_size"][0], *img_size)
     return config

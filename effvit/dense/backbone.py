@@ -24,8 +24,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import effvit
+from effvit.hosts._foreign_configs import check_config
 from effvit.hosts.checkpoints import adapt_state, check_state, read_checkpoint
 from effvit.hosts.feature_pyramid import PyramidFeatures
+from effvit.hosts.foreign_names import find_tower
 from effvit.hosts.host import HOST_CLASSES, check_model_name
 from effvit.hosts.surface import Reduced
 from effvit.protocols import Setting, Settings
@@ -216,6 +218,8 @@ class DenseBackbone(nn.Module):
             name, _, sparsify, _, settings = self._recipe
             whole, _ = _whole_model(name, False, sparsify, settings)
             plain, _ = read_checkpoint(self.pretrained, allowed, self.pretrained_key)
+            if find_tower(plain) is not None:
+                check_config(self.pretrained, whole)
             state, _ = adapt_state(whole, plain)
             check_state(state, self.model, self.pretrained, known=whole.state_dict().keys())
         self.model.load_state_dict(state, strict=False)

@@ -14,7 +14,7 @@ from torch.export import Dim, ExportedProgram
 
 from effvit.deployment.formats import FORMATS, Run, check_installed
 from effvit.messages import one_line, plain
-from effvit.schedule import check_count
+from effvit.schedule import check_choice, check_count
 
 __all__ = ["TOLERANCE", "Agreement", "compare", "export", "record"]
 
@@ -66,8 +66,7 @@ def export(
         TypeError: A model that returns no tensor, or that refuses to be recorded.
         ImportError: The format needs packages that are not installed.
     """
-    if to not in FORMATS:
-        raise ValueError(f"unknown format {to!r}; known are {', '.join(FORMATS)}")
+    check_choice("to", to, FORMATS)
     form = FORMATS[to]
     if path.suffix != form.suffix:
         raise ValueError(f"a file of {to} must end in {form.suffix}, got {plain(path)}")

@@ -1,4 +1,4 @@
-"""Checkpoint files of official repositories and of timm -> our parameter names."""
+"""Checkpoint files of official repositories, of transformers, of open_clip and of timm -> our parameter names."""
 
 from __future__ import annotations
 
@@ -7,17 +7,32 @@ import math
 import pickle
 import re
 import zipfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
-from timm.models import eva, tiny_vit, vision_transformer, vision_transformer_sam
+from timm.models import (
+    beit,
+    deepseek_vit,
+    eva,
+    gemma4_vit,
+    qwen3_vit,
+    tiny_vit,
+    vision_transformer,
+    vision_transformer_relpos,
+    vision_transformer_sam,
+)
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
+from effvit.hosts._foreign_configs import check_config
 from effvit.hosts._pickles import check_pickles
 from effvit.hosts._tiny_vit_names import timm_name
+from effvit.hosts._torchscript import is_torchscript, read_torchscript
+from effvit.hosts.foreign_names import find_tower, unknown_names
 from effvit.messages import plain, shown
 
 __all__ = [
@@ -51,12 +66,31 @@ INSERTED = re.compile(r"(?:(?<=\.)|^)(_orig_mod|_fsdp_wrapped_module|_checkpoint
 THRESHOLD = re.compile(r"^(blocks\.\d+\.)threshold$")
 # What a reduced host has besides the plain one: learnt thresholds, and the module of the fill "attention".
 OWN = re.compile(r"(\.reducer\.|^recovery\.)")
+# timm's own readers of towers, for its files and those of the language models that the towers are from.
+TOWER_FILTERS: dict[type[nn.Module], Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]]] = {
+    qwen3_vit.Qwen3VitEncoder: qwen3_vit.checkpoint_filter_fn_encoder,
+    qwen3_vit.Qwen3VitClassifier: qwen3_vit.checkpoint_filter_fn_classifier,
+    deepseek_vit.DeepseekVitEncoder: deepseek_vit.checkpoint_filter_fn_encoder,
+    deepseek_vit.DeepseekVitClassifier: deepseek_vit.checkpoint_filter_fn_classifier,
+    gemma4_vit.Gemma4VitEncoder: gemma4_vit.checkpoint_filter_fn_encoder,
+    gemma4_vit.Gemma4VitClassifier: gemma4_vit.checkpoint_filter_fn_classifier,
+}
+# Bounds that Gemma's towers clamp to, infinite where there is none.
+BOUND = re.compile(r"\.(input|output)_(min|max)$")
 # Parameters of training only: the projection head of DINO, how many weights an average is of. Constants: the all-zero
 # row of ATS, an index table. And what stands around a backbone in the files of mmdet, mmseg and SAM.
 DROPPED = re.compile(
     r"(^(n_averaged|steps)$|^head\.(mlp|last_layer)\.|\.attn\.(out_zero_mask|attention_bias_idxs)$"
     r"|^(neck|rpn_head|roi_head|bbox_head|decode_head|auxiliary_head|prompt_encoder|mask_decoder)\.)"
 )
+# What a tower of CLIP or a classifier of transformers has, and a host made as a backbone has not.
+HEAD = re.compile(r"^head(_dist)?\.(weight|bias)$")
+# timm's filters of hosts that need nothing around them.
+PLAIN_FILTERS: dict[type[nn.Module], Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]]] = {
+    beit.Beit: beit.checkpoint_filter_fn,
+    vision_transformer_relpos.VisionTransformerRelPos: vision_transformer_relpos.checkpoint_filter_fn,
+    vision_transformer_sam.VisionTransformerSAM: vision_transformer_sam.checkpoint_filter_fn,
+}
 # The encoders of SAM have no use for a classifier: the one that MobileSAM's holds no longer fits its features.
 STALE = re.compile(r"(^|\.)image_encoder\.head\.(weight|bias)$")
 
@@ -66,6 +100,8 @@ def official_state_dict(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Weights of a loaded checkpoint under plain names, and the names of what was dropped from it.
 
+    Files of the families of ``foreign_names`` keep the names they have, by which ``adapt_state`` knows them.
+
     Args:
         checkpoint: Weights, or a dict that holds them beside others: averaged ones come before the last ones, in timm's
             order.
@@ -74,20 +110,24 @@ def official_state_dict(
 
     Raises:
         ValueError: Entries whose names are no strings, or two of one plain name; no ``key``, or none given for a file
-            of a teacher and a student; a weight that is no dense array of real numbers.
+            of a teacher and a student; a weight that is no dense array of real numbers; several vision towers.
     """
     checkpoint = _container(checkpoint, key)
-    state: dict[str, Tensor] = {}
-    dropped = []
-    for name, value in checkpoint.items():
+    for name in checkpoint:
         if not isinstance(name, str):
             raise ValueError(
                 f"a checkpoint names its weights by strings, but this one has an entry {name!r}; save the model's "
                 "state_dict"
             )
+    is_foreign = find_tower(dict.fromkeys(INSERTED.sub("", name) for name in checkpoint)) is not None
+    state: dict[str, Tensor] = {}
+    dropped = []
+    for name, value in checkpoint.items():
         stale = STALE.search(name)
-        name = WRAPPERS.sub("", INSERTED.sub("", name))
-        if not isinstance(value, Tensor) or stale or (DROPPED.search(name) and name not in own):
+        name = INSERTED.sub("", name)
+        name = name if is_foreign else WRAPPERS.sub("", name)
+        no_weight = not is_foreign and (stale or (DROPPED.search(name) and name not in own))
+        if not isinstance(value, Tensor) or no_weight:
             dropped.append(name)
         elif name in state:
             raise ValueError(
@@ -144,7 +184,9 @@ class Conversion(NamedTuple):
         same: Names that the file has too.
         renamed: Names that the file does not have -> the file's name of the same weight.
         made: Names of weights that were joined, split, or not in the file and filled in.
-        dropped: Names of the file that were left out because they only serve training, or are constants.
+        dropped: Names of the file that were left out: of training only, constants, or of what the model does not have.
+        family: Whose names the file has, as ``foreign_names`` calls it; None for timm's and the official ones of a
+            model.
     """
 
     state: dict[str, Tensor]
@@ -152,6 +194,7 @@ class Conversion(NamedTuple):
     renamed: dict[str, str]
     made: list[str]
     dropped: list[str]
+    family: str | None
 
 
 def place_thresholds(state: dict[str, Tensor], model: nn.Module) -> list[str]:
@@ -180,14 +223,56 @@ def host_state_dict(state: dict[str, Tensor], model: nn.Module) -> dict[str, Ten
     """Weights under timm's or official names -> the model's names, resampled to its sizes as timm does it."""
     _check_tables(state, model)
     if isinstance(model, eva.Eva):
-        return eva.checkpoint_filter_fn(state, model)
+        return eva.checkpoint_filter_fn(_without_zero_biases(state, model), model)
     if isinstance(model, vision_transformer.VisionTransformer) and state:
         return vision_transformer.checkpoint_filter_fn(state, model, adapt_layer_scale=True)
+    for cls, convert in PLAIN_FILTERS.items():
+        if isinstance(model, cls):
+            return convert(state, model)
     if isinstance(model, tiny_vit.TinyVit):
         return tiny_vit_state_dict(state, model)
-    if isinstance(model, vision_transformer_sam.VisionTransformerSAM):
-        return {name.replace("mlp.lin", "mlp.fc"): value for name, value in state.items()}
+    for cls, adapt in TOWER_FILTERS.items():
+        if isinstance(model, cls):
+            own = {name: value for name, value in state.items() if OWN.search(name)}
+            return adapt(_placed(state, model), model) | own
     return state
+
+
+def _without_zero_biases(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The state without biases of queries and values, if the model has none and all of them are zero.
+
+    Those of the distilled DINOv3 are, which is why timm has hosts of both kinds; its filter would drop others too.
+
+    Raises:
+        ValueError: Other biases than zero.
+    """
+    own: dict[str, Tensor] = model.state_dict()
+    kept = dict(state)
+    for name, value in state.items():
+        match = re.fullmatch(r"(blocks\.\d+\.attn\.)(qkv\.bias|q_bias|v_bias)", name)
+        if match is None or not {match[1] + part for part in ("q_bias", "q_proj.weight", "qkv.bias")}.isdisjoint(own):
+            continue
+        used = torch.cat(value.chunk(3)[::2]) if match[2] == "qkv.bias" else value  # DINOv3 masks that of its keys
+        if used.any():
+            raise ValueError(
+                f"{name} is a bias of queries and values that is not zero, and this {type(model).__name__} has none; "
+                "create the host with qkv_bias=True (in timm, of a name that ends in _qkvb)"
+            )
+        del kept[name]
+    return kept
+
+
+def _placed(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """A classifier's weights under timm's names: those of the tower it holds begin with ``encoder.``, a wrapper's name.
+
+    Files of a language model name a tower otherwise, and may hold a head and a norm of their own.
+    """
+    parts = {name.partition(".")[0] for name in model.state_dict()}
+    if "encoder" not in parts or not {name.partition(".")[0] for name in state} & (parts - {"encoder"}):
+        return state
+    if any(name.startswith(("encoder.", "vision.", "model.", "visual.", "vision_", "vlm.")) for name in state):
+        return state
+    return {name if name.partition(".")[0] in parts else f"encoder.{name}": value for name, value in state.items()}
 
 
 def _check_tables(state: Mapping[str, Tensor], model: nn.Module) -> None:
@@ -195,6 +280,8 @@ def _check_tables(state: Mapping[str, Tensor], model: nn.Module) -> None:
     table, own = state.get("pos_embed"), getattr(model, "pos_embed", None)
     if table is not None and own is not None and own.ndim == 3:  # SAM's is a map, of one size
         prefix = 0 if getattr(model, "no_embed_class", False) else getattr(model, "num_prefix_tokens", 0)
+        if "register_tokens" in state:  # DINOv2's, whose table has a row for the class token, which timm adds to it
+            prefix = 1
         patches = table.shape[1] - prefix if table.ndim == 3 else 0
         is_square = patches > 0 and math.isqrt(patches) ** 2 == patches
         if table.ndim != 3 or table.shape[0] != 1 or not (is_square or table.shape[1] == own.shape[1]):
@@ -222,7 +309,7 @@ def read_file(path: str | Path, allowed: Sequence[type] = ()) -> Mapping[str, An
     """The content of a checkpoint file; nothing but weights and plain values is ever loaded from it.
 
     Args:
-        path: .safetensors, or a .pth.
+        path: .safetensors, or a .pth; of TorchScript, the weights alone are read.
         allowed: Further types a .pth may hold, as ``torch.serialization.safe_globals`` takes them.
 
     Raises:
@@ -239,9 +326,10 @@ def read_file(path: str | Path, allowed: Sequence[type] = ()) -> Mapping[str, An
             return load_file(path)
         _check_archive(path)
         check_pickles(path)
+        content: object
         # EViT's and DeiT's files hold their command line as a Namespace beside the weights.
         with torch.serialization.safe_globals([argparse.Namespace, *allowed]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = read_torchscript(path) if is_torchscript(path) else torch.load(path, "cpu", weights_only=True)
         if isinstance(content, Mapping):
             _check_memory(content)
     except Exception as error:  # a damaged file makes the readers raise nearly anything: KeyError, struct.error ...
@@ -308,7 +396,10 @@ def adapt_state(model: nn.Module, state: dict[str, Tensor]) -> tuple[dict[str, T
         ValueError: Weights of shapes that cannot be brought to the model's.
     """
     adapt = getattr(model, "adapt_state_dict", None)
+    tower, left_out = find_tower(state), list[str]()
     try:
+        if tower is not None:
+            state, left_out = tower.timm_names(state)
         if adapt is not None:
             return adapt(dict(state))
         state = host_state_dict(dict(state), model)
@@ -319,7 +410,12 @@ def adapt_state(model: nn.Module, state: dict[str, Tensor]) -> tuple[dict[str, T
             f"the checkpoint's weights cannot be brought to the shapes of this {type(model).__name__} "
             f"({plain(error)}); create the model it was saved from"
         ) from error
-    return state, place_thresholds(state, model)
+    if tower is not None:
+        own = model.state_dict()
+        unused = [name for name in state if HEAD.match(name) and name not in own]
+        left_out += unused
+        state = {name: value for name, value in state.items() if name not in unused}
+    return state, left_out + place_thresholds(state, model)
 
 
 def check_state(
@@ -363,17 +459,49 @@ def _check_numbers(name: str, value: Tensor, origin: str | Path) -> None:
             f"{plain(origin)}: {name} holds {value.dtype} in place of floating-point numbers; save the weights before "
             "they are quantised"
         )
-    if not value.is_meta and not value.float().isfinite().all():
+    sound = value.float().isnan().logical_not() if BOUND.search(name) else value.float().isfinite()
+    if not value.is_meta and not sound.all():
         raise ValueError(
             f"{plain(origin)}: {name} holds NaN or infinity, the training it is from diverged; take an earlier "
             "checkpoint"
         )
 
 
+class Origins(TorchFunctionMode):
+    """Notes, while it is entered, which of the given tensors each result is computed from."""
+
+    def __init__(self, given: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.names: dict[int, set[str]] = {}
+        for name, value in given.items():
+            self.names.setdefault(id(value), set()).add(name)
+        self.results: list[Tensor] = []  # alive, so that no other tensor gets the identity of one
+
+    def of(self, value: Tensor) -> set[str]:
+        """Names of the given tensors that a result is computed from."""
+        return self.names.get(id(value), set())
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
+        result = func(*args, **(kwargs or {}))
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        names = set[str]().union(*(self.of(leaf) for leaf in inputs))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.names[id(leaf)] = self.of(leaf) | names
+                self.results.append(leaf)
+        return result
+
+
 def convert_checkpoint(
     model: nn.Module, path: str | Path, allowed: Sequence[type] = (), key: str | None = None
 ) -> Conversion:
-    """The weights of a checkpoint of timm or of an official repository, under the names of a model.
+    """The weights of a checkpoint of timm, of an official repository or of ``foreign_names``, under a model's names.
 
     Position embeddings and patch embeddings of another size are resampled as timm does it.
 
@@ -390,19 +518,27 @@ def convert_checkpoint(
             or differently shaped parameters, of which the first are named.
     """
     given, dropped = read_checkpoint(path, allowed, key, model.state_dict().keys())
-    state, unused = adapt_state(model, given)
-    check_state(state, model, path)
-    origins = {(value.data_ptr(), value.numel()): name for name, value in given.items()}
+    tower = find_tower(given)
+    family = None if tower is None else tower.family.name
+    if tower is not None:
+        check_config(path, model)
+    with Origins(given) as origins:
+        state, _ = adapt_state(model, given)
+    sources = {name: origins.of(value) | ({name} & given.keys()) for name, value in state.items()}
+    if not any(sources[name] for name in model.state_dict().keys() & state.keys()):
+        raise ValueError(f"{plain(path)} is a checkpoint of another model: {unknown_names(given)}")
+    check_state(state, model, path if family is None else f"{path} ({family})")
     same, renamed, made = [], {}, []
     for name, value in state.items():
-        origin = origins.get((value.data_ptr(), value.numel()))
+        origin = next(iter(sources[name]), None)
         if name in given:
             same.append(name)
-        elif origin is not None:
+        elif len(sources[name]) == 1 and origin is not None and given[origin].numel() == value.numel():
             renamed[name] = origin
         else:
             made.append(name)
-    return Conversion(state, same, renamed, made, dropped + unused)
+    used = set[str]().union(*sources.values())
+    return Conversion(state, same, renamed, made, [*dropped, *(name for name in given if name not in used)], family)
 
 
 def load_checkpoint(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol, TypeAlias, TypeVar
 
 from torch import nn
 
+from effvit.hosts.native_patches import patches_of
 from effvit.layers.macs import (
     PlainBlock,
     SelfAttention,
@@ -17,12 +18,13 @@ from effvit.layers.macs import (
     feedforward,
     layers,
     norm,
+    position_bias,
 )
 from effvit.protocols import PatchEmbedding, Size
 from effvit.reducers import METHODS, Reducer
 from effvit.reducers.cost import BlockSizes, Change
 
-__all__ = ["PlainViT", "classifier", "embedding", "plain_vit"]
+__all__ = ["PlainViT", "classifier", "embedding", "plain_block", "plain_vit", "run_blocks"]
 
 
 class Pool(Protocol):
@@ -49,6 +51,32 @@ class Block(PlainBlock, Protocol):
     attn: HeadedAttention
 
 
+class Heads(Protocol):
+    """Attention with heads, whatever its projections are."""
+
+    num_heads: int
+    head_dim: int
+
+
+class Attends(Protocol):
+    """A block with attention."""
+
+    @property
+    def attn(self) -> Heads:
+        """Its attention."""
+        ...
+
+
+BlockT = TypeVar("BlockT", bound=Attends)
+BlockCost: TypeAlias = Callable[[BlockT, int, int, int], Terms]
+
+
+class Embeds(Protocol):
+    """A model that tells the width of its tokens."""
+
+    embed_dim: int
+
+
 class Classifies(Protocol):
     """A ViT behind its blocks."""
 
@@ -64,7 +92,6 @@ class PlainViT(Classifies, Protocol):
     """A plain ViT of timm, reduced or not."""
 
     patch_embed: PatchEmbedding
-    norm_pre: nn.Module
     blocks: Sequence[Block]
 
 
@@ -73,6 +100,13 @@ def embedding(patch_embed: PatchEmbedding, size: Size) -> tuple[Terms, Size]:
     if patch_embed.dynamic_img_pad:
         patch = patch_embed.patch_size
         size = -(-size[0] // patch[0]) * patch[0], -(-size[1] // patch[1]) * patch[1]
+    projection = dict(patch_embed.named_children())
+    if isinstance(projection.get("proj"), nn.Linear):  # of patches that were cut out before
+        grid = patch_embed.dynamic_feat_size(size)
+        terms = Terms()
+        for layer in projection.values():
+            terms += layers("embedding", layer, grid[0] * grid[1])
+        return terms, grid
     # In the order they are applied: the convolutions of a stem come before the projection, though it was made first.
     parts = sorted(patch_embed.named_children(), key=lambda part: part[0] in ("proj", "norm"))
     return convolutions("embedding", nn.Sequential(*(part for _, part in parts)), size)
@@ -80,27 +114,52 @@ def embedding(patch_embed: PatchEmbedding, size: Size) -> tuple[Terms, Size]:
 
 def plain_vit(model: PlainViT, size: Size, counts: Sequence[int] | None) -> Terms:
     """A plain ViT; ``counts`` are the patch tokens that leave each block of a method that adapts to the image."""
-    terms, grid = embedding(model.patch_embed, size)
-    patches = left = grid[0] * grid[1]
-    prefix, dim = model.num_prefix_tokens, model.embed_dim
-    terms += norm(model.norm_pre, prefix + patches)
+    terms, grid = embedding(patches_of(model), size)
+    patches, prefix = grid[0] * grid[1], model.num_prefix_tokens
+    terms += norm(getattr(model, "norm_pre", nn.Identity()), prefix + patches)
+    for biases in (getattr(model, "shared_rel_pos", None), *(getattr(b.attn, "rel_pos", None) for b in model.blocks)):
+        terms += position_bias(biases, grid)
+    of_blocks, left = run_blocks(model, model.blocks, grid, counts, plain_block)
+    return terms + of_blocks + classifier(model, left, patches)
+
+
+def plain_block(block: Block, keys: int, queries: int, rows: int) -> Terms:
+    """A block with so many keys and queries in its attention and so many rows in its MLP, without position biases."""
+    normed = queries if getattr(block, "post_norm", False) else keys
+    return norm(block.norm1, normed) + attend(block.attn, keys, queries) + feedforward(block, rows)
+
+
+def run_blocks(
+    model: Embeds, blocks: Sequence[BlockT], grid: Size, counts: Sequence[int] | None, cost: BlockCost[BlockT]
+) -> tuple[Terms, int]:
+    """The blocks of a plain ViT, reduced or not, and the patch tokens that leave the last one.
+
+    Args:
+        model: The ViT, for its reducers and widths.
+        blocks: Its blocks.
+        grid: (H, W) of the patches.
+        counts: As for ``plain_vit``.
+        cost: (block, keys, queries, rows of the MLP) -> terms of one block without its method.
+    """
+    terms = Terms()
+    left, dim = grid[0] * grid[1], model.embed_dim
+    prefix: int = getattr(model, "num_prefix_tokens", 0)  # timm's classifier of Gemma does not say that it has none
     reducers: Mapping[int, Reducer] = getattr(model, "reducers", {})
     for reducer in list(reducers.values())[:1]:
-        terms["reduction"] += reducer.start_cost(patches, dim)
-    for i, block in enumerate(model.blocks):
+        terms["reduction"] += reducer.start_cost(left, dim)
+    for i, block in enumerate(blocks):
         change = Change(left, left, left, 0)
         if i in reducers:
             attn = block.attn
             leaving = left if counts is None else counts[i]
-            last = i == len(model.blocks) - 1
+            last = i == len(blocks) - 1
             num_class: int = getattr(model, "num_class_tokens", 0)  # of a reduced model
             sizes = BlockSizes(left, leaving, prefix, num_class, grid, dim, attn.num_heads, attn.head_dim, last)
             change = reducers[i].cost(sizes)
         left = change.left
-        keys, queries = prefix + change.keys, prefix + change.queries
-        terms += norm(block.norm1, keys) + attend(block.attn, keys, queries) + feedforward(block, prefix + left)
+        terms += cost(block, prefix + change.keys, prefix + change.queries, prefix + left)
         terms["reduction"] += change.macs
-    return terms + classifier(model, left, patches)
+    return terms, left
 
 
 def classifier(model: Classifies, left: int, patches: int) -> Terms:

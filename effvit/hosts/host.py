@@ -22,6 +22,7 @@ from timm.models import checkpoint
 from timm.models._pretrained import PretrainedCfg
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
+from timm.models.naflexvit import NaFlexVit
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.tiny_vit import TinyVit
@@ -52,9 +53,10 @@ from effvit.layers.macs import Terms
 from effvit.protocols import Layer, PatchEmbedding, Setting, Settings, Size
 from effvit.recording import refuse_legacy_onnx
 from effvit.recover import FILLS, AttentionRecovery, check_fill, restore, to_grid, unpacked
-from effvit.reducers import METHODS, Reducer, register_method
+from effvit.reducers import METHODS, Reducer
 from effvit.reducers.keep_rate import HasKeepRate
-from effvit.schedule import check_fraction, check_switch, per_block
+from effvit.reducers.registry import register_reducer
+from effvit.schedule import block_number, check_fraction, check_switch, per_block
 from effvit.tokens import TokenMap, fix_traced_size, flat_rows, take_rows
 
 __all__ = [
@@ -63,9 +65,11 @@ __all__ = [
     "ReducedEva",
     "ReducedViT",
     "TokenFeatures",
+    "as_host",
     "check_model_name",
     "list_methods",
     "method_settings",
+    "patch_embedding",
     "record_name",
     "register_host",
     "sparsify",
@@ -99,10 +103,12 @@ class ReducedHost(Intermediates, Reduced):
     Attributes:
         recovery: The trained module of the fill "attention", else None.
         head_reads_patches: The head reads patch tokens although it pools the class token.
+        biases_pairs: Attention adds a bias to the logits of each pair of tokens.
     """
 
     recovery: AttentionRecovery | None
     head_reads_patches = False
+    biases_pairs = False
     _depth: int  # blocks of the whole host, of which features_only may leave some out
     token_drop: PatchDropoutWithIndices | None
 
@@ -146,10 +152,14 @@ class ReducedHost(Intermediates, Reduced):
         """Token counts depend on the image."""
         return any(reducer.variable_length for reducer in self.reducers.values())
 
+    def _settle(self) -> None:
+        """Make room for token maps in a copy of a dense model, once, before its blocks are replaced."""
+        _keep_drop_indices(self)
+
     # -- what one forward pass does ----------------------------------------------------------------------------
 
     def _embed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Images (B, 3, H, W) -> tokens (B, P+N, C) and the rotary table, None without RoPE."""
+        """Images (B, 3, H, W) -> tokens (B, P+N, C), and what the blocks share: a rotary table or a bias of pairs."""
         raise NotImplementedError
 
     def _block_rope(self, rope: Tensor | None, block: int) -> Tensor | None:
@@ -168,9 +178,15 @@ class ReducedHost(Intermediates, Reduced):
                 reducer.check_size(grid)
             check_counts(self, grid)
         x, rope = self._embed(x)
+        return self._enter(x, rope, grid, memory, reference)
+
+    def _enter(
+        self, x: Tensor, rope: Tensor | None, grid: Size, memory: bool, reference: bool
+    ) -> tuple[Tensor, Tensor | None, TokenMap]:
+        """What enters the first block, of the embedded tokens x (B, P + H*W, C) of a full grid."""
         tokens = TokenMap.full(x, grid, self.num_prefix_tokens, self.num_class_tokens)
         tokens = tokens.remember(x) if memory else tokens
-        for reducer in reducers[:1]:
+        for reducer in islice(self.reducers.values(), 1):
             tokens = reducer.start(x, tokens)
         if self.token_drop is not None:
             full = x
@@ -206,7 +222,7 @@ class ReducedHost(Intermediates, Reduced):
         taken = []
         for i, block in enumerate(islice(self.blocks, num_blocks)):
             if memory and block.reducer is not None and not block.reducer.keeps_every_patch:
-                tokens = tokens.remember(x)
+                tokens = self._remember(x, tokens)
             if reference and block.reducer is not None and tokens.reference is None:
                 tokens = tokens.refer(x)
             block_rope = self._block_rope(rope, i)
@@ -218,19 +234,28 @@ class ReducedHost(Intermediates, Reduced):
                 taken.append(TokenFeatures(x, tokens))
         return TokenFeatures(x, tokens), taken
 
-    def forward_tokens(self, x: Tensor, memory: bool = False) -> TokenFeatures:
-        """Final tokens and their TokenMap.
+    def forward_tokens(self, x: Tensor, memory: bool = False, *, block: int | None = None) -> TokenFeatures:
+        """Final tokens and their TokenMap, or those of an earlier block.
 
         Args:
             x: Images (B, 3, H, W).
             memory: Let the map remember the features of dropped patches, which the fills "last" and "attention" need,
                 and those of all patches before the first reduction, which "reconstruct" needs.
+            block: Number of a block, negative from the last: its tokens are returned, not normalised, and the blocks
+                behind it are not run. None: the last block, and the norm behind it.
 
         Returns:
-            Normalised tokens (B, P+N, C) as the last block left them, and where they are.
+            Tokens (B, P+N, C) as the block left them, and where they are.
+
+        Raises:
+            ValueError: A block that the model does not have.
         """
-        (x, tokens), _ = self._forward_blocks(x, memory=memory, reference=memory)
-        return TokenFeatures(*unpacked(self.norm(x), tokens))
+        if block is None:
+            (x, tokens), _ = self._forward_blocks(x, memory=memory, reference=memory)
+            return TokenFeatures(*unpacked(self._norm_tokens(x), tokens))
+        stop = block_number(block, len(self.blocks)) + 1
+        final, _ = self._forward_blocks(x, num_blocks=stop, memory=memory, reference=memory)
+        return TokenFeatures(*unpacked(*final))
 
     def trace_tokens(self, x: Tensor, memory: bool = False) -> list[TokenFeatures]:
         """Tokens (not normalised) and TokenMap after every block, for pictures and statistics."""
@@ -256,7 +281,19 @@ class ReducedHost(Intermediates, Reduced):
         """
         refuse_mask(self, attn_mask, is_causal)
         (x, tokens), _ = self._forward_blocks(x)
+        return self._finished(x, tokens)
+
+    def _finished(self, x: Tensor, tokens: TokenMap) -> Tensor:
+        """What ``forward_features`` returns, of the tokens x that leave the last block."""
         return self._poolable(*self._normalised(x, tokens))
+
+    def _remember(self, x: Tensor, tokens: TokenMap) -> TokenMap:
+        """The map that remembers the tokens x which enter a block that drops some."""
+        return tokens.remember(x)
+
+    def _norm_tokens(self, x: Tensor) -> Tensor:
+        """The norm behind the last block, of prefix and patch tokens."""
+        return self.norm(x)
 
     @property
     def _pools_patches(self) -> bool:
@@ -266,7 +303,7 @@ class ReducedHost(Intermediates, Reduced):
         """Normalised tokens and their map, soft clusters restored to all patches if the head pools them."""
         if tokens.soft and self._pools_patches:
             x, tokens = restore(x, tokens)
-        return unpacked(self.norm(x), tokens)
+        return unpacked(self._norm_tokens(x), tokens)
 
     def _poolable(self, x: Tensor, tokens: TokenMap) -> Tensor:
         if not self._pools_patches:
@@ -295,12 +332,15 @@ class ReducedHost(Intermediates, Reduced):
         refuse_mask(self, attn_mask, is_causal)
         (x, tokens), _ = self._forward_blocks(x)
         x, tokens = self._normalised(x, tokens)
-        if tokens.size is None:
-            return self.forward_head(x)
+        return self.forward_head(x) if tokens.size is None else self._attention_pooled(x, tokens)
+
+    def _attention_pooled(self, x: Tensor, tokens: TokenMap) -> Tensor:
+        """Class scores by attention pooling of the normalised tokens of a map with sizes."""
+        assert self.attn_pool is not None
         # Attention pooling over merged tokens: a bias of log size equals pooling the un-merged sequence.
         bias = replace(tokens, key_weight=tokens.size).key_bias(x.dtype)
         assert bias is not None
-        if isinstance(self, VisionTransformer) and not self.pool_include_prefix:
+        if not getattr(self, "pool_include_prefix", True):
             x, bias = x[:, tokens.num_prefix :], bias[..., tokens.num_prefix :]  # (B, N, C), (B, 1, 1, N)
         return self.head(self.head_drop(self.fc_norm(self.attn_pool(x, attn_mask=bias.to(x.dtype)))))
 
@@ -312,7 +352,7 @@ class ReducedHost(Intermediates, Reduced):
             y, tokens = unpacked(*features)
             patches.append(to_grid(y, tokens, self.recover, self.recovery))  # (B, H*W, C)
             prefixes.append(tokens.split(y)[0])
-        return BlockFeatures(patches, prefixes, final.tokens.grid, lambda: self._poolable(*self._normalised(*final)))
+        return BlockFeatures(patches, prefixes, final.tokens.grid, lambda: self._finished(*final))
 
     # -- settings ----------------------------------------------------------------------------------------------
 
@@ -617,7 +657,7 @@ def sparsify(
         TypeError: A model, block or attention class whose tokens cannot be reduced correctly.
     """
     if isinstance(method, type):
-        method = register_method(method).name
+        method = register_reducer(method).name
     check_settings(method, settings)
     check_switch("share", share)
     dense = _create_host(model) if isinstance(model, str) and not is_file_name(model) else model
@@ -643,11 +683,11 @@ def sparsify(
     host = rehouse(copy_shared(dense, share), host_class)
     if not isinstance(dense, ReducedHost):
         host._depth = len(host.blocks)
+        host._settle()
     plan = METHODS[method].plan(host._depth, **settings)
     _described(host, dense, method, settings, recover)
     set_child(host, "recovery", _recovery(host) if recover == "attention" else None)
     if not isinstance(dense, ReducedHost):
-        _keep_drop_indices(host)
         for i, block in enumerate(host.blocks):
             host.blocks[i] = token_block(block, i)
     lost = ["recovery"] if host.recovery is None and getattr(dense, "recovery", None) is not None else []
@@ -668,6 +708,21 @@ def sparsify(
             stacklevel=2,
         )
     return host
+
+
+def as_host(dense: nn.Module) -> ReducedHost:
+    """A model of a class in HOST_CLASSES with nothing reduced: its blocks and sizes, whatever part of it holds them."""
+    host = sparsify(dense, "uniform", recover=None, share=True, **METHODS["uniform"].off())
+    assert isinstance(host, ReducedHost)
+    return host
+
+
+def patch_embedding(model: nn.Module) -> PatchEmbedding | None:
+    """What cuts images into patches of a known size, whatever part of the model holds it; None where nothing does."""
+    own: PatchEmbedding | None = getattr(model, "patch_embed", None)
+    if type(model) in HOST_CLASSES and not hasattr(own, "img_size"):
+        return as_host(model).patch_embed
+    return own
 
 
 def _described(
@@ -740,12 +795,14 @@ def _recovery(host: ReducedHost) -> AttentionRecovery:
 
 def _keep_drop_indices(host: ReducedHost) -> None:
     """Move timm's patch dropout behind the embedding, where its choice can enter the TokenMap."""
-    drop = host.patch_drop
+    drop = getattr(host, "patch_drop", None)  # not of every class
     token_drop = None
     if isinstance(drop, (PatchDropout, PatchDropoutWithIndices)):
         token_drop = PatchDropoutWithIndices(drop.prob, drop.num_prefix_tokens, drop.ordered).train(drop.training)
     set_child(host, "token_drop", token_drop)
-    set_child(host, "patch_drop", None if isinstance(host, Eva) else nn.Identity().train(host.training))
+    if drop is not None:
+        identity = None if isinstance(host, (Eva, NaFlexVit)) else nn.Identity().train(host.training)
+        set_child(host, "patch_drop", identity)
 
 
 def _check_host(host: ReducedHost) -> None:
@@ -758,9 +815,15 @@ def _check_host(host: ReducedHost) -> None:
     for reducer in host.reducers.values():
         if reducer.needs_class_token and host.num_class_tokens == 0:
             raise ValueError(
-                f"{host.method} scores patches by the class token, but this {type(host).__bases__[1].__name__} has "
+                f"{host.method} scores patches by the class token, but this {type(host).__bases__[-1].__name__} has "
                 f"none (num_prefix_tokens={host.num_prefix_tokens}); use a host with one, or a method without that "
                 "need such as 'tome' or 'zero_tprune'"
+            )
+        if getattr(reducer, "ragged", "") == "packed" and host.biases_pairs:
+            raise ValueError(
+                f"{host.method} with ragged='packed' runs on kernels for packed batches, which take no bias of "
+                f"pairs of tokens, as this {type(host).__bases__[1].__name__} has for relative positions; use "
+                "ragged='padded'"
             )
         dropping = reducer.variable_length and not reducer.keeps_every_patch
         if dropping and host.global_pool in ("map", "prr"):

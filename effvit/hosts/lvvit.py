@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from effvit.block import BLOCK_CLASSES, TokenBlock
 from effvit.hosts._builder import build_model
+from effvit.hosts.checkpoints import host_state_dict, official_state_dict
 from effvit.hosts.host import HOST_CLASSES, ReducedViT
 from effvit.hosts.surface import model_cfg
 from effvit.protocols import Device, Factory, Layer, Size
@@ -167,19 +168,35 @@ _CFG = model_cfg(
     first_conv="patch_embed.conv1",
     classifier=("head", "aux_head"),
     paper_ids="arXiv:2104.10858",
+    origin_url="https://github.com/zihangJiang/TokenLabeling",
 )
-default_cfgs = generate_default_cfgs({"lvvit_small_patch16_224": _CFG, "lvvit_medium_patch16_224": _CFG})
+_RELEASE = "https://github.com/zihangJiang/TokenLabeling/releases/download/1.0"  # linked in README.md@9dbfd59
+default_cfgs = generate_default_cfgs(
+    {
+        "lvvit_small_patch16_224.in1k": _CFG | {"url": f"{_RELEASE}/lvvit_s-26M-224-83.3.pth.tar"},
+        "lvvit_medium_patch16_224.in1k": _CFG | {"url": f"{_RELEASE}/lvvit_m-56M-224-84.0.pth.tar"},
+    }
+)
+
+
+def _own_names(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Weights of an official or own file under the model's names; timm calls this while it loads a checkpoint."""
+    return host_state_dict(official_state_dict(state_dict)[0], model)
+
+
+def _create(name: str, pretrained: bool, args: dict[str, object]) -> nn.Module:
+    return build_model(LVViT, name, pretrained, args, pretrained_filter_fn=_own_names)
 
 
 @register_model
 def lvvit_small_patch16_224(pretrained: bool = False, **kwargs: object) -> nn.Module:
     """LV-ViT-S: 26 M parameters (2104.10858, table 1)."""
     args = {"embed_dim": 384, "depth": 16, "num_heads": 6, "mlp_ratio": 3.0, "qkv_bias": False}
-    return build_model(LVViT, "lvvit_small_patch16_224", pretrained, {**args, **kwargs})
+    return _create("lvvit_small_patch16_224", pretrained, {**args, **kwargs})
 
 
 @register_model
 def lvvit_medium_patch16_224(pretrained: bool = False, **kwargs: object) -> nn.Module:
     """LV-ViT-M: 56 M parameters (2104.10858, table 1)."""
     args = {"embed_dim": 512, "depth": 20, "num_heads": 8, "mlp_ratio": 3.0, "qkv_bias": False}
-    return build_model(LVViT, "lvvit_medium_patch16_224", pretrained, {**args, **kwargs})
+    return _create("lvvit_medium_patch16_224", pretrained, {**args, **kwargs})

@@ -13,23 +13,12 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from effvit.hosts._unserved import UNSERVED
+
 __all__ = ["is_file_name", "is_sharded", "name_arguments", "reason_against", "reason_against_class"]
 
 UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
-OTHERS = {  # classes near those that are taken, by what tells them apart
-    "SwinTransformerV2Cr": (
-        "it draws position biases from its own network, which has dropout inside and was trained on the pairs of whole "
-        "windows, and no official code reduces it; create a swinv2_ model without _cr"
-    ),
-    "Hiera": (
-        "it keeps its tokens in the order of mask units, which its pooling halves from stage to stage, and no official "
-        "code reduces it; create a swin_ model, or a plain ViT"
-    ),
-    "HieraDet": (
-        "its blocks pool queries inside their windows, so that a token has no one place to be given back to; create a "
-        "samvit_ model for SAM, or a swin_ model"
-    ),
-}
+FEATURE_NETS = ("FeatureListNet", "FeatureDictNet", "FeatureHookNet", "FeatureGetterNet")  # of features_only
 # Classes that hold a program recorded from a model, without its blocks.
 RECORDED = ("GraphModule", "ScriptModule", "RecursiveScriptModule", "TopLevelTracedModule", "ExportedProgram")
 
@@ -86,15 +75,23 @@ def reason_against(model: object, supported: Collection[type]) -> str:
     if is_sharded(model):
         return "the parameters of this model are sharded (FSDP); sparsify the model first, then shard it"
     held = _held(model, supported)
+    if kind.__name__ in FEATURE_NETS:
+        part = "create the model without features_only, sparsify it"
+        if held is not None:
+            part = f"sparsify the vision transformer at {held!r}, effvit.sparsify(model.{held}, ...),"
+        return (
+            f"a {_path_of(kind)} only holds the parts that its maps need; {part} and call forward_intermediates, or "
+            "create a registered name with features_only=True"
+        )
+    if held is not None and any(cls.__name__ == "PeftModel" for cls in kind.__mro__):
+        return (
+            f"a {_path_of(kind)} holds a vision transformer at {held!r}, and adapters in its layers; sparsify that "
+            f"part, effvit.sparsify(model.{held}, ...), which shares them, or sparsify model.merge_and_unload()"
+        )
     if held is not None:
         return (
             f"a {_path_of(kind)} holds a vision transformer at {held!r} and does more than it; sparsify that part, "
             f"effvit.sparsify(model.{held}, ...), and wrap, compile or put it back afterwards"
-        )
-    if kind.__name__ in ("FeatureListNet", "FeatureDictNet", "FeatureHookNet", "FeatureGetterNet"):
-        return (
-            f"a {_path_of(kind)} only holds the parts that its maps need; create the model without features_only, "
-            "sparsify it and call forward_intermediates, or create a registered name with features_only=True"
         )
     return reason_against_class(kind, supported)
 
@@ -107,13 +104,18 @@ def reason_against_class(kind: type, supported: Collection[type]) -> str:
             f"{_path_of(kind)} is a subclass of {_path_of(base)} and may compute something else, so it is not reduced "
             "as one; if it only adds to it, register it: effvit.register_host(cls)"
         )
-    if kind.__name__ in OTHERS and kind.__module__.startswith("timm."):
-        return f"cannot reduce the tokens of a {_path_of(kind)}: {OTHERS[kind.__name__]}"
     library = kind.__module__.partition(".")[0]
-    advice = ""
+    advice = _against_family(kind)
     if library in ("torchvision", "transformers", "open_clip", "mmpretrain", "torch"):
         advice = f"; {library}'s models have other blocks: create the same architecture with timm.create_model"
     return f"cannot reduce the tokens of a {_path_of(kind)}{advice}; supported are {_listed(supported)}"
+
+
+def _against_family(kind: type) -> str:
+    """What stands against a class of timm, as a clause behind a colon; nothing for a class that no table tells of."""
+    modules = [cls.__module__ for cls in kind.__mro__]
+    families = [module.removeprefix("timm.models.") for module in modules if module.startswith("timm.models.")]
+    return next((f": {UNSERVED[family]}" for family in families if family in UNSERVED), "")
 
 
 @contextmanager

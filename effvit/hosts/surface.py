@@ -205,10 +205,10 @@ def check_images(x: Tensor, model: HasPatches) -> None:
     height, width = x.shape[-2:]
     if not bool(getattr(model, "dynamic_img_size", False)):
         if (height, width) != tuple(patch_embed.img_size):
+            dynamic = ", create the model with dynamic_img_size=True" if hasattr(model, "dynamic_img_size") else ""
             raise ValueError(
                 f"expected images of {patch_embed.img_size[0]} x {patch_embed.img_size[1]} pixels, got "
-                f"{height} x {width}; call model.set_input_size(({height}, {width})), create the model with "
-                "dynamic_img_size=True, or resize the images"
+                f"{height} x {width}; call model.set_input_size(({height}, {width})){dynamic}, or resize the images"
             )
     elif not bool(getattr(patch_embed, "dynamic_img_pad", False)) and (
         height % patch_embed.patch_size[0] or width % patch_embed.patch_size[1]

@@ -2,8 +2,8 @@
 tokens, and the blocks made of them.
 
 The conventions are those of ``effvit.measure.flops``: one MAC for each weight and row, 5 for each element of an affine
-LayerNorm and 4 without weights, 2 for each of an affine BatchNorm in eval mode, 1 for each element an adaptive average
-pooling reads.
+LayerNorm and 4 without weights, 3 and 2 for each of an RMSNorm, 2 for each of an affine BatchNorm in eval mode, 1 for
+each element an adaptive average pooling reads.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Protocol, TypeAlias
 
+from timm.layers import RmsNorm, RmsNormFp32
 from torch import nn
 
 from effvit.layers.cross_attention import CrossBlock, WindowCrossBlock
@@ -27,6 +28,7 @@ __all__ = [
     "layers",
     "norm",
     "plain_block",
+    "position_bias",
     "window_block",
     "window_cross",
     "windows",
@@ -73,8 +75,11 @@ def norm(module: nn.Module, rows: int) -> Terms:
         return Terms(norm=rows * module.normalized_shape[-1] * (4 if module.weight is None else 5))
     if isinstance(module, nn.BatchNorm2d):
         return Terms(norm=rows * module.num_features * (2 if module.affine else 1))
+    if isinstance(module, (RmsNorm, RmsNormFp32)):
+        return Terms(norm=rows * module.normalized_shape[-1] * (2 if module.weight is None else 3))
     if "Norm" in type(module).__name__ and not list(module.children()):
-        raise TypeError(f"closed forms know LayerNorm and BatchNorm2d, not {type(module).__name__}; use count_flops")
+        known = "LayerNorm, BatchNorm2d and timm's RmsNorm and RmsNormFp32"
+        raise TypeError(f"closed forms know {known}, not {type(module).__name__}; use count_flops")
     return Terms()
 
 
@@ -122,9 +127,14 @@ def attend(attn: SelfAttention, keys: int, queries: int, pairs: int | None = Non
         elif name in ("q_norm", "k_norm"):
             groups: int = getattr(attn, "num_kv_groups", 1) if name == "k_norm" else 1
             terms += norm(layer, keys * attn.num_heads // groups)
-        else:
+        elif name != "rel_pos":  # of which no rows are tokens, see position_bias
             terms += layers("projection", layer, keys)
     return terms
+
+
+def position_bias(module: nn.Module | None, grid: Size) -> Terms:
+    """The bias of all offsets on a grid by an MLP; nothing without one, or for a table, whose entries are only read."""
+    return Terms() if module is None else layers("positions", module, (2 * grid[0] - 1) * (2 * grid[1] - 1))
 
 
 def feedforward(block: FeedForward, rows: int) -> Terms:

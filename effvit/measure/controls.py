@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from effvit.block import copy_shared, set_child
 from effvit.hosts.host import HOST_CLASSES, ReducedHost, sparsify
 from effvit.hosts.surface import Reduced, patch_grid
+from effvit.hosts.towers import ReducedTower
 from effvit.measure.closed_form import closed_form_macs
 from effvit.measure.costs import macs_of
-from effvit.measure.ideal import mean_counts
-from effvit.protocols import PatchEmbedding, Setting, Size
+from effvit.measure.ideal import mean_counts, plain_parts
+from effvit.protocols import Setting, Size
 from effvit.reducers import METHODS, Reducer
 from effvit.reducers.static_selection import Random, StaticSelection
 from effvit.schedule import check_choice, check_number
@@ -49,7 +50,6 @@ STEPS = {"block": "before", "queries": "pick", "mlp": "reduce"}
 class Resizable(Protocol):
     """What is asked of timm's plain ViTs."""
 
-    patch_embed: PatchEmbedding
     in_chans: int
 
     def set_input_size(self, img_size: Size) -> None:
@@ -260,15 +260,18 @@ def resolution_control(dense: nn.Module, macs: float) -> ResolutionControl:
         known = ", ".join(cls.__name__ for cls in HOST_CLASSES)
         raise TypeError(f"smaller images are for a plain ViT, which is one of {known}, got a {type(dense).__name__}")
     check_number("macs", macs, "positive")
-    vit = cast("Resizable", dense)
-    patch, (height, width) = vit.patch_embed.patch_size, vit.patch_embed.grid_size
+    parts = plain_parts(dense)
+    cell = parts.cell if isinstance(parts, ReducedTower) else 1
+    patch, (height, width) = parts.patch_embed.patch_size, parts.patch_embed.grid_size
     longer = max(height, width)
-    for side in range(longer, 0, -1):
-        rows, columns = (max(1, round(whole * side / longer)) for whole in (height, width))
+    for side in range(longer, 0, -cell):
+        rows, columns = (cell * max(1, round(whole * side / longer / cell)) for whole in (height, width))
         size = rows * patch[0], columns * patch[1]
-        cost = sum(closed_form_macs(dense, (vit.in_chans, *size)).values())
+        cost = sum(closed_form_macs(dense, (cast("Resizable", dense).in_chans, *size)).values())
         if cost <= macs:
             model = copy_shared(dense, share=False)
-            cast("Resizable", model).set_input_size(size)
+            if hasattr(model, "set_input_size") and not isinstance(parts, ReducedTower):  # others take any size
+                cast("Resizable", model).set_input_size(size)
             return ResolutionControl(model, size, cost)
-    raise ValueError(f"macs must be at least {cost}, which this model takes for one patch, got {macs}")
+    least = "one patch" if cell == 1 else f"one cell of {cell} x {cell} patches"
+    raise ValueError(f"macs must be at least {cost}, which this model takes for {least}, got {macs}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from effvit.hosts.surface import Reduced
 from effvit.measure.breakdown import time_by_block
 from effvit.measure.fidelity import compare_outputs, outputs
 from effvit.measure.flops import FlopReport, count_flops
-from effvit.measure.ideal import PlainViT, ideal_of, mean_counts
+from effvit.measure.ideal import ideal_of, mean_counts, plain_parts
 from effvit.measure.profiler import (
     Measurement,
     ProfileOptions,
@@ -198,5 +198,5 @@ def tokens_by_block(model: nn.Module, images: Tensor) -> list[float] | None:
         return mean_counts(model, images)
     if type(model) not in HOST_CLASSES:
         return None
-    dense = cast("PlainViT", model)
-    return [float(dense.patch_embed.num_patches)] * len(dense.blocks)
+    parts = plain_parts(model)
+    return [float(parts.patch_embed.num_patches)] * len(parts.blocks)

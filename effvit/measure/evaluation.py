@@ -116,16 +116,8 @@ def evaluate(
     numbers = model_labels(selection.images, dense, baseline)
     check_classes(models)
     images = Prepared(selection.images, selection.indices, numbers, image_transform(dense))
-    conditions: dict[str, Json] = {
-        "images": len(selection.indices),
-        "names, sizes and labels of the images": digest(selection.images, selection.indices),
-        "weights": fingerprint(own_tensors(models)),
+    conditions = conditions_of(models, selection, options, calibration) | {
         "input_size": list(input_size),
-        "batch_size": options.batch_size,
-        "dtype": str(options.dtype).removeprefix("torch."),
-        "device": options.processes.device.partition(":")[0],
-        "torch": torch.__version__,
-        "calibration": None if calibration is None else digest(calibration.images, calibration.indices),
         **(also or {}),
     }
     before = options.kept.begin(baseline, conditions, control_names(list(models), controls, seeds))
@@ -167,9 +159,7 @@ def evaluate(
             macs=macs[name],
             mac_ratio=macs[baseline] / macs[name] if macs[name] else None,
             tokens=tokens[name],
-            accuracy=Accuracy(
-                100 * counts.right[name] / counts.seen, "top-1", selection.text, "measured here", counts.seen
-            ),
+            accuracy=accuracy_of(counts, name, selection),
             published=(published or {}).get(name),
         )
         for name, model in models.items()
@@ -177,6 +167,27 @@ def evaluate(
     dtype = str(options.dtype).removeprefix("torch.")
     said = EvaluationConditions(options.batch_size, input_size, device, dtype, weights)
     return Evaluation(machine(device), said, evaluated)
+
+
+def conditions_of(
+    models: Mapping[str, nn.Module], selection: Selection, options: EvaluationOptions, calibration: Selection | None
+) -> dict[str, Json]:
+    """What counts depend on and must be the same if they go on from a file."""
+    return {
+        "images": len(selection.indices),
+        "names, sizes and labels of the images": digest(selection.images, selection.indices),
+        "weights": fingerprint(own_tensors(models)),
+        "batch_size": options.batch_size,
+        "dtype": str(options.dtype).removeprefix("torch."),
+        "device": options.processes.device.partition(":")[0],
+        "torch": torch.__version__,
+        "calibration": None if calibration is None else digest(calibration.images, calibration.indices),
+    }
+
+
+def accuracy_of(counts: Counts, name: str, selection: Selection) -> Accuracy:
+    """Top-1 accuracy of a model, in percent."""
+    return Accuracy(100 * counts.right[name] / counts.seen, "top-1", selection.text, "measured here", counts.seen)
 
 
 def check_classes(models: Mapping[str, nn.Module]) -> None:

@@ -63,16 +63,16 @@ IGNORED_OPERATORS = frozenset(f"aten::{name}{in_place}" for in_place in ("", "_"
     # element-wise arithmetic and activations, softmax
     "abs", "add", "addcmul", "ceil", "clamp_min", "cos", "div", "exp", "gelu", "hardsigmoid", "hardswish", "hardtanh",
     "leaky_relu", "linalg_vector_norm", "log", "log2", "log_softmax", "logsumexp", "mul", "nan_to_num", "neg", "pow",
-    "rsqrt", "rsub", "sigmoid", "silu", "sin", "softmax", "sqrt", "square", "sub", "tanh",
+    "reciprocal", "rsqrt", "rsub", "sigmoid", "silu", "sin", "softmax", "sqrt", "square", "sub", "tanh",
     # sums, extremes and order
     "adaptive_max_pool2d", "amax", "amin", "any", "argmax", "argsort", "cumsum", "kthvalue", "max_pool2d", "maximum",
     "mean", "min", "minimum", "sort", "sum", "topk",
     # comparisons
     "__or__", "isfinite", "isnan", "le", "lt", "ne",
     # making and moving tokens, adding one to another
-    "clone", "col2im", "diagonal", "dropout", "expand_as", "eye", "feature_dropout", "fill", "im2col", "index_add",
-    "index_copy", "index_select", "meshgrid", "new_ones", "nonzero_static", "numel", "numpy_T", "ones_like", "pad",
-    "rand_like", "repeat",
+    "clone", "col2im", "diagonal", "dropout", "expand_as", "eye", "feature_dropout", "fill", "flip", "im2col",
+    "index_add", "index_copy", "index_select", "meshgrid", "new_ones", "nonzero_static", "numel", "numpy_T", "one_hot",
+    "ones_like", "pad", "rand_like", "repeat",
     "resolve_conj", "resolve_neg",
     "repeat_interleave", "reshape_as", "scatter", "scatter_add", "tile", "unflatten", "unfold", "view_as", "where",
 ))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from typing import Protocol, cast
 
 import torch
@@ -11,11 +11,11 @@ from timm.models.eva import Eva, EvaBlock
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from effvit.hosts.host import ReducedHost
+from effvit.hosts.host import ReducedHost, as_host
 from effvit.measure.flops import eval_twin
 from effvit.protocols import Layer, PatchEmbedding
 
-__all__ = ["IDEAL_HOSTS", "IdealEva", "IdealViT", "PlainViT", "ideal_of", "mean_counts"]
+__all__ = ["IDEAL_HOSTS", "IdealEva", "IdealViT", "Parts", "PlainViT", "ideal_of", "mean_counts", "plain_parts"]
 
 IDEAL_HOSTS = (VisionTransformer, VisionTransformerDistilled)
 BATCH = 32  # images whose tokens are counted at a time
@@ -72,6 +72,28 @@ class IdealViT(nn.Module):
             x = x[:, :length]
             x = x + block.ls2(block.mlp(block.norm2(x)))
         return self.dense.forward_head(self.dense.norm(x))
+
+
+class Parts(Protocol):
+    """What schedules are made for."""
+
+    num_prefix_tokens: int
+
+    @property
+    def patch_embed(self) -> PatchEmbedding:
+        """Its grid is that of the images."""
+        ...
+
+    @property
+    def blocks(self) -> Sized:
+        """The blocks, of which only the number is asked."""
+        ...
+
+
+def plain_parts(dense: nn.Module) -> Parts:
+    """Blocks and patch embedding of a plain ViT, whatever part of the model holds them."""
+    holds_them = hasattr(dense, "blocks") and hasattr(getattr(dense, "patch_embed", None), "img_size")
+    return cast("Parts", dense) if holds_them else as_host(dense)
 
 
 class EvaAttention(Protocol):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 from torch import nn
 
-from effvit.measure.ideal import PlainViT
+from effvit.hosts.host import HOST_CLASSES
+from effvit.measure.ideal import plain_parts
 from effvit.measure.variants import check_dense, reduce_by
 from effvit.protocols import Settings
 from effvit.reducers import METHODS
@@ -54,9 +55,9 @@ def families(dense: nn.Module, methods: Sequence[str] | None = None) -> list[Fam
     if unknown:
         raise ValueError(f"{unknown[0]!r} is not tuned; tuned are {', '.join(known)}")
     check_dense(dense)
-    if not hasattr(dense, "blocks"):
+    if not hasattr(dense, "blocks") and type(dense) not in HOST_CLASSES:
         raise TypeError(f"tuned are plain ViTs, whose blocks follow each other in 'blocks', not {type(dense).__name__}")
-    host = cast("PlainViT", dense)
+    host = plain_parts(dense)
     depth, patches = len(host.blocks), host.patch_embed.num_patches
     found = []
     for method in methods:

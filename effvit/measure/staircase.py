@@ -13,7 +13,7 @@ from typing import cast
 import numpy as np
 from torch import Tensor, nn
 
-from effvit.measure.ideal import IDEAL_HOSTS, PlainViT
+from effvit.measure.ideal import IDEAL_HOSTS, PlainViT, plain_parts
 from effvit.measure.values import Staircase
 from effvit.protocols import Layer, Settings, Size
 from effvit.reducers import METHODS
@@ -81,7 +81,7 @@ def staircase_of_macs(dense: nn.Module, total: int) -> Staircase:
         dense: The host.
         total: Its multiply-adds; what its blocks do not explain is outside them.
     """
-    host = cast("PlainViT", dense)
+    host = plain_parts(dense)
     dim: int = getattr(dense, "embed_dim")  # noqa: B009
     depth, patches = len(host.blocks), host.patch_embed.num_patches
     counts = measured_counts(patches)

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from time import monotonic
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from effvit.hosts.host import ReducedHost
 from effvit.measure.closed_form import closed_form_macs
 from effvit.measure.fidelity import Outputs, classified, compare_outputs, outputs
 from effvit.measure.free_choices import FreeModel, default_models, random_controls
-from effvit.measure.ideal import PlainViT, mean_counts
+from effvit.measure.ideal import Parts, mean_counts, plain_parts
 from effvit.measure.ladders import Family, Place, can_take, families, usable_part, weakest
 from effvit.measure.moves import improved
 from effvit.measure.profiler import Measurement, Options, machine, profile_models, setup_of
@@ -289,10 +289,10 @@ class Trials:
         """(channels, H, W) of an image."""
         return self.empty.conditions.input_size
 
-    @property
-    def host(self) -> PlainViT:
+    @cached_property
+    def host(self) -> Parts:
         """The model, as what is asked of it."""
-        return cast("PlainViT", self.dense)
+        return plain_parts(self.dense)
 
     @cached_property
     def reference(self) -> Outputs:

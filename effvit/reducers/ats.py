@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from effvit.attention import AttnState, Pick, Selection
+from effvit.attention import AttnState, Pick, Picked
 from effvit.protocols import Settings
 from effvit.recording import is_recorded
 from effvit.reducers.base import Reducer, check_finite, refuse_recording
@@ -76,7 +76,7 @@ class Sample(NamedTuple):
 
 @fx_leaf
 def inverse_transform_sample(
-    scores: Tensor, num_points: int, valid: Tensor | None = None, grid: str = "official", compat: bool = False
+    scores: Tensor, num_points: int | Tensor, valid: Tensor | None = None, grid: str = "official", compat: bool = False
 ) -> Sample:
     """Tokens nearest, on the cumulated score, to a regular grid of points (ATS section 3.2, Algorithm 1).
 
@@ -86,7 +86,7 @@ def inverse_transform_sample(
 
     Args:
         scores: (B, N), not negative; 0 for padding.
-        num_points: Grid points, at least 2.
+        num_points: Grid points, at least 2; (B, 1) if each image has its own number.
         valid: (B, N) False for padding.
         grid: "official": points from the smallest non-zero value to 1, as ats_block.py@9271257; "midpoint":
             (2k - 1) / 2K.
@@ -115,15 +115,15 @@ def inverse_transform_sample(
         first = height.masked_fill(height <= 0, 1).amin(1, keepdim=True)
         step = ((1 - first) / (num_points - 1)).clamp(min=tiny)
     else:
-        first = torch.full_like(top, 0.5 / num_points)
-        step = torch.full_like(top, 1 / num_points)
+        step = torch.ones_like(top) / num_points
+        first = step / 2
     # The last grid point nearer to token j than to j + 1 is the last one up to the middle between the two.
     middle = (height[:, :-1] + height[:, 1:]) / 2
     last_point = ((middle - first) / step).floor().clamp(min=-1)
     if compat:
         place = torch.ones_like(order[:, :-1]).cumsum(1) - 1
         last_point = last_point.masked_fill(place < scores.shape[1] - num_points, -1)
-    every_point = torch.full_like(top, num_points - 1)  # as a number in F.pad it would fix the image size of a graph
+    every_point = torch.ones_like(top) * (num_points - 1)  # as a number in F.pad it would fix the image size of a graph
     reached = torch.cat([last_point, every_point], dim=1) > F.pad(last_point, (1, 0), value=-1)  # (B, N)
     return Sample(order, reached if real is None else reached & real)
 
@@ -167,6 +167,7 @@ class ATS(Rated):
         self.ragged = ragged
         self.drop_tokens = drop_tokens
         self.compat = compat
+        self.takes_padding = not compat
         self.reads_counts = drop_tokens or ragged == "packed"
 
     @classmethod
@@ -246,21 +247,26 @@ class ATS(Rated):
     def pick(self) -> Pick | None:
         return None if self.keep_rate == 1 else self.sample  # off by set_keep_rate, as ``plan`` leaves such a block out
 
-    def sample(self, state: AttnState) -> Selection:
+    def sample(self, state: AttnState) -> Picked:
         """Sample the query rows that are computed from the scores of all tokens."""
         tokens = state.keys
         self.check_recordable(state.q)
-        width = self.count(tokens.num_tokens, tokens.num_patches)
+        own = tokens.layout.own
+        width = self.count(tokens.num_tokens, tokens.num_patches if own is None else max(own))
+        num_points: int | Tensor = self.num_points(tokens.num_patches)
+        if own is not None:
+            num_points = torch.tensor([[self.num_points(number)] for number in own], device=state.q.device)  # (B, 1)
         with torch.no_grad():
             scores = check_finite(significance(state, self.value_norm), self.origin("token scores"), state.x)
-            num_points = self.num_points(tokens.num_patches)
             sample = inverse_transform_sample(scores, num_points, tokens.valid, self.grid, self.compat)
             must_pack = self.ragged == "packed"
             kept = compact(sample.order, sample.picked, width, self.drop_tokens, is_recorded(scores), must_pack)
-        packed = tokens.packed or packs(self.ragged, kept.lengths, tokens.num_prefix, state.q)
+        # No kernel for packed batches takes a bias of pairs.
+        packed = state.pairs is None and packs(self.ragged, kept.lengths, tokens.num_prefix, state.q)
+        packed = packed or tokens.packed
         left = tokens.keep(kept.order, width, valid=kept.valid, packed=packed, lengths=kept.lengths)
         rows = packed_rows(tokens, kept.order, left) if packed else tokens.rows(kept.order)
-        return Selection(rows, left)
+        return Picked(rows, left)
 
     def check_recordable(self, q: Tensor) -> None:
         """Raise a ValueError where a graph of fixed shapes would differ from a plain run, or cannot be made."""

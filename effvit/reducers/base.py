@@ -85,6 +85,9 @@ class Reducer(nn.Module):
         graph_reads_counts: ``effvit.compile`` makes one graph that reads the numbers of tokens; else it compiles the
             MLPs alone.
         keeps_every_patch: No patch is dropped: each is part of a merged token or of a cluster.
+        takes_padding: In a batch of images with grids of their own, whose ``TokenMap.layout.own`` tells their patches,
+            padding is never scored, merged or kept, and counts are those of the image. Else images of equal grids run
+            together.
         open_sides: Sides of the patch grid, 0 to 2, of which ``torch.export`` can follow the token counts where they
             are unknown; see ``check_size``.
         learns: The method learns something beside the weights, which state_dict holds.
@@ -103,6 +106,7 @@ class Reducer(nn.Module):
     reads_counts = False
     graph_reads_counts = False
     keeps_every_patch = False
+    takes_padding = False
     open_sides = 2
     learns = False
     soft = False

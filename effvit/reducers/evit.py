@@ -6,15 +6,17 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from effvit.attention import AttnState
 from effvit.protocols import Settings
+from effvit.recover import unpacked
 from effvit.reducers.base import FEW_PATCHES, Reducer, check_finite
 from effvit.reducers.cost import BlockSizes, Change
 from effvit.reducers.keep_rate import KeepRate, kept_in_blocks
 from effvit.schedule import check_blocks, check_switch, keep_rate_ladder, spread_blocks
-from effvit.tokens import TokenMap, take_rows
+from effvit.tokens import Fused, Kept, Step, TokenMap, take_rows
 
 __all__ = ["EViT", "class_attention"]
 
@@ -39,6 +41,7 @@ class EViT(KeepRate):
     name = "evit"
     summary = "keep the patches the class token attends to most, fuse the rest (2202.07800)"
     needs_class_token = True
+    takes_padding = True
 
     def __init__(self, keep_rate: float, fuse_token: bool, num_tokens: int | None) -> None:
         super().__init__(keep_rate, num_tokens)
@@ -94,6 +97,8 @@ class EViT(KeepRate):
         return Change(at.tokens, at.tokens, kept + bool(fused), at.class_rows + fused)
 
     def reduce(self, x: Tensor, tokens: TokenMap, state: AttnState) -> tuple[Tensor, TokenMap]:
+        if tokens.valid is not None:
+            return self.reduce_each(x, tokens, tokens.valid, state)
         kept = self.num_kept(tokens.num_tokens)
         if kept == tokens.num_tokens:
             return x, tokens
@@ -105,6 +110,32 @@ class EViT(KeepRate):
         index = ranked[:, :kept]  # (B, kept)
         fused = fuse_rest(x[:, tokens.num_prefix :], scores, index)  # (B, 1, C)
         return torch.cat([take_rows(x, tokens.rows(index)), fused], dim=1), tokens.fuse(ranked, kept)
+
+    def reduce_each(self, x: Tensor, tokens: TokenMap, valid: Tensor, state: AttnState) -> tuple[Tensor, TokenMap]:
+        """``reduce`` of images with different numbers of tokens, each of which keeps a share of its own."""
+        lengths = [length - tokens.num_prefix for length in tokens.sequence_lengths()]
+        numbers = [self.num_kept(length) for length in lengths]
+        if numbers == lengths:
+            return x, tokens
+        left = [kept + int(self.fuse_token and kept < length) for kept, length in zip(numbers, lengths, strict=True)]
+        packed = tokens.packed
+        x, tokens = unpacked(x, tokens)
+        scores = check_finite(
+            class_attention(state), self.origin("class-token scores"), state.x
+        )  # (B, N), 0 for padding
+        order = scores.masked_fill(~valid, -1).topk(max(left), dim=1).indices  # (B, K)
+        place = torch.arange(max(left), device=x.device)
+        kept, counts = (torch.tensor(n, device=x.device).unsqueeze(1) for n in (numbers, left))  # (B, 1)
+        new = take_rows(x, tokens.rows(order))  # (B, P+K, C)
+        step: Step = Kept(order, place < counts)
+        if self.fuse_token:
+            index = torch.where(place < kept, order, order[:, :1])  # of the kept tokens, the first one repeated
+            fused = fuse_rest(x[:, tokens.num_prefix :], scores, index)  # (B, 1, C)
+            here = (place == kept) & (place < counts)
+            new = torch.where(F.pad(here, (tokens.num_prefix, 0)).unsqueeze(-1), fused, new)
+            step = Fused(order, kept)
+        tokens = tokens.relabel(step, max(left), valid=place < counts, packed=packed, lengths=tuple(left))
+        return tokens.pack(new) if packed else new, tokens
 
 
 def fuse_rest(patches: Tensor, scores: Tensor, index: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from effvit.attention import AttnState, Pick, Selection
+from effvit.attention import AttnState, Pick, Picked
 from effvit.protocols import Host, Settings, Size
 from effvit.recording import compile_each_size
 from effvit.reducers.base import Reducer
@@ -192,11 +192,11 @@ class StaticSelection(Rated):
     def pick(self) -> Pick | None:
         return self.sample if self.place == "queries" else None
 
-    def sample(self, state: AttnState) -> Selection:
+    def sample(self, state: AttnState) -> Picked:
         """The query rows of the patches that stay."""
         index, kept = self.chosen(state.keys)
         rows = state.keys.rows(index)
-        return Selection(rows, state.keys.keep(index, kept, rows=rows))
+        return Picked(rows, state.keys.keep(index, kept, rows=rows))
 
     def reduce(self, x: Tensor, tokens: TokenMap, state: AttnState) -> tuple[Tensor, TokenMap]:
         return self.keep(x, tokens) if self.place == "mlp" else (x, tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from effvit.reducers.base import FEW_PATCHES, Reducer, check_finite
 from effvit.reducers.block_schedule import BlockSchedule, tokens_by_block
 from effvit.reducers.cost import BlockSizes, Change, alternating_pairs
 from effvit.reducers.matching import alternating_match, mean_keys, merge_sizes, move_shares
+from effvit.reducers.merging import apply_merge, plan_merge
 from effvit.schedule import check_switch, spread_ladder, tome_r
 from effvit.tokens import (
     Ranges,
@@ -213,6 +215,7 @@ class ToMe(Reducer):
     summary = "merge the r most similar tokens of every block (2210.09461)"
     open_sides = 1
     keeps_every_patch = True
+    takes_padding = True
 
     def __init__(self, r: int, prop_attn: bool) -> None:
         super().__init__()
@@ -280,6 +283,8 @@ class ToMe(Reducer):
         return Change(at.tokens, at.tokens, at.tokens - merged, alternating_pairs(at.tokens, at.head_dim))
 
     def reduce(self, x: Tensor, tokens: TokenMap, state: AttnState) -> tuple[Tensor, TokenMap]:
+        if tokens.valid is not None:
+            return self.reduce_each(x, tokens, state)
         r = self.num_merged(tokens.num_tokens)
         if r == 0:
             return x, tokens
@@ -290,3 +295,19 @@ class ToMe(Reducer):
         x, size = merge_tokens(x, tokens.size, matching, ranges)
         weight = size if self.prop_attn else None
         return x, tokens.relabel(matching, tokens.num_tokens - r, size, weight, keeps_every_patch=True)
+
+    def reduce_each(self, x: Tensor, tokens: TokenMap, state: AttnState) -> tuple[Tensor, TokenMap]:
+        """``reduce`` of images with different numbers of tokens, each of which loses r or half of its own."""
+        lengths = [length - tokens.num_prefix for length in tokens.sequence_lengths()]
+        left = tuple(length - self.num_merged(length) for length in lengths)
+        if left == tuple(lengths):
+            return x, tokens
+        metric = mean_keys(state.k)
+        metric = (tokens.unpack(metric) if tokens.packed else metric)[:, tokens.num_prefix :]  # (B, N, D)
+        check_finite(metric, self.origin("keys"), state.x)
+        every = metric.new_full((), -2)  # below all cosines
+        merge = plan_merge(
+            metric, tokens.valid, tokens.num_prefix, every, max_r=self.r, packed=tokens.packed, lengths=left
+        )
+        x, merged = apply_merge(x, tokens, merge, tokens.packed)
+        return x, merged if self.prop_attn else replace(merged, key_weight=None)

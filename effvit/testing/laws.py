@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
+from timm.layers import RmsNormFp32
 from torch import Tensor, nn
 
 from effvit.hosts.host import ReducedHost, TokenFeatures
@@ -31,9 +33,24 @@ __all__ = [
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
+class DoubleRmsNorm(RmsNormFp32):
+    """timm's ``RmsNormFp32`` without its cast to float32."""
+
+    normalized_shape: tuple[int, ...]
+    weight: Tensor | None
+    eps: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+
+
 def double(model: ModelT) -> ModelT:
-    """The model in float64, where no decision is a matter of rounding."""
-    return copy.deepcopy(model).double()
+    """The model in float64, where no decision is a matter of rounding, in norms that timm computes in float32 too."""
+    twin = copy.deepcopy(model).double()
+    for module in twin.modules():
+        if type(module) is RmsNormFp32:
+            module.__class__ = DoubleRmsNorm
+    return twin
 
 
 def assert_law(tokens: TokenMap) -> None:

@@ -7,14 +7,21 @@ from functools import partial
 from typing import cast
 
 import torch
+from timm.models.beit import Beit
+from timm.models.deepseek_vit import DeepseekVitClassifier
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
+from timm.models.gemma4_vit import Gemma4VitClassifier
+from timm.models.naflexvit import NaFlexVit
+from timm.models.qwen3_vit import Qwen3VitClassifier
 from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
 from torch import Tensor, nn
 
 import effvit
-from effvit.hosts.host import ReducedHost
+from effvit.hosts.host import ReducedHost, patch_embedding
 from effvit.hosts.lvvit import LVViT
+from effvit.hosts.surface import record_args
 from effvit.protocols import Setting, Settings, Size
 from effvit.reducers import METHODS
 from effvit.testing.surface import Backbone, MakeModel
@@ -45,6 +52,18 @@ def _gated(**settings: Setting) -> nn.Module:
     return host
 
 
+def _naflex(*, img_size: Size, dynamic_img_size: bool = True, **settings: Setting) -> nn.Module:
+    """A ``NaFlexVit``, which takes images of any size, without a word for it; positions are those of a 6 x 8 grid."""
+    return NaFlexVit(pos_embed_grid_size=(6, 8), **settings)
+
+
+def _tower(cls: Callable[..., nn.Module], dynamic_img_size: bool = True, **settings: Setting) -> nn.Module:
+    """A classifier around a tower, which takes images of any size, so that there is no keyword to ask for it."""
+    tower = cls(**settings)
+    record_args(tower, settings)  # as timm.create_model does: Gemma's towers do not keep the size of their images
+    return tower
+
+
 HOSTS: dict[str, MakeModel] = {
     "class_token": _small(VisionTransformer),
     "distilled": _small(VisionTransformerDistilled),
@@ -72,7 +91,28 @@ HOSTS: dict[str, MakeModel] = {
         class_token=True,
         global_pool="avg",
     ),
+    "beit": _small(Beit, use_abs_pos_emb=False, use_rel_pos_bias=True, qkv_bias=True, init_values=0.1),
+    "relpos": _small(VisionTransformerRelPos, class_token=True, global_pool="token", rel_pos_dim=16, init_values=0.1),
+    "shared_relpos": _small(
+        VisionTransformerRelPos,
+        block_fn=ResPostRelPosBlock,
+        rel_pos_type="bias",
+        shared_rel_pos=True,
+        qk_norm=True,
+        init_values=None,
+    ),
     "lvvit": _small(LVViT, patch_size=16, img_size=(64, 80)),
+    "qwen3": _small(partial(_tower, Qwen3VitClassifier), pos_embed_grid_size=6, mlp_ratio=2.0),
+    "deepseek": _small(partial(_tower, DeepseekVitClassifier)),
+    "gemma4": _small(
+        partial(_tower, Gemma4VitClassifier),
+        head_dim=16,
+        num_kv_heads=1,
+        intermediate_size=64,
+        position_embedding_size=10,
+        use_clipped_linears=True,
+    ),
+    "naflex": _small(_naflex, class_token=True, reg_tokens=1, init_values=0.1, global_pool="avg"),
 }
 
 
@@ -110,7 +150,8 @@ def reduce(host: Backbone, method: str, settings: Settings, recover: str | None 
 
 def make_images(model: Backbone | ReducedHost, batch: int = 2) -> Tensor:
     """Images (B, 3, H, W) of the model's size, the same ones at every call."""
-    size = model.patch_embed.img_size
+    embedding = patch_embedding(model)
+    size = None if embedding is None else embedding.img_size
     assert size is not None, "the model was not made for images of one size"
     return noise(batch, size)
 

@@ -146,6 +146,8 @@ class PatchTaughtClassifier(TimmClassifier):
         kwargs: Those of ``TimmClassifier``.
     """
 
+    class_weights: Tensor
+
     def __init__(
         self, model_name: str, *, patch_weight: float = 1.0, background_weight: float = 0.1, **kwargs: Any
     ) -> None:
@@ -153,7 +155,8 @@ class PatchTaughtClassifier(TimmClassifier):
         classes = self.model.num_classes
         self.model.patch_head = nn.Linear(self.model.embed_dim, classes + 1)
         self.patch_weight = check_number("patch_weight", patch_weight)
-        self.class_weights = [1.0] * classes + [check_number("background_weight", background_weight)]
+        weights = [1.0] * classes + [check_number("background_weight", background_weight)]
+        self.register_buffer("class_weights", torch.tensor(weights), persistent=False)
 
     def loss(self, inputs: Tensor, data_samples: Sequence[DataSample], **kwargs: Any) -> dict[str, Tensor]:
         """Scalars of images (B, 3, H, W): "loss" of the class token, "patch_loss" of the patches."""
@@ -161,6 +164,5 @@ class PatchTaughtClassifier(TimmClassifier):
         losses: dict[str, Tensor] = self._get_loss(self.model.forward_head(tokens), data_samples, **kwargs)
         scores = self.model.patch_head(tokens[:, self.model.num_prefix_tokens :])  # (B, N, classes + 1)
         target = torch.stack([sample.patch_label for sample in data_samples])
-        weights = scores.new_tensor(self.class_weights, dtype=torch.float32)
-        patches = F.cross_entropy(scores.flatten(0, 1).float(), target.flatten(), weights)
+        patches = F.cross_entropy(scores.flatten(0, 1).float(), target.flatten(), self.class_weights)
         return {**losses, "patch_loss": self.patch_weight * patches}

@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeGuard, cast
 
+from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
+from timm.models.naflexvit import NaFlexVit
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import nn
 
@@ -24,13 +27,15 @@ from effvit.hosts.host import HOST_CLASSES, ReducedHost
 from effvit.hosts.lvvit import LVViT
 from effvit.hosts.sam import sam
 from effvit.hosts.swin import swin
+from effvit.hosts.tower_costs import tower_form
+from effvit.hosts.towers import TOWERS
 from effvit.layers.macs import Terms
 from effvit.protocols import Size
 from effvit.reducers import METHODS, Reducer
 
 __all__ = ["closed_form_macs"]
 
-PLAIN = (VisionTransformer, VisionTransformerDistilled, Eva, LVViT)
+PLAIN = (VisionTransformer, VisionTransformerDistilled, Eva, Beit, VisionTransformerRelPos, NaFlexVit, LVViT)
 WITH_WINDOWS: dict[type[nn.Module], Callable[[nn.Module, Size], Terms]] = {
     SwinTransformer: swin,
     SwinTransformerV2: swin,
@@ -56,7 +61,8 @@ def closed_form_macs(
     """Multiply-accumulates (MACs) of one image in eval mode, term by term; the sum of the values is the total.
 
     Args:
-        model: A model of this package, or a plain ViT, Eva, Swin or SAM of timm; on any device, also meta.
+        model: A model of this package, or a plain ViT, Eva, Swin, SAM or vision-language tower of timm; on any device,
+            also meta.
         input_size: (channels, H, W) of an image.
         token_counts: Patch tokens that leave each block. Needed for ATS and DyMU, whose numbers depend on the image,
             and refused for all others.
@@ -82,11 +88,14 @@ def closed_form_macs(
         if isinstance(model, ReducedHost):
             return dict(+model.closed_form(size, token_counts))
         return dict(+plain_vit(cast(PlainViT, model), size, None))
+    if type(model) in (*TOWERS, *(HOST_CLASSES[cls] for cls in TOWERS)):
+        check_plain(model, token_counts)
+        return dict(+tower_form(model, size, token_counts))
     if type(model) in WITH_WINDOWS:
         return dict(+WITH_WINDOWS[type(model)](model, size))
     if knows_its_form(model):
         return dict(+model.closed_form(size))
-    known = ", ".join(cls.__name__ for cls in (*PLAIN, *WITH_WINDOWS))
+    known = ", ".join(cls.__name__ for cls in (*PLAIN, *TOWERS, *WITH_WINDOWS))
     raise TypeError(
         f"a {type(model).__name__} has no closed form, only {known} and classes that define closed_form themselves "
         "have; use effvit.count_flops instead"
@@ -95,7 +104,7 @@ def closed_form_macs(
 
 def check_plain(model: Any, token_counts: Sequence[int] | None) -> None:
     """Raise an error unless the blocks and the method of a plain ViT have a closed form."""
-    blocks = model.blocks
+    blocks = getattr(model, "encoder", model).blocks
     foreign = {type(block).__name__ for block in blocks if not isinstance(block, tuple(BLOCK_CLASSES))}
     if foreign:
         raise TypeError(f"blocks of the class {', '.join(foreign)} have no closed form; use effvit.count_flops")

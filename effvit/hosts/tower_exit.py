@@ -1,0 +1,207 @@
+"""A vision tower: a plain ViT whose tokens leave at some block, with what its attention says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from effvit.attention import AttnState, SumMap, sum_beside
+from effvit.block import BlockList, ReducibleBlock, rehouse, set_child, token_block
+from effvit.hosts.host import HOST_CLASSES, ReducedHost
+from effvit.hosts.naflex import ReducedNaFlex
+from effvit.hosts.refusals import reason_against
+from effvit.hosts.towers import ReducedTower
+from effvit.reducers.base import Reducer
+from effvit.reducers.matching import mean_keys
+from effvit.schedule import block_number
+from effvit.tokens import TokenMap, wide_dtype, wide_product
+
+__all__ = ["KEYS", "RECEIVED", "ROWS", "Read", "Tower", "TowerOutput", "attention_received"]
+
+Read = Callable[[AttnState], Tensor]
+
+
+def class_attention(state: AttnState) -> Tensor:
+    """(B, N) attention of the class token to the patches, the mean over the heads; the other columns are left out."""
+    return state.class_rows()[:, :, 0, state.keys.num_prefix :].mean(dim=1)
+
+
+def class_logits(state: AttnState) -> Tensor:
+    """(B, N) the same before the softmax (GlobalCom2, 2501.05179)."""
+    q, k = state.map_factors()
+    logits = wide_product(q[:, :, :1], k.transpose(-2, -1))  # (B, heads, 1, P+N)
+    logits = logits if state.pairs is None else logits + state.pairs.leading(1)
+    return logits[:, :, 0, state.keys.num_prefix :].mean(dim=1)
+
+
+def one_head_attention(state: AttnState) -> Tensor:
+    """(B, N) attention of the class token with all heads taken as one of C channels (PruMerge, 2403.15388).
+
+    Raises:
+        ValueError: Relative positions, whose biases belong to single heads.
+    """
+    if state.pairs is not None:
+        raise ValueError(
+            "all heads are taken as one, but the relative positions of this tower bias each head in its own way; use "
+            "'visionzip' or 'class_attention', which read the heads one by one"
+        )
+    wide = wide_dtype(state.q.dtype)
+    q = state.q[:, :, :1].to(wide).transpose(1, 2).flatten(2)  # (B, 1, C)
+    k = state.k.to(wide).transpose(1, 2).flatten(2)  # (B, P+N, C)
+    logits = wide_product(q, k.transpose(1, 2)) * q.shape[-1] ** -0.5  # (B, 1, P+N)
+    logits = logits if state.bias is None else logits + state.bias[:, 0]
+    return logits.softmax(dim=-1)[:, 0, state.keys.num_prefix :]
+
+
+def attention_received(state: AttnState) -> Tensor:
+    """(B, N) attention each patch gets, the mean over heads and queries: the map is summed a piece at a time.
+
+    What class-free towers have in place of a class token (HoliTom, 2505.21334, for SigLIP).
+    """
+    sums = sum_beside(state, SumMap()).sums
+    assert sums is not None
+    return sums.received.mean(dim=1)[:, state.keys.num_prefix :] / state.q.shape[2]
+
+
+def averaged_keys(state: AttnState) -> Tensor:
+    """(B, N, D) keys of the patches, the mean over the heads."""
+    return mean_keys(state.k)[:, state.keys.num_prefix :]
+
+
+def joined_keys(state: AttnState) -> Tensor:
+    """(B, N, C) keys of the patches, the heads side by side."""
+    return state.k.detach().transpose(1, 2).flatten(2)[:, state.keys.num_prefix :].to(wide_dtype(state.k.dtype))
+
+
+RECEIVED = "received"
+"""The name of ``attention_received``, which needs no class token."""
+
+ROWS: dict[str, Read] = {
+    "attention": class_attention,
+    "logits": class_logits,
+    "one_head": one_head_attention,
+    RECEIVED: attention_received,
+}
+"""What attention says of the patches, (B, N) by the name that ``Selector.row`` gives."""
+
+KEYS: dict[str, Read] = {"mean": averaged_keys, "joined": joined_keys}
+"""Keys of the patches, (B, N, D) by the name that ``Selector.keys`` gives."""
+
+
+class Observer(Reducer):
+    """Hands what it reads of a block's attention to whoever runs the tower; all tokens stay."""
+
+    name = "observer"
+    summary = "reads the attention of a block"
+
+    def __init__(self, reads: Sequence[Read]) -> None:
+        super().__init__()
+        self.reads = tuple(reads)
+
+    def count(self, num_tokens: int, num_patches: int) -> int:
+        return num_tokens
+
+    def note(self, state: AttnState) -> tuple[Tensor, ...]:
+        return tuple(read(state).detach() for read in self.reads)
+
+    def after(self, x: Tensor, tokens: TokenMap, note: tuple[Tensor, ...]) -> tuple[Tensor, TokenMap]:
+        seen = tokens.carry if isinstance(tokens.carry, tuple) else ()
+        return x, replace(tokens, carry=(*seen, *note))
+
+
+class TowerOutput(NamedTuple):
+    """What leaves a tower.
+
+    Attributes:
+        prefix: (B, P, C) prefix tokens.
+        patches: (B, N, C) patch tokens.
+        tokens: Their map.
+        notes: What was read, in the order of the blocks and of the reads in each.
+    """
+
+    prefix: Tensor
+    patches: Tensor
+    tokens: TokenMap
+    notes: tuple[Tensor, ...]
+
+
+class Tower(nn.Module):
+    """A plain ViT up to a block, on the modules of the model that was given, which stays as it is.
+
+    Args:
+        model: A timm model that ``sparsify`` takes, or one that is reduced already.
+        block: Whose output leaves, counted from 0, or from the last one, -1. Blocks behind it and behind all that are
+            read are not run.
+        reads: Blocks, counted likewise, and what to read of their attention; the notes are in the order of the blocks.
+
+    Raises:
+        TypeError: A model that ``sparsify`` does not take.
+        ValueError: A block that the model does not have, or that reduces tokens itself, so that its attention is not
+            that of the tokens that leave.
+    """
+
+    def __init__(self, model: nn.Module, block: int, reads: Sequence[tuple[int, Read]]) -> None:
+        super().__init__()
+        host_class = type(model) if isinstance(model, ReducedHost) else HOST_CLASSES.get(type(model))
+        if host_class is None:
+            raise TypeError(
+                f"{reason_against(model, HOST_CLASSES)}; or run the tower and give what leaves it, merger included, as "
+                "tokens= and grid="
+            )
+        if issubclass(host_class, (ReducedTower, ReducedNaFlex)):
+            raise TypeError(
+                f"select_tokens does not run a {type(model).__name__}, which has a projector of its own or images of "
+                "several grids; run it and give what leaves it, merger included, as tokens= and grid="
+            )
+        self.host = rehouse(model, host_class)
+        depth = len(self.host.blocks)
+        self.block = block_number(block, depth)
+        places: dict[int, list[Read]] = {}
+        for place, read in reads:
+            places.setdefault(block_number(place, depth), []).append(read)
+        self.num_notes = len(reads)
+        self.stop = max(self.block, *places) + 1 if places else self.block + 1
+        if not isinstance(model, ReducedHost):
+            self.host.method = Observer.name
+            self.host.note_placement()
+            self.host._settle()
+        else:
+            self._check_reads(model, places)
+        blocks: BlockList = self.host.blocks[: self.stop]  # a new container, so that the model keeps its own
+        for i in range(self.stop):
+            blocks[i] = observed(blocks[i], i, Observer(places[i]) if i in places else None)
+        set_child(self.host, "blocks", blocks)  # type: ignore[arg-type]
+
+    def _check_reads(self, model: ReducedHost, places: Mapping[int, object]) -> None:
+        """Raise a ValueError unless what is read belongs to the tokens that leave."""
+        for place in places:
+            early = place < self.block  # of a block in front, all patches must be there, and leave too
+            between = range(self.stop) if early else range(min(self.block + 1, place), place + 1)
+            reducing = [i for i in between if i in model.reducers]
+            if reducing:
+                raise ValueError(
+                    f"scores are read in block {place} and tokens leave block {self.block}, but {model.method} reduces "
+                    f"tokens in block {reducing[0]}, so that they are scores of other tokens; let it reduce in earlier "
+                    "blocks alone, choose another block, or use a method that needs features alone, such as 'divprune'"
+                )
+
+    def forward(self, images: Tensor) -> TowerOutput:
+        """What leaves the tower for images (B, 3, H, W)."""
+        final, (taken,) = self.host._forward_blocks(images, take=(self.block,))
+        prefix, patches = taken.tokens.split(taken.x)
+        carried = final.tokens.carry if isinstance(final.tokens.carry, tuple) else ()
+        return TowerOutput(prefix, patches, taken.tokens, carried[len(carried) - self.num_notes :])
+
+
+def observed(block: nn.Module, place: int, observer: Observer | None) -> ReducibleBlock:
+    """The block ready for token maps, read by the observer if there is one."""
+    if not isinstance(block, ReducibleBlock):
+        block = token_block(block, place)
+    if observer is None:
+        return block
+    read = rehouse(block, type(block))
+    set_child(read, "reducer", observer)
+    return read

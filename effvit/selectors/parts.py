@@ -1,0 +1,197 @@
+"""Selection over the parts of one image: a thumbnail and crops, as LLaVA-NeXT and InternVL cut large images."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from effvit.protocols import Setting, Size
+from effvit.schedule import check_choice, check_count
+from effvit.selectors.base import Choice, Features, Keep, Selector
+from effvit.selectors.registry import make_selector
+from effvit.selectors.select import (
+    CLASS_ROW,
+    TokenSelector,
+    arranged,
+    check_features,
+    choose_tokens,
+    given_features,
+)
+from effvit.selectors.selection import Selection
+from effvit.tokens import compact
+
+__all__ = ["PartSelector", "Parts", "SelectedParts", "highest_each", "select_parts", "valid_cells"]
+
+THUMBNAILS = ("first", "last")
+
+
+class Parts(NamedTuple):
+    """How an image was cut.
+
+    Attributes:
+        crops: (rows, columns) of crops.
+        thumbnail: Where the whole image stands among the parts: "first", "last", or None for crops alone.
+        valid: (rows * H, columns * W) cells of the crops that show the image and no padding; None: all.
+    """
+
+    crops: Size
+    thumbnail: str | None
+    valid: Tensor | None = None
+
+    @property
+    def number(self) -> int:
+        """Parts of the image."""
+        return self.crops[0] * self.crops[1] + (self.thumbnail is not None)
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (P, ...) as that of the thumbnail (...) and that of the crops (P - 1, ...)."""
+        return (x[0], x[1:]) if self.thumbnail == "first" else (x[-1], x[:-1])
+
+    def join(self, thumbnail: Tensor, crops: Tensor) -> Tensor:
+        """The inverse of ``split``."""
+        pair = [thumbnail.unsqueeze(0), crops]
+        return torch.cat(pair if self.thumbnail == "first" else pair[::-1])
+
+
+class SelectedParts(NamedTuple):
+    """The tokens that leave the parts of one image.
+
+    Attributes:
+        selection: Of all parts, in the order they were given.
+        parts: How the image was cut.
+    """
+
+    selection: Selection
+    parts: Parts
+
+    def canvas_ids(self) -> Tensor:
+        """(P, K) cell of each token on the canvas of all crops, row by row; -1 for the thumbnail and for padding.
+
+        The row on the canvas, behind which language models put a newline token, is that divided by its width, the
+        columns of crops times those of a crop's grid.
+        """
+        ids, (height, width) = self.selection.ids, self.selection.grid
+        crop = torch.arange(ids.shape[0], device=ids.device).unsqueeze(1) - int(self.parts.thumbnail == "first")
+        row = torch.div(crop, self.parts.crops[1], rounding_mode="floor") * height + ids // width
+        canvas = row * self.parts.crops[1] * width + crop % self.parts.crops[1] * width + ids % width
+        outside = (crop < 0) | (crop >= self.parts.crops[0] * self.parts.crops[1])
+        outside = outside if self.selection.valid is None else outside | ~self.selection.valid
+        return canvas.masked_fill(outside, -1)
+
+
+class PartSelector(Selector):
+    """A method that shares a budget out over the parts of one image; a subclass supplies ``choose_parts``."""
+
+    takes = "select_parts"
+
+    def count(self, keep: Keep, grid: Size) -> int | None:
+        return None
+
+    def choose_parts(self, features: Features, parts: Parts, keep: Keep) -> Tensor:
+        """(P, N) True for the cells that stay, of features of the P parts."""
+        raise NotImplementedError
+
+
+def highest_each(scores: Tensor, counts: Tensor) -> Tensor:
+    """(P, N) True for the ``counts`` (P,) largest scores (P, N) of each part."""
+    rank = scores.argsort(dim=1, descending=True).argsort(dim=1)
+    return rank < counts.unsqueeze(1)
+
+
+def valid_cells(image_size: Size, crops: Size, grid: Size) -> Tensor:
+    """(rows * H, columns * W) True for cells of the canvas that show an image of (height, width) pixels.
+
+    LLaVA fits the image into the canvas and pads it evenly on two sides; the rule of its unpadding, to whole cells.
+
+    Args:
+        image_size: (height, width) of the image before it was fitted.
+        crops: (rows, columns) of crops.
+        grid: (H, W) cells of a crop.
+    """
+    height, width = crops[0] * grid[0], crops[1] * grid[1]
+    top = left = 0
+    if image_size[1] / image_size[0] > width / height:
+        top = (height - int(image_size[0] * (width / image_size[1]))) // 2
+    else:
+        left = (width - int(image_size[1] * (height / image_size[0]))) // 2
+    valid = torch.zeros(height, width, dtype=torch.bool)
+    valid[top : height - top, left : width - left] = True
+    return valid
+
+
+def select_parts(
+    tower: nn.Module | None,
+    parts: Tensor | None,
+    method: str | Selector,
+    *,
+    crops: Size,
+    thumbnail: str | None = "first",
+    image_size: Size | None = None,
+    keep: Keep = None,
+    block: int = -2,
+    tokens: Tensor | None = None,
+    grid: Size | None = None,
+    scores: Tensor | str = CLASS_ROW,
+    keys: Tensor | None = None,
+    early: Tensor | None = None,
+    **settings: Setting,
+) -> SelectedParts:
+    """The tokens of one image that was cut into crops.
+
+    HiRED and GlobalCom2 share a budget out over the parts; any other method chooses in each part alone, ``keep`` of it.
+
+    Args:
+        tower: As for ``select_tokens``; None where ``tokens`` are given.
+        parts: (P, 3, H, W) the crops of one image row by row, and its thumbnail.
+        method: As for ``select_tokens``, and so are block, tokens, grid, scores, keys and settings.
+        crops: (rows, columns) of crops.
+        thumbnail: Where it stands among the parts: "first" (LLaVA-NeXT), "last" (InternVL), or None.
+        image_size: (height, width) of the image, by which padding is known; None: there is none.
+        keep: Share of the cells of all parts for HiRED, where a number is one of tokens in all; of each part otherwise.
+        early: (P, N) scores of the first block for ``tokens``, which HiRED needs.
+
+    Raises:
+        ValueError: A number of parts that is not that of the crops; a budget without a thumbnail to share it by; what
+            ``select_tokens`` refuses.
+    """
+    if thumbnail is not None:
+        check_choice("thumbnail", thumbnail, THUMBNAILS)
+    rows, columns = (check_count("crops", side, 1) for side in crops)
+    selector = make_selector(method, settings)
+    layout = Parts((rows, columns), thumbnail)
+    given = tokens if parts is None else parts
+    if given is None or (tower is None) != (parts is None):
+        raise TypeError("give a tower and the parts of an image, or tokens= and grid= without them")
+    if given.shape[0] != layout.number:
+        raise ValueError(
+            f"{rows} x {columns} crops {'without a' if thumbnail is None else 'and a'} thumbnail are {layout.number} "
+            f"parts, got {given.shape[0]}; give those of one image"
+        )
+    of_map, prefix = None, None
+    if tower is not None and parts is not None:
+        if isinstance(scores, Tensor):
+            raise TypeError("scores of a tower are its own; give them beside tokens= only")
+        per_part = keep if not isinstance(selector, PartSelector) else None
+        module = TokenSelector(tower, selector, keep=per_part, block=block, scores=scores)
+        features, of_map, prefix = module.read(parts)
+    else:
+        features = given_features(selector, tokens, grid, scores, keys, early=early)
+    if not isinstance(selector, PartSelector):
+        return SelectedParts(choose_tokens(selector, features, keep, of_map, prefix), layout)
+    if thumbnail is None:
+        raise ValueError(
+            f"{selector.name} shares its budget by what the thumbnail shows; give it with the crops, or use "
+            "'class_attention', which chooses in each crop alone"
+        )
+    if image_size is not None:
+        valid = valid_cells(image_size, layout.crops, features.grid).to(features.x.device)
+        layout = layout._replace(valid=valid)
+    check_features(features, selector.name)
+    kept = selector.choose_parts(features, layout, keep)
+    place = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
+    chosen = compact(place, kept, kept.shape[1], trim=True, keep_mask=True)
+    group = torch.where(kept, kept.cumsum(1) - 1, -1)
+    choice = Choice(chosen.order, group=group, valid=chosen.valid)
+    return SelectedParts(arranged(choice, features, of_map, prefix), layout)

@@ -1,0 +1,82 @@
+"""The selectors there are, those of this package and those that others register."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Mapping
+
+from effvit.protocols import Setting
+from effvit.reducers.registry import origin_of, register_kind
+from effvit.selectors.base import Selector
+
+__all__ = ["SELECTORS", "list_selectors", "make_selector", "register_selector"]
+
+SELECTORS: dict[str, type[Selector]] = {}
+
+
+def register_selector(selector: type[Selector]) -> None:
+    """What ``effvit.register_method`` does with a subclass of ``Selector``.
+
+    Raises:
+        TypeError: A class without ``name``, ``summary`` or ``choose`` and ``adapt``.
+        ValueError: A name that is no word in lower case, or that another selector has.
+    """
+    for attribute in ("name", "summary"):
+        if not isinstance(getattr(selector, attribute, None), str):
+            raise TypeError(f"{origin_of(selector)} has no {attribute}; set {attribute} = '...' in the class")
+    alone = selector.takes == "select_tokens"
+    if alone and selector.choose is Selector.choose and selector.adapt is Selector.adapt:
+        raise TypeError(f"{origin_of(selector)} does not define choose or adapt, see effvit.Selector")
+    if not re.fullmatch("[a-z][a-z0-9_]*", selector.name):
+        raise ValueError(
+            f"the name of a selector is a word in lower case, got {selector.name!r} for {origin_of(selector)}"
+        )
+    known = SELECTORS.setdefault(selector.name, selector)
+    if known is not selector:
+        raise ValueError(
+            f"the selector {selector.name!r} is registered already, as {origin_of(known)}; "
+            f"give {origin_of(selector)} another name"
+        )
+
+
+def list_selectors(pattern: str = "*") -> list[str]:
+    """Names of the methods of ``effvit.select_tokens`` that match a shell-style pattern."""
+    return [name for name in SELECTORS if fnmatch.fnmatch(name, pattern)]
+
+
+def make_selector(method: str | Selector, settings: Mapping[str, Setting]) -> Selector:
+    """The selector itself, or one of that name with the settings.
+
+    Raises:
+        TypeError: Neither a name nor a selector; settings beside a selector, which has its own.
+        ValueError: An unknown name or setting; the name of a method whose weights nobody gave.
+    """
+    if isinstance(method, Selector):
+        if settings:
+            raise TypeError(
+                f"a selector has its settings already, got {', '.join(settings)} too; give them to its class"
+            )
+        return method
+    if not isinstance(method, str):
+        raise TypeError(f"method must be a name of effvit.list_selectors() or a Selector, got {method!r}")
+    if method not in SELECTORS:
+        close = difflib.get_close_matches(method, SELECTORS, n=3)
+        advice = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(SELECTORS)}"
+        raise ValueError(f"unknown selector {method!r}; {advice}")
+    selector = SELECTORS[method]
+    known = selector.defaults()
+    for name in settings:
+        if name not in known:
+            takes = f"it takes {', '.join(known)}" if known else "it has none"
+            raise ValueError(f"{method} has no setting {name!r}; {takes}")
+    if selector.learns:
+        raise ValueError(
+            f"{method} chooses by weights that are trained, and a name brings none; make a {origin_of(selector)}, load "
+            "or train its weights, and give it as the method"
+        )
+    return selector(**settings)
+
+
+register_kind(Selector, register_selector)

@@ -1,0 +1,342 @@
+"""Selection behind vision towers: ``select_tokens``, its module for export, and how many tokens it leaves."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from effvit.hosts.tower_exit import KEYS, RECEIVED, ROWS, Read, Tower, TowerOutput
+from effvit.protocols import Setting, Size
+from effvit.reducers.base import check_finite, refuse_recording
+from effvit.schedule import check_choice, check_count, check_number
+from effvit.selectors.base import Choice, Features, Keep, Selector, rows_of
+from effvit.selectors.cells import cell_grid, cell_means, to_cells
+from effvit.selectors.registry import make_selector
+from effvit.selectors.selection import Selection
+from effvit.tokens import TokenMap, wide_dtype
+
+__all__ = [
+    "TokenSelector",
+    "arranged",
+    "check_features",
+    "choose_tokens",
+    "count_tokens",
+    "given_features",
+    "select_tokens",
+]
+
+CLASS_ROW = "class"
+
+
+def select_tokens(
+    tower: nn.Module | None,
+    images: Tensor | None,
+    method: str | Selector,
+    *,
+    keep: Keep = None,
+    block: int = -2,
+    merge: int = 1,
+    tokens: Tensor | None = None,
+    grid: Size | None = None,
+    scores: Tensor | str = CLASS_ROW,
+    keys: Tensor | None = None,
+    relevance: Tensor | None = None,
+    max_norm: float | None = None,
+    **settings: Setting,
+) -> Selection:
+    """The tokens of a vision tower that a language model or a head is to see, chosen image by image.
+
+    Args:
+        tower: A timm model that ``sparsify`` takes, or one that is reduced already where the scores are those of the
+            tokens that leave. None where they are given as ``tokens``.
+        images: (B, 3, H, W); None with ``tokens``.
+        method: One of ``effvit.list_selectors()``, or a selector.
+        keep: How many tokens leave: a number, or a share of the cells in (0, 1], rounded as in the method's code.
+        block: Whose output leaves the tower, not normalised; -2 as in LLaVA. Blocks behind it are not run but for a
+            method that reads the last one.
+        merge: Side of the cells, in patches, that a merger behind the tower makes one token of. Whole cells are chosen,
+            by the mean of their scores, and leave as rows of merge^2 * C channels.
+        tokens: (B, N, C) features of the full grid in place of a tower, merged already or with ``merge``, without
+            prefix tokens.
+        grid: (H, W) patches of ``tokens``.
+        scores: "class": the attention of the class token, as the method reads it; "received": the mean attention each
+            patch gets, for towers without one, at the cost of a second softmax map, formed in pieces. Beside
+            ``tokens`` (B, N) of your own, where larger means that a patch matters more.
+        keys: (B, N, D) keys for ``tokens``, for a method that compares them.
+        relevance: (B, N) how much each patch has to do with a text, for CDPruner and Recoverable Compression.
+        max_norm: Patches whose tokens have a larger norm rank last. Some patches of large ViTs without registers hold
+            no content of their own but draw attention (2309.16588, which takes 150 for DINOv2).
+        settings: Settings of the method.
+
+    Returns:
+        The Selection. All tokens, bit for bit, if as many are kept as there are.
+
+    Raises:
+        ValueError: A number of tokens that the method cannot give; something it needs and did not get; NaN.
+        TypeError: A tower that ``sparsify`` does not take, or both or neither of a tower and tokens.
+    """
+    selector = make_selector(method, settings)
+    refuse_elsewhere(selector)
+    if (tower is None) == (tokens is None) or (tower is None) != (images is None):
+        raise TypeError("give a tower and images, or tokens= and grid= without them")
+    if tower is not None:
+        assert images is not None
+        if isinstance(scores, Tensor) or keys is not None or grid is not None:
+            raise TypeError("scores, keys and grid of a tower are its own; give them beside tokens= only")
+        module = TokenSelector(tower, selector, keep=keep, block=block, merge=merge, scores=scores, max_norm=max_norm)
+        return module(images, relevance)
+    features = given_features(selector, tokens, grid, scores, keys, relevance)
+    return choose_tokens(selector, _in_cells(features, merge, max_norm), keep)
+
+
+def given_features(
+    selector: Selector,
+    tokens: Tensor | None,
+    grid: Size | None,
+    scores: Tensor | str,
+    keys: Tensor | None = None,
+    relevance: Tensor | None = None,
+    early: Tensor | None = None,
+) -> Features:
+    """Features in place of a tower, if they are what the selector needs, of one grid."""
+    if tokens is None or grid is None:
+        raise TypeError("tokens need grid=(H, W), the patches they are of")
+    if tokens.ndim != 3 or tokens.shape[1] != math.prod(grid):
+        raise ValueError(f"tokens must be (B, {math.prod(grid)}, C) for a grid of {grid}, got {tuple(tokens.shape)}")
+    given = scores if isinstance(scores, Tensor) else None
+    if given is None and scores != CLASS_ROW:
+        raise TypeError(f"scores of tokens are a tensor (B, N), got {scores!r}; a name says what to read of a tower")
+    if given is None and selector.row is not None:
+        raise ValueError(
+            f"{selector.name} chooses by the tower's attention, but only tokens were given; give scores= (B, N)"
+            f"{' and keys= (B, N, D)' if selector.keys else ''}, or use a method that needs features alone: 'divprune'"
+        )
+    if selector.keys is not None and keys is None:
+        raise ValueError(f"{selector.name} compares keys of the tower's attention; give keys= (B, N, D) too")
+    if selector.reads_first and early is None:
+        raise ValueError(f"{selector.name} needs scores of the first block too; give early= (B, N)")
+    for name, value in (("scores", given), ("keys", keys), ("relevance", relevance), ("early", early)):
+        if value is not None and value.shape[:2] != tokens.shape[:2]:
+            raise ValueError(f"{name} must be for {tuple(tokens.shape[:2])} tokens, got shape {tuple(value.shape)}")
+    return Features(tokens, grid, given, keys, relevance, early)
+
+
+class TokenSelector(nn.Module):
+    """A tower and a selector as one module, images (B, 3, H, W) -> Selection; arguments as for ``select_tokens``.
+
+    It runs on the modules of the tower, which stays as it is, and can be compiled and exported if the number of tokens
+    does not depend on the image.
+    """
+
+    def __init__(
+        self,
+        tower: nn.Module,
+        method: str | Selector,
+        *,
+        keep: Keep = None,
+        block: int = -2,
+        merge: int = 1,
+        scores: str = CLASS_ROW,
+        max_norm: float | None = None,
+        **settings: Setting,
+    ) -> None:
+        super().__init__()
+        self.selector = make_selector(method, settings)
+        self.keep, self.merge, self.max_norm = keep, check_count("merge", merge, 1), max_norm
+        check_choice("scores", scores, (CLASS_ROW, RECEIVED))
+        self.tower = Tower(tower, block, _reads(self.selector, tower, block, scores))
+        if not getattr(tower, "dynamic_img_size", False):
+            cells = cell_grid(self.tower.host.patch_embed.grid_size, self.merge)
+            self.selector.count(keep, cells)
+            self.selector.settle(cells)
+
+    def forward(self, images: Tensor, relevance: Tensor | None = None) -> Selection:
+        """The tokens that leave the tower for images (B, 3, H, W); ``relevance`` (B, N) as for ``select_tokens``."""
+        features, tokens, prefix = self.read(images, relevance)
+        return choose_tokens(self.selector, features, self.keep, tokens, prefix)
+
+    def read(self, images: Tensor, relevance: Tensor | None = None) -> tuple[Features, TokenMap, Tensor]:
+        """What the selector may choose by, the map of the tokens, and the prefix tokens (B, P, C)."""
+        output: TowerOutput = self.tower(images)
+        tokens = output.tokens
+        self._check_map(tokens)
+        if relevance is not None:
+            if relevance.shape != (len(images), tokens.num_patches):
+                raise ValueError(
+                    f"relevance must be for {(len(images), tokens.num_patches)} patches, got {tuple(relevance.shape)}"
+                )
+            relevance = relevance.gather(1, tokens.anchor) if tokens.moved else relevance
+        notes = list(output.notes)
+        early = notes.pop(0) if self.selector.reads_first else None
+        row = notes.pop(0) if self.selector.row is not None else None
+        keys = notes.pop(0) if self.selector.keys is not None else None
+        features = Features(output.patches, tokens.grid, row, keys, relevance, early)
+        return _in_cells(features, self.merge, self.max_norm), tokens, output.prefix
+
+    def _check_map(self, tokens: TokenMap) -> None:
+        if not tokens.moved:
+            return
+        method = self.tower.host.method
+        if self.merge > 1 or self.selector.whole_grid:
+            who = f"a merger of {self.merge} x {self.merge}" if self.merge > 1 else self.selector.name
+            raise ValueError(
+                f"{who} needs all patches in place, but {method} leaves {tokens.num_tokens} of {tokens.num_patches}; "
+                "use the dense tower"
+            )
+        if self.tower.host.variable_length or tokens.soft:
+            raise ValueError(
+                f"{method} leaves tokens that differ in number or stand for soft clusters, which no selector follows; "
+                "use a method with a fixed number, such as 'evit' or 'tome', in the tower"
+            )
+
+
+def _reads(selector: Selector, tower: nn.Module, block: int, scores: str) -> list[tuple[int, Read]]:
+    """Blocks of the tower, and what to read of their attention."""
+    if selector.row is None:
+        return []
+    row = ROWS[selector.row]
+    if scores == RECEIVED:
+        if selector.row == "one_head":
+            raise ValueError(
+                f"{selector.name} weights patches by the class token's attention, for which the attention received is "
+                "no substitute; use 'visionzip' with scores='received'"
+            )
+        row = ROWS[RECEIVED]
+    elif selector.row != RECEIVED and getattr(tower, "cls_token", None) is None:
+        received = "" if selector.row == "one_head" else "give scores='received', the mean attention each gets, or "
+        raise ValueError(
+            f"{selector.name} scores patches by the class token, but the tower has none; {received}use a method that "
+            "needs features alone, such as 'divprune'"
+        )
+    place = -1 if selector.reads_last else block
+    early = [(0, row)] if selector.reads_first else []
+    return [*early, (place, row), *([] if selector.keys is None else [(place, KEYS[selector.keys])])]
+
+
+def _in_cells(features: Features, merge: int, max_norm: float | None) -> Features:
+    """The features of patches as those of cells, scores of patches without content last."""
+    x, grid, scores = features.x, features.grid, features.scores
+    if scores is None and max_norm is not None:
+        raise ValueError(
+            f"max_norm={max_norm} ranks patches last, but this method ranks none by a score; leave max_norm out"
+        )
+    if scores is not None:
+        scores = scores.to(wide_dtype(scores.dtype))
+        if max_norm is not None:
+            check_number("max_norm", max_norm, "positive")
+            outlier = torch.linalg.vector_norm(x.detach(), dim=-1) > max_norm  # (B, N)
+            scores = torch.where(outlier, scores.amin(dim=1, keepdim=True), scores)
+    if merge == 1:
+        return features._replace(scores=scores)
+    means = [y if y is None else cell_means(y, grid, merge) for y in (scores, *features[3:])]
+    return Features(to_cells(x, grid, merge), cell_grid(grid, merge), *means)
+
+
+def choose_tokens(
+    selector: Selector,
+    features: Features,
+    keep: Keep,
+    tokens: TokenMap | None = None,
+    prefix: Tensor | None = None,
+) -> Selection:
+    """What the selector makes of features, in image order.
+
+    Args:
+        selector: The method.
+        features: Of cells.
+        keep: How many, as for ``select_tokens``.
+        tokens: Where the tokens are if some of the cells are gone already.
+        prefix: Prefix tokens, handed on.
+    """
+    refuse_elsewhere(selector)
+    name, number = selector.name, features.num_tokens
+    check_features(features, name)
+    kept = selector.count(keep, features.grid)
+    if kept is None:
+        refuse_recording(
+            features.x, f"{name} without keep leaves as many tokens as an image needs", "give keep, a number of tokens"
+        )
+        return arranged(selector.adapt(features), features, tokens, prefix)
+    if kept > number:
+        raise ValueError(f"{name} is to keep {kept} tokens, but only {number} leave the tower; keep fewer")
+    if kept == number and not selector.learns:
+        ids = torch.arange(number, device=features.x.device).expand(features.x.shape[0], -1)
+        return arranged(Choice(ids, features.x), features, tokens, prefix)
+    selector.check(kept, features)
+    return arranged(selector.choose(features, kept), features, tokens, prefix)
+
+
+def refuse_elsewhere(selector: Selector) -> None:
+    """Raise a ValueError for a selector of the parts of an image or of a video."""
+    if selector.takes != "select_tokens":
+        raise ValueError(
+            f"{selector.name} chooses among the parts of one image or the frames of one video; use "
+            f"effvit.{selector.takes}, or 'class_attention' for images one by one"
+        )
+
+
+def check_features(features: Features, name: str) -> None:
+    """Raise a ValueError that names the first image of which anything is NaN."""
+    check_finite(features.x.detach(), f"{name}: the features", features.x)
+    for what, values in (("scores", features.scores), ("relevances", features.relevance), ("early", features.early)):
+        if values is not None:
+            check_finite(values, f"{name}: the {what}", features.x)
+
+
+def arranged(choice: Choice, features: Features, tokens: TokenMap | None, prefix: Tensor | None) -> Selection:
+    """The choice in image order, its ids and groups those of cells."""
+    ids = choice.ids
+    batch, width = ids.shape
+    left = rows_of(features.x, ids) if choice.tokens is None else choice.tokens
+    moved = tokens is not None and tokens.moved
+    cells = tokens.anchor.gather(1, ids) if tokens is not None and moved else ids
+    slots = torch.arange(width, device=ids.device).expand(batch, -1)
+    valid = choice.valid
+    beyond = math.prod(features.grid)
+    place = cells if valid is None else torch.where(valid, cells, slots + beyond)
+    order = place.argsort(dim=1)  # padding stays behind
+    left, cells = rows_of(left, order), cells.gather(1, order)
+    group = None if choice.mixed else _groups(choice, features, order)
+    if group is not None and moved:
+        assert tokens is not None
+        group = torch.where(tokens.source < 0, -1, group.gather(1, tokens.source.clamp(min=0)))
+    counts = ids.new_full((batch,), width) if valid is None else valid.sum(1)
+    if valid is not None:
+        valid = slots < counts.unsqueeze(1)
+        left, cells = left.masked_fill(~valid.unsqueeze(-1), 0), cells * valid
+    scores = None if moved else features.scores
+    return Selection(left, cells, counts, valid, group, features.grid, scores, prefix)
+
+
+def _groups(choice: Choice, features: Features, order: Tensor) -> Tensor:
+    """(B, N) place in image order of the token that each token of the features went into, -1 for none."""
+    rank = torch.empty_like(order).scatter(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    if choice.group is not None:
+        return torch.where(choice.group < 0, -1, rank.gather(1, choice.group.clamp(min=0)))
+    assert choice.valid is None, "a choice with padding names its groups"
+    return torch.full_like(rank[:, :1], -1).expand(-1, features.num_tokens).scatter(1, choice.ids, rank)
+
+
+def count_tokens(
+    method: str | Selector,
+    grid: Size,
+    *,
+    keep: Keep = None,
+    merge: int = 1,
+    frames: int = 1,
+    **settings: Setting,
+) -> int | None:
+    """How many tokens ``select_tokens`` leaves, known before the tower runs; None if that depends on the image.
+
+    Args:
+        method: As for ``select_tokens``, and so are ``keep``, ``merge`` and ``settings``.
+        grid: (H, W) patches of one image.
+        keep: How many.
+        merge: Side of the cells.
+        frames: Images of the same grid, of which each keeps that many.
+        settings: Settings of the method.
+    """
+    kept = make_selector(method, settings).count(keep, cell_grid(grid, merge))
+    return None if kept is None else kept * check_count("frames", frames, 1)
