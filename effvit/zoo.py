@@ -18,9 +18,9 @@ from effvit.architectures import variants
 from effvit.hosts import lvvit, naflex, relpos, towers, vit_nano
 from effvit.hosts.checkpoints import host_state_dict
 from effvit.hosts.feature_pyramid import feature_settings
-from effvit.hosts.host import check_model_name, check_settings, record_name, sparsify
+from effvit.hosts.host import check_model_name, check_settings, sparsify
 from effvit.hosts.refusals import name_arguments
-from effvit.hosts.surface import SPARSIFIED, Reduced, record_args
+from effvit.hosts.surface import SPARSIFIED, Reduced, record_args, record_name
 from effvit.hosts.windows import window_methods
 from effvit.protocols import Setting
 from effvit.reducers import METHODS, Reducer

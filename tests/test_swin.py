@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from timm.models import save_for_hf
 from timm.models._features_fx import create_feature_extractor
 from timm.models.swin_transformer import SwinTransformer, window_partition
 from timm.models.swin_transformer_v2 import SwinTransformerV2
@@ -36,6 +38,13 @@ SMALL: dict[str, Any] = {
     "num_heads": (1, 2),
     "num_classes": 5,
     "window_size": 4,
+}
+NARROW_NAME: dict[str, Any] = {
+    "img_size": 64,
+    "embed_dim": 16,
+    "depths": (2, 2),
+    "num_heads": (2, 2),
+    "num_classes": 5,
 }
 KINDS: dict[str, type[Any]] = {"swin": SwinTransformer, "swinv2": SwinTransformerV2}
 SETTINGS: list[tuple[str, dict[str, Any]]] = [
@@ -298,6 +307,23 @@ def test_names_have_the_tags_of_the_host(host: str) -> None:
     assert [tuple(y.shape[1:]) for y in maps] == [(16, 16, 16), (32, 8, 8), (64, 4, 4), (128, 2, 2)]
     assert model.settings == {"r": 6, "prop_attn": True}
     assert "expedite_" + host in effvit.list_models("expedite_swin*")
+
+
+@pytest.mark.parametrize(("method", "settings"), [("expedite", {"cluster_at": 0})])
+def test_folder_of_a_resized_model_holds_its_windows(tmp_path: Path, method: str, settings: dict[str, Any]) -> None:
+    """timm's record of a resize has ``window_size``, as Expedite's settings have: the host's is told beside them."""
+    dense = timm.create_model("swinv2_tiny_window8_256", **NARROW_NAME)
+    model = effvit.sparsify(dense, method, **settings).eval()
+    name = model.pretrained_cfg["architecture"]
+    model.set_input_size((128, 128))
+    windows = [stage.blocks[0].window_size for stage in effvit.sparsify(model, "tome").layers]
+    assert windows == [(16, 16), (16, 16)]
+    save_for_hf(model, str(tmp_path))
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert again.settings == model.settings
+    assert again.pretrained_cfg["architecture"] == (name if method == "tome" else "sparsified")
+    x = images(1, (128, 128))
+    assert torch.equal(again(x), model(x))
 
 
 class TestRefusals:

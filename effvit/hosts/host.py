@@ -19,7 +19,6 @@ import timm
 import torch
 from timm.layers import PatchDropout, PatchDropoutWithIndices, to_2tuple
 from timm.models import checkpoint
-from timm.models._pretrained import PretrainedCfg
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.naflexvit import NaFlexVit
@@ -36,12 +35,12 @@ from effvit.hosts.refusals import is_file_name, is_sharded, reason_against, reas
 from effvit.hosts.sam import ReducedSAM
 from effvit.hosts.stages import Stage, map_stage
 from effvit.hosts.surface import (
-    SPARSIFIED,
     BlockFeatures,
     Intermediates,
     Reduced,
     check_images,
     patch_grid,
+    record_name,
     refuse_mask,
     refuse_open_sizes,
     with_gradients,
@@ -70,7 +69,6 @@ __all__ = [
     "list_methods",
     "method_settings",
     "patch_embedding",
-    "record_name",
     "register_host",
     "sparsify",
 ]
@@ -742,25 +740,6 @@ def _recorded_name(dense: nn.Module) -> str | None:
     """timm's name of a model that ``timm.create_model`` made; None for others, whose keywords nobody has recorded."""
     cfg = getattr(dense, "pretrained_cfg", None)
     return cfg["architecture"] if cfg and getattr(dense, "_model_args", None) is not None else None
-
-
-def record_name(model: Reduced) -> None:
-    """Let ``pretrained_cfg`` name what the model is, for timm's hub folders.
-
-    The zoo's name, if its host has one under the method: keywords of ``timm.create_model`` cannot be None, so with a
-    setting that is, with one that is named as a keyword the host was made with, and with any other host, the name is
-    SPARSIFIED and ``_model_args`` tells the rest.
-    """
-    name, defaults = f"{model.method}_{model.host_name}", METHODS[model.method].defaults()
-    unsaid = any(value is None and defaults[setting] is not None for setting, value in model._settings.items())
-    unsaid = unsaid or bool(model.__dict__.get("_model_args", {}).keys() & defaults.keys())
-    cfg: dict[str, object] | None = getattr(model, "pretrained_cfg", None)
-    if cfg is None:  # of a host that was built by its class
-        img_size = model.patch_embed.img_size
-        model._traits = {"img_size": img_size}
-        cfg = PretrainedCfg(input_size=(model.in_chans, *img_size), num_classes=model.num_classes).to_dict()
-    architecture = name if model.host_name and timm.is_model(name) and not unsaid else SPARSIFIED
-    model.pretrained_cfg = model.default_cfg = cfg | {"architecture": architecture}
 
 
 def check_model_name(name: str) -> None:

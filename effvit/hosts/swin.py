@@ -27,7 +27,7 @@ from timm.models.swin_transformer_v2 import WindowAttention as WindowAttentionV2
 from torch import Tensor, nn
 
 from effvit.block import copy_shared, rehouse
-from effvit.hosts.surface import check_images
+from effvit.hosts.surface import SPARSIFIED, check_images, record_name
 from effvit.hosts.window_form import WindowForm, stage_terms
 from effvit.hosts.windows import (
     Among,
@@ -319,7 +319,10 @@ class _ReducedShiftedWindows(ReducedWindows):
 
     def _resize(self, *args: Any, **kwargs: Any) -> None:
         self.make_plain()
+        # timm records window_size as a keyword of the host; in a name of the zoo it may be a setting of the method.
+        self.pretrained_cfg = self.pretrained_cfg | {"architecture": SPARSIFIED}
         super().set_input_size(*args, **kwargs)  # type: ignore[misc]
+        record_name(self)
         self.place(self.method, self._settings)
 
 
