@@ -309,7 +309,7 @@ def test_names_have_the_tags_of_the_host(host: str) -> None:
     assert "expedite_" + host in effvit.list_models("expedite_swin*")
 
 
-@pytest.mark.parametrize(("method", "settings"), [("expedite", {"cluster_at": 0})])
+@pytest.mark.parametrize(("method", "settings"), [("tome", {"r": 5}), ("expedite", {"cluster_at": 0})])
 def test_folder_of_a_resized_model_holds_its_windows(tmp_path: Path, method: str, settings: dict[str, Any]) -> None:
     """timm's record of a resize has ``window_size``, as Expedite's settings have: the host's is told beside them."""
     dense = timm.create_model("swinv2_tiny_window8_256", **NARROW_NAME)
