@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from data.sources import default_root
+from safetensors.torch import save_file
 from timm.models._features_fx import create_feature_extractor
 from torch import Tensor, nn
 
@@ -66,6 +67,16 @@ def released(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class TestWeights:
+    def test_file_loads_into_a_model_that_has_run(self, tmp_path: Path) -> None:
+        """timm keeps the position biases of the first pass, in eval mode."""
+        model, x = small(), torch.randn(1, 3, 224, 224)
+        expected = model(x)
+        save_file(model.state_dict(), tmp_path / "file.safetensors")
+        other = timm.create_model("tiny_vit_5m_224", **SMALL, num_classes=0).eval()
+        other(x)
+        effvit.load_checkpoint(other, tmp_path / "file.safetensors")
+        assert torch.equal(other(x), expected)
+
     def test_official_file_loads_with_its_classifier(self, tmp_path: Path) -> None:
         model, other = small(num_classes=3), small(num_classes=3)
         torch.nn.init.zeros_(other.head.fc.weight)
@@ -278,6 +289,22 @@ class TestClusters:
         attention = small().stages[3].blocks[0].attn
         biases = cluster_biases(attention.attention_biases, 7, 7)
         assert torch.equal(biases, attention.get_attention_biases(torch.device("cpu")))
+
+    @pytest.mark.parametrize("method", ["tome", "expedite"])
+    def test_training_the_dense_model_trains_the_reduced_one(self, method: str) -> None:
+        """The reduced model is made anew on the same parameters; timm keeps position biases between passes in eval."""
+        dense, x = small(), images()
+        settings: dict[str, Any] = {"r": [0, 5, 5, 5]} if method == "tome" else {"cluster_at": 3}
+        model = effvit.sparsify(dense, method, **settings).eval()
+        before = model(x)
+        with torch.no_grad():
+            for stage in dense.stages[1:]:
+                stage.blocks[0].attn.attention_biases.add_(1 + torch.rand(1))
+                stage.blocks[0].attn.attention_biases[:, 0] -= 3
+        again = effvit.sparsify(dense, method, **settings).eval()(x)
+        assert not torch.equal(again, before)
+        assert torch.equal(model(x), again)
+        assert torch.equal(effvit.sparsify(model, method, **settings).eval()(x), again)
 
     def test_biases_of_cells_of_two_tokens_are_every_second_one(self) -> None:
         table = torch.randn(3, 14, 14)

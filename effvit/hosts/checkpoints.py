@@ -553,4 +553,8 @@ def load_checkpoint(
     """
     conversion = convert_checkpoint(model, path, allowed, key)
     model.load_state_dict(conversion.state)
+    for module in model.modules():
+        cache = getattr(module, "attention_bias_cache", None)
+        if isinstance(cache, dict):
+            cache.clear()  # timm's TinyViT and LeViT keep biases of the weights before
     return conversion.dropped

@@ -410,6 +410,7 @@ class Family(NamedTuple):
             replaces plain attributes by ``replace_attributes``.
         shrunk_attention: Subclass of timm's attention that ``shrink`` puts in its place.
         plain_attention: timm's attention on the parameters of what stands in its place.
+        unreduced_attention: Subclass of timm's attention that ``plain_attention`` gives; None: it gives timm's own.
     """
 
     block: type[nn.Module]
@@ -419,6 +420,7 @@ class Family(NamedTuple):
     shrink: Callable[[Any, Size, Size], None]
     shrunk_attention: type[nn.Module]
     plain_attention: Callable[[nn.Module], nn.Module]
+    unreduced_attention: type[nn.Module] | None = None
 
 
 def replace_attributes(module: nn.Module, **values: object) -> None:
@@ -464,7 +466,7 @@ class ReducedWindows(Reduced):
         """Raise a TypeError for blocks or attention of classes that the family does not know."""
         family = self.family
         blocks = {family.block, family.grouping_block}
-        attentions = {family.attention, family.grouped_attention, family.shrunk_attention}
+        attentions = {family.attention, family.grouped_attention, family.shrunk_attention, family.unreduced_attention}
         for stage, start in self.numbered_stages():
             for i, block in enumerate(stage.blocks, start):
                 for what, part, known in (("", block, blocks), (".attn", block.attn, attentions)):
