@@ -259,8 +259,7 @@ def test_biases_of_cells_of_two_tokens_are_every_second_one() -> None:
 def test_cells_of_two_tokens_have_the_coordinates_of_every_second_one_in_v2() -> None:
     attn = small("swinv2").layers[0].blocks[0].attn
     cells = rehouse(attn, CellAttentionV2)
-    cells.full_window = (4, 4)
-    cells.set_window_size((2, 2))
+    cells.shrink((2, 2))
     torch.testing.assert_close(cells.relative_coords_table, attn.relative_coords_table[:, 1:6:2, 1:6:2])
     assert attn.window_size == (4, 4)
 
@@ -290,6 +289,19 @@ def test_size_that_does_not_fit_leaves_the_model_as_it_is() -> None:
     with pytest.raises(ValueError, match="got 3 x 3 for a grid of 2 x 2"):
         model.set_input_size((48, 40), window_size=2)
     assert torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_casting_the_reduced_model_casts_the_dense_one_whole(kind: str) -> None:
+    """Weights are shared, and so are the tables of whole windows that smaller grids have their own in place of."""
+    dense, x = small(kind), images().double()
+    expected = small(kind).double()(x)
+    model = effvit.sparsify(dense, "expedite", cluster_at=0)
+    model.double()
+    assert torch.equal(dense(x), expected)
+    again = effvit.sparsify(model, "tome", r=0)
+    assert torch.equal(again(x), expected)
+    assert not [name for name, _ in again.named_buffers() if "full_" in name]
 
 
 def test_windows_are_those_of_timm_on_a_map_that_they_cover() -> None:
