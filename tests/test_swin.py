@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from timm.models import save_for_hf
 from timm.models._features_fx import create_feature_extractor
-from timm.models.swin_transformer import SwinTransformer, window_partition
+from timm.models.swin_transformer import SwinTransformer, checkpoint_filter_fn, window_partition
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor
 
@@ -336,6 +337,38 @@ def test_folder_of_a_resized_model_holds_its_windows(tmp_path: Path, method: str
     assert again.pretrained_cfg["architecture"] == (name if method == "tome" else "sparsified")
     x = images(1, (128, 128))
     assert torch.equal(again(x), model(x))
+
+
+def published(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under the names of microsoft/Swin-Transformer: stages end with their downsampling, tables lie beside."""
+    names = {name: name.replace("layers.1.downsample", "layers.0.downsample") for name in state}
+    file = {names[name].replace("head.fc.", "head."): value for name, value in state.items()}
+    return file | {
+        "layers.0.blocks.1.attn_mask": torch.zeros(1),
+        "layers.0.blocks.0.attn.relative_position_index": torch.zeros(1),
+    }
+
+
+@pytest.mark.parametrize("reduced", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_official_file_loads(kind: str, reduced: bool, tmp_path: Path) -> None:
+    settings = {"window_size": (4, 2)} if kind == "swin" else {}
+    model, other = small(kind, **settings), KINDS[kind](**(SMALL | settings)).eval()
+    torch.save({"model": published(model.state_dict())}, tmp_path / "official.pth")
+    target = effvit.sparsify(other, "expedite", cluster_at=0, num_clusters=(2, 1)) if reduced else other
+    dropped = effvit.load_checkpoint(target, tmp_path / "official.pth")
+    assert sorted(dropped) == ["layers.0.blocks.0.attn.relative_position_index", "layers.0.blocks.1.attn_mask"]
+    assert torch.equal(other(images()), model(images()))
+
+
+@pytest.mark.filterwarnings("ignore:torch.meshgrid:UserWarning")  # in timm's resize
+def test_tables_of_other_windows_are_resampled_as_timm_does_it(tmp_path: Path) -> None:
+    model, other = small(), small(window_size=3)
+    save_file(model.state_dict(), tmp_path / "file.safetensors")
+    effvit.load_checkpoint(other, tmp_path / "file.safetensors")
+    expected = checkpoint_filter_fn(model.state_dict(), other)
+    assert all(torch.equal(value, expected[name]) for name, value in other.state_dict().items())
+    assert other.layers[0].blocks[0].attn.relative_position_bias_table.shape == (25, 1)
 
 
 class TestRefusals:
