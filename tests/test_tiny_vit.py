@@ -256,6 +256,13 @@ class TestMerging:
         y = attention(x, Among(anchor, torch.tensor([[2.0, 1.0, 1.0]]), (14, 14)))
         torch.testing.assert_close(y, attention(x[:, twice], Among(anchor[:, twice], None, (14, 14)))[:, 1:])
 
+    @pytest.mark.parametrize(("method", "scores"), [("tome", "tokens"), ("expedite", "cluster centres")])
+    def test_nan_names_the_image_and_not_its_window(self, method: str, scores: str) -> None:
+        model, x = effvit.sparsify(small(), method), images(3)
+        x[1, :, -1, -1] = torch.nan
+        with pytest.raises(ValueError, match=f"{scores} are NaN for image 1 of the batch; the tokens that entered"):
+            model(x)
+
     def test_nan_names_the_block(self) -> None:
         model = effvit.sparsify(small(), "tome")
         with torch.no_grad():

@@ -262,7 +262,7 @@ class GroupingBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map x (B, H, W, C) -> (B, H, W, C)."""
         cut, windows, features = self.compared(x)
-        groups = self.reducer.group(features, windows, self.area(cut))
+        groups = self.reducer.group(features, x, self.area(cut))
         del features
         merged, size = groups.merge(windows)  # (B*nW, K, C), (B*nW, K)
         y: Tensor = self.attn(merged, Among(groups.anchor, size, cut.window, attending_parts(groups, cut)))
@@ -275,8 +275,8 @@ class GroupingBlock(nn.Module):
 
     def stage(self, x: Tensor, number: int) -> Stage:
         """The groups of the first image of the map x that enters the block."""
-        cut, windows, features = self.compared(x[:1])
-        groups = self.reducer.group(features, windows, self.area(cut))
+        cut, _, features = self.compared(x[:1])
+        groups = self.reducer.group(features, x[:1], self.area(cut))
         return window_stage(groups.target, cut, groups.anchor.shape[1], number)
 
 
@@ -338,7 +338,7 @@ class Shrunk(NamedTuple):
         cut = Cut(span.window, (x.shape[1], x.shape[2]))
         cells = span.cells
         rows, columns = (num_windows(n, w) * c for n, w, c in zip(cut.size, cut.window, cells, strict=True))
-        grids = span.reducer.shrink(cut.windows(x).unflatten(1, cut.window))
+        grids = span.reducer.shrink(cut.windows(x).unflatten(1, cut.window), x)
         return cls(grids, cut, Cut(cells, (rows, columns)))
 
     @property
