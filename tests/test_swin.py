@@ -377,6 +377,20 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"hot takes tokens away for good.*use method 'tome' or 'expedite'"):
             effvit.sparsify(small(kind), "hot")
 
+    def test_subclass_is_not_told_to_register(self) -> None:
+        """``register_host`` takes classes whose blocks lie in a row."""
+
+        class Mine(SwinTransformer):
+            pass
+
+        message = r"Mine is a subclass of timm.*SwinTransformer and .*cannot be registered: create a timm.*SwinTransf"
+        with pytest.raises(TypeError, match=message):
+            effvit.sparsify(Mine(**SMALL), "tome")
+        with pytest.raises(TypeError, match=message):
+            effvit.register_host(Mine)
+        with pytest.raises(TypeError, match="SwinTransformer has windows and needs no registration: give its models"):
+            effvit.register_host(SwinTransformer)
+
     def test_image_of_another_size(self) -> None:
         with pytest.raises(ValueError, match=r"expected images of 48 x 40 pixels.*set_input_size"):
             effvit.sparsify(small(), "tome")(images(1, (40, 48)))

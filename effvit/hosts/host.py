@@ -489,7 +489,7 @@ def register_host(host_class: type[HostT], reduced_class: type[ReducedHost] | No
     """Let ``sparsify`` take models of a class of your own. It can stand above the class as a decorator.
 
     Args:
-        host_class: A subclass of a class that ``sparsify`` takes, such as timm's ``VisionTransformer``.
+        host_class: A subclass of a class without windows that ``sparsify`` takes, such as timm's ``VisionTransformer``.
         reduced_class: Subclass of ``host_class`` and of the base's reduced class, which runs the blocks. None: it is
             made of the two, which needs a class that leaves the forward pass of its base alone.
 
@@ -497,13 +497,15 @@ def register_host(host_class: type[HostT], reduced_class: type[ReducedHost] | No
         The class.
 
     Raises:
-        TypeError: No subclass of a class that ``sparsify`` takes, a class that overrides what a reduced model runs in
-            its own way, or a ``reduced_class`` that is no subclass of both.
+        TypeError: No subclass of a class that ``sparsify`` takes, one of a class with windows, a class that overrides
+            what a reduced model runs in its own way, or a ``reduced_class`` that is no subclass of both.
         ValueError: The class is registered already, with another ``reduced_class``.
     """
     base = next((cls for cls in host_class.__mro__ if cls in HOST_CLASSES), None)
+    if base is None and host_class in WINDOW_CLASSES:
+        raise TypeError(f"{host_class.__qualname__} has windows and needs no registration: give its models to sparsify")
     if base is None:
-        raise TypeError(reason_against_class(host_class, HOST_CLASSES))
+        raise TypeError(reason_against_class(host_class, {*HOST_CLASSES, *WINDOW_CLASSES}, WINDOW_CLASSES))
     known = HOST_CLASSES[base]
     if base is host_class:
         if reduced_class not in (None, known):
@@ -660,7 +662,7 @@ def sparsify(
     check_switch("share", share)
     dense = _create_host(model) if isinstance(model, str) and not is_file_name(model) else model
     if not isinstance(dense, nn.Module):
-        raise TypeError(reason_against(dense, {*HOST_CLASSES, *WINDOW_CLASSES}))
+        raise TypeError(reason_against(dense, {*HOST_CLASSES, *WINDOW_CLASSES}, WINDOW_CLASSES))
     if recover is None:
         recover = METHODS[method].recover
         if isinstance(dense, Reduced) and dense.method == method:
@@ -677,7 +679,7 @@ def sparsify(
         return _described(reduced, dense, method, settings, recover)
     host_class = type(dense) if isinstance(dense, ReducedHost) else HOST_CLASSES.get(type(dense))
     if host_class is None or is_sharded(dense):
-        raise TypeError(reason_against(dense, {*HOST_CLASSES, *WINDOW_CLASSES}))
+        raise TypeError(reason_against(dense, {*HOST_CLASSES, *WINDOW_CLASSES}, WINDOW_CLASSES))
     host = rehouse(copy_shared(dense, share), host_class)
     if not isinstance(dense, ReducedHost):
         host._depth = len(host.blocks)
