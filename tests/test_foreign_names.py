@@ -340,7 +340,9 @@ class TestRefusals:
         }
         file["vision_model.embeddings.patch_embedding.weight"] = torch.zeros(24, 192)
         file["vision_model.embeddings.position_embedding.weight"] = torch.zeros(16, 24)
-        self.refused(tmp_path, file, "vit_base_patch16_siglip_224", r"kernel \(24, 192\).* NaFlex .* \(C, 3, P, P\)")
+        self.refused(
+            tmp_path, file, "vit_base_patch16_siglip_224", r"kernel \(24, 192\).* NaFlex .*naflexvit_.*\(C, 3, P, P\)"
+        )
 
     @pytest.mark.parametrize("kind", [kind for kind in CASES if kind != "SAM"])
     def test_mutated_file_loads_or_is_a_value_error(self, kind: str, tmp_path: Path) -> None:
