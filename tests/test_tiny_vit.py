@@ -12,6 +12,8 @@ import torch
 from data.sources import default_root
 from safetensors.torch import save_file
 from timm.models._features_fx import create_feature_extractor
+from timm.models._input import get_model_input_config
+from timm.models.tiny_vit import TinyVit
 from torch import Tensor, nn
 
 import effvit
@@ -262,6 +264,27 @@ class TestMerging:
         x[1, :, -1, -1] = torch.nan
         with pytest.raises(ValueError, match=f"{scores} are NaN for image 1 of the batch; the tokens that entered"):
             model(x)
+
+    @pytest.mark.parametrize("method", ["tome", "expedite"])
+    def test_model_built_by_its_class_has_no_size_of_its_own(self, method: str) -> None:
+        dense = TinyVit(**SMALL, num_classes=3, in_chans=1).eval()
+        model = effvit.sparsify(dense, method)
+        assert model(torch.randn(1, 1, 96, 64)).shape == (1, 3)
+        assert model.pretrained_cfg["architecture"] == "sparsified"
+        assert model.pretrained_cfg["input_size"] == (1, 224, 224)  # timm's default
+        assert get_model_input_config(model)["input_size"] == (1, 224, 224)
+
+    def test_what_windows_have_not_is_refused_by_name(self) -> None:
+        model = effvit.sparsify(small(), "expedite")
+        with pytest.raises(
+            ValueError, match=r"rate of a TinyVit is fixed with its windows, got 0.5; make .*keep_rate="
+        ):
+            model.set_keep_rate(0.5)
+        for call in (model.forward_tokens, model.trace_tokens):
+            with pytest.raises(
+                TypeError, match=r"a TinyVit gives its tokens back .*call forward_features .*trace_stages"
+            ):
+                call(images())
 
     def test_nan_names_the_block(self) -> None:
         model = effvit.sparsify(small(), "tome")

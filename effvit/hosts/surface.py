@@ -161,9 +161,10 @@ def record_name(model: Reduced) -> None:
     unsaid = unsaid or bool(model.__dict__.get("_model_args", {}).keys() & defaults.keys())
     cfg: dict[str, object] | None = getattr(model, "pretrained_cfg", None)
     if cfg is None:  # of a host that was built by its class
-        img_size = model.patch_embed.img_size
+        img_size = getattr(model.patch_embed, "img_size", None)
         model._traits = {"img_size": img_size}
-        cfg = PretrainedCfg(input_size=(model.in_chans, *img_size), num_classes=model.num_classes).to_dict()
+        size = PretrainedCfg.input_size[1:] if img_size is None else img_size  # a TinyViT takes any
+        cfg = PretrainedCfg(input_size=(model.in_chans, *size), num_classes=model.num_classes).to_dict()
     architecture = name if model.host_name and timm.is_model(name) and not unsaid else SPARSIFIED
     model.pretrained_cfg = model.default_cfg = cfg | {"architecture": architecture}
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeGuard, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeGuard, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -515,6 +515,31 @@ class ReducedWindows(Reduced):
                 for block in list(blocks)[span.first : span.last]:
                     self.family.shrink(block, span.window, span.cells)
             stage.blocks = blocks
+
+    def set_keep_rate(self, keep_rate: object) -> NoReturn:
+        """Refused: the rate decides how blocks and windows are laid out.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            f"the rate of a {type(self).__bases__[-1].__name__} is fixed with its windows, got {keep_rate}; make the "
+            "model anew: effvit.sparsify(model, 'expedite', keep_rate=...)"
+        )
+
+    def forward_tokens(self, *args: object, **kwargs: object) -> NoReturn:
+        """Refused: what leaves the blocks is a map, of which no TokenMap tells.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError(
+            f"a {type(self).__bases__[-1].__name__} gives its tokens back in every window, so that none are left over "
+            "and no TokenMap tells of them; call forward_features or forward_intermediates for maps, and trace_stages "
+            "for what its blocks merge"
+        )
+
+    trace_tokens = forward_tokens
 
     def stage_maps(self, x: Tensor) -> Iterator[Tensor]:
         """The map (B, H, W, C) that enters the blocks of each stage, for images (B, 3, H, W)."""
