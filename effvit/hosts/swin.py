@@ -50,7 +50,7 @@ __all__ = ["ReducedSwin", "ReducedSwinV2", "cell_bias_table", "swin"]
 LARGEST_SCALE = math.log(100.0)  # of Swin V2's cosines (2111.09883, section 3.3)
 
 
-def biases_between(table: Tensor, index: Tensor, anchor: Tensor) -> Tensor:
+def biases_at(table: Tensor, index: Tensor, anchor: Tensor) -> Tensor:
     """Biases between the places of groups.
 
     Args:
@@ -81,7 +81,7 @@ class GroupedWindowAttention(GroupedAttention, WindowAttention):
         return q, k, v
 
     def _position_bias(self, q: Tensor, among: Among) -> Tensor:
-        return biases_between(self.relative_position_bias_table, self.relative_position_index, among.anchor)
+        return biases_at(self.relative_position_bias_table, self.relative_position_index, among.anchor)
 
     def _output(self, y: Tensor) -> Tensor:
         return self.proj_drop(self.proj(y))
@@ -176,7 +176,7 @@ class GroupedWindowAttentionV2(GroupedAttention, WindowAttentionV2):
 
     def _position_bias(self, q: Tensor, among: Among) -> Tensor:
         table = self.cpb_mlp(self.relative_coords_table).view(-1, self.num_heads)  # (distances, heads)
-        return biases_between(16 * table.sigmoid(), self.relative_position_index, among.anchor)
+        return biases_at(16 * table.sigmoid(), self.relative_position_index, among.anchor)
 
     def _output(self, y: Tensor) -> Tensor:
         return self.proj_drop(self.proj(y))
