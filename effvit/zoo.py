@@ -18,9 +18,9 @@ from effvit.architectures import variants
 from effvit.hosts import lvvit, naflex, relpos, towers, vit_nano
 from effvit.hosts.checkpoints import host_state_dict
 from effvit.hosts.feature_pyramid import feature_settings
-from effvit.hosts.host import check_model_name, check_settings, record_name, sparsify
+from effvit.hosts.host import check_model_name, check_settings, sparsify
 from effvit.hosts.refusals import name_arguments
-from effvit.hosts.surface import SPARSIFIED, Reduced, record_args
+from effvit.hosts.surface import SPARSIFIED, Reduced, record_args, record_name
 from effvit.hosts.windows import window_methods
 from effvit.protocols import Setting
 from effvit.reducers import METHODS, Reducer
@@ -70,6 +70,7 @@ WINDOW_HOSTS = (
     "samvit_base_patch16_224",
     *PYRAMID_HOSTS,
 )
+HOST_KEYWORDS = {"window_size"}  # of hosts with windows, and a setting of Expedite too
 default_cfgs: dict[str, DefaultCfg] = {}
 _PYRAMIDS: dict[str, dict[str, object]] = {}  # names that register_pyramid made, and their settings
 
@@ -150,7 +151,7 @@ def _entry_point(method: str, host: str) -> Callable[..., nn.Module]:
 
     def create(pretrained: bool = False, *, recover: str | None = None, **kwargs: Any) -> nn.Module:
         own = METHODS[method].defaults().keys()
-        foreign = {name for other in METHODS.values() for name in other.defaults()} - own
+        foreign = {name for other in METHODS.values() for name in other.defaults()} - own - HOST_KEYWORDS
         check_settings(method, {name: value for name, value in kwargs.items() if name in foreign})
         settings: dict[str, Setting] = {name: kwargs.pop(name) for name in own & kwargs.keys()}
         cfg = _resolved_cfg(variant, kwargs)
@@ -207,7 +208,7 @@ def _take_recipe(kwargs: dict[str, object]) -> Recipe:
     if recipe.host == SPARSIFIED:
         raise ValueError(f"host must name the model to reduce, got {SPARSIFIED!r}, which is one reduced already")
     check_settings(recipe.method, settings)
-    beside = sorted((METHODS[recipe.method].defaults().keys() & kwargs.keys()) - {"window_size"})  # hosts have it too
+    beside = sorted((METHODS[recipe.method].defaults().keys() & kwargs.keys()) - HOST_KEYWORDS)
     if beside:
         raise TypeError(
             f"{SPARSIFIED!r} takes the settings of {recipe.method} as a dict, got {', '.join(beside)} beside it; give "

@@ -25,7 +25,7 @@ import effvit
 from effvit.cli import main
 from effvit.dense.backbone import DenseBackbone
 from effvit.hosts._torchscript import read_torchscript
-from effvit.hosts.checkpoints import convert_checkpoint
+from effvit.hosts.checkpoints import convert_checkpoint, read_file
 from effvit.hosts.foreign_names import FAMILIES, find_tower
 
 TINY: dict[str, Any] = {"embed_dim": 24, "depth": 2, "num_heads": 2, "img_size": 32, "patch_size": 8}
@@ -234,6 +234,27 @@ class TestTorchScript:
         assert conversion.family == "CLIP, original or of open_clip"
         assert all(torch.equal(value, conversion.state[name]) for name, value in model.state_dict().items())
 
+    @pytest.mark.filterwarnings("ignore:.torch.jit.*deprecated:DeprecationWarning")
+    @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # timm compares sizes
+    def test_traced_model_comes_back(self, tmp_path: Path) -> None:
+        """The program of a trace is compressed, and larger than what is left of the archive beside small weights."""
+        model = drawn("vit_base_patch16_224", **(TINY | {"depth": 8}), num_classes=4).eval()
+        size = model.patch_embed.img_size
+        torch.jit.save(torch.jit.trace(model, torch.randn(1, 3, *size)), tmp_path / "traced.pt")
+        with zipfile.ZipFile(tmp_path / "traced.pt") as archive:
+            assert sum(e.file_size for e in archive.infolist()) > (tmp_path / "traced.pt").stat().st_size
+        conversion = convert_checkpoint(model, tmp_path / "traced.pt")
+        assert all(torch.equal(value, conversion.state[name]) for name, value in model.state_dict().items())
+
+    def test_pickle_among_the_program_counts_as_it_unpacks(self, tmp_path: Path) -> None:
+        """What is read to count its entries must not fill the memory."""
+        path = tmp_path / "file.pt"
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("file/constants.pkl", b").")
+            archive.writestr("file/code/large.pkl", bytes(1 << 20))
+        with pytest.raises(ValueError, match="bytes would unpack to"):
+            read_file(path)
+
     @pytest.mark.parametrize(
         ("content", "message"),
         [
@@ -319,7 +340,9 @@ class TestRefusals:
         }
         file["vision_model.embeddings.patch_embedding.weight"] = torch.zeros(24, 192)
         file["vision_model.embeddings.position_embedding.weight"] = torch.zeros(16, 24)
-        self.refused(tmp_path, file, "vit_base_patch16_siglip_224", r"kernel \(24, 192\).* NaFlex .* \(C, 3, P, P\)")
+        self.refused(
+            tmp_path, file, "vit_base_patch16_siglip_224", r"kernel \(24, 192\).* NaFlex .*naflexvit_.*\(C, 3, P, P\)"
+        )
 
     @pytest.mark.parametrize("kind", [kind for kind in CASES if kind != "SAM"])
     def test_mutated_file_loads_or_is_a_value_error(self, kind: str, tmp_path: Path) -> None:

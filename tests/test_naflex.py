@@ -14,6 +14,7 @@ import timm
 import torch
 from hosts import released
 from pages import example
+from safetensors.torch import save_file
 from timm.data.naflex_dataset import NaFlexCollator
 from timm.data.naflex_transforms import patchify_image
 from timm.models import save_for_hf
@@ -456,6 +457,21 @@ class TestBadBatch:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("method", [None, "tome"])
+def test_file_of_a_plain_vit_loads_into_the_host_that_computes_the_same(method: str | None, tmp_path: Path) -> None:
+    """timm makes the same model as a NaFlexVit where ``use_naflex`` is given, and reads its weights by its filter."""
+    small: dict[str, Any] = {"img_size": 64, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+    plain = timm.create_model("vit_base_patch16_gap_224", **small).eval()
+    perturb(plain)
+    save_file(plain.state_dict(), tmp_path / "file.safetensors")
+    host = timm.create_model("vit_base_patch16_gap_224", use_naflex=True, **small).eval()
+    assert isinstance(host, NaFlexVit)
+    target = host if method is None else effvit.sparsify(host, method, r=3)
+    assert effvit.load_checkpoint(target, tmp_path / "file.safetensors") == []
+    x = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(host(x), plain(x))
+
+
 def test_patches_of_another_size_are_embedded_as_timm_does() -> None:
     dense = NaFlexVit(pos_embed_grid_size=(4, 5), enable_patch_interpolator=True, **(SMALL | TOKEN)).eval()
     batch = collated(pixels((4, 6), (2, 3)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from hosts import make_host, make_images, make_model
 
 import effvit
+from effvit.measure.flops import count_flops
 from effvit.reducers import METHODS
 from effvit.reducers.static_selection import PLACES, StaticSelection, random_ranks, uniform_ranks
 
@@ -126,6 +128,22 @@ def test_order_follows_the_size_of_the_images(method: str) -> None:
     ranks = dynamic.reducers[1].ranks_on((3, 3))
     assert anchors(dynamic, torch.randn(2, 3, 24, 24))[-1] == (ranks < 6).nonzero().flatten().tolist()
     assert len(dynamic.reducers[1].ranks) == 48  # nothing is kept on the module during forward
+
+
+@pytest.mark.parametrize("method", CONTROLS)
+def test_images_of_another_size_are_counted_and_traced(method: str) -> None:
+    """The count is that of a model of the size, and the position table resampled; a trace gives the scores of a run."""
+    dynamic = effvit.sparsify(make_host("class_token", dynamic_img_size=True), method, reduce_at=(1,)).eval()
+    report = count_flops(dynamic, (3, 32, 40))
+    assert not report.uncounted
+    fixed = effvit.sparsify(make_host("class_token"), method, reduce_at=(1,)).eval()
+    fixed.set_input_size((32, 40))
+    resampled = report.by_operator["_upsample_bicubic2d_aa"]
+    assert report.total - resampled == count_flops(fixed, (3, 32, 40)).total
+    x = torch.randn(1, 3, 32, 40)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, on numbers that the trace fixes
+        assert torch.equal(torch.jit.trace(dynamic, x)(x), dynamic(x))
 
 
 def test_few_patches_leave_one_where_images_have_any_size_and_are_refused_where_they_have_not() -> None:

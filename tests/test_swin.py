@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
+from timm.models import save_for_hf
 from timm.models._features_fx import create_feature_extractor
-from timm.models.swin_transformer import SwinTransformer, window_partition
+from timm.models.swin_transformer import SwinTransformer, checkpoint_filter_fn, window_partition
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor
 
@@ -36,6 +39,13 @@ SMALL: dict[str, Any] = {
     "num_heads": (1, 2),
     "num_classes": 5,
     "window_size": 4,
+}
+NARROW_NAME: dict[str, Any] = {
+    "img_size": 64,
+    "embed_dim": 16,
+    "depths": (2, 2),
+    "num_heads": (2, 2),
+    "num_classes": 5,
 }
 KINDS: dict[str, type[Any]] = {"swin": SwinTransformer, "swinv2": SwinTransformerV2}
 SETTINGS: list[tuple[str, dict[str, Any]]] = [
@@ -250,8 +260,7 @@ def test_biases_of_cells_of_two_tokens_are_every_second_one() -> None:
 def test_cells_of_two_tokens_have_the_coordinates_of_every_second_one_in_v2() -> None:
     attn = small("swinv2").layers[0].blocks[0].attn
     cells = rehouse(attn, CellAttentionV2)
-    cells.full_window = (4, 4)
-    cells.set_window_size((2, 2))
+    cells.shrink((2, 2))
     torch.testing.assert_close(cells.relative_coords_table, attn.relative_coords_table[:, 1:6:2, 1:6:2])
     assert attn.window_size == (4, 4)
 
@@ -283,6 +292,19 @@ def test_size_that_does_not_fit_leaves_the_model_as_it_is() -> None:
     assert torch.equal(model(x), before)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_casting_the_reduced_model_casts_the_dense_one_whole(kind: str) -> None:
+    """Weights are shared, and so are the tables of whole windows that smaller grids have their own in place of."""
+    dense, x = small(kind), images().double()
+    expected = small(kind).double()(x)
+    model = effvit.sparsify(dense, "expedite", cluster_at=0)
+    model.double()
+    assert torch.equal(dense(x), expected)
+    again = effvit.sparsify(model, "tome", r=0)
+    assert torch.equal(again(x), expected)
+    assert not [name for name, _ in again.named_buffers() if "full_" in name]
+
+
 def test_windows_are_those_of_timm_on_a_map_that_they_cover() -> None:
     x = torch.randn(2, 14, 14, 3)
     assert torch.equal(Cut((7, 7), (14, 14)).windows(x), window_partition(x, (7, 7)).flatten(1, 2))
@@ -300,11 +322,74 @@ def test_names_have_the_tags_of_the_host(host: str) -> None:
     assert "expedite_" + host in effvit.list_models("expedite_swin*")
 
 
+@pytest.mark.parametrize(("method", "settings"), [("tome", {"r": 5}), ("expedite", {"cluster_at": 0})])
+def test_folder_of_a_resized_model_holds_its_windows(tmp_path: Path, method: str, settings: dict[str, Any]) -> None:
+    """timm's record of a resize has ``window_size``, as Expedite's settings have: the host's is told beside them."""
+    dense = timm.create_model("swinv2_tiny_window8_256", **NARROW_NAME)
+    model = effvit.sparsify(dense, method, **settings).eval()
+    name = model.pretrained_cfg["architecture"]
+    model.set_input_size((128, 128))
+    windows = [stage.blocks[0].window_size for stage in effvit.sparsify(model, "tome").layers]
+    assert windows == [(16, 16), (16, 16)]
+    save_for_hf(model, str(tmp_path))
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert again.settings == model.settings
+    assert again.pretrained_cfg["architecture"] == (name if method == "tome" else "sparsified")
+    x = images(1, (128, 128))
+    assert torch.equal(again(x), model(x))
+
+
+def published(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under the names of microsoft/Swin-Transformer: stages end with their downsampling, tables lie beside."""
+    names = {name: name.replace("layers.1.downsample", "layers.0.downsample") for name in state}
+    file = {names[name].replace("head.fc.", "head."): value for name, value in state.items()}
+    return file | {
+        "layers.0.blocks.1.attn_mask": torch.zeros(1),
+        "layers.0.blocks.0.attn.relative_position_index": torch.zeros(1),
+    }
+
+
+@pytest.mark.parametrize("reduced", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_official_file_loads(kind: str, reduced: bool, tmp_path: Path) -> None:
+    settings = {"window_size": (4, 2)} if kind == "swin" else {}
+    model, other = small(kind, **settings), KINDS[kind](**(SMALL | settings)).eval()
+    torch.save({"model": published(model.state_dict())}, tmp_path / "official.pth")
+    target = effvit.sparsify(other, "expedite", cluster_at=0, num_clusters=(2, 1)) if reduced else other
+    dropped = effvit.load_checkpoint(target, tmp_path / "official.pth")
+    assert sorted(dropped) == ["layers.0.blocks.0.attn.relative_position_index", "layers.0.blocks.1.attn_mask"]
+    assert torch.equal(other(images()), model(images()))
+
+
+@pytest.mark.filterwarnings("ignore:torch.meshgrid:UserWarning")  # in timm's resize
+def test_tables_of_other_windows_are_resampled_as_timm_does_it(tmp_path: Path) -> None:
+    model, other = small(), small(window_size=3)
+    save_file(model.state_dict(), tmp_path / "file.safetensors")
+    effvit.load_checkpoint(other, tmp_path / "file.safetensors")
+    expected = checkpoint_filter_fn(model.state_dict(), other)
+    assert all(torch.equal(value, expected[name]) for name, value in other.state_dict().items())
+    assert other.layers[0].blocks[0].attn.relative_position_bias_table.shape == (25, 1)
+
+
 class TestRefusals:
     @pytest.mark.parametrize("kind", KINDS)
     def test_method_that_drops_tokens(self, kind: str) -> None:
         with pytest.raises(ValueError, match=r"hot takes tokens away for good.*use method 'tome' or 'expedite'"):
             effvit.sparsify(small(kind), "hot")
+
+    def test_subclass_is_not_told_to_register(self) -> None:
+        """``register_host`` takes classes whose blocks lie in a row."""
+
+        class Mine(SwinTransformer):
+            pass
+
+        message = r"Mine is a subclass of timm.*SwinTransformer and .*cannot be registered: create a timm.*SwinTransf"
+        with pytest.raises(TypeError, match=message):
+            effvit.sparsify(Mine(**SMALL), "tome")
+        with pytest.raises(TypeError, match=message):
+            effvit.register_host(Mine)
+        with pytest.raises(TypeError, match="SwinTransformer has windows and needs no registration: give its models"):
+            effvit.register_host(SwinTransformer)
 
     def test_image_of_another_size(self) -> None:
         with pytest.raises(ValueError, match=r"expected images of 48 x 40 pixels.*set_input_size"):

@@ -10,7 +10,10 @@ import pytest
 import timm
 import torch
 from data.sources import default_root
+from safetensors.torch import save_file
 from timm.models._features_fx import create_feature_extractor
+from timm.models._input import get_model_input_config
+from timm.models.tiny_vit import TinyVit
 from torch import Tensor, nn
 
 import effvit
@@ -66,6 +69,16 @@ def released(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class TestWeights:
+    def test_file_loads_into_a_model_that_has_run(self, tmp_path: Path) -> None:
+        """timm keeps the position biases of the first pass, in eval mode."""
+        model, x = small(), torch.randn(1, 3, 224, 224)
+        expected = model(x)
+        save_file(model.state_dict(), tmp_path / "file.safetensors")
+        other = timm.create_model("tiny_vit_5m_224", **SMALL, num_classes=0).eval()
+        other(x)
+        effvit.load_checkpoint(other, tmp_path / "file.safetensors")
+        assert torch.equal(other(x), expected)
+
     def test_official_file_loads_with_its_classifier(self, tmp_path: Path) -> None:
         model, other = small(num_classes=3), small(num_classes=3)
         torch.nn.init.zeros_(other.head.fc.weight)
@@ -245,6 +258,34 @@ class TestMerging:
         y = attention(x, Among(anchor, torch.tensor([[2.0, 1.0, 1.0]]), (14, 14)))
         torch.testing.assert_close(y, attention(x[:, twice], Among(anchor[:, twice], None, (14, 14)))[:, 1:])
 
+    @pytest.mark.parametrize(("method", "scores"), [("tome", "tokens"), ("expedite", "cluster centres")])
+    def test_nan_names_the_image_and_not_its_window(self, method: str, scores: str) -> None:
+        model, x = effvit.sparsify(small(), method), images(3)
+        x[1, :, -1, -1] = torch.nan
+        with pytest.raises(ValueError, match=f"{scores} are NaN for image 1 of the batch; the tokens that entered"):
+            model(x)
+
+    @pytest.mark.parametrize("method", ["tome", "expedite"])
+    def test_model_built_by_its_class_has_no_size_of_its_own(self, method: str) -> None:
+        dense = TinyVit(**SMALL, num_classes=3, in_chans=1).eval()
+        model = effvit.sparsify(dense, method)
+        assert model(torch.randn(1, 1, 96, 64)).shape == (1, 3)
+        assert model.pretrained_cfg["architecture"] == "sparsified"
+        assert model.pretrained_cfg["input_size"] == (1, 224, 224)  # timm's default
+        assert get_model_input_config(model)["input_size"] == (1, 224, 224)
+
+    def test_what_windows_have_not_is_refused_by_name(self) -> None:
+        model = effvit.sparsify(small(), "expedite")
+        with pytest.raises(
+            ValueError, match=r"rate of a TinyVit is fixed with its windows, got 0.5; make .*keep_rate="
+        ):
+            model.set_keep_rate(0.5)
+        for call in (model.forward_tokens, model.trace_tokens):
+            with pytest.raises(
+                TypeError, match=r"a TinyVit gives its tokens back .*call forward_features .*trace_stages"
+            ):
+                call(images())
+
     def test_nan_names_the_block(self) -> None:
         model = effvit.sparsify(small(), "tome")
         with torch.no_grad():
@@ -278,6 +319,22 @@ class TestClusters:
         attention = small().stages[3].blocks[0].attn
         biases = cluster_biases(attention.attention_biases, 7, 7)
         assert torch.equal(biases, attention.get_attention_biases(torch.device("cpu")))
+
+    @pytest.mark.parametrize("method", ["tome", "expedite"])
+    def test_training_the_dense_model_trains_the_reduced_one(self, method: str) -> None:
+        """The reduced model is made anew on the same parameters; timm keeps position biases between passes in eval."""
+        dense, x = small(), images()
+        settings: dict[str, Any] = {"r": [0, 5, 5, 5]} if method == "tome" else {"cluster_at": 3}
+        model = effvit.sparsify(dense, method, **settings).eval()
+        before = model(x)
+        with torch.no_grad():
+            for stage in dense.stages[1:]:
+                stage.blocks[0].attn.attention_biases.add_(1 + torch.rand(1))
+                stage.blocks[0].attn.attention_biases[:, 0] -= 3
+        again = effvit.sparsify(dense, method, **settings).eval()(x)
+        assert not torch.equal(again, before)
+        assert torch.equal(model(x), again)
+        assert torch.equal(effvit.sparsify(model, method, **settings).eval()(x), again)
 
     def test_biases_of_cells_of_two_tokens_are_every_second_one(self) -> None:
         table = torch.randn(3, 14, 14)

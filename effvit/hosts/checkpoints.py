@@ -18,7 +18,10 @@ from timm.models import (
     deepseek_vit,
     eva,
     gemma4_vit,
+    naflexvit,
     qwen3_vit,
+    swin_transformer,
+    swin_transformer_v2,
     tiny_vit,
     vision_transformer,
     vision_transformer_relpos,
@@ -88,9 +91,13 @@ HEAD = re.compile(r"^head(_dist)?\.(weight|bias)$")
 # timm's filters of hosts that need nothing around them.
 PLAIN_FILTERS: dict[type[nn.Module], Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]]] = {
     beit.Beit: beit.checkpoint_filter_fn,
+    naflexvit.NaFlexVit: naflexvit.checkpoint_filter_fn,
+    swin_transformer_v2.SwinTransformerV2: swin_transformer_v2.checkpoint_filter_fn,
     vision_transformer_relpos.VisionTransformerRelPos: vision_transformer_relpos.checkpoint_filter_fn,
     vision_transformer_sam.VisionTransformerSAM: vision_transformer_sam.checkpoint_filter_fn,
 }
+# The program of a TorchScript archive, which is never read; ``check_pickles`` reads all that is called .pkl.
+PROGRAM = re.compile(r"^[^/]*/code/.*(?<!\.pkl)$")
 # The encoders of SAM have no use for a classifier: the one that MobileSAM's holds no longer fits its features.
 STALE = re.compile(r"(^|\.)image_encoder\.head\.(weight|bias)$")
 
@@ -229,6 +236,8 @@ def host_state_dict(state: dict[str, Tensor], model: nn.Module) -> dict[str, Ten
     for cls, convert in PLAIN_FILTERS.items():
         if isinstance(model, cls):
             return convert(state, model)
+    if isinstance(model, swin_transformer.SwinTransformer):
+        return swin_state_dict(state, model)
     if isinstance(model, tiny_vit.TinyVit):
         return tiny_vit_state_dict(state, model)
     for cls, adapt in TOWER_FILTERS.items():
@@ -297,6 +306,21 @@ def _check_tables(state: Mapping[str, Tensor], model: nn.Module) -> None:
         )
 
 
+def swin_state_dict(state: Mapping[str, Tensor], model: swin_transformer.SwinTransformer) -> dict[str, Tensor]:
+    """Weights of a Swin under timm's or official names -> timm's, tables of other windows resampled as timm does it.
+
+    Tables of the model's shape stay as they are: timm takes those of windows that are not square for square ones.
+    """
+    own: dict[str, Tensor] = model.state_dict()
+    fitting = {
+        name: value
+        for name, value in state.items()
+        if name.endswith("relative_position_bias_table") and name in own and value.shape == own[name].shape
+    }
+    others = {name: value for name, value in state.items() if name not in fitting}
+    return swin_transformer.checkpoint_filter_fn(others, model) | fitting
+
+
 def tiny_vit_state_dict(state: Mapping[str, Tensor], model: tiny_vit.TinyVit) -> dict[str, Tensor]:
     """Weights of a TinyViT under timm's or official names -> timm's, attention biases resampled as timm does it."""
     own: dict[str, Tensor] = model.state_dict()
@@ -353,11 +377,14 @@ def _reason(error: Exception) -> str:
 
 
 def _check_archive(path: Path) -> None:
-    """Raise a ValueError for a zip file that grows when it is unpacked, as none of torch's does."""
+    """Raise a ValueError for a zip file that grows when it is unpacked, as none of torch's does.
+
+    But for the program of a TorchScript archive, which is compressed, and which nothing here unpacks.
+    """
     if not zipfile.is_zipfile(path):  # torch before 1.6
         return
     with zipfile.ZipFile(path) as archive:
-        unpacked = sum(entry.file_size for entry in archive.infolist())
+        unpacked = sum(entry.file_size for entry in archive.infolist() if not PROGRAM.search(entry.filename))
     if unpacked > path.stat().st_size:
         raise ValueError(f"{path.stat().st_size} bytes would unpack to {unpacked}")
 
@@ -553,4 +580,8 @@ def load_checkpoint(
     """
     conversion = convert_checkpoint(model, path, allowed, key)
     model.load_state_dict(conversion.state)
+    for module in model.modules():
+        cache = getattr(module, "attention_bias_cache", None)
+        if isinstance(cache, dict):
+            cache.clear()  # timm's TinyViT and LeViT keep biases of the weights before
     return conversion.dropped

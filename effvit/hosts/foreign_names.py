@@ -262,13 +262,13 @@ def unknown_names(names: Collection[str]) -> str:
 
 
 def _check_kernel(state: Mapping[str, Tensor], family: Family) -> None:
-    """Raise a ValueError for SigLIP 2 with NaFlex, whose kernel and position table are for patches in any number."""
+    """Raise a ValueError for SigLIP 2 with NaFlex under names of transformers, which fit no host."""
     kernel = state.get("patch_embed.proj.weight")
     if kernel is not None and kernel.ndim == 2:
         raise ValueError(
             f"the patches of this {family.name} are flattened (kernel {tuple(kernel.shape)}), as those of SigLIP 2 "
-            "with NaFlex are, which no host here computes; take a checkpoint of one image size, whose kernel has "
-            "shape (C, 3, P, P)"
+            "with NaFlex are; create a naflexvit_ host, naflexvit_base_patch16_siglip say, and load timm's file, or "
+            "take a checkpoint of one image size, whose kernel has shape (C, 3, P, P)"
         )
 
 

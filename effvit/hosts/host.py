@@ -19,7 +19,6 @@ import timm
 import torch
 from timm.layers import PatchDropout, PatchDropoutWithIndices, to_2tuple
 from timm.models import checkpoint
-from timm.models._pretrained import PretrainedCfg
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.naflexvit import NaFlexVit
@@ -36,12 +35,12 @@ from effvit.hosts.refusals import is_file_name, is_sharded, reason_against, reas
 from effvit.hosts.sam import ReducedSAM
 from effvit.hosts.stages import Stage, map_stage
 from effvit.hosts.surface import (
-    SPARSIFIED,
     BlockFeatures,
     Intermediates,
     Reduced,
     check_images,
     patch_grid,
+    record_name,
     refuse_mask,
     refuse_open_sizes,
     with_gradients,
@@ -70,7 +69,6 @@ __all__ = [
     "list_methods",
     "method_settings",
     "patch_embedding",
-    "record_name",
     "register_host",
     "sparsify",
 ]
@@ -491,7 +489,7 @@ def register_host(host_class: type[HostT], reduced_class: type[ReducedHost] | No
     """Let ``sparsify`` take models of a class of your own. It can stand above the class as a decorator.
 
     Args:
-        host_class: A subclass of a class that ``sparsify`` takes, such as timm's ``VisionTransformer``.
+        host_class: A subclass of a class without windows that ``sparsify`` takes, such as timm's ``VisionTransformer``.
         reduced_class: Subclass of ``host_class`` and of the base's reduced class, which runs the blocks. None: it is
             made of the two, which needs a class that leaves the forward pass of its base alone.
 
@@ -499,13 +497,15 @@ def register_host(host_class: type[HostT], reduced_class: type[ReducedHost] | No
         The class.
 
     Raises:
-        TypeError: No subclass of a class that ``sparsify`` takes, a class that overrides what a reduced model runs in
-            its own way, or a ``reduced_class`` that is no subclass of both.
+        TypeError: No subclass of a class that ``sparsify`` takes, one of a class with windows, a class that overrides
+            what a reduced model runs in its own way, or a ``reduced_class`` that is no subclass of both.
         ValueError: The class is registered already, with another ``reduced_class``.
     """
     base = next((cls for cls in host_class.__mro__ if cls in HOST_CLASSES), None)
+    if base is None and host_class in WINDOW_CLASSES:
+        raise TypeError(f"{host_class.__qualname__} has windows and needs no registration: give its models to sparsify")
     if base is None:
-        raise TypeError(reason_against_class(host_class, HOST_CLASSES))
+        raise TypeError(reason_against_class(host_class, {*HOST_CLASSES, *WINDOW_CLASSES}, WINDOW_CLASSES))
     known = HOST_CLASSES[base]
     if base is host_class:
         if reduced_class not in (None, known):
@@ -662,7 +662,7 @@ def sparsify(
     check_switch("share", share)
     dense = _create_host(model) if isinstance(model, str) and not is_file_name(model) else model
     if not isinstance(dense, nn.Module):
-        raise TypeError(reason_against(dense, {*HOST_CLASSES, *WINDOW_CLASSES}))
+        raise TypeError(reason_against(dense, {*HOST_CLASSES, *WINDOW_CLASSES}, WINDOW_CLASSES))
     if recover is None:
         recover = METHODS[method].recover
         if isinstance(dense, Reduced) and dense.method == method:
@@ -679,7 +679,7 @@ def sparsify(
         return _described(reduced, dense, method, settings, recover)
     host_class = type(dense) if isinstance(dense, ReducedHost) else HOST_CLASSES.get(type(dense))
     if host_class is None or is_sharded(dense):
-        raise TypeError(reason_against(dense, {*HOST_CLASSES, *WINDOW_CLASSES}))
+        raise TypeError(reason_against(dense, {*HOST_CLASSES, *WINDOW_CLASSES}, WINDOW_CLASSES))
     host = rehouse(copy_shared(dense, share), host_class)
     if not isinstance(dense, ReducedHost):
         host._depth = len(host.blocks)
@@ -742,25 +742,6 @@ def _recorded_name(dense: nn.Module) -> str | None:
     """timm's name of a model that ``timm.create_model`` made; None for others, whose keywords nobody has recorded."""
     cfg = getattr(dense, "pretrained_cfg", None)
     return cfg["architecture"] if cfg and getattr(dense, "_model_args", None) is not None else None
-
-
-def record_name(model: Reduced) -> None:
-    """Let ``pretrained_cfg`` name what the model is, for timm's hub folders.
-
-    The zoo's name, if its host has one under the method: keywords of ``timm.create_model`` cannot be None, so with a
-    setting that is, with one that is named as a keyword the host was made with, and with any other host, the name is
-    SPARSIFIED and ``_model_args`` tells the rest.
-    """
-    name, defaults = f"{model.method}_{model.host_name}", METHODS[model.method].defaults()
-    unsaid = any(value is None and defaults[setting] is not None for setting, value in model._settings.items())
-    unsaid = unsaid or bool(model.__dict__.get("_model_args", {}).keys() & defaults.keys())
-    cfg: dict[str, object] | None = getattr(model, "pretrained_cfg", None)
-    if cfg is None:  # of a host that was built by its class
-        img_size = model.patch_embed.img_size
-        model._traits = {"img_size": img_size}
-        cfg = PretrainedCfg(input_size=(model.in_chans, *img_size), num_classes=model.num_classes).to_dict()
-    architecture = name if model.host_name and timm.is_model(name) and not unsaid else SPARSIFIED
-    model.pretrained_cfg = model.default_cfg = cfg | {"architecture": architecture}
 
 
 def check_model_name(name: str) -> None:

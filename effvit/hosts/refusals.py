@@ -47,7 +47,7 @@ def _held(model: nn.Module, supported: Collection[type]) -> str | None:
     return next((name for name, part in model.named_modules() if name and isinstance(part, tuple(supported))), None)
 
 
-def reason_against(model: object, supported: Collection[type]) -> str:
+def reason_against(model: object, supported: Collection[type], final: Collection[type] = ()) -> str:
     """Why tokens of what was given cannot be reduced, and what to do.
 
     Args:
@@ -93,16 +93,25 @@ def reason_against(model: object, supported: Collection[type]) -> str:
             f"a {_path_of(kind)} holds a vision transformer at {held!r} and does more than it; sparsify that part, "
             f"effvit.sparsify(model.{held}, ...), and wrap, compile or put it back afterwards"
         )
-    return reason_against_class(kind, supported)
+    return reason_against_class(kind, supported, final)
 
 
-def reason_against_class(kind: type, supported: Collection[type]) -> str:
-    """The reason against a model of a class that is not supported and holds none that is."""
+def reason_against_class(kind: type, supported: Collection[type], final: Collection[type] = ()) -> str:
+    """The reason against a model of a class that is not supported and holds none that is.
+
+    Args:
+        kind: The class.
+        supported: The classes that are.
+        final: Those of them whose subclasses cannot be registered.
+    """
     base = next((cls for cls in kind.__mro__ if cls in supported), None)
     if base is not None:
+        remedy = "if it only adds to it, register it: effvit.register_host(cls)"
+        if base in final:
+            remedy = f"subclasses of hosts with windows cannot be registered: create a {_path_of(base)}"
         return (
             f"{_path_of(kind)} is a subclass of {_path_of(base)} and may compute something else, so it is not reduced "
-            "as one; if it only adds to it, register it: effvit.register_host(cls)"
+            f"as one; {remedy}"
         )
     library = kind.__module__.partition(".")[0]
     advice = _against_family(kind)

@@ -129,7 +129,7 @@ class GroupingSAMBlock(GroupingBlock, Block):
     ls2: Layer
 
     def cut(self, size: Size) -> Cut:
-        return Cut((self.window_size, self.window_size) if self.window_size else size, size)
+        return Cut(window_of(self, size), size)
 
     def area(self, cut: Cut) -> int:
         return self.area_of_windows or cut.area
@@ -219,7 +219,7 @@ class ReducedSAM(ReducedWindows, VisionTransformerSAM):
         return [self]
 
     def block_window(self, block: Any) -> Size:
-        return (block.window_size, block.window_size) if block.window_size else WHOLE
+        return window_of(block, WHOLE)
 
     def check_parts(self) -> None:
         super().check_parts()

@@ -7,14 +7,17 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from typing import Any, NamedTuple, Protocol
 
+import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models._features import feature_take_indices
+from timm.models._pretrained import PretrainedCfg
 from torch import Tensor, nn
 
 from effvit.hosts.refusals import is_sharded
 from effvit.protocols import Layer, PatchEmbedding, Settings, Size
 from effvit.recording import is_recorded, refuse_fx
+from effvit.reducers import METHODS
 from effvit.tokens import autocast_enabled
 
 __all__ = [
@@ -28,6 +31,7 @@ __all__ = [
     "model_cfg",
     "patch_grid",
     "record_args",
+    "record_name",
     "refuse_mask",
     "refuse_open_sizes",
     "with_gradients",
@@ -143,6 +147,26 @@ class Reduced(nn.Module):
 
     def extra_repr(self) -> str:
         return f"method={self.method!r}, settings={self.settings}, recover={self.recover!r}"
+
+
+def record_name(model: Reduced) -> None:
+    """Let ``pretrained_cfg`` name what the model is, for timm's hub folders.
+
+    The zoo's name, if its host has one under the method: keywords of ``timm.create_model`` cannot be None, so with a
+    setting that is, with one that is named as a keyword the host was made with, and with any other host, the name is
+    SPARSIFIED and ``_model_args`` tells the rest.
+    """
+    name, defaults = f"{model.method}_{model.host_name}", METHODS[model.method].defaults()
+    unsaid = any(value is None and defaults[setting] is not None for setting, value in model._settings.items())
+    unsaid = unsaid or bool(model.__dict__.get("_model_args", {}).keys() & defaults.keys())
+    cfg: dict[str, object] | None = getattr(model, "pretrained_cfg", None)
+    if cfg is None:  # of a host that was built by its class
+        img_size = getattr(model.patch_embed, "img_size", None)
+        model._traits = {"img_size": img_size}
+        size = PretrainedCfg.input_size[1:] if img_size is None else img_size  # a TinyViT takes any
+        cfg = PretrainedCfg(input_size=(model.in_chans, *size), num_classes=model.num_classes).to_dict()
+    architecture = name if model.host_name and timm.is_model(name) and not unsaid else SPARSIFIED
+    model.pretrained_cfg = model.default_cfg = cfg | {"architecture": architecture}
 
 
 class HasParameters(Protocol):

@@ -27,7 +27,7 @@ from timm.models.swin_transformer_v2 import WindowAttention as WindowAttentionV2
 from torch import Tensor, nn
 
 from effvit.block import copy_shared, rehouse
-from effvit.hosts.surface import check_images
+from effvit.hosts.surface import SPARSIFIED, check_images, record_name
 from effvit.hosts.window_form import WindowForm, stage_terms
 from effvit.hosts.windows import (
     Among,
@@ -50,7 +50,7 @@ __all__ = ["ReducedSwin", "ReducedSwinV2", "cell_bias_table", "swin"]
 LARGEST_SCALE = math.log(100.0)  # of Swin V2's cosines (2111.09883, section 3.3)
 
 
-def biases_between(table: Tensor, index: Tensor, anchor: Tensor) -> Tensor:
+def biases_at(table: Tensor, index: Tensor, anchor: Tensor) -> Tensor:
     """Biases between the places of groups.
 
     Args:
@@ -81,7 +81,7 @@ class GroupedWindowAttention(GroupedAttention, WindowAttention):
         return q, k, v
 
     def _position_bias(self, q: Tensor, among: Among) -> Tensor:
-        return biases_between(self.relative_position_bias_table, self.relative_position_index, among.anchor)
+        return biases_at(self.relative_position_bias_table, self.relative_position_index, among.anchor)
 
     def _output(self, y: Tensor) -> Tensor:
         return self.proj_drop(self.proj(y))
@@ -176,7 +176,7 @@ class GroupedWindowAttentionV2(GroupedAttention, WindowAttentionV2):
 
     def _position_bias(self, q: Tensor, among: Among) -> Tensor:
         table = self.cpb_mlp(self.relative_coords_table).view(-1, self.num_heads)  # (distances, heads)
-        return biases_between(16 * table.sigmoid(), self.relative_position_index, among.anchor)
+        return biases_at(16 * table.sigmoid(), self.relative_position_index, among.anchor)
 
     def _output(self, y: Tensor) -> Tensor:
         return self.proj_drop(self.proj(y))
@@ -195,8 +195,13 @@ class GroupingSwinV2Block(_ShiftedWindows, SwinTransformerV2Block):
         return self.norm2(self.mlp(x))
 
 
+TABLES_V2 = ("relative_coords_table", "relative_position_index")  # that timm makes anew for other windows
+
+
 class CellAttentionV2(WindowAttentionV2):
     """timm's attention of a Swin V2 among the cells of each window, which ``window_size`` counts.
+
+    The tables of the whole window stay as buffers, so that they move and are cast with the model that shares them.
 
     Attributes:
         full_window: (h, w) of the window in tokens.
@@ -205,6 +210,17 @@ class CellAttentionV2(WindowAttentionV2):
     full_window: Size
     window_size: Size
     pretrained_window_size: Size
+
+    def shrink(self, cells: Size) -> None:
+        """Let the window be one of so many cells."""
+        self.full_window = self.window_size
+        for name in TABLES_V2:
+            self.register_buffer(f"full_{name}", getattr(self, name), persistent=False)
+        self.set_window_size(cells)
+
+    def _init_buffers(self) -> None:
+        super()._init_buffers()
+        plain_attention_v2(self)._init_buffers()
 
     def _make_pair_wise_relative_positions(self, device: Any = None, dtype: Any = None) -> tuple[Tensor, Tensor]:
         _, index = super()._make_pair_wise_relative_positions(device=device, dtype=dtype)
@@ -229,8 +245,7 @@ def shrink_block(block: Any, window: Size, cells: Size) -> None:
     replace_attributes(block, window_size=cells, window_area=area, shift_size=shift, dynamic_mask=True)
     if isinstance(block.attn, WindowAttentionV2):
         block.attn = rehouse(block.attn, CellAttentionV2)
-        block.attn.full_window = window
-        block.attn.set_window_size(cells)
+        block.attn.shrink(cells)
     else:
         block.attn = rehouse(block.attn, CellAttention)
         block.attn.cells = cells
@@ -241,7 +256,11 @@ def plain_attention_v2(attn: nn.Module) -> WindowAttentionV2:
     plain = rehouse(attn, WindowAttentionV2)
     window: Size | None = plain.__dict__.pop("full_window", None)
     if window is not None:
-        plain.set_window_size(window)
+        plain.window_size = window
+        for name in TABLES_V2:
+            table = getattr(plain, f"full_{name}")
+            delattr(plain, f"full_{name}")
+            plain.register_buffer(name, table, persistent=False)
     return plain
 
 
@@ -319,7 +338,10 @@ class _ReducedShiftedWindows(ReducedWindows):
 
     def _resize(self, *args: Any, **kwargs: Any) -> None:
         self.make_plain()
+        # timm records window_size as a keyword of the host; in a name of the zoo it may be a setting of the method.
+        self.pretrained_cfg = self.pretrained_cfg | {"architecture": SPARSIFIED}
         super().set_input_size(*args, **kwargs)  # type: ignore[misc]
+        record_name(self)
         self.place(self.method, self._settings)
 
 

@@ -99,6 +99,21 @@ def cluster_biases(biases: Tensor, window: int, cells: int) -> Tensor:
     return table[:, apart[:, None, :, None], apart[None, :, None, :]].flatten(3).flatten(1, 2)
 
 
+class LiveAttention(Attention):
+    """timm's attention of a TinyViT with the position biases that its parameter holds now.
+
+    timm's keeps them from one forward pass in eval mode to the next, until ``train`` is called: that of a model that
+    shares the parameter is another one.
+    """
+
+    attention_biases: Tensor
+    attention_bias_idxs: Tensor
+
+    def get_attention_biases(self, device: torch.device) -> Tensor:
+        """(heads, N, N)."""
+        return self.attention_biases[:, self.attention_bias_idxs]
+
+
 class ClusterAttention(Attention):
     """timm's attention of a TinyViT among the clusters of each window.
 
@@ -154,7 +169,8 @@ class ReducedTinyViT(ReducedWindows, TinyVit):
         MergedAttention,
         shrink_block,
         ClusterAttention,
-        lambda attn: rehouse(attn, Attention),
+        lambda attn: rehouse(attn, LiveAttention),
+        LiveAttention,
     )
     reason = "the blocks of a TinyVit convolve full maps"
     stages: nn.Sequential

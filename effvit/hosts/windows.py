@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeGuard, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeGuard, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -262,7 +262,7 @@ class GroupingBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map x (B, H, W, C) -> (B, H, W, C)."""
         cut, windows, features = self.compared(x)
-        groups = self.reducer.group(features, windows, self.area(cut))
+        groups = self.reducer.group(features, x, self.area(cut))
         del features
         merged, size = groups.merge(windows)  # (B*nW, K, C), (B*nW, K)
         y: Tensor = self.attn(merged, Among(groups.anchor, size, cut.window, attending_parts(groups, cut)))
@@ -275,8 +275,8 @@ class GroupingBlock(nn.Module):
 
     def stage(self, x: Tensor, number: int) -> Stage:
         """The groups of the first image of the map x that enters the block."""
-        cut, windows, features = self.compared(x[:1])
-        groups = self.reducer.group(features, windows, self.area(cut))
+        cut, _, features = self.compared(x[:1])
+        groups = self.reducer.group(features, x[:1], self.area(cut))
         return window_stage(groups.target, cut, groups.anchor.shape[1], number)
 
 
@@ -338,7 +338,7 @@ class Shrunk(NamedTuple):
         cut = Cut(span.window, (x.shape[1], x.shape[2]))
         cells = span.cells
         rows, columns = (num_windows(n, w) * c for n, w, c in zip(cut.size, cut.window, cells, strict=True))
-        grids = span.reducer.shrink(cut.windows(x).unflatten(1, cut.window))
+        grids = span.reducer.shrink(cut.windows(x).unflatten(1, cut.window), x)
         return cls(grids, cut, Cut(cells, (rows, columns)))
 
     @property
@@ -410,6 +410,7 @@ class Family(NamedTuple):
             replaces plain attributes by ``replace_attributes``.
         shrunk_attention: Subclass of timm's attention that ``shrink`` puts in its place.
         plain_attention: timm's attention on the parameters of what stands in its place.
+        unreduced_attention: Subclass of timm's attention that ``plain_attention`` gives; None: it gives timm's own.
     """
 
     block: type[nn.Module]
@@ -419,6 +420,7 @@ class Family(NamedTuple):
     shrink: Callable[[Any, Size, Size], None]
     shrunk_attention: type[nn.Module]
     plain_attention: Callable[[nn.Module], nn.Module]
+    unreduced_attention: type[nn.Module] | None = None
 
 
 def replace_attributes(module: nn.Module, **values: object) -> None:
@@ -464,7 +466,7 @@ class ReducedWindows(Reduced):
         """Raise a TypeError for blocks or attention of classes that the family does not know."""
         family = self.family
         blocks = {family.block, family.grouping_block}
-        attentions = {family.attention, family.grouped_attention, family.shrunk_attention}
+        attentions = {family.attention, family.grouped_attention, family.shrunk_attention, family.unreduced_attention}
         for stage, start in self.numbered_stages():
             for i, block in enumerate(stage.blocks, start):
                 for what, part, known in (("", block, blocks), (".attn", block.attn, attentions)):
@@ -513,6 +515,31 @@ class ReducedWindows(Reduced):
                 for block in list(blocks)[span.first : span.last]:
                     self.family.shrink(block, span.window, span.cells)
             stage.blocks = blocks
+
+    def set_keep_rate(self, keep_rate: object) -> NoReturn:
+        """Refused: the rate decides how blocks and windows are laid out.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            f"the rate of a {type(self).__bases__[-1].__name__} is fixed with its windows, got {keep_rate}; make the "
+            "model anew: effvit.sparsify(model, 'expedite', keep_rate=...)"
+        )
+
+    def forward_tokens(self, *args: object, **kwargs: object) -> NoReturn:
+        """Refused: what leaves the blocks is a map, of which no TokenMap tells.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError(
+            f"a {type(self).__bases__[-1].__name__} gives its tokens back in every window, so that none are left over "
+            "and no TokenMap tells of them; call forward_features or forward_intermediates for maps, and trace_stages "
+            "for what its blocks merge"
+        )
+
+    trace_tokens = forward_tokens
 
     def stage_maps(self, x: Tensor) -> Iterator[Tensor]:
         """The map (B, H, W, C) that enters the blocks of each stage, for images (B, 3, H, W)."""

@@ -68,11 +68,11 @@ IGNORED_OPERATORS = frozenset(f"aten::{name}{in_place}" for in_place in ("", "_"
     "adaptive_max_pool2d", "amax", "amin", "any", "argmax", "argsort", "cumsum", "kthvalue", "max_pool2d", "maximum",
     "mean", "min", "minimum", "sort", "sum", "topk",
     # comparisons
-    "__or__", "isfinite", "isnan", "le", "lt", "ne",
+    "__or__", "__rshift__", "__xor__", "isfinite", "isnan", "le", "lt", "ne",
     # making and moving tokens, adding one to another
-    "clone", "col2im", "diagonal", "dropout", "expand_as", "eye", "feature_dropout", "fill", "flip", "im2col",
-    "index_add", "index_copy", "index_select", "meshgrid", "new_ones", "nonzero_static", "numel", "numpy_T", "one_hot",
-    "ones_like", "pad", "rand_like", "repeat",
+    "clone", "col2im", "diagonal", "dropout", "empty_like", "expand_as", "eye", "feature_dropout", "fill", "flip",
+    "im2col", "index_add", "index_copy", "index_select", "meshgrid", "new_ones", "nonzero_static", "numel", "numpy_T",
+    "one_hot", "ones_like", "pad", "rand_like", "repeat",
     "resolve_conj", "resolve_neg",
     "repeat_interleave", "reshape_as", "scatter", "scatter_add", "tile", "unflatten", "unfold", "view_as", "where",
 ))

@@ -36,18 +36,18 @@ def stays_unread(values: Tensor) -> bool:
 
 
 @fx_leaf
-def check_finite(scores: Tensor, origin: str, x: Tensor | None) -> Tensor:
+def check_finite(scores: Tensor, origin: str, x: Tensor | None, rows: int = 1) -> Tensor:
     """``scores``, or an error that says where NaN came from; a top-k of NaN would be an arbitrary choice.
 
     Checked where that is cheap: on a CPU. Elsewhere reading a value would stop the queue of the device, so scores are
     checked only with ``EFFVIT_CHECK_FINITE=1`` in the environment or under ``torch.autograd.detect_anomaly``. What is
-    recorded or transformed (see ``is_recorded``) is never checked.
+    recorded or transformed (see ``is_recorded``) is never checked. An image has so many ``rows`` of scores.
     """
     if stays_unread(scores):
         return scores
     total = scores.sum().item()
     if math.isnan(total) and scores.isnan().any():  # infinities of both signs have no sum either
-        image = int(scores.isnan().flatten(1).any(1).nonzero()[0])
+        image = int(scores.isnan().flatten(1).any(1).nonzero()[0]) // rows
         cause = (
             "the tokens that entered the block hold NaN or infinity already: look at the input and earlier blocks"
             if x is not None and not x.isfinite().all()
@@ -355,8 +355,8 @@ class Reducer(nn.Module):
         Only for a method that merges as many tokens of every grid, see ``effvit.reducers.grids``.
 
         Args:
-            features: (B, N, D) what the tokens of the grids are compared by, as cosines.
-            x: (B, N, C) tokens that enter the block, for messages.
+            features: (B*nW, N, D) what the tokens of the grids are compared by, as cosines.
+            x: (B, ...) tokens of whole images, of which each has as many grids, for messages.
             area: Tokens that absolute numbers of the settings are meant for; a grid of more merges more in proportion.
         """
         raise NotImplementedError
@@ -369,10 +369,14 @@ class Reducer(nn.Module):
         """
         raise NotImplementedError
 
-    def shrink(self, x: Tensor) -> SmallGrids:
-        """Smaller grids in place of x (B, H, W, C), for the blocks of a host until all tokens are needed again.
+    def shrink(self, x: Tensor, images: Tensor) -> SmallGrids:
+        """Smaller grids in place of x (B*nW, H, W, C), for the blocks of a host until all tokens are needed again.
 
         Only for a method that leaves a rectangle of every grid, see ``effvit.reducers.grids``.
+
+        Args:
+            x: The grids.
+            images: (B, ...) tokens of the whole images, of which each has as many grids, for messages.
         """
         raise NotImplementedError
 

@@ -325,11 +325,12 @@ class Expedite(Rated):
         self.count_on(grid[0] * grid[1], grid)
         return cells
 
-    def shrink(self, x: Tensor) -> ClusteredGrids:
-        """Centres of the soft clusters of each grid of x (B, H, W, C), as officially in the windows of SAM."""
+    def shrink(self, x: Tensor, images: Tensor) -> ClusteredGrids:
+        """Centres of the soft clusters of each grid of x (B*nW, H, W, C), as officially in the windows of SAM."""
         clusters = self.clusters((x.shape[1], x.shape[2]))
         centres = cluster_centres(x, clusters, self.num_iters, self.temperature, self.window_size)
-        check_finite(centres.detach().flatten(1, 2).sum(-1), self.origin("cluster centres"), x)
+        rows = x.shape[0] // images.shape[0]
+        check_finite(centres.detach().flatten(1, 2).sum(-1), self.origin("cluster centres"), images, rows)
         reference = Reference(x.flatten(1, 2), centres.flatten(1, 2), self.temperature, self.k, self.norm)
         return ClusteredGrids(centres.to(x.dtype), reference)
 

@@ -46,7 +46,10 @@ def uniform_ranks(grid: Size) -> Tensor:
 def random_ranks(grid: Size, seed: int) -> Tensor:
     """(H*W,) int64 rank of each patch in a random order, the same on every machine and device."""
     generator = torch.Generator("cpu").manual_seed(seed)
-    return _places(torch.randperm(grid[0] * grid[1], generator=generator, device="cpu"))
+    order = torch.randperm(grid[0] * grid[1], generator=generator, device="cpu")
+    if torch.jit.is_tracing():  # which records the draw without its seed
+        order = torch.tensor(order.tolist(), device="cpu")
+    return _places(order)
 
 
 def _places(order: Tensor) -> Tensor:
@@ -171,7 +174,9 @@ class StaticSelection(Rated):
         return grid == self.grid and self.ranks.device.type != "meta"
 
     def start(self, x: Tensor, tokens: TokenMap) -> TokenMap:
-        return tokens if self.knows(tokens.grid) else replace(tokens, carry=self.ranks_on(tokens.grid).to(x.device))
+        height, width = tokens.grid
+        grid = operator.index(height), operator.index(width)  # numbers, not the symbols of dynamo and of traces
+        return tokens if self.knows(grid) else replace(tokens, carry=self.ranks_on(grid).to(x.device))
 
     def chosen(self, tokens: TokenMap) -> tuple[Tensor, int]:
         """(B, K) tokens that stay, in image order, and K."""
@@ -268,5 +273,4 @@ class Random(StaticSelection):
         return cls.in_blocks(depth, keep_rate, reduce_at, num_tokens, place, check_count("seed", seed))
 
     def ranks_on(self, grid: Size) -> Tensor:
-        height, width = grid
-        return random_ranks((operator.index(height), operator.index(width)), self.seed)  # numbers, not dynamo's symbols
+        return random_ranks(grid, self.seed)

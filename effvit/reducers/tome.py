@@ -104,7 +104,7 @@ def bipartite_soft_matching(
         num_prefix: Prefix tokens in front of the patches.
         ranges: Those of the batch, for P + N places at least; None: made here.
         origin: What the features are, for messages.
-        x: (B, P+N, C) tokens that entered the block, for messages.
+        x: (B, P+N, C) tokens that entered the block, for messages; of fewer images, each has as many rows of features.
 
     Returns:
         The matching. The new order is what is left of A, then B; A keeps its order in the sequence if there is
@@ -117,7 +117,8 @@ def bipartite_soft_matching(
     places = (ranges_of(metric, length, num_prefix) if ranges is None else ranges).sequence
     first_a, first_b = num_prefix + num_prefix % 2, num_prefix + (num_prefix + 1) % 2
     best, match = alternating_match(metric, num_prefix)  # (B, |A|) each
-    ranked = check_finite(best, origin, x).argsort(dim=-1, descending=True)  # (B, |A|)
+    rows = 1 if x is None else max(1, best.shape[0] // x.shape[0])
+    ranked = check_finite(best, origin, x, rows).argsort(dim=-1, descending=True)  # (B, |A|)
     in_a = torch.add(places[:, first_a : first_a + 1], ranked, alpha=2)
     left = in_a[:, r:]  # (B, |A|-r)
     if num_prefix:
@@ -275,7 +276,7 @@ class ToMe(Reducer):
         length = features.shape[1]
         r = min(self.r * length // area, length // 2)
         matching = bipartite_soft_matching(features, r, 0, origin=self.origin("tokens"), x=x)
-        return MergedGrids(matching, matching_target(matching, x[..., 0].long()), self.prop_attn)
+        return MergedGrids(matching, matching_target(matching, features[..., 0].long()), self.prop_attn)
 
     def cost(self, at: BlockSizes) -> Change:
         r = self.r if at.area is None else self.r * at.tokens // at.area
