@@ -552,10 +552,10 @@ def test_half_precision_is_near_float32(way: str) -> None:
         assert torch.nn.functional.cosine_similarity(model(batch).float(), expected).min() > 0.95
 
 
+@pytest.mark.parametrize("size", [(3, 16, 20), (3, 28, 12)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_closed_form_is_the_counted_macs(kind: str) -> None:
-    """Of the dense host and of a reduced one, at the size of the positions, which are not resampled there."""
-    size = (3, 16, 20)
+def test_closed_form_is_the_counted_macs(kind: str, size: tuple[int, int, int]) -> None:
+    """Of the dense host and of a reduced one; at the second size every table of positions is resampled."""
     for model in (make(kind), effvit.sparsify(make(kind), "tome", r=3)):
         report = effvit.count_flops(model, size)
         assert sum(closed_form_macs(model, size).values()) == report.total

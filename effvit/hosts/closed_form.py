@@ -7,7 +7,7 @@ from typing import Protocol, TypeAlias, TypeVar
 
 from torch import nn
 
-from effvit.hosts.native_patches import patches_of
+from effvit.hosts.native_patches import NominalPatches, patches_of
 from effvit.layers.macs import (
     PlainBlock,
     SelfAttention,
@@ -114,7 +114,10 @@ def embedding(patch_embed: PatchEmbedding, size: Size) -> tuple[Terms, Size]:
 
 def plain_vit(model: PlainViT, size: Size, counts: Sequence[int] | None) -> Terms:
     """A plain ViT; ``counts`` are the patch tokens that leave each block of a method that adapts to the image."""
-    terms, grid = embedding(patches_of(model), size)
+    patch_embed = patches_of(model)
+    terms, grid = embedding(patch_embed, size)
+    if isinstance(patch_embed, NominalPatches):
+        terms["embedding"] += patch_embed.resampling_macs(grid)
     patches, prefix = grid[0] * grid[1], model.num_prefix_tokens
     terms += norm(getattr(model, "norm_pre", nn.Identity()), prefix + patches)
     for biases in (getattr(model, "shared_rel_pos", None), *(getattr(b.attn, "rel_pos", None) for b in model.blocks)):

@@ -47,6 +47,12 @@ class NativeEmbeds(Protocol):
     supports_patch_interpolation: bool
     dynamic_img_pad: bool
     default_img_size: Size | None
+    pos_embed: Tensor
+    pos_embed_y: Tensor
+    pos_embed_x: Tensor
+    pos_embed_interp_mode: str
+    pos_embed_antialias: bool
+    pos_embed_ar_preserving: bool
     pos_embed_type: str
     pos_embed_grid_size: Size | None
 
@@ -98,6 +104,20 @@ class NominalPatches:
         """(H, W) patch grid of images of another size."""
         height, width = self.embeds.dynamic_feat_size(img_size)
         return height, width
+
+    def resampling_macs(self, grid: Size) -> int:
+        """MACs of timm's resampling of the table of positions for a patch grid (H, W); 0 on that of the table."""
+        embeds = self.embeds
+        wanted = (max(grid), max(grid)) if embeds.pos_embed_ar_preserving else grid
+        if embeds.pos_embed_type == "factorized":
+            tables = ((embeds.pos_embed_y, wanted[0]), (embeds.pos_embed_x, wanted[1]))
+            return sum(2 * new * table.shape[2] for table, new in tables if table.shape[1] != new)
+        if embeds.pos_embed_type != "learned" or tuple(embeds.pos_embed.shape[1:3]) == grid:
+            return 0
+        taps = 4 if embeds.pos_embed_interp_mode == "bicubic" else 2
+        _, *table, dim = embeds.pos_embed.shape
+        sides = [old / new if embeds.pos_embed_antialias else 1 for old, new in zip(table, wanted, strict=True)]
+        return round(math.prod(wanted) * dim * math.prod(taps * max(1, side) for side in sides))
 
 
 def patches_of(model: object) -> PatchEmbedding:
