@@ -15,6 +15,11 @@ from timm.models._features_fx import create_feature_extractor
 from timm.models.swin_transformer import SwinTransformer, checkpoint_filter_fn, window_partition
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor
+from window_laws import (
+    assert_checkpointing_changes_nothing,
+    assert_closed_form_is_the_count,
+    assert_half_precision_runs,
+)
 
 import effvit
 from effvit.block import rehouse
@@ -126,24 +131,14 @@ class TestReduced:
         self, kind: str, method: str, settings: dict[str, Any]
     ) -> None:
         model, x = effvit.sparsify(small(kind, drop_path_rate=0.0), method, **settings).train(), images(2)
-        scores = model(x)
-        scores.square().sum().backward()
-        plain = {name: p.grad for name, p in model.named_parameters()}
-        assert [name for name, gradient in plain.items() if gradient is None or not gradient.any()] == []
-        model.zero_grad()
-        model.set_grad_checkpointing()
-        again = model(x)
-        again.square().sum().backward()
-        assert torch.equal(again, scores)
-        for name, p in model.named_parameters():
-            torch.testing.assert_close(p.grad, plain[name])
+        assert_checkpointing_changes_nothing(model, x)
 
     @pytest.mark.parametrize("size", [(48, 40), (28, 60)])
     def test_closed_form_agrees_with_the_count(
         self, kind: str, method: str, settings: dict[str, Any], size: tuple[int, int]
     ) -> None:
         model = effvit.sparsify(small(kind, img_size=size), method, **settings)
-        assert sum(closed_form_macs(model, (3, *size)).values()) == count_flops(model, (3, *size), strict=True).total
+        assert_closed_form_is_the_count(model, size)
 
     def test_nothing_is_read_from_the_device_nor_made_on_another(
         self, kind: str, method: str, settings: dict[str, Any]
@@ -155,9 +150,7 @@ class TestReduced:
 
     def test_half_precision_and_autocast_run(self, kind: str, method: str, settings: dict[str, Any]) -> None:
         model, x = effvit.sparsify(small(kind), method, **settings), images()
-        with torch.autocast("cpu", torch.bfloat16):
-            assert model(x).isfinite().all()
-        assert model.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+        assert_half_precision_runs(model, x)
 
     def test_stages_of_an_image_label_every_token_of_the_map(
         self, kind: str, method: str, settings: dict[str, Any]

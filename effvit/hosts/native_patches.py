@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from effvit.layers.macs import resampling
 from effvit.protocols import PatchEmbedding, Size
 from effvit.reducers.base import refuse_recording
 from effvit.tokens import History, Layout, TokenMap, Trail, autocast_enabled, ranges_of, take_rows
@@ -111,13 +112,12 @@ class NominalPatches:
         wanted = (max(grid), max(grid)) if embeds.pos_embed_ar_preserving else grid
         if embeds.pos_embed_type == "factorized":
             tables = ((embeds.pos_embed_y, wanted[0]), (embeds.pos_embed_x, wanted[1]))
-            return sum(2 * new * table.shape[2] for table, new in tables if table.shape[1] != new)
+            return sum(resampling(table.shape[1:2], (side,), table.shape[2], 2) for table, side in tables)
         if embeds.pos_embed_type != "learned" or tuple(embeds.pos_embed.shape[1:3]) == grid:
             return 0
         taps = 4 if embeds.pos_embed_interp_mode == "bicubic" else 2
-        _, *table, dim = embeds.pos_embed.shape
-        sides = [old / new if embeds.pos_embed_antialias else 1 for old, new in zip(table, wanted, strict=True)]
-        return round(math.prod(wanted) * dim * math.prod(taps * max(1, side) for side in sides))
+        _, *sides, dim = embeds.pos_embed.shape
+        return resampling(sides, wanted, dim, taps, embeds.pos_embed_antialias)
 
 
 def patches_of(model: object) -> PatchEmbedding:

@@ -8,7 +8,6 @@ reach it as the smaller map that they make up, as officially (hourglass_image_en
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -36,7 +35,7 @@ from effvit.hosts.windows import (
     replace_attributes,
     run_blocks,
 )
-from effvit.layers.macs import Terms, convolutions, layers, norm
+from effvit.layers.macs import Terms, convolutions, layers, norm, resampling
 from effvit.protocols import Layer, Setting, Size
 
 __all__ = ["ReducedSAM", "decomposed_bias"]
@@ -153,15 +152,14 @@ def position_macs(attn: Any, cut: Cut, tokens: int, grouped: bool) -> int:
     if not attn.use_rel_pos:
         return 0
     sides, width = sum(cut.window), attn.num_heads * attn.head_dim
-    resized = [
-        2 * (2 * side - 1) * attn.head_dim
+    resized = sum(
+        resampling(table.shape[:1], (2 * side - 1,), attn.head_dim, 2)
         for side, table in zip(cut.window, (attn.rel_pos_h, attn.rel_pos_w), strict=True)
-        if table.shape[0] != 2 * side - 1
-    ]
+    )
     if not grouped:
-        return sum(resized) + cut.number * tokens * sides * width
+        return resized + cut.number * tokens * sides * width
     products = tokens * (2 * sides - 2) * width + attn.num_heads * tokens**2 * sides
-    return sum(resized) + cut.number * products
+    return resized + cut.number * products
 
 
 def window_of(block: Any, size: Size) -> Size:
@@ -175,9 +173,8 @@ FORM = WindowForm(window_of, position_macs)
 def sam(model: Any, size: Size) -> Terms:
     """MACs of SAM's image encoder, reduced or not, on one image (H, W) by term."""
     terms, grid = embedding(model.patch_embed, size)
-    if model.pos_embed is not None and grid != tuple(model.pos_embed.shape[1:3]):
-        taps = [4 * max(1.0, old / new) for old, new in zip(model.pos_embed.shape[1:3], grid, strict=True)]
-        terms["embedding"] += round(math.prod(grid) * model.embed_dim * math.prod(taps))  # antialiased, bicubic
+    if model.pos_embed is not None:
+        terms["embedding"] += resampling(model.pos_embed.shape[1:3], grid, model.embed_dim, 4, antialiased=True)
     terms += norm(model.norm_pre, grid[0] * grid[1])
     terms += stage_terms(model.blocks, getattr(model, "span", None), grid, FORM)
     terms += convolutions("neck", model.neck, grid)[0]

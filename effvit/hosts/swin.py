@@ -321,16 +321,6 @@ class _ReducedShiftedWindows(ReducedWindows):
         super().check_run(x)
         check_images(x, self)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Final map (B, H/32, W/32, C) of images (B, 3, H, W)."""
-        self.check_run(x)
-        return super().forward_features(x)  # type: ignore[misc]
-
-    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """timm's method, with its arguments."""
-        self.check_run(x)
-        return super().forward_intermediates(x, *args, **kwargs)  # type: ignore[misc]
-
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
         """timm's resize with its arguments, if the settings fit the new windows."""
         copy_shared(self)._resize(*args, **kwargs)  # a size that does not fit leaves the model as it is

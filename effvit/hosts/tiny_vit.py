@@ -191,13 +191,3 @@ class ReducedTinyViT(ReducedWindows, TinyVit):
         for stage in self.window_stages():
             yield stage.downsample(x).permute(0, 2, 3, 1)
             x = stage(x)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Final map (B, C, H/32, W/32) of images (B, 3, H, W)."""
-        self.check_run(x)
-        return super().forward_features(x)
-
-    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """timm's method, with its arguments."""
-        self.check_run(x)
-        return super().forward_intermediates(x, *args, **kwargs)

@@ -11,7 +11,7 @@ from timm.models.qwen3_vit import Qwen3VitEncoder
 from torch import nn
 
 from effvit.hosts.closed_form import embedding, plain_block, run_blocks
-from effvit.layers.macs import Terms, attention, layers, norm
+from effvit.layers.macs import Terms, attention, layers, norm, resampling
 from effvit.protocols import Size
 from effvit.recover import FILLS, AttentionRecovery
 from effvit.reducers import METHODS
@@ -51,8 +51,8 @@ def tower_embedding(tower: Any, size: Size) -> tuple[Terms, Size]:
     embed, dim = tower.patch_embed, tower.embed_dim
     if not isinstance(tower, Gemma4VitEncoder):
         terms, grid = embedding(embed, size)
-        if isinstance(tower, Qwen3VitEncoder) and grid != (tower.pos_embed_grid_size,) * 2:
-            terms["embedding"] += 4 * grid[0] * grid[1] * dim  # the table is resampled bilinearly
+        if isinstance(tower, Qwen3VitEncoder):
+            terms["embedding"] += resampling((tower.pos_embed_grid_size,) * 2, grid, dim, 2)
         return terms, grid
     grid = size[0] // embed.patch_size[0], size[1] // embed.patch_size[1]
     patches = grid[0] * grid[1]

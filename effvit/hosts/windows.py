@@ -489,6 +489,17 @@ class ReducedWindows(Reduced):
         refuse_legacy_onnx(f"a model reduced by {self.method}")
         check_batch(x, self, getattr(self, "in_chans", 3))
 
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Final map of images (B, 3, H, W), as timm's method gives it."""
+        self.check_run(x)
+        y: Tensor = super().forward_features(x)  # type: ignore[misc]
+        return y
+
+    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """timm's method, with its arguments."""
+        self.check_run(x)
+        return super().forward_intermediates(x, *args, **kwargs)  # type: ignore[misc]
+
     def make_plain(self) -> None:
         """Take the method out of the blocks."""
         for stage in self.window_stages():

@@ -9,7 +9,8 @@ each element an adaptive average pooling reads.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from math import prod
 from typing import Protocol, TypeAlias
 
 from timm.layers import RmsNorm, RmsNormFp32
@@ -29,6 +30,7 @@ __all__ = [
     "norm",
     "plain_block",
     "position_bias",
+    "resampling",
     "window_block",
     "window_cross",
     "windows",
@@ -135,6 +137,22 @@ def attend(attn: SelfAttention, keys: int, queries: int, pairs: int | None = Non
 def position_bias(module: nn.Module | None, grid: Size) -> Terms:
     """The bias of all offsets on a grid by an MLP; nothing without one, or for a table, whose entries are only read."""
     return Terms() if module is None else layers("positions", module, (2 * grid[0] - 1) * (2 * grid[1] - 1))
+
+
+def resampling(old: Sequence[int], new: Sequence[int], channels: int, taps: int, antialiased: bool = False) -> int:
+    """MACs of a table of ``channels`` resampled from one size to another, 0 between equal sizes, where none is.
+
+    Args:
+        old: Sides of the table.
+        new: Sides that are wanted.
+        channels: Of each entry.
+        taps: Entries that the kernel spans along a side: 2 linear, 4 cubic.
+        antialiased: The kernel is wider by as much as a side shrinks.
+    """
+    if tuple(old) == tuple(new):
+        return 0
+    spans = [taps * max(1.0, a / b) if antialiased else taps for a, b in zip(old, new, strict=True)]
+    return round(channels * prod(new) * prod(spans))
 
 
 def feedforward(block: FeedForward, rows: int) -> Terms:
