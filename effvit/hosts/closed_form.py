@@ -7,7 +7,7 @@ from typing import Protocol, TypeAlias, TypeVar
 
 from torch import nn
 
-from effvit.hosts.native_patches import NominalPatches, patches_of
+from effvit.hosts.native_patches import NominalPatches
 from effvit.layers.macs import (
     PlainBlock,
     SelfAttention,
@@ -89,9 +89,8 @@ class Classifies(Protocol):
 
 
 class PlainViT(Classifies, Protocol):
-    """A plain ViT of timm, reduced or not."""
+    """A plain ViT of timm, reduced or not, behind its patch embedding."""
 
-    patch_embed: PatchEmbedding
     blocks: Sequence[Block]
 
 
@@ -112,9 +111,15 @@ def embedding(patch_embed: PatchEmbedding, size: Size) -> tuple[Terms, Size]:
     return convolutions("embedding", nn.Sequential(*(part for _, part in parts)), size)
 
 
-def plain_vit(model: PlainViT, size: Size, counts: Sequence[int] | None) -> Terms:
-    """A plain ViT; ``counts`` are the patch tokens that leave each block of a method that adapts to the image."""
-    patch_embed = patches_of(model)
+def plain_vit(model: PlainViT, patch_embed: PatchEmbedding, size: Size, counts: Sequence[int] | None) -> Terms:
+    """A plain ViT behind its patch embedding.
+
+    Args:
+        model: The ViT, reduced or not.
+        patch_embed: Its own, or the like of a ``NaFlexVit``.
+        size: (H, W) of an image.
+        counts: Patch tokens that leave each block of a method that adapts to the image; None for any other.
+    """
     terms, grid = embedding(patch_embed, size)
     if isinstance(patch_embed, NominalPatches):
         terms["embedding"] += patch_embed.resampling_macs(grid)

@@ -267,7 +267,7 @@ class ReducedHost(Intermediates, Reduced):
 
     def closed_form(self, size: Size, token_counts: Sequence[int] | None = None) -> Terms:
         """MACs of one image (H, W) by term; ``token_counts`` as for ``effvit.measure.closed_form``."""
-        return plain_vit(cast(PlainViT, self), size, token_counts)
+        return plain_vit(cast(PlainViT, self), self.patch_embed, size, token_counts)
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Normalised tokens (B, P+N, C), made so that timm's ``forward_head`` is exact on them.

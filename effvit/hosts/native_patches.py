@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effvit.layers.macs import resampling
-from effvit.protocols import PatchEmbedding, Size
+from effvit.protocols import Size
 from effvit.reducers.base import refuse_recording
 from effvit.tokens import History, Layout, TokenMap, Trail, autocast_enabled, ranges_of, take_rows
 
@@ -27,7 +27,6 @@ __all__ = [
     "Placed",
     "check_native",
     "joined",
-    "patches_of",
     "placed_map",
     "to_slots",
 ]
@@ -118,14 +117,6 @@ class NominalPatches:
         taps = 4 if embeds.pos_embed_interp_mode == "bicubic" else 2
         _, *sides, dim = embeds.pos_embed.shape
         return resampling(sides, wanted, dim, taps, embeds.pos_embed_antialias)
-
-
-def patches_of(model: object) -> PatchEmbedding:
-    """What cuts images into patches: ``patch_embed`` of a plain ViT, reduced or not, or the like of a ``NaFlexVit``."""
-    host: Any = model
-    if hasattr(host, "patch_embed"):
-        return cast("PatchEmbedding", host.patch_embed)
-    return NominalPatches(host.embeds, getattr(host, "pretrained_cfg", None) or {})
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from torch import nn
 
 from effvit.block import BLOCK_CLASSES
 from effvit.hosts.closed_form import PlainViT, plain_vit
-from effvit.hosts.host import HOST_CLASSES, ReducedHost
+from effvit.hosts.host import HOST_CLASSES, ReducedHost, patch_embedding
 from effvit.hosts.lvvit import LVViT
 from effvit.hosts.sam import sam
 from effvit.hosts.swin import swin
@@ -87,7 +87,9 @@ def closed_form_macs(
         check_plain(model, token_counts)
         if isinstance(model, ReducedHost):
             return dict(+model.closed_form(size, token_counts))
-        return dict(+plain_vit(cast(PlainViT, model), size, None))
+        patch_embed = patch_embedding(model)
+        assert patch_embed is not None, "every plain ViT has one"
+        return dict(+plain_vit(cast(PlainViT, model), patch_embed, size, None))
     if type(model) in (*TOWERS, *(HOST_CLASSES[cls] for cls in TOWERS)):
         check_plain(model, token_counts)
         return dict(+tower_form(model, size, token_counts))
