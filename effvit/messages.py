@@ -61,7 +61,9 @@ def run_command(program: str, run: Callable[[], int | None], debug: bool = False
         # Python flushes stdout once more when it ends, and would complain there.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
-    except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
+    except (ValueError, TypeError, OSError, ImportError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
+            raise
         if debug:
             traceback.print_exc()
         print(f"{program}: error: {one_line(_sentence(error))}", file=sys.stderr)
@@ -76,11 +78,16 @@ def run_command(program: str, run: Callable[[], int | None], debug: bool = False
 
 def _sentence(error: Exception) -> str:
     """What went wrong, without the number that errors of the system begin with."""
-    if isinstance(error, MemoryError):
+    if _is_out_of_memory(error):
         return "there is not enough memory; use a smaller batch or fewer images"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
     return str(error)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """True for Python's error and for torch's, which is not imported for it: OutOfMemoryError, or words on a CPU."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "CPUAllocator" in str(error)
 
 
 def run_with_traceback(run: Callable[[], object]) -> int:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from effvit.messages import one_line, plain, run_command, run_with_traceback, shown
 
@@ -53,9 +55,23 @@ def test_error_of_the_system_names_its_file_without_its_number(
     assert capsys.readouterr().err == f"tool: error: {tmp_path}: Is a directory\n"
 
 
-def test_lack_of_memory_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_command("tool", lambda: raises(MemoryError())) == 2
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda: raises(MemoryError()),
+        lambda: raises(torch.OutOfMemoryError("CUDA")),
+        lambda: torch.empty(10**15).numel(),
+    ],
+    ids=["Python", "GPU", "CPU"],
+)
+def test_lack_of_memory_is_one_line(run: Callable[[], int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command("tool", run) == 2
     assert "tool: error: there is not enough memory; use a smaller batch" in capsys.readouterr().err
+
+
+def test_other_errors_at_run_time_keep_their_traceback() -> None:
+    with pytest.raises(RuntimeError, match="shapes"):
+        run_command("tool", lambda: raises(RuntimeError("shapes do not agree")))
 
 
 @pytest.mark.parametrize(("error", "status"), [(ValueError("wrong"), 2), (KeyboardInterrupt(), 130)])
