@@ -124,6 +124,7 @@ CASES: dict[str, Case] = {
     "zero_tprune alternate": host_case("zero_tprune", partition="alternate", similarity="dot", var_range=None),
     "zero_tprune euclidean": host_case("zero_tprune", partition="sequential_i", similarity="euclidean", cls_boost=1.0),
     "zero_tprune manhattan": host_case("zero_tprune", similarity="manhattan"),
+    "zero_tprune averaged": host_case("zero_tprune", keys="averaged", renormalise=False),
     "dymu": host_case("dymu"),
     "dymu max_r": host_case("dymu", r_total=8, max_r_per_instance_ratio=1.0),
     "dymu compat": host_case("dymu", compat=True),

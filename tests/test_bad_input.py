@@ -169,6 +169,7 @@ class TestSettingsOutOfRange:
             ("zero_tprune", "preset", "quoted_deit_small, .*"),
             ("zero_tprune", "partition", "sequential_u, sequential_i, alternate"),
             ("zero_tprune", "similarity", "cosine, dot, euclidean, manhattan"),
+            ("zero_tprune", "keys", "concatenated, averaged"),
             ("dymu", "r_schedule", "constant, linear, reverse_linear"),
             ("dymu", "ragged", "auto, padded, packed"),
         ],

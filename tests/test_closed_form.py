@@ -121,7 +121,10 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"propagation": "Mean"},
         {"propagation": "None", "graph_type": "Semantic"},
     ],
-    "zero_tprune": [{"r": 0}, {"keep_rate": 1.0}, {"similarity": "manhattan", "r": 99}],
+    "zero_tprune": [
+        *({"r": 0}, {"keep_rate": 1.0}, {"similarity": "manhattan", "r": 99}),
+        *({"keys": "averaged"}, {"renormalise": False}),
+    ],
     "expedite": [
         {"num_iters": 0},
         {"restore_at": 3},

@@ -11,6 +11,7 @@ from torch import Tensor
 from effvit import attention
 from effvit.attention import AttnState
 from effvit.reducers.zero_tprune import (
+    KEYS,
     PARTITIONS,
     ZeroTPrune,
     aggregate_heads,
@@ -82,6 +83,18 @@ def slow_rank(weights: Tensor, places: list[int], votes: int, boost: float) -> T
     return torch.zeros(len(weights), dtype=weights.dtype).index_copy(0, torch.tensor(places), signal)
 
 
+def test_page_rank_without_renormalised_rows_loses_what_goes_to_the_others() -> None:
+    weights = torch.randn(1, 2, 7, 7, dtype=torch.float64).softmax(-1)
+    places = [0, 1, 3, 4, 6]
+    kept = torch.zeros(1, 7, dtype=torch.int64).index_fill(1, torch.tensor(places), 1)
+    found = weighted_page_rank(weights, 3, 2.5, 1, kept, 5, renormalise=False)
+    for head, ranks in zip(weights[0], found[0], strict=True):
+        part = head[places][:, places]
+        expected = torch.tensor([2.5, 1, 1, 1, 1], dtype=torch.float64) @ part @ part @ part
+        assert torch.allclose(ranks[places], expected / expected.sum())
+        assert ranks[[2, 5]].eq(0).all()
+
+
 @pytest.mark.parametrize("places", [range(7), (0, 1, 3, 4, 6)], ids=["all", "some"])
 def test_page_rank_is_that_of_the_graph_of_those_left(places: range | tuple[int, ...]) -> None:
     weights = torch.randn(1, 2, 7, 7, dtype=torch.float64).softmax(-1)
@@ -107,12 +120,13 @@ def test_page_rank_in_pieces_is_that_of_the_whole_map(
     assert torch.allclose(page_rank_in_pieces(q, k.transpose(2, 3), 3, signal), expected)
 
 
+@pytest.mark.parametrize("renormalise", [True, False])
 @pytest.mark.parametrize("r", [0, 5])
-def test_importance_without_the_map_is_that_with_it(r: int) -> None:
+def test_importance_without_the_map_is_that_with_it(r: int, renormalise: bool) -> None:
     """The votes of those left on a map formed anew from their queries and keys, in float64."""
     x, q, k = torch.randn(3, 21, 3), *torch.randn(2, 3, 2, 21, 4, dtype=torch.float64)
     tokens = TokenMap.full(x, (4, 5), 1, 1)
-    reducer = ZeroTPrune.plan(1, keep_rate=0.5, reduce_at=(0,), r=r, num_iters=3)[0]
+    reducer = ZeroTPrune.plan(1, keep_rate=0.5, reduce_at=(0,), r=r, num_iters=3, renormalise=renormalise)[0]
     state = AttnState.of(q, k, k, 0.5, tokens, x)
     kept = torch.ones(3, 21, dtype=torch.int64).index_fill(1, torch.tensor([2, 3, 7, 11, 20]), 0) if r else None
     expected = reducer.importance(state._replace(weights=state.softmax_map()), 3, kept)
@@ -161,3 +175,12 @@ def test_pruning_is_that_of_the_slow_search(cls_boost: float | None) -> None:
         best = sorted(sorted(places[1:], key=lambda place, scores=scores: -float(scores[place]))[:8])  # 0.5 * 15 = 7.5
         assert left.anchor[image].tolist() == [place - 1 for place in best]
         assert torch.equal(reduced[image], x[image, [0, *best]])
+
+
+def test_similar_tokens_are_found_by_concatenated_or_averaged_keys() -> None:
+    """Concatenated, a head weighs as its keys are long; averaged, keys that point apart in two heads cancel."""
+    k = torch.tensor([[[[3.0, 0], [0, 1]], [[-3.0, 0], [0, 1]]]])  # (1, 2 heads, 2 tokens, D)
+    features = {way: ZeroTPrune.plan(1, keys=way, reduce_at=(0,))[0].features(k)[0].tolist() for way in KEYS}
+    assert features == {"concatenated": [[3, 0, -3, 0], [0, 1, 0, 1]], "averaged": [[0, 0], [0, 1]]}
+    with pytest.raises(TypeError, match="renormalise must be True or False, got 2"):
+        ZeroTPrune.plan(12, renormalise=2)  # type: ignore[arg-type]

@@ -25,12 +25,14 @@ from effvit.schedule import (
     check_count,
     check_fraction,
     check_number,
+    check_switch,
     per_block,
     spread_blocks,
 )
 from effvit.tokens import TokenMap, flat_rows, ranges_of, take_rows, wide_dtype, wide_product, widened
 
 __all__ = [
+    "KEYS",
     "PARTITIONS",
     "PRESETS",
     "SIMILARITIES",
@@ -43,6 +45,7 @@ __all__ = [
 ]
 
 PARTITIONS = ("sequential_u", "sequential_i", "alternate")
+KEYS = ("concatenated", "averaged")
 SIMILARITIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # (B, |A|, D), (B, |B|, D) -> (B, |A|, |B|)
     "cosine": lambda a, b: wide_product(F.normalize(a, dim=-1), F.normalize(b, dim=-1).transpose(-2, -1)),
     "dot": lambda a, b: wide_product(a, b.transpose(-2, -1)),
@@ -112,6 +115,7 @@ def weighted_page_rank(
     num_class: int = 1,
     kept: Tensor | None = None,
     number: int | None = None,
+    renormalise: bool = True,
 ) -> Tensor:
     """Importance every token of each head gathers by repeated voting with its attention, s <- A^T s (section 3.2).
 
@@ -124,9 +128,9 @@ def weighted_page_rank(
         first_boost: Initial weight of the class-like tokens relative to any other ("Zero-TPrune" starts with
             sqrt(N), "Zero-TPrune-uni" with 1).
         num_class: Class-like tokens in front.
-        kept: (B, N) 1 for the tokens of the sub-graph to vote on, 0 for the others. Rows are renormalised
-            within it; no sub-matrix is made.
+        kept: (B, N) 1 for the tokens of the sub-graph to vote on, 0 for the others; no sub-matrix is made.
         number: How many ones ``kept`` has for each image.
+        renormalise: Whether rows of the sub-graph sum to 1 again, or each loses what it gives to the others.
 
     Returns:
         (B, heads, N), sums to 1 over the tokens.
@@ -137,6 +141,11 @@ def weighted_page_rank(
             signal = wide_product(signal, weights)  # (B, heads, 1, N)
         return signal.squeeze(2)
     mask = kept.to(weights.dtype)
+    if not renormalise:
+        mask = mask[:, None, None]  # (B, 1, 1, N)
+        for _ in range(num_iters):
+            signal = wide_product(signal * mask, weights)
+        return to_sum_one(signal * mask).squeeze(2)
     row_sum = wide_product(weights.flatten(1, 2), mask.unsqueeze(-1)).unflatten(1, weights.shape[1:3])
     mask = mask[:, None, None]  # (B, 1, 1, N)
     row_scale = mask / row_sum.transpose(2, 3)  # (B, heads, 1, N); zero for those that left, so they do not vote
@@ -145,7 +154,12 @@ def weighted_page_rank(
     return (signal * mask).squeeze(2)
 
 
-def page_rank_in_pieces(q: Tensor, k: Tensor, num_iters: int, signal: Tensor) -> Tensor:
+def to_sum_one(signal: Tensor) -> Tensor:
+    """The signal (..., N) of votes that lose some of it, scaled to sum 1."""
+    return signal / signal.sum(-1, keepdim=True)
+
+
+def page_rank_in_pieces(q: Tensor, k: Tensor, num_iters: int, signal: Tensor, mask: Tensor | None = None) -> Tensor:
     """``weighted_page_rank`` on a map that is too large to hold: some of it is, and the rest formed for each vote.
 
     As much of it is held as is left of what the MLP takes, beside queries, keys and a piece that is formed.
@@ -155,14 +169,19 @@ def page_rank_in_pieces(q: Tensor, k: Tensor, num_iters: int, signal: Tensor) ->
         k: (B, heads, D, N) their keys; products with few rows are 1.3 times as fast where these lie in this order.
         num_iters: Votes.
         signal: (B, heads, N) what they vote with first.
+        mask: (B, N) 1 for the tokens that vote and are voted for, 0 for those that take a share of the rows only.
 
     Returns:
-        (B, heads, N).
+        (B, heads, N), with a mask not of sum 1.
     """
     length, most = q.shape[2], 6 * q.numel()
     heads, rows = piece_shape(q)
     shape, q = q.shape[:2], q.flatten(0, 1)  # (B * heads, N, D)
     k = k.flatten(0, 1)  # (B * heads, D, N)
+    if mask is not None:
+        mask = mask.to(signal.dtype).unsqueeze(1).expand_as(signal)  # (B, heads, N)
+        signal = signal * mask
+        mask = mask.flatten(0, 1).unsqueeze(1)  # (B * heads, 1, N)
     signal = signal.flatten(0, 1).unsqueeze(1)  # (B * heads, 1, N)
     ranks = []
     for first in range(0, len(q), heads):
@@ -179,7 +198,7 @@ def page_rank_in_pieces(q: Tensor, k: Tensor, num_iters: int, signal: Tensor) ->
                     if (place + 1) * heads * rows * length <= most:
                         held.append(weights)
                 gathered += wide_product(rank[..., span], weights)
-            rank = gathered
+            rank = gathered if mask is None else gathered * mask[maps]
         ranks.append(rank)
     return torch.cat(ranks).squeeze(1).unflatten(0, shape)
 
@@ -284,6 +303,8 @@ class ZeroTPrune(Rated):
         var_range: tuple[float, float] | None,
         partition: str,
         similarity: str,
+        keys: str,
+        renormalise: bool,
     ) -> None:
         super().__init__()
         self.keep_rate = keep_rate
@@ -294,6 +315,8 @@ class ZeroTPrune(Rated):
         self.var_range = var_range
         self.partition = partition
         self.similarity = similarity
+        self.keys = keys
+        self.renormalise = renormalise
 
     @classmethod
     def plan(
@@ -309,6 +332,8 @@ class ZeroTPrune(Rated):
         var_range: Sequence[float] | None = (0.01, 0.7),
         partition: str = "sequential_u",
         similarity: str = "cosine",
+        keys: str = "concatenated",
+        renormalise: bool = True,
     ) -> dict[int, Reducer]:
         """Settings of the method. What is None comes from the preset.
 
@@ -327,6 +352,10 @@ class ZeroTPrune(Rated):
             var_range: Variance range of the heads that count; None counts all.
             partition: How the S-stage splits the tokens, one of PARTITIONS.
             similarity: How it compares them, one of SIMILARITIES.
+            keys: What it compares, the keys of all heads "concatenated" or "averaged" as in ToMe; the paper leaves it
+                open.
+            renormalise: Whether the attention among the tokens that the S-stage left sums to 1 again before the I-stage
+                votes; if not, tokens lose what they give to those that left. The paper leaves this open too.
         """
         if preset is not None:
             check_choice("preset", preset, PRESETS)
@@ -342,6 +371,8 @@ class ZeroTPrune(Rated):
             num_iters = chosen.num_iters if as_preset else tuple((30, 5, 1)[3 * b // depth] for b in blocks)
         check_choice("partition", partition, PARTITIONS)
         check_choice("similarity", similarity, SIMILARITIES)
+        check_choice("keys", keys, KEYS)
+        check_switch("renormalise", renormalise)
         if cls_boost is not None:
             check_number("cls_boost", cls_boost, "positive")
         pair = isinstance(var_range, (list, tuple)) and len(var_range) == 2
@@ -352,7 +383,7 @@ class ZeroTPrune(Rated):
         iters = {b: check_count("num_iters", v, 1) for b, v in per_block("num_iters", num_iters, blocks).items()}
         variances = None if var_range is None else (float(var_range[0]), float(var_range[1]))
         return {
-            b: cls(rates[b], pairs[b], iters[b], cls_boost, variances, partition, similarity)
+            b: cls(rates[b], pairs[b], iters[b], cls_boost, variances, partition, similarity, keys, renormalise)
             for b in blocks
             if rates[b] < 1 or pairs[b] > 0
         }
@@ -376,13 +407,14 @@ class ZeroTPrune(Rated):
 
     def cost(self, at: BlockSizes) -> Change:
         similar = min(self.r, at.tokens // 2)
+        width = at.heads * at.head_dim if self.keys == "concatenated" else at.head_dim
         left = math.floor(self.keep_rate * (at.tokens - similar) + 0.5)
         votes = matching = 0
         if similar:
             votes += 1
-            matching = alternating_pairs(at.tokens, at.heads * at.head_dim)
+            matching = alternating_pairs(at.tokens, width)
         if left < at.tokens - similar:
-            votes += self.num_iters + bool(similar)  # the sub-graph's rows are summed anew
+            votes += self.num_iters + (bool(similar) and self.renormalise)  # whose sums of rows cost as much as a vote
         return Change(at.tokens, at.tokens, left, votes * at.map_entries + matching)
 
     def map_edit(self) -> EditMap | None:
@@ -414,17 +446,26 @@ class ZeroTPrune(Rated):
         number = keys.num_prefix + (keys.num_tokens if kept is None else self.after_similar(keys.num_tokens))
         boost = self.boost(number)
         if state.weights is not None:
-            signal = weighted_page_rank(state.weights, num_iters, boost, keys.num_class, kept, number)
+            signal = weighted_page_rank(state.weights, num_iters, boost, keys.num_class, kept, number, self.renormalise)
             return aggregate_heads(signal, self.var_range, number)
+        (q, k), index = state.map_factors(), None
+        if kept is not None and self.renormalise:
+            index = image_order(kept, number)  # (B, number)
+            rows = flat_rows(index, kept.shape[1])
+            q, k = take_heads(q, rows), take_heads(k, rows)  # (B, heads, number, D)
+        k = k.transpose(2, 3).contiguous()  # (B, heads, D, N or number)
+        signal = start_signal(q[..., 0], number, boost, keys.num_class)  # (B, heads, N or number)
+        signal = page_rank_in_pieces(q, k, num_iters, signal, kept if index is None else None)
         if kept is None:
-            kept = torch.ones_like(state.q[:, 0, :, 0], dtype=torch.int64)
-        index = image_order(kept, number)  # (B, number)
-        rows = flat_rows(index, kept.shape[1])
-        q, k = (take_heads(y, rows) for y in state.map_factors())  # (B, heads, number, D)
-        k = k.transpose(2, 3).contiguous()  # (B, heads, D, number)
-        signal = start_signal(q[..., 0], number, boost, keys.num_class)  # (B, heads, number)
-        ranks = aggregate_heads(page_rank_in_pieces(q, k, num_iters, signal), self.var_range)  # (B, number)
+            return aggregate_heads(signal, self.var_range)
+        if index is None:
+            return aggregate_heads(to_sum_one(signal), self.var_range, number)
+        ranks = aggregate_heads(signal, self.var_range)  # (B, number)
         return ranks.new_zeros(kept.shape).scatter(1, index, ranks)
+
+    def features(self, k: Tensor) -> Tensor:
+        """(B, N, heads * D), or (B, N, D), of the patches, which the S-stage compares; k is (B, heads, N, D)."""
+        return widened(k).mean(dim=1) if self.keys == "averaged" else k.transpose(1, 2).flatten(2)
 
     def reduce(self, x: Tensor, tokens: TokenMap, state: AttnState) -> tuple[Tensor, TokenMap]:
         num_prefix, distinct = tokens.num_prefix, self.after_similar(tokens.num_tokens)
@@ -432,7 +473,7 @@ class ZeroTPrune(Rated):
         left = kept = None
         if distinct < tokens.num_tokens:
             scores = check_finite(self.first_importance(state)[:, num_prefix:], self.origin("page rank"), state.x)
-            features = state.k[:, :, num_prefix:].detach().transpose(1, 2).flatten(2)  # (B, N, heads * D)
+            features = self.features(state.k[:, :, num_prefix:].detach())
             group_a, group_b = split_groups(scores, self.partition)
             closest = _similarities(features, group_a, group_b, self.similarity).amax(-1)  # (B, |A|)
             pruned = group_a.gather(1, closest.topk(tokens.num_tokens - distinct, dim=1).indices)  # (B, r)
