@@ -24,6 +24,7 @@ from typing import Any
 import timm
 import torch
 import yaml
+from cards.capabilities import capabilities_table
 from cards.facts import ROOT, Result, read
 from cards.figures import MODELS, Family, Row, count, families, settings_to_count
 from cards.page import arxiv, bibtex, card, code_link, code_url, paper_link, table
@@ -116,9 +117,14 @@ def readme_table(cards: list[Family], of_methods: bool) -> list[str]:
 
 
 def readme(text: str, cards: list[Family]) -> str:
-    """README.md with its two tables made anew; raises ValueError if a mark is missing."""
-    for name, of_methods in (("methods", True), ("architectures", False)):
-        text = put_table(text, "README.md", name, TOOL, readme_table(cards, of_methods))
+    """README.md with its three tables made anew; raises ValueError if a mark is missing."""
+    tables = {
+        "methods": readme_table(cards, True),
+        "capabilities": capabilities_table(),
+        "architectures": readme_table(cards, False),
+    }
+    for name, lines in tables.items():
+        text = put_table(text, "README.md", name, TOOL, lines)
     return text
 
 
