@@ -170,6 +170,7 @@ class TestSettingsOutOfRange:
             ("zero_tprune", "partition", "sequential_u, sequential_i, alternate"),
             ("zero_tprune", "similarity", "cosine, dot, euclidean, manhattan"),
             ("zero_tprune", "keys", "concatenated, averaged"),
+            ("dymu", "preset", "siglip_base_384_72out, clip_large_336_72out"),
             ("dymu", "r_schedule", "constant, linear, reverse_linear"),
             ("dymu", "ragged", "auto, padded, packed"),
         ],

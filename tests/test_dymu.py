@@ -21,7 +21,7 @@ import effvit
 from effvit.attention import AttnState
 from effvit.hosts.calibration import ranking
 from effvit.hosts.host import ReducedHost
-from effvit.reducers.dymu import DyMU
+from effvit.reducers.dymu import PRESETS, DyMU
 from effvit.reducers.merging import descending_rank, plan_merge, top_of_batch
 from effvit.reducers.unmerge import remerge, virtual_unmerge, virtual_unmerged_attention
 from effvit.schedule import R_SCHEDULES, dymu_r
@@ -154,6 +154,20 @@ class TestCalibration:
         actual = torch.stack([reducer.threshold for reducer in model.reducers.values()]).double()
         assert torch.allclose(actual, expected, rtol=0, atol=1e-6)
         assert [int(reducer.num_batches) for reducer in model.reducers.values()] == [3] * 4
+
+    @pytest.mark.parametrize(("preset", "depth"), [("siglip_base_384_72out", 12), ("clip_large_336_72out", 24)])
+    def test_preset_needs_no_calibration(self, preset: str, depth: int) -> None:
+        """504 tokens over all blocks, of which a block of the 24 has 21, and the thresholds that the authors print."""
+        dense = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=depth, embed_dim=12, num_heads=2)
+        model = effvit.sparsify(dense, "dymu", preset=preset).eval()
+        assert model(torch.randn(1, 3, 64, 64)).isfinite().all()
+        assert [reducer.r for reducer in model.reducers.values()] == [504 // depth] * depth
+        learnt = [float(reducer.threshold) for reducer in model.reducers.values()]
+        assert tuple(learnt) == PRESETS[preset].thresholds
+        assert len(learnt) == depth
+        assert torch.tensor(learnt, dtype=torch.bfloat16).tolist() == learnt
+        with pytest.raises(ValueError, match=rf"'{preset}' has thresholds of {depth} blocks, and the host has 4; give"):
+            uncalibrated(preset=preset)
 
     def test_calibration_changes_nothing_but_thresholds(self) -> None:
         model = uncalibrated()

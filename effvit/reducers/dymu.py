@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,36 @@ from effvit.reducers.ragged import RAGGED, packs, padded_if
 from effvit.schedule import check_choice, check_count, check_number, check_switch, dymu_r, per_block
 from effvit.tokens import TokenMap
 
-__all__ = ["DyMU"]
+__all__ = ["PRESETS", "DyMU"]
+
+
+class Preset(NamedTuple):
+    """Tokens to merge over all blocks, and the thresholds that were learnt for them, one for each block."""
+
+    r_total: int
+    thresholds: tuple[float, ...]
+
+
+# Printed in comments of inference_siglip.py and inference_openai_clip.py @c57d75a, as bfloat16 holds them, for the two
+# official models "72out". They belong to the weights "webli" and "openai" of these towers and to images of this size.
+PRESETS = {
+    "siglip_base_384_72out": Preset(
+        504,
+        (
+            *(0.98046875, 0.90234375, 0.875, 0.8828125, 0.875, 0.8828125),
+            *(0.890625, 0.890625, 0.8828125, 0.890625, 0.875, 0.875),
+        ),
+    ),
+    "clip_large_336_72out": Preset(
+        504,
+        (
+            *(0.99609375, 0.97265625, 0.94140625, 0.91015625, 0.87890625, 0.87890625),
+            *(0.87890625, 0.84765625, 0.84765625, 0.87890625, 0.84765625, 0.84765625),
+            *(0.87890625, 0.87890625, 0.91015625, 0.91015625, 0.91015625, 0.91015625),
+            *(0.94140625, 0.87890625, 0.87890625, 0.97265625, 0.99609375, 0.81640625),
+        ),
+    ),
+}
 
 
 class DyMU(Reducer):
@@ -73,7 +102,8 @@ class DyMU(Reducer):
         cls,
         depth: int,
         *,
-        r_total: int | Sequence[int] = 96,
+        preset: str | None = None,
+        r_total: int | Sequence[int] | None = None,
         r_schedule: str = "constant",
         thresholds: Sequence[float] | None = None,
         max_r_per_instance_ratio: float | None = None,
@@ -84,13 +114,15 @@ class DyMU(Reducer):
 
         Args:
             depth: Blocks of the host.
+            preset: One of PRESETS, published thresholds for a host of as many blocks: of SigLIP ViT-B/16 at 384 px
+                (vit_base_patch16_siglip_384) or CLIP ViT-L/14 at 336 px (vit_large_patch14_clip_quickgelu_336).
             r_total: Tokens an average image is to lose over all blocks, which calibration aims at; or a list with
-                one number for each block. A block with 0 merges nothing. The default is that of the official
-                vit_base_patch16_siglip_224_tome.
+                one number for each block. A block with 0 merges nothing. None takes the preset's, else 96, that of
+                the official vit_base_patch16_siglip_224_tome.
             r_schedule: How ``r_total`` is spread, "constant", "linear" or "reverse_linear", see
                 ``schedule.dymu_r``.
             thresholds: Cosine similarities to merge above, one for each block, in place of calibration; they
-                stay even if a checkpoint holds others. Those of blocks with r 0 are not used.
+                stay even if a checkpoint holds others. Those of blocks with r 0 are not used. None takes the preset's.
             max_r_per_instance_ratio: At most this multiple of a block's r is merged in each image; None: no limit.
             ragged: How images with different counts share a batch: "padded" to the longest with a key mask, "packed"
                 one after another with variable-length attention and no padding, or "auto", whichever is faster for
@@ -101,6 +133,16 @@ class DyMU(Reducer):
         check_switch("compat", compat)
         ragged = padded_if(compat, ragged)
         blocks = tuple(range(depth))
+        if preset is not None:
+            check_choice("preset", preset, PRESETS)
+            if depth != len(PRESETS[preset].thresholds):
+                raise ValueError(
+                    f"preset {preset!r} has thresholds of {len(PRESETS[preset].thresholds)} blocks, and the host has "
+                    f"{depth}; give the setting thresholds, or call effvit.calibrate"
+                )
+            r_total = PRESETS[preset].r_total if r_total is None else r_total
+            thresholds = PRESETS[preset].thresholds if thresholds is None else thresholds
+        r_total = 96 if r_total is None else r_total
         if isinstance(r_total, (list, tuple)):
             values: dict[int, int] = per_block("r_total", r_total, blocks)
             rs = [check_count("r_total", r) for r in values.values()]
