@@ -171,6 +171,7 @@ class TestSettingsOutOfRange:
             ("zero_tprune", "similarity", "cosine, dot, euclidean, manhattan"),
             ("dymu", "r_schedule", "constant, linear, reverse_linear"),
             ("dymu", "ragged", "auto, padded, packed"),
+            ("algm", "ragged", "auto, padded, packed"),
         ],
     )
     def test_choices_that_do_not_exist(self, method: str, name: str, known: str) -> None:
@@ -186,6 +187,8 @@ class TestSettingsOutOfRange:
             ("ats", "compat"),
             ("gtp", "token_scale"),
             ("dymu", "compat"),
+            ("algm", "compat"),
+            ("algm", "prop_attn"),
         ],
     )
     def test_switch_that_is_not_true_or_false(self, method: str, name: str) -> None:
@@ -225,7 +228,7 @@ class TestSettingsOutOfRange:
         with pytest.raises(ValueError, match="keep_rate and num_tokens"):
             reduced("ats", keep_rate=0.5, num_tokens=4)
 
-    @pytest.mark.parametrize("method", ["ats", "dymu"])
+    @pytest.mark.parametrize("method", ["ats", "dymu", "algm"])
     def test_packed_batch_with_the_official_batch_dependence(self, method: str) -> None:
         with pytest.raises(ValueError, match=r"compat=True reproduces the official padded batch; it needs ragged='pa"):
             reduced(method, ragged="packed", compat=True)

@@ -18,7 +18,7 @@ from effvit.reducers.cost import BlockSizes, Change, alternating_pairs
 from effvit.reducers.matching import alternating_match
 from effvit.reducers.merging import TIE, Merge, apply_merge, descending_rank
 from effvit.reducers.ragged import RAGGED, packs, padded_if
-from effvit.schedule import check_blocks, check_choice, check_count, check_number, check_switch
+from effvit.schedule import check_blocks, check_choice, check_count, check_number, check_switch, spread_blocks
 from effvit.tokens import Compact, TokenMap, fx_leaf, trimmed, widened
 
 __all__ = ["ALGM", "plan_global_merge", "plan_local_merge"]
@@ -166,8 +166,8 @@ def plan_global_merge(
 class ALGM(Reducer):
     """Merge alike windows of 2 x 2 patches, later the pairs of tokens that stand out (ALGM, 2406.09936, section 3).
 
-    The first block of ``reduce_at`` merges windows, every further one pairs. Tokens are compared by their features behind
-    attention, which itself is left alone: sizes only weigh means. How many are merged depends on the image.
+    The first block of ``reduce_at`` merges windows, every further one pairs. Tokens are compared by their features
+    behind attention, which itself is left alone: sizes only weigh means. How many are merged depends on the image.
 
     Deviations from the official algm_segmenter.py@674eaa2, the first undone by ``compat=True``: thresholds and counts
     are those of each image (officially they are means and minima over the batch, so that an image changes with its
@@ -232,8 +232,8 @@ class ALGM(Reducer):
         check_switch("prop_attn", prop_attn)
         check_choice("ragged", ragged, RAGGED)
         check_switch("compat", compat)
-        places = dict.fromkeys((0, depth // 3)) if reduce_at is None else reduce_at
-        blocks = check_blocks("reduce_at", tuple(places), depth)
+        places = spread_blocks((0, 4), depth) if reduce_at is None else reduce_at
+        blocks = check_blocks("reduce_at", places, depth)
         options = (threshold, window, prop_attn, padded_if(compat, ragged), compat)
         return {block: cls(block == blocks[0], block + 1, *options) for block in blocks}
 
