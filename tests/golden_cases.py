@@ -25,7 +25,7 @@ PROVENANCE = {
     *("decision_margin", "cut_margin", "variance_margin", "calibration_gaps", "max_abs_f32_f64", "f32_f64_max_diff"),
     *("max_diff_exact_vs_expanded", "output_absmax", "out_absmax", "grad_absmax", "grad_max_abs_f32_f64"),
     *("min_adjacent_rel_gap", "max_abs_error_f64", "max_rel_f64", "margins", "margin_is", "files", "licence"),
-    *("official_part", "per_image", "order_from"),
+    *("official_part", "per_image", "order_from", "checked", "shim", "state_names"),
 }
 # Names of the recorded input, whose first axis is the batch.
 INPUTS = ("input", "input_compressed", "attention", "importance", "cls/attn", "s0/x", "q", "tokens", "top_attention")

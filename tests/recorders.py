@@ -129,6 +129,9 @@ CASES: dict[str, Case] = {
     "dymu max_r": host_case("dymu", r_total=8, max_r_per_instance_ratio=1.0),
     "dymu compat": host_case("dymu", compat=True),
     "dymu packed": host_case("dymu", ragged="packed"),
+    "algm": host_case("algm"),
+    "algm compat": host_case("algm", compat=True),
+    "algm packed": host_case("algm", ragged="packed"),
     "expedite": host_case("expedite"),
     "expedite restore_at": host_case("expedite", restore_at=3, norm="official"),
     "hot": host_case("hot"),
@@ -145,7 +148,7 @@ CASES |= {
 }
 CASES |= {
     f"{method} {host}": host_case(method, host)
-    for method in ("tome", "gtp", "zero_tprune", "dymu", "expedite", "hot")
+    for method in ("tome", "gtp", "zero_tprune", "dymu", "algm", "expedite", "hot")
     for host in ("average_pool", "attention_pool")
 }
 CASES |= {f"ats {host}": host_case("ats", host) for host in ("registers", "gated_grouped")}
@@ -164,6 +167,7 @@ CASES |= {
         ("zero_tprune", "attention"),
         ("tome", "last"),
         ("dymu", "last"),
+        ("algm", "last"),
         ("expedite", "reconstruct"),
     )
 }
@@ -535,7 +539,7 @@ REFUSALS = (
     ),
     Refusal(
         r"(?!torch\.fx).*",
-        r"(ats|dymu) packed.*",
+        r"(algm|ats|dymu) packed.*",
         "ragged='padded'",
         "The length of a packed batch depends on its images: use `ragged='padded'`, which gives the same result. "
         "For ATS `effvit.compile` makes one graph of it; `torch.compile` without `fullgraph=True` runs it in "
@@ -546,6 +550,12 @@ REFUSALS = (
         r"ats compat",
         "drop_tokens=False",
         "`compat=True` depends on how much padding is cut off: use `drop_tokens=False`, or `compat=False`.",
+    ),
+    Refusal(
+        r"(?!torch\.fx).*",
+        r"algm compat",
+        "use compat=False",
+        "With `compat=True` an image merges what its batch allows, so a graph holds for no other: use `compat=False`.",
     ),
     Refusal(
         r"torch\.export, dynamic (height|size)",
@@ -640,7 +650,7 @@ Where counts depend on the image, plain `torch.compile` keeps all slots, so that
 packed, `effvit.compile` makes one graph that reads how many tokens stay, in each block as a plain run does, and goes on
 with sizes that were unknown before; other counts do not compile anew. It is tested with torch 2.11.
 
-- Of DyMU the MLPs are compiled, once for all counts, and the rest runs as it is. In graphs that read its counts the
+- Of DyMU and ALGM the MLPs are compiled, once for all counts, and the rest runs as it is. In graphs that read DyMU's the
   vector code of inductor (torch 2.11, CPU) gave wrong scores, with three blocks of DeiT-Ti, where `backend="eager"`
   gave the right ones.
 - Of all others only calls are compiled, not `forward_features` or `forward_intermediates`; a model of

@@ -239,7 +239,7 @@ def test_bias_as_features_attends_as_the_mask_does(dtype: torch.dtype, monkeypat
     assert error < {torch.float64: 1e-6, torch.float16: 3e-3, torch.bfloat16: 3e-2}[dtype]
 
 
-@pytest.mark.parametrize("method", ["tome", "ats", "dymu"])
+@pytest.mark.parametrize("method", ["tome", "ats", "dymu", "algm"])
 def test_models_score_the_same_with_the_bias_as_features(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model(method, "class_token")
     x = make_images(model, 3)

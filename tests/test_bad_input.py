@@ -173,6 +173,7 @@ class TestSettingsOutOfRange:
             ("dymu", "preset", "siglip_base_384_72out, clip_large_336_72out"),
             ("dymu", "r_schedule", "constant, linear, reverse_linear"),
             ("dymu", "ragged", "auto, padded, packed"),
+            ("algm", "ragged", "auto, padded, packed"),
         ],
     )
     def test_choices_that_do_not_exist(self, method: str, name: str, known: str) -> None:
@@ -188,6 +189,8 @@ class TestSettingsOutOfRange:
             ("ats", "compat"),
             ("gtp", "token_scale"),
             ("dymu", "compat"),
+            ("algm", "compat"),
+            ("algm", "prop_attn"),
         ],
     )
     def test_switch_that_is_not_true_or_false(self, method: str, name: str) -> None:
@@ -227,7 +230,7 @@ class TestSettingsOutOfRange:
         with pytest.raises(ValueError, match="keep_rate and num_tokens"):
             reduced("ats", keep_rate=0.5, num_tokens=4)
 
-    @pytest.mark.parametrize("method", ["ats", "dymu"])
+    @pytest.mark.parametrize("method", ["ats", "dymu", "algm"])
     def test_packed_batch_with_the_official_batch_dependence(self, method: str) -> None:
         with pytest.raises(ValueError, match=r"compat=True reproduces the official padded batch; it needs ragged='pa"):
             reduced(method, ragged="packed", compat=True)

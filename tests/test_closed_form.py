@@ -99,6 +99,12 @@ def test_counts_of_methods_agree(method: str, host: str) -> None:
     check_agreement(model, (3, *model.patch_embed.img_size))
 
 
+@pytest.mark.parametrize("settings", [{"reduce_at": (0,)}, {"reduce_at": (1, 2, 3), "prop_attn": True}, {"window": 3}])
+def test_counts_of_algm_follow_its_settings(settings: dict[str, Any]) -> None:
+    model = make_model("algm", "registers", **settings)
+    check_agreement(model, (3, *model.patch_embed.img_size))
+
+
 @pytest.mark.parametrize("case", SMALL)
 def test_counts_of_architectures_agree(case: str) -> None:
     check_agreement(make_architecture(case), (3, *SIZES[case][0]))

@@ -504,7 +504,8 @@ class TestSettings:
         assert_equal_outputs(model, again(model, dense))
 
     @pytest.mark.parametrize(
-        "method", [method for method in SETTINGS if method not in ("tome", "dymu", "expedite", "random", "uniform")]
+        "method",
+        [name for name in SETTINGS if name not in ("tome", "dymu", "algm", "expedite", "random", "uniform")],
     )
     def test_reducer_taken_out_by_hand_shows_in_the_settings(self, method: str) -> None:
         dense = make_host("class_token")
@@ -514,9 +515,9 @@ class TestSettings:
         assert model.settings["reduce_at"] == others
         assert_equal_outputs(model, again(model, dense))
 
-    @pytest.mark.parametrize("method", ["random", "uniform"])
+    @pytest.mark.parametrize("method", ["random", "uniform", "algm"])
     def test_counts_that_depend_on_a_reducer_taken_out_by_hand_are_an_error(self, method: str) -> None:
-        """The second block keeps int(N r^2) patches whether or not the first reduces; no setting says so."""
+        """Whether or not the first reduces, the second block keeps int(N r^2) patches, or merges pairs, not windows."""
         model: Any = effvit.sparsify(make_host("class_token"), method, **SETTINGS[method])
         model.blocks[next(iter(model.reducers))].reducer = None
         with pytest.raises(ValueError, match=f"changed by hand, and no settings of {method} describe them"):

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import golden_algm
 import golden_casvit
 import golden_expedite
 import golden_hot
@@ -826,6 +827,7 @@ COMPARE: dict[str, Callable[[Case], None]] = {
     "ats": compare_ats,
     "zero_tprune": compare_zero_tprune,
     "dymu": compare_dymu,
+    "algm": golden_algm.compare,
     **{folder: module.compare for folder, module in ARCHITECTURES.items()},
     "expedite": golden_expedite.compare,
     "hot": golden_hot.compare,

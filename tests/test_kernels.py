@@ -27,6 +27,7 @@ KERNELS: dict[str, tuple[dict[str, Any], float]] = {
     "ats": ({}, 46.33),
     "zero_tprune": ({}, 79.8),
     "dymu": ({"r_total": 96}, 58.33),  # calibrated, so that every block merges some
+    "algm": ({"threshold": 0.1}, 96.5),  # in two blocks of the model
     "expedite": ({}, 134.0),  # in one block of the model
     "hot": ({}, 32.0),
     "random": ({}, 8.67),

@@ -52,7 +52,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "grouped_keys": TOKEN | {"attn_type": "rope", "qkv_fused": False, "num_kv_heads": 1, "qk_norm": True},
 }
 GRIDS = ((5, 6), (3, 4), (5, 6), (7, 2))  # two images of one grid among others
-PADDED = [name for name in METHODS if name in ("evit", "tome", "ats", "dymu")]
+PADDED = [name for name in METHODS if name in ("evit", "tome", "ats", "dymu", "algm")]
 
 
 def make(kind: str) -> NaFlexVit:
@@ -278,6 +278,7 @@ def test_evit_keeps_its_number_of_an_image_that_has_as_many(settings: dict[str, 
     [
         ("tome", {"r": 4, "prop_attn": False}),
         ("dymu", {"thresholds": (0.5,) * 4, "ragged": "packed"}),
+        ("algm", {"threshold": 0.3, "ragged": "packed"}),
         ("ats", {"drop_tokens": False, "reduce_at": (1, 2)}),
         ("ats", {"grid": "midpoint", "keep_rate": 0.4, "ragged": "packed"}),
         ("ats", {"compat": True, "keep_rate": 0.4}),

@@ -195,7 +195,7 @@ class TestHalfPrecision:
     def test_gtp_runs(self, dtype: torch.dtype, graph_type: str) -> None:
         self.assert_near("gtp", dtype, graph_type=graph_type, sparsity=0.6)
 
-    @pytest.mark.parametrize("method", ["evit", "tome", "ats", "dymu", "hot", "expedite"])
+    @pytest.mark.parametrize("method", ["evit", "tome", "ats", "dymu", "algm", "hot", "expedite"])
     def test_method_runs(self, dtype: torch.dtype, method: str) -> None:
         self.assert_near(method, dtype)
 

@@ -29,6 +29,7 @@ REFUSALS = re.compile(
     r"would leave -?\d+ of \d+ patch tokens|scores patches by the class token|which attention pooling"
     r"|num_neighbours must be at least 1 and at most|keeps every entry of|token_scale needs propagation"
     r"|compat=True reproduces the official padded batch|k must be at (least 2 and at )?most the number of"
+    r"|window must be at most the sides"
     r"|drops no patch|restore_at must be a block behind|clusters must be at least 1 x 1 and at most one for each token"
 )
 rates = st.sampled_from([0.2, 0.5, 0.7, 0.95, 1.0])
@@ -107,6 +108,14 @@ def methods(draw: st.DrawFn, depth: int) -> tuple[str, dict[str, Any]]:
             "r_schedule": draw(st.sampled_from(R_SCHEDULES)),
             "thresholds": [draw(st.sampled_from([-1.0, 0.0, 0.3, 0.6, 0.9, 1.0])) for _ in range(depth)],
             "max_r_per_instance_ratio": draw(st.sampled_from([None, None, 1.0, 2.5])),
+            "ragged": draw(st.sampled_from(RAGGED)),
+        }
+    elif method == "algm":
+        drawn = {
+            "threshold": draw(st.sampled_from([-1.0, 0.0, 0.3, 0.6, 0.9, 1.0])),
+            "reduce_at": blocks,
+            "window": draw(st.integers(2, 3)),
+            "prop_attn": draw(st.booleans()),
             "ragged": draw(st.sampled_from(RAGGED)),
         }
     elif method == "expedite":

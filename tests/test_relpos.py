@@ -206,14 +206,14 @@ class TestMovedTokens:
 
 
 class TestWhatFits:
-    @pytest.mark.parametrize("method", ["ats", "dymu"])
+    @pytest.mark.parametrize("method", ["ats", "dymu", "algm"])
     @pytest.mark.parametrize("host", ["beit", "relpos"])
     def test_packed_batches_are_refused(self, method: str, host: str) -> None:
         message = rf"{method} with ragged='packed' runs on kernels .* take no bias of pairs .*; use ragged='padded'"
         with pytest.raises(ValueError, match=message):
             make_model(method, host, ragged="packed")
 
-    @pytest.mark.parametrize("method", ["ats", "dymu"])
+    @pytest.mark.parametrize("method", ["ats", "dymu", "algm"])
     def test_batches_stay_padded_where_packing_would_be_faster(
         self, method: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -44,6 +44,8 @@ CASES: dict[str, tuple[str, ...]] = {
     ),
     # matching and virtual unmerging; a model that merges image by image
     "dymu": ("f_matching_functions", "f_vtu_kernel", "p8_instance_level", "r_schedule"),
+    # both merges alone: the smallest model has 600 KB
+    "algm": ("f_merge_functions",),
     # clusters and reconstruction alone; the SAM encoder in windows
     "expedite": ("rect_12x20_4x6", "sam_encoder_112"),
     "hot": ("mixste_27_9", "keys_hot_mixste"),

@@ -85,8 +85,8 @@ def control_of(
         model: A plain ViT, reduced by a method; it is left as it is.
         method: The control, "random" or "uniform".
         images: (B, channels, H, W) as the model takes them, to count the tokens on. Needed for methods whose counts
-            depend on the image (ATS, DyMU): the control keeps the mean count of each block, rounded to a whole number.
-            None: those of the size the model is made for.
+            depend on the image (ATS, DyMU, ALGM): the control keeps the mean count of each block, rounded to a whole
+            number. None: those of the size the model is made for.
         share: As for ``effvit.sparsify``.
         settings: Further settings of the control, which is ``seed`` for "random".
 

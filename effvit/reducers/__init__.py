@@ -1,5 +1,6 @@
 """The reduction methods. A new method is one file here and one line below."""
 
+from effvit.reducers.algm import ALGM
 from effvit.reducers.ats import ATS
 from effvit.reducers.base import Reducer
 from effvit.reducers.dymu import DyMU
@@ -13,6 +14,7 @@ from effvit.reducers.tome import ToMe
 from effvit.reducers.zero_tprune import ZeroTPrune
 
 __all__ = [
+    "ALGM",
     "ATS",
     "GTP",
     "METHODS",
@@ -28,5 +30,5 @@ __all__ = [
     "register_method",
 ]
 
-for _method in (EViT, ToMe, GTP, ATS, ZeroTPrune, DyMU, Expedite, HoT, Random, Uniform):
+for _method in (EViT, ToMe, GTP, ATS, ZeroTPrune, DyMU, ALGM, Expedite, HoT, Random, Uniform):
     register_method(_method)

@@ -64,8 +64,8 @@ def closed_form_macs(
         model: A model of this package, or a plain ViT, Eva, Swin, SAM or vision-language tower of timm; on any device,
             also meta.
         input_size: (channels, H, W) of an image.
-        token_counts: Patch tokens that leave each block. Needed for ATS and DyMU, whose numbers depend on the image,
-            and refused for all others.
+        token_counts: Patch tokens that leave each block. Needed for ATS, DyMU and ALGM, whose numbers depend on the
+            image, and refused for all others.
 
     Returns:
         MACs of "embedding", "norm", "projection", "attention", "mlp", "reduction", "head" and what else there is.
