@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 import golden_casvit
+import golden_dynamicvit
 import golden_expedite
 import golden_hot
 import golden_lookupvit
@@ -826,6 +827,7 @@ COMPARE: dict[str, Callable[[Case], None]] = {
     "ats": compare_ats,
     "zero_tprune": compare_zero_tprune,
     "dymu": compare_dymu,
+    "dynamicvit": golden_dynamicvit.compare,
     **{folder: module.compare for folder, module in ARCHITECTURES.items()},
     "expedite": golden_expedite.compare,
     "hot": golden_hot.compare,

@@ -3,6 +3,7 @@
 from effvit.reducers.ats import ATS
 from effvit.reducers.base import Reducer
 from effvit.reducers.dymu import DyMU
+from effvit.reducers.dynamicvit import DynamicViT
 from effvit.reducers.evit import EViT
 from effvit.reducers.expedite import Expedite
 from effvit.reducers.gtp import GTP
@@ -17,6 +18,7 @@ __all__ = [
     "GTP",
     "METHODS",
     "DyMU",
+    "DynamicViT",
     "EViT",
     "Expedite",
     "HoT",
@@ -28,5 +30,5 @@ __all__ = [
     "register_method",
 ]
 
-for _method in (EViT, ToMe, GTP, ATS, ZeroTPrune, DyMU, Expedite, HoT, Random, Uniform):
+for _method in (EViT, ToMe, GTP, ATS, ZeroTPrune, DyMU, DynamicViT, Expedite, HoT, Random, Uniform):
     register_method(_method)
