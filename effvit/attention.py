@@ -36,6 +36,7 @@ __all__ = [
     "biases_between",
     "jagged_attention",
     "map_sums",
+    "policy_softmax",
     "sum_beside",
 ]
 
@@ -245,6 +246,7 @@ CACHED_ENTRIES = 2**19
 # carry the bias in eight more features: by the bytes copied and the products saved on paper; measure_gpu.py tells.
 FLASH_KEYS = 512
 FLASH_WIDTH = 256  # features of a head, at most
+POLICY_EPS = 1e-6  # of the official softmax with a policy
 LEAST_BIAS = -1000.0  # what stands for -inf where a bias is a product: its exponential is 0 in every dtype
 
 
@@ -252,6 +254,27 @@ def map_sums(weights: Tensor, weigh: Tensor | None = None) -> MapSums:
     """Diagonal and column sums of a softmax map (B, heads, N, N), its rows weighted by ``weigh`` (B, heads, N)."""
     received = weights.sum(dim=-2) if weigh is None else wide_product(weigh.unsqueeze(-2), weights).squeeze(-2)
     return MapSums(weights.diagonal(dim1=-2, dim2=-1), received)
+
+
+def policy_softmax(weights: Tensor, policy: Tensor) -> Tensor:
+    """Softmax map in which a policy says how much each key counts (DynamicViT, 2106.02034, eq. 6 to 8).
+
+    A token that is dropped is a key for itself alone. The policy is a factor, and not a bias on the logits, so that it
+    has a gradient where it is 0 too. Follows softmax_with_policy of models/dyvit.py in raoyongming/DynamicViT@1322e62,
+    whose exponentials are those of the map over the largest of their row.
+
+    Args:
+        weights: (B, heads, T, T) softmax map.
+        policy: (B, T) 1 for the tokens that stay, 0 for those that are dropped.
+
+    Returns:
+        (B, heads, T, T).
+    """
+    length = policy.shape[1]
+    own = torch.eye(length, dtype=policy.dtype, device=policy.device)  # (T, T)
+    counted = policy.unsqueeze(1) + (1 - policy).unsqueeze(1) * own  # (B, T, T)
+    exponentials = weights / weights.amax(dim=-1, keepdim=True) * counted.unsqueeze(1)
+    return (exponentials + POLICY_EPS / length) / (exponentials.sum(dim=-1, keepdim=True) + POLICY_EPS)
 
 
 def piece_entries(q: Tensor) -> int:
@@ -656,7 +679,11 @@ class TokenAttention(nn.Module):
         if isinstance(edit_map, SumMap) and (has_gradient(q) or (self.training and self.attn_drop.p > 0)):
             state = sum_beside(state, edit_map)
             edit_map = None
-        if isinstance(edit_map, SumMap):
+        if tokens.policy is not None:
+            weights = policy_softmax(state.softmax_map(), tokens.policy)
+            state = state._replace(weights=weights)
+            out = self.attn_drop(weights.to(v.dtype)) @ v
+        elif isinstance(edit_map, SumMap):
             state, out = sum_and_apply(state, edit_map)
         elif edit_map is not None:
             weights = edit_map(state.softmax_map())

@@ -56,6 +56,7 @@ __all__ = [
     "without_autocast",
 ]
 
+LEAST_POLICY = 1e-6  # of a token that is dropped, where its logarithm must be finite
 LEAST_SLOTS = 4  # of an image in a graph that reads counts: its compiler must know that half of them are no single one
 
 P = ParamSpec("P")
@@ -540,6 +541,8 @@ class TokenMap:
         lengths: Patch tokens of each image as numbers of Python, where ``valid`` comes from reading them. None: unread.
         history: What is kept of the blocks before; ``memory``, ``reference`` and ``present`` read it.
         carry: What a method hands from block to block (GTP: its graph).
+        policy: (B, P+N) 1 for a token that stays and 0 for one that a method which learns has dropped, while it trains
+            and no token leaves: attention multiplies it in (``attention.policy_softmax``). None: every token stays.
         packed: The sequence is one row (1, T, C) of all valid tokens of all images, without padding.
     """
 
@@ -554,6 +557,7 @@ class TokenMap:
     lengths: tuple[int, ...] | None = None
     history: History = NO_HISTORY
     carry: Tensor | tuple[Tensor, ...] | None = None
+    policy: Tensor | None = None
     packed: bool = False
 
     @classmethod
@@ -740,6 +744,16 @@ class TokenMap:
             mask = self.sequence_mask()
             bias = mask.to(wide_dtype(dtype)).log() if bias is None else bias.masked_fill(~mask, float("-inf"))
         return None if bias is None else bias[:, None, None]
+
+    def pool_weight(self) -> Tensor | None:
+        """(B, P+N) weight of each token where attention pools: its size, nearly 0 if a policy drops it. None: one each.
+
+        A policy takes no gradient from it, which its logarithm has none to give of where it is 0.
+        """
+        if self.policy is None:
+            return self.size
+        weight = self.policy.detach().clamp(min=LEAST_POLICY)
+        return weight if self.size is None else weight * self.size
 
     def position_table(self, table: Tensor) -> Tensor:
         """A rotary table for the current tokens.

@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import effvit
 from effvit.hosts.calibration import ranking
-from effvit.hosts.checkpoints import official_state_dict, place_thresholds
+from effvit.hosts.checkpoints import official_state_dict, place_learnt
 from effvit.hosts.host import ReducedHost, TokenFeatures
 from effvit.reducers.merging import apply_merge, plan_merge
 from effvit.reducers.unmerge import remerge, virtual_unmerge, virtual_unmerged_attention
@@ -114,7 +114,7 @@ def compare_model(case: Case) -> None:
         case.close(thresholds_of(model, case), "thresholds", tolerance(case))
 
     reloaded = effvit.sparsify(host, "dymu", compat=True, **settings).to(case["input"].dtype)
-    place_thresholds(state, reloaded)
+    place_learnt(state, reloaded)
     reloaded.load_state_dict(state)
     if config["calibration_batches"]:
         case.close(thresholds_of(reloaded, case), "thresholds", tolerance(case))

@@ -18,6 +18,7 @@ from typing import Any
 
 import golden_algm
 import golden_casvit
+import golden_dynamicvit
 import golden_expedite
 import golden_hot
 import golden_lookupvit
@@ -828,6 +829,7 @@ COMPARE: dict[str, Callable[[Case], None]] = {
     "zero_tprune": compare_zero_tprune,
     "dymu": compare_dymu,
     "algm": golden_algm.compare,
+    "dynamicvit": golden_dynamicvit.compare,
     **{folder: module.compare for folder, module in ARCHITECTURES.items()},
     "expedite": golden_expedite.compare,
     "hot": golden_hot.compare,

@@ -2,8 +2,9 @@
 
     python tools/cut_golden.py ../shared/golden
 
-copies the cases of ``CASES`` unchanged, json and tensors: numbers that the official code, or a reference where there is
-none, gave for random weights and images; no code and no published weights. It removes from the cut what is not listed.
+copies the cases of ``CASES`` unchanged, json and tensors, but for those of which ``PARTS`` takes some tensors alone:
+numbers that the official code, or a reference where there is none, gave for random weights and images; no code and no
+published weights. It removes from the cut what is not listed.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from safetensors.torch import load_file, save
+
 from effvit.messages import run_command
 
-__all__ = ["CASES", "CUT", "main"]
+__all__ = ["CASES", "CUT", "PARTS", "main"]
 
 CUT = Path(__file__).resolve().parents[1] / "tests" / "golden"
 LARGEST = 9 << 20
@@ -48,6 +51,8 @@ CASES: dict[str, tuple[str, ...]] = {
     "algm": ("f_merge_functions",),
     # clusters and reconstruction alone; the SAM encoder in windows
     "expedite": ("rect_12x20_4x6", "sam_encoder_112"),
+    # decisions of given noise, and all losses
+    "dynamicvit": ("p3_train_grad_mse",),
     "hot": ("mixste_27_9", "keys_hot_mixste"),
     # both orders on four grids; a whole model of one of them, which differ in nothing else
     "static_controls": ("f_uniform_random", "p2_random_seed3"),
@@ -78,6 +83,12 @@ CASES: dict[str, tuple[str, ...]] = {
     "svit": ("grad_64", "keys_stvit_small"),
 }
 
+# Case -> how the names of the tensors begin that the cut has of it, where the whole of it is a large model for few more
+# functions. Its reader compares what is there; the folder of all cases has the rest.
+PARTS: dict[str, tuple[str, ...]] = {
+    "dynamicvit/p3_train_grad_mse": ("stage", "output", "tokens", "last_decision", "labels", "teacher_", "loss"),
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Make the cut; returns 2 after an error the caller can mend."""
@@ -95,16 +106,24 @@ def cut(golden: Path, out: Path) -> None:
         FileNotFoundError: A case is not in the folder.
         ValueError: The cut would be larger than ``LARGEST``.
     """
-    files = list(chosen_files(golden))
-    size = sum(path.stat().st_size for path in files)
+    contents = [(path.relative_to(golden), content_of(path)) for path in chosen_files(golden)]
+    size = sum(len(content) for _, content in contents)
     if size > LARGEST:
         raise ValueError(f"the cut may have {LARGEST} bytes, but these cases have {size}; choose smaller ones in CASES")
     for folder in CASES:
         shutil.rmtree(out / folder, ignore_errors=True)
-    for path in files:
-        (out / path.parent.name).mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, out / path.parent.name / path.name)
-    print(f"{len(files)} files of {sum(map(len, CASES.values()))} cases in {out}: {size / 2**20:.1f} MiB")
+    for place, content in contents:
+        (out / place).parent.mkdir(parents=True, exist_ok=True)
+        (out / place).write_bytes(content)
+    print(f"{len(contents)} files of {sum(map(len, CASES.values()))} cases in {out}: {size / 2**20:.1f} MiB")
+
+
+def content_of(path: Path) -> bytes:
+    """A file of the cut: as it is, or the tensors that ``PARTS`` names."""
+    starts = PARTS.get(f"{path.parent.name}/{path.stem}")
+    if starts is None or path.suffix == ".json":
+        return path.read_bytes()
+    return save({name: value for name, value in load_file(path).items() if name.startswith(starts)})
 
 
 def chosen_files(golden: Path) -> Iterator[Path]:

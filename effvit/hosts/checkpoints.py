@@ -46,7 +46,7 @@ __all__ = [
     "host_state_dict",
     "load_checkpoint",
     "official_state_dict",
-    "place_thresholds",
+    "place_learnt",
     "read_checkpoint",
     "read_file",
 ]
@@ -67,6 +67,8 @@ WRAPPERS = re.compile(r"^((module|_orig_mod|model|backbone|encoder|image_encoder
 INSERTED = re.compile(r"(?:(?<=\.)|^)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # Thresholds of DyMU, which timm's filters leave at the block they belong to.
 THRESHOLD = re.compile(r"^(blocks\.\d+\.)threshold$")
+# Predictors of DynamicViT, numbered by pruning block.
+PREDICTOR = re.compile(r"^score_predictor\.(\d+)\.")
 # What a reduced host has besides the plain one: learnt thresholds, and the module of the fill "attention".
 OWN = re.compile(r"(\.reducer\.|^recovery\.)")
 # timm's own readers of towers, for its files and those of the language models that the towers are from.
@@ -204,14 +206,14 @@ class Conversion(NamedTuple):
     family: str | None
 
 
-def place_thresholds(state: dict[str, Tensor], model: nn.Module) -> list[str]:
-    """Rename official thresholds in ``state`` and fill in what it does not hold; returns names without a place.
+def place_learnt(state: dict[str, Tensor], model: nn.Module) -> list[str]:
+    """Rename what official files hold beside the host and fill in what they do not; returns names without a place.
 
-    A plain host's checkpoint has no thresholds and no recovery, and an official one has thresholds for blocks that do
-    not reduce too.
+    A plain host's checkpoint has no thresholds, no predictors and no recovery, and an official one has thresholds for
+    blocks that do not reduce too.
     """
     own = {name: value for name, value in model.state_dict().items() if OWN.search(name)}
-    unused = []
+    unused = place_predictors(state, own)
     learns = any(".reducer." in name for name in own)
     for name in [name for name in state if THRESHOLD.match(name) and learns]:
         value = state.pop(name)
@@ -223,6 +225,25 @@ def place_thresholds(state: dict[str, Tensor], model: nn.Module) -> list[str]:
         state[f"{prefix}num_batches"] = (value != 1).long()  # officially not saved; 1.0 stands for none
     for name, value in own.items():
         state.setdefault(name, value)
+    return unused
+
+
+def place_predictors(state: dict[str, Tensor], own: Collection[str]) -> list[str]:
+    """Rename DynamicViT's official predictors in ``state`` after the blocks they belong to; returns those without one.
+
+    Args:
+        state: Weights.
+        own: Names of what the model learns.
+    """
+    places = sorted({int(name.split(".")[1]) for name in own if ".reducer.predictor." in name})
+    unused = []
+    for name in [name for name in state if PREDICTOR.match(name)]:
+        stage, _, rest = name.removeprefix("score_predictor.").partition(".")
+        value = state.pop(name)
+        if int(stage) < len(places):
+            state[f"blocks.{places[int(stage)]}.reducer.predictor.{rest}"] = value
+        else:
+            unused.append(name)
     return unused
 
 
@@ -442,7 +463,7 @@ def adapt_state(model: nn.Module, state: dict[str, Tensor]) -> tuple[dict[str, T
         unused = [name for name in state if HEAD.match(name) and name not in own]
         left_out += unused
         state = {name: value for name, value in state.items() if name not in unused}
-    return state, left_out + place_thresholds(state, model)
+    return state, left_out + place_learnt(state, model)
 
 
 def check_state(

@@ -56,7 +56,7 @@ from effvit.reducers import METHODS, Reducer
 from effvit.reducers.keep_rate import HasKeepRate
 from effvit.reducers.registry import register_reducer
 from effvit.schedule import block_number, check_fraction, check_switch, per_block
-from effvit.tokens import TokenMap, fix_traced_size, flat_rows, take_rows
+from effvit.tokens import LEAST_POLICY, TokenMap, fix_traced_size, flat_rows, take_rows
 
 __all__ = [
     "HOST_CLASSES",
@@ -306,18 +306,27 @@ class ReducedHost(Intermediates, Reduced):
     def _poolable(self, x: Tensor, tokens: TokenMap) -> Tensor:
         if not self._pools_patches:
             return x
+        if tokens.policy is not None:
+            return self._left_alone(x, tokens, tokens.policy)
         if tokens.size is not None:
             prefix, patches = tokens.split(x)  # (B, P, C), (B, N, C)
             return torch.cat([prefix, take_rows(patches, flat_rows(tokens.carriers(), patches.shape[1]))], dim=1)
         if tokens.valid is not None:
-            with_prefix = getattr(self, "pool_include_prefix", False)
-            pooled = tokens.sequence_mask()
-            if not with_prefix:
-                pooled = pooled & (pooled.cumsum(1) > tokens.num_prefix)
-            weight = pooled.unsqueeze(-1).to(x.dtype)  # (B, P+N, 1)
-            mean = (x * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)  # (B, 1, C)
+            mean = self._pooled_mean(x, tokens, tokens.sequence_mask())
             return torch.where(tokens.sequence_mask().unsqueeze(-1), x, mean)
         return x
+
+    def _pooled_mean(self, x: Tensor, tokens: TokenMap, weight: Tensor) -> Tensor:
+        """Mean (B, 1, C) of what the head pools of tokens x (B, P+N, C) that have these weights (B, P+N)."""
+        weight = weight.unsqueeze(-1).to(x.dtype)  # (B, P+N, 1)
+        if not getattr(self, "pool_include_prefix", False):
+            x, weight = x[:, tokens.num_prefix :], weight[:, tokens.num_prefix :]
+        return (x * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=LEAST_POLICY)
+
+    def _left_alone(self, x: Tensor, tokens: TokenMap, policy: Tensor) -> Tensor:
+        """Tokens x (B, P+N, C), those that the policy drops in the mean of the others, so that pools miss them."""
+        kept = policy.unsqueeze(-1).to(x.dtype)  # (B, P+N, 1)
+        return kept * x + (1 - kept) * self._pooled_mean(x, tokens, policy)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Class scores (B, num_classes) of images (B, 3, H, W)."""
@@ -330,13 +339,19 @@ class ReducedHost(Intermediates, Reduced):
         refuse_mask(self, attn_mask, is_causal)
         (x, tokens), _ = self._forward_blocks(x)
         x, tokens = self._normalised(x, tokens)
-        return self.forward_head(x) if tokens.size is None else self._attention_pooled(x, tokens)
+        return self.token_scores(x, tokens)
+
+    def token_scores(self, x: Tensor, tokens: TokenMap) -> Tensor:
+        """Class scores (B, num_classes) of normalised tokens x (B, P+N, C), as ``forward_tokens`` returns them."""
+        if self.global_pool == "map" and tokens.pool_weight() is not None:
+            return self._attention_pooled(x, tokens)
+        return self.forward_head(self._poolable(x, tokens))
 
     def _attention_pooled(self, x: Tensor, tokens: TokenMap) -> Tensor:
-        """Class scores by attention pooling of the normalised tokens of a map with sizes."""
+        """Class scores by attention pooling of the normalised tokens of a map with sizes or a policy."""
         assert self.attn_pool is not None
         # Attention pooling over merged tokens: a bias of log size equals pooling the un-merged sequence.
-        bias = replace(tokens, key_weight=tokens.size).key_bias(x.dtype)
+        bias = replace(tokens, key_weight=tokens.pool_weight()).key_bias(x.dtype)
         assert bias is not None
         if not getattr(self, "pool_include_prefix", True):
             x, bias = x[:, tokens.num_prefix :], bias[..., tokens.num_prefix :]  # (B, N, C), (B, 1, 1, N)

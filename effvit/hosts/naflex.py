@@ -236,7 +236,7 @@ class ReducedNaFlex(ReducedHost, NaFlexVit):
     def _scores_of(self, x: Tensor, tokens: TokenMap) -> Tensor:
         """Class scores of tokens as the blocks left them."""
         x, tokens = self._normalised(x, tokens)
-        if self.attn_pool is not None and tokens.size is not None:
+        if self.attn_pool is not None and tokens.pool_weight() is not None:
             return self._attention_pooled(x, tokens)
         x, valid = self._pooled_features(x, tokens)
         return self.forward_head(x, patch_valid=valid)

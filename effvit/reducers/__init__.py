@@ -4,6 +4,7 @@ from effvit.reducers.algm import ALGM
 from effvit.reducers.ats import ATS
 from effvit.reducers.base import Reducer
 from effvit.reducers.dymu import DyMU
+from effvit.reducers.dynamicvit import DynamicViT
 from effvit.reducers.evit import EViT
 from effvit.reducers.expedite import Expedite
 from effvit.reducers.gtp import GTP
@@ -19,6 +20,7 @@ __all__ = [
     "GTP",
     "METHODS",
     "DyMU",
+    "DynamicViT",
     "EViT",
     "Expedite",
     "HoT",
@@ -30,5 +32,18 @@ __all__ = [
     "register_method",
 ]
 
-for _method in (EViT, ToMe, GTP, ATS, ZeroTPrune, DyMU, ALGM, Expedite, HoT, Random, Uniform):
+for _method in (
+    EViT,
+    ToMe,
+    GTP,
+    ATS,
+    ZeroTPrune,
+    DyMU,
+    ALGM,
+    DynamicViT,
+    Expedite,
+    HoT,
+    Random,
+    Uniform,
+):
     register_method(_method)

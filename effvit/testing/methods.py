@@ -115,7 +115,9 @@ class Contract:
         model.set_grad_checkpointing(True)
         again, checkpointed = scores_and_gradients(model, model, x)
         assert torch.equal(again, scores)
-        assert plain.keys() == checkpointed.keys() == dict(model.named_parameters()).keys()
+        # A choice among tokens has no gradient but in training, so what a method learns may be without one here.
+        of_host = {name for name, _ in model.named_parameters() if ".reducer." not in name}
+        assert plain.keys() == checkpointed.keys() >= of_host
         for name, gradient in plain.items():
             assert torch.allclose(gradient, checkpointed[name], rtol=1e-5, atol=1e-6)
 
