@@ -672,11 +672,6 @@ class TestRefusals:
         with pytest.raises(TypeError, match="or run the tower and give what leaves it, merger included, as tokens="):
             effvit.select_tokens(nn.Linear(3, 3), IMAGES, "divprune", keep=9)
 
-    @pytest.mark.parametrize("host", ["naflex", "qwen3"])
-    def test_tower_with_a_projector_or_native_grids_is_told_how_to_take_part(self, host: str) -> None:
-        with pytest.raises(TypeError, match=r"does not run a \w+, .*; run it and give what leaves it, merger included"):
-            effvit.select_tokens(make_host(host), IMAGES, "divprune", keep=9)
-
     def test_scores_of_towers_with_relative_positions_have_their_biases(self) -> None:
         """Against the softmax of the class token's logits, which timm's own module gives."""
         tower = make_host("beit")
