@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import pickle
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 import timm
 import torch
 from hosts import make_host, make_images
+from pages import DOCS, run_page
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -36,7 +36,6 @@ from effvit.selectors.spread import spread
 from effvit.selectors.visionzip import contextual_tokens
 from effvit.testing import assert_runs_on_fakes, count_reads
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "select_tokens.md"
 GRID, KEPT = (6, 8), 12
 NUMBER = GRID[0] * GRID[1]
 BY_NAME = [name for name, cls in SELECTORS.items() if not cls.learns and cls.takes == "select_tokens"]
@@ -1038,22 +1037,15 @@ class TestQueryPooler:
 
 
 def test_page_prints_what_it_shows(capsys: pytest.CaptureFixture[str]) -> None:
-    """docs/select_tokens.md from the first block to the last."""
-    blocks = re.findall(r"```(python|text)\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    names: dict[str, Any] = {}
     try:
-        for kind, block in blocks:
-            if kind == "python":
-                assert capsys.readouterr().out == ""
-                exec(block, names)
-            else:
-                assert capsys.readouterr().out == block
+        run_page("select_tokens.md", capsys)
     finally:
         SELECTORS.pop("largest", None)
 
 
 def test_page_names_every_selector() -> None:
-    assert [name for name in effvit.list_selectors() if f"`{name}`" not in PAGE.read_text()] == []
+    page = (DOCS / "select_tokens.md").read_text()
+    assert [name for name in effvit.list_selectors() if f"`{name}`" not in page] == []
 
 
 class TestMatryoshkaLoss:
