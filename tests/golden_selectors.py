@@ -25,7 +25,7 @@ from effvit.selectors.neighbours import add_neighbours
 from effvit.selectors.parts import valid_cells
 from effvit.selectors.prumerge import num_outliers
 from effvit.selectors.recoverable import OF_ALL, OF_REST, OUTLYING, recover_image
-from effvit.selectors.spread import isolated, spread
+from effvit.selectors.spread import cosines_of, isolated, spread
 
 
 def sizes(case: Case, tokens: Tensor, prefix: int = 0) -> tuple[int, int]:
@@ -99,7 +99,8 @@ def compare_divprune(case: Case) -> None:
     x, config = case["tokens"], case.config
     grid = sizes(case, x)
     kept = config["keep"]
-    order, far = spread(x, isolated(x), kept)
+    cosines = cosines_of(x, kept)
+    order, far = spread(cosines, isolated(cosines), kept)
     case.equal(order, "order")
     case.near(far[:, 1:], case["distance"][:, 1:], "distance", 2 * tolerance(x))
     selection = effvit.select_tokens(None, None, "divprune", keep=config["ratio"], tokens=x, grid=grid)
@@ -204,7 +205,7 @@ def compare_todre(case: Case) -> None:
     x, config = case["tokens"], case.config
     grid, kept, scores = sizes(case, x), config["keep"], case["class_attention"]
     for version, name in (("v1", "k_center"), ("v2", "max_sum")):
-        order, _ = spread(x, scores.argmax(1, keepdim=True), kept, total=version == "v2")
+        order, _ = spread(cosines_of(x, kept), scores.argmax(1, keepdim=True), kept, total=version == "v2")
         case.equal(order, f"{name}/order")
         selection = effvit.select_tokens(
             None, None, "todre", keep=kept, version=version, tokens=x, grid=grid, scores=scores

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import pickle
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,10 @@ import pytest
 import timm
 import torch
 from hosts import make_host, make_images
+from pages import DOCS, run_page
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import effvit
 from effvit.selectors import (
@@ -32,11 +33,10 @@ from effvit.selectors.holitom import static_windows
 from effvit.selectors.parts import valid_cells
 from effvit.selectors.registry import RESERVED
 from effvit.selectors.select import choose_tokens
-from effvit.selectors.spread import spread
+from effvit.selectors.spread import Cosines, cosines_of, spread
 from effvit.selectors.visionzip import contextual_tokens
 from effvit.testing import assert_runs_on_fakes, count_reads
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "select_tokens.md"
 GRID, KEPT = (6, 8), 12
 NUMBER = GRID[0] * GRID[1]
 BY_NAME = [name for name, cls in SELECTORS.items() if not cls.learns and cls.takes == "select_tokens"]
@@ -156,8 +156,36 @@ def test_no_token_is_picked_twice_whatever_the_distances_are(total: bool) -> Non
     """Values that a device does not check: infinite tokens, whose distances are no numbers."""
     x = features()["tokens"]
     x[:, 3:9, 0] = float("inf")
-    picks, _ = spread(x, torch.zeros(3, 1, dtype=torch.int64), 20, total)
+    picks, _ = spread(cosines_of(x, 20), torch.zeros(3, 1, dtype=torch.int64), 20, total)
     assert [len(image.unique()) for image in picks] == [20] * 3
+
+
+@pytest.mark.parametrize("name", ["divprune", "todre", "cdpruner"])
+def test_greedy_methods_compare_each_pair_of_tokens_at_most_once(name: str) -> None:
+    """Counted: N x N products of C for many picks, K x N for few, and in CDPruner the factor's K x K x N / 2."""
+    tokens, channels = 256, 192
+    x = torch.randn(2, tokens, channels, generator=torch.Generator().manual_seed(0))
+    given = {"tokens": x, "grid": (16, 16), "scores": torch.rand(2, tokens)}
+    for kept in (128, 8):
+        with FlopCounterMode(display=False) as counter:
+            choose(name, kept, given)
+        pairs = tokens**2 if kept == 128 else kept * tokens
+        if name == "divprune" and kept == 8:
+            pairs += tokens**2  # for the first token, the farthest from its nearest
+        factor = kept**2 * tokens // 2 if name == "cdpruner" else 0
+        assert counter.get_total_flops() <= 2 * 2 * (pairs * channels + factor)
+
+
+@pytest.mark.parametrize("name", ["divprune", "todre"])
+def test_cosines_that_are_held_choose_as_those_made_row_by_row(name: str) -> None:
+    x, first = features(dtype=torch.float64)["tokens"], torch.zeros(3, 1, dtype=torch.int64)
+    held = cosines_of(x, NUMBER)
+    assert held.table is not None
+    assert cosines_of(x, 5).table is None
+    picks, far = spread(held, first, 20, total=name == "todre")
+    others, apart = spread(Cosines(held.unit, None), first, 20, total=name == "todre")
+    assert torch.equal(picks, others)
+    torch.testing.assert_close(far, apart)
 
 
 @pytest.mark.parametrize("name", STATIC)
@@ -672,11 +700,6 @@ class TestRefusals:
         with pytest.raises(TypeError, match="or run the tower and give what leaves it, merger included, as tokens="):
             effvit.select_tokens(nn.Linear(3, 3), IMAGES, "divprune", keep=9)
 
-    @pytest.mark.parametrize("host", ["naflex", "qwen3"])
-    def test_tower_with_a_projector_or_native_grids_is_told_how_to_take_part(self, host: str) -> None:
-        with pytest.raises(TypeError, match=r"does not run a \w+, .*; run it and give what leaves it, merger included"):
-            effvit.select_tokens(make_host(host), IMAGES, "divprune", keep=9)
-
     def test_scores_of_towers_with_relative_positions_have_their_biases(self) -> None:
         """Against the softmax of the class token's logits, which timm's own module gives."""
         tower = make_host("beit")
@@ -1043,22 +1066,15 @@ class TestQueryPooler:
 
 
 def test_page_prints_what_it_shows(capsys: pytest.CaptureFixture[str]) -> None:
-    """docs/select_tokens.md from the first block to the last."""
-    blocks = re.findall(r"```(python|text)\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    names: dict[str, Any] = {}
     try:
-        for kind, block in blocks:
-            if kind == "python":
-                assert capsys.readouterr().out == ""
-                exec(block, names)
-            else:
-                assert capsys.readouterr().out == block
+        run_page("select_tokens.md", capsys)
     finally:
         SELECTORS.pop("largest", None)
 
 
 def test_page_names_every_selector() -> None:
-    assert [name for name in effvit.list_selectors() if f"`{name}`" not in PAGE.read_text()] == []
+    page = (DOCS / "select_tokens.md").read_text()
+    assert [name for name in effvit.list_selectors() if f"`{name}`" not in page] == []
 
 
 class TestMatryoshkaLoss:

@@ -288,6 +288,23 @@ def test_features_in_shards_by_ray(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert len(stored("by_two", "lengths")) == len(stored("pooled", "pooled")) == 60
 
 
+def test_tokens_for_an_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What the plug-in of the page promises an engine, with every method that needs features alone."""
+    values = run_page("tokens_for_an_engine", monkeypatch, tmp_path)
+    media, features = values["media"], values["features"]
+    for method in ("divprune", "cdpruner", "aim", "uniform", "random"):
+        pruner = values["TokenPruner"](method, keep=0.25)
+        left = pruner(features, media)
+        for medium, kept in zip(media, left, strict=True):
+            assert kept.per_frame == pruner.counts(medium)
+            assert len(kept.tokens) == len(kept.ids) == len(kept.positions) == sum(kept.per_frame)
+            frames, height, width = kept.positions.T
+            assert torch.equal((frames * medium[1] + height) * medium[2] + width, kept.ids)
+            assert (kept.ids.diff() > 0).all()
+    whole = values["TokenPruner"]("divprune", keep=1.0)(features, media)
+    assert torch.equal(torch.cat([kept.tokens for kept in whole]), features)
+
+
 @pytest.mark.parametrize(
     ("printed", "is_shown"),
     [("3 of 0.62", True), ("3 of 0.61", True), ("3 of 0.60", False), ("2 of 0.62", False), ("3 of 0.62 MACs", False)],
@@ -298,8 +315,9 @@ def test_only_the_last_digit_of_a_decimal_may_differ(printed: str, is_shown: boo
 
 
 def test_every_tutorial_is_run_by_a_test() -> None:
-    """Here, or in test_tutorials_own_data.py, where OpenMMLab is needed from the first line on."""
-    tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_tutorials*.py"))
+    """Here, or where OpenMMLab (test_tutorials_own_data.py) or transformers is needed from the first line on."""
+    files = ("test_tutorials*.py", "test_transformers*.py")
+    tests = "".join(path.read_text() for name in files for path in Path(__file__).parent.glob(name))
     assert [page.stem for page in PAGES if page.stem not in tests] == []
 
 

@@ -379,7 +379,8 @@ class ReducedNaFlex(ReducedHost, NaFlexVit):
         """
         batch = self._native(x, patch_coord, patch_valid, attn_mask)
         if batch is not None and output_fmt == "NCHW":
-            batch = self._mappable(batch)
+            remedy = "are no maps (B, C, H, W) of them; use output_fmt='NLC', whose rows stand beside patch_coord"
+            batch = _trimmed(batch, remedy)
         result = Intermediates.forward_intermediates(
             self,
             x if batch is None else batch,  # type: ignore[arg-type]
@@ -396,15 +397,15 @@ class ReducedNaFlex(ReducedHost, NaFlexVit):
             result["patch_valid"] = batch.valid if order is None else batch.valid.gather(1, order.argsort(dim=1))
         return result
 
-    def _mappable(self, batch: NativeBatch) -> NativeBatch:
-        """The batch without slots of padding, in image order, if its images have one grid."""
-        grids = batch.by_grid()
-        if len(grids) > 1:
-            raise ValueError(
-                f"the images have {len(grids)} different grids, {', '.join(f'{h} x {w}' for h, w in grids)}, so there "
-                "are no maps (B, C, H, W) of them; use output_fmt='NLC', whose rows stand beside patch_coord"
-            )
-        return batch.trimmed()
+    def on_one_grid(self, x: Images) -> Tensor | NativeBatch:
+        """Images as they are, or a batch of patches in image order and without padding, if its images have one grid.
+
+        Raises:
+            TypeError, ValueError: As ``check_native``, and for images of several grids.
+        """
+        batch = self._native(x, None, None, None)
+        remedy = "is no grid for the ids of all; give the images of one grid at a time"
+        return x if batch is None else _trimmed(batch, remedy)  # type: ignore[return-value]
 
     def set_input_size(self, img_size: int | Size | None = None, patch_size: int | Size | None = None) -> None:
         """Set the size that the model is counted and profiled at; images of any size are taken with no change.
@@ -425,6 +426,17 @@ class ReducedNaFlex(ReducedHost, NaFlexVit):
             self.embeds.default_img_size = size
             for reducer in self.reducers.values():
                 reducer.resize(self.patch_embed.grid_size)
+
+
+def _trimmed(batch: NativeBatch, remedy: str) -> NativeBatch:
+    """The batch in image order without slots of padding; a ValueError if its images have several grids."""
+    grids = batch.by_grid()
+    if len(grids) > 1:
+        raise ValueError(
+            f"the images have {len(grids)} different grids, {', '.join(f'{h} x {w}' for h, w in grids)}, so there "
+            f"{remedy}"
+        )
+    return batch.trimmed()
 
 
 def _pair(size: int | Size) -> Size:

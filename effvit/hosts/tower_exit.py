@@ -1,4 +1,4 @@
-"""A vision tower: a plain ViT whose tokens leave at some block, with what its attention says of them."""
+"""A vision tower: a host whose tokens leave at some block, or behind its projector, and what attention says of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from effvit.attention import AttnState, Beside, SumMap, sum_beside
 from effvit.block import BlockList, ReducibleBlock, rehouse, set_child, token_block
 from effvit.hosts.host import HOST_CLASSES, ReducedHost
-from effvit.hosts.naflex import ReducedNaFlex
+from effvit.hosts.naflex import Images, ReducedNaFlex
 from effvit.hosts.refusals import reason_against
 from effvit.hosts.towers import ReducedTower
 from effvit.reducers.base import Reducer
@@ -19,7 +19,17 @@ from effvit.reducers.matching import mean_keys
 from effvit.schedule import block_number
 from effvit.tokens import TokenMap, wide_dtype, wide_product
 
-__all__ = ["KEYS", "RECEIVED", "ROWS", "Read", "Tower", "TowerOutput", "attention_received"]
+__all__ = [
+    "KEYS",
+    "RECEIVED",
+    "ROWS",
+    "Read",
+    "Tower",
+    "TowerOutput",
+    "attention_received",
+    "leaving_block",
+    "tower_host",
+]
 
 Read = Callable[[AttnState], Tensor]
 
@@ -127,7 +137,7 @@ class LastObserver(Observer):
 
 
 class TowerOutput(NamedTuple):
-    """What leaves a tower.
+    """What leaves the blocks of a tower.
 
     Attributes:
         prefix: (B, P, C) prefix tokens.
@@ -142,81 +152,130 @@ class TowerOutput(NamedTuple):
     notes: tuple[Tensor, ...]
 
 
-class Tower(nn.Module):
-    """A plain ViT up to a block, on the modules of the model that was given, which stays as it is.
-
-    Args:
-        model: A timm model that ``sparsify`` takes, or one that is reduced already.
-        block: Whose output leaves, counted from 0, or from the last one, -1. Blocks behind it and behind all that are
-            read are not run, and of one that is read behind it only what is read.
-        reads: Blocks, counted likewise, and what to read of their attention; the notes are in the order of the blocks.
+def tower_host(model: nn.Module) -> ReducedHost:
+    """The model as a host on its own modules, none of which is changed; one that is reduced already stays so.
 
     Raises:
         TypeError: A model that ``sparsify`` does not take.
-        ValueError: A block that the model does not have, or that reduces tokens itself, so that its attention is not
+    """
+    host_class = type(model) if isinstance(model, ReducedHost) else HOST_CLASSES.get(type(model))
+    if host_class is None:
+        raise TypeError(
+            f"{reason_against(model, HOST_CLASSES)}; or run the tower and give what leaves it, merger included, as "
+            "tokens= and grid="
+        )
+    host = rehouse(model, host_class)
+    if isinstance(host, ReducedTower) and host.tower is not host:
+        set_child(host, "encoder", rehouse(host.tower, type(host.tower)))
+    if isinstance(model, ReducedHost):
+        return host
+    host.method = Observer.name
+    host.note_placement()
+    host._settle()
+    set_blocks(host, [token_block(block, place) for place, block in enumerate(host.blocks)])
+    return host
+
+
+def set_blocks(host: ReducedHost, blocks: Sequence[ReducibleBlock]) -> None:
+    """Give the host these blocks in a new container, so that the model it was made of keeps its own."""
+    holder = host.tower if isinstance(host, ReducedTower) else host
+    container: BlockList = host.blocks[: len(blocks)]
+    for place, block in enumerate(blocks):
+        container[place] = block
+    set_child(holder, "blocks", container)  # type: ignore[arg-type]
+
+
+def leaving_block(host: ReducedHost, block: int | None) -> int:
+    """Number of the block whose output leaves; None: the last one in front of a projector, else the last but one.
+
+    Raises:
+        ValueError: A block that the model does not have, or one whose output the projector does not read.
+    """
+    depth, projects = len(host.blocks), isinstance(host, ReducedTower) and host._projects
+    number = block_number((-1 if projects else -2) if block is None else block, depth)
+    if projects and number != depth - 1:
+        raise ValueError(
+            f"the projector of this {type(host).__bases__[-1].__name__} reads the last block, {depth - 1}, got block="
+            f"{block}; leave block out, or create the tower without its projector"
+        )
+    return number
+
+
+class Tower(nn.Module):
+    """A host up to a block, on the modules of the model that it was made of, which stays as it is.
+
+    Attributes:
+        merge: Side in patches of the cells that a projector of its own makes one token of; None without one.
+        fills_cells: That projector pads a grid that is not cut into whole cells.
+
+    Args:
+        host: As ``tower_host`` gives it.
+        block: Number of the block whose output leaves. Blocks behind it and behind all that are read are not run, and
+            of one that is read behind it only what is read.
+        reads: Blocks, counted from 0, or from the last one, -1, and what to read of their attention; the notes are in
+            the order of the blocks.
+
+    Raises:
+        ValueError: A block that the host does not have, or that reduces tokens itself, so that its attention is not
             that of the tokens that leave.
     """
 
-    def __init__(self, model: nn.Module, block: int, reads: Sequence[tuple[int, Read]]) -> None:
+    def __init__(self, host: ReducedHost, block: int, reads: Sequence[tuple[int, Read]]) -> None:
         super().__init__()
-        host_class = type(model) if isinstance(model, ReducedHost) else HOST_CLASSES.get(type(model))
-        if host_class is None:
-            raise TypeError(
-                f"{reason_against(model, HOST_CLASSES)}; or run the tower and give what leaves it, merger included, as "
-                "tokens= and grid="
-            )
-        if issubclass(host_class, (ReducedTower, ReducedNaFlex)):
-            raise TypeError(
-                f"select_tokens does not run a {type(model).__name__}, which has a projector of its own or images of "
-                "several grids; run it and give what leaves it, merger included, as tokens= and grid="
-            )
-        self.host = rehouse(model, host_class)
-        depth = len(self.host.blocks)
-        self.block = block_number(block, depth)
+        projects = isinstance(host, ReducedTower) and host._projects
+        self.merge = host.merge if isinstance(host, ReducedTower) and projects else None
+        self.fills_cells = isinstance(host, ReducedTower) and host.fills_cells
+        self.host, self.block = host, block
         places: dict[int, list[Read]] = {}
         for place, read in reads:
-            places.setdefault(block_number(place, depth), []).append(read)
+            places.setdefault(block_number(place, len(host.blocks)), []).append(read)
         self.num_notes = len(reads)
         self.stop = max(self.block, *places) + 1 if places else self.block + 1
-        if not isinstance(model, ReducedHost):
-            self.host.method = Observer.name
-            self.host.note_placement()
-            self.host._settle()
-        else:
-            self._check_reads(model, places)
-        blocks: BlockList = self.host.blocks[: self.stop]  # a new container, so that the model keeps its own
-        for i in range(self.stop):
-            kind = LastObserver if self.block < i == self.stop - 1 else Observer
-            blocks[i] = observed(blocks[i], i, kind(places[i]) if i in places else None)
-        set_child(self.host, "blocks", blocks)  # type: ignore[arg-type]
+        self._check_reads(places)
+        set_blocks(
+            host,
+            [
+                observed(own, LastObserver if block < place == self.stop - 1 else Observer, places.get(place))
+                for place, own in enumerate(host.blocks[: self.stop])
+            ],
+        )
 
-    def _check_reads(self, model: ReducedHost, places: Mapping[int, object]) -> None:
+    def _check_reads(self, places: Mapping[int, object]) -> None:
         """Raise a ValueError unless what is read belongs to the tokens that leave."""
         for place in places:
             early = place < self.block  # of a block in front, all patches must be there, and leave too
             between = range(self.stop) if early else range(min(self.block + 1, place), place + 1)
-            reducing = [i for i in between if i in model.reducers]
+            reducing = [i for i in between if i in self.host.reducers]
             if reducing:
                 raise ValueError(
-                    f"scores are read in block {place} and tokens leave block {self.block}, but {model.method} reduces "
-                    f"tokens in block {reducing[0]}, so that they are scores of other tokens; let it reduce in earlier "
-                    "blocks alone, choose another block, or use a method that needs features alone, such as 'divprune'"
+                    f"scores are read in block {place} and tokens leave block {self.block}, but {self.host.method} "
+                    f"reduces tokens in block {reducing[0]}, so that they are scores of other tokens; let it reduce in "
+                    "earlier blocks alone, choose another block, or use a method that needs features alone, such as "
+                    "'divprune'"
                 )
 
-    def forward(self, images: Tensor) -> TowerOutput:
-        """What leaves the tower for images (B, 3, H, W)."""
-        final, (taken,) = self.host._forward_blocks(images, take=(self.block,))
+    def forward(self, images: Images) -> TowerOutput:
+        """What leaves the blocks for images (B, 3, H, W), or for patches of images of one grid (NaFlex)."""
+        x = self.host.on_one_grid(images) if isinstance(self.host, ReducedNaFlex) else images
+        if isinstance(self.host, ReducedTower) and self.merge is not None:
+            self.host._check_cells(x)  # type: ignore[arg-type]
+        final, (taken,) = self.host._forward_blocks(x, take=(self.block,))  # type: ignore[arg-type]
         prefix, patches = taken.tokens.split(taken.x)
         carried = final.tokens.carry if isinstance(final.tokens.carry, tuple) else ()
         return TowerOutput(prefix, patches, taken.tokens, carried[len(carried) - self.num_notes :])
 
+    def projected(self, output: TowerOutput) -> Tensor | None:
+        """(B, cells, C') what the tower's own projector makes of the patches, all of which are there; None without."""
+        if self.merge is None:
+            return None
+        assert isinstance(self.host, ReducedTower)
+        return self.host.project(output.patches, output.tokens.grid)
 
-def observed(block: nn.Module, place: int, observer: Observer | None) -> ReducibleBlock:
-    """The block ready for token maps, read by the observer if there is one."""
-    if not isinstance(block, ReducibleBlock):
-        block = token_block(block, place)
-    if observer is None:
+
+def observed(block: ReducibleBlock, observer: type[Observer], reads: Sequence[Read] | None) -> ReducibleBlock:
+    """The block itself, or where something is read of it one on the same modules with an observer."""
+    if reads is None:
         return block
-    read = rehouse(block, type(block))
-    set_child(read, "reducer", observer)
-    return read
+    seen = rehouse(block, type(block))
+    set_child(seen, "reducer", observer(reads))
+    return seen

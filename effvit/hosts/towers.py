@@ -101,11 +101,17 @@ class QwenEncoder(Protocol):
     merger: Merger | None
 
 
+class Aligner(Layer, Protocol):
+    """DeepSeek's projector."""
+
+    downsample_ratio: int
+
+
 class DeepseekEncoder(Protocol):
     """What is asked of DeepSeek's encoder."""
 
     norm: Layer
-    aligner: Layer | None
+    aligner: Aligner | None
 
 
 class Pooler(Protocol):
@@ -150,6 +156,7 @@ class ReducedTower(ReducedHost):
     cls_token = None
     attn_pool = None
     remedy: ClassVar[str] = ""  # for images that are not cut into whole patches
+    fills_cells: ClassVar[bool] = False  # the projector pads a grid that is not cut into whole cells
 
     @property
     def tower(self) -> nn.Module:
@@ -174,9 +181,9 @@ class ReducedTower(ReducedHost):
         raise NotImplementedError
 
     @property
-    def cell(self) -> int:
-        """Side in patches of the cells that the projector cuts a grid into without a rest; 1 if it takes any grid."""
-        return 1
+    def merge(self) -> int:
+        """Side in patches of the cells that the projector makes one token of each; 1 where nothing is projected."""
+        raise NotImplementedError
 
     def _project(self, x: Tensor, grid: Size) -> Tensor:
         """Patches (B, H, W, C), of a Gemma tower (B, H*W, C) -> tokens of a language model (B, cells, C')."""
@@ -213,6 +220,11 @@ class ReducedTower(ReducedHost):
                 f"image size {size[0]} x {size[1]} is not a multiple of the patch size {patch[0]} x {patch[1]}; resize "
                 f"the images{self.remedy}"
             )
+
+    @property
+    def cell(self) -> int:
+        """Side in patches of the cells that a grid must be cut into without a rest; 1 if any grid is taken."""
+        return 1 if self.fills_cells else self.merge
 
     def _check_cells(self, x: Tensor) -> None:
         """Raise a ValueError for images whose patches the projector cannot take, before a block has run."""
@@ -254,9 +266,16 @@ class ReducedTower(ReducedHost):
         return mean_filled(self._norm_tokens(x), tokens)
 
     def _finished(self, x: Tensor, tokens: TokenMap) -> Tensor:
-        patches = self._whole(x, tokens)
+        return self._shaped(self._whole(x, tokens), tokens.grid)
+
+    def _shaped(self, patches: Tensor, grid: Size) -> Tensor:
+        """Patches (B, H*W, C) of the full grid as timm's tower returns them, which is how its projector takes them."""
         in_rows = cast("Encoder", self.tower).output_fmt == "NHWC"
-        return patches.unflatten(1, tokens.grid) if in_rows else patches
+        return patches.unflatten(1, grid) if in_rows else patches
+
+    def project(self, x: Tensor, grid: Size) -> Tensor:
+        """Tokens of a language model (B, cells, C'), of all patches x (B, H*W, C) as they leave the last block."""
+        return self._project(self._shaped(self._norm_tokens(x), grid), grid)
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Patches of the full grid as timm's tower returns them: (B, H, W, C), of Gemma's (B, H*W, C)."""
@@ -371,7 +390,7 @@ class QwenTower(ReducedTower):
         return self._merger is not None
 
     @property
-    def cell(self) -> int:
+    def merge(self) -> int:
         return 1 if self._merger is None else self._merger.merge_size
 
     def _project(self, x: Tensor, grid: Size) -> Tensor:
@@ -383,9 +402,10 @@ class DeepseekTower(ReducedTower):
     """DeepSeek's tower: RMSNorm, SwiGLU, RoPE alone, an aligner of 3 x 3 patches that pads the grid with zeros."""
 
     remedy = " or create the model with dynamic_img_pad=True"
+    fills_cells = True
 
     @property
-    def _aligner(self) -> Layer | None:
+    def _aligner(self) -> Aligner | None:
         return cast("DeepseekEncoder", self.tower).aligner
 
     def _norm_tokens(self, x: Tensor) -> Tensor:
@@ -394,6 +414,10 @@ class DeepseekTower(ReducedTower):
     @property
     def _projects(self) -> bool:
         return self._aligner is not None
+
+    @property
+    def merge(self) -> int:
+        return 1 if self._aligner is None else self._aligner.downsample_ratio
 
     def _project(self, x: Tensor, grid: Size) -> Tensor:
         assert self._aligner is not None
@@ -456,7 +480,7 @@ class GemmaTower(ReducedTower):
         return self._gemma.global_pool == "soft"
 
     @property
-    def cell(self) -> int:
+    def merge(self) -> int:
         return self._gemma.pooler.pooling_kernel_size if self._projects else 1
 
     def _project(self, x: Tensor, grid: Size) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from effvit.reducers.base import check_weights
 from effvit.selectors.base import Choice, Features, Selector, unit_rows
+from effvit.selectors.spread import cosines_of
 from effvit.tokens import wide_product, widened
 
 __all__ = ["CDPruner", "determinant_order", "relevance_to_text"]
@@ -35,9 +36,9 @@ def relevance_to_text(patches: Tensor, texts: Tensor) -> Tensor:
 def determinant_order(x: Tensor, number: int, relevance: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Greedy maximum of the determinant of r_i cos(x_i, x_j) r_j: the tokens in picking order, and what each adds.
 
-    The fast form that updates an incomplete Cholesky factor, one row a step; the kernel is never formed. The diagonal
-    is r^2 exactly, so that with equal relevances the first token is picked first and not one that rounding favours.
-    Where the rank of the features is used up, the most relevant of the tokens left follow.
+    The fast form that updates an incomplete Cholesky factor, one row a step. The diagonal is r^2 exactly, so that with
+    equal relevances the first token is picked first and not one that rounding favours. Where the rank of the features
+    is used up, the most relevant of the tokens left follow.
 
     Args:
         x: (B, N, C).
@@ -47,7 +48,8 @@ def determinant_order(x: Tensor, number: int, relevance: Tensor | None = None) -
     Returns:
         (B, K) tokens, and (B, K) conditional variance of each when it was picked.
     """
-    u = unit_rows(widened(x))
+    cosines = cosines_of(x, number)
+    u = cosines.unit
     r = torch.ones_like(u[..., 0]) if relevance is None else relevance.to(u.dtype)
     left = r.square()  # (B, N) conditional variances
     # Rounding alone: a bound that grows with the channels would take tokens of low relevance for dependent ones.
@@ -59,8 +61,7 @@ def determinant_order(x: Tensor, number: int, relevance: Tensor | None = None) -
         rank = torch.where(left > spent, left, spent * r / r.amax(dim=1, keepdim=True))
         pick = rank.masked_fill(taken, -math.inf).argmax(dim=1, keepdim=True)  # (B, 1)
         gain = left.gather(1, pick)
-        picked = u.gather(1, pick.unsqueeze(-1).expand(-1, -1, u.shape[2]))  # (B, 1, C)
-        row = r.gather(1, pick) * r * wide_product(picked, u.transpose(1, 2)).squeeze(1)  # (B, N)
+        row = r.gather(1, pick) * r * cosines.of(pick)  # (B, N)
         if step:
             known = factor[:, :step]
             column = known.gather(2, pick.unsqueeze(1).expand(-1, step, -1))  # (B, step, 1)

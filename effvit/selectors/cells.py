@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from effvit.protocols import Size
@@ -18,13 +19,20 @@ def check_sides(name: str, sides: Size) -> Size:
     return height, width
 
 
-def cell_grid(grid: Size, merge: int) -> Size:
+def cell_grid(grid: Size, merge: int, filled: bool = False) -> Size:
     """(H, W) cells of ``merge`` x ``merge`` patches on a grid of patches.
 
+    Args:
+        grid: (H, W) patches.
+        merge: Side of a cell.
+        filled: The last cells of a row and of a column may lack patches, which the merger fills with zeros (DeepSeek).
+
     Raises:
-        ValueError: A side that is not a multiple.
+        ValueError: A side that is not a multiple, of cells that are not filled.
     """
     check_count("merge", merge, 1)
+    if filled:
+        return -(-grid[0] // merge), -(-grid[1] // merge)
     for name, side in zip(("height", "width"), grid, strict=True):
         if side % merge:
             raise ValueError(
@@ -46,13 +54,26 @@ def to_cells(x: Tensor, grid: Size, merge: int) -> Tensor:
     return inside.transpose(2, 3).flatten(3).flatten(1, 2)  # (B, h*w, m*m*C)
 
 
-def cell_means(x: Tensor, grid: Size, merge: int) -> Tensor:
-    """The mean of each cell's patches: (B, H*W, C) -> (B, H*W / merge^2, C); likewise without the C.
+def cell_means(x: Tensor, grid: Size, merge: int, filled: bool = False) -> Tensor:
+    """The mean of each cell's patches: (B, H*W, C) -> (B, cells, C); likewise without the C.
 
-    So scores of patches become scores of cells (the vLLM, OpenVINO and Qwen readings of VisionZip and CDPruner).
+    So scores of patches become scores of cells (the vLLM, OpenVINO and Qwen readings of VisionZip and CDPruner). A cell
+    that lacks patches (``filled``, as for ``cell_grid``) has the mean of those it has.
     """
     if merge == 1:
         return x
     apart = x.unsqueeze(-1) if x.ndim == 2 else x
-    means = to_cells(apart, grid, merge).unflatten(2, (merge * merge, -1)).mean(dim=2)
+    if filled and (grid[0] % merge or grid[1] % merge):
+        share = _filled_means(x.new_ones(1, apart.shape[1], 1), grid, merge)  # (1, cells, 1) of patches that are there
+        means = _filled_means(apart, grid, merge) / share
+    else:
+        means = to_cells(apart, grid, merge).unflatten(2, (merge * merge, -1)).mean(dim=2)
     return means.squeeze(-1) if x.ndim == 2 else means
+
+
+def _filled_means(x: Tensor, grid: Size, merge: int) -> Tensor:
+    """Means of the cells of x (B, H*W, C), in which patches that are lacking count as zeros: (B, cells, C)."""
+    height, width = cell_grid(grid, merge, filled=True)
+    behind = (0, 0, 0, width * merge - grid[1], 0, height * merge - grid[0])
+    whole = F.pad(x.unflatten(1, grid), behind).flatten(1, 2)
+    return cell_means(whole, (height * merge, width * merge), merge)

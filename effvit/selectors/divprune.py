@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from effvit.selectors.base import Choice, Features, Selector
-from effvit.selectors.spread import isolated, spread
+from effvit.selectors.spread import cosines_of, isolated, spread
 
 __all__ = ["DivPrune"]
 
@@ -25,4 +25,5 @@ class DivPrune(Selector):
         return round(share * cells)
 
     def choose(self, features: Features, kept: int) -> Choice:
-        return Choice(spread(features.x, isolated(features.x), kept)[0])
+        cosines = cosines_of(features.x, kept)
+        return Choice(spread(cosines, isolated(cosines), kept)[0])

@@ -170,7 +170,7 @@ def select_video(
     method: str | Selector = HoliTom.name,
     *,
     keep: float,
-    block: int = -2,
+    block: int | None = None,
     tokens: Tensor | None = None,
     grid: Size | None = None,
     scores: Tensor | None = None,
@@ -185,7 +185,7 @@ def select_video(
         frames: (T, 3, H, W).
         method: "holitom", or a HoliTom.
         keep: Share of the cells of all frames, in (0, 1].
-        block: Whose output leaves the tower.
+        block: Whose output leaves the tower, as for ``select_tokens``.
         tokens: (T, N, C) features of the frames in place of a tower.
         grid: (H, W) cells of a frame.
         scores: (T, N) attention that each cell receives, for ``tokens``.

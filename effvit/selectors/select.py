@@ -8,7 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from effvit.hosts.tower_exit import KEYS, RECEIVED, ROWS, Read, Tower, TowerOutput
+from effvit.hosts.host import ReducedHost
+from effvit.hosts.naflex import Images
+from effvit.hosts.tower_exit import KEYS, RECEIVED, ROWS, Read, Tower, TowerOutput, leaving_block, tower_host
 from effvit.protocols import Setting, Size
 from effvit.reducers.base import check_bounded, check_distinct, check_finite, refuse_recording
 from effvit.schedule import check_choice, check_count, check_number
@@ -33,12 +35,12 @@ CLASS_ROW = "class"
 
 def select_tokens(
     tower: nn.Module | None,
-    images: Tensor | None,
+    images: Images | None,
     method: str | Selector,
     *,
     keep: Keep = None,
-    block: int = -2,
-    merge: int = 1,
+    block: int | None = None,
+    merge: int | None = None,
     tokens: Tensor | None = None,
     grid: Size | None = None,
     scores: Tensor | str = CLASS_ROW,
@@ -52,13 +54,15 @@ def select_tokens(
     Args:
         tower: A timm model that ``sparsify`` takes, or one that is reduced already where the scores are those of the
             tokens that leave. None where they are given as ``tokens``.
-        images: (B, 3, H, W); None with ``tokens``.
+        images: (B, 3, H, W); None with ``tokens``. Of a NaFlexVit also a dict of patches, of images of one grid.
         method: One of ``effvit.list_selectors()``, or a selector.
         keep: How many tokens leave: a number, or a share of the cells in (0, 1], rounded as in the method's code.
-        block: Whose output leaves the tower, not normalised; -2 as in LLaVA. Blocks behind it are not run but for a
-            method that reads the last one, of which its attention's queries and keys are computed alone.
+        block: Whose output leaves the tower, not normalised. None: -2 as in LLaVA, and the last one of a tower that
+            has a projector of its own. Blocks behind it are not run but for a method that reads the last one, of which
+            its attention's queries and keys are computed alone.
         merge: Side of the cells, in patches, that a merger behind the tower makes one token of. Whole cells are chosen,
-            by the mean of their scores, and leave as rows of merge^2 * C channels.
+            by the mean of their scores, and leave as rows of merge^2 * C channels. None: the tower's own if it has a
+            projector (Qwen3, DeepSeek, Gemma 4 of timm), whose tokens are those that leave; else 1.
         tokens: (B, N, C) features of the full grid in place of a tower, merged already or with ``merge``, without
             prefix tokens.
         grid: (H, W) patches of ``tokens``.
@@ -67,9 +71,9 @@ def select_tokens(
             ``tokens`` (B, N) of your own, where larger means that a patch matters more.
         keys: (B, N, D) keys for ``tokens``, for a method that compares them.
         relevance: (B, N) how much each patch has to do with a text, for CDPruner and Recoverable Compression alone.
-        max_norm: Patches whose tokens have a larger norm rank last, and so do cells that hold one. Some patches of
-            large ViTs without registers hold no content of their own but draw attention (2309.16588, which takes 150
-            for DINOv2).
+        max_norm: Patches whose tokens have a larger norm, in front of a projector if there is one, rank last, and so do
+            cells that hold one. Some patches of large ViTs without registers hold no content of their own but draw
+            attention (2309.16588, which takes 150 for DINOv2).
         settings: Settings of the method.
 
     Returns:
@@ -116,11 +120,11 @@ class TowerFeatures(NamedTuple):
 def features_of(
     selector: Selector,
     tower: nn.Module | None,
-    images: Tensor | None,
+    images: Images | None,
     *,
     keep: Keep = None,
-    block: int = -2,
-    merge: int = 1,
+    block: int | None = None,
+    merge: int | None = None,
     max_norm: float | None = None,
     tokens: Tensor | None = None,
     grid: Size | None = None,
@@ -143,7 +147,7 @@ def features_of(
     if tower is None:
         features = given_features(selector, tokens, grid, scores, keys, relevance, early)
         refuse_unused(selector, max_norm=max_norm)
-        return TowerFeatures(_in_cells(features, merge, max_norm))
+        return TowerFeatures(_in_cells(features, 1 if merge is None else merge, max_norm))
     assert images is not None
     if isinstance(scores, Tensor) or any(value is not None for value in (keys, grid, early)):
         raise TypeError("scores, keys, early and grid of a tower are its own; give them beside tokens= only")
@@ -222,46 +226,49 @@ class TokenSelector(nn.Module):
         method: str | Selector,
         *,
         keep: Keep = None,
-        block: int = -2,
-        merge: int = 1,
+        block: int | None = None,
+        merge: int | None = None,
         scores: str = CLASS_ROW,
         max_norm: float | None = None,
         **settings: Setting,
     ) -> None:
         super().__init__()
         self.selector = make_selector(method, settings)
-        self.keep, self.merge, self.max_norm = keep, check_count("merge", merge, 1), max_norm
+        self.keep, self.max_norm = keep, max_norm
         check_choice("scores", scores, (CLASS_ROW, RECEIVED))
         refuse_unused(self.selector, scores=None if scores == CLASS_ROW else scores, max_norm=max_norm)
-        self.tower = Tower(tower, block, _reads(self.selector, tower, block, scores))
-        if not getattr(tower, "dynamic_img_size", False):
-            cells = cell_grid(self.tower.host.patch_embed.grid_size, self.merge)
+        host = tower_host(tower)
+        leaving = leaving_block(host, block)
+        self.tower = Tower(host, leaving, _reads(self.selector, host, leaving, scores))
+        self.merge = _side_of_cells(self.tower, merge)
+        if not getattr(host, "dynamic_img_size", False):
+            cells = cell_grid(host.patch_embed.grid_size, self.merge)
             self.selector.count(keep, cells)
             self.selector.settle(cells)
 
-    def forward(self, images: Tensor, relevance: Tensor | None = None) -> Selection:
-        """The tokens that leave the tower for images (B, 3, H, W); ``relevance`` (B, N) as for ``select_tokens``."""
+    def forward(self, images: Images, relevance: Tensor | None = None) -> Selection:
+        """The tokens that leave the tower; ``images`` and ``relevance`` (B, N) as for ``select_tokens``."""
         features, tokens, prefix = self.read(images, relevance)
         return choose_tokens(self.selector, features, self.keep, tokens, prefix)
 
-    def read(self, images: Tensor, relevance: Tensor | None = None) -> TowerFeatures:
+    def read(self, images: Images, relevance: Tensor | None = None) -> TowerFeatures:
         """What the selector may choose by, the map of the tokens, and the prefix tokens (B, P, C)."""
         refuse_unused(self.selector, relevance=relevance)
         output: TowerOutput = self.tower(images)
         tokens = output.tokens
         self._check_map(tokens)
         if relevance is not None:
-            if relevance.shape != (len(images), tokens.num_patches):
-                raise ValueError(
-                    f"relevance must be for {(len(images), tokens.num_patches)} patches, got {tuple(relevance.shape)}"
-                )
+            expected = (len(output.patches), tokens.num_patches)
+            if relevance.shape != expected:
+                raise ValueError(f"relevance must be for {expected} patches, got {tuple(relevance.shape)}")
             relevance = relevance.gather(1, tokens.anchor) if tokens.moved else relevance
         notes = list(output.notes)
         early = notes.pop(0) if self.selector.reads_first else None
         row = notes.pop(0) if self.selector.row is not None else None
         keys = notes.pop(0) if self.selector.keys is not None else None
         features = Features(output.patches, tokens.grid, row, keys, relevance, early)
-        return TowerFeatures(_in_cells(features, self.merge, self.max_norm), tokens, output.prefix)
+        in_cells = _in_cells(features, self.merge, self.max_norm, self.tower.projected(output), self.tower.fills_cells)
+        return TowerFeatures(in_cells, tokens, output.prefix)
 
     def _check_map(self, tokens: TokenMap) -> None:
         if not tokens.moved:
@@ -284,7 +291,19 @@ class TokenSelector(nn.Module):
             )
 
 
-def _reads(selector: Selector, tower: nn.Module, block: int, scores: str) -> list[tuple[int, Read]]:
+def _side_of_cells(tower: Tower, merge: int | None) -> int:
+    """Patches of a side of the cells that are chosen: what was asked for, or what the tower's own projector reads."""
+    if tower.merge is None:
+        return 1 if merge is None else check_count("merge", merge, 1)
+    if merge not in (None, tower.merge):
+        raise ValueError(
+            f"the projector of this tower makes one token of {tower.merge} x {tower.merge} patches, got merge={merge}; "
+            "leave merge out, or create the tower without its projector"
+        )
+    return tower.merge
+
+
+def _reads(selector: Selector, host: ReducedHost, block: int, scores: str) -> list[tuple[int, Read]]:
     """Blocks of the tower, and what to read of their attention."""
     if selector.row is None:
         return []
@@ -296,7 +315,7 @@ def _reads(selector: Selector, tower: nn.Module, block: int, scores: str) -> lis
                 "no substitute; use 'visionzip' with scores='received'"
             )
         row = ROWS[RECEIVED]
-    elif selector.row != RECEIVED and getattr(tower, "cls_token", None) is None:
+    elif selector.row != RECEIVED and host.num_class_tokens == 0:
         received = "" if selector.row == "one_head" else "give scores='received', the mean attention each gets, or "
         raise ValueError(
             f"{selector.name} scores patches by the class token, but the tower has none; {received}use a method that "
@@ -311,19 +330,31 @@ def _norms(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x.detach(), dim=-1, dtype=wide_dtype(x.dtype))
 
 
-def _in_cells(features: Features, merge: int, max_norm: float | None) -> Features:
-    """The features of patches as those of cells, the rest widened; scores of patches without content last."""
+def _in_cells(
+    features: Features, merge: int, max_norm: float | None, projected: Tensor | None = None, filled: bool = False
+) -> Features:
+    """The features of patches as those of cells, the rest widened; scores of patches without content last.
+
+    Args:
+        features: Of patches.
+        merge: Side of a cell.
+        max_norm: Norm of a patch from which on it holds no content.
+        projected: (B, cells, C') what leaves in place of the patches of a cell side by side.
+        filled: As for ``cell_grid``.
+    """
     x, grid = features.x, features.grid
     outliers = None
     if max_norm is not None:
         outliers = _norms(x) > check_number("max_norm", max_norm, "positive")  # (B, N)
-        outliers = cell_means(outliers.float(), grid, merge) > 0
-    means = [y if y is None else cell_means(widened(y), grid, merge) for y in features[2:6]]
+        outliers = cell_means(outliers.float(), grid, merge, filled) > 0
+    means = [y if y is None else cell_means(widened(y), grid, merge, filled) for y in features[2:6]]
     scores, keys, relevance, early = means
     if scores is not None and outliers is not None:
         below = torch.nextafter(scores.amin(dim=1, keepdim=True), scores.new_tensor(-math.inf))
         scores = torch.where(outliers, below, scores)
-    return Features(to_cells(x, grid, merge), cell_grid(grid, merge), scores, keys, relevance, early, outliers)
+    cells = cell_grid(grid, merge, filled)
+    of_cells = to_cells(x, grid, merge) if projected is None else projected
+    return Features(of_cells, cells, scores, keys, relevance, early, outliers)
 
 
 def choose_tokens(
@@ -446,7 +477,7 @@ def count_tokens(
 
     Args:
         method: As for ``select_tokens``, and so are ``keep``, ``merge`` and ``settings``.
-        grid: (H, W) patches of one image.
+        grid: (H, W) patches of one image; of a projector that fills up its last cells (DeepSeek), the cells it makes.
         keep: How many.
         merge: Side of the cells.
         frames: Images of the same grid, whose tokens are counted together.

@@ -3,40 +3,80 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from effvit.selectors.base import unit_rows
+from effvit.selectors.base import rows_of, unit_rows
 from effvit.tokens import wide_product, widened
 
-__all__ = ["isolated", "spread"]
+__all__ = ["Cosines", "cosines_of", "isolated", "spread"]
 
-ROWS_AT_ONCE = 1024  # of the similarities of all pairs, which are never held whole
+ROWS_AT_ONCE = 1024  # of the similarities of all pairs, where these are not held whole
+HELD_TOKENS = 4096  # of an image at most, whose similarities are held: 64 MiB
+HELD_SHARE = (
+    8  # from N / 8 rows on, one product for all pairs is faster than one for each row (one CPU thread, C 1,024)
+)
+
+
+class Cosines(NamedTuple):
+    """The cosines of all pairs of tokens, held or made row by row.
+
+    Attributes:
+        unit: (B, N, C) tokens of norm 1, in float32 (float64 for float64).
+        table: (B, N, N) the cosines where they are held.
+    """
+
+    unit: Tensor
+    table: Tensor | None
+
+    def rows(self, span: slice) -> Tensor:
+        """(B, rows, N) of a span of tokens with all."""
+        return self._with_all(self.unit[:, span]) if self.table is None else self.table[:, span]
+
+    def of(self, token: Tensor) -> Tensor:
+        """(B, N) of one token (B, 1) of each image with all."""
+        row = self._with_all(rows_of(self.unit, token)) if self.table is None else rows_of(self.table, token)
+        return row.squeeze(1)
+
+    def _with_all(self, some: Tensor) -> Tensor:
+        return wide_product(some, self.unit.transpose(1, 2))
 
 
 @torch.no_grad()
-def isolated(x: Tensor) -> Tensor:
-    """(B, 1) the token of x (B, N, C) whose nearest other token is farthest, by the cosine; the first of equals."""
-    u = unit_rows(widened(x))
-    place = torch.arange(x.shape[1], device=x.device)
+def cosines_of(x: Tensor, number: int) -> Cosines:
+    """The cosines of tokens x (B, N, C), of which ``number`` rows will be asked for one by one.
+
+    Whether they are held depends on N and the number alone, so that it is the same whatever else is in the batch.
+    """
+    unit = unit_rows(widened(x))
+    held = x.shape[1] <= HELD_TOKENS and HELD_SHARE * number >= x.shape[1]
+    return Cosines(unit, wide_product(unit, unit.transpose(1, 2)) if held else None)
+
+
+@torch.no_grad()
+def isolated(cosines: Cosines) -> Tensor:
+    """(B, 1) the token whose nearest other token is farthest, by the cosine; the first of equals."""
+    number = cosines.unit.shape[1]
+    place = torch.arange(number, device=cosines.unit.device)
     nearest = []
-    for start in range(0, x.shape[1], ROWS_AT_ONCE):
-        similarity = wide_product(u[:, start : start + ROWS_AT_ONCE], u.transpose(1, 2))  # (B, rows, N)
-        itself = place[start : start + ROWS_AT_ONCE].unsqueeze(1) == place
-        nearest.append(similarity.masked_fill(itself, -math.inf).amax(dim=-1))
+    for start in range(0, number, ROWS_AT_ONCE):
+        span = slice(start, start + ROWS_AT_ONCE)
+        itself = place[span].unsqueeze(1) == place
+        nearest.append(cosines.rows(span).masked_fill(itself, -math.inf).amax(dim=-1))
     return torch.cat(nearest, dim=1).argmin(dim=1, keepdim=True)
 
 
 @torch.no_grad()
-def spread(x: Tensor, first: Tensor, number: int, total: bool = False) -> tuple[Tensor, Tensor]:
+def spread(cosines: Cosines, first: Tensor, number: int, total: bool = False) -> tuple[Tensor, Tensor]:
     """Pick tokens one by one, each as far as can be from those picked before.
 
     The distance is 1 - cosine, in float32 (float64 for float64). A picked token is out, so that no duplicate of it
     makes it be picked twice; the first of equals wins. One row of distances a step, and a running minimum or sum.
 
     Args:
-        x: (B, N, C).
+        cosines: Of the N tokens.
         first: (B, 1) token to begin with.
         number: K, tokens to pick.
         total: Far by the sum of the distances to those picked before; else by the smallest of them.
@@ -44,13 +84,12 @@ def spread(x: Tensor, first: Tensor, number: int, total: bool = False) -> tuple[
     Returns:
         (B, K) tokens in the order they were picked, and (B, K) how far each was then; 0 for the first.
     """
-    u = unit_rows(widened(x))
+    u = cosines.unit
     picks, far = [first], [torch.zeros_like(first, dtype=u.dtype)]
-    apart = u.new_zeros(x.shape[:2]) if total else u.new_full(x.shape[:2], math.inf)  # (B, N)
+    apart = u.new_zeros(u.shape[:2]) if total else u.new_full(u.shape[:2], math.inf)  # (B, N)
     taken = torch.zeros_like(apart, dtype=torch.bool)
     for _ in range(number - 1):
-        picked = u.gather(1, picks[-1].unsqueeze(-1).expand(-1, -1, u.shape[2]))  # (B, 1, C)
-        distance = 1 - wide_product(picked, u.transpose(1, 2)).squeeze(1)  # (B, N)
+        distance = 1 - cosines.of(picks[-1])  # (B, N)
         apart = apart + distance if total else torch.minimum(apart, distance)
         taken = taken.scatter(1, picks[-1], True)
         picks.append(apart.masked_fill(taken, -math.inf).argmax(dim=1, keepdim=True))

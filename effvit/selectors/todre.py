@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from effvit.schedule import check_choice
 from effvit.selectors.base import Choice, Features, Selector, required_scores
-from effvit.selectors.spread import spread
+from effvit.selectors.spread import cosines_of, spread
 
 __all__ = ["ToDRE"]
 
@@ -31,4 +31,4 @@ class ToDRE(Selector):
 
     def choose(self, features: Features, kept: int) -> Choice:
         first = required_scores(self, features).argmax(dim=1, keepdim=True)
-        return Choice(spread(features.x, first, kept, total=self.version == "v2")[0])
+        return Choice(spread(cosines_of(features.x, kept), first, kept, total=self.version == "v2")[0])
