@@ -12,11 +12,6 @@ import torch
 from PIL import Image
 from timm.models.vision_transformer_sam import VisionTransformerSAM, get_decomposed_rel_pos_bias
 from torch import Tensor, nn
-from window_laws import (
-    assert_checkpointing_changes_nothing,
-    assert_closed_form_is_the_count,
-    assert_half_precision_runs,
-)
 
 import effvit
 from effvit.hosts.sam import decomposed_bias
@@ -25,6 +20,11 @@ from effvit.measure.closed_form import closed_form_macs
 from effvit.measure.flops import count_flops
 from effvit.show.visualize import token_figure
 from effvit.testing import assert_reads, assert_runs_on_fakes
+from effvit.testing.windows import (
+    assert_checkpointing_changes_nothing,
+    assert_closed_form_is_the_count,
+    assert_half_precision_runs,
+)
 
 # Maps of 6 x 7 tokens in windows of 4, padded to 8 x 8; blocks 1 and 3 are global.
 SMALL: dict[str, Any] = {

@@ -15,11 +15,6 @@ from timm.models._features_fx import create_feature_extractor
 from timm.models.swin_transformer import SwinTransformer, checkpoint_filter_fn, window_partition
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor
-from window_laws import (
-    assert_checkpointing_changes_nothing,
-    assert_closed_form_is_the_count,
-    assert_half_precision_runs,
-)
 
 import effvit
 from effvit.block import rehouse
@@ -34,6 +29,11 @@ from effvit.hosts.windows import Among, Cut, attending_parts, compared_in_parts
 from effvit.measure.closed_form import closed_form_macs
 from effvit.measure.flops import count_flops
 from effvit.testing import assert_reads, assert_runs_on_fakes
+from effvit.testing.windows import (
+    assert_checkpointing_changes_nothing,
+    assert_closed_form_is_the_count,
+    assert_half_precision_runs,
+)
 
 # Maps of 12 x 10 and 6 x 5 tokens, in windows of 4 that are shifted by 2 in every second block, padded.
 SMALL: dict[str, Any] = {
