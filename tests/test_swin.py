@@ -298,6 +298,26 @@ def test_casting_the_reduced_model_casts_the_dense_one_whole(kind: str) -> None:
     assert not [name for name, _ in again.named_buffers() if "full_" in name]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("method", "settings"), SETTINGS)
+def test_model_restored_behind_to_empty_is_whole_under_another_method_too(
+    kind: str, method: str, settings: dict[str, Any]
+) -> None:
+    """Memory of ``to_empty`` holds anything, and no file holds masks and tables: those of whole windows as well."""
+    dense, x = small(kind), images()
+    with torch.device("meta"):
+        model = effvit.sparsify(KINDS[kind](**SMALL).eval(), method, **settings)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for buffer in model.buffers():
+            buffer.fill_(float("nan") if buffer.is_floating_point() else 0)
+    model.init_weights()
+    model.load_state_dict(dense.state_dict())
+    assert torch.equal(model(x), effvit.sparsify(dense, method, **settings)(x))
+    assert torch.equal(effvit.sparsify(model, "tome", r=0)(x), dense(x))
+    assert torch.equal(effvit.sparsify(model, "tome", r=3)(x), effvit.sparsify(dense, "tome", r=3)(x))
+
+
 def test_windows_are_those_of_timm_on_a_map_that_they_cover() -> None:
     x = torch.randn(2, 14, 14, 3)
     assert torch.equal(Cut((7, 7), (14, 14)).windows(x), window_partition(x, (7, 7)).flatten(1, 2))

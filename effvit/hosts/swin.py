@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from timm.models import register_notrace_module
+from timm.models._manipulate import reinit_non_persistent_buffers
 from timm.models.swin_transformer import (
     SwinTransformer,
     SwinTransformerBlock,
@@ -38,6 +39,7 @@ from effvit.hosts.windows import (
     ReducedWindows,
     Span,
     between_places,
+    put_back,
     replace_attributes,
     run_blocks,
 )
@@ -238,6 +240,29 @@ class CellAttentionV2(WindowAttentionV2):
 # -- both ------------------------------------------------------------------------------------------------
 
 
+class _CellBlock(nn.Module):
+    """A block on windows that became smaller grids, whose masks follow from the map they make up.
+
+    timm's buffer stays that of whole windows, for a model with another method.
+    """
+
+    attn_mask: Tensor | None
+
+    def _init_buffers(self) -> None:
+        whole: Any = rehouse(self, type(self).__bases__[-1])
+        put_back(whole)
+        whole._init_buffers()
+        self.attn_mask = whole.attn_mask
+
+
+class CellSwinBlock(_CellBlock, SwinTransformerBlock):
+    """timm's block of a Swin on smaller grids."""
+
+
+class CellSwinV2Block(_CellBlock, SwinTransformerV2Block):
+    """timm's block of a Swin V2 on smaller grids."""
+
+
 def shrink_block(block: Any, window: Size, cells: Size) -> None:
     """Let a plain block work on windows that became smaller grids."""
     shift = tuple(s * c // w for s, c, w in zip(block.shift_size, cells, window, strict=True))
@@ -321,6 +346,11 @@ class _ReducedShiftedWindows(ReducedWindows):
         super().check_run(x)
         check_images(x, self)
 
+    def init_weights(self, *args: Any, **kwargs: Any) -> None:
+        """timm's method with its arguments; behind ``to_empty`` the masks too, which timm's Swin V2 leaves out."""
+        super().init_weights(*args, **kwargs)  # type: ignore[misc]
+        reinit_non_persistent_buffers(self)
+
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
         """timm's resize with its arguments, if the settings fit the new windows."""
         copy_shared(self)._resize(*args, **kwargs)  # a size that does not fit leaves the model as it is
@@ -346,6 +376,7 @@ class ReducedSwin(_ReducedShiftedWindows, SwinTransformer):
         shrink_block,
         CellAttention,
         lambda attn: rehouse(attn, WindowAttention),
+        shrunk_block=CellSwinBlock,
     )
     stage_class = WindowStage
     reason = "the stages of a SwinTransformer end with full maps, and its windows move from block to block"
@@ -366,6 +397,7 @@ class ReducedSwinV2(_ReducedShiftedWindows, SwinTransformerV2):
         shrink_block,
         CellAttentionV2,
         plain_attention_v2,
+        shrunk_block=CellSwinV2Block,
     )
     stage_class = WindowStageV2
     reason = "the stages of a SwinTransformerV2 end with full maps, and its windows move from block to block"

@@ -45,6 +45,7 @@ __all__ = [
     "Span",
     "between_places",
     "check_square",
+    "put_back",
     "reduce_windows",
     "replace_attributes",
     "run_blocks",
@@ -411,6 +412,7 @@ class Family(NamedTuple):
         shrunk_attention: Subclass of timm's attention that ``shrink`` puts in its place.
         plain_attention: timm's attention on the parameters of what stands in its place.
         unreduced_attention: Subclass of timm's attention that ``plain_attention`` gives; None: it gives timm's own.
+        shrunk_block: Subclass of timm's block for windows that became smaller grids; None: timm's own serves.
     """
 
     block: type[nn.Module]
@@ -421,12 +423,19 @@ class Family(NamedTuple):
     shrunk_attention: type[nn.Module]
     plain_attention: Callable[[nn.Module], nn.Module]
     unreduced_attention: type[nn.Module] | None = None
+    shrunk_block: type[nn.Module] | None = None
 
 
 def replace_attributes(module: nn.Module, **values: object) -> None:
-    """Set plain attributes of a module, which ``plain_block`` sets back."""
+    """Set plain attributes of a module, which ``put_back`` sets back."""
     module.__dict__["former"] = {name: getattr(module, name) for name in values}
     for name, value in values.items():
+        setattr(module, name, value)
+
+
+def put_back(module: nn.Module) -> None:
+    """Set back the attributes that ``replace_attributes`` replaced, if it did."""
+    for name, value in module.__dict__.pop("former", {}).items():
         setattr(module, name, value)
 
 
@@ -465,7 +474,7 @@ class ReducedWindows(Reduced):
     def check_parts(self) -> None:
         """Raise a TypeError for blocks or attention of classes that the family does not know."""
         family = self.family
-        blocks = {family.block, family.grouping_block}
+        blocks = {family.block, family.grouping_block, family.shrunk_block}
         attentions = {family.attention, family.grouped_attention, family.shrunk_attention, family.unreduced_attention}
         for stage, start in self.numbered_stages():
             for i, block in enumerate(stage.blocks, start):
@@ -523,8 +532,9 @@ class ReducedWindows(Reduced):
                     blocks[i] = grouping_block(block, self.family, reducer)
             if span is not None:
                 span.reducer.block = start + span.first
-                for block in list(blocks)[span.first : span.last]:
-                    self.family.shrink(block, span.window, span.cells)
+                for i in range(span.first, span.last):
+                    blocks[i] = rehouse(blocks[i], self.family.shrunk_block or self.family.block)
+                    self.family.shrink(blocks[i], span.window, span.cells)
             stage.blocks = blocks
 
     def set_keep_rate(self, keep_rate: object) -> NoReturn:
@@ -597,8 +607,7 @@ def plain_blocks(stage: Blocks, family: Family) -> nn.Sequential:
     for i, block in enumerate(blocks):
         plain: Any = rehouse(block, family.block)
         plain._modules.pop("reducer", None)
-        for name, value in plain.__dict__.pop("former", {}).items():
-            setattr(plain, name, value)
+        put_back(plain)
         plain.attn = family.plain_attention(block.attn)
         blocks[i] = plain
     return blocks
