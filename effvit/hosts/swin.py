@@ -38,14 +38,14 @@ from effvit.hosts.windows import (
     GroupingBlock,
     ReducedWindows,
     Span,
-    between_places,
+    interpolated_biases,
     put_back,
     replace_attributes,
     run_blocks,
 )
 from effvit.layers.macs import SelfAttention, Terms, attend, attention, convolutions, layers, norm
 from effvit.protocols import Layer, Size
-from effvit.tokens import wide_dtype, wide_product
+from effvit.tokens import wide_dtype
 
 __all__ = ["ReducedSwin", "ReducedSwinV2", "cell_bias_table", "swin"]
 
@@ -115,11 +115,8 @@ def cell_bias_table(table: Tensor, window: Size, cells: Size) -> Tensor:
         ((2h'-1)(2w'-1), heads).
     """
     grid = table.T.unflatten(1, (2 * window[0] - 1, 2 * window[1] - 1))  # (heads, 2h-1, 2w-1)
-    rows, columns = (
-        between_places(cell_distances(c, w, table), torch.arange(1 - w, w, device=table.device))
-        for w, c in zip(window, cells, strict=True)
-    )  # (2h'-1, 2h-1), (2w'-1, 2w-1)
-    return wide_product(wide_product(rows, grid), columns.T).flatten(1).T.to(table.dtype)
+    distances = cell_distances(cells[0], window[0], table), cell_distances(cells[1], window[1], table)
+    return interpolated_biases(grid, (1 - window[0], 1 - window[1]), distances).flatten(1).T
 
 
 def cell_distances(cells: int, window: int, like: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from effvit.protocols import Layer, Setting, Size
 from effvit.recording import refuse_fx, refuse_legacy_onnx
 from effvit.reducers import METHODS, Reducer
 from effvit.reducers.grids import Groups, SmallGrids
-from effvit.tokens import wide_dtype
+from effvit.tokens import wide_dtype, wide_product
 
 __all__ = [
     "Cut",
@@ -43,8 +43,8 @@ __all__ = [
     "GroupingBlock",
     "ReducedWindows",
     "Span",
-    "between_places",
     "check_square",
+    "interpolated_biases",
     "put_back",
     "reduce_windows",
     "replace_attributes",
@@ -385,9 +385,22 @@ def run_blocks(
     return (x if shrunk is None else shrunk.restore(x)), taken
 
 
-def between_places(distance: Tensor, place: Tensor) -> Tensor:
-    """Weights that interpolate a table with entries at ``place`` (n,) linearly at ``distance`` (m,): (m, n)."""
-    return (1 - (distance.unsqueeze(1) - place).abs()).clamp(min=0)
+def interpolated_biases(biases: Tensor, first: Size, distances: tuple[Tensor, Tensor]) -> Tensor:
+    """Position biases by rows and columns apart, interpolated linearly at other distances.
+
+    Args:
+        biases: (heads, H, W), of distances one token apart.
+        first: Distance of the first row and of the first column of them.
+        distances: (h,) along rows and (w,) along columns, in tokens.
+
+    Returns:
+        (heads, h, w).
+    """
+    rows, columns = (
+        (1 - (distance.unsqueeze(1) - torch.arange(start, start + number, device=biases.device)).abs()).clamp(min=0)
+        for distance, start, number in zip(distances, first, biases.shape[1:], strict=True)
+    )  # (h, H), (w, W)
+    return wide_product(wide_product(rows, biases), columns.T).to(biases.dtype)
 
 
 # -- the whole model -------------------------------------------------------------------------------------
