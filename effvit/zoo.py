@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import inspect
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -18,7 +19,7 @@ from effvit.architectures import variants
 from effvit.hosts import lvvit, naflex, relpos, towers, vit_nano
 from effvit.hosts.checkpoints import host_state_dict
 from effvit.hosts.feature_pyramid import feature_settings
-from effvit.hosts.host import check_model_name, check_settings, sparsify
+from effvit.hosts.host import WINDOW_CLASSES, check_model_name, check_settings, sparsify
 from effvit.hosts.refusals import name_arguments
 from effvit.hosts.surface import SPARSIFIED, Reduced, record_args, record_name
 from effvit.hosts.windows import window_methods
@@ -70,7 +71,8 @@ WINDOW_HOSTS = (
     "samvit_base_patch16_224",
     *PYRAMID_HOSTS,
 )
-HOST_KEYWORDS = {"window_size"}  # of hosts with windows, and a setting of Expedite too
+HOST_KEYWORDS = {name for host in WINDOW_CLASSES for name in inspect.signature(host).parameters}
+"""Keywords of hosts with windows, of which ``window_size`` is a setting of Expedite too."""
 default_cfgs: dict[str, DefaultCfg] = {}
 _PYRAMIDS: dict[str, dict[str, object]] = {}  # names that register_pyramid made, and their settings
 
