@@ -7,10 +7,14 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from effvit.reducers import METHODS, Reducer
-from effvit.testing import WINDOW_HOSTS, WindowContract, parametrize_windows, window_pairs
+from effvit.show.visualize import token_figure
+from effvit.testing import WINDOW_HOSTS, WindowContract, make_window_model, parametrize_windows, window_pairs
+from effvit.testing.models import noise
+from effvit.testing.windows import WINDOW_SIZE
 
 LAWS = [law for law in dir(WindowContract) if law.startswith("test_") and law != "test_compiles_as_one_graph"]
 
@@ -70,6 +74,14 @@ def test_method_from_outside_is_held_to_the_contract(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(METHODS, "halves", Halves)
     assert ("halves", host) in window_pairs(["halves"])
     getattr(WindowContract(), law)("halves", host)
+
+
+@pytest.mark.parametrize(("method", "host"), window_pairs())
+def test_tokens_of_an_image_are_drawn(method: str, host: str) -> None:
+    model = make_window_model(method, host)
+    stages = model.trace_stages(noise(1, WINDOW_SIZE))
+    figure = token_figure(model, Image.new("RGB", WINDOW_SIZE[::-1], "red"))
+    assert figure.width > len(stages) * WINDOW_SIZE[1]
 
 
 def test_method_that_drops_tokens_has_no_place_in_the_contract() -> None:

@@ -484,6 +484,12 @@ class ReducedWindows(Reduced):
         """(h, w) of the windows of a plain block of this network; the whole map has no window: (0, 0)."""
         raise NotImplementedError
 
+    @property
+    def window_areas(self) -> list[int]:
+        """Tokens of a window of each block with attention; 0 where the whole map is one."""
+        windows = (self.block_window(block) for stage in self.window_stages() for block in stage.blocks)
+        return [rows * columns for rows, columns in windows]
+
     def check_parts(self) -> None:
         """Raise a TypeError for blocks or attention of classes that the family does not know."""
         family = self.family

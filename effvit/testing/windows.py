@@ -241,6 +241,14 @@ class WindowContract:
         own = len(count_reads(partial(make_window_host(host), x)))
         assert_reads(partial(make_window_model(method, host), x), own)
 
+    def test_token_maps_are_refused_by_a_sentence(self, method: str, host: str) -> None:
+        model, x = make_window_model(method, host), noise(1, WINDOW_SIZE)
+        for call in (model.forward_tokens, model.trace_tokens):
+            with pytest.raises(
+                TypeError, match=r"no TokenMap tells of them; call forward_features .* and trace_stages"
+            ):
+                call(x)
+
     def test_stages_label_every_place_of_their_maps(self, method: str, host: str) -> None:
         stages = make_window_model(method, host).trace_stages(noise(1, WINDOW_SIZE))
         assert stages
