@@ -318,6 +318,16 @@ def test_model_restored_behind_to_empty_is_whole_under_another_method_too(
     assert torch.equal(effvit.sparsify(model, "tome", r=3)(x), effvit.sparsify(dense, "tome", r=3)(x))
 
 
+@pytest.mark.parametrize(("method", "settings"), [SETTINGS[0], SETTINGS[2]])
+def test_tables_of_v2_are_no_views_that_a_cast_would_tear(method: str, settings: dict[str, Any]) -> None:
+    """torch.export meets the tensor behind a view, which a cast in place leaves in its old dtype."""
+    model = effvit.sparsify(small("swinv2"), method, **settings)
+    assert not [name for name, buffer in model.named_buffers() if buffer._is_view()]
+    model.set_input_size((56, 64), window_size=3)
+    assert not [name for name, buffer in model.named_buffers() if buffer._is_view()]
+    assert model.double()(images(1, (56, 64)).double()).isfinite().all()
+
+
 def test_windows_are_those_of_timm_on_a_map_that_they_cover() -> None:
     x = torch.randn(2, 14, 14, 3)
     assert torch.equal(Cut((7, 7), (14, 14)).windows(x), window_partition(x, (7, 7)).flatten(1, 2))

@@ -216,6 +216,7 @@ class CellAttentionV2(WindowAttentionV2):
         for name in TABLES_V2:
             self.register_buffer(f"full_{name}", getattr(self, name), persistent=False)
         self.set_window_size(cells)
+        own_table(self)
 
     def _init_buffers(self) -> None:
         super()._init_buffers()
@@ -232,6 +233,15 @@ class CellAttentionV2(WindowAttentionV2):
             sides.append(distance.sign() * (distance.abs() + 1).log2() / math.log2(8))
         table = torch.stack(torch.meshgrid(*sides, indexing="ij"), dim=-1).unsqueeze(0)  # (1, 2h'-1, 2w'-1, 2)
         return table.to(dtype), index
+
+
+def own_table(attn: WindowAttentionV2) -> None:
+    """Let the table of coordinates be no view, as timm makes it for other windows.
+
+    ``Reduced._apply`` casts buffers in place: the tensor behind a view would stay, which torch.export does not accept.
+    """
+    table: Tensor = attn.relative_coords_table
+    attn.relative_coords_table = table.clone()
 
 
 # -- both ------------------------------------------------------------------------------------------------
@@ -358,6 +368,9 @@ class _ReducedShiftedWindows(ReducedWindows):
         # timm records window_size as a keyword of the host; in a name of the zoo it may be a setting of the method.
         self.pretrained_cfg = self.pretrained_cfg | {"architecture": SPARSIFIED}
         super().set_input_size(*args, **kwargs)  # type: ignore[misc]
+        for module in self.modules():
+            if isinstance(module, WindowAttentionV2):
+                own_table(module)
         record_name(self)
         self.place(self.method, self._settings)
 
