@@ -631,7 +631,7 @@ class TokenAttention(nn.Module):
         self,
         x: Tensor,
         tokens: TokenMap,
-        rope: Tensor | None = None,
+        positions: Tensor | None = None,
         pick: Pick | None = None,
         edit_map: EditMap | None = None,
         beside: Beside[AttnState] | None = None,
@@ -642,7 +642,7 @@ class TokenAttention(nn.Module):
         Args:
             x: (B, P+N, C) normalised tokens, or (1, T, C) packed.
             tokens: Their map; its key bias enters the softmax.
-            rope: Rotary table of the full grid, (H*W, D) or (heads, H*W, D); in a host with relative positions the
+            positions: Rotary table of the full grid, (H*W, D) or (heads, H*W, D); in a host with relative positions the
                 bias that its blocks share, (heads, P+H*W, P+H*W), with or without a dimension in front.
             pick: Given, called with the state before attention; only the rows it selects are computed.
             edit_map: Given, the softmax map is materialised, passed through it and kept in the state. A ``SumMap``
@@ -657,10 +657,10 @@ class TokenAttention(nn.Module):
         gate = self.gate(x).sigmoid() if self.gate is not None else None
         q, k, v = self._project(x)
         q, k = self.q_norm(q), self.k_norm(k)
-        pair_table = self._pair_table(rope)
-        if rope is not None and pair_table is None:
-            q = _rotate(q, tokens, rope, self._turn).type_as(v)
-            k = _rotate(k, tokens, rope, self._turn).type_as(v)
+        pair_table = self._pair_table(positions)
+        if positions is not None and pair_table is None:
+            q = _rotate(q, tokens, positions, self._turn).type_as(v)
+            k = _rotate(k, tokens, positions, self._turn).type_as(v)
         if self.num_kv_groups > 1:
             k, v = (y.repeat_interleave(self.num_kv_groups, dim=1) for y in (k, v))
 

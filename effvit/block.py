@@ -115,7 +115,7 @@ class ReducibleBlock(nn.Module):
         self,
         x: Tensor,
         tokens: TokenMap,
-        rope: Tensor | None = None,
+        positions: Tensor | None = None,
         pick: Pick | None = None,
         edit_map: EditMap | None = None,
     ) -> tuple[Tensor, AttnState]:
@@ -124,7 +124,7 @@ class ReducibleBlock(nn.Module):
         Args:
             x: (B, P+N, C) tokens; (1, T, C) packed.
             tokens: Their map.
-            rope: What the host knows of positions for this block, see ``effvit.attention.TokenAttention.forward``.
+            positions: What the host knows of positions for this block, see ``effvit.attention.TokenAttention.forward``.
             pick: Chooses the query rows that go on, see ``attention``.
             edit_map: Receives the softmax map, see ``attention``.
 
@@ -137,7 +137,7 @@ class ReducibleBlock(nn.Module):
                 "train with ragged='padded' (batching='padded' of a NaFlexVit) or with drop_path_rate=0"
             )
         beside: Beside[AttnState] = Beside()
-        y = self.attn(self._attention_input(x), tokens, rope, pick, edit_map, beside)
+        y = self.attn(self._attention_input(x), tokens, positions, pick, edit_map, beside)
         state = beside.value
         if state.rows is not None:
             x = take_rows(x, state.rows)
@@ -151,7 +151,7 @@ class ReducibleBlock(nn.Module):
         self,
         x: Tensor,
         tokens: TokenMap | None = None,
-        rope: Tensor | None = None,
+        positions: Tensor | None = None,
         beside: Beside[TokenMap] | None = None,
     ) -> Tensor:
         """One block on the tokens x (B, P+N, C), whose map is ``tokens``; see ``call_block``.
@@ -159,7 +159,7 @@ class ReducibleBlock(nn.Module):
         Args:
             x: (B, P+N, C) tokens; (1, T, C) packed.
             tokens: Their map.
-            rope: What the host knows of positions for this block, see ``effvit.attention.TokenAttention.forward``.
+            positions: What the host knows of positions for this block, see ``effvit.attention.TokenAttention.forward``.
             beside: Takes the map of the K tokens left.
 
         Returns:
@@ -176,9 +176,9 @@ class ReducibleBlock(nn.Module):
             )
         reducer = self.reducer
         if reducer is not None:
-            x, tokens = reducer(x, tokens, self, rope)
+            x, tokens = reducer(x, tokens, self, positions)
         else:
-            x = self.attend(x, tokens, rope)[0]  # dropping the state frees q, k and v before the MLP runs
+            x = self.attend(x, tokens, positions)[0]  # dropping the state frees q, k and v before the MLP runs
             x = self.feedforward(x)
         if beside is not None:
             beside.value = tokens
@@ -216,10 +216,12 @@ class EvaTokenBlock(ReducibleBlock, EvaBlock):
 BLOCK_CLASSES: dict[type[nn.Module], type[ReducibleBlock]] = {Block: TokenBlock, EvaBlock: EvaTokenBlock}
 
 
-def call_block(block: nn.Module, x: Tensor, tokens: TokenMap, rope: Tensor | None = None) -> tuple[Tensor, TokenMap]:
+def call_block(
+    block: nn.Module, x: Tensor, tokens: TokenMap, positions: Tensor | None = None
+) -> tuple[Tensor, TokenMap]:
     """One block on the tokens x (B, P+N, C) of the map: (B, P+K, C) and the map of the K tokens left."""
     beside: Beside[TokenMap] = Beside()
-    x = block(x, tokens, rope, beside)
+    x = block(x, tokens, positions, beside)
     return x, beside.value
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import inspect
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -18,7 +19,8 @@ from effvit.architectures import variants
 from effvit.hosts import lvvit, naflex, relpos, towers, vit_nano
 from effvit.hosts.checkpoints import host_state_dict
 from effvit.hosts.feature_pyramid import feature_settings
-from effvit.hosts.host import check_model_name, check_settings, sparsify
+from effvit.hosts.host import WINDOW_CLASSES, check_model_name, check_settings, sparsify
+from effvit.hosts.published_settings import PUBLISHED
 from effvit.hosts.refusals import name_arguments
 from effvit.hosts.surface import SPARSIFIED, Reduced, record_args, record_name
 from effvit.hosts.windows import window_methods
@@ -70,7 +72,8 @@ WINDOW_HOSTS = (
     "samvit_base_patch16_224",
     *PYRAMID_HOSTS,
 )
-HOST_KEYWORDS = {"window_size"}  # of hosts with windows, and a setting of Expedite too
+HOST_KEYWORDS = {name for host in WINDOW_CLASSES for name in inspect.signature(host).parameters}
+"""Keywords of hosts with windows, of which ``window_size`` is a setting of Expedite too."""
 default_cfgs: dict[str, DefaultCfg] = {}
 _PYRAMIDS: dict[str, dict[str, object]] = {}  # names that register_pyramid made, and their settings
 
@@ -146,14 +149,16 @@ def _create(
     return model
 
 
-def _entry_point(method: str, host: str) -> Callable[..., nn.Module]:
-    variant = f"{method}_{host}"
+def _entry_point(
+    method: str, host: str, variant: str, published: Mapping[str, Setting] | None = None
+) -> Callable[..., nn.Module]:
+    """What timm calls for a name; ``published`` are settings of its own, which keywords may change."""
 
     def create(pretrained: bool = False, *, recover: str | None = None, **kwargs: Any) -> nn.Module:
         own = METHODS[method].defaults().keys()
         foreign = {name for other in METHODS.values() for name in other.defaults()} - own - HOST_KEYWORDS
         check_settings(method, {name: value for name, value in kwargs.items() if name in foreign})
-        settings: dict[str, Setting] = {name: kwargs.pop(name) for name in own & kwargs.keys()}
+        settings: dict[str, Setting] = {**(published or {}), **{name: kwargs.pop(name) for name in own & kwargs.keys()}}
         cfg = _resolved_cfg(variant, kwargs)
         with name_arguments(variant, {*own, "recover"}):
             return _create(variant, cfg, host, method, recover, settings, pretrained, **kwargs)
@@ -248,10 +253,13 @@ def _register_names(method: type[Reducer]) -> None:
         raise ValueError(f"timm knows a model {taken!r} already; give the method {method.name!r} another name")
     for variant, host in variants.items():
         default_cfgs[variant] = _host_cfgs(host, variant)
-        globals()[variant] = register_model(_entry_point(method.name, host))  # listed in __all__ by timm
+        globals()[variant] = register_model(_entry_point(method.name, host, variant))  # listed in __all__ by timm
 
 
 on_registration(_register_names)
+for _name, _named in PUBLISHED.items():
+    default_cfgs[_name] = _host_cfgs(_named.host, _name)
+    globals()[_name] = register_model(_entry_point(_named.method, _named.host, _name, _named.settings))
 
 
 def register_pyramid(name: str, **settings: object) -> str:

@@ -366,6 +366,7 @@ class TestPaper:
         ("arguments", "message"),
         [
             (["--paper", "dymu"], "no published top-1 of 'dymu' is known"),
+            (["--paper", "expedite"], "the settings for SAM are the names expedite_samvit_huge_patch16_at18_121, "),
             (
                 ["vit_nano*", "--paper", "tome"],
                 "no model with published figures matches 'vit_nano*'; there are tome_",

@@ -250,10 +250,10 @@ class TestModel:
         for features in trace:
             assert_law(features.tokens)
         restored = effvit.recover.restore(*trace[2])[0]
-        rope = model._embed(x)[1]
+        positions = model._embed(x)[1]
         full = type(trace[0].tokens).full(restored, trace[0].tokens.grid, *(trace[0].tokens.num_prefix,) * 2)
         reducer, model.blocks[3].reducer = model.blocks[3].reducer, None
-        expected = model.blocks[3](restored, full, model._block_rope(rope, 3))
+        expected = model.blocks[3](restored, full, model._block_positions(positions, 3))
         model.blocks[3].reducer = reducer
         assert torch.allclose(trace[-1].x, expected, atol=1e-5)
         assert model.forward_features(x).shape[1] == model.num_prefix_tokens + number

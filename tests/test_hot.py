@@ -78,10 +78,10 @@ def test_equal_tokens_are_spread_over_the_sequence_in_order() -> None:
 
 def test_peaks_come_in_image_order_and_keep_their_features() -> None:
     model = make_model("hot", "average_pool", reduce_at=(0,), keep_rate=0.25)
-    x, rope, tokens = model._start(make_images(model), memory=False)
+    x, positions, tokens = model._start(make_images(model), memory=False)
     reducer = model.reducers[0]
     pruned, left = reducer.prune(x, tokens, 12)  # type: ignore[operator]
-    assert rope is None
+    assert positions is None
     assert (left.anchor.diff(dim=1) > 0).all()
     assert torch.equal(pruned, torch.stack([image[index] for image, index in zip(x, left.anchor, strict=True)]))
     assert torch.equal(left.anchor, density_peaks(x, 12))

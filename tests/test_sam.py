@@ -10,13 +10,9 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from timm.models import save_for_hf
 from timm.models.vision_transformer_sam import VisionTransformerSAM, get_decomposed_rel_pos_bias
 from torch import Tensor, nn
-from window_laws import (
-    assert_checkpointing_changes_nothing,
-    assert_closed_form_is_the_count,
-    assert_half_precision_runs,
-)
 
 import effvit
 from effvit.hosts.sam import decomposed_bias
@@ -25,6 +21,11 @@ from effvit.measure.closed_form import closed_form_macs
 from effvit.measure.flops import count_flops
 from effvit.show.visualize import token_figure
 from effvit.testing import assert_reads, assert_runs_on_fakes
+from effvit.testing.windows import (
+    assert_checkpointing_changes_nothing,
+    assert_closed_form_is_the_count,
+    assert_half_precision_runs,
+)
 
 # Maps of 6 x 7 tokens in windows of 4, padded to 8 x 8; blocks 1 and 3 are global.
 SMALL: dict[str, Any] = {
@@ -216,6 +217,34 @@ def test_names_have_the_tags_of_the_host() -> None:
     features = timm.create_model(name, r=40, features_only=True, out_indices=(0, 1), **narrow)
     assert [tuple(y.shape) for y in features(images(1, (64, 64)))] == [(1, 24, 4, 4)] * 2
     assert timm.create_model("expedite_samvit_huge_patch16", **narrow).settings["cluster_at"] is None
+
+
+# Multiply-adds of the official encoder (hourglass_image_encoder.py@75a1c30) at 1024 x 1024, counted when it was read.
+@pytest.mark.parametrize(
+    ("setting", "official"),
+    [("at18_121", 2574), ("at14_100", 2234), ("at8_100", 2003), ("at8_81", 1755), ("at6_81", 1633)],
+)
+def test_published_settings_are_names_with_the_multiply_adds_of_the_official_encoder(
+    setting: str, official: float
+) -> None:
+    name = f"expedite_samvit_huge_patch16_{setting}"
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    block, clusters = map(int, setting.removeprefix("at").split("_"))
+    assert {"cluster_at": block, "num_clusters": clusters, "norm": "official"}.items() <= model.settings.items()
+    macs = sum(closed_form_macs(model, (3, 1024, 1024)).values())
+    assert macs / 1e9 == pytest.approx(official, rel=2e-3)
+    assert f"{name}.sa1b" in timm.list_pretrained("expedite_samvit_huge_patch16_at*")
+
+
+def test_keywords_change_published_settings(tmp_path: Path) -> None:
+    narrow = {"img_size": 64, "embed_dim": 24, "depth": 8, "num_heads": 2, "global_attn_indexes": (1,)}
+    model = timm.create_model("expedite_samvit_huge_patch16_at6_81", cluster_at=2, **narrow).eval()
+    assert (model.settings["cluster_at"], model.settings["num_clusters"]) == (2, 81)
+    save_for_hf(model, str(tmp_path))
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert again.settings == model.settings
+    assert torch.equal(again(images(1, (64, 64))), model(images(1, (64, 64))))
 
 
 class TestRefusals:

@@ -15,11 +15,6 @@ from timm.models._features_fx import create_feature_extractor
 from timm.models.swin_transformer import SwinTransformer, checkpoint_filter_fn, window_partition
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor
-from window_laws import (
-    assert_checkpointing_changes_nothing,
-    assert_closed_form_is_the_count,
-    assert_half_precision_runs,
-)
 
 import effvit
 from effvit.block import rehouse
@@ -34,6 +29,11 @@ from effvit.hosts.windows import Among, Cut, attending_parts, compared_in_parts
 from effvit.measure.closed_form import closed_form_macs
 from effvit.measure.flops import count_flops
 from effvit.testing import assert_reads, assert_runs_on_fakes
+from effvit.testing.windows import (
+    assert_checkpointing_changes_nothing,
+    assert_closed_form_is_the_count,
+    assert_half_precision_runs,
+)
 
 # Maps of 12 x 10 and 6 x 5 tokens, in windows of 4 that are shifted by 2 in every second block, padded.
 SMALL: dict[str, Any] = {
@@ -296,6 +296,36 @@ def test_casting_the_reduced_model_casts_the_dense_one_whole(kind: str) -> None:
     again = effvit.sparsify(model, "tome", r=0)
     assert torch.equal(again(x), expected)
     assert not [name for name, _ in again.named_buffers() if "full_" in name]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("method", "settings"), SETTINGS)
+def test_model_restored_behind_to_empty_is_whole_under_another_method_too(
+    kind: str, method: str, settings: dict[str, Any]
+) -> None:
+    """Memory of ``to_empty`` holds anything, and no file holds masks and tables: those of whole windows as well."""
+    dense, x = small(kind), images()
+    with torch.device("meta"):
+        model = effvit.sparsify(KINDS[kind](**SMALL).eval(), method, **settings)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for buffer in model.buffers():
+            buffer.fill_(float("nan") if buffer.is_floating_point() else 0)
+    model.init_weights()
+    model.load_state_dict(dense.state_dict())
+    assert torch.equal(model(x), effvit.sparsify(dense, method, **settings)(x))
+    assert torch.equal(effvit.sparsify(model, "tome", r=0)(x), dense(x))
+    assert torch.equal(effvit.sparsify(model, "tome", r=3)(x), effvit.sparsify(dense, "tome", r=3)(x))
+
+
+@pytest.mark.parametrize(("method", "settings"), [SETTINGS[0], SETTINGS[2]])
+def test_tables_of_v2_are_no_views_that_a_cast_would_tear(method: str, settings: dict[str, Any]) -> None:
+    """torch.export meets the tensor behind a view, which a cast in place leaves in its old dtype."""
+    model = effvit.sparsify(small("swinv2"), method, **settings)
+    assert not [name for name, buffer in model.named_buffers() if buffer._is_view()]
+    model.set_input_size((56, 64), window_size=3)
+    assert not [name for name, buffer in model.named_buffers() if buffer._is_view()]
+    assert model.double()(images(1, (56, 64)).double()).isfinite().all()
 
 
 def test_windows_are_those_of_timm_on_a_map_that_they_cover() -> None:

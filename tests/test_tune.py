@@ -40,6 +40,9 @@ from effvit.measure.values import Candidate, Fidelity, FreeChoices, Tuning, Tuni
 from effvit.reducers import METHODS
 from effvit.schedule import spread_evenly
 from effvit.show.tables import choice_text, free_lines, measure_text, print_tuning
+from effvit.testing import make_window_host
+from effvit.testing.models import noise
+from effvit.testing.windows import WINDOW_SIZE
 
 SIZE = (3, 64, 64)
 
@@ -270,6 +273,27 @@ def slow_methods(monkeypatch: pytest.MonkeyPatch) -> None:
         return [measurement(name, own, seconds["dense"], batch_size) for name, own in seconds.items()]
 
     monkeypatch.setattr("effvit.measure.tune.profile_models", profile_models)
+
+
+class TestWindows:
+    @pytest.mark.usefixtures("speed_of_macs")
+    @pytest.mark.parametrize("host", ["sam", "swin"])
+    def test_hosts_with_windows_are_tuned_by_their_ladders(self, host: str) -> None:
+        """Each window of 16 tokens can lose half of them; the choice has no control, and is told so."""
+        dense, x = make_window_host(host), noise(2, WINDOW_SIZE)
+        ladders = {family.method: family.ladder for family in families(dense)}
+        assert ladders.keys() == {"tome", "expedite"}
+        assert max(ladders["tome"][-1]["r"]) in (7, 8)
+        result = tune(dense, x, speedup=1.1, rounds=2, final_rounds=2)
+        assert result.best is not None
+        assert result.best.speedup >= 1.1
+        assert result.untried is None
+        assert result.free is not None
+        assert re.search("gives its tokens back in every window.* no patches to choose", result.free.no_random or "")
+
+    def test_another_network_is_refused(self) -> None:
+        with pytest.raises(TypeError, match=r"tuned are plain ViTs, .* and hosts with windows, not Linear"):
+            families(torch.nn.Linear(1, 1))
 
 
 class TestSlower:

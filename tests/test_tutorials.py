@@ -217,6 +217,16 @@ def test_dense_features_for_a_segmenter(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert all(0.2 < iou <= 1 for iou in values["ious"].values())
 
 
+@pytest.mark.slow  # 86 M parameters, of which four blocks run
+def test_sam_with_half_its_tokens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What holds for any weights: merging more tokens moves the map of the neck further, and no weight is changed."""
+    values = run_page("sam_with_half_its_tokens", monkeypatch, tmp_path)
+    errors = list(values["errors"].values())
+    assert errors == sorted(errors)
+    assert 0 == errors[0] < errors[1]
+    assert torch.equal(values["encoder"].forward_features(values["images"]), values["plain"])
+
+
 @pytest.mark.slow  # five processes
 def test_many_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The losses shown are the same three times; test_many_processes.py compares weights too, in double precision."""

@@ -13,6 +13,7 @@ from torch import nn
 import effvit
 from effvit.cli.models import runner_types
 from effvit.cli.output import file_stem
+from effvit.hosts.published_settings import PUBLISHED
 from effvit.measure.published import PublishedModel, families, published
 from effvit.measure.values import Published
 from effvit.measure.variants import build, reduce_by
@@ -22,6 +23,10 @@ from effvit.protocols import Settings
 __all__ = ["ALL", "PaperGroup", "paper_groups"]
 
 ALL = "all"
+NO_TOP1 = {
+    "expedite": "what was published of expedite are speeds and masks of SAM and of segmenters, not of classifiers: the "
+    f"settings for SAM are the names {', '.join(PUBLISHED)}, and model_cards/expedite.md has the figures"
+}
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
 
@@ -55,8 +60,9 @@ def paper_groups(names: Sequence[str], pattern: str, checkpoints: Path | None) -
     known = families()
     unknown = [name for name in names if name not in (*known, ALL)]
     if unknown:
+        reason = f"; {NO_TOP1[unknown[0]]}" if unknown[0] in NO_TOP1 else ""
         raise ValueError(
-            f"no published top-1 of {unknown[0]!r} is known; there are figures of {', '.join(known)}, {ALL}"
+            f"no published top-1 of {unknown[0]!r} is known; there are figures of {', '.join(known)}, {ALL}{reason}"
         )
     entries = [entry for entry in published() if ALL in names or entry.family in names]
     chosen = [entry for entry in entries if fnmatch.fnmatch(entry.model, pattern)]

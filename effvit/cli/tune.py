@@ -61,7 +61,9 @@ def add_command(commands: options.Commands) -> None:
         description="Measure settings of several methods on this machine, and choose among them by their loss on "
         "labelled images (--data), or by how far outputs on the IMAGEs are from MODEL's.",
     )
-    command.add_argument("model", type=options.model_name, metavar="MODEL", help="a plain ViT of timm")
+    command.add_argument(
+        "model", type=options.model_name, metavar="MODEL", help="a plain ViT of timm, or a host with windows"
+    )
     images = command.add_argument(
         "images", nargs="+", default=[], type=options.image_name, metavar="IMAGE", help=options.IMAGES
     )

@@ -160,8 +160,8 @@ class ReducedHost(Intermediates, Reduced):
         """Images (B, 3, H, W) -> tokens (B, P+N, C), and what the blocks share: a rotary table or a bias of pairs."""
         raise NotImplementedError
 
-    def _block_rope(self, rope: Tensor | None, block: int) -> Tensor | None:
-        return rope
+    def _block_positions(self, positions: Tensor | None, block: int) -> Tensor | None:
+        return positions
 
     def _start(self, x: Tensor, memory: bool, reference: bool = False) -> tuple[Tensor, Tensor | None, TokenMap]:
         self.check_whole()
@@ -175,11 +175,11 @@ class ReducedHost(Intermediates, Reduced):
             for reducer in reducers:
                 reducer.check_size(grid)
             check_counts(self, grid)
-        x, rope = self._embed(x)
-        return self._enter(x, rope, grid, memory, reference)
+        x, positions = self._embed(x)
+        return self._enter(x, positions, grid, memory, reference)
 
     def _enter(
-        self, x: Tensor, rope: Tensor | None, grid: Size, memory: bool, reference: bool
+        self, x: Tensor, positions: Tensor | None, grid: Size, memory: bool, reference: bool
     ) -> tuple[Tensor, Tensor | None, TokenMap]:
         """What enters the first block, of the embedded tokens x (B, P + H*W, C) of a full grid."""
         tokens = TokenMap.full(x, grid, self.num_prefix_tokens, self.num_class_tokens)
@@ -194,7 +194,7 @@ class ReducedHost(Intermediates, Reduced):
                 tokens = tokens.refer(full) if reference else tokens
                 tokens = tokens.keep(index, index.shape[1])
                 tokens = replace(tokens, history=tokens.history._replace(present=index))
-        return x, rope, tokens
+        return x, positions, tokens
 
     def _forward_blocks(
         self,
@@ -216,18 +216,18 @@ class ReducedHost(Intermediates, Reduced):
         Returns:
             Output of the last block run, and of the blocks in ``take``; packed where the method packs.
         """
-        x, rope, tokens = self._start(x, memory, reference)
+        x, positions, tokens = self._start(x, memory, reference)
         taken = []
         for i, block in enumerate(islice(self.blocks, num_blocks)):
             if memory and block.reducer is not None and not block.reducer.keeps_every_patch:
                 tokens = self._remember(x, tokens)
             if reference and block.reducer is not None and tokens.reference is None:
                 tokens = tokens.refer(x)
-            block_rope = self._block_rope(rope, i)
+            block_positions = self._block_positions(positions, i)
             if self.grad_checkpointing:
-                x, tokens = checkpoint(call_block, block, x, tokens, block_rope)
+                x, tokens = checkpoint(call_block, block, x, tokens, block_positions)
             else:
-                x, tokens = call_block(block, x, tokens, block_rope)
+                x, tokens = call_block(block, x, tokens, block_positions)
             if i in take:
                 taken.append(TokenFeatures(x, tokens))
         return TokenFeatures(x, tokens), taken
@@ -482,8 +482,8 @@ class ReducedEva(ReducedHost, Eva):
         x, rope = self._pos_embed(self.patch_embed(x))
         return self.norm_pre(fix_traced_size(x, 1)), rope  # a trace holds the rotary table of one grid
 
-    def _block_rope(self, rope: Tensor | None, block: int) -> Tensor | None:
-        return rope[block] if self.rope_mixed and rope is not None else rope
+    def _block_positions(self, positions: Tensor | None, block: int) -> Tensor | None:
+        return positions[block] if self.rope_mixed and positions is not None else positions
 
 
 HOST_CLASSES: dict[type[nn.Module], type[ReducedHost]] = {

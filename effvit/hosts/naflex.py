@@ -115,8 +115,8 @@ class ReducedNaFlex(ReducedHost, NaFlexVit):
         rope = None if self.rope is None else self.rope.get_embed(shape=grid)
         return self.norm_pre(fix_traced_size(x, 1)), rope  # a trace holds the positions of one grid
 
-    def _block_rope(self, rope: Tensor | None, block: int) -> Tensor | None:
-        return rope[block] if self.rope_is_mixed and rope is not None else rope
+    def _block_positions(self, positions: Tensor | None, block: int) -> Tensor | None:
+        return positions[block] if self.rope_is_mixed and positions is not None else positions
 
     def _start(
         self, x: Tensor | NativeBatch, memory: bool, reference: bool = False

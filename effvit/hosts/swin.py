@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from timm.models import register_notrace_module
+from timm.models._manipulate import reinit_non_persistent_buffers
 from timm.models.swin_transformer import (
     SwinTransformer,
     SwinTransformerBlock,
@@ -37,13 +38,14 @@ from effvit.hosts.windows import (
     GroupingBlock,
     ReducedWindows,
     Span,
-    between_places,
+    interpolated_biases,
+    put_back,
     replace_attributes,
     run_blocks,
 )
 from effvit.layers.macs import SelfAttention, Terms, attend, attention, convolutions, layers, norm
 from effvit.protocols import Layer, Size
-from effvit.tokens import wide_dtype, wide_product
+from effvit.tokens import wide_dtype
 
 __all__ = ["ReducedSwin", "ReducedSwinV2", "cell_bias_table", "swin"]
 
@@ -113,11 +115,8 @@ def cell_bias_table(table: Tensor, window: Size, cells: Size) -> Tensor:
         ((2h'-1)(2w'-1), heads).
     """
     grid = table.T.unflatten(1, (2 * window[0] - 1, 2 * window[1] - 1))  # (heads, 2h-1, 2w-1)
-    rows, columns = (
-        between_places(cell_distances(c, w, table), torch.arange(1 - w, w, device=table.device))
-        for w, c in zip(window, cells, strict=True)
-    )  # (2h'-1, 2h-1), (2w'-1, 2w-1)
-    return wide_product(wide_product(rows, grid), columns.T).flatten(1).T.to(table.dtype)
+    distances = cell_distances(cells[0], window[0], table), cell_distances(cells[1], window[1], table)
+    return interpolated_biases(grid, (1 - window[0], 1 - window[1]), distances).flatten(1).T
 
 
 def cell_distances(cells: int, window: int, like: Tensor) -> Tensor:
@@ -217,6 +216,7 @@ class CellAttentionV2(WindowAttentionV2):
         for name in TABLES_V2:
             self.register_buffer(f"full_{name}", getattr(self, name), persistent=False)
         self.set_window_size(cells)
+        own_table(self)
 
     def _init_buffers(self) -> None:
         super()._init_buffers()
@@ -235,7 +235,39 @@ class CellAttentionV2(WindowAttentionV2):
         return table.to(dtype), index
 
 
+def own_table(attn: WindowAttentionV2) -> None:
+    """Let the table of coordinates be no view, as timm makes it for other windows.
+
+    ``Reduced._apply`` casts buffers in place: the tensor behind a view would stay, which torch.export does not accept.
+    """
+    table: Tensor = attn.relative_coords_table
+    attn.relative_coords_table = table.clone()
+
+
 # -- both ------------------------------------------------------------------------------------------------
+
+
+class _CellBlock(nn.Module):
+    """A block on windows that became smaller grids, whose masks follow from the map they make up.
+
+    timm's buffer stays that of whole windows, for a model with another method.
+    """
+
+    attn_mask: Tensor | None
+
+    def _init_buffers(self) -> None:
+        whole: Any = rehouse(self, type(self).__bases__[-1])
+        put_back(whole)
+        whole._init_buffers()
+        self.attn_mask = whole.attn_mask
+
+
+class CellSwinBlock(_CellBlock, SwinTransformerBlock):
+    """timm's block of a Swin on smaller grids."""
+
+
+class CellSwinV2Block(_CellBlock, SwinTransformerV2Block):
+    """timm's block of a Swin V2 on smaller grids."""
 
 
 def shrink_block(block: Any, window: Size, cells: Size) -> None:
@@ -321,6 +353,11 @@ class _ReducedShiftedWindows(ReducedWindows):
         super().check_run(x)
         check_images(x, self)
 
+    def init_weights(self, *args: Any, **kwargs: Any) -> None:
+        """timm's method with its arguments; behind ``to_empty`` the masks too, which timm's Swin V2 leaves out."""
+        super().init_weights(*args, **kwargs)  # type: ignore[misc]
+        reinit_non_persistent_buffers(self)
+
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
         """timm's resize with its arguments, if the settings fit the new windows."""
         copy_shared(self)._resize(*args, **kwargs)  # a size that does not fit leaves the model as it is
@@ -331,6 +368,9 @@ class _ReducedShiftedWindows(ReducedWindows):
         # timm records window_size as a keyword of the host; in a name of the zoo it may be a setting of the method.
         self.pretrained_cfg = self.pretrained_cfg | {"architecture": SPARSIFIED}
         super().set_input_size(*args, **kwargs)  # type: ignore[misc]
+        for module in self.modules():
+            if isinstance(module, WindowAttentionV2):
+                own_table(module)
         record_name(self)
         self.place(self.method, self._settings)
 
@@ -346,6 +386,7 @@ class ReducedSwin(_ReducedShiftedWindows, SwinTransformer):
         shrink_block,
         CellAttention,
         lambda attn: rehouse(attn, WindowAttention),
+        shrunk_block=CellSwinBlock,
     )
     stage_class = WindowStage
     reason = "the stages of a SwinTransformer end with full maps, and its windows move from block to block"
@@ -366,6 +407,7 @@ class ReducedSwinV2(_ReducedShiftedWindows, SwinTransformerV2):
         shrink_block,
         CellAttentionV2,
         plain_attention_v2,
+        shrunk_block=CellSwinV2Block,
     )
     stage_class = WindowStageV2
     reason = "the stages of a SwinTransformerV2 end with full maps, and its windows move from block to block"

@@ -24,13 +24,13 @@ from effvit.hosts.windows import (
     GroupingBlock,
     ReducedWindows,
     Span,
-    between_places,
     check_square,
+    interpolated_biases,
     replace_attributes,
     run_blocks,
 )
 from effvit.protocols import Layer, Size
-from effvit.tokens import wide_dtype, wide_product
+from effvit.tokens import wide_dtype
 
 __all__ = ["ReducedTinyViT", "cluster_biases"]
 
@@ -92,9 +92,8 @@ def cluster_biases(biases: Tensor, window: int, cells: int) -> Tensor:
     """
     cell = torch.arange(cells, device=biases.device)
     distance = cell.to(wide_dtype(biases.dtype)) * (window / cells)  # (cells,)
-    weights = between_places(distance, torch.arange(window, device=biases.device))  # (cells, window)
-    table = wide_product(wide_product(weights, biases.unflatten(1, (window, window))), weights.T)
-    table = table.to(biases.dtype)  # (heads, cells, cells)
+    grid = biases.unflatten(1, (window, window))
+    table = interpolated_biases(grid, (0, 0), (distance, distance))  # (heads, cells, cells)
     apart = (cell.unsqueeze(1) - cell).abs()  # (cells, cells)
     return table[:, apart[:, None, :, None], apart[None, :, None, :]].flatten(3).flatten(1, 2)
 

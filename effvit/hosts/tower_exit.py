@@ -129,10 +129,10 @@ class LastObserver(Observer):
     """
 
     def forward(
-        self, x: Tensor, tokens: TokenMap, block: ReducibleBlock, rope: Tensor | None
+        self, x: Tensor, tokens: TokenMap, block: ReducibleBlock, positions: Tensor | None
     ) -> tuple[Tensor, TokenMap]:
         beside: Beside[AttnState] = Beside()
-        block.attn(block._attention_input(x), tokens, rope, beside=beside, attends=False)
+        block.attn(block._attention_input(x), tokens, positions, beside=beside, attends=False)
         return self.after(x, tokens, self.note(beside.value))
 
 

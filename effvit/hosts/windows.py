@@ -34,7 +34,7 @@ from effvit.protocols import Layer, Setting, Size
 from effvit.recording import refuse_fx, refuse_legacy_onnx
 from effvit.reducers import METHODS, Reducer
 from effvit.reducers.grids import Groups, SmallGrids
-from effvit.tokens import wide_dtype
+from effvit.tokens import wide_dtype, wide_product
 
 __all__ = [
     "Cut",
@@ -43,8 +43,9 @@ __all__ = [
     "GroupingBlock",
     "ReducedWindows",
     "Span",
-    "between_places",
     "check_square",
+    "interpolated_biases",
+    "put_back",
     "reduce_windows",
     "replace_attributes",
     "run_blocks",
@@ -384,9 +385,22 @@ def run_blocks(
     return (x if shrunk is None else shrunk.restore(x)), taken
 
 
-def between_places(distance: Tensor, place: Tensor) -> Tensor:
-    """Weights that interpolate a table with entries at ``place`` (n,) linearly at ``distance`` (m,): (m, n)."""
-    return (1 - (distance.unsqueeze(1) - place).abs()).clamp(min=0)
+def interpolated_biases(biases: Tensor, first: Size, distances: tuple[Tensor, Tensor]) -> Tensor:
+    """Position biases by rows and columns apart, interpolated linearly at other distances.
+
+    Args:
+        biases: (heads, H, W), of distances one token apart.
+        first: Distance of the first row and of the first column of them.
+        distances: (h,) along rows and (w,) along columns, in tokens.
+
+    Returns:
+        (heads, h, w).
+    """
+    rows, columns = (
+        (1 - (distance.unsqueeze(1) - torch.arange(start, start + number, device=biases.device)).abs()).clamp(min=0)
+        for distance, start, number in zip(distances, first, biases.shape[1:], strict=True)
+    )  # (h, H), (w, W)
+    return wide_product(wide_product(rows, biases), columns.T).to(biases.dtype)
 
 
 # -- the whole model -------------------------------------------------------------------------------------
@@ -411,6 +425,7 @@ class Family(NamedTuple):
         shrunk_attention: Subclass of timm's attention that ``shrink`` puts in its place.
         plain_attention: timm's attention on the parameters of what stands in its place.
         unreduced_attention: Subclass of timm's attention that ``plain_attention`` gives; None: it gives timm's own.
+        shrunk_block: Subclass of timm's block for windows that became smaller grids; None: timm's own serves.
     """
 
     block: type[nn.Module]
@@ -421,12 +436,19 @@ class Family(NamedTuple):
     shrunk_attention: type[nn.Module]
     plain_attention: Callable[[nn.Module], nn.Module]
     unreduced_attention: type[nn.Module] | None = None
+    shrunk_block: type[nn.Module] | None = None
 
 
 def replace_attributes(module: nn.Module, **values: object) -> None:
-    """Set plain attributes of a module, which ``plain_block`` sets back."""
+    """Set plain attributes of a module, which ``put_back`` sets back."""
     module.__dict__["former"] = {name: getattr(module, name) for name in values}
     for name, value in values.items():
+        setattr(module, name, value)
+
+
+def put_back(module: nn.Module) -> None:
+    """Set back the attributes that ``replace_attributes`` replaced, if it did."""
+    for name, value in module.__dict__.pop("former", {}).items():
         setattr(module, name, value)
 
 
@@ -462,10 +484,16 @@ class ReducedWindows(Reduced):
         """(h, w) of the windows of a plain block of this network; the whole map has no window: (0, 0)."""
         raise NotImplementedError
 
+    @property
+    def window_areas(self) -> list[int]:
+        """Tokens of a window of each block with attention; 0 where the whole map is one."""
+        windows = (self.block_window(block) for stage in self.window_stages() for block in stage.blocks)
+        return [rows * columns for rows, columns in windows]
+
     def check_parts(self) -> None:
         """Raise a TypeError for blocks or attention of classes that the family does not know."""
         family = self.family
-        blocks = {family.block, family.grouping_block}
+        blocks = {family.block, family.grouping_block, family.shrunk_block}
         attentions = {family.attention, family.grouped_attention, family.shrunk_attention, family.unreduced_attention}
         for stage, start in self.numbered_stages():
             for i, block in enumerate(stage.blocks, start):
@@ -523,8 +551,9 @@ class ReducedWindows(Reduced):
                     blocks[i] = grouping_block(block, self.family, reducer)
             if span is not None:
                 span.reducer.block = start + span.first
-                for block in list(blocks)[span.first : span.last]:
-                    self.family.shrink(block, span.window, span.cells)
+                for i in range(span.first, span.last):
+                    blocks[i] = rehouse(blocks[i], self.family.shrunk_block or self.family.block)
+                    self.family.shrink(blocks[i], span.window, span.cells)
             stage.blocks = blocks
 
     def set_keep_rate(self, keep_rate: object) -> NoReturn:
@@ -597,8 +626,7 @@ def plain_blocks(stage: Blocks, family: Family) -> nn.Sequential:
     for i, block in enumerate(blocks):
         plain: Any = rehouse(block, family.block)
         plain._modules.pop("reducer", None)
-        for name, value in plain.__dict__.pop("former", {}).items():
-            setattr(plain, name, value)
+        put_back(plain)
         plain.attn = family.plain_attention(block.attn)
         blocks[i] = plain
     return blocks

@@ -15,6 +15,7 @@ from effvit.block import copy_shared, set_child
 from effvit.hosts.host import HOST_CLASSES, ReducedHost, sparsify
 from effvit.hosts.surface import Reduced, patch_grid
 from effvit.hosts.towers import ReducedTower
+from effvit.hosts.windows import ReducedWindows
 from effvit.measure.closed_form import closed_form_macs
 from effvit.measure.costs import macs_of
 from effvit.measure.ideal import mean_counts, plain_parts
@@ -98,6 +99,12 @@ def control_of(
         ValueError: No control of that name; counts that depend on the image, without images; a method that restores
             patches, or that drops at a place where a control cannot.
     """
+    if isinstance(model, ReducedWindows):
+        raise TypeError(
+            f"a {type(model).__bases__[-1].__name__} gives its tokens back in every window, so that none are left out, "
+            "and a control has no patches to choose; compare with the dense model (effvit.measure.fidelity) and with "
+            "other settings (effvit.measure.tune)"
+        )
     if not isinstance(model, ReducedHost):
         raise TypeError(
             f"a control follows a plain ViT that effvit.sparsify has reduced by a method, got a {type(model).__name__}"

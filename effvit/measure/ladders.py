@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from torch import nn
 
-from effvit.hosts.host import HOST_CLASSES
+from effvit.hosts.host import HOST_CLASSES, WINDOW_CLASSES
+from effvit.hosts.windows import ReducedWindows, window_methods
 from effvit.measure.ideal import plain_parts
 from effvit.measure.variants import check_dense, reduce_by
 from effvit.protocols import Settings
 from effvit.reducers import METHODS
 
-__all__ = ["Family", "Place", "can_take", "families", "tuned_methods", "usable_part", "weakest"]
+__all__ = ["Family", "Place", "can_take", "families", "has_windows", "tuned_methods", "usable_part", "weakest"]
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,10 @@ def tuned_methods() -> tuple[str, ...]:
 
 
 def families(dense: nn.Module, methods: Sequence[str] | None = None) -> list[Family]:
-    """Ladders of settings of the methods for a plain ViT; settings the model cannot take are left out.
+    """Ladders of settings of the methods for a host; settings the model cannot take are left out.
 
     Raises:
-        TypeError: A model that is no plain ViT.
+        TypeError: A model that is no plain ViT and no host with windows.
         ValueError: A model that is reduced already, a method that is not tuned, or none that the model can take.
     """
     known = tuned_methods()
@@ -55,10 +56,7 @@ def families(dense: nn.Module, methods: Sequence[str] | None = None) -> list[Fam
     if unknown:
         raise ValueError(f"{unknown[0]!r} is not tuned; tuned are {', '.join(known)}")
     check_dense(dense)
-    if not hasattr(dense, "blocks") and type(dense) not in HOST_CLASSES:
-        raise TypeError(f"tuned are plain ViTs, whose blocks follow each other in 'blocks', not {type(dense).__name__}")
-    host = plain_parts(dense)
-    depth, patches = len(host.blocks), host.patch_embed.num_patches
+    depth, patches = ladder_sizes(dense)
     found = []
     for method in methods:
         for ladder in METHODS[method].ladders(depth, patches):
@@ -68,6 +66,30 @@ def families(dense: nn.Module, methods: Sequence[str] | None = None) -> list[Fam
     if not found:
         raise ValueError(f"{type(dense).__name__} can take none of {', '.join(methods)}")
     return found
+
+
+def ladder_sizes(dense: nn.Module) -> tuple[int, int]:
+    """Blocks and patches that ladders of a host are made for; errors as for ``families``.
+
+    In a host with windows each block has all of their tokens again, and can go on with half: of all blocks together
+    that is what a plain ViT of so many patches can take away.
+    """
+    if has_windows(dense):
+        method = window_methods()[0]
+        areas = cast(ReducedWindows, reduce_by(dense, method, METHODS[method].off())).window_areas
+        return len(areas), len(areas) * (max(areas) or plain_parts(dense).patch_embed.num_patches) // 2
+    if not hasattr(dense, "blocks") and type(dense) not in HOST_CLASSES:
+        raise TypeError(
+            "tuned are plain ViTs, whose blocks follow each other in 'blocks', and hosts with windows, not "
+            f"{type(dense).__name__}"
+        )
+    host = plain_parts(dense)
+    return len(host.blocks), host.patch_embed.num_patches
+
+
+def has_windows(dense: nn.Module) -> bool:
+    """Whether tokens come back in every window, so that no schedule says how many are left from block to block."""
+    return type(dense) in WINDOW_CLASSES
 
 
 def usable_part(dense: nn.Module, method: str, ladder: Sequence[Settings]) -> Sequence[Settings]:

@@ -23,7 +23,7 @@ from effvit.measure.closed_form import closed_form_macs
 from effvit.measure.fidelity import Outputs, classified, compare_outputs, outputs
 from effvit.measure.free_choices import FreeModel, default_models, random_controls
 from effvit.measure.ideal import Parts, mean_counts, plain_parts
-from effvit.measure.ladders import Family, Place, can_take, families, usable_part, weakest
+from effvit.measure.ladders import Family, Place, can_take, families, has_windows, usable_part, weakest
 from effvit.measure.moves import improved
 from effvit.measure.profiler import Measurement, Options, machine, profile_models, setup_of
 from effvit.measure.records import as_json
@@ -170,11 +170,13 @@ def tune(
     settings. The one chosen is measured again alone with the dense model; that is the speed-up it is returned with,
     and if its interval lies below the aim, the choice goes on without it.
 
+    Hosts with windows keep to the ladders: their tokens come back in every block, so that no reduction moves.
+
     It is then timed beside what needs no search (``effvit.measure.free_choices``): random choices of as many tokens,
     and the methods at their defaults. A default that is no worse and no slower is returned in its place.
 
     Args:
-        dense: A timm ViT that methods here can reduce.
+        dense: A model of timm that methods here can reduce.
         images: (B, channels, H, W), normalised as the model takes them.
         speedup: Wished speed-up over the dense model, above 1; or
         macs: Multiply-adds of one image not to exceed.
@@ -391,7 +393,7 @@ class Trials:
         for place in sorted(found):
             if self.aim.macs is not None or (self.is_measured(place) and self.aim.is_reached(self.candidate(place))):
                 starts.setdefault(self.families[place.ladder].method, []).append(place)
-        names = list(starts) if self.effort.moves else []
+        names = list(starts) if self.effort.moves and not has_windows(self.dense) else []
         steps = self.steps() if names else None
         for number, method in enumerate(names):
             self.left["schedules"] = f"schedules block by block of {', '.join(names[number:])}"
@@ -474,7 +476,7 @@ class Trials:
         choice, reason = reduce_by(self.dense, best.method, best.settings), None
         try:
             random = random_controls(choice, self.images)
-        except ValueError as error:  # a method that restores tokens, or drops them where a control cannot
+        except (TypeError, ValueError) as error:  # a method that restores tokens, or drops them where no control can
             random, reason = [], one_line(error)
         defaults = default_models(self.dense, list(dict.fromkeys(family.method for family in self.families)))
         models = [FreeModel(best.method, best.settings, choice), *random, *defaults]

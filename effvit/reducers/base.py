@@ -312,14 +312,14 @@ class Reducer(nn.Module):
         return tokens
 
     def forward(
-        self, x: Tensor, tokens: TokenMap, block: ReducibleBlock, rope: Tensor | None
+        self, x: Tensor, tokens: TokenMap, block: ReducibleBlock, positions: Tensor | None
     ) -> tuple[Tensor, TokenMap]:
         """Run the block, and the method at its places in it: x (B, P+N, C) -> (B, P+K, C) and the map of the K tokens.
 
         A method fills the places it needs and leaves this one alone.
         """
         x, tokens = self.before(x, tokens)
-        x, state = block.attend(x, tokens, rope, self.pick(), self.map_edit())
+        x, state = block.attend(x, tokens, positions, self.pick(), self.map_edit())
         x, tokens = self.reduce(x, state.tokens, state)
         note = self.note(state)
         del state  # queries, keys and values need not stay in memory while the MLP runs

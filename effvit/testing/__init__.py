@@ -15,6 +15,12 @@ them as ``effvit.testing.HOSTS["mine"] = function that makes a small one``, and
     class TestMine(effvit.testing.ArchitectureContract):
         pass
 
+A method that acts inside windows (``Reducer.group`` or ``Reducer.shrink``) is run on the small hosts with windows by
+
+    @effvit.testing.parametrize_windows("halves")
+    class TestHalves(effvit.testing.WindowContract):
+        pass
+
 pytest is needed, and ``pytest.register_assert_rewrite("effvit.testing")`` in a conftest.py before the import lets it
 show the values of a failed assertion.
 """
@@ -25,13 +31,23 @@ from effvit.testing.laws import assert_equal_scores_and_gradients, assert_law, d
 from effvit.testing.methods import Contract, pairs, parametrize
 from effvit.testing.models import HOSTS, SIZE, make_host, make_images, make_model
 from effvit.testing.reads import assert_reads, count_reads
+from effvit.testing.windows import (
+    WINDOW_HOSTS,
+    WindowContract,
+    make_window_host,
+    make_window_model,
+    parametrize_windows,
+    window_pairs,
+)
 
 __all__ = [
     "HOSTS",
     "SIZE",
+    "WINDOW_HOSTS",
     "ArchitectureContract",
     "Contract",
     "SmallModel",
+    "WindowContract",
     "assert_equal_scores_and_gradients",
     "assert_law",
     "assert_reads",
@@ -41,7 +57,11 @@ __all__ = [
     "make_host",
     "make_images",
     "make_model",
+    "make_window_host",
+    "make_window_model",
     "pairs",
     "parametrize",
     "parametrize_models",
+    "parametrize_windows",
+    "window_pairs",
 ]

@@ -137,15 +137,15 @@ class Contract:
 
     def test_prefix_tokens_are_untouched_by_the_reduction_itself(self, method: str, host: str) -> None:
         model = make_model(method, host)
-        x, rope, tokens = model._start(make_images(model), memory=False)
+        x, positions, tokens = model._start(make_images(model), memory=False)
         block = next(block for block in model.blocks if block.reducer is not None)
         index = list(model.blocks).index(block)
         for before in model.blocks[:index]:
-            x, tokens = call_block(before, x, tokens, model._block_rope(rope, index))
-        block_rope = model._block_rope(rope, index)
+            x, tokens = call_block(before, x, tokens, model._block_positions(positions, index))
+        block_positions = model._block_positions(positions, index)
         entered: list[Tensor] = []
         hook = block.attn.register_forward_pre_hook(lambda _, arguments: entered.append(arguments[0]))
-        reduced, _ = call_block(block, x, tokens, block_rope)
+        reduced, _ = call_block(block, x, tokens, block_positions)
         hook.remove()
         prefix = model.num_prefix_tokens
         assert torch.allclose(entered[0][:, :prefix], block.norm1(x)[:, :prefix], rtol=1e-5, atol=1e-6)
@@ -154,7 +154,7 @@ class Contract:
         reducer, block.reducer = block.reducer, None
         assert reducer is not None
         start = reducer.start(x, tokens) if tokens.carry is None else tokens
-        plain, _ = call_block(block, x, start, block_rope)
+        plain, _ = call_block(block, x, start, block_positions)
         block.reducer = reducer
         assert torch.allclose(reduced[:, :prefix], plain[:, :prefix], rtol=1e-5, atol=1e-6)
 
