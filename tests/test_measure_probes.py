@@ -115,6 +115,9 @@ class TestTool:
         assert "give --checkpoint, --pretrained or --mobile-sam" in capsys.readouterr().err
         assert TOOL.main([*options, "--mobile-sam"]) == 2
         assert "there are no weights at" in capsys.readouterr().err
+        for more in (["--block", "-1"], ["--pretrained"]):
+            assert TOOL.main([*options, "--mobile-sam", *more]) == 2
+            assert "leave the weights and --block out" in capsys.readouterr().err
 
     def test_windowed_network_takes_methods_of_features_alone(self) -> None:
         assert {"divprune", "aim", "uniform"} < {*TOOL.methods_of(0)}

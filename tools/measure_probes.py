@@ -327,7 +327,7 @@ class Arguments(WeightArguments):
 
     set: str
     mobile_sam: bool
-    block: int
+    block: int | None
     train_images: int
     test_images: int
     seeds: list[int]
@@ -345,7 +345,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("set", choices=SETS)
     parser.add_argument("--mobile-sam", action="store_true", help="the encoder of MobileSAM that get_data.py fetched")
-    parser.add_argument("--block", type=int, default=-2, help="whose tokens leave (default: -2)")
+    parser.add_argument("--block", type=int, metavar="N", help="whose tokens leave (default: -2)")
     parser.add_argument("--train-images", type=int, default=20000, help="for the probes (default: 20000)")
     parser.add_argument("--test-images", type=int, default=10000, help="to read (default: 10000)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N")
@@ -374,6 +374,10 @@ def opened(arguments: Arguments) -> dict[str, LabelledImages]:
 def source_of(arguments: Arguments) -> Source:
     """The frozen tower that was asked for."""
     if arguments.mobile_sam:
+        if arguments.block is not None or not has_random_weights(arguments):
+            raise ValueError(
+                "--mobile-sam brings its weights and gives its last map; leave the weights and --block out"
+            )
         path = arguments.root / "mobile_sam" / "mobile_sam.pt"
         if not path.is_file():
             raise FileNotFoundError(f"there are no weights at {plain(path)}; tools/get_data.py mobile_sam fetches them")
@@ -381,7 +385,12 @@ def source_of(arguments: Arguments) -> Source:
     if has_random_weights(arguments):
         raise ValueError("probes mean something on trained weights: give --checkpoint, --pretrained or --mobile-sam")
     model = "vit_nano_patch4_28" if arguments.set == "fashion_mnist" else "vit_nano_patch8_96"
-    return plain_source(create(model, arguments), arguments.block)
+    return plain_source(create(model, arguments), block_of(arguments))
+
+
+def block_of(arguments: Arguments) -> int:
+    """Whose tokens leave a plain tower."""
+    return -2 if arguments.block is None else arguments.block
 
 
 def run(arguments: Arguments) -> None:
@@ -395,7 +404,7 @@ def run(arguments: Arguments) -> None:
         "training images": training.text,
         "test images": test.text,
         "weights": fingerprint(source.model.state_dict().values()),
-        "block": arguments.block,
+        "block": None if arguments.mobile_sam else block_of(arguments),
         "seeds": list(arguments.seeds),
         "probes": dict(trainer._asdict()),
         "torch": torch.__version__,
@@ -409,11 +418,11 @@ def run(arguments: Arguments) -> None:
             read
             for name in methods_of(source.depth)
             if source.depth
-            for read in reads_of(SELECTORS[name], arguments.block, source.depth)
+            for read in reads_of(SELECTORS[name], block_of(arguments), source.depth)
         }
     )
     reader = Reader(
-        store(source, test, reads, batch_size), probes, arguments.seeds, arguments.block, source.depth, batch_size
+        store(source, test, reads, batch_size), probes, arguments.seeds, block_of(arguments), source.depth, batch_size
     )
     measure(reader, kept, report)
     for probe in PROBES:
