@@ -181,7 +181,7 @@ def test_cosines_that_are_held_choose_as_those_made_row_by_row(name: str) -> Non
     x, first = features(dtype=torch.float64)["tokens"], torch.zeros(3, 1, dtype=torch.int64)
     held = cosines_of(x, NUMBER)
     assert held.table is not None
-    assert cosines_of(x, 5).table is None
+    assert cosines_of(x, 4).table is None
     picks, far = spread(held, first, 20, total=name == "todre")
     others, apart = spread(Cosines(held.unit, None), first, 20, total=name == "todre")
     assert torch.equal(picks, others)

@@ -106,6 +106,23 @@ class TestProjectors:
         assert torch.equal(dense(x), before)
         assert [type(module) for module in dense.modules()] == kinds
 
+    def test_frames_and_crops_are_cells_of_projected_tokens_too(self) -> None:
+        dense, x = build("qwen3 encoder"), images("qwen3 encoder", batch=5)
+        video = effvit.select_video(dense, x, keep=0.5, tau=1.0)  # nothing stays the same, so that nothing is merged
+        assert video.grid == (5, 3, 6)
+        read = dense(x)
+        assert torch.equal(video.tokens, read.flatten(0, 1)[video.ids])
+        parts = effvit.select_parts(dense, x, "divprune", crops=(2, 2), keep=0.5)
+        assert torch.equal(parts.selection.tokens, parts.selection.take(read))
+        assert parts.canvas_ids().max() < 4 * 18
+
+    def test_merger_outside_of_a_tower_without_its_own_is_given(self) -> None:
+        dense, x = build("deepseek classifier"), images("deepseek classifier")
+        with pytest.raises(ValueError, match="the height of the grid 5 x 7 is 5; resize or pad"):
+            effvit.select_tokens(dense, x, "divprune", keep=2, merge=3)
+        chosen = effvit.select_tokens(dense, x[..., :42, :84], "divprune", keep=2, merge=3)
+        assert (chosen.grid, chosen.tokens.shape) == ((1, 2), (2, 2, 9 * 32))
+
     @pytest.mark.parametrize("case", ["qwen3 classifier", "deepseek mean", "gemma4 patches"])
     def test_tower_without_its_projector_is_any_tower(self, case: str) -> None:
         dense, x = build(case), images(case)

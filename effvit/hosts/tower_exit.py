@@ -222,10 +222,11 @@ class Tower(nn.Module):
 
     def __init__(self, host: ReducedHost, block: int, reads: Sequence[tuple[int, Read]]) -> None:
         super().__init__()
-        projects = isinstance(host, ReducedTower) and host._projects
-        self.merge = host.merge if isinstance(host, ReducedTower) and projects else None
-        self.fills_cells = isinstance(host, ReducedTower) and host.fills_cells
         self.host, self.block = host, block
+        self.merge: int | None = None
+        self.fills_cells = False
+        if isinstance(host, ReducedTower) and host._projects:
+            self.merge, self.fills_cells = host.merge, host.fills_cells
         places: dict[int, list[Read]] = {}
         for place, read in reads:
             places.setdefault(block_number(place, len(host.blocks)), []).append(read)

@@ -15,9 +15,8 @@ __all__ = ["Cosines", "cosines_of", "isolated", "spread"]
 
 ROWS_AT_ONCE = 1024  # of the similarities of all pairs, where these are not held whole
 HELD_TOKENS = 4096  # of an image at most, whose similarities are held: 64 MiB
-HELD_SHARE = (
-    8  # from N / 8 rows on, one product for all pairs is faster than one for each row (one CPU thread, C 1,024)
-)
+# One product for all pairs takes as long as one for each of about N / 10 rows (CPU, one thread, C 1,024).
+HELD_SHARE = 10
 
 
 class Cosines(NamedTuple):
