@@ -177,6 +177,8 @@ class ALGM(Reducer):
     A forward pass reads from the device once per reducing block: how many tokens each image keeps.
 
     Attributes:
+        layer: Number of the block, counted from 1.
+        reduce_at: Numbers of all blocks that merge, counted from 0.
         local: Whether windows are merged, not pairs.
     """
 
@@ -187,11 +189,19 @@ class ALGM(Reducer):
     keeps_every_patch = True
 
     def __init__(
-        self, local: bool, layer: int, threshold: float, window: int, prop_attn: bool, ragged: str, compat: bool
+        self,
+        layer: int,
+        reduce_at: tuple[int, ...],
+        threshold: float,
+        window: int,
+        prop_attn: bool,
+        ragged: str,
+        compat: bool,
     ) -> None:
         super().__init__()
-        self.local = local
         self.layer = layer
+        self.reduce_at = reduce_at
+        self.local = layer == reduce_at[0] + 1
         self.threshold = threshold
         self.window = window
         self.prop_attn = prop_attn
@@ -234,8 +244,8 @@ class ALGM(Reducer):
         check_switch("compat", compat)
         places = spread_blocks((0, 4), depth) if reduce_at is None else reduce_at
         blocks = check_blocks("reduce_at", places, depth)
-        options = (threshold, window, prop_attn, padded_if(compat, ragged), compat)
-        return {block: cls(block == blocks[0], block + 1, *options) for block in blocks}
+        options = (blocks, threshold, window, prop_attn, padded_if(compat, ragged), compat)
+        return {block: cls(block + 1, *options) for block in blocks}
 
     @classmethod
     def off(cls) -> Settings:
