@@ -20,7 +20,7 @@ SMALLEST = 1e-6  # what the official code adds to the number of blocks
 def attention_similarity(weights: Tensor, threshold: float = 2.0, valid: Tensor | None = None) -> Tensor:
     """How alike the rows of a softmax map are: mean cosine of each with the mean row, a scalar with gradients.
 
-    ADL of "Robustifying Token Attention" (2303.11126, section 3.3; TAPADL_RVT/engine.py@6e4dbff), where entries up to
+    ADL of "Robustifying Token Attention" (2303.11126; TAPADL_RVT/engine.py@6e4dbff), where entries up to
     ``threshold`` times the mean attention are left out. For one image the official squeeze mixes up axes, so that its
     loss is wrong; here an image's loss is the same in any batch.
 

@@ -25,7 +25,7 @@ View = tuple[int, int, int, int]
 def attended_patches(scores: Tensor, grid: Size, ratio: float = 0.5, block: int = 2) -> Tensor:
     """The patches of the blocks with the largest mean scores, (B, K) in image order.
 
-    A-CLIP (2212.08653, section 3.2; ``get_att_mask`` of models.py@83d1f14): of the M blocks of an image
+    A-CLIP (2212.08653; ``get_att_mask`` of models.py@83d1f14): of the M blocks of an image
     ``int(M * ratio) + 1`` stay. Of equal scores the first stays, which the official sort leaves to chance.
 
     Args:
@@ -92,7 +92,7 @@ def scores_in_view(scores: Tensor, grid: Size, seen: Sequence[View], view: Seque
 
 @torch.no_grad()
 def tower_scores(model: nn.Module, images: Tensor) -> Tensor:
-    """(B, N) attention of the class token to each patch, the mean over all blocks and heads (2212.08653, section 3.2).
+    """(B, N) attention of the class token to each patch, the mean over all blocks and heads (2212.08653).
 
     One row of attention a block, beside the fused kernel. The teacher is an average of the student, by
     ``torch.optim.swa_utils.AveragedModel``; this reads what it attends to, without its masking.

@@ -35,7 +35,7 @@ def pooling_macs(num_patches: int, dim: int, num_scales: int) -> int:
 class TokenAwarePooling(nn.Module):
     """A mixture of each patch and the means of its neighbourhoods, weighed for each patch by what is there.
 
-    TAP of "Robustifying Token Attention" (2303.11126, section 3.2; tap_robust_models.py@6e4dbff, whose names the
+    TAP of "Robustifying Token Attention" (2303.11126; tap_robust_models.py@6e4dbff, whose names the
     parameters of ``dilation_predictor`` have). Neighbourhoods are 3 x 3 patches 1 to S - 1 apart; the weights are the
     same for all channels and sum to 1. Prefix tokens stay as they are: no official host has any.
 

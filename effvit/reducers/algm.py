@@ -57,7 +57,7 @@ def plan_local_merge(
     origin: str = "tokens",
     entered: Tensor | None = None,
 ) -> Merge:
-    """Merge each window of the grid whose tokens are alike (ALGM, 2406.09936, section 3.2; local_merge.py@674eaa2).
+    """Merge each window of the grid whose tokens are alike (ALGM, 2406.09936; local_merge.py@674eaa2).
 
     The similarity of a window is the mean cosine of its pairs, which the sum of its unit vectors tells: no pair is
     formed. Windows lie in the upper left corner of the grid; what is left over at its right and lower border, and a
@@ -118,7 +118,7 @@ def plan_global_merge(
     origin: str = "tokens",
     entered: Tensor | None = None,
 ) -> Merge:
-    """Merge the pairs of tokens that stand out (ALGM, 2406.09936, section 3.3; global_merge.py@674eaa2).
+    """Merge the pairs of tokens that stand out (ALGM, 2406.09936; global_merge.py@674eaa2).
 
     Sets and pairs are ToMe's. A token of set A is merged if its best similarity reaches the mean of all plus their
     standard deviation over the number of the layer.
@@ -164,7 +164,7 @@ def plan_global_merge(
 
 
 class ALGM(Reducer):
-    """Merge alike windows of 2 x 2 patches, later the pairs of tokens that stand out (ALGM, 2406.09936, section 3).
+    """Merge alike windows of 2 x 2 patches, later the pairs of tokens that stand out (ALGM, 2406.09936).
 
     The first block of ``reduce_at`` merges windows, every further one pairs. Tokens are compared by their features
     behind attention, which itself is left alone: sizes only weigh means. How many are merged depends on the image.
