@@ -650,7 +650,7 @@ Where counts depend on the image, plain `torch.compile` keeps all slots, so that
 packed, `effvit.compile` makes one graph that reads how many tokens stay, in each block as a plain run does, and goes on
 with sizes that were unknown before; other counts do not compile anew. It is tested with torch 2.11.
 
-- Of DyMU and ALGM the MLPs are compiled, once for all counts, and the rest runs as it is. In graphs that read DyMU's the
+- Of DyMU and ALGM the MLPs are compiled, once for all counts, and the rest runs as it is. In graphs that read them the
   vector code of inductor (torch 2.11, CPU) gave wrong scores, with three blocks of DeiT-Ti, where `backend="eager"`
   gave the right ones.
 - Of all others only calls are compiled, not `forward_features` or `forward_intermediates`; a model of

@@ -61,6 +61,7 @@ SMALL = {
     *("mmpretrain/gtp-deit-s_in1k", "mmpretrain/cifar10/vit-nano_cifar10", "mmpretrain/cutouts/vit-nano_cutouts"),
     *(f"mmpretrain/fashion-mnist/finetune_{name}" for name in ("ats", "evit_distilled", "gtp", "tome")),
     *(f"mmpretrain/fashion-mnist/scratch_{name}" for name in ("lookupvit", "sit", "stvit", "supertoken")),
+    *(f"mmpretrain/fashion-mnist/scratch_{name}" for name in ("attentive-mask", "tapadl")),
 }
 # One of each head on a frozen backbone, and of each way that it is reduced; they train with four blocks.
 FROZEN = {

@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 import golden_algm
+import golden_attentive_mask
 import golden_casvit
 import golden_dynamicvit
 import golden_expedite
@@ -28,6 +29,7 @@ import golden_static_selection
 import golden_stvit_deit
 import golden_stvit_swin
 import golden_supertoken
+import golden_tapadl
 import pytest
 import torch
 import torch.nn.functional as F
@@ -75,8 +77,13 @@ ARCHITECTURES: dict[str, ModuleType] = {
 }
 CONTROLS = "static_controls"  # one folder for all of them
 FOLDERS = [CONTROLS if issubclass(method, StaticSelection) else name for name, method in METHODS.items()]
+# What acts in training alone.
+TRAINING: dict[str, Callable[[Case], None]] = {
+    "tap_adl": golden_tapadl.compare,
+    "attentive_mask": golden_attentive_mask.compare,
+}
 # Any other folder is skipped by name.
-IMPLEMENTED = tuple(dict.fromkeys((*FOLDERS, *ARCHITECTURES, *golden_selectors.COMPARE)))
+IMPLEMENTED = tuple(dict.fromkeys((*FOLDERS, *ARCHITECTURES, *TRAINING, *golden_selectors.COMPARE)))
 OTHER_CONTROLS = "heuristic_"  # fixed rings of patches, no method of this package
 
 
@@ -155,7 +162,7 @@ def test_official_file_is_converted_and_every_entry_accounted_for(
 def test_cut_is_what_its_list_says_and_has_every_method() -> None:
     listed = {folder: sorted(cases) for folder, cases in load_tool("cut_golden").CASES.items()}
     assert {path.name: sorted(file.stem for file in path.glob("*.json")) for path in CUT.iterdir()} == listed
-    for folder in {*IMPLEMENTED} - {"stvit", "stvit_swin"}:  # read as stvit_r_dense is
+    for folder in {*IMPLEMENTED} - {"stvit", "stvit_swin", "tap_adl"}:  # read as stvit_r_dense is; none below 58 KB
         assert find_cases(CUT, folder), f"{CUT} holds no case of {folder}: add some to CASES of tools/cut_golden.py"
 
 
@@ -833,6 +840,7 @@ COMPARE: dict[str, Callable[[Case], None]] = {
     **{folder: module.compare for folder, module in ARCHITECTURES.items()},
     "expedite": golden_expedite.compare,
     "hot": golden_hot.compare,
+    **TRAINING,
     CONTROLS: golden_static_selection.compare,
     **golden_selectors.COMPARE,
 }

@@ -49,6 +49,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "dymu": ("f_matching_functions", "f_vtu_kernel", "p8_instance_level", "r_schedule"),
     # both merges alone: the smallest model has 600 KB
     "algm": ("f_merge_functions",),
+    "attentive_mask": ("f_masks_r25", "f_masks_r50"),
     # clusters and reconstruction alone; the SAM encoder in windows
     "expedite": ("rect_12x20_4x6", "sam_encoder_112"),
     # decisions of given noise, and all losses

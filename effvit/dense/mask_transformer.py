@@ -34,9 +34,9 @@ def restore_scores(scores: Tensor, tokens: TokenMap) -> Tensor:
 class MaskTransformer(nn.Module):
     """Class scores of every patch, from the tokens that are left: blocks on tokens and classes, products of both.
 
-    Segmenter (2105.05633, section 3.2), whose parameters have these names, so that ALGM's checkpoints
+    Segmenter (2105.05633), whose parameters have these names, so that ALGM's checkpoints
     (segm/model/decoder.py@674eaa2) load. Tokens are decoded as they are, merged, and restored behind
-    (2406.09936, section 3.4). Before the decoder they are restored by ``model.forward_intermediates``, whose maps any
+    (2406.09936). Before the decoder they are restored by ``model.forward_intermediates``, whose maps any
     head takes: there a merged token is attended to once for each of its patches, here once.
 
     Args:

@@ -27,8 +27,8 @@ def compile(model: ModelT, **options: Any) -> ModelT:
     A model of fixed token counts is compiled as by ``model.compile(**options)``. Where counts depend on the image,
     plain ``torch.compile`` makes a graph of all slots, which saves nothing. For ATS the graph reads the counts while it
     runs, in each block as a plain run does, and goes on with sizes that it did not know before. So any counts take the
-    same graph, padded or packed. Of other such methods (DyMU, ALGM; see ``Reducer.graph_reads_counts``) only the MLPs of
-    the blocks are compiled, for all sizes at once: the rest runs as it is, and they keep what they save.
+    same graph, padded or packed. Of other such methods (DyMU, ALGM; see ``Reducer.graph_reads_counts``) only the MLPs
+    of the blocks are compiled, for all sizes at once: the rest runs as it is, and they keep what they save.
 
     Else calls are compiled: ``forward_features``, ``forward_intermediates`` and ``forward_tokens`` run as they are, but
     a model of ``features_only=True``, or any module that holds a reduced one, can be given as a whole. Copies, pickles

@@ -57,7 +57,7 @@ def plan_local_merge(
     origin: str = "tokens",
     entered: Tensor | None = None,
 ) -> Merge:
-    """Merge each window of the grid whose tokens are alike (ALGM, 2406.09936, section 3.2; local_merge.py@674eaa2).
+    """Merge each window of the grid whose tokens are alike (ALGM, 2406.09936; local_merge.py@674eaa2).
 
     The similarity of a window is the mean cosine of its pairs, which the sum of its unit vectors tells: no pair is
     formed. Windows lie in the upper left corner of the grid; what is left over at its right and lower border, and a
@@ -118,7 +118,7 @@ def plan_global_merge(
     origin: str = "tokens",
     entered: Tensor | None = None,
 ) -> Merge:
-    """Merge the pairs of tokens that stand out (ALGM, 2406.09936, section 3.3; global_merge.py@674eaa2).
+    """Merge the pairs of tokens that stand out (ALGM, 2406.09936; global_merge.py@674eaa2).
 
     Sets and pairs are ToMe's. A token of set A is merged if its best similarity reaches the mean of all plus their
     standard deviation over the number of the layer.
@@ -164,7 +164,7 @@ def plan_global_merge(
 
 
 class ALGM(Reducer):
-    """Merge alike windows of 2 x 2 patches, later the pairs of tokens that stand out (ALGM, 2406.09936, section 3).
+    """Merge alike windows of 2 x 2 patches, later the pairs of tokens that stand out (ALGM, 2406.09936).
 
     The first block of ``reduce_at`` merges windows, every further one pairs. Tokens are compared by their features
     behind attention, which itself is left alone: sizes only weigh means. How many are merged depends on the image.
@@ -177,6 +177,8 @@ class ALGM(Reducer):
     A forward pass reads from the device once per reducing block: how many tokens each image keeps.
 
     Attributes:
+        layer: Number of the block, counted from 1.
+        reduce_at: Numbers of all blocks that merge, counted from 0.
         local: Whether windows are merged, not pairs.
     """
 
@@ -187,11 +189,19 @@ class ALGM(Reducer):
     keeps_every_patch = True
 
     def __init__(
-        self, local: bool, layer: int, threshold: float, window: int, prop_attn: bool, ragged: str, compat: bool
+        self,
+        layer: int,
+        reduce_at: tuple[int, ...],
+        threshold: float,
+        window: int,
+        prop_attn: bool,
+        ragged: str,
+        compat: bool,
     ) -> None:
         super().__init__()
-        self.local = local
         self.layer = layer
+        self.reduce_at = reduce_at
+        self.local = layer == reduce_at[0] + 1
         self.threshold = threshold
         self.window = window
         self.prop_attn = prop_attn
@@ -234,8 +244,8 @@ class ALGM(Reducer):
         check_switch("compat", compat)
         places = spread_blocks((0, 4), depth) if reduce_at is None else reduce_at
         blocks = check_blocks("reduce_at", places, depth)
-        options = (threshold, window, prop_attn, padded_if(compat, ragged), compat)
-        return {block: cls(block == blocks[0], block + 1, *options) for block in blocks}
+        options = (blocks, threshold, window, prop_attn, padded_if(compat, ragged), compat)
+        return {block: cls(block + 1, *options) for block in blocks}
 
     @classmethod
     def off(cls) -> Settings:
