@@ -17,6 +17,7 @@ __all__ = [
     "Choice",
     "Features",
     "Keep",
+    "SelectionSizes",
     "Selector",
     "add_rows",
     "count_members",
@@ -75,6 +76,24 @@ class Choice(NamedTuple):
     group: Tensor | None = None
     valid: Tensor | None = None
     mixed: bool = False
+
+
+class SelectionSizes(NamedTuple):
+    """What a selector meets, for its closed form.
+
+    Attributes:
+        tokens: N it chooses from.
+        kept: K that leave.
+        dim: C channels of a token, those of all patches of a cell.
+        key_dim: D channels of a key, 0 for a method that asks for none.
+        grid: (H, W) cells.
+    """
+
+    tokens: int
+    kept: int
+    dim: int
+    key_dim: int
+    grid: Size
 
 
 class Selector(nn.Module):
@@ -157,6 +176,16 @@ class Selector(nn.Module):
 
     def check(self, kept: int, features: Features) -> None:
         """Raise a ValueError if the method cannot choose ``kept`` of these tokens; asked where some must leave."""
+
+    def cost(self, at: SelectionSizes) -> int:
+        """MACs of ``choose`` for one image in closed form, beside what is read of the tower's attention.
+
+        It restates the arithmetic of the paper; ``effvit.measure.closed_form`` sums it up.
+
+        Raises:
+            NotImplementedError: The method has no closed form.
+        """
+        raise NotImplementedError
 
     def choose(self, features: Features, kept: int) -> Choice:
         """The tokens that leave, ``kept`` of them for every image."""

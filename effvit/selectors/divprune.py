@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from effvit.selectors.base import Choice, Features, Selector
-from effvit.selectors.spread import isolated, spread
+from effvit.selectors.base import Choice, Features, SelectionSizes, Selector
+from effvit.selectors.spread import isolated, picking_macs, spread
 
 __all__ = ["DivPrune"]
 
@@ -23,6 +23,9 @@ class DivPrune(Selector):
 
     def rounded(self, share: float, cells: int) -> int:
         return round(share * cells)
+
+    def cost(self, at: SelectionSizes) -> int:
+        return at.tokens**2 * at.dim + picking_macs(at)  # the first pick, and the others
 
     def choose(self, features: Features, kept: int) -> Choice:
         return Choice(spread(features.x, isolated(features.x), kept)[0])

@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from effvit.selectors.base import unit_rows
+from effvit.selectors.base import SelectionSizes, unit_rows
 from effvit.tokens import wide_product, widened
 
-__all__ = ["isolated", "spread"]
+__all__ = ["isolated", "picking_macs", "spread"]
 
 ROWS_AT_ONCE = 1024  # of the similarities of all pairs, which are never held whole
 
@@ -26,6 +26,11 @@ def isolated(x: Tensor) -> Tensor:
         itself = place[start : start + ROWS_AT_ONCE].unsqueeze(1) == place
         nearest.append(similarity.masked_fill(itself, -math.inf).amax(dim=-1))
     return torch.cat(nearest, dim=1).argmin(dim=1, keepdim=True)
+
+
+def picking_macs(at: SelectionSizes) -> int:
+    """MACs of ``spread`` for one image: a row of distances for each pick but the last."""
+    return (at.kept - 1) * at.tokens * at.dim
 
 
 @torch.no_grad()
@@ -52,7 +57,7 @@ def spread(x: Tensor, first: Tensor, number: int, total: bool = False) -> tuple[
         picked = u.gather(1, picks[-1].unsqueeze(-1).expand(-1, -1, u.shape[2]))  # (B, 1, C)
         distance = 1 - wide_product(picked, u.transpose(1, 2)).squeeze(1)  # (B, N)
         apart = apart + distance if total else torch.minimum(apart, distance)
-        taken = taken.scatter(1, picks[-1], True)
+        taken = taken.scatter(1, picks[-1], torch.ones_like(picks[-1], dtype=torch.bool))
         picks.append(apart.masked_fill(taken, -math.inf).argmax(dim=1, keepdim=True))
         far.append(apart.gather(1, picks[-1]))
     return torch.cat(picks, dim=1), torch.cat(far, dim=1)
