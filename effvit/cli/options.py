@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import TypeAlias
 
+from effvit.measure.selections import Exit
 from effvit.measure.written_files import check_file, check_folder
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "ImageArguments",
     "MachineArguments",
     "RunnerArguments",
+    "SelectionArguments",
     "VariantArguments",
     "WeightArguments",
     "check_outputs",
@@ -26,13 +28,17 @@ __all__ = [
     "image_name",
     "images",
     "leaves",
+    "leaving",
     "machine",
     "method_name",
     "model_name",
     "output_file",
     "output_folder",
+    "parse_keep",
     "parse_size",
     "runner",
+    "selection",
+    "selector_name",
     "settings",
     "variants",
     "weights",
@@ -72,6 +78,17 @@ class VariantArguments(argparse.Namespace):
 
     method: list[str]
     settings: list[str]
+
+
+class SelectionArguments(argparse.Namespace):
+    """Parsed arguments of ``selection``."""
+
+    select: list[str]
+    keep: list[int | float]
+    block: int | None
+    merge: int | None
+    scores: str | None
+    max_norm: float | None
 
 
 class MachineArguments(argparse.Namespace):
@@ -143,6 +160,46 @@ def settings() -> argparse.ArgumentParser:
     return parent
 
 
+def selection() -> argparse.ArgumentParser:
+    """Selectors of the tokens that leave a tower, and where these leave it."""
+    parent = argparse.ArgumentParser(add_help=False)
+    parent.add_argument(
+        "--select",
+        nargs="+",
+        default=[],
+        type=selector_name,
+        metavar="NAME",
+        help="selectors of the tokens that MODEL hands over as a vision tower, behind each --method if there are any",
+    )
+    parent.add_argument(
+        "--keep",
+        nargs="+",
+        default=[],
+        type=parse_keep,
+        metavar="K",
+        help="tokens to hand over, a number or a share of the cells such as 0.25; each is a variant",
+    )
+    parent.add_argument("--block", type=int, metavar="N", help="whose tokens leave the tower (default: -2)")
+    parent.add_argument("--merge", type=int, metavar="M", help="side of the cells of a merger behind it (default: 1)")
+    parent.add_argument(
+        "--scores",
+        choices=("class", "received"),
+        help="what selectors rank by (default: class); received needs no class token",
+    )
+    parent.add_argument("--max-norm", type=float, metavar="NORM", help="patches of a larger norm rank last")
+    return parent
+
+
+def leaving(arguments: SelectionArguments) -> Exit:
+    """Where tokens leave the tower; a ValueError for options of a selection without one."""
+    given = {name: getattr(arguments, name) for name in ("block", "merge", "scores", "max_norm")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not arguments.select and (given or arguments.keep):
+        option = next(iter(given), "keep").replace("_", "-")
+        raise ValueError(f"--{option} belongs to a selection behind a tower: name a selector with --select")
+    return Exit(**given)
+
+
 def machine() -> argparse.ArgumentParser:
     """What the models run on, and in which dtype."""
     parent = argparse.ArgumentParser(add_help=False)
@@ -205,6 +262,11 @@ def method_name(text: str) -> str:
     return text
 
 
+def selector_name(text: str) -> str:
+    """The name of a selector."""
+    return text
+
+
 def config_name(text: str) -> str:
     """The name of a config that comes with the package."""
     return text
@@ -234,6 +296,14 @@ def check_outputs(parser: argparse.ArgumentParser, arguments: argparse.Namespace
             check_file(place)
         elif place is not None and action.type is output_folder:
             check_folder(place)
+
+
+def parse_keep(text: str) -> int | float:
+    """A number of tokens, or a share of them: "64" or "0.25"."""
+    try:
+        return int(text) if re.fullmatch(r"-?[0-9]+", text) else float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of tokens nor a share such as 0.25") from error
 
 
 def parse_size(text: str) -> tuple[int, int]:

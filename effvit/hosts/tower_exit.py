@@ -240,6 +240,11 @@ class Tower(nn.Module):
                     "blocks alone, choose another block, or use a method that needs features alone, such as 'divprune'"
                 )
 
+    @property
+    def reduces(self) -> bool:
+        """Whether a method reduces tokens inside the tower."""
+        return any(not isinstance(reducer, Observer) for reducer in self.host.reducers.values())
+
     def cost(self, size: Size) -> TowerCost:
         """MACs of one image (H, W): of the blocks that run, and of the last one that is only read what is read."""
         host = cast(PlainViT, self.host)

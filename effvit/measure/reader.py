@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from effvit.messages import plain
 from effvit.schedule import check_count, check_switch
 
-__all__ = ["Reader"]
+__all__ = ["Reader", "parse_reader"]
 
 
 @dataclass(frozen=True)
@@ -80,3 +81,31 @@ class Reader:
         """The sizes as they are written on the command line."""
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         return ",".join(f"{name}={value}" for name, value in values.items() if value is not None)
+
+
+def parse_reader(text: str) -> Reader:
+    """The reader of "layers=32,width=4096,heads=32", as the command line has it; further fields may follow.
+
+    Raises:
+        ValueError: No such list, a field that a reader has not or that stands twice, a value that is no positive whole
+            number (``gated`` is true or false), or what ``Reader`` refuses.
+    """
+    values: dict[str, int] = {}
+    known = [entry.name for entry in fields(Reader)]
+    for part in text.split(","):
+        name, equals, value = part.partition("=")
+        if not equals or name not in known:
+            raise ValueError(
+                f"--reader takes NAME=NUMBER with commas between them, of {', '.join(known)}, got {plain(part)!r}"
+            )
+        if name in values:
+            raise ValueError(f"--reader names {name} twice; give it once")
+        switch = {"true": True, "false": False}.get(value.lower()) if name == "gated" else None
+        if switch is None and not (value.isascii() and value.isdigit()):
+            rule = "true or false" if name == "gated" else "a whole number of at least 1"
+            raise ValueError(f"--reader: {name} must be {rule}, got {plain(value)!r}")
+        values[name] = int(value) if switch is None else switch
+    missing = [name for name in ("layers", "width", "heads") if name not in values]
+    if missing:
+        raise ValueError(f"--reader lacks {', '.join(missing)}; give e.g. layers=32,width=4096,heads=32,mlp=11008")
+    return Reader(**values)

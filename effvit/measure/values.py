@@ -165,6 +165,25 @@ class BlockTime:
 
 
 @dataclass(frozen=True)
+class HandedOver:
+    """The tokens of an image that a vision tower hands over, and what it costs a language model to read them.
+
+    Attributes:
+        tokens: Number for an image, a mean where it depends on the image.
+        text: Tokens of a text that are read behind them.
+        reader: Sizes of the language model, as ``effvit.measure.reader.Reader`` writes them; None: nobody said.
+        prefill_macs: Its multiply-adds for both, before the first word is written; None without a reader.
+        cache_bytes: Bytes of its keys and values of both; None without a reader.
+    """
+
+    tokens: float
+    text: int = 0
+    reader: str | None = None
+    prefill_macs: int | None = None
+    cache_bytes: int | None = None
+
+
+@dataclass(frozen=True)
 class Cost:
     """What one model costs.
 
@@ -189,6 +208,7 @@ class Cost:
         accuracy: None if it was not measured.
         fidelity: How close the outputs are to the baseline's; None for a model that is not a reduced form of it, and
             without images.
+        handed: What a tower hands over whose tokens are selected; None for any other model.
     """
 
     name: str
@@ -213,6 +233,7 @@ class Cost:
     seconds: Sequence[float]
     accuracy: Accuracy | None
     fidelity: Fidelity | None
+    handed: HandedOver | None = None
 
 
 @dataclass(frozen=True)

@@ -256,6 +256,12 @@ class TokenSelector(nn.Module):
         return self.keep is None and self.selector.adapts
 
     @property
+    def keeps_all(self) -> bool:
+        """Whether all cells of the tower's own grid leave as they are."""
+        cells = cell_grid(self.patch_embed.grid_size, self.merge)
+        return not self.selector.learns and self.selector.count(self.keep, cells) == math.prod(cells)
+
+    @property
     def patch_embed(self) -> PatchEmbedding:
         """That of the tower, which says what images it takes."""
         return self.tower.host.patch_embed

@@ -1,0 +1,106 @@
+"""Towers whose tokens are selected, as users name them: a selector, how many tokens it leaves, KEY=VALUE."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import NamedTuple
+
+from torch import nn
+
+from effvit.protocols import Setting, Settings
+from effvit.selectors import SELECTORS, TokenSelector, list_selectors
+from effvit.selectors.base import Keep
+from effvit.selectors.select import CLASS_ROW
+
+__all__ = ["Exit", "Selecting", "all_tokens", "list_selections", "selected"]
+
+
+class Selecting(NamedTuple):
+    """A selector with what it is asked for.
+
+    Attributes:
+        method: Its name.
+        keep: How many tokens it leaves, as of ``effvit.select_tokens``.
+        settings: Its settings.
+    """
+
+    method: str
+    keep: Keep
+    settings: Settings
+
+    def __str__(self) -> str:
+        keep: Settings = {} if self.keep is None else {"keep": self.keep}
+        return " ".join([self.method, *(f"{name}={value}" for name, value in (keep | self.settings).items())])
+
+
+@dataclass(frozen=True)
+class Exit:
+    """Where tokens leave a tower, and what is read of its attention; arguments of ``effvit.select_tokens``."""
+
+    block: int = -2
+    merge: int = 1
+    scores: str = CLASS_ROW
+    max_norm: float | None = None
+
+    def used_by(self, method: str) -> Settings:
+        """As keywords for a selector of that name, without what it does not read: several share one command."""
+        own: Settings = {"block": self.block, "merge": self.merge}
+        return own | ({"scores": self.scores, "max_norm": self.max_norm} if SELECTORS[method].row else {})
+
+
+def check_selectors(names: Sequence[str]) -> None:
+    """Raise a ValueError for a name that is no selector of single images."""
+    for name in names:
+        known = [known for known in list_selectors() if SELECTORS[known].takes == "select_tokens"]
+        if name not in known:
+            why = f"is for effvit.{SELECTORS[name].takes}" if name in SELECTORS else "is no selector"
+            raise ValueError(f"{name!r} {why}; the selectors for images one by one are {', '.join(known)}")
+
+
+def list_selections(
+    selectors: Sequence[str], keeps: Sequence[Keep], assignments: Sequence[tuple[str, Setting]]
+) -> tuple[list[Selecting], list[tuple[str, Setting]]]:
+    """Each selector with each number of tokens and each combination of values of the settings it has.
+
+    Returns:
+        The selections, and the assignments of settings that no selector here has.
+
+    Raises:
+        ValueError: A name that is no selector of single images.
+    """
+    check_selectors(selectors)
+    values: dict[str, list[Setting]] = {}
+    for key, value in assignments:
+        values.setdefault(key, []).append(value)
+    found: list[Selecting] = []
+    known: set[str] = set()
+    for method in selectors:
+        keys = [key for key in values if key in SELECTORS[method].defaults()]
+        known.update(keys)
+        for keep, *combination in product(keeps or [None], *(values[key] for key in keys)):
+            found.append(Selecting(method, keep, dict(zip(keys, combination, strict=True))))
+    return found, [item for item in assignments if item[0] not in known]
+
+
+def all_tokens(tower: nn.Module, leaving: Exit) -> TokenSelector:
+    """The tower that hands over all its tokens: what selections of them are compared with."""
+    return TokenSelector(tower, "uniform", keep=1.0, block=leaving.block, merge=leaving.merge)
+
+
+def selected(
+    towers: Mapping[str, nn.Module], selections: Sequence[Selecting], leaving: Exit
+) -> dict[str, TokenSelector]:
+    """Name -> each tower with each selection; "" is the name of the dense tower.
+
+    Raises:
+        TypeError, ValueError: What ``TokenSelector`` refuses.
+    """
+    return {
+        ", ".join(filter(None, [name, str(own)])): TokenSelector(
+            tower, own.method, keep=own.keep, **leaving.used_by(own.method), **own.settings
+        )
+        for name, tower in towers.items()
+        for own in selections
+    }
