@@ -19,6 +19,7 @@ __all__ = [
     "MachineArguments",
     "RunnerArguments",
     "SelectionArguments",
+    "SelectorArguments",
     "VariantArguments",
     "WeightArguments",
     "check_outputs",
@@ -39,6 +40,7 @@ __all__ = [
     "runner",
     "selection",
     "selector_name",
+    "selectors",
     "settings",
     "variants",
     "weights",
@@ -80,15 +82,20 @@ class VariantArguments(argparse.Namespace):
     settings: list[str]
 
 
-class SelectionArguments(argparse.Namespace):
-    """Parsed arguments of ``selection``."""
+class SelectorArguments(argparse.Namespace):
+    """Parsed arguments of ``selectors``."""
 
     select: list[str]
-    keep: list[int | float]
     block: int | None
-    merge: int | None
     scores: str | None
     max_norm: float | None
+
+
+class SelectionArguments(SelectorArguments):
+    """Parsed arguments of ``selection``."""
+
+    keep: list[int | float]
+    merge: int | None
 
 
 class MachineArguments(argparse.Namespace):
@@ -160,7 +167,7 @@ def settings() -> argparse.ArgumentParser:
     return parent
 
 
-def selection() -> argparse.ArgumentParser:
+def selectors() -> argparse.ArgumentParser:
     """Selectors of the tokens that leave a tower, and where these leave it."""
     parent = argparse.ArgumentParser(add_help=False)
     parent.add_argument(
@@ -169,18 +176,9 @@ def selection() -> argparse.ArgumentParser:
         default=[],
         type=selector_name,
         metavar="NAME",
-        help="selectors of the tokens that MODEL hands over as a vision tower, behind each --method if there are any",
-    )
-    parent.add_argument(
-        "--keep",
-        nargs="+",
-        default=[],
-        type=parse_keep,
-        metavar="K",
-        help="tokens to hand over, a number or a share of the cells such as 0.25; each is a variant",
+        help="selectors of the tokens that MODEL hands over as a vision tower",
     )
     parent.add_argument("--block", type=int, metavar="N", help="whose tokens leave the tower (default: -2)")
-    parent.add_argument("--merge", type=int, metavar="M", help="side of the cells of a merger behind it (default: 1)")
     parent.add_argument(
         "--scores",
         choices=("class", "received"),
@@ -190,14 +188,32 @@ def selection() -> argparse.ArgumentParser:
     return parent
 
 
-def leaving(arguments: SelectionArguments) -> Exit:
-    """Where tokens leave the tower; a ValueError for options of a selection without one."""
-    given = {name: getattr(arguments, name) for name in ("block", "merge", "scores", "max_norm")}
-    given = {name: value for name, value in given.items() if value is not None}
-    if not arguments.select and (given or arguments.keep):
-        option = next(iter(given), "keep").replace("_", "-")
-        raise ValueError(f"--{option} belongs to a selection behind a tower: name a selector with --select")
-    return Exit(**given)
+def selection() -> argparse.ArgumentParser:
+    """Selectors, and how many tokens or cells they hand over."""
+    parent = argparse.ArgumentParser(add_help=False, parents=[selectors()])
+    parent.add_argument(
+        "--keep",
+        nargs="+",
+        default=[],
+        type=parse_keep,
+        metavar="K",
+        help="tokens to hand over, a number or a share of the cells such as 0.25; each is a variant",
+    )
+    parent.add_argument("--merge", type=int, metavar="M", help="side of the cells of a merger behind it (default: 1)")
+    return parent
+
+
+def leaving(arguments: SelectorArguments, selects: bool) -> Exit:
+    """Where tokens leave the tower; a ValueError for options of a selection where the command makes none."""
+    names = ("select", "keep", "block", "merge", "scores", "max_norm")
+    values = {name: getattr(arguments, name, None) for name in names}
+    given = {name: value for name, value in values.items() if value not in (None, [])}
+    if given and not selects:
+        raise ValueError(
+            f"--{next(iter(given)).replace('_', '-')} belongs to a selection behind a tower; leave it out, or name a "
+            "selector with --select (in effvit tune a number of --tokens)"
+        )
+    return Exit(**{name: value for name, value in given.items() if name not in ("select", "keep")})
 
 
 def machine() -> argparse.ArgumentParser:

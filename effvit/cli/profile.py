@@ -108,7 +108,7 @@ def run_profile(arguments: Arguments) -> None:
     """Print what models and their reduced variants cost."""
     assignments = [parse_setting(text) for text in arguments.settings]
     assignments += [("keep_rate", rate) for rate in arguments.keep_rate]
-    leaving = options.leaving(arguments)
+    leaving = options.leaving(arguments, bool(arguments.select))
     selections, others = list_selections(arguments.select, arguments.keep, assignments)
     variants = list_variants(arguments.method, others)
     reader = reader_of(arguments)

@@ -241,9 +241,9 @@ class Tower(nn.Module):
                 )
 
     @property
-    def reduces(self) -> bool:
-        """Whether a method reduces tokens inside the tower."""
-        return any(not isinstance(reducer, Observer) for reducer in self.host.reducers.values())
+    def reducing(self) -> list[int]:
+        """Blocks of the tower in which a method reduces tokens; none of a dense one."""
+        return [i for i, reducer in self.host.reducers.items() if not isinstance(reducer, Observer)]
 
     def cost(self, size: Size) -> TowerCost:
         """MACs of one image (H, W): of the blocks that run, and of the last one that is only read what is read."""
@@ -259,6 +259,10 @@ class Tower(nn.Module):
             terms.subtract(Terms() if gate is None else layers("projection", gate, keys))  # of outputs there are none
             terms[Observer.cost_term] += self.host.reducers[run].cost(block_sizes(host, block, grid, left)).macs
         return TowerCost(terms, grid, left)
+
+    def __repr__(self) -> str:
+        method = f", {self.host.method}" if self.reducing else ""
+        return f"Tower({type(self.host).__bases__[-1].__name__}{method}, block={self.block})"
 
     def forward(self, images: Tensor) -> TowerOutput:
         """What leaves the tower for images (B, 3, H, W)."""

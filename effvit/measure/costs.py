@@ -42,6 +42,7 @@ __all__ = [
     "ideals",
     "is_reduced",
     "macs_of",
+    "method_of",
     "profile",
     "tokens_by_block",
 ]
@@ -194,7 +195,7 @@ def method_of(model: nn.Module) -> tuple[str | None, Settings]:
         return model.method, dict(model.settings)
     if not isinstance(model, TokenSelector) or model.keeps_all:
         return None, {}
-    tower = [] if not model.tower.reduces else [model.tower.host.method]
+    tower = [model.tower.host.method] if model.tower.reducing else []
     return " + ".join([*tower, model.selector.name]), dict(model.settings)
 
 

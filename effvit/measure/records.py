@@ -155,7 +155,8 @@ EVALUATED = fields(
     {"published": PUBLISHED, "object_patches": OBJECT_PATCHES, "consistency": CONSISTENCY},
 )
 STAGE = fields(
-    {"block": whole(), "tokens": whole(), "labels": labels, "fused": list_of(whole(), most=1 << 24), "soft": truth}
+    {"block": whole(), "tokens": whole(), "labels": labels, "fused": list_of(whole(), most=1 << 24), "soft": truth},
+    {"handed_over": truth},
 )
 CANDIDATE = fields(
     {

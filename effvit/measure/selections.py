@@ -14,7 +14,15 @@ from effvit.selectors import SELECTORS, TokenSelector, list_selectors
 from effvit.selectors.base import Keep
 from effvit.selectors.select import CLASS_ROW
 
-__all__ = ["Exit", "Selecting", "all_tokens", "list_selections", "selected"]
+__all__ = [
+    "Exit",
+    "Selecting",
+    "all_tokens",
+    "check_selectors",
+    "list_image_selectors",
+    "list_selections",
+    "selected",
+]
 
 
 class Selecting(NamedTuple):
@@ -50,10 +58,21 @@ class Exit:
         return own | ({"scores": self.scores, "max_norm": self.max_norm} if SELECTORS[method].row else {})
 
 
+def list_image_selectors() -> list[str]:
+    """Names of the selectors that take images one by one and need no weights."""
+    every = {name: SELECTORS[name] for name in list_selectors()}
+    return [name for name, kind in every.items() if kind.takes == "select_tokens" and not kind.learns]
+
+
 def check_selectors(names: Sequence[str]) -> None:
-    """Raise a ValueError for a name that is no selector of single images."""
+    """Raise a ValueError for a name that is none of ``list_image_selectors``."""
+    known = list_image_selectors()
     for name in names:
-        known = [known for known in list_selectors() if SELECTORS[known].takes == "select_tokens"]
+        if name in SELECTORS and SELECTORS[name].learns:
+            raise ValueError(
+                f"{name} chooses by weights that are trained, which a name does not bring; measure a TokenSelector "
+                "around it in Python"
+            )
         if name not in known:
             why = f"is for effvit.{SELECTORS[name].takes}" if name in SELECTORS else "is no selector"
             raise ValueError(f"{name!r} {why}; the selectors for images one by one are {', '.join(known)}")

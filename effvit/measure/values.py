@@ -484,7 +484,7 @@ class Tuning:
     Attributes:
         machine: As of a ``Record``.
         conditions: What it holds for.
-        target: The aim: {"speedup": factor} or {"macs": limit}.
+        target: The aim: {"speedup": factor}, {"macs": limit}, or {"tokens": limit} of tokens that a tower hands over.
         best: The setting with the least penalty among those that reach the aim, or the default settings of a method
             that turned out no worse and no slower; None if none that reaches the aim was measured faster than the
             dense model, or the search was left before it had chosen.
@@ -528,6 +528,7 @@ class TokenStage:
         labels: Rows with the token of each patch, -1 where it was dropped.
         fused: Tokens that stand for all patches dropped before.
         soft: Tokens are mixtures of all patches; labels name the one with the largest share.
+        handed_over: The tokens leave a tower there; None where they go on to the next block.
     """
 
     block: int
@@ -535,6 +536,7 @@ class TokenStage:
     labels: Sequence[Sequence[int]]
     fused: Sequence[int]
     soft: bool
+    handed_over: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,22 @@ import effvit
 from effvit.hosts.host import check_model_name
 from effvit.hosts.surface import Reduced
 from effvit.measure.json_files import parse_json
+from effvit.measure.selections import Exit
+from effvit.measure.values import Candidate
 from effvit.messages import plain, shown
 from effvit.protocols import Setting, Settings
 
-__all__ = ["build", "check_dense", "list_variants", "parse_setting", "python_line", "reduce_by", "reduced", "timm_line"]
+__all__ = [
+    "build",
+    "check_dense",
+    "list_variants",
+    "parse_setting",
+    "python_line",
+    "reduce_by",
+    "reduced",
+    "selector_line",
+    "timm_line",
+]
 
 
 def parse_setting(text: str, option: str = "--set") -> tuple[str, Setting]:
@@ -85,6 +97,14 @@ def python_line(host: str, options: Settings, method: str, settings: Settings) -
     """The call that makes the reduced form of timm's model ``host``, created with ``options``."""
     dense = call("timm.create_model", [host], options)
     return f"effvit.sparsify({', '.join([dense, text_of(method), *keywords(settings)])})"
+
+
+def selector_line(host: str, options: Settings, best: Candidate, leaving: Exit) -> str:
+    """The call that makes a tower of timm's model ``host`` with the selector that was chosen."""
+    *within, selector = best.method.split(" + ")
+    tower = python_line(host, options, within[0], {}) if within else call("timm.create_model", [host], options)
+    asked = {**leaving.used_by(selector), **best.settings}
+    return f"effvit.TokenSelector({', '.join([tower, text_of(selector), *keywords(asked)])})"
 
 
 def timm_line(host: str, options: Settings, method: str, settings: Settings) -> str | None:

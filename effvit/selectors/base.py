@@ -133,6 +133,19 @@ class Selector(nn.Module):
         parameters = inspect.signature(cls).parameters.values()
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
+    @classmethod
+    def needs(cls) -> list[str]:
+        """What the method reads beside the tokens, in words."""
+        block = "the last block" if cls.reads_last else "the block they leave"
+        read = {"received": "attention received", "logits": "the class token's logits"}
+        row = None if cls.row is None else f"{read.get(cls.row, 'attention of the class token')} in {block}"
+        found = [row, "its keys" if cls.keys else None, "the first block's attention" if cls.reads_first else None]
+        found += ["a relevance to a text, if given" if cls.reads_relevance else None]
+        found += ["weights of its own" if cls.learns else None]
+        found += ["all cells in place" if cls.whole_grid else None]
+        where = {"select_parts": "the crops of an image", "select_video": "the frames of a video"}
+        return [text for text in [where.get(cls.takes), *found] if text]
+
     def settle(self, grid: Size) -> None:
         """Take note of the grid of cells (H, W) that will be met, before anything is recorded."""
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from effvit.hosts.stages import Stage, map_stage
 from effvit.hosts.tower_exit import KEYS, RECEIVED, ROWS, Read, Tower, TowerOutput
 from effvit.layers.macs import Terms
 from effvit.protocols import PatchEmbedding, Setting, Settings, Size
@@ -218,6 +219,7 @@ class TokenSelector(nn.Module):
 
     Attributes:
         settings: What it was asked for beside the tower and the method, as keywords of ``select_tokens``.
+        own_settings: Those of them that are the method's.
     """
 
     def __init__(
@@ -234,8 +236,9 @@ class TokenSelector(nn.Module):
     ) -> None:
         super().__init__()
         self.selector = make_selector(method, settings)
-        own: Settings = {"keep": keep, "block": block, "merge": merge, "scores": scores, "max_norm": max_norm}
-        self.settings = own | settings
+        asked: Settings = {"keep": keep, "block": block, "merge": merge, "scores": scores, "max_norm": max_norm}
+        self.own_settings: Settings = dict(settings)
+        self.settings = asked | self.own_settings
         self.keep, self.merge, self.max_norm = keep, check_count("merge", merge, 1), max_norm
         check_choice("scores", scores, (CLASS_ROW, RECEIVED))
         refuse_unused(self.selector, scores=None if scores == CLASS_ROW else scores, max_norm=max_norm)
@@ -300,6 +303,23 @@ class TokenSelector(nn.Module):
                 )
             terms["selection"] += selector.cost(sizes)
         return terms
+
+    def trace_stages(self, x: Tensor) -> list[Stage]:
+        """What becomes of the patches of an image (1, 3, H, W) inside the tower, and which of them it hands over.
+
+        Raises:
+            TypeError: A method whose tokens are mixtures of all cells.
+        """
+        host, selection = self.tower.host, self(x)
+        if selection.group is None:
+            raise TypeError(
+                f"the tokens of {self.selector.name} are mixtures of all cells, which belong to none of them; their "
+                "attention to the cells, of QueryPooler.attend, shows what they hold"
+            )
+        trace = host.trace_tokens(x) if self.tower.reducing else []
+        stages = [map_stage(trace[i].tokens, i) for i in self.tower.reducing if i <= self.tower.block]
+        labels = selection.group[0].unflatten(0, selection.grid).cpu().numpy()
+        return [*stages, Stage(self.tower.block, int(selection.counts[0]), labels, handed_over=True)]
 
     def read(self, images: Tensor, relevance: Tensor | None = None) -> TowerFeatures:
         """What the selector may choose by, the map of the tokens, and the prefix tokens (B, P, C)."""

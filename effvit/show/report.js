@@ -286,7 +286,8 @@ function renderPictures() {
 
 function tuneTable(record) {
   const c = record.conditions, t = record.target;
-  const aim = t.speedup ? `speed-up ${t.speedup}` : t.macs ? `${number(t.macs / 1e9)} GMACs` : "no aim";
+  const aim = t.speedup ? `speed-up ${t.speedup}` : t.macs ? `${number(t.macs / 1e9)} GMACs`
+    : t.tokens ? `at most ${t.tokens} tokens handed over` : "no aim";
   const place = c.device === "cpu" ? `${c.threads} thread${c.threads === 1 ? "" : "s"}` : c.device;
   const labelled = record.dense != null, free = record.free;
   const heads = ["method", "settings", "GMACs", "speed-up", ...(labelled ? ["loss", "top-1 (%)"] : []),

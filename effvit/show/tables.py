@@ -248,8 +248,9 @@ def print_tuning(console: Console, result: Tuning) -> None:
         console.print(_candidates("The choice beside what needs no search, timed together", _rows(result.free)))
         for line in free_lines(result.free):
             console.print(line, soft_wrap=True)
+    why = "not tried" if "tokens" in result.target else "not tried for want of time"
     for left in result.untried or ():
-        console.print(f"not tried for want of time: {left}", style="yellow")
+        console.print(f"{why}: {left}", style="yellow")
     console.print(choice_text(result), soft_wrap=True)
 
 
