@@ -188,7 +188,7 @@ class TestVisualize:
             (1, 18, False),
             (2, 5, True),
         ]
-        assert model_text(module).endswith(", class_attention keep=5")
+        assert model_text(module) == "tome, class_attention keep=5"
         assert "Tower(VisionTransformer, tome, block=2)" in repr(module)
 
     def test_cells_of_a_merger_are_drawn_as_cells(self) -> None:
@@ -252,20 +252,18 @@ class TestTune:
         )
         assert found.target == {"tokens": 9}
         tried = {own.method: own for own in found.tried if own.method not in ("random", "uniform")}
-        assert set(tried) == {"class_attention", "divprune", "matryoshka"}
+        assert set(tried) == {"class_attention", "divprune", "matryoshka", "prumerge"}
         for name, own in tried.items():
             scores = ReadOn(tower, effvit.TokenSelector(tower, name, keep=9, block=1))(x)
             assert own.classified is not None
-            assert own.classified.loss == pytest.approx(
-                float(torch.nn.functional.cross_entropy(scores, labels)), rel=1e-4
-            )
+            expected = torch.nn.functional.cross_entropy(scores.detach(), labels).item()
+            assert own.classified.loss == pytest.approx(expected, rel=1e-4)
         assert found.free is not None
         assert found.free.choice.penalty == min(own.penalty for own in tried.values())
         assert [own.settings["seed"] for own in found.free.random] == [0, 1, 2]
         assert [own.method for own in found.free.defaults] == ["uniform"]
-        left = " ".join(found.untried or ())
-        assert "prumerge: prumerge adds 32 neighbours" in left
-        assert "recoverable: recoverable finds by itself how many tokens" in left
+        (left,) = found.untried or ()
+        assert left.startswith("recoverable: recoverable finds by itself how many tokens an image needs")
 
     def test_methods_inside_the_tower_are_tried_beside_none(self) -> None:
         found = tune_tokens(

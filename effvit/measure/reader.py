@@ -90,7 +90,7 @@ def parse_reader(text: str) -> Reader:
         ValueError: No such list, a field that a reader has not or that stands twice, a value that is no positive whole
             number (``gated`` is true or false), or what ``Reader`` refuses.
     """
-    values: dict[str, int] = {}
+    values: dict[str, str] = {}
     known = [entry.name for entry in fields(Reader)]
     for part in text.split(","):
         name, equals, value = part.partition("=")
@@ -100,12 +100,14 @@ def parse_reader(text: str) -> Reader:
             )
         if name in values:
             raise ValueError(f"--reader names {name} twice; give it once")
-        switch = {"true": True, "false": False}.get(value.lower()) if name == "gated" else None
-        if switch is None and not (value.isascii() and value.isdigit()):
-            rule = "true or false" if name == "gated" else "a whole number of at least 1"
-            raise ValueError(f"--reader: {name} must be {rule}, got {plain(value)!r}")
-        values[name] = int(value) if switch is None else switch
+        values[name] = value
+    gated = values.pop("gated", "true").lower()
+    if gated not in ("true", "false"):
+        raise ValueError(f"--reader: gated must be true or false, got {plain(gated)!r}")
+    for name, value in values.items():
+        if not (value.isascii() and value.isdigit()):
+            raise ValueError(f"--reader: {name} must be a whole number of at least 1, got {plain(value)!r}")
     missing = [name for name in ("layers", "width", "heads") if name not in values]
     if missing:
         raise ValueError(f"--reader lacks {', '.join(missing)}; give e.g. layers=32,width=4096,heads=32,mlp=11008")
-    return Reader(**values)
+    return Reader(gated=gated == "true", **{name: int(value) for name, value in values.items()})

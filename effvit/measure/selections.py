@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields, replace
 from itertools import product
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ __all__ = [
     "check_selectors",
     "list_image_selectors",
     "list_selections",
+    "select",
     "selected",
 ]
 
@@ -52,10 +53,14 @@ class Exit:
     scores: str = CLASS_ROW
     max_norm: float | None = None
 
-    def used_by(self, method: str) -> Settings:
-        """As keywords for a selector of that name, without what it does not read: several share one command."""
-        own: Settings = {"block": self.block, "merge": self.merge}
-        return own | ({"scores": self.scores, "max_norm": self.max_norm} if SELECTORS[method].row else {})
+    def of(self, method: str) -> Exit:
+        """For a selector of that name, without what it does not read: several share one command."""
+        return self if SELECTORS[method].row else replace(self, scores=CLASS_ROW, max_norm=None)
+
+    def settings(self) -> Settings:
+        """What differs from the defaults, as keywords."""
+        values: Settings = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return {name: value for name, value in values.items() if value != getattr(Exit(), name)}
 
 
 def list_image_selectors() -> list[str]:
@@ -98,8 +103,8 @@ def list_selections(
     for method in selectors:
         keys = [key for key in values if key in SELECTORS[method].defaults()]
         known.update(keys)
-        for keep, *combination in product(keeps or [None], *(values[key] for key in keys)):
-            found.append(Selecting(method, keep, dict(zip(keys, combination, strict=True))))
+        settings = [dict(zip(keys, chosen, strict=True)) for chosen in product(*(values[key] for key in keys))]
+        found += [Selecting(method, keep, own) for keep in keeps or [None] for own in settings]
     return found, [item for item in assignments if item[0] not in known]
 
 
@@ -117,9 +122,15 @@ def selected(
         TypeError, ValueError: What ``TokenSelector`` refuses.
     """
     return {
-        ", ".join(filter(None, [name, str(own)])): TokenSelector(
-            tower, own.method, keep=own.keep, **leaving.used_by(own.method), **own.settings
-        )
+        ", ".join(filter(None, [name, str(own)])): select(tower, own, leaving)
         for name, tower in towers.items()
         for own in selections
     }
+
+
+def select(tower: nn.Module, own: Selecting, leaving: Exit) -> TokenSelector:
+    """One tower with one selection."""
+    block, merge, scores, max_norm = astuple(leaving.of(own.method))
+    return TokenSelector(
+        tower, own.method, keep=own.keep, block=block, merge=merge, scores=scores, max_norm=max_norm, **own.settings
+    )

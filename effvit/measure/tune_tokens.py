@@ -15,7 +15,7 @@ from effvit.measure.costs import macs_of
 from effvit.measure.fidelity import Outputs, classified, compare_outputs, outputs
 from effvit.measure.profiler import Measurement, Options, machine, profile_models
 from effvit.measure.read_on import ReadOn
-from effvit.measure.selections import Exit, Selecting, all_tokens, check_selectors, list_image_selectors, selected
+from effvit.measure.selections import Exit, Selecting, all_tokens, check_selectors, list_image_selectors, select
 from effvit.measure.tune import conditions_of, front, measure_of
 from effvit.measure.values import Candidate, Classified, Fidelity, FreeChoices, Tuning
 from effvit.measure.variants import reduce_by
@@ -131,7 +131,7 @@ def tune_tokens(
     reference = outputs(dense, images)
 
     def tried(tower: nn.Module, within: str, own: Selecting) -> Tried:
-        (model,) = selected({"": tower}, [own], leaving).values()
+        model = select(tower, own, leaving)
         found = outputs(ReadOn(dense, model), images)
         method = " + ".join(filter(None, [within, own.method]))
         return Tried(own, method, model, *judged(reference, found, labels))

@@ -103,7 +103,7 @@ def selector_line(host: str, options: Settings, best: Candidate, leaving: Exit) 
     """The call that makes a tower of timm's model ``host`` with the selector that was chosen."""
     *within, selector = best.method.split(" + ")
     tower = python_line(host, options, within[0], {}) if within else call("timm.create_model", [host], options)
-    asked = {**leaving.used_by(selector), **best.settings}
+    asked = {**leaving.of(selector).settings(), **best.settings}
     return f"effvit.TokenSelector({', '.join([tower, text_of(selector), *keywords(asked)])})"
 
 

@@ -170,7 +170,7 @@ def model_text(model: nn.Module) -> str:
     if isinstance(model, ReducedHost):
         return settings_text(model)
     if isinstance(model, TokenSelector):
-        inside = f"{settings_text(model.tower.host)}, " if model.tower.reducing else ""
+        inside = f"{model.tower.host.method}, " if model.tower.reducing else ""
         return inside + str(Selecting(model.selector.name, model.keep, model.own_settings))
     config: Settings = getattr(model, "pretrained_cfg", {})
     return str(config.get("architecture", type(model).__name__))
