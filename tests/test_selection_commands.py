@@ -20,8 +20,9 @@ from effvit.hosts.stages import ALONE, DROPPED, MERGED
 from effvit.measure.read_on import ReadOn
 from effvit.measure.reader import Reader
 from effvit.measure.records import read_profiles, read_results
-from effvit.measure.selections import Exit, list_image_selectors, list_selections
+from effvit.measure.selections import Exit, list_image_selectors
 from effvit.measure.tune_tokens import most_tokens, tune_tokens
+from effvit.measure.variants import list_all
 from effvit.selectors import SELECTORS, QueryPooler
 from effvit.show.report import write_report
 from effvit.show.token_stages import trace_stages
@@ -107,6 +108,10 @@ class TestProfile:
             (["--select", "hired", "--keep", "9"], "'hired' is for effvit.select_parts; the selectors"),
             (["--select", "llava_mini"], "llava_mini chooses by weights that are trained, which a name does not bring"),
             (["--keep", "9"], "--keep belongs to a selection behind a tower; leave it out, or name a selector"),
+            (
+                ["--select", "divprune", "--keep", "9", "--scores", "received"],
+                "none of divprune ranks by attention, so",
+            ),
             (["--max-norm", "9"], "--max-norm belongs to a selection behind a tower"),
             (
                 ["--select", "visionzip", "--keep", "9", "--merge", "2"],
@@ -134,12 +139,14 @@ class TestProfile:
     ) -> None:
         assert message in failure(capsys, "profile", NANO, "--rounds", "1", *arguments)
 
-    def test_settings_go_to_the_selectors_that_have_them(self) -> None:
-        assignments = [("contextual", 2), ("seed", 1), ("r", 8), ("contextual", 3)]
-        selections, others = list_selections(["visionzip", "random", "uniform"], [9], assignments)
+    def test_settings_go_to_the_methods_and_selectors_that_have_them(self) -> None:
+        assignments: list[Any] = [("contextual", 2), ("seed", 1), ("r", 8), ("contextual", 3)]
+        variants, selections = list_all(["tome", "random"], ["visionzip", "random", "uniform"], [9], assignments)
         expected = ["visionzip keep=9 contextual=2", "visionzip keep=9 contextual=3", "random keep=9 seed=1"]
         assert [str(own) for own in selections] == [*expected, "uniform keep=9"]
-        assert others == [("r", 8)]
+        assert variants == [("tome", {"r": 8}), ("random", {"seed": 1})]
+        with pytest.raises(ValueError, match="no selector named here has a setting 'r': visionzip takes contextual"):
+            list_all([], ["visionzip"], [9], assignments)
 
 
 class TestVisualize:

@@ -213,7 +213,10 @@ def leaving(arguments: SelectorArguments, selects: bool) -> Exit:
             f"--{next(iter(given)).replace('_', '-')} belongs to a selection behind a tower; leave it out, or name a "
             "selector with --select (in effvit tune a number of --tokens)"
         )
-    return Exit(**{name: value for name, value in given.items() if name not in ("select", "keep")})
+    found = Exit(**{name: value for name, value in given.items() if name not in ("select", "keep")})
+    if arguments.select:
+        found.check(arguments.select)
+    return found
 
 
 def machine() -> argparse.ArgumentParser:

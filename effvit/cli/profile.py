@@ -16,9 +16,9 @@ from effvit.data.preparation import load_images
 from effvit.measure.profiler import ProfileOptions
 from effvit.measure.reader import Reader, parse_reader
 from effvit.measure.records import write_records
-from effvit.measure.selections import Exit, Selecting, all_tokens, list_selections, selected
+from effvit.measure.selections import Exit, Selecting, all_tokens, selected
 from effvit.measure.values import Record
-from effvit.measure.variants import list_variants, parse_setting, reduced
+from effvit.measure.variants import list_all, parse_setting, reduced
 from effvit.messages import plain
 from effvit.protocols import Settings, Size
 from effvit.schedule import check_count
@@ -109,8 +109,7 @@ def run_profile(arguments: Arguments) -> None:
     assignments = [parse_setting(text) for text in arguments.settings]
     assignments += [("keep_rate", rate) for rate in arguments.keep_rate]
     leaving = options.leaving(arguments, bool(arguments.select))
-    selections, others = list_selections(arguments.select, arguments.keep, assignments)
-    variants = list_variants(arguments.method, others)
+    variants, selections = list_all(arguments.method, arguments.select, arguments.keep, assignments)
     reader = reader_of(arguments)
     check_device(arguments.device)
     photos = named_images(arguments.images or [], arguments.skip_bad)

@@ -13,9 +13,9 @@ from effvit.cli.images import named_images
 from effvit.cli.models import RANDOM_WEIGHTS, create, has_random_weights
 from effvit.cli.output import draw_figure, figure_file, output, progress, tell, told_on_interrupt
 from effvit.measure.records import write_records
-from effvit.measure.selections import list_selections, selected
+from effvit.measure.selections import selected
 from effvit.measure.values import TokenRecord
-from effvit.measure.variants import list_variants, parse_setting, reduced
+from effvit.measure.variants import list_all, parse_setting, reduced
 from effvit.messages import plain
 from effvit.show.visualize import token_record
 
@@ -56,8 +56,7 @@ def run_visualize(arguments: Arguments) -> None:
     """Write a figure for every image, method and setting."""
     leaving = options.leaving(arguments, bool(arguments.select))
     assignments = [parse_setting(text) for text in arguments.settings]
-    selections, others = list_selections(arguments.select, arguments.keep, assignments)
-    variants = list_variants(arguments.method, others)
+    variants, selections = list_all(arguments.method, arguments.select, arguments.keep, assignments)
     images = named_images(arguments.images, arguments.skip_bad)
     model = create(arguments.model, arguments)
     models: Mapping[str, nn.Module] = reduced(model, variants) if variants else {arguments.model: model}

@@ -105,8 +105,10 @@ READ_MACS: dict[Read, Callable[[BlockSizes], int]] = {
     class_logits: one_row,
     one_head_attention: one_row,
     attention_received: lambda at: at.map_entries * at.head_dim,
+    averaged_keys: lambda at: 0,
+    joined_keys: lambda at: 0,
 }
-"""MACs of what is read; keys are there already."""
+"""MACs of what is read beside the attention of the block itself."""
 
 
 class Observer(Reducer):
@@ -124,7 +126,7 @@ class Observer(Reducer):
         return num_tokens
 
     def cost(self, at: BlockSizes) -> Change:
-        macs = sum(READ_MACS[read](at) for read in self.reads if read in READ_MACS)
+        macs = sum(READ_MACS[read](at) for read in self.reads)
         return Change(keys=at.tokens, queries=at.tokens, left=at.tokens, macs=macs)
 
     def note(self, state: AttnState) -> tuple[Tensor, ...]:

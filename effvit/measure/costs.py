@@ -108,12 +108,11 @@ def profile(
         cost = cost_of(model, measured[name], measured.get(IDEAL + name), tokens[name], counted.total)
         baseline = costs[0] if costs else cost
         of_dense = is_reduced(model, dense)
-        selects = isinstance(model, TokenSelector)
         costs.append(
             replace(
                 cost,
                 uncounted=counted.uncounted,
-                host=baseline.name if of_dense or (selects and model is not dense) else None,
+                host=baseline.name if of_dense or (isinstance(model, TokenSelector) and model is not dense) else None,
                 mac_ratio=baseline.macs / cost.macs if cost.macs else None,
                 breakdown=None if batch is None else time_by_block(model, batch),
                 fidelity=compare_outputs(reference, outputs(model, sample)) if of_dense and reference else None,
@@ -202,7 +201,8 @@ def method_of(model: nn.Module) -> tuple[str | None, Settings]:
 @torch.no_grad()
 def handed_over(model: TokenSelector, images: Tensor, reader: Reader | None = None, text: int = 0) -> HandedOver:
     """What a tower hands over of images (B, channels, H, W), and what a reader of it, and of ``text``, costs."""
-    tokens = float(eval_twin(model)(images).counts.float().mean())
+    like = next(model.parameters())
+    tokens = float(eval_twin(model)(images.to(like.device, like.dtype)).counts.float().mean())
     if reader is None:
         return HandedOver(tokens, text)
     read = round(tokens), text

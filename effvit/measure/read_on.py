@@ -15,10 +15,11 @@ __all__ = ["ReadOn"]
 
 
 class ReadOn(nn.Module):
-    """A classifier whose blocks behind the one the tokens leave read what a selector hands over, and nothing else.
+    """A classifier whose blocks behind the one the tokens leave read what a selector hands over, and no other patch.
 
-    A stand-in for a language model: what it no longer recognises, the tokens do not hold. Tokens keep the positions
-    of their cells, and a merged one counts once. With all tokens handed over it is the model.
+    A stand-in for a language model: what it no longer recognises, the tokens do not hold. The prefix tokens come along
+    as they leave that block. Tokens keep the positions of their cells, and a merged one counts once. With all tokens
+    handed over it is the model.
 
     Args:
         dense: A timm model that ``sparsify`` takes, with a classifier.
@@ -48,7 +49,7 @@ class ReadOn(nn.Module):
         selection = choose_tokens(selector.selector, features, selector.keep, inside, prefix)
         assert selection.group is not None
         assert prefix is not None
-        full, rope, tokens = host._start(images, memory=False)
+        full, rope, tokens = host._start(images, memory=False)  # for what the blocks share, such as rotary tables
         tokens = TokenMap.full(full, tokens.grid, host.num_prefix_tokens, host.num_class_tokens)
         step = Moved(selection.group, selection.ids)
         tokens = tokens.relabel(step, selection.ids.shape[1], valid=selection.valid)

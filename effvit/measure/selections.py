@@ -57,6 +57,15 @@ class Exit:
         """For a selector of that name, without what it does not read: several share one command."""
         return self if SELECTORS[method].row else replace(self, scores=CLASS_ROW, max_norm=None)
 
+    def check(self, names: Sequence[str]) -> None:
+        """Raise a ValueError for something that none of these selectors reads, and that would change nothing."""
+        for name in ("scores", "max_norm"):
+            given = getattr(self, name) != getattr(Exit(), name)
+            if given and not any(SELECTORS[known].row for known in names if known in SELECTORS):
+                raise ValueError(
+                    f"none of {', '.join(names)} ranks by attention, so that {name} would change nothing; leave it out"
+                )
+
     def settings(self) -> Settings:
         """What differs from the defaults, as keywords."""
         values: Settings = {entry.name: getattr(self, entry.name) for entry in fields(self)}
@@ -85,11 +94,8 @@ def check_selectors(names: Sequence[str]) -> None:
 
 def list_selections(
     selectors: Sequence[str], keeps: Sequence[Keep], assignments: Sequence[tuple[str, Setting]]
-) -> tuple[list[Selecting], list[tuple[str, Setting]]]:
+) -> list[Selecting]:
     """Each selector with each number of tokens and each combination of values of the settings it has.
-
-    Returns:
-        The selections, and the assignments of settings that no selector here has.
 
     Raises:
         ValueError: A name that is no selector of single images.
@@ -99,13 +105,11 @@ def list_selections(
     for key, value in assignments:
         values.setdefault(key, []).append(value)
     found: list[Selecting] = []
-    known: set[str] = set()
     for method in selectors:
         keys = [key for key in values if key in SELECTORS[method].defaults()]
-        known.update(keys)
         settings = [dict(zip(keys, chosen, strict=True)) for chosen in product(*(values[key] for key in keys))]
         found += [Selecting(method, keep, own) for keep in keeps or [None] for own in settings]
-    return found, [item for item in assignments if item[0] not in known]
+    return found
 
 
 def all_tokens(tower: nn.Module, leaving: Exit) -> TokenSelector:
