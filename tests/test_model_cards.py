@@ -197,7 +197,7 @@ def test_every_selector_has_a_card_with_its_licence_and_what_it_needs(tool: Modu
     [
         (
             "divprune: {title: a, minimum: one}\n",
-            "must have an entry for every selector and no other; look at aim, cdpr",
+            "must have an entry for every selector and no other; look at aim",
         ),
         (None, r"aim: keys are arxiv, .*, and what is published has a source; got .*published"),
     ],
