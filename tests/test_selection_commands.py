@@ -16,6 +16,7 @@ from torch import Tensor
 
 import effvit
 from effvit.cli import main
+from effvit.data.preparation import data_config
 from effvit.hosts.stages import ALONE, DROPPED, MERGED
 from effvit.measure.read_on import ReadOn
 from effvit.measure.reader import Reader
@@ -24,6 +25,7 @@ from effvit.measure.selections import Exit, list_image_selectors
 from effvit.measure.tune_tokens import most_tokens, tune_tokens
 from effvit.measure.variants import list_all
 from effvit.selectors import SELECTORS, QueryPooler
+from effvit.show.crops import cut, part_stages, parts_figure
 from effvit.show.report import write_report
 from effvit.show.token_stages import trace_stages
 from effvit.show.visualize import model_text, token_figure
@@ -326,3 +328,40 @@ class TestList:
         assert SELECTORS["visionzip"].needs() == ["attention of the class token in the block they leave", "its keys"]
         assert "the crops of an image" in SELECTORS["hired"].needs()
         assert set(list_image_selectors()) < set(effvit.list_selectors())
+
+
+class TestCrops:
+    def test_parts_are_the_thumbnail_and_the_pieces_of_the_canvas(self) -> None:
+        """Of an image as large as the canvas of 2 x 3 crops the crops are its pieces, normalised as timm does."""
+        pixels = np.random.default_rng(0).integers(0, 256, (96, 144, 3), dtype=np.uint8)
+        tower = make_tower()
+        parts = cut(tower, Image.fromarray(pixels), (2, 3))
+        assert parts.shape == (7, 3, 48, 48)
+        mean, std = (np.array(data_config(tower)[name]) for name in ("mean", "std"))
+        expected = (pixels[48:, 48:96] / 255 - mean) / std
+        assert np.allclose(parts[1 + 3 + 1].permute(1, 2, 0).numpy(), expected, atol=1e-5)
+
+    @pytest.mark.parametrize(("method", "keep"), [("hired", 0.3), ("visionzip", 9)])
+    def test_stages_name_the_cells_of_the_canvas(self, method: str, keep: float) -> None:
+        """Against the cells that ``canvas_ids`` gives each token."""
+        selected = effvit.select_parts(make_tower(), images(7), method, crops=(2, 3), keep=keep)
+        thumbnail, canvas = part_stages(selected)
+        counts = selected.selection.counts
+        assert (thumbnail.tokens, canvas.tokens) == (int(counts[0]), int(counts[1:].sum()))
+        cells = selected.canvas_ids()[1:]
+        tokens = canvas.labels.flatten()[cells[cells >= 0].numpy()]
+        assert tokens.tolist() == list(range(canvas.tokens))
+        assert canvas.labels.shape == (12, 18)
+
+    def test_figure_shows_the_image_beside_both(self) -> None:
+        figure = parts_figure(make_tower(), Image.new("RGB", (90, 60), "red"), "hired", crops=(2, 3), keep=0.3)
+        assert figure.width > 3 * 300
+
+    def test_what_no_figure_shows_is_refused(self) -> None:
+        tower = make_tower()
+        alone = effvit.select_parts(tower, images(6), "divprune", crops=(2, 3), thumbnail=None, keep=9)
+        with pytest.raises(ValueError, match="shows the thumbnail beside the crops, got crops alone"):
+            part_stages(alone)
+        pooled = effvit.select_parts(tower, images(7), QueryPooler(32, num_heads=2), crops=(2, 3))
+        with pytest.raises(TypeError, match="mixtures of all cells belong to none of them"):
+            part_stages(pooled)
