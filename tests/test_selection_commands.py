@@ -147,7 +147,7 @@ class TestProfile:
         expected = ["visionzip keep=9 contextual=2", "visionzip keep=9 contextual=3", "random keep=9 seed=1"]
         assert [str(own) for own in selections] == [*expected, "uniform keep=9"]
         assert variants == [("tome", {"r": 8}), ("random", {"seed": 1})]
-        with pytest.raises(ValueError, match="no selector named here has a setting 'r': visionzip takes contextual"):
+        with pytest.raises(ValueError, match="no selector named here has a setting 'seed': visionzip takes contextual"):
             list_all([], ["visionzip"], [9], assignments)
 
 
