@@ -654,7 +654,7 @@ class TokenAttention(nn.Module):
         Returns:
             (B, P+K, C) output of the selected rows; x itself where nothing attends.
         """
-        gate = self.gate(x).sigmoid() if self.gate is not None else None
+        gate = self.gate(x).sigmoid() if self.gate is not None and attends else None
         q, k, v = self._project(x)
         q, k = self.q_norm(q), self.k_norm(k)
         pair_table = self._pair_table(positions)

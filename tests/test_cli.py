@@ -70,7 +70,7 @@ def test_debug_prints_the_traceback_above_the_sentence(command, capsys):
     assert main(command) == 2
     message = capsys.readouterr().err
     assert message.startswith("Traceback (most recent call last):")
-    assert message.endswith("effvit: error: no method and no model matches 'nothing'\n")
+    assert message.endswith("effvit: error: no method, no selector and no model matches 'nothing'\n")
 
 
 class TestList:
@@ -104,7 +104,7 @@ class TestList:
         assert capsys.readouterr().out.startswith("Models for timm.create_model (")
 
     def test_pattern_without_match_is_an_error(self, capsys):
-        assert "no method and no model matches 'nothing'" in failure(capsys, "list", "nothing")
+        assert "no method, no selector and no model matches 'nothing'" in failure(capsys, "list", "nothing")
 
 
 class TestExport:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from effvit.architectures import variants
 from effvit.hosts import lvvit, vit_nano
 from effvit.measure.flops import count_flops
 from effvit.measure.published import published
+from effvit.selectors import SELECTORS
 
 ROOT = Path(__file__).resolve().parents[1]
 CARDS = sorted((ROOT / "model_cards").glob("[!R]*.md"))
@@ -175,6 +177,42 @@ def test_results_are_of_models_and_configs_that_exist(tool: ModuleType) -> None:
         for result in facts.results_of(family, FACTS[family]):
             assert result.model in names
             assert result.config is None or backbones[result.config] == result.model
+
+
+def test_every_selector_has_a_card_with_its_licence_and_what_it_needs(tool: ModuleType) -> None:
+    page = (ROOT / "docs/selectors.md").read_text()
+    for name, facts in import_module("cards.selectors").selector_facts().items():
+        card = page.split(f"\n## {name}\n")[1].split("\n## ")[0]
+        assert all(need in card for need in SELECTORS[name].needs())
+        assert all(f"`{setting}=" in card for setting in SELECTORS[name].defaults())
+        if "code" in facts:
+            assert facts["code"]["licence"] in card
+        if "arxiv" in facts:
+            assert facts["arxiv"] in card
+            assert facts["arxiv"] in inspect.getdoc(SELECTORS[name]) + SELECTORS[name].summary
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "divprune: {title: a, minimum: one}\n",
+            "must have an entry for every selector and no other; look at aim",
+        ),
+        (None, r"aim: keys are arxiv, .*, and what is published has a source; got .*published"),
+    ],
+)
+def test_facts_of_selectors_are_complete(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str | None, message: str
+) -> None:
+    facts = yaml.safe_load((ROOT / "model_cards/selectors.yml").read_text())
+    facts["aim"]["published"] = "much"
+    (tmp_path / "model_cards").mkdir()
+    (tmp_path / "model_cards/selectors.yml").write_text(yaml.safe_dump(facts) if text is None else text)
+    selectors = import_module("cards.selectors")
+    monkeypatch.setattr(selectors, "ROOT", tmp_path)
+    with pytest.raises(ValueError, match=message):
+        selectors.selector_facts()
 
 
 def test_facts_of_no_known_family_are_refused(

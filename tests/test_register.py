@@ -28,6 +28,7 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "write_a_method.md"
 ENTRY_POINTS = """[effvit.methods]
 normdrop = outside:NormDrop
 learneddrop = outside:LearnedDrop
+outstanding = outside:Outstanding
 broken = outside:Missing
 """
 LEARNT_CONTRACT = """
@@ -109,6 +110,31 @@ assert named(torch.randn(1, 3, 224, 224))[-1].shape == (1, 192, 14, 14)
 def test_all_that_the_package_offers_works_for_a_method_from_outside(site: Path) -> None:
     """Expected are the numbers of the page's class: ceil(0.5 * 16) tokens from block 1 on."""
     run(site, EVERYTHING)
+
+
+SELECTING = """
+import timm, torch, effvit
+from effvit.cli import main
+from effvit.measure.closed_form import closed_form_macs
+from effvit.show.token_stages import trace_stages
+tower = timm.create_model("vit_tiny_patch16_224", depth=4, embed_dim=48, num_heads=3, img_size=64, num_classes=5).eval()
+images = torch.randn(2, 3, 64, 64)
+chosen = effvit.select_tokens(tower, images, "outstanding", keep=5, power=2.0)
+dense = tower.forward_intermediates(images, indices=[-2], norm=False, intermediates_only=True, output_fmt="NLC")[0]
+expected = (chosen.scores * dense.norm(dim=-1) ** 2).topk(5).indices.sort().values
+assert torch.equal(chosen.ids, expected)
+assert effvit.count_tokens("outstanding", (4, 4), keep=0.5) == 8
+module = effvit.TokenSelector(tower, "outstanding", keep=5).eval()
+report = effvit.count_flops(module, (3, 64, 64), strict=True)
+assert sum(closed_form_macs(module, (3, 64, 64)).values()) == report.total
+assert trace_stages(module, images[:1])[0].tokens == 5
+assert main(["list", "outstanding"]) == 0
+"""
+
+
+def test_a_selector_from_outside_works_as_those_of_the_package(site: Path) -> None:
+    """Expected is what the page's class says: the largest products of attention and norm, of timm's own features."""
+    assert "outstanding\tselector\tpower=1.0" in run(site, SELECTING)
 
 
 LEARNING = """

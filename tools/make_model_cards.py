@@ -1,6 +1,7 @@
 """Write the model cards, their metafiles, model-index.yml and the tables of methods in README.md from one source.
 
-What a card on a hub says of a paper and its code goes into the package: effvit/show/families.json.
+What a card on a hub says of a paper and its code goes into the package: effvit/show/families.json. The selectors of the
+tokens that leave towers have a page, docs/selectors.md, of model_cards/selectors.yml.
 
 What no program can know (papers, licences, published results) stands in model_cards/data, published top-1 accuracies
 in effvit/measure/published_top1.json; counts and measurements are read from docs/benchmarks. Nothing is typed into a
@@ -28,6 +29,7 @@ from cards.capabilities import capabilities_table
 from cards.facts import ROOT, Result, read
 from cards.figures import MODELS, Family, Row, count, families, settings_to_count
 from cards.page import arxiv, bibtex, card, code_link, code_url, paper_link, table
+from cards.selectors import selector_page
 from marked_table import put_table, write_pages
 from rich.progress import track
 
@@ -136,6 +138,7 @@ def pages() -> dict[str, str]:
     made |= {f"{CARDS}/{family.name}.md": card(family) for family in cards}
     hub = {family.name: hub_facts(family) for family in cards}
     made[HUB_FACTS] = json.dumps(hub, indent=1, ensure_ascii=False) + "\n"
+    made["docs/selectors.md"] = selector_page()
     made["README.md"] = readme((ROOT / "README.md").read_text(), cards)
     return made
 

@@ -21,11 +21,14 @@ from effvit.dense.shipped_configs import list_configs
 __all__ = ["Slot", "add_command", "bash_script", "fish_script", "zsh_script"]
 
 SHELLS = ("bash", "zsh", "fish")
-MODELS, METHODS, CONFIGS, FILES, FOLDERS, NOTHING = "models", "methods", "configs", "files", "folders", ""
+MODELS, METHODS, SELECTORS, CONFIGS = "models", "methods", "selectors", "configs"
+FILES, FOLDERS, NOTHING = "files", "folders", ""
+NAMED = (MODELS, METHODS, SELECTORS, CONFIGS)  # kinds whose names the script holds
 # What a shell offers for each type of argument; values of other types are for the user to know.
 KINDS: dict[object, str] = {
     options.model_name: MODELS,
     options.method_name: METHODS,
+    options.selector_name: SELECTORS,
     options.config_name: CONFIGS,
     options.config_file: FILES,
     options.image_name: FILES,
@@ -105,6 +108,8 @@ def names_of(kind: str) -> list[str]:
         return timm.list_models()
     if kind == METHODS:
         return effvit.list_methods()
+    if kind == SELECTORS:
+        return effvit.list_selectors()
     return [config.name for config in list_configs()] if kind == CONFIGS else []
 
 
@@ -176,7 +181,7 @@ def zsh_script(slots: dict[str, list[Slot]]) -> str:
 
 def walking(slots: dict[str, list[Slot]]) -> str:
     """What bash and zsh have in common: the names, tables as functions, and the walk over the words."""
-    tables = [f"_effvit_{kind}={shlex.quote(' '.join(names_of(kind)))}" for kind in (MODELS, METHODS, CONFIGS)]
+    tables = [f"_effvit_{kind}={shlex.quote(' '.join(names_of(kind)))}" for kind in NAMED]
     commands = dict.fromkeys(slots, "return 0")
     options_of = {words: printed(" ".join(n for slot in own for n in slot.names)) for words, own in slots.items()}
     below = {words: printed(" ".join(following)) for words, following in first_words(slots).items()}
@@ -224,7 +229,7 @@ def printed(words: str) -> str:
 def fish_script(slots: dict[str, list[Slot]]) -> str:
     """The script that fish sources; of options with several values it completes the first."""
     lines = [HEADER.format(version=effvit.__version__, shell="fish") + "complete -c effvit -f"]
-    for kind in (MODELS, METHODS, CONFIGS):
+    for kind in NAMED:
         lines.append(f"function __effvit_{kind}; printf '%s\\n' {' '.join(names_of(kind))}; end")
     for before, following in first_words(slots).items():
         others = f"; and not __fish_seen_subcommand_from {' '.join(following)}"

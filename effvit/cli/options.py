@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import TypeAlias
 
+from effvit.measure.selections import Exit
 from effvit.measure.written_files import check_file, check_folder
 
 __all__ = [
@@ -17,6 +18,8 @@ __all__ = [
     "ImageArguments",
     "MachineArguments",
     "RunnerArguments",
+    "SelectionArguments",
+    "SelectorArguments",
     "VariantArguments",
     "WeightArguments",
     "check_outputs",
@@ -26,13 +29,18 @@ __all__ = [
     "image_name",
     "images",
     "leaves",
+    "leaving",
     "machine",
     "method_name",
     "model_name",
     "output_file",
     "output_folder",
+    "parse_keep",
     "parse_size",
     "runner",
+    "selection",
+    "selector_name",
+    "selectors",
     "settings",
     "variants",
     "weights",
@@ -72,6 +80,22 @@ class VariantArguments(argparse.Namespace):
 
     method: list[str]
     settings: list[str]
+
+
+class SelectorArguments(argparse.Namespace):
+    """Parsed arguments of ``selectors``."""
+
+    select: list[str]
+    block: int | None
+    scores: str | None
+    max_norm: float | None
+
+
+class SelectionArguments(SelectorArguments):
+    """Parsed arguments of ``selection``."""
+
+    keep: list[int | float]
+    merge: int | None
 
 
 class MachineArguments(argparse.Namespace):
@@ -143,6 +167,58 @@ def settings() -> argparse.ArgumentParser:
     return parent
 
 
+def selectors() -> argparse.ArgumentParser:
+    """Selectors of the tokens that leave a tower, and where these leave it."""
+    parent = argparse.ArgumentParser(add_help=False)
+    parent.add_argument(
+        "--select",
+        nargs="+",
+        default=[],
+        type=selector_name,
+        metavar="NAME",
+        help="selectors of the tokens that MODEL hands over as a vision tower",
+    )
+    parent.add_argument("--block", type=int, metavar="N", help="whose tokens leave the tower (default: -2)")
+    parent.add_argument(
+        "--scores",
+        choices=("class", "received"),
+        help="what selectors rank by (default: class); received needs no class token",
+    )
+    parent.add_argument("--max-norm", type=float, metavar="NORM", help="patches of a larger norm rank last")
+    return parent
+
+
+def selection() -> argparse.ArgumentParser:
+    """Selectors, and how many tokens or cells they hand over."""
+    parent = argparse.ArgumentParser(add_help=False, parents=[selectors()])
+    parent.add_argument(
+        "--keep",
+        nargs="+",
+        default=[],
+        type=parse_keep,
+        metavar="K",
+        help="tokens to hand over, a number or a share of the cells such as 0.25; each is a variant",
+    )
+    parent.add_argument("--merge", type=int, metavar="M", help="side of the cells of a merger behind it (default: 1)")
+    return parent
+
+
+def leaving(arguments: SelectorArguments, selects: bool) -> Exit:
+    """Where tokens leave the tower; a ValueError for options of a selection where the command makes none."""
+    names = ("select", "keep", "block", "merge", "scores", "max_norm")
+    values = {name: getattr(arguments, name, None) for name in names}
+    given = {name: value for name, value in values.items() if value not in (None, [])}
+    if given and not selects:
+        raise ValueError(
+            f"--{next(iter(given)).replace('_', '-')} belongs to a selection behind a tower; leave it out, or name a "
+            "selector with --select (in effvit tune a number of --tokens)"
+        )
+    found = Exit(**{name: value for name, value in given.items() if name not in ("select", "keep")})
+    if arguments.select:
+        found.check(arguments.select)
+    return found
+
+
 def machine() -> argparse.ArgumentParser:
     """What the models run on, and in which dtype."""
     parent = argparse.ArgumentParser(add_help=False)
@@ -205,6 +281,11 @@ def method_name(text: str) -> str:
     return text
 
 
+def selector_name(text: str) -> str:
+    """The name of a selector."""
+    return text
+
+
 def config_name(text: str) -> str:
     """The name of a config that comes with the package."""
     return text
@@ -234,6 +315,14 @@ def check_outputs(parser: argparse.ArgumentParser, arguments: argparse.Namespace
             check_file(place)
         elif place is not None and action.type is output_folder:
             check_folder(place)
+
+
+def parse_keep(text: str) -> int | float:
+    """A number of tokens, or a share of them: "64" or "0.25"."""
+    try:
+        return int(text) if re.fullmatch(r"-?[0-9]+", text) else float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of tokens nor a share such as 0.25") from error
 
 
 def parse_size(text: str) -> tuple[int, int]:

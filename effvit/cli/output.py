@@ -22,6 +22,7 @@ from effvit.cli.models import RANDOM_WEIGHTS, has_random_weights, shared_input_s
 from effvit.cli.options import FigureArguments
 from effvit.measure.costs import profile
 from effvit.measure.profiler import ProfileOptions
+from effvit.measure.reader import Reader
 from effvit.measure.values import Record
 from effvit.measure.written_files import write_whole
 from effvit.messages import plain
@@ -193,6 +194,8 @@ def measure(
     *,
     ideal: bool = True,
     breakdown: bool = False,
+    reader: Reader | None = None,
+    text: int = 0,
     is_enough: Callable[[], bool] = lambda: False,
     **options: Unpack[ProfileOptions],
 ) -> Record:
@@ -209,6 +212,8 @@ def measure(
             image_names=image_names or None,
             ideal=ideal,
             breakdown=breakdown,
+            reader=reader,
+            text=text,
             on_run=lambda _: speed.advance(),
             on_count=lambda _: count.advance(),
             is_enough=is_enough,

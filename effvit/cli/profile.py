@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from effvit.cli import options
 from effvit.cli.images import named_images
@@ -13,17 +14,26 @@ from effvit.cli.models import check_device, create
 from effvit.cli.output import finish_on_interrupt, measure, output, told_on_interrupt
 from effvit.data.preparation import load_images
 from effvit.measure.profiler import ProfileOptions
+from effvit.measure.reader import Reader, parse_reader
 from effvit.measure.records import write_records
+from effvit.measure.selections import Exit, Selecting, all_tokens, selected
 from effvit.measure.values import Record
-from effvit.measure.variants import list_variants, parse_setting, reduced
+from effvit.measure.variants import list_all, parse_setting, reduced
 from effvit.messages import plain
-from effvit.protocols import Size
+from effvit.protocols import Settings, Size
+from effvit.schedule import check_count
 from effvit.show.tables import print_record, write_csv
 
 __all__ = ["add_command"]
 
 
-class Arguments(options.WeightArguments, options.VariantArguments, options.MachineArguments, options.ImageArguments):
+class Arguments(
+    options.WeightArguments,
+    options.VariantArguments,
+    options.SelectionArguments,
+    options.MachineArguments,
+    options.ImageArguments,
+):
     """Parsed arguments of ``effvit profile``."""
 
     models: list[str]
@@ -37,6 +47,8 @@ class Arguments(options.WeightArguments, options.VariantArguments, options.Machi
     compile: bool
     cuda_graphs: bool
     breakdown: bool
+    reader: str | None
+    text: int | None
     json: Path | None
     csv: Path | None
 
@@ -45,9 +57,17 @@ def add_command(commands: options.Commands) -> None:
     """Add the command's arguments; ``run`` of what is parsed is the function to call."""
     command = commands.add_parser(
         "profile",
-        parents=[options.weights(), options.entry(), options.variants(), options.machine(), options.images()],
+        parents=[
+            options.weights(),
+            options.entry(),
+            options.variants(),
+            options.selection(),
+            options.machine(),
+            options.images(),
+        ],
         help="parameters, multiply-adds and speed",
-        description="Compare each MODEL with its variants by --method; without one, all with the first.",
+        description="Compare each MODEL with its variants by --method; without one, all with the first. With --select "
+        "each MODEL is a vision tower, and what it hands over is compared with all its tokens.",
     )
     command.add_argument(
         "models", nargs="+", type=options.model_name, metavar="MODEL", help="any name of timm or of the zoo"
@@ -72,6 +92,13 @@ def add_command(commands: options.Commands) -> None:
     command.add_argument("--compile", action="store_true", help="run through torch.compile")
     command.add_argument("--cuda-graphs", action="store_true", help="replay CUDA graphs")
     command.add_argument("--breakdown", action="store_true", help="time attention, MLP and reduction of every block")
+    command.add_argument(
+        "--reader",
+        metavar="SIZES",
+        help="a language model that reads the tokens handed over, whose prefill and cache are counted: "
+        "layers=32,width=4096,heads=32,mlp=11008, also kv_heads=, gated=, number_bytes=",
+    )
+    command.add_argument("--text", type=int, metavar="N", help="tokens of text that the reader reads behind them")
     command.add_argument("--json", type=options.output_file, metavar="FILE", help="write all numbers there too")
     command.add_argument("--csv", type=options.output_file, metavar="FILE", help="write the table there too")
     command.set_defaults(run=run_profile)
@@ -81,7 +108,9 @@ def run_profile(arguments: Arguments) -> None:
     """Print what models and their reduced variants cost."""
     assignments = [parse_setting(text) for text in arguments.settings]
     assignments += [("keep_rate", rate) for rate in arguments.keep_rate]
-    variants = list_variants(arguments.method, assignments)
+    leaving = options.leaving(arguments, bool(arguments.select))
+    variants, selections = list_all(arguments.method, arguments.select, arguments.keep, assignments)
+    reader = reader_of(arguments)
     check_device(arguments.device)
     photos = named_images(arguments.images or [], arguments.skip_bad)
     records: list[Record] = []
@@ -89,7 +118,11 @@ def run_profile(arguments: Arguments) -> None:
     with told_on_interrupt(lambda: interrupted(arguments, len(records))):
         for size in sizes:
             hosts = {name: create(name, arguments, size) for name in arguments.models}
-            groups = [{name: host, **reduced(host, variants)} for name, host in hosts.items()] if variants else [hosts]
+            groups: list[dict[str, nn.Module]] = [hosts]
+            if selections:
+                groups = [selecting(name, host, variants, selections, leaving) for name, host in hosts.items()]
+            elif variants:
+                groups = [{name: host, **reduced(host, variants)} for name, host in hosts.items()]
             for models in groups:
                 images = load_images(next(iter(models.values())), photos) if photos else None
                 for batch_size in arguments.batch_size:
@@ -100,12 +133,36 @@ def run_profile(arguments: Arguments) -> None:
                             images,
                             list(photos.names),
                             breakdown=arguments.breakdown,
+                            reader=reader,
+                            text=arguments.text or 0,
                             is_enough=lambda: stop.is_asked,
                             **profile_options(arguments),
                         )
                         records.append(record)
                         print_record(output(), record)
                         write(arguments, records)
+
+
+def selecting(
+    name: str,
+    host: nn.Module,
+    variants: Sequence[tuple[str, Settings]],
+    selections: Sequence[Selecting],
+    leaving: Exit,
+) -> dict[str, nn.Module]:
+    """The host as a tower that hands over all its tokens, and the selections behind it or behind its variants."""
+    towers = reduced(host, variants) if variants else {"": host}
+    return {name: all_tokens(host, leaving), **selected(towers, selections, leaving)}
+
+
+def reader_of(arguments: Arguments) -> Reader | None:
+    """The language model that reads what is handed over; a ValueError where nothing is."""
+    if not arguments.select and arguments.reader is not None:
+        raise ValueError("--reader reads the tokens that a tower hands over: name a selector with --select")
+    if arguments.reader is None and arguments.text is not None:
+        raise ValueError("--text counts tokens for a reader: give its sizes with --reader")
+    check_count("--text", arguments.text or 0)
+    return None if arguments.reader is None else parse_reader(arguments.reader)
 
 
 def write(arguments: Arguments, records: Sequence[Record]) -> None:

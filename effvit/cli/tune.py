@@ -20,9 +20,11 @@ from effvit.data.preparation import load_images
 from effvit.measure.evaluation import Selection, load_labelled
 from effvit.measure.json_files import write_json
 from effvit.measure.records import as_json, as_object, read_tuning
+from effvit.measure.selections import Exit
 from effvit.measure.tune import tune
+from effvit.measure.tune_tokens import tune_tokens
 from effvit.measure.values import Candidate, Judged, Tuning
-from effvit.measure.variants import python_line, timm_line
+from effvit.measure.variants import python_line, selector_line, timm_line
 from effvit.messages import plain
 from effvit.protocols import Json, Settings, Size
 from effvit.show.tables import candidate_text, free_lines, print_tuning
@@ -32,7 +34,7 @@ __all__ = ["add_command"]
 Known: TypeAlias = "Candidate | Judged"
 
 
-class Arguments(options.WeightArguments, options.MachineArguments, options.ImageArguments):
+class Arguments(options.WeightArguments, options.SelectorArguments, options.MachineArguments, options.ImageArguments):
     """Parsed arguments of ``effvit tune``."""
 
     model: str
@@ -41,6 +43,7 @@ class Arguments(options.WeightArguments, options.MachineArguments, options.Image
     limit: int | None
     speedup: float | None
     gmacs: float | None
+    tokens: int | None
     methods: list[str] | None
     batch_size: int
     img_size: Size | None
@@ -56,10 +59,11 @@ def add_command(commands: options.Commands) -> None:
     """Add the command's arguments; ``run`` of what is parsed is the function to call."""
     command = commands.add_parser(
         "tune",
-        parents=[options.weights(), options.entry(), options.machine(), options.images()],
+        parents=[options.weights(), options.entry(), options.selectors(), options.machine(), options.images()],
         help="the setting that reaches a target speed-up here with the least loss or change to the outputs",
         description="Measure settings of several methods on this machine, and choose among them by their loss on "
-        "labelled images (--data), or by how far outputs on the IMAGEs are from MODEL's.",
+        "labelled images (--data), or by how far outputs on the IMAGEs are from MODEL's. With --tokens, choose among "
+        "selectors of what MODEL hands over as a vision tower, likewise, as its own last blocks read it.",
     )
     command.add_argument(
         "model", type=options.model_name, metavar="MODEL", help="a plain ViT of timm, or a host with windows"
@@ -73,12 +77,13 @@ def add_command(commands: options.Commands) -> None:
     aim = command.add_mutually_exclusive_group(required=True)
     aim.add_argument("--speedup", type=float, metavar="FACTOR", help="target speed-up over MODEL, e.g. 1.5")
     aim.add_argument("--gmacs", type=float, help="billions of multiply-adds of one image not to exceed")
+    aim.add_argument("--tokens", type=int, metavar="K", help="tokens that a vision tower is to hand over at most")
     command.add_argument(
         *("--methods", "--method"),
         nargs="+",
         type=options.method_name,
         metavar="NAME",
-        help="methods to choose from (default: all that can be)",
+        help="methods to choose from (default: all that can be); with --tokens those to try inside the tower",
     )
     command.add_argument("--batch-size", type=int, default=8)
     command.add_argument("--img-size", type=options.parse_size, metavar="SIZE", help="side or HxW (default: MODEL's)")
@@ -100,6 +105,10 @@ def add_command(commands: options.Commands) -> None:
 def run_tune(arguments: Arguments) -> None:
     """Print the front of settings and the best one for the aim."""
     check_device(arguments.device)
+    leaving = options.leaving(arguments, arguments.tokens is not None)
+    if arguments.tokens is not None:
+        run_tokens(arguments, arguments.tokens, leaving)
+        return
     before = None if arguments.resume is None else read_tuning(arguments.resume)
     path = arguments.json or arguments.resume
     read = opened(arguments)
@@ -136,6 +145,47 @@ def run_tune(arguments: Arguments) -> None:
     for line in lines(arguments, result.best):
         console.print(line, soft_wrap=True)
     write(path, arguments, result)
+
+
+def run_tokens(arguments: Arguments, tokens: int, leaving: Exit) -> None:
+    """Print the selectors that hand over so many tokens, and the best one."""
+    for name, value in (("resume", arguments.resume), ("minutes", arguments.minutes)):
+        if value is not None:
+            raise ValueError(
+                f"--{name} is of a search for a speed-up; --tokens measures each selector once, so leave it out"
+            )
+    read = opened(arguments)
+    dense = create(arguments.model, arguments, arguments.img_size)
+    given = read(dense)
+    console = output()
+    if has_random_weights(arguments):
+        console.print(f"{arguments.model} has {RANDOM_WEIGHTS}", style="yellow")
+    with progress() as bars:
+        bar = bars.add("measuring, runs")
+        result = tune_tokens(
+            dense,
+            given.images,
+            tokens,
+            labels=given.labels,
+            data=given.data,
+            selectors=arguments.select or None,
+            methods=arguments.methods or (),
+            leaving=leaving,
+            batch_size=arguments.batch_size,
+            rounds=arguments.rounds,
+            host=arguments.model,
+            on_run=lambda _: bar.advance(),
+            threads=arguments.threads,
+            device=arguments.device,
+            dtype=getattr(torch, arguments.dtype),
+        )
+    print_tuning(console, result)
+    assert result.best is not None
+    line = selector_line(arguments.model, host_options(arguments), result.best, leaving)
+    console.print(line, soft_wrap=True)
+    if arguments.json is not None:
+        said: dict[str, Json] = {} if result.free is None else {"said": as_json(free_lines(result.free))}
+        write_json(arguments.json, as_object(result) | said)
 
 
 class Given(NamedTuple):

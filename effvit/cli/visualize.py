@@ -13,15 +13,16 @@ from effvit.cli.images import named_images
 from effvit.cli.models import RANDOM_WEIGHTS, create, has_random_weights
 from effvit.cli.output import draw_figure, figure_file, output, progress, tell, told_on_interrupt
 from effvit.measure.records import write_records
+from effvit.measure.selections import selected
 from effvit.measure.values import TokenRecord
-from effvit.measure.variants import list_variants, parse_setting, reduced
+from effvit.measure.variants import list_all, parse_setting, reduced
 from effvit.messages import plain
 from effvit.show.visualize import token_record
 
 __all__ = ["add_command"]
 
 
-class Arguments(options.FigureArguments, options.VariantArguments, options.ImageArguments):
+class Arguments(options.FigureArguments, options.VariantArguments, options.SelectionArguments, options.ImageArguments):
     """Parsed arguments of ``effvit visualize``."""
 
     images: list[str]
@@ -32,8 +33,9 @@ def add_command(commands: options.Commands) -> None:
     """Add the command's arguments; ``run`` of what is parsed is the function to call."""
     command = commands.add_parser(
         "visualize",
-        parents=[options.weights(), options.entry(), options.variants(), options.images()],
+        parents=[options.weights(), options.entry(), options.variants(), options.selection(), options.images()],
         help="figures of the tokens a model leaves of each image",
+        description="Draw which patches a model keeps, merges and drops; with --select which of them leave a tower.",
     )
     command.add_argument("images", nargs="+", type=options.image_name, metavar="IMAGE", help=options.IMAGES)
     command.add_argument(
@@ -52,12 +54,16 @@ def add_command(commands: options.Commands) -> None:
 
 def run_visualize(arguments: Arguments) -> None:
     """Write a figure for every image, method and setting."""
-    variants = list_variants(arguments.method, [parse_setting(text) for text in arguments.settings])
+    leaving = options.leaving(arguments, bool(arguments.select))
+    assignments = [parse_setting(text) for text in arguments.settings]
+    variants, selections = list_all(arguments.method, arguments.select, arguments.keep, assignments)
     images = named_images(arguments.images, arguments.skip_bad)
     model = create(arguments.model, arguments)
     models: Mapping[str, nn.Module] = reduced(model, variants) if variants else {arguments.model: model}
+    if selections:
+        models = selected(models if variants else {"": model}, selections, leaving)
     figures = figure_files(arguments.out, images.names, list(models))
-    host = arguments.model if variants else None
+    host = arguments.model if variants or selections else None
     note = RANDOM_WEIGHTS if has_random_weights(arguments) else None
     if note is not None:
         output(stderr=True).print(note, style="yellow")

@@ -24,7 +24,7 @@ from effvit.protocols import PatchEmbedding, Size
 from effvit.reducers import METHODS, Reducer
 from effvit.reducers.cost import BlockSizes, Change
 
-__all__ = ["PlainViT", "classifier", "embedding", "plain_block", "plain_vit", "run_blocks"]
+__all__ = ["PlainViT", "block_sizes", "classifier", "embedding", "entrance", "plain_block", "plain_vit", "run_blocks"]
 
 
 class Pool(Protocol):
@@ -120,15 +120,23 @@ def plain_vit(model: PlainViT, patch_embed: PatchEmbedding, size: Size, counts: 
         size: (H, W) of an image.
         counts: Patch tokens that leave each block of a method that adapts to the image; None for any other.
     """
+    terms, grid = entrance(model, patch_embed, size)
+    of_blocks, left = run_blocks(model, model.blocks, grid, counts, plain_block)
+    return terms + of_blocks + classifier(model, left, grid[0] * grid[1])
+
+
+def entrance(model: PlainViT, patch_embed: PatchEmbedding, size: Size) -> tuple[Terms, Size]:
+    """What a plain ViT computes beside its blocks and head, and the grid of patches; arguments as for ``plain_vit``.
+
+    The patch embedding, the norm behind it, and the relative positions that MLPs make for the blocks.
+    """
     terms, grid = embedding(patch_embed, size)
     if isinstance(patch_embed, NominalPatches):
         terms["embedding"] += patch_embed.resampling_macs(grid)
-    patches, prefix = grid[0] * grid[1], model.num_prefix_tokens
-    terms += norm(getattr(model, "norm_pre", nn.Identity()), prefix + patches)
+    terms += norm(getattr(model, "norm_pre", nn.Identity()), model.num_prefix_tokens + grid[0] * grid[1])
     for biases in (getattr(model, "shared_rel_pos", None), *(getattr(b.attn, "rel_pos", None) for b in model.blocks)):
         terms += position_bias(biases, grid)
-    of_blocks, left = run_blocks(model, model.blocks, grid, counts, plain_block)
-    return terms + of_blocks + classifier(model, left, patches)
+    return terms, grid
 
 
 def plain_block(block: Block, keys: int, queries: int, rows: int) -> Terms:
@@ -151,23 +159,32 @@ def run_blocks(
     """
     terms = Terms()
     left, dim = grid[0] * grid[1], model.embed_dim
-    prefix: int = getattr(model, "num_prefix_tokens", 0)  # timm's classifier of Gemma does not say that it has none
+    prefix = prefix_tokens(model)
     reducers: Mapping[int, Reducer] = getattr(model, "reducers", {})
     for reducer in list(reducers.values())[:1]:
         terms["reduction"] += reducer.start_cost(left, dim)
     for i, block in enumerate(blocks):
         change = Change(left, left, left, 0)
         if i in reducers:
-            attn = block.attn
-            leaving = left if counts is None else counts[i]
-            last = i == len(blocks) - 1
-            num_class: int = getattr(model, "num_class_tokens", 0)  # of a reduced model
-            sizes = BlockSizes(left, leaving, prefix, num_class, grid, dim, attn.num_heads, attn.head_dim, last)
-            change = reducers[i].cost(sizes)
+            sizes = block_sizes(model, block, grid, left)._replace(last=i == len(blocks) - 1)
+            change = reducers[i].cost(sizes if counts is None else sizes._replace(left=counts[i]))
+            terms[reducers[i].cost_term] += change.macs
         left = change.left
         terms += cost(block, prefix + change.keys, prefix + change.queries, prefix + left)
-        terms["reduction"] += change.macs
     return terms, left
+
+
+def prefix_tokens(model: Embeds) -> int:
+    """Prefix tokens of a plain ViT; timm's classifier of Gemma does not say that it has none."""
+    return getattr(model, "num_prefix_tokens", 0)
+
+
+def block_sizes(model: Embeds, block: Attends, grid: Size, left: int) -> BlockSizes:
+    """What a method meets in a block that ``left`` patch tokens of that grid enter."""
+    num_class: int = getattr(model, "num_class_tokens", 0)  # of a reduced model
+    attn = block.attn
+    prefix, dim = prefix_tokens(model), model.embed_dim
+    return BlockSizes(left, left, prefix, num_class, grid, dim, attn.num_heads, attn.head_dim, last=False)
 
 
 def classifier(model: Classifies, left: int, patches: int) -> Terms:

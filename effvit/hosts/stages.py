@@ -26,6 +26,7 @@ class Stage:
         fused: (N,) True for tokens that sum up patches without standing for them; None: there are none.
         assignment: (H, W, N) share that each soft token has in each patch; None where a patch has one token at most.
             What super tokens outside the map hold of a pixel is lost, all other shares sum to 1.
+        handed_over: The tokens leave a tower behind this block, and the labels are those of cells.
     """
 
     block: int
@@ -33,6 +34,7 @@ class Stage:
     labels: np.ndarray
     fused: np.ndarray | None = None
     assignment: np.ndarray | None = None
+    handed_over: bool = False
 
     @property
     def soft(self) -> bool:

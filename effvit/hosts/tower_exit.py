@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from torch import Tensor, nn
 
 from effvit.attention import AttnState, Beside, SumMap, sum_beside
 from effvit.block import BlockList, ReducibleBlock, rehouse, set_child, token_block
+from effvit.hosts.closed_form import PlainViT, block_sizes, entrance, plain_block, run_blocks
 from effvit.hosts.host import HOST_CLASSES, ReducedHost
 from effvit.hosts.naflex import Images, ReducedNaFlex
 from effvit.hosts.refusals import reason_against
 from effvit.hosts.towers import ReducedTower
+from effvit.layers.macs import Terms, attend, layers, norm
+from effvit.protocols import Size
 from effvit.reducers.base import Reducer
+from effvit.reducers.cost import BlockSizes, Change
 from effvit.reducers.matching import mean_keys
 from effvit.schedule import block_number
 from effvit.tokens import TokenMap, wide_dtype, wide_product
@@ -25,6 +29,7 @@ __all__ = [
     "ROWS",
     "Read",
     "Tower",
+    "TowerCost",
     "TowerOutput",
     "attention_received",
     "leaving_block",
@@ -101,11 +106,28 @@ KEYS: dict[str, Read] = {"mean": averaged_keys, "joined": joined_keys}
 """Keys of the patches, (B, N, D) by the name that ``Selector.keys`` gives."""
 
 
+def one_row(at: BlockSizes) -> int:
+    """MACs of the class token's row of q k^T, in all heads."""
+    return (at.prefix + at.tokens) * at.heads * at.head_dim
+
+
+READ_MACS: dict[Read, Callable[[BlockSizes], int]] = {
+    class_attention: lambda at: at.class_rows,
+    class_logits: one_row,
+    one_head_attention: one_row,
+    attention_received: lambda at: at.map_entries * at.head_dim,
+    averaged_keys: lambda at: 0,
+    joined_keys: lambda at: 0,
+}
+"""MACs of what is read beside the attention of the block itself."""
+
+
 class Observer(Reducer):
     """Hands what it reads of a block's attention to whoever runs the tower; all tokens stay."""
 
     name = "observer"
     summary = "reads the attention of a block"
+    cost_term = "selection"
 
     def __init__(self, reads: Sequence[Read]) -> None:
         super().__init__()
@@ -113,6 +135,10 @@ class Observer(Reducer):
 
     def count(self, num_tokens: int, num_patches: int) -> int:
         return num_tokens
+
+    def cost(self, at: BlockSizes) -> Change:
+        macs = sum(READ_MACS[read](at) for read in self.reads)
+        return Change(keys=at.tokens, queries=at.tokens, left=at.tokens, macs=macs)
 
     def note(self, state: AttnState) -> tuple[Tensor, ...]:
         return tuple(read(state).detach() for read in self.reads)
@@ -123,9 +149,9 @@ class Observer(Reducer):
 
 
 class LastObserver(Observer):
-    """An observer of a block behind those the tokens leave: its first norm, queries and keys are all that runs.
+    """An observer of a block behind those the tokens leave: its first norm, queries and keys are all that is read.
 
-    Values are made too, where one layer gives all three.
+    Values are made too.
     """
 
     def forward(
@@ -150,6 +176,20 @@ class TowerOutput(NamedTuple):
     patches: Tensor
     tokens: TokenMap
     notes: tuple[Tensor, ...]
+
+
+class TowerCost(NamedTuple):
+    """What a tower computes for one image.
+
+    Attributes:
+        terms: MACs by term, what is read of the attention as "selection".
+        grid: (H, W) of the patches.
+        left: Patch tokens that leave.
+    """
+
+    terms: Terms
+    grid: Size
+    left: int
 
 
 def tower_host(model: nn.Module) -> ReducedHost:
@@ -254,6 +294,30 @@ class Tower(nn.Module):
                     "earlier blocks alone, choose another block, or use a method that needs features alone, such as "
                     "'divprune'"
                 )
+
+    @property
+    def reducing(self) -> list[int]:
+        """Blocks of the tower in which a method reduces tokens; none of a dense one."""
+        return [i for i, reducer in self.host.reducers.items() if not isinstance(reducer, Observer)]
+
+    def cost(self, size: Size) -> TowerCost:
+        """MACs of one image (H, W): of the blocks that run, and of the last one that is only read what is read."""
+        host = cast(PlainViT, self.host)
+        terms, grid = entrance(host, self.host.patch_embed, size)
+        run = self.stop - 1 if self.block < self.stop - 1 else self.stop
+        of_blocks, left = run_blocks(host, host.blocks[:run], grid, None, plain_block)
+        terms += of_blocks
+        if run < self.stop:
+            block, keys = host.blocks[run], host.num_prefix_tokens + left
+            terms += norm(block.norm1, 0 if self.host.blocks[run].post_norm else keys) + attend(block.attn, keys, 0)
+            gate: nn.Module | None = getattr(block.attn, "gate", None)
+            terms.subtract(Terms() if gate is None else layers("projection", gate, keys))  # of outputs there are none
+            terms[Observer.cost_term] += self.host.reducers[run].cost(block_sizes(host, block, grid, left)).macs
+        return TowerCost(terms, grid, left)
+
+    def __repr__(self) -> str:
+        method = f", {self.host.method}" if self.reducing else ""
+        return f"Tower({type(self.host).__bases__[-1].__name__}{method}, block={self.block})"
 
     def forward(self, images: Images) -> TowerOutput:
         """What leaves the blocks for images (B, 3, H, W), or for patches of images of one grid (NaFlex)."""

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from effvit.measure.values import BlockTime
+from effvit.selectors import TokenSelector
 
 __all__ = ["now", "time_by_block"]
 
 BRANCHES = {"attn": "attention", "mlp": "mlp"}
+TOWER = "tower"  # of a TokenSelector
 
 
 class _Clock:
@@ -56,8 +58,8 @@ def time_by_block(model: nn.Module, batch: Tensor, rounds: int = 10) -> list[Blo
         rounds: Passes the median is taken over, after one that does not count.
 
     Returns:
-        For each block its "attention", "mlp", "norm" and "reduction", and last a block "rest" with that part alone:
-        embedding, head, dense recovery.
+        For each block its "attention", "mlp", "norm" and "reduction", of a ``TokenSelector`` a block "selection" with
+        what happens behind its tower, and last a block "rest" with that part alone: embedding, head, dense recovery.
 
     Raises:
         ValueError: The model has no such block.
@@ -72,6 +74,8 @@ def time_by_block(model: nn.Module, batch: Tensor, rounds: int = 10) -> list[Blo
         raise ValueError(f"{type(model).__name__} has no blocks with children named attn and mlp to time apart")
     clock = _Clock()
     clock.watch("", model)
+    if isinstance(model, TokenSelector):
+        clock.watch(TOWER, model.tower)
     for name, block in blocks.items():
         clock.watch(name, block)
         for child_name, child in block.named_children():
@@ -102,5 +106,8 @@ def _parts(seconds: dict[str, float], blocks: list[str]) -> dict[tuple[str, str]
         parts[name, "norm"] = sum(inside.values())
         parts[name, "reduction"] = max(0.0, seconds[name] - children)
         rest -= seconds[name]
+    if TOWER in seconds:
+        parts["selection", "selection"] = max(0.0, seconds[""] - seconds[TOWER])
+        rest -= parts["selection", "selection"]
     parts["rest", "rest"] = max(0.0, rest)
     return parts

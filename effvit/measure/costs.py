@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from effvit.hosts.host import HOST_CLASSES, ReducedHost
-from effvit.hosts.surface import Reduced
+from effvit.hosts.surface import Reduced, patch_grid
 from effvit.measure.breakdown import time_by_block
 from effvit.measure.fidelity import compare_outputs, outputs
-from effvit.measure.flops import FlopReport, count_flops
+from effvit.measure.flops import FlopReport, count_flops, eval_twin
 from effvit.measure.ideal import ideal_of, mean_counts, plain_parts
 from effvit.measure.profiler import (
     Measurement,
@@ -25,13 +25,27 @@ from effvit.measure.profiler import (
     profile_models,
     setup_of,
 )
+from effvit.measure.reader import Reader
 from effvit.measure.records import as_json
-from effvit.measure.values import Conditions, Cost, Record
+from effvit.measure.values import Conditions, Cost, HandedOver, Record
+from effvit.protocols import Settings
+from effvit.selectors import TokenSelector
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["IDEAL", "conditions_of", "cost_of", "ideals", "is_reduced", "macs_of", "profile", "tokens_by_block"]
+__all__ = [
+    "IDEAL",
+    "conditions_of",
+    "cost_of",
+    "handed_over",
+    "ideals",
+    "is_reduced",
+    "macs_of",
+    "method_of",
+    "profile",
+    "tokens_by_block",
+]
 
 IDEAL = "ideal of "  # before the name of a model, that of its ideal
 
@@ -45,6 +59,8 @@ def profile(
     image_names: list[str] | None = None,
     ideal: bool = True,
     breakdown: bool = False,
+    reader: Reader | None = None,
+    text: int = 0,
     on_run: Callable[[str], None] | None = None,
     on_count: Callable[[str], None] | None = None,
     is_enough: Callable[[], bool] = lambda: False,
@@ -53,7 +69,8 @@ def profile(
     """Measure and count models beside each other; the first is the baseline.
 
     Args:
-        models: Name -> model: any classifiers, of timm, of this package or your own, for the same images.
+        models: Name -> model: any classifiers, of timm, of this package or your own, for the same images; or towers
+            whose tokens are selected, each a ``TokenSelector``.
         input_size: (channels, H, W) of an image.
         batch_size: Images in the batch.
         images: (B, channels, H, W) to measure on, repeated to fill the batch, and to compare outputs on; None means
@@ -61,6 +78,8 @@ def profile(
         image_names: What the record names them.
         ideal: Measure the ideal of each reduced model in the same rounds.
         breakdown: Time the parts of every block too.
+        reader: A language model that reads the tokens which towers hand over; its costs are counted, not measured.
+        text: Tokens of a text that it reads behind them.
         on_run: Called with a model's name after each run.
         on_count: Called with a model's name when all about it is known.
         is_enough: As of ``profile_models``.
@@ -93,10 +112,11 @@ def profile(
             replace(
                 cost,
                 uncounted=counted.uncounted,
-                host=baseline.name if of_dense else None,
+                host=baseline.name if of_dense or (isinstance(model, TokenSelector) and model is not dense) else None,
                 mac_ratio=baseline.macs / cost.macs if cost.macs else None,
                 breakdown=None if batch is None else time_by_block(model, batch),
                 fidelity=compare_outputs(reference, outputs(model, sample)) if of_dense and reference else None,
+                handed=handed_over(model, sample, reader, text) if isinstance(model, TokenSelector) else None,
             )
         )
         if on_count is not None:
@@ -108,7 +128,7 @@ def profile(
 
 def macs_of(model: nn.Module, input_size: tuple[int, int, int], sample: Tensor) -> FlopReport:
     """Multiply-adds of one image (channels, H, W); a mean over the sample (B, channels, H, W) if they depend on it."""
-    adapts = isinstance(model, Reduced) and model.variable_length
+    adapts = model.adapts if isinstance(model, TokenSelector) else isinstance(model, Reduced) and model.variable_length
     return count_flops(model, input_size, images=sample if adapts else None)
 
 
@@ -140,13 +160,13 @@ def cost_of(
         tokens: Patch tokens that leave each block.
         macs: Multiply-adds of one image.
     """
-    method = model if isinstance(model, Reduced) else None
+    method, settings = method_of(model)
     efficiency, bounds = (None, None) if ideal is None else median_ratio(ideal.seconds, speed.seconds)
     return Cost(
         name=speed.name,
         host=None,
-        method=None if method is None else method.method,
-        settings={} if method is None else dict(method.settings),
+        method=method,
+        settings=settings,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         macs=macs,
         uncounted={},
@@ -166,6 +186,27 @@ def cost_of(
         accuracy=None,
         fidelity=None,
     )
+
+
+def method_of(model: nn.Module) -> tuple[str | None, Settings]:
+    """The method of a model and its settings; (None, {}) of a dense model, and of a tower that hands over all cells."""
+    if isinstance(model, Reduced):
+        return model.method, dict(model.settings)
+    if not isinstance(model, TokenSelector) or model.keeps_all:
+        return None, {}
+    tower = [model.tower.host.method] if model.tower.reducing else []
+    return " + ".join([*tower, model.selector.name]), dict(model.settings)
+
+
+@torch.no_grad()
+def handed_over(model: TokenSelector, images: Tensor, reader: Reader | None = None, text: int = 0) -> HandedOver:
+    """What a tower hands over of images (B, channels, H, W), and what a reader of it, and of ``text``, costs."""
+    like = next(model.parameters())
+    tokens = float(eval_twin(model)(images.to(like.device, like.dtype)).counts.float().mean())
+    if reader is None:
+        return HandedOver(tokens, text)
+    read = round(tokens), text
+    return HandedOver(tokens, text, str(reader), reader.prefill_macs(*read), reader.cache_bytes(*read))
 
 
 def conditions_of(
@@ -194,6 +235,9 @@ def is_reduced(model: nn.Module, dense: nn.Module) -> bool:
 @torch.no_grad()
 def tokens_by_block(model: nn.Module, images: Tensor) -> list[float] | None:
     """Mean number of patch tokens that leave each block; None for a model without them."""
+    if isinstance(model, TokenSelector):
+        tower = model.tower
+        return [float(count) for count in tower.host.token_counts(patch_grid(images, tower.host))[: tower.block + 1]]
     if isinstance(model, ReducedHost):
         return mean_counts(model, images)
     if type(model) not in HOST_CLASSES:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import NamedTuple, Protocol, TypeAlias, TypeVar, cast
 
 import numpy as np
 import torch
@@ -65,16 +65,17 @@ IGNORED_OPERATORS = frozenset(f"aten::{name}{in_place}" for in_place in ("", "_"
     "leaky_relu", "linalg_vector_norm", "log", "log2", "log_softmax", "logsumexp", "mul", "nan_to_num", "neg", "pow",
     "reciprocal", "rsqrt", "rsub", "sigmoid", "silu", "sin", "softmax", "sqrt", "square", "sub", "tanh",
     # sums, extremes and order
-    "adaptive_max_pool2d", "amax", "amin", "any", "argmax", "argsort", "cumsum", "kthvalue", "max_pool2d", "maximum",
-    "mean", "min", "minimum", "sort", "sum", "topk",
+    "adaptive_max_pool2d", "amax", "amin", "any", "argmax", "argmin", "argsort", "cumsum", "kthvalue", "max_pool2d",
+    "maximum", "mean", "min", "minimum", "quantile", "sort", "sum", "topk",
     # comparisons
-    "__or__", "__rshift__", "__xor__", "isfinite", "isnan", "le", "lt", "ne",
+    "__or__", "__rshift__", "__xor__", "isfinite", "isnan", "le", "lt", "ne", "nextafter",
     # making and moving tokens, adding one to another
     "clone", "col2im", "diagonal", "dropout", "empty_like", "expand_as", "eye", "feature_dropout", "fill", "flip",
-    "im2col", "index_add", "index_copy", "index_select", "meshgrid", "new_ones", "nonzero_static", "numel", "numpy_T",
-    "one_hot", "ones_like", "pad", "rand_like", "repeat",
+    "im2col", "index_add", "index_copy", "index_fill", "index_select", "meshgrid", "new_ones", "nonzero_static",
+    "numel", "numpy_T", "one_hot", "ones_like", "pad", "pad_sequence", "rand_like", "repeat",
     "resolve_conj", "resolve_neg",
-    "repeat_interleave", "reshape_as", "scatter", "scatter_add", "tile", "unflatten", "unfold", "view_as", "where",
+    "repeat_interleave", "reshape_as", "scatter", "scatter_add", "scatter_reduce", "tile", "unflatten", "unfold",
+    "view_as", "where",
 ))
 # fmt: on
 
@@ -251,6 +252,13 @@ def eval_twin(model: ModelT) -> ModelT:
     return copy_shared(model).eval()
 
 
+def tensors_alone(module: nn.Module, given: object, output: object) -> tuple[Tensor, ...] | None:
+    """A forward hook: the tensors alone of a named tuple, such as a ``Selection``, since a trace takes nothing else."""
+    if not hasattr(output, "_fields"):
+        return None
+    return tuple(value for value in cast(tuple[object, ...], output) if isinstance(value, Tensor))
+
+
 def count_flops(
     model: nn.Module, input_size: tuple[int, int, int], *, images: Tensor | None = None, strict: bool = False
 ) -> FlopReport:
@@ -259,7 +267,8 @@ def count_flops(
     What no output of the model depends on is not in the trace, and so not in the count.
 
     Args:
-        model: Takes images (1, 3, H, W) and returns a tensor, or tuples or lists of tensors.
+        model: Takes images (1, 3, H, W) and returns a tensor, tuples or lists of tensors, or a named tuple, such as the
+            ``Selection`` of a ``TokenSelector``, of which the tensors count.
         input_size: (channels, H, W) of an image, filled with seeded noise.
         images: (B, channels, H, W) images to count instead, one at a time: the mean, and ``per_image``, of a method
             whose number of tokens depends on the image, such as ATS and DyMU. Each number of the report is rounded.
@@ -277,6 +286,7 @@ def count_flops(
             f"{tuple(images.shape)}"
         )
     twin = eval_twin(model)
+    twin.register_forward_hook(tensors_alone)
     counts = [_counts(twin, image) for image in images.to(like.device, like.dtype).split(1)]
     uncounted: Counter[str] = Counter()
     for count in counts:

@@ -42,6 +42,7 @@ from effvit.measure.values import (
     EvaluationConditions,
     Fidelity,
     FreeChoices,
+    HandedOver,
     Judged,
     Metrics,
     ObjectPatches,
@@ -116,6 +117,9 @@ MODEL = {  # what costs and evaluations say of a model alike
     "mac_ratio": optional(POSITIVE),
     "tokens": optional(list_of(POSITIVE)),
 }
+HANDED = fields(
+    {"tokens": POSITIVE, "text": whole()}, {"reader": text, "prefill_macs": whole(), "cache_bytes": whole()}
+)
 COST = fields(
     {
         **MODEL,
@@ -133,7 +137,8 @@ COST = fields(
         "seconds": list_of(POSITIVE, least=1),
         "accuracy": optional(ACCURACY),
         "fidelity": optional(FIDELITY),
-    }
+    },
+    {"handed": HANDED},
 )
 SHARES = list_of(number(0, 1), least=1)
 OBJECT_PATCHES = same_length(
@@ -150,7 +155,8 @@ EVALUATED = fields(
     {"published": PUBLISHED, "object_patches": OBJECT_PATCHES, "consistency": CONSISTENCY},
 )
 STAGE = fields(
-    {"block": whole(), "tokens": whole(), "labels": labels, "fused": list_of(whole(), most=1 << 24), "soft": truth}
+    {"block": whole(), "tokens": whole(), "labels": labels, "fused": list_of(whole(), most=1 << 24), "soft": truth},
+    {"handed_over": truth},
 )
 CANDIDATE = fields(
     {
@@ -427,6 +433,7 @@ def _cost(value: Mapping[str, Json]) -> Cost:
         accuracy=accuracy and _made(Accuracy, _object(accuracy)),
         fidelity=distances and _made(Fidelity, _object(distances)),
         breakdown=parts and [_made(BlockTime, part) for part in _objects(parts)],
+        handed=_made(HandedOver, _object(value["handed"])) if "handed" in value else None,
     )
 
 

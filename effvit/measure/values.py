@@ -165,6 +165,25 @@ class BlockTime:
 
 
 @dataclass(frozen=True)
+class HandedOver:
+    """The tokens of an image that a vision tower hands over, and what it costs a language model to read them.
+
+    Attributes:
+        tokens: Number for an image, a mean where it depends on the image.
+        text: Tokens of a text that are read behind them.
+        reader: Sizes of the language model, as ``effvit.measure.reader.Reader`` writes them; None: nobody said.
+        prefill_macs: Its multiply-adds for both, before the first word is written; None without a reader.
+        cache_bytes: Bytes of its keys and values of both; None without a reader.
+    """
+
+    tokens: float
+    text: int = 0
+    reader: str | None = None
+    prefill_macs: int | None = None
+    cache_bytes: int | None = None
+
+
+@dataclass(frozen=True)
 class Cost:
     """What one model costs.
 
@@ -189,6 +208,7 @@ class Cost:
         accuracy: None if it was not measured.
         fidelity: How close the outputs are to the baseline's; None for a model that is not a reduced form of it, and
             without images.
+        handed: What a tower hands over whose tokens are selected; None for any other model.
     """
 
     name: str
@@ -213,6 +233,7 @@ class Cost:
     seconds: Sequence[float]
     accuracy: Accuracy | None
     fidelity: Fidelity | None
+    handed: HandedOver | None = None
 
 
 @dataclass(frozen=True)
@@ -463,7 +484,7 @@ class Tuning:
     Attributes:
         machine: As of a ``Record``.
         conditions: What it holds for.
-        target: The aim: {"speedup": factor} or {"macs": limit}.
+        target: The aim: {"speedup": factor}, {"macs": limit}, or {"tokens": limit} of tokens that a tower hands over.
         best: The setting with the least penalty among those that reach the aim, or the default settings of a method
             that turned out no worse and no slower; None if none that reaches the aim was measured faster than the
             dense model, or the search was left before it had chosen.
@@ -507,6 +528,7 @@ class TokenStage:
         labels: Rows with the token of each patch, -1 where it was dropped.
         fused: Tokens that stand for all patches dropped before.
         soft: Tokens are mixtures of all patches; labels name the one with the largest share.
+        handed_over: The tokens leave a tower there; None where they go on to the next block.
     """
 
     block: int
@@ -514,6 +536,7 @@ class TokenStage:
     labels: Sequence[Sequence[int]]
     fused: Sequence[int]
     soft: bool
+    handed_over: bool | None = None
 
 
 @dataclass(frozen=True)

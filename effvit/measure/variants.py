@@ -13,10 +13,25 @@ import effvit
 from effvit.hosts.host import check_model_name
 from effvit.hosts.surface import Reduced
 from effvit.measure.json_files import parse_json
+from effvit.measure.selections import Exit, Selecting, list_selections
+from effvit.measure.values import Candidate
 from effvit.messages import plain, shown
 from effvit.protocols import Setting, Settings
+from effvit.selectors import SELECTORS
+from effvit.selectors.base import Keep
 
-__all__ = ["build", "check_dense", "list_variants", "parse_setting", "python_line", "reduce_by", "reduced", "timm_line"]
+__all__ = [
+    "build",
+    "check_dense",
+    "list_all",
+    "list_variants",
+    "parse_setting",
+    "python_line",
+    "reduce_by",
+    "reduced",
+    "selector_line",
+    "timm_line",
+]
 
 
 def parse_setting(text: str, option: str = "--set") -> tuple[str, Setting]:
@@ -56,6 +71,27 @@ def list_variants(methods: Sequence[str], assignments: Sequence[tuple[str, Setti
     ]
 
 
+def list_all(
+    methods: Sequence[str],
+    selectors: Sequence[str],
+    keeps: Sequence[Keep],
+    assignments: Sequence[tuple[str, Setting]],
+) -> tuple[list[tuple[str, Settings]], list[Selecting]]:
+    """``list_variants`` and ``list_selections``, whose settings are given together: a setting goes to all that have it.
+
+    Raises:
+        ValueError: As both, or a setting that neither a method nor a selector has.
+    """
+    selections = list_selections(selectors, keeps, assignments)
+    taken = {key for selector in selectors for key in SELECTORS[selector].defaults()}
+    of_methods = {key for method in methods for key in effvit.method_settings(method)}
+    others = [item for item in assignments if item[0] in of_methods or item[0] not in taken]
+    if others and selectors and not methods:
+        known = "; ".join(f"{name} takes {', '.join(SELECTORS[name].defaults()) or 'none'}" for name in selectors)
+        raise ValueError(f"no selector named here has a setting {others[0][0]!r}: {known}")
+    return list_variants(methods, others), selections
+
+
 def check_dense(model: nn.Module) -> None:
     """Raise a ValueError for a model that is reduced already."""
     if isinstance(model, Reduced):
@@ -85,6 +121,14 @@ def python_line(host: str, options: Settings, method: str, settings: Settings) -
     """The call that makes the reduced form of timm's model ``host``, created with ``options``."""
     dense = call("timm.create_model", [host], options)
     return f"effvit.sparsify({', '.join([dense, text_of(method), *keywords(settings)])})"
+
+
+def selector_line(host: str, options: Settings, best: Candidate, leaving: Exit) -> str:
+    """The call that makes a tower of timm's model ``host`` with the selector that was chosen."""
+    *within, selector = best.method.split(" + ")
+    tower = python_line(host, options, within[0], {}) if within else call("timm.create_model", [host], options)
+    asked = {**leaving.of(selector).settings(), **best.settings}
+    return f"effvit.TokenSelector({', '.join([tower, text_of(selector), *keywords(asked)])})"
 
 
 def timm_line(host: str, options: Settings, method: str, settings: Settings) -> str | None:

@@ -153,6 +153,7 @@ class Reducer(nn.Module):
         learns: The method learns something beside the weights, which state_dict holds.
         soft: Its tokens stand for soft clusters; what needs all patches gets them reconstructed.
         recover: The fill of dense maps unless another is asked for, one of ``effvit.recover.FILLS``.
+        cost_term: Term of the closed form that ``cost`` adds its MACs to.
         block: The block this reducer sits in, for messages.
         any_size: The host takes images of any size (``dynamic_img_size``), so that absolute numbers meet grids they
             were not chosen for: there they bend to the grid, and each block leaves at least one patch. On a host of
@@ -171,6 +172,7 @@ class Reducer(nn.Module):
     learns = False
     soft = False
     recover = "last"
+    cost_term = "reduction"
     block: int = -1
     any_size: bool = False
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from effvit.reducers.cost import alternating_pairs
 from effvit.reducers.matching import alternating_match
-from effvit.selectors.base import Choice, Features, Selector, add_rows, count_members, rows_of
+from effvit.selectors.base import Choice, Features, SelectionSizes, Selector, add_rows, count_members, rows_of
 from effvit.tokens import widened
 
 __all__ = ["AIM", "merge_round", "rounds_to"]
@@ -57,6 +58,13 @@ class AIM(Selector):
 
     name = "aim"
     summary = "merge the most similar tokens in rounds that halve their number (2412.03248)"
+
+    def cost(self, at: SelectionSizes) -> int:
+        macs, left = 0, at.tokens
+        for r in rounds_to(at.kept, at.tokens):
+            macs += alternating_pairs(left, at.dim)
+            left -= r
+        return macs
 
     def choose(self, features: Features, kept: int) -> Choice:
         x = features.x

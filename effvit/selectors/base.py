@@ -17,6 +17,7 @@ __all__ = [
     "Choice",
     "Features",
     "Keep",
+    "SelectionSizes",
     "Selector",
     "add_rows",
     "count_members",
@@ -77,6 +78,24 @@ class Choice(NamedTuple):
     mixed: bool = False
 
 
+class SelectionSizes(NamedTuple):
+    """What a selector meets, for its closed form.
+
+    Attributes:
+        tokens: N it chooses from.
+        kept: K that leave.
+        dim: C channels of a token, those of all patches of a cell.
+        key_dim: D channels of a key, 0 for a method that asks for none.
+        grid: (H, W) cells.
+    """
+
+    tokens: int
+    kept: int
+    dim: int
+    key_dim: int
+    grid: Size
+
+
 class Selector(nn.Module):
     """A method that says which tokens leave a tower, and what becomes of the others.
 
@@ -113,6 +132,19 @@ class Selector(nn.Module):
         """The method's settings and their defaults, read from the signature of its constructor."""
         parameters = inspect.signature(cls).parameters.values()
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+    @classmethod
+    def needs(cls) -> list[str]:
+        """What the method reads beside the tokens, in words."""
+        block = "the last block" if cls.reads_last else "the block they leave"
+        read = {"received": "attention received", "logits": "the class token's logits"}
+        row = None if cls.row is None else f"{read.get(cls.row, 'attention of the class token')} in {block}"
+        found = [row, "its keys" if cls.keys else None, "the first block's attention" if cls.reads_first else None]
+        found += ["a relevance to a text, if given" if cls.reads_relevance else None]
+        found += ["weights of its own" if cls.learns else None]
+        found += ["all cells in place" if cls.whole_grid else None]
+        where = {"select_parts": "the crops of an image", "select_video": "the frames of a video"}
+        return [text for text in [where.get(cls.takes), *found] if text]
 
     def settle(self, grid: Size) -> None:
         """Take note of the grid of cells (H, W) that will be met, before anything is recorded."""
@@ -157,6 +189,16 @@ class Selector(nn.Module):
 
     def check(self, kept: int, features: Features) -> None:
         """Raise a ValueError if the method cannot choose ``kept`` of these tokens; asked where some must leave."""
+
+    def cost(self, at: SelectionSizes) -> int:
+        """MACs of ``choose`` for one image in closed form, beside what is read of the tower's attention.
+
+        It restates the arithmetic of the paper; ``effvit.measure.closed_form`` sums it up.
+
+        Raises:
+            NotImplementedError: The method has no closed form.
+        """
+        raise NotImplementedError
 
     def choose(self, features: Features, kept: int) -> Choice:
         """The tokens that leave, ``kept`` of them for every image."""

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from effvit.reducers.base import check_weights
-from effvit.selectors.base import Choice, Features, Selector, unit_rows
-from effvit.selectors.spread import cosines_of
+from effvit.selectors.base import Choice, Features, SelectionSizes, Selector, unit_rows
+from effvit.selectors.spread import cosine_macs, cosines_of
 from effvit.tokens import wide_product, widened
 
 __all__ = ["CDPruner", "determinant_order", "relevance_to_text"]
@@ -61,6 +61,10 @@ def determinant_order(x: Tensor, number: int, relevance: Tensor | None = None) -
         rank = torch.where(left > spent, left, spent * r / r.amax(dim=1, keepdim=True))
         pick = rank.masked_fill(taken, -math.inf).argmax(dim=1, keepdim=True)  # (B, 1)
         gain = left.gather(1, pick)
+        picks.append(pick)
+        gains.append(gain)
+        if step == number - 1:
+            break
         row = r.gather(1, pick) * r * cosines.of(pick)  # (B, N)
         if step:
             known = factor[:, :step]
@@ -69,9 +73,7 @@ def determinant_order(x: Tensor, number: int, relevance: Tensor | None = None) -
         row = torch.where(gain > spent, row / gain.clamp(min=0).sqrt(), 0)
         factor[:, step] = row
         left = left - row.square()
-        taken = taken.scatter(1, pick, True)
-        picks.append(pick)
-        gains.append(gain)
+        taken = taken.scatter(1, pick, torch.ones_like(pick, dtype=torch.bool))
     return torch.cat(picks, dim=1), torch.cat(gains, dim=1)
 
 
@@ -100,6 +102,10 @@ class CDPruner(Selector):
                 "cdpruner: the relevances",
                 "similarities are scaled by them, so give numbers above 0, as relevance_to_text does, or no relevance",
             )
+
+    def cost(self, at: SelectionSizes) -> int:
+        steps = at.kept - 1  # each with the rows of the factor before it
+        return cosine_macs(at) + at.tokens * steps * (steps - 1) // 2
 
     def choose(self, features: Features, kept: int) -> Choice:
         return Choice(determinant_order(features.x, kept, features.relevance)[0])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from effvit.selectors.base import Choice, Features, Selector, required_scores
+from effvit.selectors.base import Choice, Features, SelectionSizes, Selector, required_scores
 
 __all__ = ["ClassAttention"]
 
@@ -17,6 +17,9 @@ class ClassAttention(Selector):
     name = "class_attention"
     summary = "keep the cells that the class token attends to most"
     row = "attention"
+
+    def cost(self, at: SelectionSizes) -> int:
+        return 0
 
     def choose(self, features: Features, kept: int) -> Choice:
         return Choice(required_scores(self, features).topk(kept, dim=1).indices)

@@ -8,7 +8,7 @@ from torch import Tensor
 from effvit.protocols import Size
 from effvit.reducers.static_selection import random_ranks, uniform_ranks
 from effvit.schedule import check_count
-from effvit.selectors.base import Choice, Features, Selector
+from effvit.selectors.base import Choice, Features, SelectionSizes, Selector
 
 __all__ = ["RandomCells", "UniformCells"]
 
@@ -30,6 +30,9 @@ class RankedCells(Selector):
 
     def settle(self, grid: Size) -> None:
         self.grid, self.ranks = grid, self.ranks_on(grid).to(self.ranks.device)
+
+    def cost(self, at: SelectionSizes) -> int:
+        return 0
 
     def choose(self, features: Features, kept: int) -> Choice:
         ranks = self.ranks if features.grid == self.grid else self.ranks_on(features.grid)

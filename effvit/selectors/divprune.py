@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from effvit.selectors.base import Choice, Features, Selector
-from effvit.selectors.spread import cosines_of, isolated, spread
+from effvit.selectors.base import Choice, Features, SelectionSizes, Selector
+from effvit.selectors.spread import cosine_macs, cosines_of, holds_table, isolated, spread
 
 __all__ = ["DivPrune"]
 
@@ -23,6 +23,10 @@ class DivPrune(Selector):
 
     def rounded(self, share: float, cells: int) -> int:
         return round(share * cells)
+
+    def cost(self, at: SelectionSizes) -> int:
+        of_first = 0 if holds_table(at.tokens, at.kept) else at.tokens**2 * at.dim
+        return of_first + cosine_macs(at)
 
     def choose(self, features: Features, kept: int) -> Choice:
         cosines = cosines_of(features.x, kept)

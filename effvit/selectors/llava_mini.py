@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from effvit.protocols import Size
 from effvit.schedule import check_count
-from effvit.selectors.base import Choice, Features, Keep, Selector
+from effvit.selectors.base import Choice, Features, Keep, SelectionSizes, Selector
 
 __all__ = ["QueryPooler", "position_table"]
 
@@ -87,6 +87,15 @@ class QueryPooler(Selector):
         attention: Tensor
         out, attention = self.attn(*self._qkv(x, grid))
         return out, attention
+
+    def cost(self, at: SelectionSizes) -> int:
+        queries, dim = self.grid_size**2, self.dim
+        projections = 2 * (queries + at.tokens) * dim**2  # of queries and results, of keys and values
+        if self.in_dim != dim:
+            projections += at.tokens * self.in_dim * dim
+        norms = 5 * (queries + at.tokens) * dim
+        positions = 4**2 * at.tokens * dim  # bicubic
+        return projections + 2 * queries * at.tokens * dim + norms + positions
 
     def choose(self, features: Features, kept: int) -> Choice:
         out: Tensor = self.attn(*self._qkv(features.x, features.grid), need_weights=False)[0]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from effvit.protocols import Size
 from effvit.schedule import check_count
-from effvit.selectors.base import Choice, Features, Keep, Selector
+from effvit.selectors.base import Choice, Features, Keep, SelectionSizes, Selector
 
 __all__ = ["Matryoshka", "MatryoshkaLoss", "pool_windows", "stride_for"]
 
@@ -65,6 +65,9 @@ class Matryoshka(Selector):
         k = stride_for(number, math.prod(grid))
         whole = grid[0] % k == 0 == grid[1] % k
         return k if whole and number * k**2 == math.prod(grid) else None
+
+    def cost(self, at: SelectionSizes) -> int:
+        return at.tokens * at.dim  # each number is added up once
 
     def choose(self, features: Features, kept: int) -> Choice:
         k = self.stride(kept, features.grid)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from effvit.protocols import Size
 from effvit.schedule import check_count
-from effvit.selectors.base import Choice, Features, Keep, Selector, required_scores
+from effvit.selectors.base import Choice, Features, Keep, SelectionSizes, Selector, required_scores
 from effvit.selectors.neighbours import add_neighbours
 from effvit.tokens import compact, wide_product
 
@@ -67,6 +67,11 @@ class PruMerge(Selector):
             )
         if kept is not None and kept < 2:
             raise ValueError(f"{self.name} needs keep of at least 2, one token for those not kept, got {kept}")
+
+    def cost(self, at: SelectionSizes) -> int:
+        centres = at.kept - 1
+        near = centres * at.tokens * (at.key_dim + at.dim)  # similarities to the centres, and sums of the neighbours
+        return near + at.tokens * at.dim  # and the token of all others
 
     def choose(self, features: Features, kept: int) -> Choice:
         scores = required_scores(self, features)

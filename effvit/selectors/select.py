@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from effvit.hosts.host import ReducedHost
 from effvit.hosts.naflex import Images
+from effvit.hosts.stages import Stage, map_stage
 from effvit.hosts.tower_exit import KEYS, RECEIVED, ROWS, Read, Tower, TowerOutput, leaving_block, tower_host
-from effvit.protocols import Setting, Size
+from effvit.layers.macs import Terms
+from effvit.protocols import PatchEmbedding, Setting, Settings, Size
 from effvit.reducers.base import check_bounded, check_distinct, check_finite, refuse_recording
 from effvit.schedule import check_choice, check_count, check_number
-from effvit.selectors.base import Choice, Features, Keep, Selector, rows_of
+from effvit.selectors.base import Choice, Features, Keep, SelectionSizes, Selector, rows_of
 from effvit.selectors.cells import cell_grid, cell_means, check_sides, to_cells
 from effvit.selectors.registry import SELECTORS, make_selector
 from effvit.selectors.selection import Selection
@@ -217,7 +219,11 @@ class TokenSelector(nn.Module):
     """A tower and a selector as one module, images (B, 3, H, W) -> Selection; arguments as for ``select_tokens``.
 
     It runs on the modules of the tower, which stays as it is, and can be compiled and exported if the number of tokens
-    does not depend on the image.
+    does not depend on the image. What measures, counts and draws models takes it as one.
+
+    Attributes:
+        settings: What it was asked for beside the tower and the method, as keywords of ``select_tokens``.
+        own_settings: Those of them that are the method's.
     """
 
     def __init__(
@@ -234,6 +240,9 @@ class TokenSelector(nn.Module):
     ) -> None:
         super().__init__()
         self.selector = make_selector(method, settings)
+        asked: Settings = {"keep": keep, "block": block, "merge": merge, "scores": scores, "max_norm": max_norm}
+        self.own_settings: Settings = dict(settings)
+        self.settings = asked | self.own_settings
         self.keep, self.max_norm = keep, max_norm
         check_choice("scores", scores, (CLASS_ROW, RECEIVED))
         refuse_unused(self.selector, scores=None if scores == CLASS_ROW else scores, max_norm=max_norm)
@@ -250,6 +259,74 @@ class TokenSelector(nn.Module):
         """The tokens that leave the tower; ``images`` and ``relevance`` (B, N) as for ``select_tokens``."""
         features, tokens, prefix = self.read(images, relevance)
         return choose_tokens(self.selector, features, self.keep, tokens, prefix)
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the number of tokens depends on the image."""
+        return self.keep is None and self.selector.adapts
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether all cells of the tower's own grid leave as they are."""
+        cells = cell_grid(self.patch_embed.grid_size, self.merge)
+        return not self.selector.learns and self.selector.count(self.keep, cells) == math.prod(cells)
+
+    @property
+    def patch_embed(self) -> PatchEmbedding:
+        """That of the tower, which says what images it takes."""
+        return self.tower.host.patch_embed
+
+    @property
+    def pretrained_cfg(self) -> dict[str, object]:
+        """timm's configuration of the tower, which says how its images are prepared; empty if it has none."""
+        return getattr(self.tower.host, "pretrained_cfg", {})
+
+    def closed_form(self, size: Size) -> Terms:
+        """MACs of one image (H, W) by term: of the tower up to where its tokens leave, and of "selection".
+
+        Raises:
+            ValueError: A number of tokens that depends on the image.
+            TypeError: A method without a closed form.
+        """
+        refuse_elsewhere(self.selector)
+        selector, tower = self.selector, self.tower
+        terms, patches, left = tower.cost(size)
+        grid = cell_grid(patches, self.merge)
+        kept = selector.count(self.keep, grid)
+        if kept is None:
+            raise ValueError(
+                f"{selector.name} without keep leaves as many tokens as the image needs, so its cost does not follow "
+                "from sizes; give keep, or count on images by effvit.count_flops(..., images=...)"
+            )
+        left //= self.merge**2
+        if kept < left or selector.learns:
+            attn = tower.host.blocks[0].attn
+            key_dim = {"mean": attn.head_dim, "joined": attn.num_heads * attn.head_dim}.get(selector.keys or "", 0)
+            sizes = SelectionSizes(left, kept, tower.host.embed_dim * self.merge**2, key_dim, grid)
+            if type(selector).cost is Selector.cost:
+                raise TypeError(
+                    f"the selector {selector.name!r} has no closed form; give it a cost, or use effvit.count_flops "
+                    "instead"
+                )
+            terms["selection"] += selector.cost(sizes)
+        return terms
+
+    def trace_stages(self, x: Tensor) -> list[Stage]:
+        """What becomes of the patches of an image (1, 3, H, W) inside the tower, and which of them it hands over.
+
+        Raises:
+            TypeError: A method whose tokens are mixtures of all cells.
+        """
+        host, selection = self.tower.host, self(x)
+        if selection.group is None:
+            raise TypeError(
+                f"the tokens of {self.selector.name} are mixtures of all cells, which belong to none of them; their "
+                "attention to the cells, of QueryPooler.attend, shows what they hold"
+            )
+        trace = host.trace_tokens(x) if self.tower.reducing else []
+        stages = [map_stage(trace[i].tokens, i) for i in self.tower.reducing if i <= self.tower.block]
+        labels = selection.group[0].unflatten(0, selection.grid).cpu().numpy()
+        return [*stages, Stage(self.tower.block, int(selection.counts[0]), labels, handed_over=True)]
 
     def read(self, images: Images, relevance: Tensor | None = None) -> TowerFeatures:
         """What the selector may choose by, the map of the tokens, and the prefix tokens (B, P, C)."""

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from effvit.selectors.base import rows_of, unit_rows
+from effvit.selectors.base import SelectionSizes, rows_of, unit_rows
 from effvit.tokens import wide_product, widened
 
-__all__ = ["Cosines", "cosines_of", "isolated", "spread"]
+__all__ = ["Cosines", "cosine_macs", "cosines_of", "holds_table", "isolated", "spread"]
 
 ROWS_AT_ONCE = 1024  # of the similarities of all pairs, where these are not held whole
 HELD_TOKENS = 4096  # of an image at most, whose similarities are held: 64 MiB
@@ -43,6 +43,17 @@ class Cosines(NamedTuple):
         return wide_product(some, self.unit.transpose(1, 2))
 
 
+def holds_table(tokens: int, number: int) -> bool:
+    """Whether the cosines of all pairs of ``tokens`` are held, of which ``number`` rows will be asked for one by one."""
+    return tokens <= HELD_TOKENS and HELD_SHARE * number >= tokens
+
+
+def cosine_macs(at: SelectionSizes) -> int:
+    """MACs of the cosines for one image: of all pairs where they are held, else of a row for each pick but the last."""
+    rows = at.tokens if holds_table(at.tokens, at.kept) else at.kept - 1
+    return rows * at.tokens * at.dim
+
+
 @torch.no_grad()
 def cosines_of(x: Tensor, number: int) -> Cosines:
     """The cosines of tokens x (B, N, C), of which ``number`` rows will be asked for one by one.
@@ -50,8 +61,7 @@ def cosines_of(x: Tensor, number: int) -> Cosines:
     Whether they are held depends on N and the number alone, so that it is the same whatever else is in the batch.
     """
     unit = unit_rows(widened(x))
-    held = x.shape[1] <= HELD_TOKENS and HELD_SHARE * number >= x.shape[1]
-    return Cosines(unit, wide_product(unit, unit.transpose(1, 2)) if held else None)
+    return Cosines(unit, wide_product(unit, unit.transpose(1, 2)) if holds_table(x.shape[1], number) else None)
 
 
 @torch.no_grad()
@@ -90,7 +100,7 @@ def spread(cosines: Cosines, first: Tensor, number: int, total: bool = False) ->
     for _ in range(number - 1):
         distance = 1 - cosines.of(picks[-1])  # (B, N)
         apart = apart + distance if total else torch.minimum(apart, distance)
-        taken = taken.scatter(1, picks[-1], True)
+        taken = taken.scatter(1, picks[-1], torch.ones_like(picks[-1], dtype=torch.bool))
         picks.append(apart.masked_fill(taken, -math.inf).argmax(dim=1, keepdim=True))
         far.append(apart.gather(1, picks[-1]))
     return torch.cat(picks, dim=1), torch.cat(far, dim=1)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from effvit.schedule import check_choice
-from effvit.selectors.base import Choice, Features, Selector, required_scores
-from effvit.selectors.spread import cosines_of, spread
+from effvit.selectors.base import Choice, Features, SelectionSizes, Selector, required_scores
+from effvit.selectors.spread import cosine_macs, cosines_of, spread
 
 __all__ = ["ToDRE"]
 
@@ -28,6 +28,9 @@ class ToDRE(Selector):
         super().__init__()
         check_choice("version", version, ("v1", "v2"))
         self.version = version
+
+    def cost(self, at: SelectionSizes) -> int:
+        return cosine_macs(at)
 
     def choose(self, features: Features, kept: int) -> Choice:
         first = required_scores(self, features).argmax(dim=1, keepdim=True)

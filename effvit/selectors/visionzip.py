@@ -14,6 +14,7 @@ from effvit.selectors.base import (
     Choice,
     Features,
     Keep,
+    SelectionSizes,
     Selector,
     add_rows,
     count_members,
@@ -110,6 +111,9 @@ class VisionZip(Selector):
                 "fewer contextual ones"
             )
         return kept
+
+    def cost(self, at: SelectionSizes) -> int:
+        return (at.tokens - at.kept) * self.num_contextual(at.kept) * at.key_dim
 
     def choose(self, features: Features, kept: int) -> Choice:
         number = self.num_contextual(kept)

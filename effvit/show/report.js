@@ -17,7 +17,9 @@ function machineText(machine) {
 function conditionText(record) {
   const c = record.conditions, many = Array.isArray(c.images) && c.images.length > 1;
   const images = many ? `${c.images.length} pictures` : c.images; // a single text names or counts them
-  const extras = [c.weights, c.compile && "compiled", c.cuda_graphs && "CUDA graphs", machines.length > 1 && record.machine.processor];
+  const read = record.models.map((model) => model.handed).find((handed) => handed?.reader);
+  const reader = read && `read by ${read.reader} with ${read.text} tokens of text`;
+  const extras = [c.weights, reader, c.compile && "compiled", c.cuda_graphs && "CUDA graphs", machines.length > 1 && record.machine.processor];
   const place = c.device === "cpu" ? `${c.threads} thread${c.threads === 1 ? "" : "s"}` : c.device;
   const size = `${c.input_size[1]} × ${c.input_size[2]}`;
   return [`batch ${c.batch_size}`, c.dtype, place, size, images, ...extras.filter(Boolean)].join(", ");
@@ -72,12 +74,17 @@ const METRICS = {
   accuracy: { name: "accuracy (%)", better: 1, of: (m) => m.accuracy?.value },
   divergence: { name: "divergence from the dense outputs", better: -1, relative: true,
     of: (m) => m.fidelity?.divergence },
+  handed: { name: "tokens handed over", better: -1, of: (m) => m.handed?.tokens },
+  prefill: { name: "GMACs of reading them", better: -1,
+    of: (m) => (m.handed?.prefill_macs == null ? null : m.handed.prefill_macs / 1e9) },
+  cache: { name: "cache of reading them (MB)", better: -1,
+    of: (m) => (m.handed?.cache_bytes == null ? null : m.handed.cache_bytes / 1e6) },
   feature_distance: { name: "distance of features from the dense ones", better: -1, relative: true,
     of: (m) => m.fidelity?.feature_distance },
 };
 const known = (key) => rows.some((row) => METRICS[key].of(row) != null);
-const X_AXES = ["images_per_second", "speedup", "macs", "peak_memory", "latency"].filter(known);
-const Y_AXES = ["accuracy", "divergence", "feature_distance", "macs"].filter(known);
+const X_AXES = ["images_per_second", "speedup", "macs", "peak_memory", "latency", "handed"].filter(known);
+const Y_AXES = ["accuracy", "divergence", "feature_distance", "prefill", "cache", "macs"].filter(known);
 const axisTitle = (metric) => `${metric.name}, ${metric.better > 0 ? "more" : "less"} is better`;
 
 // -- state: in the address, so that a view can be sent to others ------------------------------------------
@@ -193,6 +200,9 @@ const COLUMNS = [
   ["GMACs", (m) => m.macs / 1e9],
   ["MAC ratio", (m) => m.mac_ratio],
   ["tokens left", (m) => m.tokens?.at(-1)],
+  ["handed over", (m) => METRICS.handed.of(m)],
+  ["prefill GMACs", (m) => METRICS.prefill.of(m)],
+  ["cache (MB)", (m) => METRICS.cache.of(m)],
   ["params (M)", (m) => m.parameters / 1e6],
   ["p50 (ms)", (m) => m.latency.p50 * 1e3],
   ["p99 (ms)", (m) => m.latency.p99 * 1e3],
@@ -276,7 +286,8 @@ function renderPictures() {
 
 function tuneTable(record) {
   const c = record.conditions, t = record.target;
-  const aim = t.speedup ? `speed-up ${t.speedup}` : t.macs ? `${number(t.macs / 1e9)} GMACs` : "no aim";
+  const aim = t.speedup ? `speed-up ${t.speedup}` : t.macs ? `${number(t.macs / 1e9)} GMACs`
+    : t.tokens ? `at most ${t.tokens} tokens handed over` : "no aim";
   const place = c.device === "cpu" ? `${c.threads} thread${c.threads === 1 ? "" : "s"}` : c.device;
   const labelled = record.dense != null, free = record.free;
   const heads = ["method", "settings", "GMACs", "speed-up", ...(labelled ? ["loss", "top-1 (%)"] : []),

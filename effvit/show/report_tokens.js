@@ -78,7 +78,8 @@ function tokenCard(record) {
 
   function show(chosen) {
     const stage = stages[slider.value - 1];
-    const where = stage ? `block ${stage.block}: ${stage.tokens} tokens` : "the picture as the model sees it";
+    const handed = stage?.handed_over ? "handed over behind " : "";
+    const where = stage ? `${handed}block ${stage.block}: ${stage.tokens} tokens` : "the picture as the model sees it";
     output.textContent = where;
     slider.setAttribute("aria-valuetext", where);
     canvas.setAttribute("aria-label", `${record.name}, ${record.title}, ${where}`);

@@ -77,6 +77,9 @@ def print_record(console: Console, record: Record) -> None:
     for number, (cost, row) in enumerate(zip(record.models, rows, strict=True)):
         table.add_row(cost.name, *row.values(), end_section=number == 0)
     console.print(table)
+    read = next((cost.handed for cost in record.models if cost.handed and cost.handed.reader), None)
+    if read is not None:
+        console.print(f"read by {read.reader}, with {read.text} tokens of text; counted, not measured", soft_wrap=True)
     for cost in record.models:
         if cost.breakdown:
             console.print(_breakdown(cost.name, cost.breakdown))
@@ -95,6 +98,13 @@ def _cells(record: Record, cost: Cost) -> dict[str, str]:
         "p50 / p99 (ms)": f"{1e3 * cost.latency['p50']:.1f} / {1e3 * cost.latency['p99']:.1f}",
         "memory (MB)": f"{cost.peak_memory / 1e6:.1f}",
     }
+    if any(model.handed for model in record.models):
+        handed = cost.handed
+        cells["handed over"] = f"{handed.tokens:.4g}" if handed else "-"
+        if any(model.handed and model.handed.reader for model in record.models):
+            macs, size = (handed.prefill_macs, handed.cache_bytes) if handed else (None, None)
+            cells["prefill GMACs"] = "-" if macs is None else f"{macs / 1e9:.4g}"
+            cells["cache (MB)"] = "-" if size is None else f"{size / 1e6:.4g}"
     if len(record.models) > 1:
         bounds = _interval(cost.interval) if cost is not record.models[0] else ""
         cells["speed-up"] = f"{cost.speedup:.2f}{bounds}"
@@ -238,8 +248,9 @@ def print_tuning(console: Console, result: Tuning) -> None:
         console.print(_candidates("The choice beside what needs no search, timed together", _rows(result.free)))
         for line in free_lines(result.free):
             console.print(line, soft_wrap=True)
+    why = "not tried" if "tokens" in result.target else "not tried for want of time"
     for left in result.untried or ():
-        console.print(f"not tried for want of time: {left}", style="yellow")
+        console.print(f"{why}: {left}", style="yellow")
     console.print(choice_text(result), soft_wrap=True)
 
 
@@ -375,6 +386,9 @@ def _row(record: Record, cost: Cost) -> dict[str, object]:
         "high": cost.interval[1],
         **cost.latency,
         "tokens_left": cost.tokens[-1] if cost.tokens else None,
+        "handed_over": cost.handed.tokens if cost.handed else None,
+        "prefill_macs": cost.handed.prefill_macs if cost.handed else None,
+        "cache_bytes": cost.handed.cache_bytes if cost.handed else None,
         "batch_size": conditions.batch_size,
         "input_size": "x".join(map(str, conditions.input_size)),
         "dtype": conditions.dtype,

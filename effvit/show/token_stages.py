@@ -26,8 +26,9 @@ def trace_stages(model: nn.Module, x: Tensor) -> list[Stage]:
     """What each reducing block makes of the patches of an image.
 
     Args:
-        model: A plain ViT made by ``effvit.sparsify``, an architecture with soft tokens (STViT, STViT-R, super-token
-            ViT, LookupViT, SiT), or another with a method ``trace_stages``. It is run in eval mode and left as it is.
+        model: A plain ViT made by ``effvit.sparsify``, a ``TokenSelector`` around a tower, an architecture with soft
+            tokens (STViT, STViT-R, super-token ViT, LookupViT, SiT), or another with a method ``trace_stages``.
+            It is run in eval mode and left as it is.
         x: The image as the model takes it (1, 3, H, W).
 
     Returns:

@@ -20,8 +20,11 @@ from torch import Tensor, nn
 from effvit.data.preparation import data_config, load_images
 from effvit.hosts.host import ReducedHost, method_settings
 from effvit.images import as_rgb
+from effvit.measure.costs import method_of
+from effvit.measure.selections import Selecting
 from effvit.measure.values import TokenRecord, TokenStage
 from effvit.protocols import Setting, Settings, Size
+from effvit.selectors import TokenSelector
 from effvit.show.token_stages import ALONE, DROPPED, FUSED, MERGED, SOFT, Stage, map_stage, trace_stages
 from effvit.tokens import TokenMap
 
@@ -163,9 +166,12 @@ def listed(value: Setting) -> Setting:
 
 
 def model_text(model: nn.Module) -> str:
-    """The method and settings of a reduced model, else the name of its architecture."""
+    """The method and settings of a reduced model, the selection behind a tower, else the name of an architecture."""
     if isinstance(model, ReducedHost):
         return settings_text(model)
+    if isinstance(model, TokenSelector):
+        inside = f"{model.tower.host.method}, " if model.tower.reducing else ""
+        return inside + str(Selecting(model.selector.name, model.keep, model.own_settings))
     config: Settings = getattr(model, "pretrained_cfg", {})
     return str(config.get("architecture", type(model).__name__))
 
@@ -187,8 +193,8 @@ def token_figure(model: nn.Module, image: Image.Image, *, title: str | None = No
     """The image as the model sees it and, for its reducing blocks, what became of the patches.
 
     Args:
-        model: A model made by ``effvit.sparsify`` or an architecture with soft tokens; it is run in eval mode and
-            left as it is.
+        model: A model made by ``effvit.sparsify``, a ``TokenSelector`` or an architecture with soft tokens; it is run
+            in eval mode and left as it is.
         image: A photograph of any size.
         title: Text at the top; None means ``model_text``.
         num_stages: Most stages shown; of more, evenly spread ones and the last.
@@ -206,7 +212,8 @@ def token_figure(model: nn.Module, image: Image.Image, *, title: str | None = No
     panels = [("input", count, view)]
     shown: set[int] = set()
     for stage in spread(stages, num_stages):
-        panels.append((f"block {stage.block}", f"{stage.tokens} tokens", paint(view, stage)))
+        place = f"handed over, block {stage.block}" if stage.handed_over else f"block {stage.block}"
+        panels.append((place, f"{stage.tokens} tokens", paint(view, stage)))
         shown |= set(stage.states.flatten().tolist())
     return compose(panels, model_text(model) if title is None else title, shown)
 
@@ -230,7 +237,7 @@ def token_record(
     if max(view.size) < SMALL:  # a border is a pixel wide and would hide its patch
         view = view.resize((view.width * ENLARGED, view.height * ENLARGED), Image.Resampling.NEAREST)
     view.save(file, "PNG")
-    method, settings = (model.method, dict(model.settings)) if isinstance(model, ReducedHost) else (None, {})
+    method, settings = method_of(model)
     stages = [
         TokenStage(
             block=stage.block,
@@ -238,6 +245,7 @@ def token_record(
             labels=stage.labels.tolist(),
             fused=[] if stage.fused is None else stage.fused.nonzero()[0].tolist(),
             soft=stage.soft,
+            handed_over=stage.handed_over or None,
         )
         for stage in trace_stages(model, x)
     ]
