@@ -44,7 +44,7 @@ class Cosines(NamedTuple):
 
 
 def holds_table(tokens: int, number: int) -> bool:
-    """Whether the cosines of all pairs of ``tokens`` are held, of which ``number`` rows will be asked for one by one."""
+    """Whether the cosines of all pairs of ``tokens`` are held where ``number`` rows are asked for one by one."""
     return tokens <= HELD_TOKENS and HELD_SHARE * number >= tokens
 
 
