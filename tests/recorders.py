@@ -24,6 +24,8 @@ from torch.func import functional_call, grad, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import effvit
+from effvit.testing import make_window_model, window_pairs
+from effvit.testing.windows import WINDOW_SIZE
 
 __all__ = [
     "CASES",
@@ -102,6 +104,8 @@ def _pyramid(method: str, settings: dict[str, Any]) -> nn.Module:
     host = timm.create_model("tiny_vit_5m_224", num_classes=7, **small).eval()
     return effvit.sparsify(host, method, **settings).eval()
 
+
+OTHER_SIZES = {"sam": (64, 40)}  # a Swin takes images of the size that it was made for
 
 CASES: dict[str, Case] = {
     # every method, with the settings that change what is computed
@@ -196,6 +200,11 @@ CASES |= {
         architectures.SIZES[name][1] if _takes_any_size(name) else None,
     )
     for name in architectures.SMALL
+}
+# hosts with windows
+CASES |= {
+    f"{host} {method}": Case(partial(make_window_model, method, host), WINDOW_SIZE, OTHER_SIZES.get(host))
+    for method, host in window_pairs(hosts=("sam", "swin", "swinv2"))
 }
 # hosts with relative positions
 RELATIVE = (("evit", "beit"), ("ats", "beit"), ("tome", "relpos"), ("zero_tprune", "shared_relpos"))
@@ -500,7 +509,8 @@ SLOW = {
     for name in RECORDERS
     if name.startswith(("torch.compile", "torch.export", "torch.onnx, dynamo=True", "OpenVINO", "onnxruntime"))
 }
-METHOD_CASES = "|".join((*SETTINGS, "tiny_vit"))
+WINDOW_CASES = "tiny_vit|sam|swin|swinv2"
+METHOD_CASES = "|".join((*SETTINGS, WINDOW_CASES))
 REFUSALS = (
     Refusal(
         r"torch\.export, dynamic batch|torch\.onnx, dynamo=True",
@@ -532,10 +542,10 @@ REFUSALS = (
     ),
     Refusal(
         r"torch\.fx",
-        r"tiny_vit .*",
+        rf"({WINDOW_CASES}) .*",
         "torch.fx cannot trace it",
-        "How a TinyViT (timm's own too) pads its windows depends on the size of the map: use `torch.export`, or timm's "
-        "`create_feature_extractor`, which does not trace into its blocks.",
+        "How a host with windows (timm's own too) pads them depends on the size of the map: use `torch.export`, or, "
+        "except for SAM, timm's `create_feature_extractor`, which does not trace into their blocks.",
     ),
     Refusal(
         r"(?!torch\.fx).*",
@@ -584,6 +594,20 @@ REFUSALS = (
         "both height and width",
         "The token counts are expressions of both sides, which `torch.export` does not simplify in minutes: export "
         "with one of height and width dynamic, or none, once for every size; the batch may be dynamic.",
+    ),
+    Refusal(
+        r"torch\.onnx, dynamo=True",
+        r"sam expedite",
+        "only 4D query",
+        "timm's attention of SAM, which the blocks of Expedite keep, calls the fused kernel without a dimension of "
+        "heads, which torch's exporter to ONNX does not take: set `block.attn.fused_attn = False` in each block first.",
+    ),
+    Refusal(
+        r"torch\.export, dynamic (height|size)",
+        r"sam .*",
+        "a dynamic height or width",
+        "Windows are padded in ways that `torch.export` does not follow: export with height and width fixed, once for "
+        "every size; the batch may be dynamic.",
     ),
     Refusal(
         r"torch\.export, dynamic (height|size)",

@@ -75,6 +75,24 @@ def test_hosts_with_windows_are_exact_reduced_or_refused(tool: ModuleType, capsy
     ]
 
 
+@pytest.mark.parametrize("name", ["vit_base_patch14_reg4_dinov2", "eva02_large_patch14_448"])
+def test_wide_names_with_native_resolution_are_exact(
+    tool: ModuleType, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """At the width of the name, two blocks deep."""
+    assert tool.main(["--naflex", "--pattern", name, "--methods", "evit", "tome", "expedite"]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert table[3:] == [
+        "evit                1        0        0        1        0        0",
+        "tome                1        0        0        1        0        0",
+        "expedite            1        0        0        1        0        0",
+        "refused:",
+        "  none",
+        "wrong:",
+        "  none",
+    ]
+
+
 def test_refusals_are_counted_by_reason(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert tool.main(["--pattern", "vit_little_patch16_reg4_gap_256", "--methods", "evit", "tome"]) == 0
     table = capsys.readouterr().out.splitlines()

@@ -33,6 +33,21 @@ from effvit.dense.openmmlab import EffViT, load_config
 
 PLAIN = "evit_deit_tiny_patch16_224"
 SWIN: dict[str, Any] = {"embed_dim": 24, "depths": (1, 2, 1, 1), "num_heads": (1, 2, 2, 4)}
+SAM: dict[str, Any] = {
+    "embed_dim": 24,
+    "depth": 4,
+    "num_heads": 2,
+    "global_attn_indexes": (1, 3),
+    "neck_chans": 8,
+    "out_indices": (1, 3),
+}
+WINDOWS: dict[str, dict[str, Any]] = {
+    "tome_samvit_base_patch16": {"r": 60, **SAM},
+    "expedite_samvit_base_patch16": {"cluster_at": 1, **SAM},
+    "expedite_samvit_huge_patch16_at6_81": {"cluster_at": 2, **SAM},
+    "tome_swin_tiny_patch4_window7_224": {"r": 20, **SWIN},
+    "expedite_swinv2_tiny_window8_256": {"cluster_at": 0, **SWIN},
+}
 SMALL: dict[str, Any] = {"depth": 4, "embed_dim": 48, "num_heads": 3, "img_size": 64}
 
 
@@ -80,6 +95,20 @@ class TestBackbone:
         for features, stride in zip(maps, model.features.feature_info.reduction(), strict=True):
             assert list(features.shape[-2:]) == [math.ceil(side / stride) for side in size]
             assert features.isfinite().all()
+
+    @pytest.mark.parametrize("size", [(33, 170), (8, 8), (97, 65)])
+    @pytest.mark.parametrize("name", WINDOWS)
+    def test_hosts_with_windows_give_full_maps_at_odd_sizes(self, name: str, size: tuple[int, int]) -> None:
+        """Of SAM those of the blocks asked for, of Swin those of all stages; both are also given for whole patches."""
+        model = EffViT(name, **WINDOWS[name]).eval()
+        x = images(*size)
+        maps = model(x)
+        assert model.channels == [y.shape[1] for y in maps]
+        for features, padded, stride in zip(maps, model(whole_patches(x)), model.strides, strict=True):
+            assert list(features.shape[-2:]) == [math.ceil(side / stride) for side in size]
+            assert features.isfinite().all()
+            if name.startswith(("tome_sam", "expedite_sam")):
+                assert torch.equal(features, padded)
 
     @pytest.mark.parametrize("size", [(33, 170), (8, 8), (97, 65)])
     @pytest.mark.parametrize("method", effvit.list_methods())

@@ -94,7 +94,7 @@ class TestReduced:
         model, x = effvit.sparsify(small(), method, **settings).double(), images(3).double()
         torch.testing.assert_close(model(x)[1:2], model(x[1:2]), rtol=0, atol=1e-10)
 
-    @pytest.mark.parametrize("size", [(48, 56), (32, 32), (80, 24)])
+    @pytest.mark.parametrize("size", [(48, 56), (32, 32), (80, 24), (8, 8)])
     def test_maps_are_full_for_images_of_any_size(
         self, method: str, settings: dict[str, Any], size: tuple[int, int]
     ) -> None:
@@ -114,7 +114,7 @@ class TestReduced:
         model, x = effvit.sparsify(small(), method, **settings).train(), images(2)
         assert_checkpointing_changes_nothing(model, x)
 
-    @pytest.mark.parametrize("size", [(48, 56), (64, 40)])
+    @pytest.mark.parametrize("size", [(48, 56), (64, 40), (8, 8)])
     def test_closed_form_agrees_with_the_count(
         self, method: str, settings: dict[str, Any], size: tuple[int, int]
     ) -> None:

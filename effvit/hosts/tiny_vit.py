@@ -172,6 +172,7 @@ class ReducedTinyViT(ReducedWindows, TinyVit):
         LiveAttention,
     )
     reason = "the blocks of a TinyVit convolve full maps"
+    open_sides = 2
     stages: nn.Sequential
 
     def own_stages(self) -> None:

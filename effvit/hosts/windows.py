@@ -31,7 +31,7 @@ from effvit.hosts.stages import Stage
 from effvit.hosts.surface import Reduced, check_batch
 from effvit.layers.windows import from_windows, num_windows, to_windows
 from effvit.protocols import Layer, Setting, Size
-from effvit.recording import refuse_fx, refuse_legacy_onnx
+from effvit.recording import refuse_fx, refuse_legacy_onnx, refuse_open_sides
 from effvit.reducers import METHODS, Reducer
 from effvit.reducers.grids import Groups, SmallGrids
 from effvit.tokens import wide_dtype, wide_product
@@ -459,11 +459,13 @@ class ReducedWindows(Reduced):
         family: The parts of the network.
         reason: Why it needs its full maps, for messages.
         is_one_stage: The model itself holds the blocks, so that feature extractors would look into what acts there.
+        open_sides: Sides of the images, 0 to 2, that may be unknown to ``torch.export``, which follows the windows.
     """
 
     family: ClassVar[Family]
     reason: ClassVar[str]
     is_one_stage: ClassVar[bool] = False
+    open_sides: ClassVar[int] = 0
     _depth: int
 
     def own_stages(self) -> None:
@@ -515,6 +517,7 @@ class ReducedWindows(Reduced):
             extractors=self.is_one_stage,
         )
         refuse_legacy_onnx(f"a model reduced by {self.method}")
+        refuse_open_sides(x.shape[-2:], self.open_sides, f"a {type(self).__bases__[-1].__name__}", "padded windows")
         check_batch(x, self, getattr(self, "in_chans", 3))
 
     def forward_features(self, x: Tensor) -> Tensor:

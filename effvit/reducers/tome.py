@@ -275,13 +275,18 @@ class ToMe(Reducer):
         """
         length = features.shape[1]
         r = min(self.r * length // area, length // 2)
-        matching = bipartite_soft_matching(features, r, 0, origin=self.origin("tokens"), x=x)
+        if r == 0:  # a map so small that nothing is compared; of one token there are no pairs
+            place = ranges_of(features, length, 0).sequence.expand(features.shape[0], -1)
+            matching = Matching(place[:, :0], place, place[:, :0], 0)
+        else:
+            matching = bipartite_soft_matching(features, r, 0, origin=self.origin("tokens"), x=x)
         return MergedGrids(matching, matching_target(matching, features[..., 0].long()), self.prop_attn)
 
     def cost(self, at: BlockSizes) -> Change:
         r = self.r if at.area is None else self.r * at.tokens // at.area
         merged = min(r, at.tokens // 2)
-        return Change(at.tokens, at.tokens, at.tokens - merged, alternating_pairs(at.tokens, at.head_dim))
+        macs = alternating_pairs(at.tokens, at.head_dim) if merged else 0
+        return Change(at.tokens, at.tokens, at.tokens - merged, macs)
 
     def reduce(self, x: Tensor, tokens: TokenMap, state: AttnState) -> tuple[Tensor, TokenMap]:
         if tokens.valid is not None:
