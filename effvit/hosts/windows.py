@@ -42,11 +42,13 @@ __all__ = [
     "GroupedAttention",
     "GroupingBlock",
     "ReducedWindows",
+    "ScaledGroupingBlock",
     "Span",
     "between_places",
     "check_square",
     "reduce_windows",
     "replace_attributes",
+    "restore_attributes",
     "run_blocks",
     "window_methods",
 ]
@@ -280,6 +282,19 @@ class GroupingBlock(nn.Module):
         return window_stage(groups.target, cut, groups.anchor.shape[1], number)
 
 
+class ScaledGroupingBlock(GroupingBlock):
+    """A grouping block with LayerScale on both branches."""
+
+    ls1: Layer
+    ls2: Layer
+
+    def _attention_branch(self, y: Tensor) -> Tensor:
+        return self.drop_path1(self.ls1(y))
+
+    def _mlp_branch(self, x: Tensor) -> Tensor:
+        return self.ls2(self.mlp(self.norm2(x)))
+
+
 def attending_parts(groups: Groups, cut: Cut) -> Tensor | None:
     """(B*nW, K) part of its window that each group belongs to, where parts do not attend to each other."""
     if not any(cut.shift):
@@ -411,6 +426,7 @@ class Family(NamedTuple):
         shrunk_attention: Subclass of timm's attention that ``shrink`` puts in its place.
         plain_attention: timm's attention on the parameters of what stands in its place.
         unreduced_attention: Subclass of timm's attention that ``plain_attention`` gives; None: it gives timm's own.
+        unreduced_block: Subclass of timm's block that stands in its place where nothing is reduced; None: timm's own.
     """
 
     block: type[nn.Module]
@@ -421,12 +437,19 @@ class Family(NamedTuple):
     shrunk_attention: type[nn.Module]
     plain_attention: Callable[[nn.Module], nn.Module]
     unreduced_attention: type[nn.Module] | None = None
+    unreduced_block: type[nn.Module] | None = None
 
 
 def replace_attributes(module: nn.Module, **values: object) -> None:
-    """Set plain attributes of a module, which ``plain_block`` sets back."""
+    """Set plain attributes of a module, which ``restore_attributes`` sets back."""
     module.__dict__["former"] = {name: getattr(module, name) for name in values}
     for name, value in values.items():
+        setattr(module, name, value)
+
+
+def restore_attributes(module: nn.Module) -> None:
+    """Undo ``replace_attributes``, if it was called."""
+    for name, value in module.__dict__.pop("former", {}).items():
         setattr(module, name, value)
 
 
@@ -436,12 +459,14 @@ class ReducedWindows(Reduced):
     Attributes:
         family: The parts of the network.
         reason: Why it needs its full maps, for messages.
-        is_one_stage: The model itself holds the blocks, so that feature extractors would look into what acts there.
+        holds_blocks: The model itself holds the blocks, so that feature extractors would look into what acts there.
+        untraceable: Why ``torch.fx`` cannot trace it, behind its name.
     """
 
     family: ClassVar[Family]
     reason: ClassVar[str]
-    is_one_stage: ClassVar[bool] = False
+    holds_blocks: ClassVar[bool] = False
+    untraceable: ClassVar[str] = ", timm's own too, pads its windows as the size of a map asks"
     _depth: int
 
     def own_stages(self) -> None:
@@ -458,6 +483,10 @@ class ReducedWindows(Reduced):
             yield stage, start
             start += len(stage.blocks)
 
+    def all_blocks(self) -> list[Any]:
+        """The blocks by their numbers."""
+        return [block for stage in self.window_stages() for block in stage.blocks]
+
     def block_window(self, block: Any) -> Size:
         """(h, w) of the windows of a plain block of this network; the whole map has no window: (0, 0)."""
         raise NotImplementedError
@@ -465,16 +494,15 @@ class ReducedWindows(Reduced):
     def check_parts(self) -> None:
         """Raise a TypeError for blocks or attention of classes that the family does not know."""
         family = self.family
-        blocks = {family.block, family.grouping_block}
+        blocks = {family.block, family.grouping_block, family.unreduced_block}
         attentions = {family.attention, family.grouped_attention, family.shrunk_attention, family.unreduced_attention}
-        for stage, start in self.numbered_stages():
-            for i, block in enumerate(stage.blocks, start):
-                for what, part, known in (("", block, blocks), (".attn", block.attn, attentions)):
-                    if type(part) not in known:
-                        raise TypeError(
-                            f"blocks.{i}{what} is a {type(part).__name__}, which token reduction does not know in a "
-                            f"{type(self).__bases__[-1].__name__}; choose a host built from timm's own"
-                        )
+        for i, block in enumerate(self.all_blocks()):
+            for what, part, known in (("", block, blocks), (".attn", block.attn, attentions)):
+                if type(part) not in known:
+                    raise TypeError(
+                        f"blocks.{i}{what} is a {type(part).__name__}, which token reduction does not know in a "
+                        f"{type(self).__bases__[-1].__name__}; choose a host built from timm's own"
+                    )
 
     def check_run(self, x: Tensor) -> None:
         """Raise a named error for what is no batch of images, and for recorders that would fix what sizes decide."""
@@ -482,9 +510,9 @@ class ReducedWindows(Reduced):
         self.check_whole()
         refuse_fx(
             x,
-            f"a {type(self).__bases__[-1].__name__}, timm's own too, pads its windows as the size of a map asks",
-            "use torch.export" + ("" if self.is_one_stage else extractors),
-            extractors=self.is_one_stage,
+            f"a {type(self).__bases__[-1].__name__}{self.untraceable}",
+            "use torch.export" + ("" if self.holds_blocks else extractors),
+            extractors=self.holds_blocks,
         )
         refuse_legacy_onnx(f"a model reduced by {self.method}")
         check_batch(x, self, getattr(self, "in_chans", 3))
@@ -595,10 +623,9 @@ def plain_blocks(stage: Blocks, family: Family) -> nn.Sequential:
     blocks = rehouse(stage.blocks, nn.Sequential)
     block: Any
     for i, block in enumerate(blocks):
-        plain: Any = rehouse(block, family.block)
+        plain: Any = rehouse(block, family.unreduced_block or family.block)
         plain._modules.pop("reducer", None)
-        for name, value in plain.__dict__.pop("former", {}).items():
-            setattr(plain, name, value)
+        restore_attributes(plain)
         plain.attn = family.plain_attention(block.attn)
         blocks[i] = plain
     return blocks
@@ -621,6 +648,8 @@ def planned_span(
         return None
     end = min((i for i in plan if i > shrinking), default=start + len(blocks))
     first, last = max(shrinking - start, 0), min(end - start, len(blocks))
+    if first >= last:
+        return None
     windows = [window_of(block) for block in blocks]
     window = next((window for window in windows if window != WHOLE), None)
     if window is None:
@@ -628,8 +657,6 @@ def planned_span(
             f"{plan[shrinking].name} makes windows smaller, but the blocks of this model attend to whole maps "
             f"(window_size=0); use method {' or '.join(repr(n) for n, method in METHODS.items() if method.groups())}"
         )
-    if first >= last:
-        return None
     span = Span(copy.copy(plan[shrinking]), first, last, window)  # each stage names its own first block in errors
     return None if span.cells == window else span
 
@@ -659,6 +686,6 @@ def reduce_windows(
     host.check_parts()
     host.own_stages()
     if not isinstance(dense, ReducedWindows):
-        host._depth = sum(len(stage.blocks) for stage in host.window_stages())
+        host._depth = len(host.all_blocks())
     host.place(method, settings)
     return host
