@@ -139,8 +139,15 @@ def position_bias(module: nn.Module | None, grid: Size) -> Terms:
     return Terms() if module is None else layers("positions", module, (2 * grid[0] - 1) * (2 * grid[1] - 1))
 
 
-def resampling(old: Sequence[int], new: Sequence[int], channels: int, taps: int, antialiased: bool = False) -> int:
-    """MACs of a table of ``channels`` resampled from one size to another, 0 between equal sizes, where none is.
+def resampling(
+    old: Sequence[int],
+    new: Sequence[int],
+    channels: int,
+    taps: int,
+    antialiased: bool = False,
+    always: bool = False,
+) -> int:
+    """MACs of a table of ``channels`` resampled from one size to another.
 
     Args:
         old: Sides of the table.
@@ -148,8 +155,9 @@ def resampling(old: Sequence[int], new: Sequence[int], channels: int, taps: int,
         channels: Of each entry.
         taps: Entries that the kernel spans along a side: 2 linear, 4 cubic.
         antialiased: The kernel is wider by as much as a side shrinks.
+        always: Between equal sizes too, where most models leave the table as it is, at no cost.
     """
-    if tuple(old) == tuple(new):
+    if tuple(old) == tuple(new) and not always:
         return 0
     spans = [taps * max(1.0, a / b) if antialiased else taps for a, b in zip(old, new, strict=True)]
     return round(channels * prod(new) * prod(spans))

@@ -55,7 +55,8 @@ def families(dense: nn.Module, methods: Sequence[str] | None = None) -> list[Fam
     if unknown:
         raise ValueError(f"{unknown[0]!r} is not tuned; tuned are {', '.join(known)}")
     check_dense(dense)
-    if not hasattr(dense, "blocks") and type(dense) not in HOST_CLASSES:
+    of_one_grid = hasattr(dense, "blocks") and not hasattr(dense, "stage_ends")  # timm's Hieras have blocks of stages
+    if not of_one_grid and type(dense) not in HOST_CLASSES:
         raise TypeError(f"tuned are plain ViTs, whose blocks follow each other in 'blocks', not {type(dense).__name__}")
     host = plain_parts(dense)
     depth, patches = len(host.blocks), host.patch_embed.num_patches
