@@ -110,10 +110,11 @@ class ReducedPooledStages(ReducedWindows):
         """The first ``number`` blocks, all of them if None, part by part."""
         blocks = self.all_blocks()[:number]
         starts = self.stage_starts
-        edges = {0, *starts, *(start + 1 for start in starts)}
-        inside = sorted(edge for edge in edges if edge < len(blocks))
+        edges = [0, *(edge for start in starts for edge in (start, start + 1))]
+        inside = [edge for edge in edges if edge < len(blocks)]
         for first, end in pairwise([*inside, len(blocks)]):
-            yield Part(first, blocks[first:end], self.spans.get(first), first in starts)
+            if first < end:  # a stage of one block has none that keep its map
+                yield Part(first, blocks[first:end], self.spans.get(first), first in starts)
 
     def window_stages(self) -> list[StageBlocks]:
         return [StageBlocks(self, part.first, len(part.blocks)) for part in self.parts() if not part.begins]
@@ -123,6 +124,11 @@ class ReducedPooledStages(ReducedWindows):
             yield stage, stage.first
 
     def place(self, method: str, settings: Mapping[str, Setting]) -> None:
+        """Let a method act in the blocks that keep the map of their stage, in place of what acts there.
+
+        Raises:
+            ValueError: Settings that do not fit the windows, or a list with values for blocks that begin a stage.
+        """
         planned = METHODS[method].plan(self._depth, **settings)
         named = [name for name, value in settings.items() if gives_each_block(value)]
         passed = [str(i) for i in self.stage_starts if i in planned and planned[i].groups()]
