@@ -264,7 +264,7 @@ class TestNames:
         ("name", "narrow"),
         [
             ("hiera_small_abswin_256", {"img_size": 64, "mask_unit_attn": (True, True, True, False)}),
-            ("sam2_hiera_tiny", {"global_att_blocks": (3,), "window_spec": (8, 4, 4, 2)}),
+            ("sam2_hiera_tiny", {"global_att_blocks": (4,), "window_spec": (8, 4, 4, 2)}),
         ],
     )
     def test_names_have_the_tags_of_the_host_and_folders_give_the_model_back(
@@ -300,6 +300,19 @@ class TestNames:
     def test_host_built_by_its_class_tells_the_size_of_its_images(self) -> None:
         assert effvit.sparsify(small(), "tome").pretrained_cfg["input_size"] == (3, *SIZE)
         assert effvit.sparsify(small("hieradet"), "tome").pretrained_cfg["input_size"] == (3, 224, 224)
+
+
+def test_official_file_of_a_hiera_loads(tmp_path: Path) -> None:
+    """Under the names of the released files: a projection as head, a norm in front of it."""
+    model, other = effvit.sparsify(small(), "tome"), small()
+    renamed = {
+        name.replace("head.fc", "head.projection").replace("head.norm", "norm"): value
+        for name, value in model.state_dict().items()
+    }
+    torch.save({"model_state": renamed}, tmp_path / "hiera.pth")
+    torch.nn.init.zeros_(other.pos_embed)
+    assert effvit.load_checkpoint(other, tmp_path / "hiera.pth") == []
+    assert torch.equal(effvit.sparsify(other, "tome")(images()), model(images()))
 
 
 class TestRefusals:

@@ -235,8 +235,8 @@ class ReducedHiera(ReducedPooledStages, Hiera):
             mask: Refused: mask units that are left out have no place on a map.
             return_intermediates: Return the maps (B, H, W, C) that leave the stages, too.
         """
+        self.check_run(x)  # first, since symbolic tracing passes a placeholder for the mask too
         self.refuse_mask(mask)
-        self.check_run(x)
         x, maps = self.run(self._embed(x), self.stage_ends if return_intermediates else ())
         x = self._finished(x, len(self.blocks) - 1)
         return (x, maps) if return_intermediates else x
