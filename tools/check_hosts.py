@@ -181,7 +181,7 @@ def check_windows(model: nn.Module, x: Tensor, expected: list[Tensor]) -> Outcom
         return Outcome("wrong", f"shapes are {', '.join(str(tuple(y.shape)) for y in own)}")
     if not all(y.isfinite().all() for y in own):
         return Outcome("wrong", "output is not finite")
-    if torch.equal(own[0], expected[0]):
+    if all(torch.equal(a, b) for a, b in zip(own, expected, strict=True)):  # a head at its start hides most of it
         return Outcome("wrong", "nothing is reduced")
     return Outcome("good")
 
