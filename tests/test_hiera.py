@@ -181,6 +181,14 @@ def test_exported_program_gives_the_scores_of_a_plain_run(kind: str, method: str
     torch.testing.assert_close(program.module()(images(3)), model(images(3)), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_graph_is_compiled(kind: str) -> None:
+    model, x = effvit.sparsify(small(kind), "tome", r=3), images(2)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), model(x))
+
+
 @pytest.mark.parametrize(("kind", "options"), OPTIONS)
 def test_dense_closed_form_agrees_with_the_count(kind: str, options: dict[str, Any]) -> None:
     model = small(kind, **options)

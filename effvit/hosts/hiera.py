@@ -31,7 +31,7 @@ from effvit.hosts.windows import (
     replace_attributes,
     restore_attributes,
 )
-from effvit.layers.macs import Terms, convolutions, resampling
+from effvit.layers.macs import Terms, convolutions, convolved, resampling
 from effvit.protocols import Layer, Size
 
 __all__ = ["ReducedHiera", "map_of", "sequence_of"]
@@ -51,9 +51,13 @@ def sequence_of(x: Tensor, strides: Strides) -> Tensor:
 
 def map_of(x: Tensor, strides: Strides, grid: Size) -> Tensor:
     """Inverse of ``sequence_of``: (B, H*W, C) -> the map (B, H, W, C) of ``grid`` (H, W)."""
-    units = (side // prod(stride[i] for stride in strides) for i, side in enumerate(grid))
+    sides: list[int] = []
+    units = grid
+    for rows_of, columns_of in strides:
+        sides += [rows_of, columns_of]
+        units = units[0] // rows_of, units[1] // columns_of
     n = len(strides) + 1
-    x = x.unflatten(1, [number for stride in strides for number in stride] + list(units))
+    x = x.unflatten(1, [*sides, *units])  # (B, rows of neighbours, columns, ..., rows of units, columns, C)
     rows, columns = (list(range(first, 0, -2)) for first in (2 * n - 1, 2 * n))
     return x.permute(0, *rows, *columns, 2 * n + 1).flatten(n + 1, 2 * n).flatten(1, n)
 
@@ -201,14 +205,10 @@ class ReducedHiera(ReducedPooledStages, Hiera):
     def block_window(self, block: Any) -> Size:
         return window_of(block, block.grid)
 
-    def embedding_cost(self, size: Size) -> tuple[Terms, Size]:
-        """MACs of the patch embedding of images of that size, and the grid of patches."""
-        return convolutions("embedding", self.patch_embed, size)
-
     def check_run(self, x: Tensor) -> None:
         super().check_run(x)
         height, width = x.shape[-2:]
-        if self.embedding_cost((height, width))[1] != self.grid_size:
+        if convolved(self.patch_embed.proj, (height, width)) != self.grid_size:
             size = self.img_size
             raise ValueError(
                 f"expected images of {size[0]} x {size[1]} pixels, got {height} x {width}; create the model with "
@@ -266,7 +266,7 @@ class ReducedHiera(ReducedPooledStages, Hiera):
 
     def closed_form(self, size: Size) -> Terms:
         """MACs of one image (H, W) by term."""
-        terms, grid = self.embedding_cost(size)
+        terms, grid = convolutions("embedding", self.patch_embed, size)
         if self.pos_embed_win is not None:
             table = self.pos_embed
             terms["embedding"] += resampling(table.shape[2:], grid, table.shape[1], 4, antialiased=True, always=True)

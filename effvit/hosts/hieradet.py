@@ -17,7 +17,6 @@ from timm.models.hieradet_sam2 import HieraDet, MultiScaleAttention, MultiScaleB
 from torch import Tensor
 
 from effvit.block import rehouse
-from effvit.hosts.closed_form import embedding
 from effvit.hosts.pooled_stages import ReducedPooledStages, pooled_stages
 from effvit.hosts.window_form import WindowForm
 from effvit.hosts.windows import (
@@ -29,7 +28,7 @@ from effvit.hosts.windows import (
     ScaledGroupingBlock,
     replace_attributes,
 )
-from effvit.layers.macs import Terms, convolutions, resampling
+from effvit.layers.macs import Terms, convolved, layers, resampling
 from effvit.protocols import Layer, Setting, Size
 
 __all__ = ["ReducedHieraDet"]
@@ -107,16 +106,16 @@ class ReducedHieraDet(ReducedPooledStages, HieraDet):
                 if isinstance(block, GroupingMultiScaleBlock):
                     block.area_of_windows = area
 
-    def embedding_cost(self, size: Size) -> tuple[Terms, Size]:
-        """MACs of the patch embedding of images of that size, and the grid of patches."""
+    def patch_grid(self, size: Size) -> Size:
+        """(H, W) of the patches of images of that size."""
         if isinstance(self.patch_embed, PatchEmbed):
-            return embedding(self.patch_embed, size)
-        return convolutions("embedding", self.patch_embed, size)
+            return self.patch_embed.dynamic_feat_size(size)
+        return convolved(self.patch_embed.proj, size)
 
     def check_run(self, x: Tensor) -> None:
         super().check_run(x)
         height, width = x.shape[-2:]
-        side, (_, grid) = self.window_spec[0], self.embedding_cost((height, width))
+        side, grid = self.window_spec[0], self.patch_grid((height, width))
         if grid[0] % side or grid[1] % side:
             raise ValueError(
                 f"images of {height} x {width} pixels are {grid[0]} x {grid[1]} patches, but the positions of a "
@@ -146,6 +145,7 @@ class ReducedHieraDet(ReducedPooledStages, HieraDet):
 
     def closed_form(self, size: Size) -> Terms:
         """MACs of one image (H, W) by term."""
-        terms, grid = self.embedding_cost(size)
+        grid = self.patch_grid(size)
+        terms = layers("embedding", self.patch_embed, grid[0] * grid[1])
         terms["embedding"] += resampling(self.pos_embed.shape[2:], grid, self.pos_embed.shape[1], 4, always=True)
         return terms + pooled_stages(self, grid, FORM, self.q_stride)

@@ -24,6 +24,7 @@ __all__ = [
     "attend",
     "attention",
     "convolutions",
+    "convolved",
     "cross_block",
     "feedforward",
     "layers",
@@ -95,16 +96,21 @@ def layers(term: str, module: nn.Module, rows: int) -> Terms:
     return terms
 
 
+def convolved(layer: nn.Conv2d, size: Size) -> Size:
+    """(H, W) of what a convolution makes of a map of that size."""
+    padding = layer.padding
+    assert not isinstance(padding, str)
+    height, width = ((size[i] + 2 * padding[i] - layer.kernel_size[i]) // layer.stride[i] + 1 for i in range(2))
+    return height, width
+
+
 def convolutions(term: str, module: nn.Module, size: Size) -> tuple[Terms, Size]:
     """A chain of convolutions and norms on a map of that size, and the size of what comes out."""
     terms = Terms()
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d):
-            padding = layer.padding
-            assert not isinstance(padding, str)
-            height, width = ((size[i] + 2 * padding[i] - layer.kernel_size[i]) // layer.stride[i] + 1 for i in range(2))
-            size = height, width
-            terms[term] += height * width * layer.weight.numel()
+            size = convolved(layer, size)
+            terms[term] += prod(size) * layer.weight.numel()
         terms += norm(layer, size[0] * size[1])
     return terms, size
 
