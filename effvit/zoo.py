@@ -66,6 +66,10 @@ PYRAMID_HOSTS = (
     *(f"swin_{size}_patch4_window12_384" for size in ("base", "large")),
     *(f"swinv2_{size}_window{window}_256" for size in ("tiny", "small", "base") for window in (8, 16)),
     *(f"swinv2_{size}_window12to{window}_192to{pixels}" for size in ("base", "large") for window, pixels in WIDER),
+    *(f"hiera_{size}_224" for size in ("tiny", "small", "base", "base_plus", "large", "huge")),
+    *(f"hiera_{size}_abswin_256" for size in ("small", "base")),
+    *(f"sam2_hiera_{size}" for size in ("tiny", "small", "base_plus", "large")),
+    "hieradet_small",
 )
 WINDOW_HOSTS = (
     *(f"samvit_{size}_patch16" for size in ("base", "large", "huge")),

@@ -36,6 +36,7 @@ FAST = {
     "test_golden.py",
     "test_golden_readers.py",
     "test_gtp.py",
+    "test_hiera.py",
     "test_hot.py",
     "test_images.py",
     "test_imports.py",

@@ -63,8 +63,13 @@ HOSTS: dict[str, dict[str, Any]] = {
     },
     "swin_tiny_patch4_window7_224": {"img_size": 56, "embed_dim": 16, "depths": (2, 1), "num_heads": (1, 2)},
     "swinv2_tiny_window8_256": {"img_size": 64, "embed_dim": 16, "depths": (2, 1), "num_heads": (1, 2)},
+    "hiera_tiny_224": {"embed_dim": 8, "stages": (1, 2, 2, 1)},
+    "sam2_hiera_tiny": {"embed_dim": 8, "stages": (1, 2, 2, 1), "global_att_blocks": (4,)},
 }
-WITH_WINDOWS = {"tiny_vit_5m_224", "samvit_base_patch16", "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"}
+WITH_WINDOWS = {
+    *("tiny_vit_5m_224", "samvit_base_patch16", "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"),
+    *("hiera_tiny_224", "sam2_hiera_tiny"),
+}
 NO_CLASS_TOKEN = {
     "vit_base_patch16_siglip_224",
     "vit_medium_patch16_reg4_gap_256",

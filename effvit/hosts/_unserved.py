@@ -41,10 +41,6 @@ UNSERVED = {
     "visformer": _CONVOLUTIONAL,
     "swin_transformer_v2_cr": "a network with dropout inside makes its position biases, trained on the pairs of whole "
     "windows; create a swinv2_ model without _cr",
-    "hiera": "it keeps its tokens in the order of mask units, which its pooling shrinks from stage to stage; create a "
-    "swin_ model or a plain ViT",
-    "hieradet_sam2": "its blocks pool queries inside their windows, so that a token has no one place to be given back "
-    "to; create a samvit_ model for SAM, or a swin_ model",
     "gcvit": f"it attends inside windows of a full map, and {_CONVOLVED}",
 }
 """The last part of ``timm.models.*`` -> a clause."""

@@ -18,6 +18,8 @@ from timm.models import (
     deepseek_vit,
     eva,
     gemma4_vit,
+    hiera,
+    hieradet_sam2,
     naflexvit,
     qwen3_vit,
     swin_transformer,
@@ -93,6 +95,8 @@ HEAD = re.compile(r"^head(_dist)?\.(weight|bias)$")
 # timm's filters of hosts that need nothing around them.
 PLAIN_FILTERS: dict[type[nn.Module], Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]]] = {
     beit.Beit: beit.checkpoint_filter_fn,
+    hiera.Hiera: hiera.checkpoint_filter_fn,
+    hieradet_sam2.HieraDet: hieradet_sam2.checkpoint_filter_fn,
     naflexvit.NaFlexVit: naflexvit.checkpoint_filter_fn,
     swin_transformer_v2.SwinTransformerV2: swin_transformer_v2.checkpoint_filter_fn,
     vision_transformer_relpos.VisionTransformerRelPos: vision_transformer_relpos.checkpoint_filter_fn,

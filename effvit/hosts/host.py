@@ -21,6 +21,8 @@ from timm.layers import PatchDropout, PatchDropoutWithIndices, to_2tuple
 from timm.models import checkpoint
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
+from timm.models.hiera import Hiera
+from timm.models.hieradet_sam2 import HieraDet
 from timm.models.naflexvit import NaFlexVit
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
@@ -31,6 +33,8 @@ from torch import Tensor, nn
 
 from effvit.block import BlockList, call_block, copy_shared, rehouse, set_child, token_block
 from effvit.hosts.closed_form import PlainViT, plain_vit
+from effvit.hosts.hiera import ReducedHiera
+from effvit.hosts.hieradet import ReducedHieraDet
 from effvit.hosts.refusals import is_file_name, is_sharded, reason_against, reason_against_class
 from effvit.hosts.sam import ReducedSAM
 from effvit.hosts.stages import Stage, map_stage
@@ -497,6 +501,8 @@ WINDOW_CLASSES: dict[type[nn.Module], type[ReducedWindows]] = {
     VisionTransformerSAM: ReducedSAM,
     SwinTransformer: ReducedSwin,
     SwinTransformerV2: ReducedSwinV2,
+    Hiera: ReducedHiera,
+    HieraDet: ReducedHieraDet,
 }
 
 

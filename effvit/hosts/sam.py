@@ -28,8 +28,8 @@ from effvit.hosts.windows import (
     Cut,
     Family,
     GroupedAttention,
-    GroupingBlock,
     ReducedWindows,
+    ScaledGroupingBlock,
     Span,
     check_square,
     replace_attributes,
@@ -115,7 +115,7 @@ class GroupedSAMAttention(GroupedAttention, Attention):
         return self.proj_drop(self.proj(y))
 
 
-class GroupingSAMBlock(GroupingBlock, Block):
+class GroupingSAMBlock(ScaledGroupingBlock, Block):
     """timm's block of SAM with groups of tokens.
 
     Attributes:
@@ -124,20 +124,12 @@ class GroupingSAMBlock(GroupingBlock, Block):
 
     window_size: int
     area_of_windows: int
-    ls1: Layer
-    ls2: Layer
 
     def cut(self, size: Size) -> Cut:
         return Cut(window_of(self, size), size)
 
     def area(self, cut: Cut) -> int:
         return self.area_of_windows or cut.area
-
-    def _attention_branch(self, y: Tensor) -> Tensor:
-        return self.drop_path1(self.ls1(y))
-
-    def _mlp_branch(self, x: Tensor) -> Tensor:
-        return self.ls2(self.mlp(self.norm2(x)))
 
 
 def shrink_block(block: Block, window: Size, cells: Size) -> None:
@@ -196,7 +188,7 @@ class ReducedSAM(ReducedWindows, VisionTransformerSAM):
         lambda attn: rehouse(attn, Attention),
     )
     reason = "the neck of a VisionTransformerSAM and its blocks with other windows need the full map"
-    is_one_stage = True
+    holds_blocks = True
     span: Span | None
     blocks: nn.Sequential
     neck: Layer

@@ -161,7 +161,7 @@ def record_name(model: Reduced) -> None:
     unsaid = unsaid or bool(model.__dict__.get("_model_args", {}).keys() & defaults.keys())
     cfg: dict[str, object] | None = getattr(model, "pretrained_cfg", None)
     if cfg is None:  # of a host that was built by its class
-        img_size = getattr(model.patch_embed, "img_size", None)
+        img_size = getattr(model.patch_embed, "img_size", getattr(model, "img_size", None))  # a Hiera's own
         model._traits = {"img_size": img_size}
         size = PretrainedCfg.input_size[1:] if img_size is None else img_size  # a TinyViT takes any
         cfg = PretrainedCfg(input_size=(model.in_chans, *size), num_classes=model.num_classes).to_dict()

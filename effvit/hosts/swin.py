@@ -39,8 +39,8 @@ from effvit.hosts.windows import (
     ReducedWindows,
     Span,
     interpolated_biases,
-    put_back,
     replace_attributes,
+    restore_attributes,
     run_blocks,
 )
 from effvit.layers.macs import SelfAttention, Terms, attend, attention, convolutions, layers, norm
@@ -257,7 +257,7 @@ class _CellBlock(nn.Module):
 
     def _init_buffers(self) -> None:
         whole: Any = rehouse(self, type(self).__bases__[-1])
-        put_back(whole)
+        restore_attributes(whole)
         whole._init_buffers()
         self.attn_mask = whole.attn_mask
 

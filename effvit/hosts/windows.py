@@ -42,12 +42,13 @@ __all__ = [
     "GroupedAttention",
     "GroupingBlock",
     "ReducedWindows",
+    "ScaledGroupingBlock",
     "Span",
     "check_square",
     "interpolated_biases",
-    "put_back",
     "reduce_windows",
     "replace_attributes",
+    "restore_attributes",
     "run_blocks",
     "window_methods",
 ]
@@ -281,6 +282,19 @@ class GroupingBlock(nn.Module):
         return window_stage(groups.target, cut, groups.anchor.shape[1], number)
 
 
+class ScaledGroupingBlock(GroupingBlock):
+    """A grouping block with LayerScale on both branches."""
+
+    ls1: Layer
+    ls2: Layer
+
+    def _attention_branch(self, y: Tensor) -> Tensor:
+        return self.drop_path1(self.ls1(y))
+
+    def _mlp_branch(self, x: Tensor) -> Tensor:
+        return self.ls2(self.mlp(self.norm2(x)))
+
+
 def attending_parts(groups: Groups, cut: Cut) -> Tensor | None:
     """(B*nW, K) part of its window that each group belongs to, where parts do not attend to each other."""
     if not any(cut.shift):
@@ -426,6 +440,7 @@ class Family(NamedTuple):
         plain_attention: timm's attention on the parameters of what stands in its place.
         unreduced_attention: Subclass of timm's attention that ``plain_attention`` gives; None: it gives timm's own.
         shrunk_block: Subclass of timm's block for windows that became smaller grids; None: timm's own serves.
+        unreduced_block: Subclass of timm's block that stands in its place where nothing is reduced; None: timm's own.
     """
 
     block: type[nn.Module]
@@ -437,17 +452,18 @@ class Family(NamedTuple):
     plain_attention: Callable[[nn.Module], nn.Module]
     unreduced_attention: type[nn.Module] | None = None
     shrunk_block: type[nn.Module] | None = None
+    unreduced_block: type[nn.Module] | None = None
 
 
 def replace_attributes(module: nn.Module, **values: object) -> None:
-    """Set plain attributes of a module, which ``put_back`` sets back."""
+    """Set plain attributes of a module, which ``restore_attributes`` sets back."""
     module.__dict__["former"] = {name: getattr(module, name) for name in values}
     for name, value in values.items():
         setattr(module, name, value)
 
 
-def put_back(module: nn.Module) -> None:
-    """Set back the attributes that ``replace_attributes`` replaced, if it did."""
+def restore_attributes(module: nn.Module) -> None:
+    """Undo ``replace_attributes``, if it was called."""
     for name, value in module.__dict__.pop("former", {}).items():
         setattr(module, name, value)
 
@@ -458,14 +474,16 @@ class ReducedWindows(Reduced):
     Attributes:
         family: The parts of the network.
         reason: Why it needs its full maps, for messages.
-        is_one_stage: The model itself holds the blocks, so that feature extractors would look into what acts there.
+        holds_blocks: The model itself holds the blocks, so that feature extractors would look into what acts there.
         open_sides: Sides of the images, 0 to 2, that may be unknown to ``torch.export``, which follows the windows.
+        untraceable: Why ``torch.fx`` cannot trace it, behind its name.
     """
 
     family: ClassVar[Family]
     reason: ClassVar[str]
-    is_one_stage: ClassVar[bool] = False
+    holds_blocks: ClassVar[bool] = False
     open_sides: ClassVar[int] = 0
+    untraceable: ClassVar[str] = ", timm's own too, pads its windows as the size of a map asks"
     _depth: int
 
     def own_stages(self) -> None:
@@ -482,6 +500,10 @@ class ReducedWindows(Reduced):
             yield stage, start
             start += len(stage.blocks)
 
+    def all_blocks(self) -> list[Any]:
+        """The blocks by their numbers."""
+        return [block for stage in self.window_stages() for block in stage.blocks]
+
     def block_window(self, block: Any) -> Size:
         """(h, w) of the windows of a plain block of this network; the whole map has no window: (0, 0)."""
         raise NotImplementedError
@@ -495,16 +517,15 @@ class ReducedWindows(Reduced):
     def check_parts(self) -> None:
         """Raise a TypeError for blocks or attention of classes that the family does not know."""
         family = self.family
-        blocks = {family.block, family.grouping_block, family.shrunk_block}
+        blocks = {family.block, family.grouping_block, family.shrunk_block, family.unreduced_block}
         attentions = {family.attention, family.grouped_attention, family.shrunk_attention, family.unreduced_attention}
-        for stage, start in self.numbered_stages():
-            for i, block in enumerate(stage.blocks, start):
-                for what, part, known in (("", block, blocks), (".attn", block.attn, attentions)):
-                    if type(part) not in known:
-                        raise TypeError(
-                            f"blocks.{i}{what} is a {type(part).__name__}, which token reduction does not know in a "
-                            f"{type(self).__bases__[-1].__name__}; choose a host built from timm's own"
-                        )
+        for i, block in enumerate(self.all_blocks()):
+            for what, part, known in (("", block, blocks), (".attn", block.attn, attentions)):
+                if type(part) not in known:
+                    raise TypeError(
+                        f"blocks.{i}{what} is a {type(part).__name__}, which token reduction does not know in a "
+                        f"{type(self).__bases__[-1].__name__}; choose a host built from timm's own"
+                    )
 
     def check_run(self, x: Tensor) -> None:
         """Raise a named error for what is no batch of images, and for recorders that would fix what sizes decide."""
@@ -512,9 +533,9 @@ class ReducedWindows(Reduced):
         self.check_whole()
         refuse_fx(
             x,
-            f"a {type(self).__bases__[-1].__name__}, timm's own too, pads its windows as the size of a map asks",
-            "use torch.export" + ("" if self.is_one_stage else extractors),
-            extractors=self.is_one_stage,
+            f"a {type(self).__bases__[-1].__name__}{self.untraceable}",
+            "use torch.export" + ("" if self.holds_blocks else extractors),
+            extractors=self.holds_blocks,
         )
         refuse_legacy_onnx(f"a model reduced by {self.method}")
         refuse_open_sides(x.shape[-2:], self.open_sides, f"a {type(self).__bases__[-1].__name__}", "padded windows")
@@ -627,9 +648,9 @@ def plain_blocks(stage: Blocks, family: Family) -> nn.Sequential:
     blocks = rehouse(stage.blocks, nn.Sequential)
     block: Any
     for i, block in enumerate(blocks):
-        plain: Any = rehouse(block, family.block)
+        plain: Any = rehouse(block, family.unreduced_block or family.block)
         plain._modules.pop("reducer", None)
-        put_back(plain)
+        restore_attributes(plain)
         plain.attn = family.plain_attention(block.attn)
         blocks[i] = plain
     return blocks
@@ -652,6 +673,8 @@ def planned_span(
         return None
     end = min((i for i in plan if i > shrinking), default=start + len(blocks))
     first, last = max(shrinking - start, 0), min(end - start, len(blocks))
+    if first >= last:
+        return None
     windows = [window_of(block) for block in blocks]
     window = next((window for window in windows if window != WHOLE), None)
     if window is None:
@@ -659,8 +682,6 @@ def planned_span(
             f"{plan[shrinking].name} makes windows smaller, but the blocks of this model attend to whole maps "
             f"(window_size=0); use method {' or '.join(repr(n) for n, method in METHODS.items() if method.groups())}"
         )
-    if first >= last:
-        return None
     span = Span(copy.copy(plan[shrinking]), first, last, window)  # each stage names its own first block in errors
     return None if span.cells == window else span
 
@@ -690,6 +711,6 @@ def reduce_windows(
     host.check_parts()
     host.own_stages()
     if not isinstance(dense, ReducedWindows):
-        host._depth = sum(len(stage.blocks) for stage in host.window_stages())
+        host._depth = len(host.all_blocks())
     host.place(method, settings)
     return host

@@ -24,6 +24,7 @@ __all__ = [
     "attend",
     "attention",
     "convolutions",
+    "convolved",
     "cross_block",
     "feedforward",
     "layers",
@@ -95,16 +96,21 @@ def layers(term: str, module: nn.Module, rows: int) -> Terms:
     return terms
 
 
+def convolved(layer: nn.Conv2d, size: Size) -> Size:
+    """(H, W) of what a convolution makes of a map of that size."""
+    padding = layer.padding
+    assert not isinstance(padding, str)
+    height, width = ((size[i] + 2 * padding[i] - layer.kernel_size[i]) // layer.stride[i] + 1 for i in range(2))
+    return height, width
+
+
 def convolutions(term: str, module: nn.Module, size: Size) -> tuple[Terms, Size]:
     """A chain of convolutions and norms on a map of that size, and the size of what comes out."""
     terms = Terms()
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d):
-            padding = layer.padding
-            assert not isinstance(padding, str)
-            height, width = ((size[i] + 2 * padding[i] - layer.kernel_size[i]) // layer.stride[i] + 1 for i in range(2))
-            size = height, width
-            terms[term] += height * width * layer.weight.numel()
+            size = convolved(layer, size)
+            terms[term] += prod(size) * layer.weight.numel()
         terms += norm(layer, size[0] * size[1])
     return terms, size
 
@@ -139,8 +145,15 @@ def position_bias(module: nn.Module | None, grid: Size) -> Terms:
     return Terms() if module is None else layers("positions", module, (2 * grid[0] - 1) * (2 * grid[1] - 1))
 
 
-def resampling(old: Sequence[int], new: Sequence[int], channels: int, taps: int, antialiased: bool = False) -> int:
-    """MACs of a table of ``channels`` resampled from one size to another, 0 between equal sizes, where none is.
+def resampling(
+    old: Sequence[int],
+    new: Sequence[int],
+    channels: int,
+    taps: int,
+    antialiased: bool = False,
+    always: bool = False,
+) -> int:
+    """MACs of a table of ``channels`` resampled from one size to another.
 
     Args:
         old: Sides of the table.
@@ -148,8 +161,9 @@ def resampling(old: Sequence[int], new: Sequence[int], channels: int, taps: int,
         channels: Of each entry.
         taps: Entries that the kernel spans along a side: 2 linear, 4 cubic.
         antialiased: The kernel is wider by as much as a side shrinks.
+        always: Between equal sizes too, where most models leave the table as it is, at no cost.
     """
-    if tuple(old) == tuple(new):
+    if tuple(old) == tuple(new) and not always:
         return 0
     spans = [taps * max(1.0, a / b) if antialiased else taps for a, b in zip(old, new, strict=True)]
     return round(channels * prod(new) * prod(spans))

@@ -13,6 +13,8 @@ from typing import Any, Protocol, TypeGuard, cast
 from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
+from timm.models.hiera import Hiera
+from timm.models.hieradet_sam2 import HieraDet
 from timm.models.naflexvit import NaFlexVit
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
@@ -23,7 +25,7 @@ from torch import nn
 
 from effvit.block import BLOCK_CLASSES
 from effvit.hosts.closed_form import PlainViT, plain_vit
-from effvit.hosts.host import HOST_CLASSES, ReducedHost, patch_embedding
+from effvit.hosts.host import HOST_CLASSES, ReducedHost, patch_embedding, sparsify
 from effvit.hosts.lvvit import LVViT
 from effvit.hosts.sam import sam
 from effvit.hosts.swin import swin
@@ -36,10 +38,21 @@ from effvit.reducers import METHODS, Reducer
 __all__ = ["closed_form_macs"]
 
 PLAIN = (VisionTransformer, VisionTransformerDistilled, Eva, Beit, VisionTransformerRelPos, NaFlexVit, LVViT)
+
+
+def form_of_host(model: nn.Module, size: Size) -> Terms:
+    """The form of a reduced model that reduces nothing, which is the model."""
+    reduced = sparsify(model, "tome", recover=None, share=True, **METHODS["tome"].off())
+    assert knows_its_form(reduced)
+    return reduced.closed_form(size)
+
+
 WITH_WINDOWS: dict[type[nn.Module], Callable[[nn.Module, Size], Terms]] = {
     SwinTransformer: swin,
     SwinTransformerV2: swin,
     VisionTransformerSAM: sam,
+    Hiera: form_of_host,
+    HieraDet: form_of_host,
 }
 
 
@@ -61,8 +74,8 @@ def closed_form_macs(
     """Multiply-accumulates (MACs) of one image in eval mode, term by term; the sum of the values is the total.
 
     Args:
-        model: A model of this package, or a plain ViT, Eva, Swin, SAM or vision-language tower of timm; on any device,
-            also meta.
+        model: A model of this package, or a plain ViT, Eva, Swin, SAM, Hiera or vision-language tower of timm; on any
+            device, also meta.
         input_size: (channels, H, W) of an image.
         token_counts: Patch tokens that leave each block. Needed for ATS, DyMU and ALGM, whose numbers depend on the
             image, and refused for all others.
