@@ -20,12 +20,14 @@ import golden_casvit
 import golden_expedite
 import golden_hot
 import golden_lookupvit
+import golden_pitome
 import golden_selectors
 import golden_sit
 import golden_static_selection
 import golden_stvit_deit
 import golden_stvit_swin
 import golden_supertoken
+import golden_vid_tldr
 import pytest
 import torch
 import torch.nn.functional as F
@@ -829,6 +831,8 @@ COMPARE: dict[str, Callable[[Case], None]] = {
     **{folder: module.compare for folder, module in ARCHITECTURES.items()},
     "expedite": golden_expedite.compare,
     "hot": golden_hot.compare,
+    "pitome": golden_pitome.compare,
+    "vid_tldr": golden_vid_tldr.compare,
     CONTROLS: golden_static_selection.compare,
     **golden_selectors.COMPARE,
 }

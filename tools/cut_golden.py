@@ -47,6 +47,9 @@ CASES: dict[str, tuple[str, ...]] = {
     # clusters and reconstruction alone; the SAM encoder in windows
     "expedite": ("rect_12x20_4x6", "sam_encoder_112"),
     "hot": ("mixste_27_9", "keys_hot_mixste"),
+    # both rules of matching; whole models lie in the folder of all cases
+    "pitome": ("f_matching",),
+    "vid_tldr": ("f_merge",),
     # both orders on four grids; a whole model of one of them, which differ in nothing else
     "static_controls": ("f_uniform_random", "p2_random_seed3"),
     # selectors: the smallest of each kind of choice

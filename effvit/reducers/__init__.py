@@ -7,9 +7,11 @@ from effvit.reducers.evit import EViT
 from effvit.reducers.expedite import Expedite
 from effvit.reducers.gtp import GTP
 from effvit.reducers.hot import HoT
+from effvit.reducers.pitome import PiToMe
 from effvit.reducers.registry import METHODS, register_method
 from effvit.reducers.static_selection import Random, Uniform
 from effvit.reducers.tome import ToMe
+from effvit.reducers.vid_tldr import VidTLDR
 from effvit.reducers.zero_tprune import ZeroTPrune
 
 __all__ = [
@@ -20,13 +22,15 @@ __all__ = [
     "EViT",
     "Expedite",
     "HoT",
+    "PiToMe",
     "Random",
     "Reducer",
     "ToMe",
     "Uniform",
+    "VidTLDR",
     "ZeroTPrune",
     "register_method",
 ]
 
-for _method in (EViT, ToMe, GTP, ATS, ZeroTPrune, DyMU, Expedite, HoT, Random, Uniform):
+for _method in (EViT, ToMe, GTP, ATS, ZeroTPrune, DyMU, Expedite, HoT, PiToMe, VidTLDR, Random, Uniform):
     register_method(_method)
