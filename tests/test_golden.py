@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 import golden_casvit
+import golden_cubistmerge
 import golden_expedite
 import golden_hot
 import golden_lookupvit
@@ -833,6 +834,7 @@ COMPARE: dict[str, Callable[[Case], None]] = {
     "hot": golden_hot.compare,
     "pitome": golden_pitome.compare,
     "vid_tldr": golden_vid_tldr.compare,
+    "cubistmerge": golden_cubistmerge.compare,
     CONTROLS: golden_static_selection.compare,
     **golden_selectors.COMPARE,
 }

@@ -29,6 +29,9 @@ KERNELS: dict[str, tuple[dict[str, Any], float]] = {
     "dymu": ({"r_total": 96}, 58.33),  # calibrated, so that every block merges some
     "expedite": ({}, 134.0),  # in one block of the model
     "hot": ({}, 32.0),
+    "pitome": ({}, 44.33),
+    "vid_tldr": ({}, 0.0),  # in two blocks of the model
+    "cubistmerge": ({}, 0.0),  # in one block of the model
     "random": ({}, 8.67),
     "uniform": ({}, 8.67),
 }

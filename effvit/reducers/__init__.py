@@ -2,6 +2,7 @@
 
 from effvit.reducers.ats import ATS
 from effvit.reducers.base import Reducer
+from effvit.reducers.cubistmerge import CubistMerge
 from effvit.reducers.dymu import DyMU
 from effvit.reducers.evit import EViT
 from effvit.reducers.expedite import Expedite
@@ -18,6 +19,7 @@ __all__ = [
     "ATS",
     "GTP",
     "METHODS",
+    "CubistMerge",
     "DyMU",
     "EViT",
     "Expedite",
@@ -32,5 +34,5 @@ __all__ = [
     "register_method",
 ]
 
-for _method in (EViT, ToMe, GTP, ATS, ZeroTPrune, DyMU, Expedite, HoT, PiToMe, VidTLDR, Random, Uniform):
+for _method in (EViT, ToMe, GTP, ATS, ZeroTPrune, DyMU, Expedite, HoT, PiToMe, VidTLDR, CubistMerge, Random, Uniform):
     register_method(_method)
