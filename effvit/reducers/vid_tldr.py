@@ -119,7 +119,7 @@ class VidTLDR(Reducer):
             r: Tokens that leave each block, at most half of those that enter: whole numbers, or shares of them below 1.
                 One value for all blocks, or a list for the first ones, filled up with 0.
         """
-        values: list[float] = list(r) if isinstance(r, (list, tuple)) else [r] * depth
+        values: list[float] = list(r) if isinstance(r, (list, tuple)) else [r] * depth  # type: ignore[list-item]
         if len(values) > depth:
             raise ValueError(f"r has {len(values)} values, but the model has {depth} blocks")
         return {block: cls(value) for block, value in enumerate(map(check_r, values)) if value > 0}
