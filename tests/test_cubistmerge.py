@@ -76,14 +76,14 @@ def test_gradient_of_each_channel_goes_to_the_token_that_won_it() -> None:
 
 def test_tokens_are_a_grid_in_order_of_rows_with_the_sizes_of_what_they_took_in() -> None:
     model = make_model("cubistmerge", "class_token")
-    assert model.token_counts() == [5 * 7, 5 * 7, 4 * 5, 4 * 5]
+    assert model.token_counts() == [5 * 7, 5 * 7, 4 * 6, 4 * 6]
     tokens = model.trace_tokens(make_images(model))[-1].tokens
     assert tokens.complete
     assert tokens.key_weight is None
     assert tokens.size is not None
     for image, source in enumerate(tokens.source):
-        assert tokens.size[image, 1:].tolist() == torch.bincount(source, minlength=20).tolist()
-        rows = torch.div(source.unflatten(0, (6, 8)), 5, rounding_mode="floor")
+        assert tokens.size[image, 1:].tolist() == torch.bincount(source, minlength=24).tolist()
+        rows = torch.div(source.unflatten(0, (6, 8)), 6, rounding_mode="floor")
         assert (rows.diff(dim=0) >= 0).all() or (rows[-1] == 3).all()
 
 

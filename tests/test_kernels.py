@@ -31,7 +31,7 @@ KERNELS: dict[str, tuple[dict[str, Any], float]] = {
     "hot": ({}, 32.0),
     "pitome": ({}, 44.33),
     "vid_tldr": ({}, 60.5),  # in two blocks of the model
-    "cubistmerge": ({}, 131.0),  # in one block of the model
+    "cubistmerge": ({}, 133.0),  # in one block of the model
     "random": ({}, 8.67),
     "uniform": ({}, 8.67),
 }

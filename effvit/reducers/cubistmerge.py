@@ -61,7 +61,7 @@ def merge_lines(x: Tensor, r: int, compat: bool = False, origin: str = "tokens",
     right = F.pad(right, (0, pairs - right.shape[1]), value=float("-inf"))  # (R, N // 2)
     best = check_finite(torch.maximum(left, right), origin, x, images)
     ranked = best.argsort(dim=1, descending=True)[:, :r]
-    removed = torch.zeros_like(left, dtype=torch.bool).scatter(1, ranked, True)
+    removed = torch.zeros_like(left, dtype=torch.bool).scatter(1, ranked, torch.ones_like(ranked, dtype=torch.bool))
     goes_right = removed & (right > left)
 
     odd, even = x[:, 1::2], x[:, 0::2]
@@ -189,7 +189,7 @@ class CubistMerge(Reducer):
 
     @classmethod
     def example(cls) -> Settings:
-        return {"r_h": (1, 1), "r_w": (1, 2), "reduce_at": (0, 2)}
+        return {"r_h": 1, "r_w": 1, "reduce_at": (0, 2)}
 
     @classmethod
     def demo(cls, num_patches: int) -> list[Settings]:
