@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from effvit.attention import AttnState, is_one_piece, piece_entries
+from effvit.attention import AttnState, piece_entries
 from effvit.protocols import Settings
+from effvit.recording import is_recorded
 from effvit.reducers.base import Reducer, check_finite
 from effvit.reducers.block_schedule import BlockSchedule, tokens_by_block
 from effvit.reducers.cost import BlockSizes, Change, alternating_pairs
@@ -31,16 +32,29 @@ def map_sharpness(weights: Tensor) -> Tensor:
     return (weights * weights.clamp(min=torch.finfo(weights.dtype).tiny).log()).sum(dim=-1)
 
 
-@fx_leaf
 def sharpness(state: AttnState) -> Tensor:
-    """``map_sharpness`` of the map that the block would have if all tokens counted alike as keys: (B, P+N).
-
-    Only some rows of the map are held, as many as attention would form at once.
-    """
+    """``map_sharpness`` of the map that the block would have if all tokens counted alike as keys: (B, P+N)."""
     q, k = state._replace(bias=None).map_factors()
+    return sharpness_by_rows(q, k, None if state.pairs is None else state.pairs.whole())
+
+
+@fx_leaf
+def sharpness_by_rows(q: Tensor, k: Tensor, pairs: Tensor | None) -> Tensor:
+    """``map_sharpness`` of a map of which only some rows are held, as many as attention would form at once.
+
+    One that is recorded, or has a bias for each pair of tokens beside it, is held whole.
+
+    Args:
+        q: (B, heads, P+N, D) queries whose products with the keys are the logits.
+        k: (B, heads, P+N, D) keys.
+        pairs: (B or 1, heads, P+N, P+N) bias of each pair; None: none.
+
+    Returns:
+        (B, P+N).
+    """
     batch, heads, length, _ = q.shape
-    pairs = None if state.pairs is None else state.pairs.whole()
-    rows = length if is_one_piece(state) else max(1, piece_entries(q) // (batch * heads * length))
+    whole = pairs is not None or is_recorded(q)
+    rows = length if whole else max(1, piece_entries(q) // (batch * heads * length))
     logits = (wide_product(part, k.transpose(-2, -1)) for part in q.split(rows, dim=2))  # (B, heads, rows, P+N)
     return torch.cat([map_sharpness((y if pairs is None else y + pairs).softmax(dim=-1)) for y in logits], dim=1)
 
