@@ -31,7 +31,7 @@ OF_ANY_SIZE = {"lookupvit": "lookupvit_dynamic", "stvit": "stvit dynamic"}
 # fmt: off
 LISTED = [
     "Abs", "Add", "And", "ArgMax", "BatchNormalization", "Cast", "Clip", "Concat", "ConstantOfShape", "Conv",
-    "CumSum", "Div", "Equal", "Exp", "Expand", "Floor", "Gather", "GatherElements", "GatherND", "Gelu", "Gemm",
+    "CumSum", "Div", "Elu", "Equal", "Exp", "Expand", "Floor", "Gather", "GatherElements", "GatherND", "Gelu", "Gemm",
     "Greater", "GreaterOrEqual", "HardSwish", "Identity", "IsInf", "IsNaN", "LayerNormalization", "Less", "LessOrEqual",
     "Log", "MatMul", "Max", "Min", "Mod", "Mul", "Neg", "Not", "Or", "Pad", "Pow", "Range", "Reciprocal",
     "ReduceL1", "ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum", "Relu", "Reshape", "ScatterElements",

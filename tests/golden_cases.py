@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 SINGLE, DOUBLE = 1e-5, 1e-10
@@ -25,11 +26,20 @@ PROVENANCE = {
     *("decision_margin", "cut_margin", "variance_margin", "calibration_gaps", "max_abs_f32_f64", "f32_f64_max_diff"),
     *("max_diff_exact_vs_expanded", "output_absmax", "out_absmax", "grad_absmax", "grad_max_abs_f32_f64"),
     *("min_adjacent_rel_gap", "max_abs_error_f64", "max_rel_f64", "margins", "margin_is", "files", "licence"),
-    *("official_part", "per_image", "order_from", "checked", "shim", "state_names", "max_rel_grad_error_f64"),
+    *(
+        "official_part",
+        "per_image",
+        "order_from",
+        "checked",
+        "shim",
+        "state_names",
+        "max_rel_grad_error_f64",
+        "margin_note",
+    ),
 }
 # Names of the recorded input, whose first axis is the batch.
 INPUTS = ("input", "input_compressed", "attention", "importance", "cls/attn", "s0/x", "q", "tokens", "top_attention")
-LOSS = "output.square().sum()"  # of the recorded gradients, summed over outputs
+LOSSES = ("output.square().sum()", "sum of squared outputs")  # of the recorded gradients, summed over outputs
 DIVERSE_LOSS = "mean of squared outputs + attention diversification loss of this block's map"  # of golden_tapadl's
 
 
@@ -123,7 +133,7 @@ class Case:
                 assert place["dtype"] == str(given.dtype)
         for key in ("grad_loss", "loss"):
             stated = self.config.get(key)
-            assert stated is None or stated.startswith((LOSS, DIVERSE_LOSS)), (
+            assert stated is None or stated.startswith((*LOSSES, DIVERSE_LOSS)), (
                 f"the gradients of {stated!r} are not compared"
             )
 
@@ -234,6 +244,26 @@ class Case:
         if "grad_input" in self:
             assert x.grad is not None
             self.close(x.grad, "grad_input", tolerance)
+
+
+def plain_host(case: Case, **kwargs: Any) -> VisionTransformer:
+    """timm's ViT of the sizes, weights and dtype that a case records, in eval mode."""
+    config = case.config
+    case.evaluated()
+    host = VisionTransformer(
+        img_size=config["img_size"],
+        patch_size=config["patch"],
+        embed_dim=config["embed_dim"],
+        depth=config["depth"],
+        num_heads=config["num_heads"],
+        mlp_ratio=config.get("mlp_ratio", 4.0),
+        num_classes=config["num_classes"],
+        norm_layer=partial(nn.LayerNorm, eps=config["norm_eps"]),
+        **kwargs,
+    )
+    assert set(config["state_names"]) == case.state().keys()
+    host.to(getattr(torch, config["dtype"])).load_state_dict(case.state())
+    return host.eval()
 
 
 def expect(record: Mapping[str, Any], **values: Any) -> None:

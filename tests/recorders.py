@@ -139,6 +139,12 @@ CASES: dict[str, Case] = {
     "expedite": host_case("expedite"),
     "expedite restore_at": host_case("expedite", restore_at=3, norm="official"),
     "hot": host_case("hot"),
+    "pitome": host_case("pitome"),
+    "pitome prop_attn=True": host_case("pitome", protect_at=(0, 1), prop_attn=True),
+    "vid_tldr": host_case("vid_tldr"),
+    "vid_tldr r=3": host_case("vid_tldr", r=3),
+    "cubistmerge": host_case("cubistmerge"),
+    "cubistmerge compat": host_case("cubistmerge", r_h=2, r_w=2, reduce_at=(1,), compat=True),
     "random": host_case("random"),
     "random place=mlp": host_case("random", place="mlp"),
     "uniform": host_case("uniform"),
@@ -152,7 +158,7 @@ CASES |= {
 }
 CASES |= {
     f"{method} {host}": host_case(method, host)
-    for method in ("tome", "gtp", "zero_tprune", "dymu", "algm", "expedite", "hot")
+    for method in ("tome", "gtp", "zero_tprune", "dymu", "algm", "expedite", "hot", "vid_tldr")
     for host in ("average_pool", "attention_pool")
 }
 CASES |= {f"ats {host}": host_case("ats", host) for host in ("registers", "gated_grouped")}
@@ -590,7 +596,7 @@ REFUSALS = (
     ),
     Refusal(
         r"torch\.export, dynamic size",
-        r"(tome|gtp|zero_tprune) dynamic_img_size",
+        r"(tome|gtp|zero_tprune|pitome|vid_tldr) dynamic_img_size",
         "both height and width",
         "The token counts are expressions of both sides, which `torch.export` does not simplify in minutes: export "
         "with one of height and width dynamic, or none, once for every size; the batch may be dynamic.",

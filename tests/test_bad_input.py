@@ -89,8 +89,8 @@ class TestNames:
 
     def test_setting_of_another_method_is_answered_with_its_owners(self) -> None:
         message = (
-            r"tome has no setting 'keep_rate'; it belongs to evit, ats, zero_tprune, expedite, hot, random, uniform; "
-            r"tome takes r, p"
+            r"tome has no setting 'keep_rate'; it belongs to evit, ats, zero_tprune, expedite, hot, pitome, random, "
+            r"uniform; tome takes r, p"
         )
         with pytest.raises(ValueError, match=message):
             effvit.sparsify(vit(), "tome", keep_rate=0.5)
@@ -185,6 +185,7 @@ class TestSettingsOutOfRange:
         [
             ("evit", "fuse_token"),
             ("tome", "prop_attn"),
+            ("pitome", "prop_attn"),
             ("ats", "drop_tokens"),
             ("ats", "compat"),
             ("gtp", "token_scale"),
@@ -289,6 +290,7 @@ class TestBlocksAndLengths:
         [
             ("evit", "keep_rate"),
             ("evit", "num_tokens"),
+            ("pitome", "keep_rate"),
             ("ats", "keep_rate"),
             ("ats", "num_tokens"),
             ("zero_tprune", "keep_rate"),

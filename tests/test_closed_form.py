@@ -138,6 +138,9 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"keep_rate": 0.8, "window_size": 1},  # in several tiles
     ],
     "hot": [{"keep_rate": 0.999}, {"num_tokens": 5}],
+    "pitome": [{"keep_rate": 0.5}, {"keep_rate": [0.99, 0.7], "reduce_at": (0, 2), "protect_at": (0,)}],
+    "vid_tldr": [{"r": [40, 0, 3]}, {"r": 0.01}, {"r": (0.5, 0.2)}],
+    "cubistmerge": [{"r_h": 3, "r_w": 0, "reduce_at": (3,)}, {"r_h": (0, 1), "r_w": (2, 0)}],
     "random": [{"place": "queries"}, {"keep_rate": [0.9, 0.5]}],
     "uniform": [{"place": "mlp", "num_tokens": [99, 5]}, {"keep_rate": 0.999}],
 }

@@ -233,14 +233,14 @@ def changed(model: Any) -> Any:
     patch = model.patch_embed.patch_size[0]
     model.set_input_size((height, width + patch))
     if "keep_rate" in model.settings:
-        model.set_keep_rate(0.45)
+        model.set_keep_rate(0.55)
     return shaken(model)
 
 
 def after_set_keep_rate(method: str) -> nn.Module:
     model = live(method, "deit_tiny_patch16_224")
     reducers = [reducer for reducer in model.reducers.values() if hasattr(reducer, "base_keep_rate")]
-    model.set_keep_rate([0.4, 0.9, 0.8][: len(reducers)])
+    model.set_keep_rate([0.6, 0.9, 0.8, 0.7][: len(reducers)])
     return model
 
 
@@ -418,8 +418,8 @@ class TestNames:
     @pytest.mark.parametrize(
         ("wrong", "message"),
         [
-            ({"method": "tom"}, r"unknown method 'tom'; did you mean tome\?"),
-            ({"method": "tom", "features_only": True}, r"unknown method 'tom'; did you mean tome\?"),
+            ({"method": "tom"}, r"unknown method 'tom'; did you mean tome"),
+            ({"method": "tom", "features_only": True}, r"unknown method 'tom'; did you mean tome"),
             ({"method": "x"}, "unknown method 'x'; known are evit, tome"),
             ({"settings": {"rr": 2}}, r"tome has no setting 'rr'; did you mean r\?"),
             ({"settings": {"keep_rate": 0.5}}, "tome has no setting 'keep_rate'; it belongs to evit"),
@@ -482,7 +482,7 @@ class TestNames:
 
 class TestSettings:
     @pytest.mark.parametrize("method", RATES)
-    @pytest.mark.parametrize("rate", [0.35, 1.0])
+    @pytest.mark.parametrize("rate", [0.55, 1.0])
     def test_settings_follow_set_keep_rate_and_go_back_with_none(self, method: str, rate: float) -> None:
         dense = make_host("class_token")
         model = effvit.sparsify(dense, method, **SETTINGS[method]).eval()

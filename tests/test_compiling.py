@@ -126,7 +126,9 @@ def test_gradients_are_those_of_the_plain_run(method: str, ragged: str) -> None:
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-5), name
 
 
-@pytest.mark.parametrize("method", ["evit", "tome", "gtp", "zero_tprune", "hot", "expedite", "random"])
+@pytest.mark.parametrize(
+    "method", ["evit", "tome", "gtp", "zero_tprune", "hot", "expedite", "pitome", "vid_tldr", "cubistmerge", "random"]
+)
 def test_a_static_method_is_one_graph_and_one_more_over_batch_sizes(method: str) -> None:
     model, plain = twins(method)
     counter = CompileCounter()

@@ -19,10 +19,12 @@ from typing import Any
 import golden_algm
 import golden_attentive_mask
 import golden_casvit
+import golden_cubistmerge
 import golden_dynamicvit
 import golden_expedite
 import golden_hot
 import golden_lookupvit
+import golden_pitome
 import golden_selectors
 import golden_sit
 import golden_static_selection
@@ -30,6 +32,7 @@ import golden_stvit_deit
 import golden_stvit_swin
 import golden_supertoken
 import golden_tapadl
+import golden_vid_tldr
 import pytest
 import torch
 import torch.nn.functional as F
@@ -841,6 +844,9 @@ COMPARE: dict[str, Callable[[Case], None]] = {
     "expedite": golden_expedite.compare,
     "hot": golden_hot.compare,
     **TRAINING,
+    "pitome": golden_pitome.compare,
+    "vid_tldr": golden_vid_tldr.compare,
+    "cubistmerge": golden_cubistmerge.compare,
     CONTROLS: golden_static_selection.compare,
     **golden_selectors.COMPARE,
 }

@@ -30,6 +30,9 @@ KERNELS: dict[str, tuple[dict[str, Any], float]] = {
     "algm": ({"threshold": 0.1}, 96.5),  # in two blocks of the model
     "expedite": ({}, 134.0),  # in one block of the model
     "hot": ({}, 32.0),
+    "pitome": ({}, 44.33),
+    "vid_tldr": ({}, 60.5),  # in two blocks of the model
+    "cubistmerge": ({}, 133.0),  # in one block of the model
     "random": ({}, 8.67),
     "uniform": ({}, 8.67),
 }

@@ -513,7 +513,7 @@ class TestBadArguments:
         [
             ("tome", TypeError, "sparsify must be None or a dict .*, got 'tome'"),
             ({"r": 2}, ValueError, r"sparsify must be None or a dict .*, got \{'r': 2\}; add the method"),
-            ({"method": "tom"}, ValueError, r"unknown method 'tom'; did you mean tome\?"),
+            ({"method": "tom"}, ValueError, r"unknown method 'tom'; did you mean tome"),
         ],
     )
     def test_wrong_entry_sparsify(self, entry: Any, error: type[Exception], message: str) -> None:

@@ -30,6 +30,7 @@ REFUSALS = re.compile(
     r"|num_neighbours must be at least 1 and at most|keeps every entry of|token_scale needs propagation"
     r"|compat=True reproduces the official padded batch|k must be at (least 2 and at )?most the number of"
     r"|window must be at most the sides"
+    r"|takes at most every second of"
     r"|drops no patch|restore_at must be a block behind|clusters must be at least 1 x 1 and at most one for each token"
 )
 rates = st.sampled_from([0.2, 0.5, 0.7, 0.95, 1.0])
@@ -131,6 +132,23 @@ def methods(draw: st.DrawFn, depth: int) -> tuple[str, dict[str, Any]]:
         }
     elif method == "hot":
         drawn = {"keep_rate": draw(rates), "reduce_at": blocks, "k": draw(st.integers(2, 4))}
+    elif method == "pitome":
+        drawn = {
+            "keep_rate": draw(st.sampled_from([0.5, 0.7, 0.95, 1.0])),
+            "reduce_at": blocks,
+            "margins": draw(st.sampled_from([(0.75, 0.0), (0.9, 0.0), (0.0, -1.0)])),
+            "protect_at": draw(st.sampled_from([None, blocks])),
+            "prop_attn": draw(st.booleans()),
+        }
+    elif method == "vid_tldr":
+        drawn = {"r": draw(st.sampled_from([0, 2, 9, 0.3, (0.5, 0.2)[:depth], (3,)]))}
+    elif method == "cubistmerge":
+        drawn = {
+            "r_h": draw(st.integers(0, 2)),
+            "r_w": draw(st.integers(0, 3)),
+            "reduce_at": blocks[:1],
+            "compat": draw(st.booleans()),
+        }
     elif method in ("random", "uniform"):
         drawn = {"keep_rate": draw(rates), "reduce_at": blocks, "place": draw(st.sampled_from(PLACES))}
     else:

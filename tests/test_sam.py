@@ -43,6 +43,7 @@ SMALL: dict[str, Any] = {
 SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("tome", {"r": 5}),
     ("tome", {"r": [8, 0, 3, 8], "prop_attn": False}),
+    ("pitome", {"keep_rate": 0.7}),
     ("expedite", {"cluster_at": 0}),
     ("expedite", {"cluster_at": 1, "restore_at": 3, "num_clusters": 4}),
 ]
@@ -135,8 +136,8 @@ class TestReduced:
     def test_stages_of_an_image_label_every_patch(self, method: str, settings: dict[str, Any]) -> None:
         model = effvit.sparsify(small(), method, **settings)
         stages = model.trace_stages(images())
-        blocks = [i for i in range(4) if settings["r"] == 5 or settings["r"][i]] if method == "tome" else None
-        assert [stage.block for stage in stages] == (blocks or [settings["cluster_at"]])
+        merging = {"pitome": [0, 1, 2, 3], "tome": [0, 1, 2, 3] if settings.get("r") == 5 else [0, 2, 3]}
+        assert [stage.block for stage in stages] == merging.get(method, [settings.get("cluster_at")])
         for stage in stages:
             assert stage.labels.shape == (6, 7)
             assert 0 <= stage.labels.min() <= stage.labels.max() < stage.tokens

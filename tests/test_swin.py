@@ -56,6 +56,7 @@ KINDS: dict[str, type[Any]] = {"swin": SwinTransformer, "swinv2": SwinTransforme
 SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("tome", {"r": 5}),
     ("tome", {"r": [8, 8, 0, 3, 8], "prop_attn": False}),
+    ("pitome", {"keep_rate": 0.7}),
     ("expedite", {"cluster_at": 0}),
     ("expedite", {"cluster_at": 1, "restore_at": 4, "num_clusters": (3, 2)}),
 ]

@@ -125,6 +125,7 @@ class TestWeights:
 SETTINGS = [
     ("tome", {"r": 12}),
     ("tome", {"r": [0, 90]}),
+    ("pitome", {"keep_rate": 0.6}),
     ("expedite", {"cluster_at": 0}),
     ("expedite", {"cluster_at": 2}),
 ]

@@ -92,7 +92,17 @@ def test_totals_are_spread_over_the_blocks() -> None:
 
 def test_ladders_hold_only_what_the_model_can_take(dense: Any) -> None:
     found = families(dense)
-    assert {family.method for family in found} == {"evit", "tome", "gtp", "ats", "zero_tprune", "expedite"}
+    assert {family.method for family in found} == {
+        "evit",
+        "tome",
+        "gtp",
+        "ats",
+        "zero_tprune",
+        "expedite",
+        "pitome",
+        "cubistmerge",
+        "vid_tldr",
+    }
     for family in found:
         for settings in (family.ladder[0], family.ladder[-1]):
             effvit.sparsify(dense, family.method, **settings)

@@ -55,6 +55,10 @@ CASES: dict[str, tuple[str, ...]] = {
     # decisions of given noise, and all losses
     "dynamicvit": ("p3_train_grad_mse",),
     "hot": ("mixste_27_9", "keys_hot_mixste"),
+    # both rules of matching; whole models lie in the folder of all cases
+    "pitome": ("f_matching",),
+    "vid_tldr": ("f_merge",),
+    "cubistmerge": ("f_merge_grid",),
     # both orders on four grids; a whole model of one of them, which differ in nothing else
     "static_controls": ("f_uniform_random", "p2_random_seed3"),
     # selectors: the smallest of each kind of choice

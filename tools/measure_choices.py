@@ -60,6 +60,9 @@ SHARED: dict[str, tuple[str, list[Setting]]] = {
     "zero_tprune": ("keep_rate", PRUNING),
     "expedite": ("keep_rate", CLUSTERS),
     "hot": ("keep_rate", RATES),
+    "pitome": ("keep_rate", [0.97, 0.95, 0.93, 0.9, 0.85]),
+    "cubistmerge": ("reduce_at", [[9], [7], [5], [3], [1]]),
+    "vid_tldr": ("r", [[0.15, 0.05], [0.25, 0.1], [0.35, 0.15], [0.45, 0.2], [0.5, 0.4]]),
 }
 # Set -> method -> a setting and its values. Those counted in tokens are about the same shares of 144 and of 49 patches.
 LADDERS: dict[str, dict[str, tuple[str, list[Setting]]]] = {

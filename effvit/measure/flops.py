@@ -61,9 +61,9 @@ Handle: TypeAlias = Callable[[Values, Values], int]
 # fmt: off
 IGNORED_OPERATORS = frozenset(f"aten::{name}{in_place}" for in_place in ("", "_") for name in (
     # element-wise arithmetic and activations, softmax
-    "abs", "add", "addcmul", "ceil", "clamp_min", "cos", "div", "exp", "gelu", "hardsigmoid", "hardswish", "hardtanh",
-    "leaky_relu", "linalg_vector_norm", "log", "log2", "log_softmax", "logsumexp", "mul", "nan_to_num", "neg", "pow",
-    "reciprocal", "rsqrt", "rsub", "sigmoid", "silu", "sin", "softmax", "sqrt", "square", "sub", "tanh",
+    "abs", "add", "addcmul", "ceil", "clamp_min", "cos", "div", "elu", "exp", "gelu", "hardsigmoid", "hardswish",
+    "hardtanh", "leaky_relu", "linalg_vector_norm", "log", "log2", "log_softmax", "logsumexp", "mul", "nan_to_num",
+    "neg", "pow", "reciprocal", "rsqrt", "rsub", "sigmoid", "silu", "sin", "softmax", "sqrt", "square", "sub", "tanh",
     # sums, extremes and order
     "adaptive_max_pool2d", "amax", "amin", "any", "argmax", "argmin", "argsort", "cumsum", "kthvalue", "max_pool2d",
     "maximum", "mean", "min", "minimum", "quantile", "sort", "sum", "topk",

@@ -3,15 +3,18 @@
 from effvit.reducers.algm import ALGM
 from effvit.reducers.ats import ATS
 from effvit.reducers.base import Reducer
+from effvit.reducers.cubistmerge import CubistMerge
 from effvit.reducers.dymu import DyMU
 from effvit.reducers.dynamicvit import DynamicViT
 from effvit.reducers.evit import EViT
 from effvit.reducers.expedite import Expedite
 from effvit.reducers.gtp import GTP
 from effvit.reducers.hot import HoT
+from effvit.reducers.pitome import PiToMe
 from effvit.reducers.registry import METHODS, register_method
 from effvit.reducers.static_selection import Random, Uniform
 from effvit.reducers.tome import ToMe
+from effvit.reducers.vid_tldr import VidTLDR
 from effvit.reducers.zero_tprune import ZeroTPrune
 
 __all__ = [
@@ -19,15 +22,18 @@ __all__ = [
     "ATS",
     "GTP",
     "METHODS",
+    "CubistMerge",
     "DyMU",
     "DynamicViT",
     "EViT",
     "Expedite",
     "HoT",
+    "PiToMe",
     "Random",
     "Reducer",
     "ToMe",
     "Uniform",
+    "VidTLDR",
     "ZeroTPrune",
     "register_method",
 ]
@@ -43,6 +49,9 @@ for _method in (
     DynamicViT,
     Expedite,
     HoT,
+    PiToMe,
+    VidTLDR,
+    CubistMerge,
     Random,
     Uniform,
 ):

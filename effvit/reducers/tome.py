@@ -92,6 +92,7 @@ def bipartite_soft_matching(
     ranges: Ranges | None = None,
     origin: str = "tokens",
     x: Tensor | None = None,
+    in_order: bool | None = None,
 ) -> Matching:
     """Match the r tokens of set A that are most similar to one of set B (ToMe, 2210.09461, section 3.1).
 
@@ -105,10 +106,11 @@ def bipartite_soft_matching(
         ranges: Those of the batch, for P + N places at least; None: made here.
         origin: What the features are, for messages.
         x: (B, P+N, C) tokens that entered the block, for messages; of fewer images, each has as many rows of features.
+        in_order: Whether what is left of A keeps its order in the sequence, or is ordered by falling similarity. None:
+            it keeps its order if there is a prefix token, as in the official code.
 
     Returns:
-        The matching. The new order is what is left of A, then B; A keeps its order in the sequence if there is
-        a prefix token and is ordered by falling similarity if not, as in the official code.
+        The matching. The new order is what is left of A, then B.
 
     Raises:
         ValueError: Similarities that are NaN, see ``check_finite``.
@@ -121,7 +123,7 @@ def bipartite_soft_matching(
     ranked = check_finite(best, origin, x, rows).argsort(dim=-1, descending=True)  # (B, |A|)
     in_a = torch.add(places[:, first_a : first_a + 1], ranked, alpha=2)
     left = in_a[:, r:]  # (B, |A|-r)
-    if num_prefix:
+    if num_prefix if in_order is None else in_order:
         left = left.sort(dim=-1).values
     kept = torch.cat([places[:, :num_prefix], left, places[:, first_b:length:2]], dim=1)
     behind = num_prefix + left.shape[1]  # in the new sequence B follows what is left of A
@@ -149,7 +151,7 @@ def kth_bipartite_target(metric: Tensor, k: int) -> Tensor:
 
 @fx_leaf
 def merge_tokens(
-    x: Tensor, size: Tensor | None, matching: Matching, ranges: Ranges | None = None
+    x: Tensor, size: Tensor | None, matching: Matching, ranges: Ranges | None = None, part: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Size-weighted mean of merged tokens (merge.py@af95e4b ``merge_wavg``).
 
@@ -161,6 +163,7 @@ def merge_tokens(
         size: (B, P+N) patches each token stands for; None: one each.
         matching: Which tokens go where.
         ranges: Those of the batch, for P + N places at least; None: made here.
+        part: (B, r) part of each merged token that counts, in [0, 1]; None: all of it.
 
     Returns:
         (B, P+N-r, C) and the new sizes (B, P+N-r).
@@ -172,7 +175,9 @@ def merge_tokens(
     destination = torch.add(matching.into, images, alpha=kept.shape[1]).flatten()  # (B * r,) of the new sequence
     x = x.flatten(0, 1)
     sizes = x.new_ones(x.shape[0], dtype=wide_dtype(x.dtype)) if size is None else size.flatten()
-    new_sizes, share = merge_sizes(sizes.index_select(0, rows), sizes.index_select(0, source), destination)
+    gain = sizes.index_select(0, source)
+    gain = gain if part is None else gain * part.flatten()
+    new_sizes, share = merge_sizes(sizes.index_select(0, rows), gain, destination)
     new = move_shares(x.index_select(0, rows), x.index_select(0, source), destination, share)
     return new.view(*kept.shape, -1), new_sizes.view(kept.shape)
 
