@@ -29,6 +29,7 @@ FAST = {
     "test_docs.py",
     "test_doctor.py",
     "test_dymu.py",
+    "test_dynamicvit.py",
     "test_evit.py",
     "test_expedite.py",
     "test_golden.py",

@@ -128,6 +128,7 @@ CASES: dict[str, Case] = {
     "dymu max_r": host_case("dymu", r_total=8, max_r_per_instance_ratio=1.0),
     "dymu compat": host_case("dymu", compat=True),
     "dymu packed": host_case("dymu", ragged="packed"),
+    "dynamicvit": host_case("dynamicvit"),
     "expedite": host_case("expedite"),
     "expedite restore_at": host_case("expedite", restore_at=3, norm="official"),
     "hot": host_case("hot"),
@@ -144,7 +145,7 @@ CASES |= {
 }
 CASES |= {
     f"{method} {host}": host_case(method, host)
-    for method in ("tome", "gtp", "zero_tprune", "dymu", "expedite", "hot")
+    for method in ("tome", "gtp", "zero_tprune", "dymu", "dynamicvit", "expedite", "hot")
     for host in ("average_pool", "attention_pool")
 }
 CASES |= {f"ats {host}": host_case("ats", host) for host in ("registers", "gated_grouped")}

@@ -122,6 +122,10 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"propagation": "None", "graph_type": "Semantic"},
     ],
     "zero_tprune": [{"r": 0}, {"keep_rate": 1.0}, {"similarity": "manhattan", "r": 99}],
+    "dynamicvit": [
+        {"keep_rate": 0.999},
+        {"keep_rate": (0.5, 0.9), "progressive": False},  # the second one has nothing to drop
+    ],
     "expedite": [
         {"num_iters": 0},
         {"restore_at": 3},
