@@ -26,6 +26,7 @@ FAST = {
     "test_compat.py",
     "test_completion.py",
     "test_contract.py",
+    "test_diffrate.py",
     "test_docs.py",
     "test_doctor.py",
     "test_dymu.py",

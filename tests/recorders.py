@@ -129,6 +129,7 @@ CASES: dict[str, Case] = {
     "dymu compat": host_case("dymu", compat=True),
     "dymu packed": host_case("dymu", ragged="packed"),
     "dynamicvit": host_case("dynamicvit"),
+    "diffrate": host_case("diffrate"),
     "expedite": host_case("expedite"),
     "expedite restore_at": host_case("expedite", restore_at=3, norm="official"),
     "hot": host_case("hot"),

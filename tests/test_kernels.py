@@ -28,6 +28,7 @@ KERNELS: dict[str, tuple[dict[str, Any], float]] = {
     "zero_tprune": ({}, 79.8),
     "dymu": ({"r_total": 96}, 58.33),  # calibrated, so that every block merges some
     "dynamicvit": ({}, 20.0),
+    "diffrate": ({}, 43.36),
     "expedite": ({}, 134.0),  # in one block of the model
     "hot": ({}, 32.0),
     "random": ({}, 8.67),

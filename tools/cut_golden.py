@@ -51,6 +51,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "expedite": ("rect_12x20_4x6", "sam_encoder_112"),
     # decisions of given noise, and all losses
     "dynamicvit": ("p3_train_grad_mse",),
+    "diffrate": ("compression_rate",),
     "hot": ("mixste_27_9", "keys_hot_mixste"),
     # both orders on four grids; a whole model of one of them, which differ in nothing else
     "static_controls": ("f_uniform_random", "p2_random_seed3"),

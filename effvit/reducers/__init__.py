@@ -2,6 +2,7 @@
 
 from effvit.reducers.ats import ATS
 from effvit.reducers.base import Reducer
+from effvit.reducers.diffrate import DiffRate
 from effvit.reducers.dymu import DyMU
 from effvit.reducers.dynamicvit import DynamicViT
 from effvit.reducers.evit import EViT
@@ -17,6 +18,7 @@ __all__ = [
     "ATS",
     "GTP",
     "METHODS",
+    "DiffRate",
     "DyMU",
     "DynamicViT",
     "EViT",
@@ -30,5 +32,5 @@ __all__ = [
     "register_method",
 ]
 
-for _method in (EViT, ToMe, GTP, ATS, ZeroTPrune, DyMU, DynamicViT, Expedite, HoT, Random, Uniform):
+for _method in (EViT, ToMe, GTP, ATS, ZeroTPrune, DyMU, DynamicViT, DiffRate, Expedite, HoT, Random, Uniform):
     register_method(_method)
