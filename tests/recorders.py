@@ -136,6 +136,8 @@ CASES: dict[str, Case] = {
     "algm": host_case("algm"),
     "algm compat": host_case("algm", compat=True),
     "algm packed": host_case("algm", ragged="packed"),
+    "dynamicvit": host_case("dynamicvit"),
+    "diffrate": host_case("diffrate"),
     "expedite": host_case("expedite"),
     "expedite restore_at": host_case("expedite", restore_at=3, norm="official"),
     "hot": host_case("hot"),
@@ -158,7 +160,7 @@ CASES |= {
 }
 CASES |= {
     f"{method} {host}": host_case(method, host)
-    for method in ("tome", "gtp", "zero_tprune", "dymu", "algm", "expedite", "hot", "vid_tldr")
+    for method in ("tome", "gtp", "zero_tprune", "dymu", "algm", "dynamicvit", "expedite", "hot", "vid_tldr")
     for host in ("average_pool", "attention_pool")
 }
 CASES |= {f"ats {host}": host_case("ats", host) for host in ("registers", "gated_grouped")}

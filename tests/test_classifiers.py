@@ -21,6 +21,7 @@ from mmpretrain.structures import DataSample
 
 from effvit.architectures.sit_distillation import SiTDistillation
 from effvit.dense.classifiers import EffViTClassifier, SiTClassifier
+from effvit.dense.learnt_pruning import PredictorsFirstHook
 from effvit.dense.openmmlab import KeepRateHook
 
 SMALL: dict[str, Any] = {"depth": 4, "embed_dim": 48, "num_heads": 3, "img_size": 64, "num_classes": 7}
@@ -257,3 +258,69 @@ def test_effvit_classifier_is_mmpretrains() -> None:
     model, x = build().eval(), batch()[0]
     assert isinstance(model, EffViTClassifier)
     assert [sample.pred_label.item() for sample in model.predict(x)] == model.model(x).argmax(1).tolist()
+
+
+LOST_IN_ROUNDING = "predictor.in_conv.0.weight"  # 1 at first, behind layers near 0 that leave it almost no gradient
+
+
+class TestDynamicViT:
+    """The loss itself is compared with both official codes in golden_dynamicvit.py."""
+
+    def build(self, **settings: Any) -> Any:
+        kind = {"type": "DynamicViTClassifier", "reduce_at": (1, 2), "keep_rate": 0.6, "teacher": TEACHER}
+        return build(f"dynamicvit_{HOST}", **(kind | settings))
+
+    def test_student_starts_from_its_teacher_and_every_part_learns(self) -> None:
+        model = self.build()
+        model.init_weights()
+        assert torch.equal(model.model.head.weight, model.teacher.head.weight)
+        before = copy.deepcopy(model.model.state_dict())
+        losses = model.train().loss(*batch())
+        assert losses.keys() == {"task_loss", "ratio_loss", "distill_loss", "token_loss"}
+        step(model)
+        still = [name for name, p in model.model.named_parameters() if torch.equal(before[name], p)]
+        assert all(name.endswith(LOST_IN_ROUNDING) for name in still)
+
+    def test_loss_falls(self) -> None:
+        """That of two images with given labels, over steps that draw other samples each time."""
+        model = self.build()
+        model.init_weights()
+        wrapper = build_optim_wrapper(model, {"optimizer": {"type": "AdamW", "lr": 2e-3}})
+        torch.manual_seed(1)
+        totals = []
+        for _ in range(30):
+            parts = model.train().train_step({"inputs": list(batch()[0]), "data_samples": batch()[1]}, wrapper)
+            totals.append(parts["loss"].detach().item())
+        assert sum(totals[-5:]) < 0.7 * sum(totals[:5])
+
+    def test_without_teacher_two_losses_are_left(self) -> None:
+        losses = self.build(teacher=None).train().loss(*batch())
+        assert losses.keys() == {"task_loss", "ratio_loss"}
+
+    def test_other_methods_teachers_and_modes_are_refused(self) -> None:
+        with pytest.raises(ValueError, match="evit with these settings learns no decisions"):
+            build(type="DynamicViTClassifier")
+        with pytest.raises(ValueError, match=r"tokens of one width on one grid, got \{'embed_dim': 48"):
+            self.build(teacher={**TEACHER, "embed_dim": 96})
+        with pytest.raises(ValueError, match="token_loss must be one of mse, kl, got 'l1'"):
+            self.build(token_loss="l1")
+        with pytest.raises(ValueError, match=r"in training mode alone; call train\(\)"):
+            self.build().eval().loss(*batch())
+
+    def test_predictors_alone_learn_in_the_first_epochs(self) -> None:
+        model = self.build()
+        paramwise = {"custom_keys": {"model.": {"lr_mult": 0.5}, "reducer.predictor": {"lr_mult": 1.0}}}
+        wrapper = build_optim_wrapper(model, {"optimizer": {"type": "SGD", "lr": 0.1}, "paramwise_cfg": paramwise})
+        before = copy.deepcopy(model.model.state_dict())
+        runner: Any = SimpleNamespace(model=model, epoch=0, optim_wrapper=wrapper)
+        hook = PredictorsFirstHook(epochs=1)
+        hook.before_train_iter(runner, 0)
+        model.train().train_step({"inputs": list(batch()[0]), "data_samples": batch()[1]}, wrapper)
+        hook.after_train_iter(runner, 0)
+        moved = {name for name, p in model.model.named_parameters() if not torch.equal(before[name], p)}
+        assert all(".reducer.predictor." in name for name in moved)
+        assert len(moved) == 2 * 9  # of ten, see LOST_IN_ROUNDING
+        assert {group["lr"] for group in wrapper.param_groups} == {0.1, 0.05}
+        runner.epoch = 1
+        hook.before_train_iter(runner, 1)
+        assert {group["lr"] for group in wrapper.param_groups} == {0.1, 0.05}

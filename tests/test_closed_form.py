@@ -131,6 +131,15 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         *({"r": 0}, {"keep_rate": 1.0}, {"similarity": "manhattan", "r": 99}),
         *({"keys": "averaged"}, {"renormalise": False}),
     ],
+    "dynamicvit": [
+        {"keep_rate": 0.999},
+        {"keep_rate": (0.5, 0.9), "progressive": False},  # the second one has nothing to drop
+    ],
+    "diffrate": [
+        {"prune_to": [], "merge_to": [40, 30, 20, 10]},
+        {"prune_to": [40, 30, 20, 99], "merge_to": []},
+        {"prune_to": None, "merge_to": None, "preset": "deit_small_2.3"},  # in proportion to 48 patches
+    ],
     "expedite": [
         {"num_iters": 0},
         {"restore_at": 3},

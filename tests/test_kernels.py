@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 import effvit
+from effvit.hosts.calibration import needs_calibration
 from effvit.measure.launches import device_kernels, launches
 from effvit.measure.profiler import peak_memory
-from effvit.reducers import METHODS
 
 SIZE = (2, 3, 224, 224)
 # Kernels a reducing block of DeiT-Tiny for two images on a CPU, settings the method's defaults unless named.
@@ -28,6 +28,8 @@ KERNELS: dict[str, tuple[dict[str, Any], float]] = {
     "zero_tprune": ({}, 79.8),
     "dymu": ({"r_total": 96}, 58.33),  # calibrated, so that every block merges some
     "algm": ({"threshold": 0.1}, 96.5),  # in two blocks of the model
+    "dynamicvit": ({}, 20.0),
+    "diffrate": ({}, 43.36),
     "expedite": ({}, 134.0),  # in one block of the model
     "hot": ({}, 32.0),
     "pitome": ({}, 44.33),
@@ -53,7 +55,7 @@ def test_a_reducing_block_launches_as_many_kernels_as_the_table_says(method: str
     settings, expected = KERNELS[method]
     x = torch.randn(SIZE, generator=torch.Generator().manual_seed(0))
     model = effvit.sparsify(dense, method, **settings).eval()
-    if METHODS[method].learns:
+    if needs_calibration(model):
         effvit.calibrate(model, [x])
     added = (launches(model, x) - launches(dense, x)) / len(model.reducers)
     assert added == pytest.approx(expected, abs=0.05)
@@ -80,6 +82,6 @@ def test_memory_of_large_images_stays_near_that_of_the_dense_model(
     """What grows with the square of the tokens, a map or all distances, would be far above."""
     host, x, dense_peak = large
     model = effvit.sparsify(host, method).eval()
-    if METHODS[method].learns:
+    if needs_calibration(model):
         effvit.calibrate(model, [x])
     assert peak_memory(model, x) < 1.5 * dense_peak

@@ -54,6 +54,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "expedite": ("rect_12x20_4x6", "sam_encoder_112"),
     # decisions of given noise, and all losses
     "dynamicvit": ("p3_train_grad_mse",),
+    "diffrate": ("compression_rate",),
     "hot": ("mixste_27_9", "keys_hot_mixste"),
     # both rules of matching; whole models lie in the folder of all cases
     "pitome": ("f_matching",),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import effvit
 from effvit import attention
-from effvit.hosts.host import ReducedHost
+from effvit.hosts.calibration import needs_calibration
 from effvit.hosts.surface import Reduced
 from effvit.measure.closed_form import closed_form_macs
 from effvit.measure.costs import IDEAL, conditions_of, cost_of, ideals, is_reduced, tokens_by_block
@@ -163,7 +163,7 @@ def reduced_by(dense: nn.Module, method: str, images: Tensor, **settings: Any) -
         settings: In place of its own.
     """
     model = reduce_by(dense, method, {**own_settings(method, dense), **settings}).eval()
-    if METHODS[method].learns and isinstance(model, ReducedHost):
+    if needs_calibration(model):
         effvit.calibrate(model, [images])
     return model
 

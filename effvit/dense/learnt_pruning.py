@@ -95,7 +95,7 @@ class DynamicViTClassifier(EffViTClassifier):
         }
 
 
-def check_teacher(student: Any, teacher: nn.Module) -> None:
+def check_teacher(student: Any, teacher: Any) -> None:
     """Raise a ValueError unless the teacher's patch tokens can be compared with the student's."""
     sizes = [{"embed_dim": model.embed_dim, "grid": tuple(model.patch_embed.grid_size)} for model in (student, teacher)]
     if sizes[0] != sizes[1]:

@@ -314,11 +314,21 @@ class ReducedHost(Intermediates, Reduced):
             return self._left_alone(x, tokens, tokens.policy)
         if tokens.size is not None:
             prefix, patches = tokens.split(x)  # (B, P, C), (B, N, C)
-            return torch.cat([prefix, take_rows(patches, flat_rows(tokens.carriers(), patches.shape[1]))], dim=1)
+            return torch.cat([prefix, self._repeated(patches, tokens, tokens.size)], dim=1)
         if tokens.valid is not None:
             mean = self._pooled_mean(x, tokens, tokens.sequence_mask())
             return torch.where(tokens.sequence_mask().unsqueeze(-1), x, mean)
         return x
+
+    def _repeated(self, patches: Tensor, tokens: TokenMap, size: Tensor) -> Tensor:
+        """Tokens (B, N, C) of a map with sizes, once for each patch they stand for, and their mean for dropped ones."""
+        carriers = tokens.carriers()  # (B, K)
+        if tokens.complete:
+            return take_rows(patches, flat_rows(carriers, patches.shape[1]))
+        weight = size[:, tokens.num_prefix :].unsqueeze(-1).to(patches.dtype)  # (B, N, 1)
+        mean = (patches * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)  # (B, 1, C)
+        carried = take_rows(patches, flat_rows(carriers.clamp(min=0), patches.shape[1]))
+        return torch.where((carriers < 0).unsqueeze(-1), mean, carried)
 
     def _pooled_mean(self, x: Tensor, tokens: TokenMap, weight: Tensor) -> Tensor:
         """Mean (B, 1, C) of what the head pools of tokens x (B, P+N, C) that have these weights (B, P+N)."""

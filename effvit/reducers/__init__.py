@@ -4,6 +4,7 @@ from effvit.reducers.algm import ALGM
 from effvit.reducers.ats import ATS
 from effvit.reducers.base import Reducer
 from effvit.reducers.cubistmerge import CubistMerge
+from effvit.reducers.diffrate import DiffRate
 from effvit.reducers.dymu import DyMU
 from effvit.reducers.dynamicvit import DynamicViT
 from effvit.reducers.evit import EViT
@@ -23,6 +24,7 @@ __all__ = [
     "GTP",
     "METHODS",
     "CubistMerge",
+    "DiffRate",
     "DyMU",
     "DynamicViT",
     "EViT",
@@ -47,6 +49,7 @@ for _method in (
     DyMU,
     ALGM,
     DynamicViT,
+    DiffRate,
     Expedite,
     HoT,
     PiToMe,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -79,7 +80,9 @@ class KeepPredictor(nn.Module):
         first, half = self.out_conv[0], patches.shape[-1] // 2
         assert isinstance(first, nn.Linear)
         shared = F.linear(mean, first.weight[:, half:], first.bias)  # (B, 1, C/2)
-        logits: Tensor = self.out_conv[1:](F.linear(local, first.weight[:, :half]) + shared)
+        logits = F.linear(local, first.weight[:, :half]) + shared
+        for layer in islice(self.out_conv, 1, None):
+            logits = layer(logits)
         return logits
 
 
