@@ -26,10 +26,11 @@ PROVENANCE = {
     *("max_diff_exact_vs_expanded", "output_absmax", "out_absmax", "grad_absmax", "grad_max_abs_f32_f64"),
     *("min_adjacent_rel_gap", "max_abs_error_f64", "max_rel_f64", "margins", "margin_is", "files", "licence"),
     *("official_part", "per_image", "order_from"),
+    *("scikit_learn", "max_rel_grad_error_f64", "min_density_gap", "note_v"),
 }
 # Names of the recorded input, whose first axis is the batch.
 INPUTS = ("input", "input_compressed", "attention", "importance", "cls/attn", "s0/x", "q", "tokens", "top_attention")
-LOSS = "output.square().sum()"  # of the recorded gradients, summed over outputs
+LOSS = ("output.square().sum()", "sum of squared outputs")  # of the recorded gradients, summed over outputs
 
 
 class Record(Mapping[str, Any]):

@@ -131,6 +131,10 @@ CASES: dict[str, Case] = {
     "expedite": host_case("expedite"),
     "expedite restore_at": host_case("expedite", restore_at=3, norm="official"),
     "hot": host_case("hot"),
+    "dpcknn": host_case("dpcknn"),
+    "dpcknn equal_weight": host_case("dpcknn", equal_weight=True),
+    "kmedoids": host_case("kmedoids"),
+    "kmedoids equal_weight": host_case("kmedoids", equal_weight=True),
     "random": host_case("random"),
     "random place=mlp": host_case("random", place="mlp"),
     "uniform": host_case("uniform"),
@@ -144,7 +148,7 @@ CASES |= {
 }
 CASES |= {
     f"{method} {host}": host_case(method, host)
-    for method in ("tome", "gtp", "zero_tprune", "dymu", "expedite", "hot")
+    for method in ("tome", "gtp", "zero_tprune", "dymu", "expedite", "hot", "dpcknn", "kmedoids")
     for host in ("average_pool", "attention_pool")
 }
 CASES |= {f"ats {host}": host_case("ats", host) for host in ("registers", "gated_grouped")}

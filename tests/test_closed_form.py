@@ -129,6 +129,8 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"keep_rate": 0.8, "window_size": 1},  # in several tiles
     ],
     "hot": [{"keep_rate": 0.999}, {"num_tokens": 5}],
+    "dpcknn": [{"keep_rate": 0.999}, {"num_tokens": 99}, {"equal_weight": True, "num_tokens": 5, "reduce_at": (0,)}],
+    "kmedoids": [{"keep_rate": 0.999}, {"num_tokens": [99, 5]}, {"equal_weight": True, "reduce_at": (0, 1)}],
     "random": [{"place": "queries"}, {"keep_rate": [0.9, 0.5]}],
     "uniform": [{"place": "mlp", "num_tokens": [99, 5]}, {"keep_rate": 0.999}],
 }

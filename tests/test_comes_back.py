@@ -34,6 +34,7 @@ import effvit
 from effvit.hosts.host import HOST_CLASSES
 from effvit.hosts.surface import SPARSIFIED, Reduced
 from effvit.reducers import METHODS, Reducer
+from effvit.reducers.keep_rate import ImageShare
 from effvit.show.model_card import model_card
 
 # timm's names of hosts; the numbers make them small. Half have a name under each method in the zoo, half have none.
@@ -247,6 +248,7 @@ def calibrated() -> nn.Module:
 
 CURRENT = ("img_size", "num_classes", "global_pool", "in_chans", "dynamic_img_size")
 DEIT = "deit_tiny_patch16_224"
+OF_THE_IMAGE = [name for name, method in METHODS.items() if issubclass(method, ImageShare)]
 RATES = [method for method in SETTINGS if "keep_rate" in METHODS[method].defaults()]
 KINDS: dict[str, tuple[Callable[[], Any], str]] = {  # how it is made, and its host
     **{f"{m} on {h}": (partial(live, m, h), h) for m, h in LIVE},
@@ -504,7 +506,7 @@ class TestSettings:
         assert_equal_outputs(model, again(model, dense))
 
     @pytest.mark.parametrize(
-        "method", [method for method in SETTINGS if method not in ("tome", "dymu", "expedite", "random", "uniform")]
+        "method", [method for method in SETTINGS if method not in ("tome", "dymu", "expedite", *OF_THE_IMAGE)]
     )
     def test_reducer_taken_out_by_hand_shows_in_the_settings(self, method: str) -> None:
         dense = make_host("class_token")
@@ -514,7 +516,7 @@ class TestSettings:
         assert model.settings["reduce_at"] == others
         assert_equal_outputs(model, again(model, dense))
 
-    @pytest.mark.parametrize("method", ["random", "uniform"])
+    @pytest.mark.parametrize("method", OF_THE_IMAGE)
     def test_counts_that_depend_on_a_reducer_taken_out_by_hand_are_an_error(self, method: str) -> None:
         """The second block keeps int(N r^2) patches whether or not the first reduces; no setting says so."""
         model: Any = effvit.sparsify(make_host("class_token"), method, **SETTINGS[method])

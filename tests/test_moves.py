@@ -29,6 +29,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "evit": [{"keep_rate": 0.6}, {"keep_rate": [0.7, 0.8], "reduce_at": [0, 2], "fuse_token": False}],
     "ats": [{"keep_rate": 0.5}],
     "hot": [{"keep_rate": 0.5, "reduce_at": [1, 2]}],
+    "dpcknn": [{"keep_rate": 0.5, "reduce_at": [1, 2], "k": 3}],
     "zero_tprune": [{"keep_rate": 0.8, "reduce_at": [0, 2], "r": [2, 1], "num_iters": 3}],
 }
 
@@ -52,7 +53,13 @@ def test_a_schedule_that_was_read_makes_the_same_model(dense: Any, method: str, 
 
 @pytest.mark.parametrize(
     ("method", "settings"),
-    [("evit", {"num_tokens": 5}), ("ats", {}), ("expedite", {"keep_rate": 0.5}), ("evit", {"keep_rate": 1.0})],
+    [
+        ("evit", {"num_tokens": 5}),
+        ("ats", {}),
+        ("expedite", {"keep_rate": 0.5}),
+        ("kmedoids", {}),
+        ("evit", {"keep_rate": 1.0}),
+    ],
 )
 def test_settings_without_a_value_for_each_block_have_no_schedule(method: str, settings: dict[str, Any]) -> None:
     assert METHODS[method].block_schedule(settings, 4) is None

@@ -122,6 +122,13 @@ def methods(draw: st.DrawFn, depth: int) -> tuple[str, dict[str, Any]]:
         }
     elif method == "hot":
         drawn = {"keep_rate": draw(rates), "reduce_at": blocks, "k": draw(st.integers(2, 4))}
+    elif method == "dpcknn":
+        drawn = {"keep_rate": draw(rates), "reduce_at": blocks, "k": draw(st.integers(2, 4))}
+        drawn["equal_weight"] = draw(st.booleans())
+    elif method == "kmedoids":
+        equal = draw(st.booleans()) or blocks[0] == 0
+        drawn = {"keep_rate": draw(rates), "reduce_at": blocks, "equal_weight": equal}
+        drawn["num_iters"] = draw(st.integers(0, 3))
     elif method in ("random", "uniform"):
         drawn = {"keep_rate": draw(rates), "reduce_at": blocks, "place": draw(st.sampled_from(PLACES))}
     else:

@@ -30,7 +30,6 @@ import effvit
 from effvit.data.preparation import data_config, load_images
 from effvit.measure.ideal import IdealViT, mean_counts
 from effvit.measure.profiler import Measurement, machine, median_ratio, noise, profile_models
-from effvit.reducers import METHODS
 from effvit.reducers.ragged import RAGGED
 from effvit.show.pictures import fashion_pictures, photographs
 
@@ -152,7 +151,7 @@ def main() -> None:
     for name, (method, settings) in CONFIGURATIONS.items():
         if any(text.lower() in name.lower() for text in args.only):
             model = effvit.sparsify(dense, method, **settings).eval()
-            if METHODS[method].learns:
+            if method == "dymu":
                 effvit.calibrate(model, [images])
             counts[name] = [round(count) for count in mean_counts(model, images)]
             models[name] = model

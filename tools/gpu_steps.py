@@ -154,7 +154,7 @@ def own_settings(method: str, dense: nn.Module) -> Settings:
 
 
 def reduced_by(dense: nn.Module, method: str, images: Tensor, **settings: Any) -> Reduced:
-    """The dense model with the method, calibrated on the images if it learns; settings are its own but for those given.
+    """The dense model with the method, calibrated on the images if it is DyMU; settings are its own but for those given.
 
     Args:
         dense: The model.
@@ -163,7 +163,7 @@ def reduced_by(dense: nn.Module, method: str, images: Tensor, **settings: Any) -
         settings: In place of its own.
     """
     model = reduce_by(dense, method, {**own_settings(method, dense), **settings}).eval()
-    if METHODS[method].learns and isinstance(model, ReducedHost):
+    if method == "dymu" and isinstance(model, ReducedHost):
         effvit.calibrate(model, [images])
     return model
 

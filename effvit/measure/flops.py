@@ -65,8 +65,8 @@ IGNORED_OPERATORS = frozenset(f"aten::{name}{in_place}" for in_place in ("", "_"
     "leaky_relu", "linalg_vector_norm", "log", "log2", "log_softmax", "logsumexp", "mul", "nan_to_num", "neg", "pow",
     "reciprocal", "rsqrt", "rsub", "sigmoid", "silu", "sin", "softmax", "sqrt", "square", "sub", "tanh",
     # sums, extremes and order
-    "adaptive_max_pool2d", "amax", "amin", "any", "argmax", "argsort", "cumsum", "kthvalue", "max_pool2d", "maximum",
-    "mean", "min", "minimum", "sort", "sum", "topk",
+    "adaptive_max_pool2d", "amax", "amin", "any", "argmax", "argmin", "argsort", "cumsum", "kthvalue", "max_pool2d",
+    "maximum", "mean", "min", "minimum", "sort", "sum", "topk",
     # comparisons
     "__or__", "__rshift__", "__xor__", "isfinite", "isnan", "le", "lt", "ne",
     # making and moving tokens, adding one to another

@@ -2,11 +2,13 @@
 
 from effvit.reducers.ats import ATS
 from effvit.reducers.base import Reducer
+from effvit.reducers.dpcknn import DPCKNN
 from effvit.reducers.dymu import DyMU
 from effvit.reducers.evit import EViT
 from effvit.reducers.expedite import Expedite
 from effvit.reducers.gtp import GTP
 from effvit.reducers.hot import HoT
+from effvit.reducers.kmedoids import KMedoids
 from effvit.reducers.registry import METHODS, register_method
 from effvit.reducers.static_selection import Random, Uniform
 from effvit.reducers.tome import ToMe
@@ -14,12 +16,14 @@ from effvit.reducers.zero_tprune import ZeroTPrune
 
 __all__ = [
     "ATS",
+    "DPCKNN",
     "GTP",
     "METHODS",
     "DyMU",
     "EViT",
     "Expedite",
     "HoT",
+    "KMedoids",
     "Random",
     "Reducer",
     "ToMe",
@@ -28,5 +32,5 @@ __all__ = [
     "register_method",
 ]
 
-for _method in (EViT, ToMe, GTP, ATS, ZeroTPrune, DyMU, Expedite, HoT, Random, Uniform):
+for _method in (EViT, ToMe, GTP, ATS, ZeroTPrune, DyMU, Expedite, HoT, DPCKNN, KMedoids, Random, Uniform):
     register_method(_method)

@@ -152,6 +152,9 @@ class Reducer(nn.Module):
             are unknown; see ``check_size``.
         learns: The method learns something beside the weights, which state_dict holds.
         soft: Its tokens stand for soft clusters; what needs all patches gets them reconstructed.
+        place: Where in its block tokens leave, one of ``effvit.reducers.static_selection.PLACES``, for a method that
+            acts at several places. None: at the one place where it acts.
+        serves: Reducers of other blocks that this one only prepares for: it does nothing where they do nothing.
         recover: The fill of dense maps unless another is asked for, one of ``effvit.recover.FILLS``.
         block: The block this reducer sits in, for messages.
         any_size: The host takes images of any size (``dynamic_img_size``), so that absolute numbers meet grids they
@@ -170,6 +173,8 @@ class Reducer(nn.Module):
     open_sides = 2
     learns = False
     soft = False
+    place: str | None = None
+    serves: tuple[Reducer, ...] = ()
     recover = "last"
     block: int = -1
     any_size: bool = False
