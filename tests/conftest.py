@@ -42,6 +42,7 @@ FAST = {
     "test_kmedoids.py",
     "test_labelled.py",
     "test_messages.py",
+    "test_mixing.py",
     "test_named_images.py",
     "test_own_data.py",
     "test_pictures.py",

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import effvit
 from effvit.hosts.host import ReducedHost
-from effvit.reducers import kmedoids
+from effvit.reducers import METHODS, kmedoids
+from effvit.reducers.mixing import Mixture
 from effvit.tokens import Step
 
 __all__ = ["COMPARE", "build", "compare_model", "host_of", "stages"]
@@ -60,7 +61,10 @@ def build(case: Case, **settings: Any) -> ReducedHost:
     """The model of the case under the method, made from the rate if it names one and held to the recorded counts."""
     config, host = case.config, host_of(case)
     blocks, counts, rates = config["reduction_loc"], config["counts"], config["keep_rate"]
-    number = {"num_tokens": rates} if len(rates) > 1 else {"keep_rate": rates[0]}  # several are counts, not rates
+    if len(rates) > 1:  # several are counts, not rates
+        number = {"num_tokens": rates}
+    else:  # methods whose weights have a row for each token are made with numbers alone
+        number = {"keep_rate": rates[0]} if "keep_rate" in METHODS[case.method].defaults() else {"num_tokens": counts}
     model = effvit.sparsify(host, case.method, reduce_at=blocks, **number, **settings)
     assert isinstance(model, ReducedHost)
     assert [model.token_counts()[block] for block in blocks] == counts
@@ -146,4 +150,30 @@ def compare_kmedoids(case: Case) -> None:
         compare_model(case, model, check_medoids)
 
 
-COMPARE: dict[str, Callable[[Case], None]] = {"dpcknn": compare_dpcknn, "kmedoids": compare_kmedoids}
+# -- PatchMerger and Sinkhorn ----------------------------------------------------------------------------------
+
+
+def check_mixtures(case: Case, key: str, stage: Stage, limit: float) -> None:
+    """The weights of all tokens in all mixtures, and in which mixture each token weighs most."""
+    assert isinstance(stage.step, Mixture)
+    case.close(stage.step.shares, f"{key}/soft", limit)
+    if f"{key}/hard" in case:
+        case.equal(stage.step.shares.argmax(1), f"{key}/hard")
+
+
+def compare_patchmerger(case: Case) -> None:
+    compare_model(case, build(case, scaled_attn=case.config["settings"]["scaled_attn"]), check_mixtures)
+
+
+def compare_sinkhorn(case: Case) -> None:
+    settings = case.config["settings"]
+    model = build(case, eps=settings["sinkhorn_eps"], num_iters=settings["cluster_iters"])
+    compare_model(case, model, check_mixtures)
+
+
+COMPARE: dict[str, Callable[[Case], None]] = {
+    "dpcknn": compare_dpcknn,
+    "kmedoids": compare_kmedoids,
+    "sinkhorn": compare_sinkhorn,
+    "patchmerger": compare_patchmerger,
+}

@@ -135,6 +135,8 @@ CASES: dict[str, Case] = {
     "dpcknn equal_weight": host_case("dpcknn", equal_weight=True),
     "kmedoids": host_case("kmedoids"),
     "kmedoids equal_weight": host_case("kmedoids", equal_weight=True),
+    "sinkhorn": host_case("sinkhorn"),
+    "patchmerger": host_case("patchmerger"),
     "random": host_case("random"),
     "random place=mlp": host_case("random", place="mlp"),
     "uniform": host_case("uniform"),

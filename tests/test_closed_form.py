@@ -131,6 +131,8 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "hot": [{"keep_rate": 0.999}, {"num_tokens": 5}],
     "dpcknn": [{"keep_rate": 0.999}, {"num_tokens": 99}, {"equal_weight": True, "num_tokens": 5, "reduce_at": (0,)}],
     "kmedoids": [{"keep_rate": 0.999}, {"num_tokens": [99, 5]}, {"equal_weight": True, "reduce_at": (0, 1)}],
+    "sinkhorn": [{"num_tokens": 7, "num_iters": 5}],
+    "patchmerger": [{"num_tokens": 7, "scaled_attn": True}],
     "random": [{"place": "queries"}, {"keep_rate": [0.9, 0.5]}],
     "uniform": [{"place": "mlp", "num_tokens": [99, 5]}, {"keep_rate": 0.999}],
 }

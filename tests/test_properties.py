@@ -129,6 +129,11 @@ def methods(draw: st.DrawFn, depth: int) -> tuple[str, dict[str, Any]]:
         equal = draw(st.booleans()) or blocks[0] == 0
         drawn = {"keep_rate": draw(rates), "reduce_at": blocks, "equal_weight": equal}
         drawn["num_iters"] = draw(st.integers(0, 3))
+    elif method == "sinkhorn":
+        drawn = {"num_tokens": draw(st.integers(1, 4)), "reduce_at": blocks, "eps": draw(st.sampled_from([0.1, 1.0]))}
+        drawn["num_iters"] = draw(st.integers(1, 4))
+    elif method == "patchmerger":
+        drawn = {"num_tokens": draw(st.integers(1, 4)), "reduce_at": blocks, "scaled_attn": draw(st.booleans())}
     elif method in ("random", "uniform"):
         drawn = {"keep_rate": draw(rates), "reduce_at": blocks, "place": draw(st.sampled_from(PLACES))}
     else:

@@ -182,7 +182,11 @@ def classifier(model: Classifies, left: int, patches: int) -> Terms:
     pooled_norm: nn.Module = getattr(model, "fc_norm", nn.Identity())
     terms += norm(model.norm, prefix + left) + norm(pooled_norm, 1)
     if token_head is not None:
-        terms += layers("head", token_head, patches if method is not None and method.keeps_every_patch else left)
+        terms += layers(
+            "head",
+            token_head,
+            patches if method is not None and method.keeps_every_patch and method.has_sizes else left,
+        )
     if model.global_pool == "map":
         include = bool(getattr(model, "pool_include_prefix", True))
         terms += attention_pool(model.attn_pool, left + (prefix if include else 0))

@@ -9,7 +9,9 @@ from effvit.reducers.expedite import Expedite
 from effvit.reducers.gtp import GTP
 from effvit.reducers.hot import HoT
 from effvit.reducers.kmedoids import KMedoids
+from effvit.reducers.patchmerger import PatchMerger
 from effvit.reducers.registry import METHODS, register_method
+from effvit.reducers.sinkhorn import Sinkhorn
 from effvit.reducers.static_selection import Random, Uniform
 from effvit.reducers.tome import ToMe
 from effvit.reducers.zero_tprune import ZeroTPrune
@@ -24,13 +26,30 @@ __all__ = [
     "Expedite",
     "HoT",
     "KMedoids",
+    "PatchMerger",
     "Random",
     "Reducer",
+    "Sinkhorn",
     "ToMe",
     "Uniform",
     "ZeroTPrune",
     "register_method",
 ]
 
-for _method in (EViT, ToMe, GTP, ATS, ZeroTPrune, DyMU, Expedite, HoT, DPCKNN, KMedoids, Random, Uniform):
+for _method in (
+    EViT,
+    ToMe,
+    GTP,
+    ATS,
+    ZeroTPrune,
+    DyMU,
+    Expedite,
+    HoT,
+    DPCKNN,
+    KMedoids,
+    Sinkhorn,
+    PatchMerger,
+    Random,
+    Uniform,
+):
     register_method(_method)
