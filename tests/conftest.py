@@ -20,6 +20,7 @@ DEFAULT_GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 # need one of these are marked `slow`.
 FAST = {
     "test_accuracy.py",
+    "test_atc.py",
     "test_ats.py",
     "test_attention.py",
     "test_bad_input.py",

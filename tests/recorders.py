@@ -135,6 +135,8 @@ CASES: dict[str, Case] = {
     "dpcknn equal_weight": host_case("dpcknn", equal_weight=True),
     "kmedoids": host_case("kmedoids"),
     "kmedoids equal_weight": host_case("kmedoids", equal_weight=True),
+    "atc": host_case("atc"),
+    "atc linkage=complete": host_case("atc", linkage="complete", prop_attn=False),
     "sinkhorn": host_case("sinkhorn"),
     "patchmerger": host_case("patchmerger"),
     "random": host_case("random"),

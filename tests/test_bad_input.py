@@ -90,7 +90,7 @@ class TestNames:
     def test_setting_of_another_method_is_answered_with_its_owners(self) -> None:
         message = (
             r"tome has no setting 'keep_rate'; it belongs to evit, ats, zero_tprune, expedite, hot, dpcknn, "
-            r"kmedoids, random, uniform; tome takes r, p"
+            r"kmedoids, atc, random, uniform; tome takes r, p"
         )
         with pytest.raises(ValueError, match=message):
             effvit.sparsify(vit(), "tome", keep_rate=0.5)
@@ -393,6 +393,7 @@ class TestSchedulesThatLeaveNoToken:
             ("dpcknn", {"k": 9, "num_tokens": 2, "reduce_at": (0, 1)}),
             ("dpcknn", {"keep_rate": 0.02}),
             ("kmedoids", {"keep_rate": 0.02}),
+            ("atc", {"num_tokens": 2, "reduce_at": (0, 1)}),
             ("kmedoids", {"num_tokens": 5, "equal_weight": True, "reduce_at": (0, 2)}),
             ("tome", {"r": 50}),
         ],

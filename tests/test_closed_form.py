@@ -133,6 +133,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "kmedoids": [{"keep_rate": 0.999}, {"num_tokens": [99, 5]}, {"equal_weight": True, "reduce_at": (0, 1)}],
     "sinkhorn": [{"num_tokens": 7, "num_iters": 5}],
     "patchmerger": [{"num_tokens": 7, "scaled_attn": True}],
+    "atc": [{"keep_rate": 0.999}, {"num_tokens": [99, 5], "linkage": "single", "prop_attn": False}],
     "random": [{"place": "queries"}, {"keep_rate": [0.9, 0.5]}],
     "uniform": [{"place": "mlp", "num_tokens": [99, 5]}, {"keep_rate": 0.999}],
 }

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import golden_atc
 import golden_casvit
 import golden_expedite
 import golden_hot
@@ -831,6 +832,7 @@ COMPARE: dict[str, Callable[[Case], None]] = {
     **{folder: module.compare for folder, module in ARCHITECTURES.items()},
     "expedite": golden_expedite.compare,
     "hot": golden_hot.compare,
+    "atc": golden_atc.compare,
     CONTROLS: golden_static_selection.compare,
     **golden_token_reduction.COMPARE,
     **golden_selectors.COMPARE,

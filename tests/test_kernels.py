@@ -32,11 +32,12 @@ KERNELS: dict[str, tuple[dict[str, Any], float]] = {
     "kmedoids": ({}, 35.67),  # half of the blocks only weigh
     "sinkhorn": ({}, 27.0),
     "patchmerger": ({}, 8.0),
+    "atc": ({}, 1155.67),  # for each token that goes
     "random": ({}, 8.67),
     "uniform": ({}, 8.67),
 }
 
-SQUARE = ("kmedoids", "sinkhorn")  # they hold all distances, or shares of all tokens in all codes, at once
+SQUARE = ("kmedoids", "sinkhorn", "atc")  # they hold all distances, or shares of all tokens in all codes, at once
 
 
 @pytest.fixture(scope="module")

@@ -30,6 +30,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "ats": [{"keep_rate": 0.5}],
     "hot": [{"keep_rate": 0.5, "reduce_at": [1, 2]}],
     "dpcknn": [{"keep_rate": 0.5, "reduce_at": [1, 2], "k": 3}],
+    "atc": [{"keep_rate": 0.6, "reduce_at": [1, 2], "linkage": "complete"}],
     "zero_tprune": [{"keep_rate": 0.8, "reduce_at": [0, 2], "r": [2, 1], "num_iters": 3}],
 }
 

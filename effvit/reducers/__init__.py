@@ -1,5 +1,6 @@
 """The reduction methods. A new method is one file here and one line below."""
 
+from effvit.reducers.atc import ATC
 from effvit.reducers.ats import ATS
 from effvit.reducers.base import Reducer
 from effvit.reducers.dpcknn import DPCKNN
@@ -17,6 +18,7 @@ from effvit.reducers.tome import ToMe
 from effvit.reducers.zero_tprune import ZeroTPrune
 
 __all__ = [
+    "ATC",
     "ATS",
     "DPCKNN",
     "GTP",
@@ -49,6 +51,7 @@ for _method in (
     KMedoids,
     Sinkhorn,
     PatchMerger,
+    ATC,
     Random,
     Uniform,
 ):
