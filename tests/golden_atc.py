@@ -12,7 +12,7 @@ from torch import nn
 
 import effvit
 from effvit.reducers.atc import agglomerate, cosine_distances, number_clusters
-from effvit.reducers.dpcknn import merge_clusters
+from effvit.reducers.clusters import merge_clusters
 
 
 def compare(case: Case) -> None:

@@ -7,8 +7,9 @@ import torch
 from hosts import make_host, make_images, make_model
 
 import effvit
-from effvit.reducers.dpcknn import merge_clusters, peak_clusters
-from effvit.reducers.hot import density_peaks, peak_scores
+from effvit.reducers.clusters import merge_clusters
+from effvit.reducers.density import density_peaks, peak_scores
+from effvit.reducers.dpcknn import peak_clusters
 
 
 def test_every_token_goes_to_the_nearest_centre_and_a_centre_to_itself() -> None:

@@ -11,8 +11,8 @@ from effvit.attention import AttnState
 from effvit.protocols import Size
 from effvit.recording import compile_each_size
 from effvit.reducers.base import Reducer, check_finite
+from effvit.reducers.clusters import merge_clusters
 from effvit.reducers.cost import BlockSizes, Change
-from effvit.reducers.dpcknn import merge_clusters
 from effvit.reducers.keep_rate import ImageShare
 from effvit.reducers.matching import SMALLEST_NORM, mean_keys
 from effvit.schedule import check_choice, check_switch

@@ -8,15 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from effvit.protocols import Host
+from effvit.recover import closeness
 from effvit.reducers.base import Reducer, check_finite
+from effvit.reducers.clusters import merge_clusters
 from effvit.reducers.cost import BlockSizes, Change
-from effvit.reducers.expedite import nearest_centre
-from effvit.reducers.hot import peak_scores
+from effvit.reducers.density import peak_scores
 from effvit.reducers.keep_rate import ImageShare
 from effvit.schedule import check_count, check_switch
 from effvit.tokens import Moved, TokenMap, flat_rows, fx_leaf, take_rows, wide_dtype, widened
 
-__all__ = ["DPCKNN", "merge_clusters", "peak_clusters"]
+__all__ = ["DPCKNN", "peak_clusters"]
 
 # What the released code adds to the weights of a cluster before it divides by their sum.
 EPS = 1e-6
@@ -28,7 +29,7 @@ def peak_clusters(scores: Tensor, x: Tensor, number: int) -> tuple[Tensor, Tenso
     """Clusters around the tokens that are most a peak of density (dpcknn.py@88fe07e ``cluster_dpc_knn``).
 
     Args:
-        scores: (B, N) of ``effvit.reducers.hot.peak_scores``.
+        scores: (B, N) of ``effvit.reducers.density.peak_scores``.
         x: (B, N, C) tokens.
         number: K, clusters of each image.
 
@@ -39,37 +40,13 @@ def peak_clusters(scores: Tensor, x: Tensor, number: int) -> tuple[Tensor, Tenso
     centres = scores.topk(number, dim=1).indices  # (B, K)
     places = take_rows(x, flat_rows(centres, x.shape[1]))  # (B, K, C)
     own = torch.arange(number, device=x.device).expand_as(centres)
-    return centres, nearest_centre(x, places).scatter(1, centres, own)
-
-
-@fx_leaf
-def merge_clusters(
-    x: Tensor, weight: Tensor, size: Tensor, cluster: Tensor, number: int, eps: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """Weighted means of the tokens of each cluster, and how many patches they stand for.
-
-    Args:
-        x: (B, N, C) tokens.
-        weight: (B, N) their weights, in float32 (float64 for float64).
-        size: (B, N) patches each stands for, likewise.
-        cluster: (B, N) cluster of each.
-        number: K, clusters of each image.
-        eps: Added to the sum of the weights of a cluster before it divides.
-
-    Returns:
-        (B, K, C) in the dtype of x, and sizes (B, K).
-    """
-    columns = torch.cat([widened(x) * weight.unsqueeze(-1), weight.unsqueeze(-1), size.unsqueeze(-1)], dim=-1)
-    rows = flat_rows(cluster, number).flatten()  # (B * N,) of all clusters
-    sums = columns.new_zeros(x.shape[0] * number, columns.shape[-1]).index_add(0, rows, columns.flatten(0, 1))
-    merged, weights, sizes = sums.unflatten(0, (-1, number)).split([x.shape[-1], 1, 1], dim=-1)
-    return (merged / (weights + eps)).to(x.dtype), sizes.squeeze(-1)
+    return centres, closeness(x, places, 1.0).argmax(-1).scatter(1, centres, own)
 
 
 class DPCKNN(ImageShare):
     """Merge each token into the nearest of K peaks of density, before a block (DPC-KNN as in 2308.04657).
 
-    The peaks are those of HoT (``effvit.reducers.hot.peak_scores``); a merged token is the mean of its members,
+    The peaks are those of HoT (``effvit.reducers.density.peak_scores``); a merged token is the mean of its members,
     weighted by the exponential of a linear score that is trained, or equally. It follows models/dpcknn.py@88fe07e,
     whose clusters come from TCFormer (2204.08680), but for the noise of 1e-6 that parts equal densities there, in
     evaluation too: here the first token counts as the denser. Tokens come in falling order of the score of their peak.

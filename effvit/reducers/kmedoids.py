@@ -13,7 +13,7 @@ from effvit.protocols import Settings
 from effvit.reducers.base import Reducer, check_finite
 from effvit.reducers.block_schedule import BlockSchedule
 from effvit.reducers.cost import BlockSizes, Change
-from effvit.reducers.hot import squared_distances
+from effvit.reducers.density import squared_distances
 from effvit.reducers.keep_rate import ImageShare
 from effvit.schedule import check_count, check_switch
 from effvit.tokens import Moved, TokenMap, flat_rows, fx_leaf, position_of, take_rows, wide_dtype
