@@ -79,6 +79,11 @@ class Host(Protocol):
         """The blocks, in order."""
         ...
 
+    @property
+    def patch_embed(self) -> PatchEmbedding:
+        """The patch embedding, for the grid of its images."""
+        ...
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """The model's parameters, for their device and dtype."""
         ...

@@ -92,11 +92,14 @@ def _host_cfgs(host: str, variant: str) -> DefaultCfg:
 
 
 def _host_or_own_file(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Weights under the model's names; the recovery of the model stays new if the file is one of the plain host."""
+    """Weights under the model's names; what it has beside its host stays new if the file is one of the plain host."""
     own: dict[str, Tensor] = model.state_dict()
-    new = {name: value for name, value in own.items() if name.startswith("recovery.")}
     state = host_state_dict(state, model)
-    return state if new.keys() & state.keys() else new | state
+    for part in ("recovery.", ".reducer."):
+        new = {name: value for name, value in own.items() if part in name}
+        if not new.keys() & state.keys():
+            state = new | state
+    return state
 
 
 def _create(

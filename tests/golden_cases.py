@@ -35,6 +35,9 @@ PROVENANCE = {
         "state_names",
         "max_rel_grad_error_f64",
         "margin_note",
+        "scikit_learn",
+        "min_density_gap",
+        "note_v",
     ),
 }
 # Names of the recorded input, whose first axis is the batch.

@@ -13,7 +13,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from effvit.recover import TokenRecoveringAttention, closeness
-from effvit.reducers.hot import density_peaks, peak_scores
+from effvit.reducers.density import density_peaks, peak_scores
 from effvit.tokens import flat_rows, take_rows
 
 

@@ -147,6 +147,14 @@ CASES: dict[str, Case] = {
     "vid_tldr r=3": host_case("vid_tldr", r=3),
     "cubistmerge": host_case("cubistmerge"),
     "cubistmerge compat": host_case("cubistmerge", r_h=2, r_w=2, reduce_at=(1,), compat=True),
+    "dpcknn": host_case("dpcknn"),
+    "dpcknn equal_weight": host_case("dpcknn", equal_weight=True),
+    "kmedoids": host_case("kmedoids"),
+    "kmedoids equal_weight": host_case("kmedoids", equal_weight=True),
+    "atc": host_case("atc"),
+    "atc linkage=complete": host_case("atc", linkage="complete", prop_attn=False),
+    "sinkhorn": host_case("sinkhorn"),
+    "patchmerger": host_case("patchmerger"),
     "random": host_case("random"),
     "random place=mlp": host_case("random", place="mlp"),
     "uniform": host_case("uniform"),
@@ -160,7 +168,10 @@ CASES |= {
 }
 CASES |= {
     f"{method} {host}": host_case(method, host)
-    for method in ("tome", "gtp", "zero_tprune", "dymu", "algm", "dynamicvit", "expedite", "hot", "vid_tldr")
+    for method in (
+        *("tome", "gtp", "zero_tprune", "dymu", "algm", "dynamicvit", "expedite", "hot", "vid_tldr"),
+        *("dpcknn", "kmedoids"),
+    )
     for host in ("average_pool", "attention_pool")
 }
 CASES |= {f"ats {host}": host_case("ats", host) for host in ("registers", "gated_grouped")}

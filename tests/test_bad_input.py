@@ -89,8 +89,8 @@ class TestNames:
 
     def test_setting_of_another_method_is_answered_with_its_owners(self) -> None:
         message = (
-            r"tome has no setting 'keep_rate'; it belongs to evit, ats, zero_tprune, dynamicvit, expedite, hot, pitome, "
-            r"random, uniform; tome takes r, p"
+            r"tome has no setting 'keep_rate'; it belongs to evit, ats, zero_tprune, dynamicvit, expedite, hot, "
+            r"pitome, dpcknn, kmedoids, atc, random, uniform; tome takes r, p"
         )
         with pytest.raises(ValueError, match=message):
             effvit.sparsify(vit(), "tome", keep_rate=0.5)
@@ -397,6 +397,11 @@ class TestSchedulesThatLeaveNoToken:
             ("zero_tprune", {"keep_rate": 0.02, "r": 0}),
             ("expedite", {"num_clusters": (4, 4), "k": 16, "cluster_at": 1}),
             ("hot", {"k": 9, "num_tokens": 2, "reduce_at": (0, 1)}),
+            ("dpcknn", {"k": 9, "num_tokens": 2, "reduce_at": (0, 1)}),
+            ("dpcknn", {"keep_rate": 0.02}),
+            ("kmedoids", {"keep_rate": 0.02}),
+            ("atc", {"num_tokens": 2, "reduce_at": (0, 1)}),
+            ("kmedoids", {"num_tokens": 5, "equal_weight": True, "reduce_at": (0, 2)}),
             ("tome", {"r": 50}),
         ],
     )

@@ -150,6 +150,11 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "pitome": [{"keep_rate": 0.5}, {"keep_rate": [0.99, 0.7], "reduce_at": (0, 2), "protect_at": (0,)}],
     "vid_tldr": [{"r": [40, 0, 3]}, {"r": 0.01}, {"r": (0.5, 0.2)}],
     "cubistmerge": [{"r_h": 3, "r_w": 0, "reduce_at": (3,)}, {"r_h": (0, 1), "r_w": (2, 0)}],
+    "dpcknn": [{"keep_rate": 0.999}, {"num_tokens": 99}, {"equal_weight": True, "num_tokens": 5, "reduce_at": (0,)}],
+    "kmedoids": [{"keep_rate": 0.999}, {"num_tokens": [99, 5]}, {"equal_weight": True, "reduce_at": (0, 1)}],
+    "sinkhorn": [{"num_tokens": 7, "num_iters": 5}],
+    "patchmerger": [{"num_tokens": 7, "scaled_attn": True}],
+    "atc": [{"keep_rate": 0.999}, {"num_tokens": [99, 5], "linkage": "single", "prop_attn": False}],
     "random": [{"place": "queries"}, {"keep_rate": [0.9, 0.5]}],
     "uniform": [{"place": "mlp", "num_tokens": [99, 5]}, {"keep_rate": 0.999}],
 }

@@ -34,6 +34,7 @@ import effvit
 from effvit.hosts.host import HOST_CLASSES
 from effvit.hosts.surface import SPARSIFIED, Reduced
 from effvit.reducers import METHODS, Reducer
+from effvit.reducers.keep_rate import ImageShare
 from effvit.show.model_card import model_card
 
 # timm's names of hosts; the numbers make them small. Half have a name under each method in the zoo, half have none.
@@ -252,6 +253,7 @@ def calibrated() -> nn.Module:
 
 CURRENT = ("img_size", "num_classes", "global_pool", "in_chans", "dynamic_img_size")
 DEIT = "deit_tiny_patch16_224"
+OF_THE_IMAGE = [name for name, method in METHODS.items() if issubclass(method, ImageShare)]
 RATES = [method for method in SETTINGS if "keep_rate" in METHODS[method].defaults()]
 KINDS: dict[str, tuple[Callable[[], Any], str]] = {  # how it is made, and its host
     **{f"{m} on {h}": (partial(live, m, h), h) for m, h in LIVE},
@@ -509,8 +511,7 @@ class TestSettings:
         assert_equal_outputs(model, again(model, dense))
 
     @pytest.mark.parametrize(
-        "method",
-        [name for name in SETTINGS if name not in ("tome", "dymu", "algm", "expedite", "random", "uniform")],
+        "method", [name for name in SETTINGS if name not in ("tome", "dymu", "algm", "expedite", *OF_THE_IMAGE)]
     )
     def test_reducer_taken_out_by_hand_shows_in_the_settings(self, method: str) -> None:
         dense = make_host("class_token")
@@ -520,7 +521,7 @@ class TestSettings:
         assert model.settings["reduce_at"] == others
         assert_equal_outputs(model, again(model, dense))
 
-    @pytest.mark.parametrize("method", ["random", "uniform", "algm"])
+    @pytest.mark.parametrize("method", [*OF_THE_IMAGE, "algm"])
     def test_counts_that_depend_on_a_reducer_taken_out_by_hand_are_an_error(self, method: str) -> None:
         """Whether or not the first reduces, the second block keeps int(N r^2) patches, or merges pairs, not windows."""
         model: Any = effvit.sparsify(make_host("class_token"), method, **SETTINGS[method])

@@ -37,7 +37,7 @@ def pooled_anew(model: Any, left: int) -> int:
     patches, width = model.patch_embed.num_patches, model.embed_dim
     method = METHODS[model.method]
     macs = 0
-    if method.keeps_every_patch and hasattr(model, "aux_head"):
+    if method.keeps_every_patch and method.has_sizes and hasattr(model, "aux_head"):
         macs += (patches - left) * model.num_classes * width
     if method.soft and model._pools_patches:
         behind = model.encoder if isinstance(model, ReducedTower) else model  # a classifier's own norm is of the mean

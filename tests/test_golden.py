@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 import golden_algm
+import golden_atc
 import golden_attentive_mask
 import golden_casvit
 import golden_cubistmerge
@@ -33,6 +34,7 @@ import golden_stvit_deit
 import golden_stvit_swin
 import golden_supertoken
 import golden_tapadl
+import golden_token_reduction
 import golden_vid_tldr
 import pytest
 import torch
@@ -165,11 +167,12 @@ def test_official_file_is_converted_and_every_entry_accounted_for(
 
 
 def test_cut_is_what_its_list_says_and_has_every_method() -> None:
-    listed = {folder: sorted(cases) for folder, cases in load_tool("cut_golden").CASES.items()}
+    tool = load_tool("cut_golden")
+    listed = {folder: sorted(cases) for folder, cases in tool.CASES.items()}
     assert {path.name: sorted(file.stem for file in path.glob("*.json")) for path in CUT.iterdir()} == listed
     # The Swin forms are read as stvit_r_dense is; of DiffRate the cut has the published schedules alone, and no case of
     # TAP and ADL is below 58 KB.
-    for folder in {*IMPLEMENTED} - {"stvit", "stvit_swin", "diffrate", "tap_adl"}:
+    for folder in {*IMPLEMENTED} - {"stvit", "stvit_swin", "diffrate", "tap_adl", *tool.TOO_LARGE}:
         assert find_cases(CUT, folder), f"{CUT} holds no case of {folder}: add some to CASES of tools/cut_golden.py"
 
 
@@ -852,7 +855,9 @@ COMPARE: dict[str, Callable[[Case], None]] = {
     "pitome": golden_pitome.compare,
     "vid_tldr": golden_vid_tldr.compare,
     "cubistmerge": golden_cubistmerge.compare,
+    "atc": golden_atc.compare,
     CONTROLS: golden_static_selection.compare,
+    **golden_token_reduction.COMPARE,
     **golden_selectors.COMPARE,
 }
 TABLES: dict[str, Callable[[Path, Any], None]] = {

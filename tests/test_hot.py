@@ -9,8 +9,8 @@ import torch
 from hosts import make_host, make_images, make_model
 
 import effvit
-from effvit.reducers import hot
-from effvit.reducers.hot import density_peaks, peak_scores, squared_distances
+from effvit.reducers import density
+from effvit.reducers.density import density_peaks, peak_scores, squared_distances
 
 
 def slow_scores(x: torch.Tensor, k: int) -> list[float]:
@@ -55,14 +55,14 @@ def test_scores_by_blocks_are_those_of_all_distances(length: int, monkeypatch: p
     x[0, 30] = x[0, 3]  # in another block
     x[1, 21:23] = x[1, 20]
     expected = peak_scores(x, 3)
-    monkeypatch.setattr(hot, "WIDTHS_WHOLE", 0)
-    monkeypatch.setattr(hot, "LEAST_BLOCK", 16)
+    monkeypatch.setattr(density, "WIDTHS_WHOLE", 0)
+    monkeypatch.setattr(density, "LEAST_BLOCK", 16)
     assert torch.allclose(peak_scores(x, 3), expected, atol=1e-7)  # a root of what should be 0 is 1e-8
 
 
 def test_of_equal_tokens_in_different_blocks_the_first_is_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hot, "WIDTHS_WHOLE", 0)
-    monkeypatch.setattr(hot, "LEAST_BLOCK", 2)
+    monkeypatch.setattr(density, "WIDTHS_WHOLE", 0)
+    monkeypatch.setattr(density, "LEAST_BLOCK", 2)
     x = torch.zeros(1, 6, 4)
     x[0, 5] = 1  # the only one that is elsewhere
     scores = peak_scores(x, 2)[0]

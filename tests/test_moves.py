@@ -31,6 +31,8 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "hot": [{"keep_rate": 0.5, "reduce_at": [1, 2]}],
     "pitome": [{"keep_rate": 0.7}, {"keep_rate": [0.8, 0.5], "reduce_at": [0, 3], "protect_at": [0]}],
     "vid_tldr": [{"r": [3, 0, 2, 1]}],
+    "dpcknn": [{"keep_rate": 0.5, "reduce_at": [1, 2], "k": 3}],
+    "atc": [{"keep_rate": 0.6, "reduce_at": [1, 2], "linkage": "complete"}],
     "zero_tprune": [{"keep_rate": 0.8, "reduce_at": [0, 2], "r": [2, 1], "num_iters": 3}],
 }
 
@@ -60,6 +62,7 @@ def test_a_schedule_that_was_read_makes_the_same_model(dense: Any, method: str, 
         ("expedite", {"keep_rate": 0.5}),
         ("evit", {"keep_rate": 1.0}),
         ("vid_tldr", {"r": 0.2}),
+        ("kmedoids", {}),
     ],
 )
 def test_settings_without_a_value_for_each_block_have_no_schedule(method: str, settings: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from torch import nn
 import effvit
 from effvit.recover import FILLS, NORMS
 from effvit.reducers import METHODS
+from effvit.reducers.atc import LINKAGES
 from effvit.reducers.gtp import GRAPH_TYPES, PROPAGATIONS, SELECTIONS
 from effvit.reducers.ragged import RAGGED
 from effvit.reducers.static_selection import PLACES
@@ -149,6 +150,21 @@ def methods(draw: st.DrawFn, depth: int) -> tuple[str, dict[str, Any]]:
             "reduce_at": blocks[:1],
             "compat": draw(st.booleans()),
         }
+    elif method == "dpcknn":
+        drawn = {"keep_rate": draw(rates), "reduce_at": blocks, "k": draw(st.integers(2, 4))}
+        drawn["equal_weight"] = draw(st.booleans())
+    elif method == "kmedoids":
+        equal = draw(st.booleans()) or blocks[0] == 0
+        drawn = {"keep_rate": draw(rates), "reduce_at": blocks, "equal_weight": equal}
+        drawn["num_iters"] = draw(st.integers(0, 3))
+    elif method == "atc":
+        drawn = {"keep_rate": draw(rates), "reduce_at": blocks, "prop_attn": draw(st.booleans())}
+        drawn["linkage"] = draw(st.sampled_from(sorted(LINKAGES)))
+    elif method == "sinkhorn":
+        drawn = {"num_tokens": draw(st.integers(1, 4)), "reduce_at": blocks, "eps": draw(st.sampled_from([0.1, 1.0]))}
+        drawn["num_iters"] = draw(st.integers(1, 4))
+    elif method == "patchmerger":
+        drawn = {"num_tokens": draw(st.integers(1, 4)), "reduce_at": blocks, "scaled_attn": draw(st.booleans())}
     elif method in ("random", "uniform"):
         drawn = {"keep_rate": draw(rates), "reduce_at": blocks, "place": draw(st.sampled_from(PLACES))}
     else:

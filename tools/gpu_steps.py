@@ -154,7 +154,7 @@ def own_settings(method: str, dense: nn.Module) -> Settings:
 
 
 def reduced_by(dense: nn.Module, method: str, images: Tensor, **settings: Any) -> Reduced:
-    """The dense model with the method, calibrated on the images if it learns; settings are its own but for those given.
+    """The dense model with the method, DyMU calibrated on the images; settings are its own but for those given.
 
     Args:
         dense: The model.

@@ -199,7 +199,8 @@ def classifier(model: Classifies, left: int, patches: int) -> Terms:
     pooled_norm: nn.Module = getattr(model, "fc_norm", nn.Identity())
     terms += norm(model.norm, prefix + left) + norm(pooled_norm, 1)
     if token_head is not None:
-        repeats = method is not None and (method.keeps_every_patch or method.merges)
+        merged = method is not None and method.keeps_every_patch and method.has_sizes
+        repeats = merged or (method is not None and method.merges)
         terms += layers("head", token_head, patches if repeats else left)
     if model.global_pool == "map":
         include = bool(getattr(model, "pool_include_prefix", True))

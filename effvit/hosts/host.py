@@ -646,6 +646,8 @@ def _describes(method: str, depth: int, settings: Settings, reducers: Mapping[in
 
 def _is_idle(reducer: Reducer) -> bool:
     """True if all tokens stay, so that ``plan`` would leave the block out."""
+    if reducer.serves:
+        return all(_is_idle(other) for other in reducer.serves)
     return getattr(reducer, "keep_rate", None) == 1 and getattr(reducer, "r", 0) == 0
 
 

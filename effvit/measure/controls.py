@@ -233,7 +233,7 @@ def place_of(reducer: Reducer) -> str:
     Raises:
         ValueError: It acts at several of them, or behind the block.
     """
-    if isinstance(reducer, StaticSelection):
+    if reducer.place is not None:
         return reducer.place
     kind = type(reducer)
     acts = [step for step in (*STEPS.values(), "after") if getattr(kind, step) is not getattr(Reducer, step)]

@@ -1,18 +1,23 @@
 """The reduction methods. A new method is one file here and one line below."""
 
 from effvit.reducers.algm import ALGM
+from effvit.reducers.atc import ATC
 from effvit.reducers.ats import ATS
 from effvit.reducers.base import Reducer
 from effvit.reducers.cubistmerge import CubistMerge
 from effvit.reducers.diffrate import DiffRate
+from effvit.reducers.dpcknn import DPCKNN
 from effvit.reducers.dymu import DyMU
 from effvit.reducers.dynamicvit import DynamicViT
 from effvit.reducers.evit import EViT
 from effvit.reducers.expedite import Expedite
 from effvit.reducers.gtp import GTP
 from effvit.reducers.hot import HoT
+from effvit.reducers.kmedoids import KMedoids
+from effvit.reducers.patchmerger import PatchMerger
 from effvit.reducers.pitome import PiToMe
 from effvit.reducers.registry import METHODS, register_method
+from effvit.reducers.sinkhorn import Sinkhorn
 from effvit.reducers.static_selection import Random, Uniform
 from effvit.reducers.tome import ToMe
 from effvit.reducers.vid_tldr import VidTLDR
@@ -20,7 +25,9 @@ from effvit.reducers.zero_tprune import ZeroTPrune
 
 __all__ = [
     "ALGM",
+    "ATC",
     "ATS",
+    "DPCKNN",
     "GTP",
     "METHODS",
     "CubistMerge",
@@ -30,9 +37,12 @@ __all__ = [
     "EViT",
     "Expedite",
     "HoT",
+    "KMedoids",
+    "PatchMerger",
     "PiToMe",
     "Random",
     "Reducer",
+    "Sinkhorn",
     "ToMe",
     "Uniform",
     "VidTLDR",
@@ -55,6 +65,11 @@ for _method in (
     PiToMe,
     VidTLDR,
     CubistMerge,
+    DPCKNN,
+    KMedoids,
+    Sinkhorn,
+    PatchMerger,
+    ATC,
     Random,
     Uniform,
 ):

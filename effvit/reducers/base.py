@@ -154,6 +154,10 @@ class Reducer(nn.Module):
             are unknown; see ``check_size``.
         learns: The method learns something beside the weights, which state_dict holds.
         soft: Its tokens stand for soft clusters; what needs all patches gets them reconstructed.
+        has_sizes: Its tokens have sizes, by which heads that pool patches weight them where every patch is kept.
+        place: Where in its block tokens leave, one of ``effvit.reducers.static_selection.PLACES``, for a method that
+            acts at several places. None: at the one place where it acts.
+        serves: Reducers of other blocks that this one only prepares for: it does nothing where they do nothing.
         recover: The fill of dense maps unless another is asked for, one of ``effvit.recover.FILLS``.
         cost_term: Term of the closed form that ``cost`` adds its MACs to.
         block: The block this reducer sits in, for messages.
@@ -174,6 +178,9 @@ class Reducer(nn.Module):
     open_sides = 2
     learns = False
     soft = False
+    has_sizes = True
+    place: str | None = None
+    serves: tuple[Reducer, ...] = ()
     recover = "last"
     cost_term = "reduction"
     block: int = -1

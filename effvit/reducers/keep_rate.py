@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from effvit.protocols import Settings
 from effvit.reducers.base import FEW_PATCHES, Reducer
 from effvit.reducers.block_schedule import BlockSchedule, rates_by_block
-from effvit.schedule import check_count, check_fraction, keep_rate_ladder, per_block
+from effvit.reducers.cost import BlockSizes
+from effvit.schedule import check_blocks, check_count, check_fraction, keep_rate_ladder, per_block, spread_blocks
 
-__all__ = ["HasKeepRate", "KeepRate", "Rated", "kept_in_blocks"]
+__all__ = ["HasKeepRate", "ImageShare", "KeepRate", "Rated", "kept_in_blocks"]
 
 
 def kept_in_blocks(
@@ -90,3 +91,79 @@ class KeepRate(Rated):
         if self.num_tokens is not None:
             return min(self.num_tokens, num_tokens)
         return math.ceil(self.keep_rate * num_tokens)
+
+
+class ImageShare(Rated):
+    """One block's share of a method that keeps int(N r^(j+1)) of the N patches of the image in its j-th block, from 0.
+
+    Those are the counts of DynamicViT (2106.02034) and of TokenReduction (2308.04657) at their blocks 3, 6 and 9 of 12.
+
+    Args:
+        keep_rate: Fraction of the patches of the earlier blocks that stays.
+        num_tokens: Number of tokens to keep in place of a rate.
+        block: Number of the block it sits in.
+        earlier: The reducers of the blocks before, on whose rates the number of patches depends.
+    """
+
+    def __init__(self, keep_rate: float, num_tokens: int | None, block: int, earlier: tuple[ImageShare, ...]) -> None:
+        super().__init__()
+        self.keep_rate = self.base_keep_rate = keep_rate
+        self.num_tokens = num_tokens
+        self.block = block
+        self.earlier = earlier
+
+    @classmethod
+    def in_blocks(
+        cls,
+        depth: int,
+        keep_rate: float | Sequence[float],
+        reduce_at: Sequence[int] | None,
+        num_tokens: int | Sequence[int] | None,
+        *options: Any,
+    ) -> dict[int, Reducer]:
+        """{block: reducer} of the settings that all such methods share, and of what else a reducer takes.
+
+        Args:
+            depth: Blocks of the host.
+            keep_rate: Fraction r of the patches that stays in each reducing block, in (0, 1]: the first keeps int(N r)
+                of the N patches of the image, the next int(N r^2); one value, or one for each block.
+            reduce_at: 0-based blocks that reduce; None means (3, 6, 9) of 12, in proportion for another depth.
+            num_tokens: Absolute numbers in place of a rate; one value, or one for each block.
+            options: Arguments of the class behind ``earlier``.
+        """
+        blocks = check_blocks("reduce_at", spread_blocks((3, 6, 9), depth) if reduce_at is None else reduce_at, depth)
+        plan: dict[int, ImageShare] = {}
+        for block, (rate, number) in kept_in_blocks(blocks, keep_rate, num_tokens).items():
+            plan[block] = cls(rate, number, block, tuple(plan.values()), *options)
+        return dict(plan)
+
+    @classmethod
+    def example(cls) -> Settings:
+        return {"keep_rate": 0.6, "reduce_at": (1, 2)}
+
+    @property
+    def reduce_at(self) -> list[int]:
+        """The reducing blocks up to this one, which the number of patches depends on.
+
+        ``model.settings`` compares it, so that it tells of an earlier reducer that was taken out by hand.
+        """
+        chain = (*self.earlier, self)
+        return [reducer.block for reducer in chain if reducer.keep_rate < 1 or reducer.num_tokens is not None]
+
+    @property
+    def share(self) -> float:
+        """Fraction of the patches of the image that stays by the rates: r^(j+1) where they are equal."""
+        rates = [reducer.keep_rate for reducer in (*self.earlier, self)]
+        return math.prod([rate ** rates.count(rate) for rate in dict.fromkeys(rates)])
+
+    def count(self, num_tokens: int, num_patches: int) -> int:
+        if self.num_tokens is not None:
+            return min(self.num_tokens, num_tokens)
+        kept = int(num_patches * self.share)
+        return min(max(1, kept) if self.any_size else kept, num_tokens)
+
+    def num_left(self, at: BlockSizes) -> int:
+        """Patch tokens that stay by the closed form, in the words of the paper."""
+        patches = at.grid[0] * at.grid[1]
+        kept = max(int(patches * self.share), int(self.any_size)) if self.num_tokens is None else self.num_tokens
+        return min(kept, at.tokens)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,8 +14,8 @@ from effvit.protocols import Host, Settings, Size
 from effvit.recording import compile_each_size
 from effvit.reducers.base import Reducer
 from effvit.reducers.cost import BlockSizes, Change
-from effvit.reducers.keep_rate import Rated, kept_in_blocks
-from effvit.schedule import check_blocks, check_choice, check_count, spread_blocks
+from effvit.reducers.keep_rate import ImageShare
+from effvit.schedule import check_choice, check_count
 from effvit.tokens import TokenMap, fx_leaf
 
 __all__ = ["PLACES", "Random", "StaticSelection", "Uniform", "random_ranks", "uniform_ranks"]
@@ -63,57 +62,31 @@ def lowest(ranks: Tensor, anchor: Tensor, number: int) -> Tensor:
     return ranks.to(anchor.device)[anchor].topk(number, dim=1, largest=False).indices.sort(dim=1).values
 
 
-class StaticSelection(Rated):
+class StaticSelection(ImageShare):
     """Keep the K patches of the lowest ranks, the same ones in every image, in image order.
 
-    No publication: a control of this package. The j-th reducing block (from 0) keeps int(N r^(j+1)) of the N patches of
-    the image, the counts of DynamicViT (2106.02034) at its blocks; a later block keeps some of those that an earlier
-    one kept. Prefix tokens stay.
+    No publication: a control of this package. The counts are those of ``ImageShare``; a later block keeps some of those
+    that an earlier one kept. Prefix tokens stay.
 
     Args:
         keep_rate: Fraction of the patches of the earlier blocks that stays.
         num_tokens: Number of patches to keep in place of a rate.
-        place: One of PLACES.
         block: Number of the block it sits in.
         earlier: The reducers of the blocks before, on whose rates the number of patches depends.
+        place: One of PLACES.
     """
 
     ranks: Tensor
+    place: str
     open_sides = 0  # the ranks are those of one grid
 
     def __init__(
-        self, keep_rate: float, num_tokens: int | None, place: str, block: int, earlier: tuple[StaticSelection, ...]
+        self, keep_rate: float, num_tokens: int | None, block: int, earlier: tuple[StaticSelection, ...], place: str
     ) -> None:
-        super().__init__()
-        self.keep_rate = self.base_keep_rate = keep_rate
-        self.num_tokens = num_tokens
+        super().__init__(keep_rate, num_tokens, block, earlier)
         self.place = place
-        self.block = block
-        self.earlier = earlier
         self.grid: Size = (0, 0)
         self.register_buffer("ranks", torch.empty(0, dtype=torch.int64), persistent=False)
-
-    @classmethod
-    def in_blocks(
-        cls,
-        depth: int,
-        keep_rate: float | Sequence[float],
-        reduce_at: Sequence[int] | None,
-        num_tokens: int | Sequence[int] | None,
-        place: str,
-        *order: int,
-    ) -> dict[int, Reducer]:
-        """{block: reducer} of the settings that all controls share; ``order`` is what else the ranks depend on."""
-        check_choice("place", place, PLACES)
-        blocks = check_blocks("reduce_at", spread_blocks((3, 6, 9), depth) if reduce_at is None else reduce_at, depth)
-        plan: dict[int, StaticSelection] = {}
-        for block, (rate, number) in kept_in_blocks(blocks, keep_rate, num_tokens).items():
-            plan[block] = cls(rate, number, place, block, tuple(plan.values()), *order)
-        return dict(plan)
-
-    @classmethod
-    def example(cls) -> Settings:
-        return {"keep_rate": 0.6, "reduce_at": (1, 2)}
 
     @classmethod
     def ladders(cls, depth: int, num_patches: int) -> list[list[Settings]]:
@@ -141,31 +114,8 @@ class StaticSelection(Rated):
         super().check_size(grid)
         compile_each_size(grid)
 
-    @property
-    def reduce_at(self) -> list[int]:
-        """The reducing blocks up to this one, which the number of patches depends on.
-
-        ``model.settings`` compares it, so that it tells of an earlier reducer that was taken out by hand.
-        """
-        chain = (*self.earlier, self)
-        return [reducer.block for reducer in chain if reducer.keep_rate < 1 or reducer.num_tokens is not None]
-
-    @property
-    def share(self) -> float:
-        """Fraction of the patches of the image that stays by the rates: r^(j+1) where they are equal."""
-        rates = [reducer.keep_rate for reducer in (*self.earlier, self)]
-        return math.prod([rate ** rates.count(rate) for rate in dict.fromkeys(rates)])
-
-    def count(self, num_tokens: int, num_patches: int) -> int:
-        if self.num_tokens is not None:
-            return min(self.num_tokens, num_tokens)
-        kept = int(num_patches * self.share)
-        return min(max(1, kept) if self.any_size else kept, num_tokens)
-
     def cost(self, at: BlockSizes) -> Change:
-        patches = at.grid[0] * at.grid[1]
-        kept = max(int(patches * self.share), int(self.any_size)) if self.num_tokens is None else self.num_tokens
-        kept = min(kept, at.tokens)
+        kept = self.num_left(at)
         keys = kept if self.place == "block" else at.tokens
         return Change(keys, at.tokens if self.place == "mlp" else kept, kept, 0)
 
@@ -234,6 +184,7 @@ class Uniform(StaticSelection):
             place: Where in the block patches are dropped: before the "block", as DynamicViT does; before the "queries",
                 so that they are still keys of its attention (ATS); or before the "mlp" (EViT, ToMe).
         """
+        check_choice("place", place, PLACES)
         return cls.in_blocks(depth, keep_rate, reduce_at, num_tokens, place)
 
     def ranks_on(self, grid: Size) -> Tensor:
@@ -250,12 +201,12 @@ class Random(StaticSelection):
         self,
         keep_rate: float,
         num_tokens: int | None,
-        place: str,
         block: int,
         earlier: tuple[StaticSelection, ...],
+        place: str,
         seed: int,
     ) -> None:
-        super().__init__(keep_rate, num_tokens, place, block, earlier)
+        super().__init__(keep_rate, num_tokens, block, earlier, place)
         self.seed = seed
 
     @classmethod
@@ -270,6 +221,7 @@ class Random(StaticSelection):
         seed: int = 0,
     ) -> dict[int, Reducer]:
         """Settings of the control: those of ``Uniform``, and ``seed``, the number of the random order."""
+        check_choice("place", place, PLACES)
         return cls.in_blocks(depth, keep_rate, reduce_at, num_tokens, place, check_count("seed", seed))
 
     def ranks_on(self, grid: Size) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from effvit.hosts.tower_exit import RECEIVED
 from effvit.protocols import Setting, Size
-from effvit.reducers.hot import density_peaks
+from effvit.reducers.density import density_peaks
 from effvit.schedule import check_count, check_fraction, check_number
 from effvit.selectors.base import Features, Keep, Selector, left_over, required_scores
 from effvit.selectors.registry import make_selector
