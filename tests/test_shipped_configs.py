@@ -49,7 +49,7 @@ class TestList:
 
     def test_pattern_selects(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["configs", "list", "mmseg/*segmenter*"]) == 0
-        assert len(capsys.readouterr().out.splitlines()) == 4
+        assert len(capsys.readouterr().out.splitlines()) == 5
 
     def test_pattern_without_match_is_an_error(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["configs", "list", "yolo*"]) == 2
