@@ -55,7 +55,7 @@ class ReadOn(nn.Module):
         tokens = tokens.relabel(step, selection.ids.shape[1], valid=selection.valid)
         x = torch.cat([prefix, selection.tokens], dim=1)  # (B, P+K, C)
         for i in range(selector.tower.block + 1, len(host.blocks)):
-            x, tokens = call_block(host.blocks[i], x, tokens, host._block_rope(rope, i))
+            x, tokens = call_block(host.blocks[i], x, tokens, host._block_positions(rope, i))
         return host._finished(x, tokens)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

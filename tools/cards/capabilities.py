@@ -22,6 +22,11 @@ COLUMNS = {
     "`effvit tune`": "left",
     "names": "right",
 }
+OUTCOMES = {"right": "✓", "refused": "", None: "·"}
+
+
+def _marks(*facts: bool) -> list[str]:
+    return ["✓" if fact else "" for fact in facts]
 
 
 def capabilities_table() -> list[str]:
@@ -29,15 +34,12 @@ def capabilities_table() -> list[str]:
     verdicts = read(VERDICTS)
     rows = []
     for name, method in METHODS.items():
-        facts = (
-            method.needs_class_token,
-            method.learns,
-            method.variable_length,
-            method.keeps_every_patch,
-            method.groups() or method.shrinks(),
-            *(verdicts[name][recorder] == "right" for recorder in GRAPHS.values()),
-            any(method.ladders(12, 196)),
-        )
-        marks = ["✓" if fact else "" for fact in facts]
+        own = verdicts.get(name, {})
+        marks = [
+            *_marks(method.needs_class_token, method.learns, method.variable_length, method.keeps_every_patch),
+            *_marks(method.groups() or method.shrinks()),
+            *(OUTCOMES[own.get(recorder)] for recorder in GRAPHS.values()),
+            *_marks(any(method.ladders(12, 196))),
+        ]
         rows.append([f"`{name}`", *marks, str(len(list_models(f"{name}_*")))])
     return table(COLUMNS, rows)
