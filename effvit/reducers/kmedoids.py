@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -16,7 +17,7 @@ from effvit.reducers.cost import BlockSizes, Change
 from effvit.reducers.density import squared_distances
 from effvit.reducers.keep_rate import ImageShare
 from effvit.schedule import check_count, check_switch
-from effvit.tokens import Moved, TokenMap, flat_rows, fx_leaf, position_of, take_rows, wide_dtype
+from effvit.tokens import Moved, TokenMap, flat_rows, fx_leaf, take_rows, wide_dtype
 
 __all__ = ["KMedoids", "Weigh", "farthest_tokens", "fit_medoids", "nearest_medoid", "received_attention"]
 
@@ -70,9 +71,9 @@ def central_token(distance: Tensor) -> Tensor:
 def fit_medoids(distance: Tensor, cost: Tensor, start: Tensor, num_iters: int) -> tuple[Tensor, Tensor]:
     """The medoids that a fit ends with, and the cluster of each token (kmedoids.py@88fe07e ``k_medoids_fit``).
 
-    In each iteration a token joins the nearest medoid, and of each cluster the token of the least cost becomes its
-    medoid. The cost of a token is the same in all of them, so tokens are ranked once. A medoid is in its own cluster;
-    the release gives it to an equal one before it, so that its own cluster may be empty.
+    In each iteration a token joins the nearest medoid, and of each cluster the token of the least cost, the first of
+    equals, becomes its medoid. A medoid is in its own cluster; the release gives it to an equal one before it, so that
+    its own cluster may be empty.
 
     Args:
         distance: (B, N, N) of all pairs of tokens.
@@ -83,14 +84,11 @@ def fit_medoids(distance: Tensor, cost: Tensor, start: Tensor, num_iters: int) -
     Returns:
         Medoids (B, K) in the order of the start, and clusters (B, N).
     """
-    ranked = cost.argsort(dim=1, stable=True)  # (B, N)
-    rank = position_of(ranked, ranked).unsqueeze(-1)  # (B, N, 1)
     number = torch.arange(start.shape[1], device=start.device)
     medoids, cluster = start, nearest_medoid(distance, start)
     for _ in range(num_iters):
         members = cluster.unsqueeze(-1) == number  # (B, N, K)
-        best = torch.where(members, rank, ranked.shape[1]).amin(1)  # (B, K)
-        medoids = ranked.gather(1, best)
+        medoids = torch.where(members, cost.unsqueeze(-1), math.inf).argmin(1)  # (B, K)
         cluster = nearest_medoid(distance, medoids)
     return medoids, cluster
 
