@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable
 from reprlib import Repr
 
-__all__ = ["one_line", "plain", "run_command", "run_with_traceback", "shown"]
+__all__ = ["counted", "one_line", "plain", "run_command", "run_with_traceback", "shown"]
 
 # Terminals obey control characters, and bidirectional marks (Unicode 9, "Trojan source", CVE-2021-42574) reorder what
 # is read; half surrogates cannot be encoded at all.
@@ -40,6 +40,11 @@ def one_line(text: object, longest: int = LONGEST_ERROR) -> str:
 def shown(value: object) -> str:
     """A short repr of any value, however deep or large."""
     return plain(_short.repr(value))
+
+
+def counted(number: int, noun: str) -> str:
+    """A number and its noun: "1 block", "3 blocks"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def run_command(program: str, run: Callable[[], int | None], debug: bool = False) -> int:

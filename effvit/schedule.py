@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
+from effvit.messages import counted
 from effvit.protocols import Settings
 
 __all__ = [
@@ -118,7 +119,7 @@ def per_block(name: str, value: ValueT | Sequence[ValueT], blocks: tuple[int, ..
     if isinstance(value, (list, tuple)):
         if len(value) != len(blocks):
             raise ValueError(
-                f"{name} has {len(value)} values for {len(blocks)} blocks {list(blocks)}; "
+                f"{name} has {counted(len(value), 'value')} for {counted(len(blocks), 'block')} {list(blocks)}; "
                 "give one value for all, or one for each block"
             )
         return dict(zip(blocks, value, strict=True))

@@ -200,7 +200,7 @@ class TestBadInput:
             model(x)
 
     def test_windowed_host_is_refused(self) -> None:
-        with pytest.raises(ValueError, match=r"algm takes tokens away for good.*use method 'tome' or 'expedite'"):
+        with pytest.raises(ValueError, match=r"algm does not work inside windows.*use method 'tome' or 'expedite'"):
             effvit.sparsify("swin_tiny_patch4_window7_224", "algm")
 
 

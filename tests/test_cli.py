@@ -158,7 +158,7 @@ class TestProfile:
         command += ["--rounds", "2", "--batch-size", "2", "--threads", "1", "--json", str(path)]
         assert main(command) == 0
         printed = capsys.readouterr().out
-        assert "batch 2, float32, cpu, 1 threads, noise at 64 x 64; 2 interleaved rounds" in printed
+        assert "batch 2, float32, cpu, 1 thread, noise at 64 x 64; 2 interleaved rounds" in printed
         (group,) = json.loads(path.read_text())
         dense, evit, tome = group["models"]
         assert [dense["name"], evit["name"], tome["name"]] == [TINY, "evit keep_rate=0.5", "tome r=2"]

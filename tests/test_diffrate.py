@@ -125,7 +125,7 @@ class TestBadInput:
                 {"preset": "deit_small_2.9", "merge_to": [9] * 12},
                 "preset 'deit_small_2.9' and numbers of your own exclude",
             ),
-            ({"prune_to": [9] * 11}, "prune_to has 11 values for 12 blocks"),
+            ({"prune_to": [9] * 11}, "prune_to must have one number for each of 12 blocks, got 11"),
             ({"merge_to": [9] * 11 + [0]}, "merge_to must be at least 1, got 0"),
             ({"merge_to": [9.5] * 12}, "merge_to must be a whole number, got 9.5"),
             ({"prune_to": 9}, "prune_to must be a list with one number for each of 12 blocks, got 9"),

@@ -326,13 +326,16 @@ def test_official_file_of_a_hiera_loads(tmp_path: Path) -> None:
 class TestRefusals:
     @pytest.mark.parametrize("kind", KINDS)
     def test_method_that_drops_tokens(self, kind: str) -> None:
-        with pytest.raises(ValueError, match=r"evit takes tokens away for good.*pool full maps.*use method 'tome' or"):
+        with pytest.raises(
+            ValueError, match=r"evit does not work inside windows.*pool full maps.*use method 'tome' or"
+        ):
             effvit.sparsify(small(kind), "evit")
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_values_of_blocks_that_pool(self, kind: str) -> None:
         with pytest.raises(
-            ValueError, match=r"r has values for blocks 2, 4, which begin a stage of a Hiera.*give 0 for them, or one r"
+            ValueError,
+            match=r"r has values for block 2, block 4: blocks that begin a stage of a Hiera.*give 0 for them, or one r",
         ):
             effvit.sparsify(small(kind), "tome", r=[1, 1, 1, 0, 1])
 

@@ -101,7 +101,10 @@ class TestProfile:
         [
             (["--select", "visionzip", "--keep", "50"], "keep must be in 1 to 49, the cells of the grid, got 50"),
             (["--select", "visionzip", "--keep", "0"], "keep must be in 1 to 49, the cells of the grid, got 0"),
-            (["--select", "visionzip", "--keep", "1.5"], "keep must be in (0, 1], got 1.5"),
+            (
+                ["--select", "visionzip", "--keep", "1.5"],
+                "keep must be a whole number of tokens or a share in (0, 1], got 1.5",
+            ),
             (["--select", "visionzip"], "visionzip needs keep: a number of tokens, 1 to 49 here"),
             (
                 ["--select", "visionzap", "--keep", "9"],

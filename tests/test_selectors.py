@@ -555,7 +555,7 @@ class TestRefusals:
         [
             (0, "keep must be in 1 to 48, the cells of the grid, got 0"),
             (49, "keep must be in 1 to 48, the cells of the grid, got 49; 1.0 keeps all"),
-            (1.5, r"keep must be in \(0, 1\], got 1.5"),
+            (1.5, r"keep must be a whole number of tokens or a share in \(0, 1\], got 1.5"),
             (0.001, "keep=0.001 of 48 cells leaves no token"),
             (None, "divprune needs keep: a number of tokens, 1 to 48 here"),
         ],
@@ -580,12 +580,13 @@ class TestRefusals:
                 "recoverable finds by itself how many tokens an image needs, got keep=9; leave it out",
             ),
             ("recoverable", None, {"neighbours": 47}, "adds 47 neighbours to a token, but keeps"),
-            ("llava_mini", 4, {}, "llava_mini chooses by weights that are trained, and a name brings none; make a"),
+            ("llava_mini", 4, {}, "llava_mini chooses by weights that are trained, and a name brings none; make one, "),
             ("cdpruner", 25, {}, "as many tokens apart as they have channels, 24, got keep=25"),
             ("matryoshka", 13, {}, "of 6 x 8 cells it gives 48, 12 tokens, got keep=13"),
             ("todre", 12, {"version": "v3"}, "version must be one of v1, v2, got 'v3'"),
             ("divprune", 12, {"seed": 1}, "divprune has no setting 'seed'; it has none"),
             ("divprun", 12, {}, "unknown selector 'divprun'; did you mean divprune"),
+            ("tome", 12, {}, "'tome' is a method that acts inside a model; use effvit.sparsify"),
         ],
     )
     def test_what_a_method_cannot_do_is_a_sentence(
@@ -1023,7 +1024,7 @@ class TestVideo:
             effvit.select_video(None, None, "divprune", keep=0.3, **given)
         with pytest.raises(ValueError, match=r"holitom chooses among .* use effvit.select_video"):
             choose("holitom", None, given)
-        with pytest.raises(ValueError, match=r"keep must be in \(0, 1\], got 1.2"):
+        with pytest.raises(ValueError, match=r"keep must be a whole number of tokens or a share in .*, got 1.2"):
             effvit.select_video(None, None, keep=1.2, **given)
         given["tokens"][2, 0, 0] = float("nan")
         with pytest.raises(ValueError, match="holitom: the features are NaN for image 2"):

@@ -398,7 +398,7 @@ def test_tables_of_other_windows_are_resampled_as_timm_does_it(tmp_path: Path) -
 class TestRefusals:
     @pytest.mark.parametrize("kind", KINDS)
     def test_method_that_drops_tokens(self, kind: str) -> None:
-        with pytest.raises(ValueError, match=r"hot takes tokens away for good.*use method 'tome' or 'expedite'"):
+        with pytest.raises(ValueError, match=r"hot does not work inside windows.*use method 'tome' or 'expedite'"):
             effvit.sparsify(small(kind), "hot")
 
     def test_subclass_is_not_told_to_register(self) -> None:

@@ -122,19 +122,9 @@ def test_counts_are_those_of_the_official_rule(r: Any, counts: list[int]) -> Non
 
 
 class TestRefusals:
-    @pytest.mark.parametrize("r", [1.5, -0.5, 20.25])
-    def test_r_that_is_neither_a_number_of_tokens_nor_a_share(self, r: float) -> None:
+    @pytest.mark.parametrize("r", [1.5, -0.5, 2.0, -1, True, "3", float("nan"), float("inf")])
+    def test_r_that_is_neither_a_number_of_tokens_nor_a_share(self, r: Any) -> None:
         with pytest.raises(ValueError, match=r"r must be a whole number of tokens or a share of them in \(0, 1\), got"):
-            make_model("vid_tldr", "class_token", r=r)
-
-    @pytest.mark.parametrize(("r", "error"), [(-1, ValueError), (2.0, TypeError), (True, TypeError), ("3", TypeError)])
-    def test_r_that_is_no_number_of_tokens(self, r: Any, error: type[Exception]) -> None:
-        with pytest.raises(error, match=r"r must be (at least 0|a whole number), got"):
-            make_model("vid_tldr", "class_token", r=r)
-
-    @pytest.mark.parametrize("r", [float("nan"), float("inf")])
-    def test_r_that_is_not_finite(self, r: float) -> None:
-        with pytest.raises(ValueError, match="r must be a finite number, got"):
             make_model("vid_tldr", "class_token", r=[0.2, r])
 
     def test_more_values_than_blocks(self) -> None:

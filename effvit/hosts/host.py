@@ -267,7 +267,8 @@ class ReducedHost(Intermediates, Reduced):
     def trace_stages(self, x: Tensor) -> list[Stage]:
         """What each reducing block makes of the patches of an image (1, 3, H, W)."""
         trace = self.trace_tokens(x)
-        return [map_stage(trace[block].tokens, block) for block in self.reducers]
+        acting = [block for block, reducer in self.reducers.items() if not reducer.serves]
+        return [map_stage(trace[block].tokens, block) for block in acting]
 
     def closed_form(self, size: Size, token_counts: Sequence[int] | None = None) -> Terms:
         """MACs of one image (H, W) by term; ``token_counts`` as for ``effvit.measure.closed_form``."""

@@ -133,10 +133,13 @@ class ReducedPooledStages(ReducedWindows):
         named = [name for name, value in settings.items() if gives_each_block(value)]
         passed = [str(i) for i in self.stage_starts if i in planned and planned[i].groups()]
         if named and passed:
+            leave = f"give 0 for them, or one {named[0]} for all blocks"
+            if "reduce_at" in named:
+                leave = "leave them out of reduce_at"
             raise ValueError(
-                f"{named[0]} has values for blocks {', '.join(passed)}, which begin a stage of a "
-                f"{type(self).__bases__[-1].__name__}: they pool their queries over neighbours, so every token must be "
-                f"at its place there; give 0 for them, or one {named[0]} for all blocks"
+                f"{named[0]} has values for {', '.join(f'block {i}' for i in passed)}: blocks that begin a stage of a "
+                f"{type(self).__bases__[-1].__name__} pool their queries over neighbours, so every token must be at "
+                f"its place there; {leave}"
             )
         super().place(method, settings)
 

@@ -704,8 +704,9 @@ def reduce_windows(
     """
     if method not in window_methods():
         raise ValueError(
-            f"{method} takes tokens away for good, or not as many of each window, but {host_class.reason}; use method "
-            f"{' or '.join(map(repr, window_methods()))}, which give them back"
+            f"{method} does not work inside windows: {host_class.reason}; use method "
+            f"{' or '.join(map(repr, window_methods()))}, which merge or cluster inside each window and restore "
+            "its tokens"
         )
     host = rehouse(copy_shared(dense, share), host_class)
     host.check_parts()

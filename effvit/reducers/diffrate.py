@@ -16,7 +16,7 @@ from effvit.reducers.cost import BlockSizes, Change
 from effvit.reducers.diffrate_presets import PRESETS
 from effvit.reducers.evit import class_attention
 from effvit.reducers.tome import Matching
-from effvit.schedule import check_choice, check_count, per_block
+from effvit.schedule import check_choice, check_count
 from effvit.tokens import TokenMap, fx_leaf, take_rows, wide_dtype, wide_product, widened
 
 __all__ = ["Absorbed", "DiffRate", "absorb", "nearest_kept"]
@@ -155,8 +155,9 @@ class DiffRate(Reducer):
         for name, values in numbers.items():
             if not isinstance(values, (list, tuple)):
                 raise TypeError(f"{name} must be a list with one number for each of {depth} blocks, got {values!r}")
-            checked = [check_count(name, value, 1) for value in values]
-            given[name] = per_block(name, checked, tuple(range(depth))) if checked else {}
+            if len(values) not in (0, depth):
+                raise ValueError(f"{name} must have one number for each of {depth} blocks, got {len(values)}")
+            given[name] = dict(enumerate(check_count(name, value, 1) for value in values))
         blocks = sorted({*given["prune_to"], *given["merge_to"]})
         prunes, merges = (dict.fromkeys(blocks, EVERY) | given[name] for name in numbers)
         return {b: cls(prunes[b], merges[b], None) for b in blocks}

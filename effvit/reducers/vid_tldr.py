@@ -15,7 +15,7 @@ from effvit.reducers.base import Reducer, check_finite
 from effvit.reducers.block_schedule import BlockSchedule, tokens_by_block
 from effvit.reducers.cost import BlockSizes, Change, alternating_pairs
 from effvit.reducers.tome import Matching, bipartite_soft_matching, matching_target, merge_tokens
-from effvit.schedule import check_count, check_number, spread_ladder
+from effvit.schedule import spread_ladder
 from effvit.tokens import TokenMap, fx_leaf, wide_product
 
 __all__ = ["VidTLDR", "foreground_scores", "map_sharpness", "sharpness"]
@@ -185,8 +185,7 @@ class VidTLDR(Reducer):
 
 def check_r(r: float) -> float:
     """Tokens that leave a block, as a whole number, or the share of them below 1."""
-    if isinstance(r, float) and not r.is_integer():
-        if not 0 < check_number("r", r) < 1:
-            raise ValueError(f"r must be a whole number of tokens or a share of them in (0, 1), got {r}")
-        return r
-    return check_count("r", r)  # type: ignore[arg-type]
+    whole = isinstance(r, int) and not isinstance(r, bool) and r >= 0
+    if not whole and not (isinstance(r, float) and 0 < r < 1):
+        raise ValueError(f"r must be a whole number of tokens or a share of them in (0, 1), got {r!r}")
+    return r

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from effvit.protocols import Settings, Size
-from effvit.schedule import check_fraction
 from effvit.tokens import flat_rows, take_rows
 
 __all__ = [
@@ -182,7 +181,9 @@ class Selector(nn.Module):
             if not 1 <= keep <= cells:
                 raise ValueError(f"keep must be in 1 to {cells}, the cells of the grid, got {keep}; 1.0 keeps all")
             return keep
-        kept = self.rounded(check_fraction("keep", keep), cells)
+        if not isinstance(keep, float) or not 0 < keep <= 1:
+            raise ValueError(f"keep must be a whole number of tokens or a share in (0, 1], got {keep!r}")
+        kept = self.rounded(keep, cells)
         if kept < 1:
             raise ValueError(f"keep={keep} of {cells} cells leaves no token; keep at least {1 / cells:.2g}")
         return kept

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 
 from effvit.protocols import Setting
-from effvit.reducers.registry import origin_of, register_kind
+from effvit.reducers.registry import METHODS, origin_of, register_kind
 from effvit.selectors.base import Selector
 
 __all__ = ["RESERVED", "SELECTORS", "list_selectors", "make_selector", "register_selector"]
@@ -74,6 +74,8 @@ def make_selector(method: str | Selector, settings: Mapping[str, Setting]) -> Se
     if not isinstance(method, str):
         raise TypeError(f"method must be a name of effvit.list_selectors() or a Selector, got {method!r}")
     if method not in SELECTORS:
+        if method in METHODS:
+            raise ValueError(f"{method!r} is a method that acts inside a model; use effvit.sparsify")
         close = difflib.get_close_matches(method, SELECTORS, n=3)
         advice = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(SELECTORS)}"
         raise ValueError(f"unknown selector {method!r}; {advice}")
@@ -85,8 +87,8 @@ def make_selector(method: str | Selector, settings: Mapping[str, Setting]) -> Se
             raise ValueError(f"{method} has no setting {name!r}; {takes}")
     if selector.learns:
         raise ValueError(
-            f"{method} chooses by weights that are trained, and a name brings none; make a {origin_of(selector)}, load "
-            "or train its weights, and give it as the method"
+            f"{method} chooses by weights that are trained, and a name brings none; make one, {origin_of(selector)}, "
+            "load or train its weights, and give it as the method"
         )
     return selector(**settings)
 

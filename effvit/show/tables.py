@@ -25,6 +25,7 @@ from effvit.measure.values import (
     Tuning,
 )
 from effvit.measure.written_files import write_whole
+from effvit.messages import counted
 from effvit.protocols import Settings
 
 __all__ = [
@@ -56,7 +57,7 @@ def describe(conditions: Conditions) -> str:
     return ", ".join(
         [
             f"batch {conditions.batch_size}, {conditions.dtype}, {conditions.device}",
-            f"{conditions.threads} threads",
+            counted(conditions.threads, "thread"),
             *extras,
             f"{images if isinstance(images, str) else ', '.join(images)} at {height} x {width}",
         ]
