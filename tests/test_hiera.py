@@ -14,11 +14,6 @@ from timm.models import save_for_hf
 from timm.models.hiera import Hiera, Reroll, Unroll
 from timm.models.hieradet_sam2 import HieraDet
 from torch import Tensor
-from window_laws import (
-    assert_checkpointing_changes_nothing,
-    assert_closed_form_is_the_count,
-    assert_half_precision_runs,
-)
 
 import effvit
 from effvit.block import rehouse
@@ -27,9 +22,13 @@ from effvit.hosts.hieradet import GroupedMultiScaleAttention
 from effvit.hosts.windows import Among
 from effvit.measure.closed_form import closed_form_macs
 from effvit.measure.flops import count_flops
-from effvit.measure.ladders import families
 from effvit.show.visualize import token_figure
 from effvit.testing import assert_reads, assert_runs_on_fakes
+from effvit.testing.windows import (
+    assert_checkpointing_changes_nothing,
+    assert_closed_form_is_the_count,
+    assert_half_precision_runs,
+)
 
 # Maps of 16 x 24, 8 x 12, 4 x 6 and 2 x 3 tokens. Blocks 2, 4 and 7 begin a stage.
 SIZE = (64, 96)
@@ -305,6 +304,14 @@ class TestNames:
             assert timm.is_model(f"tome_{name}")
             assert timm.is_model(f"expedite_{name}")
 
+    @pytest.mark.parametrize("host", [*timm.list_models(module="hiera"), *timm.list_models(module="hieradet_sam2")])
+    def test_expedite_of_every_name_clusters_at_its_defaults(self, host: str) -> None:
+        """With few channels, and the blocks, windows and size of the images that the name has."""
+        model = timm.create_model(f"expedite_{host}", embed_dim=8, num_heads=1, num_classes=5).eval()
+        assert any(span is not None for span in model.spans.values())
+        _, *size = model.pretrained_cfg["input_size"]
+        assert_closed_form_is_the_count(model, (size[0], size[1]))
+
     def test_host_built_by_its_class_tells_the_size_of_its_images(self) -> None:
         assert effvit.sparsify(small(), "tome").pretrained_cfg["input_size"] == (3, *SIZE)
         assert effvit.sparsify(small("hieradet"), "tome").pretrained_cfg["input_size"] == (3, 224, 224)
@@ -401,13 +408,9 @@ class TestRefusals:
             effvit.sparsify(model, "tome")
 
     @pytest.mark.parametrize("kind", KINDS)
-    def test_recorders_and_searches_that_do_not_follow_the_stages(self, kind: str) -> None:
+    def test_recorder_that_does_not_follow_the_stages(self, kind: str) -> None:
         with pytest.raises(TypeError, match=r"so torch.fx cannot trace it; use torch.export"):
             torch.fx.symbolic_trace(effvit.sparsify(small(kind), "tome"))
-        with pytest.raises(
-            TypeError, match="tuned are plain ViTs, whose blocks follow each other in 'blocks', not Hiera"
-        ):
-            families(small(kind))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -439,7 +439,8 @@ class Family(NamedTuple):
         shrunk_attention: Subclass of timm's attention that ``shrink`` puts in its place.
         plain_attention: timm's attention on the parameters of what stands in its place.
         unreduced_attention: Subclass of timm's attention that ``plain_attention`` gives; None: it gives timm's own.
-        shrunk_block: Subclass of timm's block for windows that became smaller grids; None: timm's own serves.
+        shrunk_block: Subclass of timm's block for windows that became smaller grids; None: the one of blocks where
+            nothing is reduced serves.
         unreduced_block: Subclass of timm's block that stands in its place where nothing is reduced; None: timm's own.
     """
 
@@ -576,7 +577,8 @@ class ReducedWindows(Reduced):
             if span is not None:
                 span.reducer.block = start + span.first
                 for i in range(span.first, span.last):
-                    blocks[i] = rehouse(blocks[i], self.family.shrunk_block or self.family.block)
+                    if self.family.shrunk_block is not None:
+                        blocks[i] = rehouse(blocks[i], self.family.shrunk_block)
                     self.family.shrink(blocks[i], span.window, span.cells)
             stage.blocks = blocks
 
