@@ -510,6 +510,11 @@ class ReducedWindows(Reduced):
         raise NotImplementedError
 
     @property
+    def stage_starts(self) -> list[int]:
+        """Blocks that pool the map they begin a stage with, in which no method acts: none, but in some networks."""
+        return []
+
+    @property
     def window_areas(self) -> list[int]:
         """Tokens of a window of each block with attention; 0 where the whole map is one."""
         windows = (self.block_window(block) for stage in self.window_stages() for block in stage.blocks)
