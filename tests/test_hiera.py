@@ -351,6 +351,35 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"at most one for each token, got 5 x 5 for a grid of 4 x 4"):
             effvit.sparsify(small(), "expedite", cluster_at=0, num_clusters=25)
 
+    @pytest.mark.parametrize(
+        ("whole", "cluster_at", "message"),
+        [
+            ((8,), 0, r"the stage that ends with block 8 .* cluster_at before block 8, with restore_at=8"),
+            ((5, 6), 3, r"the stage that ends with block 6 .* cluster_at before block 5, with restore_at=5"),
+            ((5, 6), 6, r"the stage that ends with block 6 .* cluster_at before block 5, with restore_at=5"),
+        ],
+    )
+    def test_clusters_in_a_stage_without_windows(self, whole: tuple[int, ...], cluster_at: int, message: str) -> None:
+        """The stages beside it have windows, and what the message says is taken."""
+        model = small("hieradet", global_att_blocks=whole)
+        with pytest.raises(ValueError, match=message):
+            effvit.sparsify(model, "expedite", cluster_at=cluster_at)
+        effvit.sparsify(model, "expedite", cluster_at=min(cluster_at, 3), restore_at=whole[0])(images())
+
+    def test_clusters_in_a_first_stage_without_windows(self) -> None:
+        model = small("hieradet", global_att_blocks=(0, 1))
+        with pytest.raises(ValueError, match=r"the stage that ends with block 1 .*; give a cluster_at behind block 1"):
+            effvit.sparsify(model, "expedite", cluster_at=1)
+        effvit.sparsify(model, "expedite", cluster_at=2)(images())
+
+    def test_clusters_without_any_windows(self) -> None:
+        model = small("hieradet", global_att_blocks=tuple(range(9)))
+        for cluster_at in (0, 4, 8):
+            with pytest.raises(
+                ValueError, match=r"the blocks of this HieraDet attend to whole maps; use method 'tome'"
+            ):
+                effvit.sparsify(model, "expedite", cluster_at=cluster_at)
+
     def test_norm_of_the_maps(self) -> None:
         with pytest.raises(ValueError, match="the maps of a Hiera differ in width, so no norm fits them; leave norm="):
             effvit.sparsify(small(), "tome").forward_intermediates(images(), norm=True)
