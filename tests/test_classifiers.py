@@ -307,6 +307,28 @@ class TestDynamicViT:
         with pytest.raises(ValueError, match=r"in training mode alone; call train\(\)"):
             self.build().eval().loss(*batch())
 
+    def test_predictors_that_share_their_group_are_refused_in_the_first_epochs(self) -> None:
+        """Without paramwise_cfg an optimiser has one group of all parameters, whose rate would stay as it is."""
+        model = self.build()
+        wrapper = build_optim_wrapper(model, {"optimizer": {"type": "SGD", "lr": 0.1}})
+        runner: Any = SimpleNamespace(model=model, epoch=0, optim_wrapper=wrapper)
+        hook = PredictorsFirstHook(epochs=1)
+        with pytest.raises(
+            ValueError, match=r"one group has 20 of their .* others; give optim_wrapper a paramwise_cfg"
+        ):
+            hook.before_train_iter(runner, 0)
+        assert {group["lr"] for group in wrapper.param_groups} == {0.1}
+        runner.epoch = 1
+        hook.before_train_iter(runner, 0)
+
+    def test_model_without_predictors_is_refused_in_the_first_epochs(self) -> None:
+        """All of its rates would be 0."""
+        model = build(type="EffViTClassifier")
+        wrapper = build_optim_wrapper(model, {"optimizer": {"type": "SGD", "lr": 0.1}})
+        runner: Any = SimpleNamespace(model=model, epoch=0, optim_wrapper=wrapper)
+        with pytest.raises(ValueError, match=r"no predictors, .* in EffViTClassifier; leave the hook out"):
+            PredictorsFirstHook(epochs=1).before_train_iter(runner, 0)
+
     def test_predictors_alone_learn_in_the_first_epochs(self) -> None:
         model = self.build()
         paramwise = {"custom_keys": {"model.": {"lr_mult": 0.5}, "reducer.predictor": {"lr_mult": 1.0}}}

@@ -14,11 +14,6 @@ from timm.models import save_for_hf
 from timm.models.hiera import Hiera, Reroll, Unroll
 from timm.models.hieradet_sam2 import HieraDet
 from torch import Tensor
-from window_laws import (
-    assert_checkpointing_changes_nothing,
-    assert_closed_form_is_the_count,
-    assert_half_precision_runs,
-)
 
 import effvit
 from effvit.block import rehouse
@@ -27,9 +22,13 @@ from effvit.hosts.hieradet import GroupedMultiScaleAttention
 from effvit.hosts.windows import Among
 from effvit.measure.closed_form import closed_form_macs
 from effvit.measure.flops import count_flops
-from effvit.measure.ladders import families
 from effvit.show.visualize import token_figure
 from effvit.testing import assert_reads, assert_runs_on_fakes
+from effvit.testing.windows import (
+    assert_checkpointing_changes_nothing,
+    assert_closed_form_is_the_count,
+    assert_half_precision_runs,
+)
 
 # Maps of 16 x 24, 8 x 12, 4 x 6 and 2 x 3 tokens. Blocks 2, 4 and 7 begin a stage.
 SIZE = (64, 96)
@@ -305,6 +304,14 @@ class TestNames:
             assert timm.is_model(f"tome_{name}")
             assert timm.is_model(f"expedite_{name}")
 
+    @pytest.mark.parametrize("host", [*timm.list_models(module="hiera"), *timm.list_models(module="hieradet_sam2")])
+    def test_expedite_of_every_name_clusters_at_its_defaults(self, host: str) -> None:
+        """With few channels, and the blocks, windows and size of the images that the name has."""
+        model = timm.create_model(f"expedite_{host}", embed_dim=8, num_heads=1, num_classes=5).eval()
+        assert any(span is not None for span in model.spans.values())
+        _, *size = model.pretrained_cfg["input_size"]
+        assert_closed_form_is_the_count(model, (size[0], size[1]))
+
     def test_host_built_by_its_class_tells_the_size_of_its_images(self) -> None:
         assert effvit.sparsify(small(), "tome").pretrained_cfg["input_size"] == (3, *SIZE)
         assert effvit.sparsify(small("hieradet"), "tome").pretrained_cfg["input_size"] == (3, 224, 224)
@@ -346,6 +353,35 @@ class TestRefusals:
     def test_clusters_that_do_not_fit_the_windows_of_every_stage(self) -> None:
         with pytest.raises(ValueError, match=r"at most one for each token, got 5 x 5 for a grid of 4 x 4"):
             effvit.sparsify(small(), "expedite", cluster_at=0, num_clusters=25)
+
+    @pytest.mark.parametrize(
+        ("whole", "cluster_at", "message"),
+        [
+            ((8,), 0, r"the stage that ends with block 8 .* cluster_at before block 8, with restore_at=8"),
+            ((5, 6), 3, r"the stage that ends with block 6 .* cluster_at before block 5, with restore_at=5"),
+            ((5, 6), 6, r"the stage that ends with block 6 .* cluster_at before block 5, with restore_at=5"),
+        ],
+    )
+    def test_clusters_in_a_stage_without_windows(self, whole: tuple[int, ...], cluster_at: int, message: str) -> None:
+        """The stages beside it have windows, and what the message says is taken."""
+        model = small("hieradet", global_att_blocks=whole)
+        with pytest.raises(ValueError, match=message):
+            effvit.sparsify(model, "expedite", cluster_at=cluster_at)
+        effvit.sparsify(model, "expedite", cluster_at=min(cluster_at, 3), restore_at=whole[0])(images())
+
+    def test_clusters_in_a_first_stage_without_windows(self) -> None:
+        model = small("hieradet", global_att_blocks=(0, 1))
+        with pytest.raises(ValueError, match=r"the stage that ends with block 1 .*; give a cluster_at behind block 1"):
+            effvit.sparsify(model, "expedite", cluster_at=1)
+        effvit.sparsify(model, "expedite", cluster_at=2)(images())
+
+    def test_clusters_without_any_windows(self) -> None:
+        model = small("hieradet", global_att_blocks=tuple(range(9)))
+        for cluster_at in (0, 4, 8):
+            with pytest.raises(
+                ValueError, match=r"the blocks of this HieraDet attend to whole maps; use method 'tome'"
+            ):
+                effvit.sparsify(model, "expedite", cluster_at=cluster_at)
 
     def test_norm_of_the_maps(self) -> None:
         with pytest.raises(ValueError, match="the maps of a Hiera differ in width, so no norm fits them; leave norm="):
@@ -404,13 +440,9 @@ class TestRefusals:
             effvit.sparsify(model, "tome")
 
     @pytest.mark.parametrize("kind", KINDS)
-    def test_recorders_and_searches_that_do_not_follow_the_stages(self, kind: str) -> None:
+    def test_recorder_that_does_not_follow_the_stages(self, kind: str) -> None:
         with pytest.raises(TypeError, match=r"so torch.fx cannot trace it; use torch.export"):
             torch.fx.symbolic_trace(effvit.sparsify(small(kind), "tome"))
-        with pytest.raises(
-            TypeError, match="tuned are plain ViTs, whose blocks follow each other in 'blocks', not Hiera"
-        ):
-            families(small(kind))
 
 
 @pytest.mark.parametrize("kind", KINDS)

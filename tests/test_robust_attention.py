@@ -10,6 +10,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from hosts import make_host, make_images, make_model
+from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor
 from torchvision.transforms.functional import to_tensor
@@ -17,6 +18,7 @@ from torchvision.transforms.functional import to_tensor
 import effvit
 from effvit.hosts.attention_diversity import AttentionDiversity, attention_similarity
 from effvit.hosts.token_pooling import TokenAwarePooling, dilated_mean, pool_tokens, pooling_macs
+from effvit.measure.closed_form import closed_form_macs
 from effvit.show.pictures import fashion_pictures
 
 
@@ -85,6 +87,24 @@ class TestPooling:
         ]
         assert counted[0] - counted[1] == pooling_macs(48, 32, 3)
 
+    @pytest.mark.parametrize("host", ["class_token", "registers", "eva02", "lvvit"])
+    def test_closed_form_is_the_count(self, host: str) -> None:
+        """With a block that pools nothing too; a method that reduces behind the pooled blocks changes nothing of it."""
+        dense = make_host(host)
+        reduced = effvit.sparsify(dense, "tome", r=[0, 0, 4, 4])
+        for model in (pool_tokens(dense, num_scales=3), pool_tokens(reduced, blocks=(0, 2))):
+            size = (3, *make_images(dense).shape[2:])
+            counted = effvit.count_flops(model.eval(), size, strict=True).total
+            assert sum(closed_form_macs(model, size).values()) == counted
+
+    def test_closed_form_of_another_grid_is_refused_as_the_image_is(self) -> None:
+        model = pool_tokens(make_host("class_token", dynamic_img_size=True)).eval()
+        for call in (lambda: closed_form_macs(model, (3, 64, 64)), lambda: model(torch.zeros(1, 3, 64, 64))):
+            with pytest.raises(
+                ValueError, match=r"on the 6 x 8 grid it was made for, 49 tokens with the prefix, got 65"
+            ):
+                call()
+
     @pytest.mark.parametrize(
         ("settings", "error", "message"),
         [
@@ -100,10 +120,18 @@ class TestPooling:
 
     def test_model_without_such_blocks_and_model_that_pools(self) -> None:
         swin = SwinTransformer(img_size=32, patch_size=4, embed_dim=8, depths=(1,), num_heads=(1,), window_size=4)
-        with pytest.raises(TypeError, match=r"in front of norm1 of timm's Block and EvaBlock, got SwinTransformer"):
+        with pytest.raises(TypeError, match=r"in front of norm1 of timm's Block and EvaBlock, got a SwinTransformer"):
             pool_tokens(swin)
         with pytest.raises(ValueError, match="block 0 pools already; give the model without pooling"):
             pool_tokens(pool_tokens(make_host("class_token")))
+
+    def test_model_whose_tokens_are_no_rows_of_one_grid(self) -> None:
+        """NaFlexVit's grids differ from image to image, and Qwen's patches lie by the cells that are merged."""
+        naflex = NaFlexVit(NaFlexVitCfg(patch_size=8, embed_dim=16, depth=2, num_heads=2), num_classes=3)
+        qwen = timm.create_model("qwen3_vit_88m", img_size=64, embed_dim=16, depth=2, num_heads=2)
+        for model in (naflex, effvit.sparsify(naflex, "tome", r=0), effvit.sparsify(qwen, "tome", r=0)):
+            with pytest.raises(TypeError, match=rf"of a VisionTransformer or an Eva.* got a {type(model).__name__};"):
+                pool_tokens(model)
 
 
 class TestDiversity:

@@ -258,7 +258,9 @@ class TestRefusals:
             effvit.sparsify(small(use_rel_pos=False, use_rope=True), "tome")
 
     def test_clusters_without_windows(self) -> None:
-        with pytest.raises(ValueError, match=r"attend to whole maps \(window_size=0\); use method 'tome'"):
+        with pytest.raises(
+            ValueError, match=r"blocks of this VisionTransformerSAM attend to whole maps; use method 'tome'"
+        ):
             effvit.sparsify(small(window_size=0, global_attn_indexes=()), "expedite")
 
     def test_image_that_patches_do_not_cover(self) -> None:

@@ -287,19 +287,28 @@ def slow_methods(monkeypatch: pytest.MonkeyPatch) -> None:
 
 class TestWindows:
     @pytest.mark.usefixtures("speed_of_macs")
-    @pytest.mark.parametrize("host", ["sam", "swin"])
-    def test_hosts_with_windows_are_tuned_by_their_ladders(self, host: str) -> None:
-        """Each window of 16 tokens can lose half of them; the choice has no control, and is told so."""
+    @pytest.mark.parametrize(("host", "area"), [("sam", 16), ("swin", 16), ("hiera", 12 * 14), ("hieradet", 16)])
+    def test_hosts_with_windows_are_tuned_by_their_ladders(self, host: str, area: int) -> None:
+        """The largest window, of ``area`` tokens, can lose half of them; the choice has no control, and is told so."""
         dense, x = make_window_host(host), noise(2, WINDOW_SIZE)
         ladders = {family.method: family.ladder for family in families(dense)}
-        assert ladders.keys() == {"tome", "expedite"}
-        assert max(ladders["tome"][-1]["r"]) in (7, 8)
+        assert ladders.keys() == {"tome", "pitome", "expedite"}
+        assert max(ladders["tome"][-1]["r"]) in (area // 2 - 1, area // 2)
         result = tune(dense, x, speedup=1.1, rounds=2, final_rounds=2)
         assert result.best is not None
         assert result.best.speedup >= 1.1
         assert result.untried is None
         assert result.free is not None
         assert re.search("gives its tokens back in every window.* no patches to choose", result.free.no_random or "")
+
+    @pytest.mark.parametrize("host", ["hiera", "hieradet"])
+    def test_ladders_grow_in_every_block_but_those_that_pool(self, host: str) -> None:
+        """Blocks 2 and 4 begin a stage; no two rungs are the same."""
+        (family,) = families(make_window_host(host), ["tome"])
+        rungs = [settings["r"] for settings in family.ladder]
+        assert {(r[2], r[4]) for r in rungs} == {(0, 0)}
+        assert all(r[block] > 1 for block in (0, 1, 3, 5, 6) for r in rungs[-1:])
+        assert [sum(r) for r in rungs] == sorted({sum(r) for r in rungs})
 
     def test_another_network_is_refused(self) -> None:
         with pytest.raises(TypeError, match=r"tuned are plain ViTs, .* and hosts with windows, not Linear"):

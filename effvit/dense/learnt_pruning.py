@@ -10,7 +10,7 @@ from effvit.requirements import optional
 with optional("mmengine", "mm", "effvit.dense.learnt_pruning"):
     import mmengine  # noqa: F401
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -110,6 +110,7 @@ class PredictorsFirstHook(Hook):
     """All learning rates but those of the predictors are 0 in the first epochs (DynamicViT's fix_step).
 
     A rate is what its schedule makes of it again behind each step, since schedules go on from the rate that is there.
+    The predictors need groups of parameters of their own, as ``paramwise_cfg`` makes them.
 
     Args:
         epochs: How many.
@@ -120,18 +121,43 @@ class PredictorsFirstHook(Hook):
         self.rates: list[tuple[dict[str, Any], float]] = []
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: object = None) -> None:
-        """Set the rates to 0."""
+        """Set the rates to 0.
+
+        Raises:
+            ValueError: No predictors, or some in one group of parameters with others, which have one rate.
+        """
         if runner.epoch >= self.epochs:
             return
-        named: Iterable[tuple[str, nn.Parameter]] = runner.model.named_parameters()
-        learning = {id(parameter) for name, parameter in named if ".reducer.predictor." in name}
-        for group in runner.optim_wrapper.param_groups:
-            if not any(id(parameter) in learning for parameter in group["params"]):
-                self.rates.append((group, group["lr"]))
-                group["lr"] = 0.0
+        for group in groups_of_others(runner.model, runner.optim_wrapper.param_groups):
+            self.rates.append((group, group["lr"]))
+            group["lr"] = 0.0
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: object = None, outputs: object = None) -> None:
         """Set them to what they were."""
         for group, rate in self.rates:
             group["lr"] = rate
         self.rates = []
+
+
+def groups_of_others(model: nn.Module, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The groups of an optimiser without predictors; errors as for ``PredictorsFirstHook.before_train_iter``."""
+    named = model.named_parameters()
+    predictors = {id(parameter) for name, parameter in named if ".reducer.predictor." in name}
+    if not predictors:
+        raise ValueError(
+            f"there are no predictors, which alone learn in the first epochs, in {type(model).__name__}; leave the "
+            "hook out, or train a model of the method 'dynamicvit'"
+        )
+    others = []
+    for group in groups:
+        members = {id(parameter) for parameter in group["params"]}
+        if members.isdisjoint(predictors):
+            others.append(group)
+        elif not members <= predictors:
+            raise ValueError(
+                "predictors need parameter groups of their own, so that the rates of all else can be 0, but one group "
+                f"has {len(members & predictors)} of their parameters and {len(members - predictors)} others; give "
+                "optim_wrapper a paramwise_cfg, such as "
+                'dict(custom_keys={"reducer.predictor": dict(lr_mult=1.0)})'
+            )
+    return others

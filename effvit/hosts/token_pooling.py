@@ -7,11 +7,12 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from timm.models.eva import EvaBlock
-from timm.models.vision_transformer import Block
+from timm.models.eva import Eva, EvaBlock
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from effvit.block import copy_shared
+from effvit.layers.macs import Terms, norm
 from effvit.protocols import Layer, Size
 from effvit.schedule import check_blocks, check_count
 
@@ -59,6 +60,7 @@ class TokenAwarePooling(nn.Module):
     ) -> None:
         super().__init__()
         scales = check_count("num_scales", num_scales, 1)
+        self.dim = dim
         self.grid = grid
         self.num_prefix = num_prefix
         self.num_scales = scales
@@ -81,19 +83,30 @@ class TokenAwarePooling(nn.Module):
         Raises:
             ValueError: Another number of tokens.
         """
-        expected = self.num_prefix + self.grid[0] * self.grid[1]
-        if x.shape[1] != expected:
-            raise ValueError(
-                f"token-aware pooling mixes neighbours on the {self.grid[0]} x {self.grid[1]} grid it was made for, "
-                f"{expected} tokens with the prefix, got {x.shape[1]}; pool in blocks before the first reduction, and "
-                "give images of that size"
-            )
+        self.check_number(x.shape[1])
         prefix, patches = x[:, : self.num_prefix], x[:, self.num_prefix :]
         maps = patches.transpose(1, 2).unflatten(2, self.grid)  # (B, C, H, W)
         weights = self.scale_weights(maps)
         scales = [maps, *(dilated_mean(maps, dilation) for dilation in range(1, self.num_scales))]
         mixed = torch.stack([weights[:, i : i + 1] * scale for i, scale in enumerate(scales)]).sum(0)
         return torch.cat([prefix, mixed.flatten(2).transpose(1, 2)], dim=1)
+
+    def check_number(self, num_tokens: int) -> None:
+        """Raise a ValueError for another number of tokens than those of the full grid and the prefix."""
+        expected = self.num_prefix + self.grid[0] * self.grid[1]
+        if num_tokens != expected:
+            raise ValueError(
+                f"token-aware pooling mixes neighbours on the {self.grid[0]} x {self.grid[1]} grid it was made for, "
+                f"{expected} tokens with the prefix, got {num_tokens}; pool in blocks before the first reduction, and "
+                "give images of that size"
+            )
+
+    def closed_form(self, num_tokens: int) -> Terms:
+        """MACs for one image of so many tokens, by term; errors as for ``forward``."""
+        self.check_number(num_tokens)
+        patches = self.grid[0] * self.grid[1]
+        weighing = norm(self.dilation_predictor["proj"].get_submodule("1"), patches)
+        return Terms(token_pooling=pooling_macs(patches, self.dim, self.num_scales)) + weighing
 
     def before_norm(self, norm: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Hook in front of a block's first norm: the residual around attention carries what is not mixed."""
@@ -130,24 +143,25 @@ def pool_tokens(
         share: Whether the new model has the parameters of the old one, or copies.
 
     Raises:
-        TypeError: A model without timm's pre-norm blocks.
+        TypeError: Another model, or one without timm's pre-norm blocks.
         ValueError: Blocks that it does not have, or that pool already.
     """
     dense: PlainViT = copy_shared(model, share)  # type: ignore[assignment]
-    known = isinstance(getattr(dense, "blocks", None), (nn.Sequential, nn.ModuleList))
+    known = isinstance(model, (VisionTransformer, Eva))
     if not known or not all(isinstance(block, (Block, EvaBlock)) for block in dense.blocks):
         raise TypeError(
-            f"token-aware pooling acts in front of norm1 of timm's Block and EvaBlock, got {type(model).__name__}; "
-            "give a VisionTransformer, an Eva or what effvit.sparsify makes of them"
+            "token-aware pooling mixes neighbours on the patch grid of a VisionTransformer or an Eva, in front of "
+            f"norm1 of timm's Block and EvaBlock, got a {type(model).__name__}; give one of these, or what sparsify "
+            "makes of it"
         )
     depth = len(dense.blocks)
     for number in check_blocks("blocks", range(depth) if blocks is None else blocks, depth):
-        norm: Layer = dense.blocks[number].norm1  # type: ignore[assignment]
-        if hasattr(norm, "pool"):
+        first_norm: Layer = dense.blocks[number].norm1  # type: ignore[assignment]
+        if hasattr(first_norm, "pool"):
             raise ValueError(f"block {number} pools already; give the model without pooling")
         weight = next(dense.blocks[number].parameters())
         grid, prefix = dense.patch_embed.grid_size, dense.num_prefix_tokens
         pool = TokenAwarePooling(dense.embed_dim, grid, prefix, num_scales, weight.device, weight.dtype)
-        norm.pool = pool  # type: ignore[attr-defined]
-        norm.register_forward_pre_hook(pool.before_norm)  # type: ignore[attr-defined]
+        first_norm.pool = pool  # type: ignore[attr-defined]
+        first_norm.register_forward_pre_hook(pool.before_norm)  # type: ignore[attr-defined]
     return dense  # type: ignore[return-value]

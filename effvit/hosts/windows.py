@@ -439,7 +439,8 @@ class Family(NamedTuple):
         shrunk_attention: Subclass of timm's attention that ``shrink`` puts in its place.
         plain_attention: timm's attention on the parameters of what stands in its place.
         unreduced_attention: Subclass of timm's attention that ``plain_attention`` gives; None: it gives timm's own.
-        shrunk_block: Subclass of timm's block for windows that became smaller grids; None: timm's own serves.
+        shrunk_block: Subclass of timm's block for windows that became smaller grids; None: the one of blocks where
+            nothing is reduced serves.
         unreduced_block: Subclass of timm's block that stands in its place where nothing is reduced; None: timm's own.
     """
 
@@ -509,6 +510,11 @@ class ReducedWindows(Reduced):
         raise NotImplementedError
 
     @property
+    def stage_starts(self) -> list[int]:
+        """Blocks that pool the map they begin a stage with, in which no method acts: none, but in some networks."""
+        return []
+
+    @property
     def window_areas(self) -> list[int]:
         """Tokens of a window of each block with attention; 0 where the whole map is one."""
         windows = (self.block_window(block) for stage in self.window_stages() for block in stage.blocks)
@@ -565,6 +571,7 @@ class ReducedWindows(Reduced):
         """
         plan = METHODS[method].plan(self._depth, **settings)
         stages = [(stage, start, plain_blocks(stage, self.family)) for stage, start in self.numbered_stages()]
+        self.check_windows(plan, [block for _, _, blocks in stages for block in blocks])
         spans = [planned_span(blocks, plan, start, self.block_window) for _, start, blocks in stages]
         for (stage, start, blocks), span in zip(stages, spans, strict=True):
             stage.span = span
@@ -576,9 +583,20 @@ class ReducedWindows(Reduced):
             if span is not None:
                 span.reducer.block = start + span.first
                 for i in range(span.first, span.last):
-                    blocks[i] = rehouse(blocks[i], self.family.shrunk_block or self.family.block)
+                    if self.family.shrunk_block is not None:
+                        blocks[i] = rehouse(blocks[i], self.family.shrunk_block)
                     self.family.shrink(blocks[i], span.window, span.cells)
             stage.blocks = blocks
+
+    def check_windows(self, plan: Mapping[int, Reducer], blocks: Iterable[nn.Module]) -> None:
+        """Raise a ValueError for a method of smaller grids where none of the plain blocks has windows."""
+        shrinking = [reducer.name for reducer in plan.values() if reducer.shrinks()]
+        if shrinking and all(self.block_window(block) == WHOLE for block in blocks):
+            raise ValueError(
+                f"{shrinking[0]} makes windows smaller, but the blocks of this {type(self).__bases__[-1].__name__} "
+                "attend to whole maps; use method "
+                f"{' or '.join(repr(name) for name, method in METHODS.items() if method.groups())}"
+            )
 
     def set_keep_rate(self, keep_rate: object) -> NoReturn:
         """Refused: the rate decides how blocks and windows are laid out.
@@ -667,7 +685,11 @@ def grouping_block(block: nn.Module, family: Family, reducer: Reducer) -> Groupi
 def planned_span(
     blocks: nn.Sequential, plan: Mapping[int, Reducer], start: int, window_of: Callable[[Any], Size]
 ) -> Span | None:
-    """The blocks of a stage, whose first is number ``start``, that a method of smaller grids lets work on them."""
+    """The blocks of a stage, whose first is number ``start``, that a method of smaller grids lets work on them.
+
+    Raises:
+        ValueError: A stage without windows among them.
+    """
     shrinking = next((i for i, reducer in plan.items() if reducer.shrinks()), None)
     if shrinking is None:
         return None
@@ -678,9 +700,11 @@ def planned_span(
     windows = [window_of(block) for block in blocks]
     window = next((window for window in windows if window != WHOLE), None)
     if window is None:
+        last_block = start + len(blocks) - 1
         raise ValueError(
-            f"{plan[shrinking].name} makes windows smaller, but the blocks of this model attend to whole maps "
-            f"(window_size=0); use method {' or '.join(repr(n) for n, method in METHODS.items() if method.groups())}"
+            f"{plan[shrinking].name} makes windows smaller, but the stage that ends with block {last_block} attends "
+            "to whole maps alone; give a cluster_at "
+            + (f"before block {start}, with restore_at={start}" if start else f"behind block {last_block}")
         )
     span = Span(copy.copy(plan[shrinking]), first, last, window)  # each stage names its own first block in errors
     return None if span.cells == window else span

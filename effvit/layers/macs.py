@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from math import prod
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 from timm.layers import RmsNorm, RmsNormFp32
 from torch import nn
@@ -66,6 +66,14 @@ class PlainBlock(FeedForward, Protocol):
     attn: SelfAttention
 
 
+@runtime_checkable
+class Pooling(Protocol):
+    """What acts on all tokens in front of a norm that it is a child of, as token-aware pooling does."""
+
+    def closed_form(self, num_tokens: int) -> Terms:
+        """MACs for one image of so many tokens."""
+
+
 class WindowedBlock(PlainBlock, Protocol):
     """What is asked of timm's Swin blocks."""
 
@@ -73,17 +81,19 @@ class WindowedBlock(PlainBlock, Protocol):
 
 
 def norm(module: nn.Module, rows: int) -> Terms:
-    """A norm over the channels of so many tokens or positions; nothing for an Identity."""
+    """A norm over the channels of so many tokens or positions, with what pools them before; nothing for an Identity."""
+    pool = getattr(module, "pool", None)
+    terms = pool.closed_form(rows) if isinstance(pool, Pooling) else Terms()
     if isinstance(module, nn.LayerNorm):  # timm's LayerNorm2d too
-        return Terms(norm=rows * module.normalized_shape[-1] * (4 if module.weight is None else 5))
-    if isinstance(module, nn.BatchNorm2d):
-        return Terms(norm=rows * module.num_features * (2 if module.affine else 1))
-    if isinstance(module, (RmsNorm, RmsNormFp32)):
-        return Terms(norm=rows * module.normalized_shape[-1] * (2 if module.weight is None else 3))
-    if "Norm" in type(module).__name__ and not list(module.children()):
+        terms["norm"] += rows * module.normalized_shape[-1] * (4 if module.weight is None else 5)
+    elif isinstance(module, nn.BatchNorm2d):
+        terms["norm"] += rows * module.num_features * (2 if module.affine else 1)
+    elif isinstance(module, (RmsNorm, RmsNormFp32)):
+        terms["norm"] += rows * module.normalized_shape[-1] * (2 if module.weight is None else 3)
+    elif "Norm" in type(module).__name__ and all(name == "pool" for name, _ in module.named_children()):
         known = "LayerNorm, BatchNorm2d and timm's RmsNorm and RmsNormFp32"
         raise TypeError(f"closed forms know {known}, not {type(module).__name__}; use count_flops")
-    return Terms()
+    return terms
 
 
 def layers(term: str, module: nn.Module, rows: int) -> Terms:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import NamedTuple, cast
 
 from torch import nn
@@ -12,7 +13,7 @@ from effvit.hosts.host import HOST_CLASSES, WINDOW_CLASSES
 from effvit.hosts.windows import ReducedWindows, window_methods
 from effvit.measure.ideal import plain_parts
 from effvit.measure.variants import check_dense, reduce_by
-from effvit.protocols import Settings
+from effvit.protocols import Setting, Settings
 from effvit.reducers import METHODS
 
 __all__ = ["Family", "Place", "can_take", "families", "has_windows", "tuned_methods", "usable_part", "weakest"]
@@ -56,11 +57,11 @@ def families(dense: nn.Module, methods: Sequence[str] | None = None) -> list[Fam
     if unknown:
         raise ValueError(f"{unknown[0]!r} is not tuned; tuned are {', '.join(known)}")
     check_dense(dense)
-    depth, patches = ladder_sizes(dense)
+    sizes = ladder_sizes(dense)
     found = []
     for method in methods:
-        for ladder in METHODS[method].ladders(depth, patches):
-            usable = usable_part(dense, method, ladder)
+        for ladder in METHODS[method].ladders(sizes.depth, sizes.patches):
+            usable = usable_part(dense, method, passing_over(sizes.passed, ladder))
             if usable:
                 found.append(Family(method, tuple(usable)))
     if not found:
@@ -68,7 +69,21 @@ def families(dense: nn.Module, methods: Sequence[str] | None = None) -> list[Fam
     return found
 
 
-def ladder_sizes(dense: nn.Module) -> tuple[int, int]:
+class LadderSizes(NamedTuple):
+    """What ladders of a host are made for.
+
+    Attributes:
+        depth: Blocks.
+        patches: Patches that a plain ViT has.
+        passed: Blocks in which no method acts.
+    """
+
+    depth: int
+    patches: int
+    passed: Sequence[int] = ()
+
+
+def ladder_sizes(dense: nn.Module) -> LadderSizes:
     """Blocks and patches that ladders of a host are made for; errors as for ``families``.
 
     In a host with windows each block has all of their tokens again, and can go on with half: of all blocks together
@@ -76,15 +91,29 @@ def ladder_sizes(dense: nn.Module) -> tuple[int, int]:
     """
     if has_windows(dense):
         method = window_methods()[0]
-        areas = cast(ReducedWindows, reduce_by(dense, method, METHODS[method].off())).window_areas
-        return len(areas), len(areas) * (max(areas) or plain_parts(dense).patch_embed.num_patches) // 2
+        host = cast(ReducedWindows, reduce_by(dense, method, METHODS[method].off()))
+        depth, area = len(host.all_blocks()), max(host.window_areas) or plain_parts(dense).patch_embed.num_patches
+        return LadderSizes(depth, depth * area // 2, host.stage_starts)
     if not hasattr(dense, "blocks") and type(dense) not in HOST_CLASSES:
         raise TypeError(
             "tuned are plain ViTs, whose blocks follow each other in 'blocks', and hosts with windows, not "
             f"{type(dense).__name__}"
         )
-    host = plain_parts(dense)
-    return len(host.blocks), host.patch_embed.num_patches
+    parts = plain_parts(dense)
+    return LadderSizes(len(parts.blocks), parts.patch_embed.num_patches)
+
+
+def passing_over(passed: Collection[int], ladder: Sequence[Settings]) -> list[Settings]:
+    """The ladder with 0 for these blocks in lists of values for blocks, each rung once."""
+    rungs = [{name: with_zeros(value, passed) for name, value in settings.items()} for settings in ladder]
+    return [rung for rung, _ in groupby(rungs)]  # a token more in one of these blocks made no difference
+
+
+def with_zeros(value: Setting, blocks: Collection[int]) -> Setting:
+    """A list of values for blocks with 0 for these; any other value as it is."""
+    if not isinstance(value, list):
+        return value
+    return [0 if block in blocks else number for block, number in enumerate(value)]
 
 
 def has_windows(dense: nn.Module) -> bool:

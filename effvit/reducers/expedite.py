@@ -221,7 +221,7 @@ class Expedite(Rated):
         k: int | None = None,
         norm: str = "l2",
     ) -> dict[int, Reducer]:
-        """Settings of the method; defaults are those of scripts/amg.py@75a1c30.
+        """Settings of the method; defaults are those of scripts/amg.py@75a1c30, but for the norm, there "official".
 
         Args:
             depth: Blocks of the host.

@@ -8,6 +8,8 @@ from typing import cast
 
 import pytest
 import torch
+from timm.models.hiera import Hiera
+from timm.models.hieradet_sam2 import HieraDet
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.tiny_vit import TinyVit
@@ -39,7 +41,8 @@ __all__ = [
 ]
 
 WINDOW_SIZE: Size = (48, 56)
-"""(H, W) of the images that the small hosts are made for; neither maps nor stages are whole windows there."""
+"""(H, W) of the images that the small hosts are made for; neither maps nor stages are whole windows there,
+but for mask units of a Hiera, which takes no others."""
 
 SHIFTED: Settings = {
     "img_size": WINDOW_SIZE,
@@ -50,6 +53,17 @@ SHIFTED: Settings = {
     "num_classes": 7,
     "window_size": 4,
     "drop_path_rate": 0.0,
+}
+
+POOLED: Settings = {
+    "patch_kernel": (3, 3),
+    "patch_stride": (2, 2),
+    "patch_padding": (1, 1),
+    "embed_dim": 8,
+    "num_heads": 1,
+    "stages": (2, 2, 3),
+    "q_pool": 2,
+    "num_classes": 7,
 }
 
 
@@ -89,6 +103,16 @@ WINDOW_HOSTS: dict[str, MakeModel] = {
             "drop_path_rate": 0.0,
         },
     ),
+    "hiera": _small(
+        Hiera,
+        POOLED
+        | {
+            "img_size": WINDOW_SIZE,
+            "mask_unit_size": (4, 4),
+            "mask_unit_attn": (True, False, False),  # mask units of 2 x 2 would be too small for what methods leave
+        },
+    ),
+    "hieradet": _small(HieraDet, POOLED | {"window_spec": (4, 4, 4), "global_att_blocks": (5,)}),
 }
 
 
