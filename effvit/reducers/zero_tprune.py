@@ -408,7 +408,7 @@ class ZeroTPrune(Rated):
     def cost(self, at: BlockSizes) -> Change:
         similar = min(self.r, at.tokens // 2)
         width = at.heads * at.head_dim if self.keys == "concatenated" else at.head_dim
-        left = math.floor(self.keep_rate * (at.tokens - similar) + 0.5)
+        left = max(math.floor(self.keep_rate * (at.tokens - similar) + 0.5), int(self.any_size))
         votes = matching = 0
         if similar:
             votes += 1
