@@ -103,6 +103,14 @@ def test_a_block_between_two_stages_weighs_and_reduces() -> None:
     assert model.token_counts() == [48, 9, 4, 4]
 
 
+@pytest.mark.parametrize("rates", [[0.7, 0.5, 1.0], [1.0, 0.5, 0.5], 0.5])
+def test_settings_follow_the_keep_rate_and_leave_out_blocks_that_weigh(rates: float | list[float]) -> None:
+    """A model made with them keeps as many tokens."""
+    model = make_model("kmedoids", "class_token", reduce_at=None)
+    model.set_keep_rate(rates)
+    assert make_model("kmedoids", "class_token", **model.settings).token_counts() == model.token_counts()
+
+
 def test_medoids_are_tokens_as_they_were() -> None:
     model = make_model("kmedoids", "average_pool", reduce_at=(0,), num_tokens=12, equal_weight=True)
     x, _, tokens = model._start(make_images(model), memory=False)

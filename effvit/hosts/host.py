@@ -405,7 +405,7 @@ class ReducedHost(Intermediates, Reduced):
         if not changed and now.keys() == planned.keys():
             return given
         spelt_out = given | {name: _one_or_each(value) for name, value in values.items() if value}
-        spelt_out |= {"reduce_at": list(now)} if "reduce_at" in given else {}
+        spelt_out |= {"reduce_at": [b for b, reducer in now.items() if not reducer.serves]} if "reduce_at" in given else {}
         for settings in (given | {name: _one_or_each(value) for name, value in changed.items()}, spelt_out):
             if _describes(self.method, self._depth, settings, now):
                 return settings
@@ -641,7 +641,8 @@ def _describes(method: str, depth: int, settings: Settings, reducers: Mapping[in
     except (TypeError, ValueError):  # a list whose length is not that of the blocks
         return False
     active = {b: r for b, r in reducers.items() if b in planned or not _is_idle(r)}
-    return active.keys() == planned.keys() and all(_values(active, n) == _values(planned, n) for n in settings)
+    acting = {b: r for b, r in active.items() if not _is_idle(r)}  # an idle one may stand where one only serves another
+    return active.keys() == planned.keys() and all(_values(acting, n) == _values(planned, n) for n in settings)
 
 
 def _is_idle(reducer: Reducer) -> bool:
