@@ -405,7 +405,9 @@ class ReducedHost(Intermediates, Reduced):
         if not changed and now.keys() == planned.keys():
             return given
         spelt_out = given | {name: _one_or_each(value) for name, value in values.items() if value}
-        spelt_out |= {"reduce_at": [b for b, reducer in now.items() if not reducer.serves]} if "reduce_at" in given else {}
+        spelt_out |= (
+            {"reduce_at": [b for b, reducer in now.items() if not reducer.serves]} if "reduce_at" in given else {}
+        )
         for settings in (given | {name: _one_or_each(value) for name, value in changed.items()}, spelt_out):
             if _describes(self.method, self._depth, settings, now):
                 return settings
@@ -726,13 +728,18 @@ def sparsify(
             host.blocks[i] = token_block(block, i)
     lost = ["recovery"] if host.recovery is None and getattr(dense, "recovery", None) is not None else []
     for i, block in enumerate(host.blocks):
-        former = block.reducer
-        set_child(block, "reducer", plan.get(i))
-        if block.reducer is not None:
-            block.reducer.settle(host, i)
-            block.reducer.resize(host.patch_embed.grid_size)
-        if former is not None and former.has_learnt and not (block.reducer and block.reducer.take_over(former)):
-            lost += [f"blocks.{i}.reducer.{name}" for name in former.state_dict()]
+        former, reducer = block.reducer, plan.get(i)
+        set_child(block, "reducer", reducer)
+        if reducer is not None:
+            reducer.settle(host, i)
+            reducer.resize(host.patch_embed.grid_size)
+        learnt = former if former is not None and former.has_learnt else None
+        if learnt is not None and reducer is not None and reducer.take_over(learnt):
+            continue
+        if reducer is not None:
+            reducer.begin_anew()
+        if learnt is not None:
+            lost += [f"blocks.{i}.reducer.{name}" for name in learnt.state_dict()]
     _check_host(host)
     check_counts(host, host.patch_embed.grid_size)
     if lost:

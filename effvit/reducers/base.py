@@ -256,6 +256,9 @@ class Reducer(nn.Module):
         self.load_state_dict(shared, assign=True)
         return True
 
+    def begin_anew(self) -> None:
+        """Say what is missing of a reducer that was made by ``effvit.sparsify`` and took nothing over."""
+
     @classmethod
     def learnt_settings(cls, reducers: Mapping[int, Reducer], depth: int) -> Settings:
         """Settings that stand for what the reducers {block: reducer} of a model have learnt; none for most methods."""
