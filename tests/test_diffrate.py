@@ -47,6 +47,13 @@ class TestMerging:
         )
         assert new.weight[0, 1] == torch.tensor(LEAST_WEIGHT)
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_mean_of_hundreds_of_tokens_is_theirs_in_half_precision(self, dtype: torch.dtype) -> None:
+        """Their sum is beyond float16, and bfloat16 stops counting at 256."""
+        x, places, ones = torch.full((1, 578, 4), 130, dtype=dtype), torch.arange(578)[None], torch.ones(1, 578)
+        matching = Matching(places[:, 2:], places[:, :2], torch.ones(1, 576, dtype=torch.int64), 1)
+        assert torch.equal(absorb(x, ones, ones, matching, ones[:, 2:]).x, x[:, :2])
+
     def test_nearest_kept_is_that_of_the_largest_cosine(self) -> None:
         x = torch.tensor([[[1.0, 0], [0, 1], [5, 1], [-1, 9]]])
         similarity, place = nearest_kept(x, torch.tensor([[1, 0, 3, 2]]), 2)

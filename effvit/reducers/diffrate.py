@@ -80,8 +80,8 @@ def absorb(x: Tensor, size: Tensor, weight: Tensor, matching: Matching, similari
     into = (matching.into + images * matching.kept.shape[1]).flatten()  # (B * r,) of the new sequence
 
     def summed(values: Tensor, gain: Tensor) -> Tensor:
-        new = take_rows(values, kept)
-        return new.flatten(0, 1).index_add(0, into, gain.flatten(0, 1)).view_as(new)
+        new = widened(take_rows(values, kept))  # a sum of hundreds of tokens leaves the range of float16
+        return new.flatten(0, 1).index_add(0, into, widened(gain).flatten(0, 1)).view_as(new)
 
     number = summed(torch.ones_like(size), torch.ones_like(similarity, dtype=size.dtype))  # (B, P+kept)
     means = (summed(x, take_rows(x, merged)) / number.unsqueeze(-1)).to(x.dtype)
