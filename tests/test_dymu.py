@@ -419,6 +419,12 @@ class TestVirtualUnmerging:
         x = torch.randn(2, 3, 3, 4, dtype=torch.float64)
         assert torch.allclose(remerge(virtual_unmerge(x, group), group, 3), x)
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_mean_of_hundreds_of_positions_is_theirs_in_half_precision(self, dtype: torch.dtype) -> None:
+        """Their sum is beyond float16, and bfloat16 stops counting at 256."""
+        x = torch.full((1, 2, 576, 4), 130, dtype=dtype)
+        assert torch.equal(remerge(x, torch.zeros(576, dtype=torch.int64), 1), x[:, :, :1])
+
     @pytest.mark.parametrize("causal", [False, True])
     def test_factorised_scores_of_the_paper_give_the_same(self, causal: bool) -> None:
         # a cos((i-j)w) + b sin((i-j)w) for every frequency pair, from products of the n tokens alone.
