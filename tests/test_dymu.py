@@ -167,7 +167,15 @@ class TestCalibration:
         assert len(learnt) == depth
         assert torch.tensor(learnt, dtype=torch.bfloat16).tolist() == learnt
         with pytest.raises(ValueError, match=rf"'{preset}' has thresholds of {depth} blocks, and the host has 4; give"):
-            uncalibrated(preset=preset)
+            uncalibrated(preset=preset, r_total=None)
+
+    def test_preset_refuses_another_number_of_tokens_than_its_thresholds_were_learnt_for(self) -> None:
+        """It would change no result but the limits of each image and the blocks that merge."""
+        preset = "siglip_base_384_72out"
+        message = rf"'{preset}' has thresholds that were learnt for r_total 504, got 12; leave r_total out, or leave "
+        with pytest.raises(ValueError, match=message):
+            DyMU.plan(12, preset=preset, r_total=12)
+        assert list(DyMU.plan(12, preset=preset, r_total=504)) == list(range(12))
 
     def test_calibration_changes_nothing_but_thresholds(self) -> None:
         model = uncalibrated()
