@@ -436,8 +436,7 @@ class ReducedHost(Intermediates, Reduced):
         Raises:
             ValueError: A rate out of range, or a method that has no keep rate.
         """
-        if "keep_rate" not in self._settings:
-            raise ValueError(f"{self.method} has no keep rate to set; its settings are {', '.join(self._settings)}")
+        self.check_keep_rate()
         reducers = {b: r for b, r in self.reducers.items() if isinstance(r, HasKeepRate)}
         absolute = [name for name in ("num_tokens", "num_clusters") if self._settings.get(name) is not None]
         if not reducers or absolute:
