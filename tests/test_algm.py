@@ -103,6 +103,31 @@ def test_a_window_that_misses_a_patch_is_not_merged() -> None:
     assert left.source[0].view(4, 4).tolist() == [[3, 4, 0, 0], [5, -1, 0, 0], [1, 1, 2, 2], [1, 1, 2, 2]]
 
 
+def test_more_windows_than_tokens_lose_no_token() -> None:
+    """Of 28 patches that are left of 14 x 14 with 49 windows, the first four are a window of equal ones."""
+    x = torch.randn(1, 28, 8)
+    x[:, :4] = x[:, :1]
+    kept = torch.tensor([[0, 1, 14, 15, *range(30, 196, 7)]])
+    merge = plan_local_merge(x, full_map(torch.empty(1, 196, 8), (14, 14)).keep(kept, 28), 2, 0.9)
+    assert merged_pairs(merge, 0) == {1: 0, 2: 0, 3: 0}
+    assert merge.order[0].tolist() == [0, *range(4, 28)]
+
+
+def test_patch_dropout_leaves_its_patches_to_the_merged_tokens() -> None:
+    """Of 196 patches 39 are left, now and then a whole one of 49 windows: each is counted where it is found."""
+    settings = {"embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 0, "patch_drop_rate": 0.8}
+    host = VisionTransformer(img_size=56, patch_size=4, **settings)  # type: ignore[arg-type]
+    model = effvit.sparsify(host, "algm", threshold=-1.0, reduce_at=(0,)).train()
+    _, left = model.forward_tokens(torch.randn(64, 3, 56, 56))
+    assert left.size is not None
+    assert left.valid is not None
+    assert int(left.valid.sum()) < 64 * 39  # some windows merged
+    for source, size, real in zip(left.source, left.size[:, 1:], left.valid, strict=True):
+        found = source[source >= 0].bincount(minlength=left.num_tokens)
+        assert int(found.sum()) == 39
+        assert torch.equal(found[real].float(), size[real])
+
+
 def test_an_image_of_one_colour_merges_in_one_way_whatever_rounding_says() -> None:
     """All similarities are 1 but for rounding, which the official code leaves to the device."""
     x = torch.full((1, 64, 37), 0.1)

@@ -23,6 +23,7 @@ from effvit.hosts.host import ReducedHost
 from effvit.measure.closed_form import closed_form_macs
 from effvit.measure.flops import FlopReport, count_flops
 from effvit.reducers import METHODS, EViT, Reducer
+from effvit.testing.models import example, reduce
 
 # What torch does not count, and we do as fvcore does.
 NOT_PRODUCTS = {"layer_norm", "rms_norm", "batch_norm", "adaptive_avg_pool2d", "grid_sampler", "upsample_bilinear2d"}
@@ -165,6 +166,37 @@ def test_closed_form_follows_the_settings(method: str, options: dict[str, Any]) 
     model = make_model(method, "class_token", **options)
     size = (3, *model.patch_embed.img_size)
     assert sum(closed_form_macs(model, size).values()) == count_flops(model, size, strict=True).total
+
+
+def settings_of_few(method: str) -> dict[str, Any]:
+    """Settings that would leave no patch of one, where a method has them."""
+    names = METHODS[method].defaults()
+    if "keep_rate" in names:
+        return {"keep_rate": 0.5 if method == "pitome" else 0.3}  # PiToMe merges half at most
+    return {"num_tokens": 1} if "num_tokens" in names else {}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("size", [(8, 8), (8, 24)])
+def test_what_methods_save_of_few_patches_agrees_on_a_host_of_any_size(method: str, size: tuple[int, int]) -> None:
+    """At least one patch stays. The host is left out: it resizes its position table, which the form does not count."""
+    host = make_host("class_token", dynamic_img_size=True)
+    model = reduce(host, method, example(method) | settings_of_few(method))
+    counts = token_counts(model, noise((3, *size)))
+    by_form = sum(closed_form_macs(model, (3, *size), **counts).values())
+    dense_form = sum(closed_form_macs(host, (3, *size)).values())
+    total, dense_total = (count_flops(m, (3, *size), strict=True).total for m in (model, host))
+    assert dense_form - by_form == dense_total - total
+
+
+@pytest.mark.parametrize(
+    ("prune_to", "merge_to"),
+    [([10, 8, 8, 8], []), ([99, 8, 8, 8], [30, 8, 8, 8]), ([10, 8, 8, 8], [10, 7, 7, 7]), ([], [20, 9, 9, 9])],
+)
+def test_counts_of_a_head_on_every_patch_tell_merging_from_pruning(prune_to: list[int], merge_to: list[int]) -> None:
+    """It reads tokens once for each patch that they stand for, where any merged, else those that are left."""
+    model = make_model("diffrate", "lvvit", prune_to=prune_to, merge_to=merge_to)
+    check_agreement(model, (3, *model.patch_embed.img_size))
 
 
 # fvcore on the official modules with attention in separate products, 224 pixels.

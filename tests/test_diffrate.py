@@ -14,6 +14,7 @@ from hosts import make_host, make_images, make_model
 
 import effvit
 from effvit.measure.closed_form import closed_form_macs
+from effvit.measure.flops import count_flops
 from effvit.reducers.diffrate import LEAST_WEIGHT, DiffRate, absorb, nearest_kept
 from effvit.reducers.diffrate_presets import PRESETS
 from effvit.reducers.tome import Matching
@@ -45,6 +46,13 @@ class TestMerging:
             torch.randn(1, 4, 5), ones, torch.tensor([[1.0, 1, 1, 4]]), self.matching(), torch.tensor([[-0.9]])
         )
         assert new.weight[0, 1] == torch.tensor(LEAST_WEIGHT)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_mean_of_hundreds_of_tokens_is_theirs_in_half_precision(self, dtype: torch.dtype) -> None:
+        """Their sum is beyond float16, and bfloat16 stops counting at 256."""
+        x, places, ones = torch.full((1, 578, 4), 130, dtype=dtype), torch.arange(578)[None], torch.ones(1, 578)
+        matching = Matching(places[:, 2:], places[:, :2], torch.ones(1, 576, dtype=torch.int64), 1)
+        assert torch.equal(absorb(x, ones, ones, matching, ones[:, 2:]).x, x[:, :2])
 
     def test_nearest_kept_is_that_of_the_largest_cosine(self) -> None:
         x = torch.tensor([[[1.0, 0], [0, 1], [5, 1], [-1, 9]]])
@@ -90,6 +98,22 @@ class TestSchedule:
         chosen = PRESETS["deit_base_11.5"]
         shares = [min(p) / 196 for p in zip(chosen.prune_to, chosen.merge_to, strict=True)]
         assert model.token_counts() == [round(share * 576) for share in shares]
+
+    def test_of_two_nearest_numbers_of_tokens_the_larger_stays(self) -> None:
+        """147 and 49 of 196 patches are 73.5 and 24.5 of 98."""
+        assert DiffRate(147, 49, 196).numbers(98, 98) == (74, 25)
+
+    @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # numbers of tokens become constants of a trace
+    @pytest.mark.parametrize("size", [(8, 8), (24, 40), (56, 112)])
+    def test_a_preset_is_traced_and_counted_on_a_host_of_any_size(self, size: tuple[int, int]) -> None:
+        """A trace hands the number of patches as a tensor. What the method saves of its host is compared."""
+        host = make_host("class_token", dynamic_img_size=True)
+        model = effvit.sparsify(host, "diffrate")
+        x = torch.randn(2, 3, *size)
+        assert torch.equal(torch.jit.trace(model, x, check_trace=False)(x), model(x))
+        form, dense_form = (sum(closed_form_macs(m, (3, *size)).values()) for m in (model, host))
+        total, dense_total = (count_flops(m, (3, *size), strict=True).total for m in (model, host))
+        assert dense_form - form == dense_total - total
 
     def test_only_pruning_is_a_choice_by_class_attention(self) -> None:
         model = make_model("diffrate", "class_token", prune_to=[48, 20, 20, 20], merge_to=NOTHING)

@@ -167,7 +167,15 @@ class TestCalibration:
         assert len(learnt) == depth
         assert torch.tensor(learnt, dtype=torch.bfloat16).tolist() == learnt
         with pytest.raises(ValueError, match=rf"'{preset}' has thresholds of {depth} blocks, and the host has 4; give"):
-            uncalibrated(preset=preset)
+            uncalibrated(preset=preset, r_total=None)
+
+    def test_preset_refuses_another_number_of_tokens_than_its_thresholds_were_learnt_for(self) -> None:
+        """It would change no result but the limits of each image and the blocks that merge."""
+        preset = "siglip_base_384_72out"
+        message = rf"'{preset}' has thresholds that were learnt for r_total 504, got 12; leave r_total out, or leave "
+        with pytest.raises(ValueError, match=message):
+            DyMU.plan(12, preset=preset, r_total=12)
+        assert list(DyMU.plan(12, preset=preset, r_total=504)) == list(range(12))
 
     def test_calibration_changes_nothing_but_thresholds(self) -> None:
         model = uncalibrated()
@@ -418,6 +426,12 @@ class TestVirtualUnmerging:
         group = torch.tensor([[0, 1, 1, 2, 0], [2, 2, 2, 1, 0]])
         x = torch.randn(2, 3, 3, 4, dtype=torch.float64)
         assert torch.allclose(remerge(virtual_unmerge(x, group), group, 3), x)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_mean_of_hundreds_of_positions_is_theirs_in_half_precision(self, dtype: torch.dtype) -> None:
+        """Their sum is beyond float16, and bfloat16 stops counting at 256."""
+        x = torch.full((1, 2, 576, 4), 130, dtype=dtype)
+        assert torch.equal(remerge(x, torch.zeros(576, dtype=torch.int64), 1), x[:, :, :1])
 
     @pytest.mark.parametrize("causal", [False, True])
     def test_factorised_scores_of_the_paper_give_the_same(self, causal: bool) -> None:

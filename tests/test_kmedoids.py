@@ -71,6 +71,15 @@ def test_first_medoids_are_far_from_any_of_those_before() -> None:
     assert central_token(distance).tolist() == [[2]]  # 19 to all others, as token 3, which comes later
 
 
+def test_first_medoids_of_equal_tokens_are_different_tokens() -> None:
+    """No token is far from any other: the first that is free comes next, and each medoid stands for itself."""
+    distance = torch.zeros(1, 6, 6)
+    start = farthest_tokens(distance, torch.tensor([[2]]), 4)
+    assert start.tolist() == [[2, 0, 1, 3]]
+    medoids, cluster = fit_medoids(distance, distance.sum(-1), start, 3)
+    assert torch.equal(cluster.gather(1, medoids), torch.arange(4).expand(1, -1))
+
+
 def test_weights_are_the_attention_that_tokens_get_in_the_block_before() -> None:
     """Sums over all heads and queries, the class token's among them."""
     model = make_model("kmedoids", "class_token", reduce_at=(2,), num_tokens=7, num_iters=0)
@@ -92,6 +101,14 @@ def test_a_block_between_two_stages_weighs_and_reduces() -> None:
     model = make_model("kmedoids", "class_token", reduce_at=(1, 2), num_tokens=(9, 4))
     assert sorted(model.reducers) == [0, 1, 2]
     assert model.token_counts() == [48, 9, 4, 4]
+
+
+@pytest.mark.parametrize("rates", [[0.7, 0.5, 1.0], [1.0, 0.5, 0.5], 0.5])
+def test_settings_follow_the_keep_rate_and_leave_out_blocks_that_weigh(rates: float | list[float]) -> None:
+    """A model made with them keeps as many tokens."""
+    model = make_model("kmedoids", "class_token", reduce_at=None)
+    model.set_keep_rate(rates)
+    assert make_model("kmedoids", "class_token", **model.settings).token_counts() == model.token_counts()
 
 
 def test_medoids_are_tokens_as_they_were() -> None:

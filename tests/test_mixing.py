@@ -97,6 +97,17 @@ def test_model_without_trained_weights_says_so_once(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_model_that_takes_weights_over_says_nothing(method: str) -> None:
+    """They are the parameters of the given model, so nothing about it is random that was not before."""
+    model = make_model(method, "class_token")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = effvit.sparsify(model, method, **model.settings)
+    for own, given in zip(again.reducers[1].parameters(), model.reducers[1].parameters(), strict=True):
+        assert own is given
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_number_of_tokens_stays_with_the_weights(method: str) -> None:
     """None asks for shares of the patches, once: the settings tell the numbers, for other sizes too."""
     model = effvit.sparsify(make_host("class_token"), method, reduce_at=(1, 3))

@@ -15,6 +15,7 @@ import pytest
 import timm
 import torch
 import yaml
+from hosts import make_host
 from scripts import TOOLS, load_tool
 
 import effvit
@@ -23,6 +24,7 @@ from effvit.architectures import variants
 from effvit.hosts import lvvit, vit_nano
 from effvit.measure.flops import count_flops
 from effvit.measure.published import published
+from effvit.reducers import METHODS, Reducer
 from effvit.selectors import SELECTORS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,6 +87,23 @@ def test_every_method_has_a_card_with_its_default_hosts() -> None:
     for method in effvit.list_methods():
         card = (ROOT / "model_cards" / f"{method}.md").read_text()
         assert f"`{method}_deit_small_patch16_224`" in card
+
+
+def test_cards_say_which_methods_serve_hosts_with_windows() -> None:
+    """Those that act inside windows; of others the hosts are all without windows, or those with a class token."""
+    for name, method in METHODS.items():
+        serves = method.group is not Reducer.group or method.shrink is not Reducer.shrink
+        of_all = re.findall(r"^- Hosts: all\b(?! without windows)", FACTS[name]["facts"], re.MULTILINE)
+        assert bool(of_all) == serves, name
+
+
+def test_cards_of_methods_with_parameters_say_that_these_are_not_the_weights_of_the_host() -> None:
+    """In what is said of weights, which models on the Hub repeat."""
+    host = make_host("class_token")
+    for name, method in METHODS.items():
+        reducers = effvit.sparsify(host, name, **method.example()).reducers.values()
+        has_parameters = any(True for reducer in reducers for _ in reducer.parameters())
+        assert has_parameters == (" own" in FACTS[name].get("weights", "")), name
 
 
 def test_cards_metafiles_and_facts_belong_together() -> None:

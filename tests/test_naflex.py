@@ -240,6 +240,18 @@ def test_an_image_gives_what_its_patches_give(method: str) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("way", BATCHING)
+def test_windows_of_wide_and_of_tall_images_share_a_batch(way: str) -> None:
+    """Their common canvas has 42 x 42 cells, more windows than an image has tokens: each is merged as if alone."""
+    model = effvit.sparsify(make("token").double(), "algm", threshold=0.1)
+    assert isinstance(model, ReducedNaFlex)
+    model.batching = way
+    batch = double(collated(pixels((6, 42), (42, 6))))
+    alone = torch.cat([model(own(batch, image)) for image in range(2)])
+    assert torch.allclose(model(batch), alone, rtol=0, atol=1e-11)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.variable_length])
 def test_counts_follow_from_the_patches_of_each_image(method: str) -> None:
     """From the settings on its own grid, as for a batch of such images; ToMe takes r of it, at most half."""

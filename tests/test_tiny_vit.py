@@ -275,12 +275,19 @@ class TestMerging:
         assert model.pretrained_cfg["input_size"] == (1, 224, 224)  # timm's default
         assert get_model_input_config(model)["input_size"] == (1, 224, 224)
 
+    @pytest.mark.parametrize("method", ["expedite", "pitome"])
+    def test_rate_is_fixed_with_the_windows(self, method: str) -> None:
+        model = effvit.sparsify(small(), method)
+        message = (
+            rf"rate of a TinyVit is fixed with its windows, got 0.5; make .*sparsify\(model, '{method}', keep_rate="
+        )
+        with pytest.raises(ValueError, match=message):
+            model.set_keep_rate(0.5)
+        with pytest.raises(ValueError, match="tome has no keep rate to set; its settings are r, "):
+            effvit.sparsify(small(), "tome").set_keep_rate(0.5)
+
     def test_what_windows_have_not_is_refused_by_name(self) -> None:
         model = effvit.sparsify(small(), "expedite")
-        with pytest.raises(
-            ValueError, match=r"rate of a TinyVit is fixed with its windows, got 0.5; make .*keep_rate="
-        ):
-            model.set_keep_rate(0.5)
         for call in (model.forward_tokens, model.trace_tokens):
             with pytest.raises(
                 TypeError, match=r"a TinyVit gives its tokens back .*call forward_features .*trace_stages"

@@ -83,6 +83,14 @@ def test_tokens_that_are_all_alike_are_all_foreground() -> None:
     assert foreground_scores(torch.full((2, 6), -1.5)).tolist() == [[1.0] * 6] * 2
 
 
+@pytest.mark.parametrize("level", [-1.5, -0.1, -7.0])
+def test_rounding_makes_no_background_of_tokens_that_are_alike(level: float) -> None:
+    """Sharpness is a sum of many terms: its last bits depend on their order. A thousandth of it is a difference."""
+    last_bits = torch.tensor([[0.0, 1.0, 0.0, 1.0, 0.0, 0.0]]) * 2 * torch.finfo(torch.float32).eps * max(1, -level)
+    assert foreground_scores(level + last_bits).tolist() == [[1.0] * 6]
+    assert foreground_scores(level + 1000 * last_bits).tolist()[0] == pytest.approx([0, 1, 0, 1, 0, 0], abs=1e-2)
+
+
 def test_scores_of_three_tokens_are_those_worked_by_hand() -> None:
     """The mean of 0, 3 and 6 is 3: nothing, half of nothing above it, and all."""
     assert foreground_scores(torch.tensor([[0.0, 3.0, 6.0], [0.0, 0.0, 9.0]])).tolist() == [[0, 0, 1], [0, 0, 1]]

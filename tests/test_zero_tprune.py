@@ -95,6 +95,19 @@ def test_page_rank_without_renormalised_rows_loses_what_goes_to_the_others() -> 
         assert ranks[[2, 5]].eq(0).all()
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_many_votes_that_lose_some_leave_a_ranking(whole: bool) -> None:
+    """Of 49 tokens 24 left: each vote loses about half, and 2 ** -200 is no number of float32."""
+    x, q, k = torch.randn(2, 50, 3), *torch.randn(2, 2, 2, 50, 4)
+    reducer = ZeroTPrune.plan(1, keep_rate=0.5, reduce_at=(0,), r=24, num_iters=200, renormalise=False)[0]
+    state = AttnState.of(q, k, k, 0.5, TokenMap.full(x, (7, 7), 1, 1), x)
+    state = state._replace(weights=state.softmax_map()) if whole else state
+    kept = torch.ones(2, 50, dtype=torch.int64).index_fill(1, torch.arange(2, 50, 2), 0)
+    found = reducer.importance(state, 200, kept)
+    assert torch.allclose(found, reducer.importance(state, 400, kept), rtol=1e-4)  # the votes have settled
+    assert found[:, 1::2].gt(0).all()
+
+
 @pytest.mark.parametrize("places", [range(7), (0, 1, 3, 4, 6)], ids=["all", "some"])
 def test_page_rank_is_that_of_the_graph_of_those_left(places: range | tuple[int, ...]) -> None:
     weights = torch.randn(1, 2, 7, 7, dtype=torch.float64).softmax(-1)

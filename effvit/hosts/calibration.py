@@ -121,7 +121,8 @@ def check_calibrates(model: ReducedHost) -> list[DyMU]:
         raise ValueError(f"dymu has r 0 in every block (r_total={model.settings['r_total']}): nothing to calibrate")
     if reducers[0].given is not None:
         raise ValueError(
-            "the settings give thresholds, which calibration would not change; make the model with thresholds=None"
+            "the settings give thresholds, which calibration would not change; make the model with thresholds=None and "
+            "preset=None"
         )
     return reducers
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol, TypeAlias, TypeVar
+from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 
 from torch import nn
 
@@ -121,8 +121,8 @@ def plain_vit(model: PlainViT, patch_embed: PatchEmbedding, size: Size, counts: 
         counts: Patch tokens that leave each block of a method that adapts to the image; None for any other.
     """
     terms, grid = entrance(model, patch_embed, size)
-    of_blocks, left = run_blocks(model, model.blocks, grid, counts, plain_block)
-    return terms + of_blocks + classifier(model, left, grid[0] * grid[1])
+    of_blocks, left, merges = run_blocks(model, model.blocks, grid, counts, plain_block)
+    return terms + of_blocks + classifier(model, left, grid[0] * grid[1], merges)
 
 
 def entrance(model: PlainViT, patch_embed: PatchEmbedding, size: Size) -> tuple[Terms, Size]:
@@ -145,10 +145,24 @@ def plain_block(block: Block, keys: int, queries: int, rows: int) -> Terms:
     return norm(block.norm1, normed) + attend(block.attn, keys, queries) + feedforward(block, rows)
 
 
+class Run(NamedTuple):
+    """What blocks do.
+
+    Attributes:
+        terms: Their MACs.
+        left: Patch tokens that leave the last one.
+        merges: Whether a method merged tokens that may also drop some, see ``Change``.
+    """
+
+    terms: Terms
+    left: int
+    merges: bool
+
+
 def run_blocks(
     model: Embeds, blocks: Sequence[BlockT], grid: Size, counts: Sequence[int] | None, cost: BlockCost[BlockT]
-) -> tuple[Terms, int]:
-    """The blocks of a plain ViT, reduced or not, and the patch tokens that leave the last one.
+) -> Run:
+    """The blocks of a plain ViT, reduced or not.
 
     Args:
         model: The ViT, for its reducers and widths.
@@ -157,7 +171,7 @@ def run_blocks(
         counts: As for ``plain_vit``.
         cost: (block, keys, queries, rows of the MLP) -> terms of one block without its method.
     """
-    terms = Terms()
+    terms, merges = Terms(), False
     left, dim = grid[0] * grid[1], model.embed_dim
     prefix = prefix_tokens(model)
     reducers: Mapping[int, Reducer] = getattr(model, "reducers", {})
@@ -169,9 +183,9 @@ def run_blocks(
             sizes = block_sizes(model, block, grid, left)._replace(last=i == len(blocks) - 1)
             change = reducers[i].cost(sizes if counts is None else sizes._replace(left=counts[i]))
             terms[reducers[i].cost_term] += change.macs
-        left = change.left
+        left, merges = change.left, merges or change.merges
         terms += cost(block, prefix + change.keys, prefix + change.queries, prefix + left)
-    return terms, left
+    return Run(terms, left, merges)
 
 
 def prefix_tokens(model: Embeds) -> int:
@@ -187,8 +201,8 @@ def block_sizes(model: Embeds, block: Attends, grid: Size, left: int) -> BlockSi
     return BlockSizes(left, left, prefix, num_class, grid, dim, attn.num_heads, attn.head_dim, last=False)
 
 
-def classifier(model: Classifies, left: int, patches: int) -> Terms:
-    """Final norm, pooling and heads of a plain ViT that ends with ``left`` of its patch tokens."""
+def classifier(model: Classifies, left: int, patches: int, merges: bool = False) -> Terms:
+    """Final norm, pooling and heads of a plain ViT that ends with ``left`` of its patch tokens; ``merges``: see Run."""
     prefix, terms = model.num_prefix_tokens, Terms()
     token_head: nn.Module | None = getattr(model, "aux_head", None)  # LV-ViT's, on every patch
     pools = model.global_pool != "token" or token_head is not None
@@ -199,8 +213,7 @@ def classifier(model: Classifies, left: int, patches: int) -> Terms:
     pooled_norm: nn.Module = getattr(model, "fc_norm", nn.Identity())
     terms += norm(model.norm, prefix + left) + norm(pooled_norm, 1)
     if token_head is not None:
-        merged = method is not None and method.keeps_every_patch and method.has_sizes
-        repeats = merged or (method is not None and method.merges)
+        repeats = merges or (method is not None and method.keeps_every_patch and method.has_sizes)
         terms += layers("head", token_head, patches if repeats else left)
     if model.global_pool == "map":
         include = bool(getattr(model, "pool_include_prefix", True))

@@ -406,7 +406,9 @@ class ReducedHost(Intermediates, Reduced):
         if not changed and now.keys() == planned.keys():
             return given
         spelt_out = given | {name: _one_or_each(value) for name, value in values.items() if value}
-        spelt_out |= {"reduce_at": list(now)} if "reduce_at" in given else {}
+        spelt_out |= (
+            {"reduce_at": [b for b, reducer in now.items() if not reducer.serves]} if "reduce_at" in given else {}
+        )
         for settings in (given | {name: _one_or_each(value) for name, value in changed.items()}, spelt_out):
             if _describes(self.method, self._depth, settings, now):
                 return settings
@@ -435,8 +437,7 @@ class ReducedHost(Intermediates, Reduced):
         Raises:
             ValueError: A rate out of range, or a method that has no keep rate.
         """
-        if "keep_rate" not in self._settings:
-            raise ValueError(f"{self.method} has no keep rate to set; its settings are {', '.join(self._settings)}")
+        self.check_keep_rate()
         reducers = {b: r for b, r in self.reducers.items() if isinstance(r, HasKeepRate)}
         absolute = [name for name in ("num_tokens", "num_clusters") if self._settings.get(name) is not None]
         if not reducers or absolute:
@@ -642,7 +643,8 @@ def _describes(method: str, depth: int, settings: Settings, reducers: Mapping[in
     except (TypeError, ValueError):  # a list whose length is not that of the blocks
         return False
     active = {b: r for b, r in reducers.items() if b in planned or not _is_idle(r)}
-    return active.keys() == planned.keys() and all(_values(active, n) == _values(planned, n) for n in settings)
+    acting = {b: r for b, r in active.items() if not _is_idle(r)}  # an idle one may stand where one only serves another
+    return active.keys() == planned.keys() and all(_values(acting, n) == _values(planned, n) for n in settings)
 
 
 def _is_idle(reducer: Reducer) -> bool:
@@ -726,13 +728,18 @@ def sparsify(
             host.blocks[i] = token_block(block, i)
     lost = ["recovery"] if host.recovery is None and getattr(dense, "recovery", None) is not None else []
     for i, block in enumerate(host.blocks):
-        former = block.reducer
-        set_child(block, "reducer", plan.get(i))
-        if block.reducer is not None:
-            block.reducer.settle(host, i)
-            block.reducer.resize(host.patch_embed.grid_size)
-        if former is not None and former.has_learnt and not (block.reducer and block.reducer.take_over(former)):
-            lost += [f"blocks.{i}.reducer.{name}" for name in former.state_dict()]
+        former, reducer = block.reducer, plan.get(i)
+        set_child(block, "reducer", reducer)
+        if reducer is not None:
+            reducer.settle(host, i)
+            reducer.resize(host.patch_embed.grid_size)
+        learnt = former if former is not None and former.has_learnt else None
+        if learnt is not None and reducer is not None and reducer.take_over(learnt):
+            continue
+        if reducer is not None:
+            reducer.begin_anew()
+        if learnt is not None:
+            lost += [f"blocks.{i}.reducer.{name}" for name in learnt.state_dict()]
     _check_host(host)
     check_counts(host, host.patch_embed.grid_size)
     if lost:

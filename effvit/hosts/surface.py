@@ -70,6 +70,11 @@ class Reduced(nn.Module):
         """
         return copy.deepcopy(self._settings)
 
+    def check_keep_rate(self) -> None:
+        """Raise a ValueError if the method has no setting ``keep_rate``."""
+        if "keep_rate" not in self._settings:
+            raise ValueError(f"{self.method} has no keep rate to set; its settings are {', '.join(self._settings)}")
+
     def _recorded_settings(self) -> Settings:
         """The settings that a file must tell beside the weights."""
         return self.settings

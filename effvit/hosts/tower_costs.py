@@ -31,7 +31,7 @@ def tower_form(model: Any, size: Size, counts: Sequence[int] | None) -> Terms:
     tower = getattr(model, "encoder", model)
     terms, grid = tower_embedding(tower, size)
     patches = grid[0] * grid[1]
-    of_blocks, left = run_blocks(model, tower.blocks, grid, counts, tower_block)
+    of_blocks, left, _ = run_blocks(model, tower.blocks, grid, counts, tower_block)
     projected, outputs = projector(tower, grid)
     means = not projected and model.global_pool == "avg"
     if left < patches:

@@ -305,7 +305,7 @@ class Tower(nn.Module):
         host = cast(PlainViT, self.host)
         terms, grid = entrance(host, self.host.patch_embed, size)
         run = self.stop - 1 if self.block < self.stop - 1 else self.stop
-        of_blocks, left = run_blocks(host, host.blocks[:run], grid, None, plain_block)
+        of_blocks, left, _ = run_blocks(host, host.blocks[:run], grid, None, plain_block)
         terms += of_blocks
         if run < self.stop:
             block, keys = host.blocks[run], host.num_prefix_tokens + left

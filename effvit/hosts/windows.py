@@ -604,9 +604,10 @@ class ReducedWindows(Reduced):
         Raises:
             ValueError: Always.
         """
+        self.check_keep_rate()
         raise ValueError(
             f"the rate of a {type(self).__bases__[-1].__name__} is fixed with its windows, got {keep_rate}; make the "
-            "model anew: effvit.sparsify(model, 'expedite', keep_rate=...)"
+            f"model anew: effvit.sparsify(model, {self.method!r}, keep_rate=...)"
         )
 
     def forward_tokens(self, *args: object, **kwargs: object) -> NoReturn:

@@ -36,12 +36,12 @@ def reaching(similarity: Tensor, threshold: Tensor, compat: bool) -> Tensor:
     return descending_rank(similarity) < reached.sum(1).amin()
 
 
-def arrange(rank: Tensor, left: Tensor, keep_mask: bool, packed: bool) -> Compact:
-    """The tokens that are ``left`` (B, N), by ascending ``rank`` (B, N) of 0 to N, equal ones in their order."""
+def arrange(rank: Tensor, last: int, left: Tensor, keep_mask: bool, packed: bool) -> Compact:
+    """The tokens that are ``left`` (B, N), by ascending ``rank`` (B, N) of 0 to ``last``, equal ones in their order."""
     number = rank.shape[1]
     place = torch.arange(number, device=rank.device)
     # One sort of numbers that are places modulo N: a stable one is not in every runtime.
-    order = (torch.where(left, rank, number + 1) * number + place).sort(dim=1).values % number
+    order = (torch.where(left, rank, last + 1) * number + place).sort(dim=1).values % number
     return trimmed(order, left.sum(1), number, True, keep_mask, packed)
 
 
@@ -102,7 +102,7 @@ def plan_local_merge(
     first = tokens.source.gather(1, torch.where(alike, corner, tokens.anchor)).clamp(min=0)
     place = torch.arange(number, device=x.device).expand(batch, -1)
     merged = alike & (first != place)
-    kept = arrange(torch.where(alike, rank, windows), real & ~merged, keep_mask, packed)
+    kept = arrange(torch.where(alike, rank, windows), windows, real & ~merged, keep_mask, packed)
     return Merge(place, first, merged, *kept, level, official=False)
 
 
@@ -159,7 +159,7 @@ def plan_global_merge(
     merged = reaching(best, threshold, compat)
     real = torch.ones_like(place, dtype=torch.bool) if valid is None else valid
     left = real & ~torch.zeros_like(real).scatter(1, source, merged)
-    kept = arrange((place + num_prefix) % 2, left, keep_mask, packed)
+    kept = arrange((place + num_prefix) % 2, 1, left, keep_mask, packed)
     return Merge(source, destination, merged, *kept, threshold, official=False)
 
 

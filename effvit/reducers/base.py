@@ -145,8 +145,6 @@ class Reducer(nn.Module):
         graph_reads_counts: ``effvit.compile`` makes one graph that reads the numbers of tokens; else it compiles the
             MLPs alone.
         keeps_every_patch: No patch is dropped: each is part of a merged token or of a cluster.
-        merges: Tokens may stand for several patches although others are dropped; one that keeps every patch need not
-            say so.
         takes_padding: In a batch of images with grids of their own, whose ``TokenMap.layout.own`` tells their patches,
             padding is never scored, merged or kept, and counts are those of the image. Else images of equal grids run
             together.
@@ -173,7 +171,6 @@ class Reducer(nn.Module):
     reads_counts = False
     graph_reads_counts = False
     keeps_every_patch = False
-    merges = False
     takes_padding = False
     open_sides = 2
     learns = False
@@ -258,6 +255,9 @@ class Reducer(nn.Module):
         shared = {n: value if isinstance(value, nn.Parameter) else value.clone() for n, value in state.items()}
         self.load_state_dict(shared, assign=True)
         return True
+
+    def begin_anew(self) -> None:
+        """Say what is missing of a reducer that was made by ``effvit.sparsify`` and took nothing over."""
 
     @classmethod
     def learnt_settings(cls, reducers: Mapping[int, Reducer], depth: int) -> Settings:

@@ -54,12 +54,15 @@ class Change(NamedTuple):
         queries: Patch tokens whose attention is computed.
         left: Patch tokens that enter the MLP.
         macs: MACs beside attention and MLP.
+        merges: Tokens have sizes from here on although patches may be dropped; a method that keeps every patch need not
+            say so.
     """
 
     keys: int
     queries: int
     left: int
     macs: int
+    merges: bool = False
 
 
 def alternating_pairs(tokens: int, dim: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -79,8 +80,8 @@ def absorb(x: Tensor, size: Tensor, weight: Tensor, matching: Matching, similari
     into = (matching.into + images * matching.kept.shape[1]).flatten()  # (B * r,) of the new sequence
 
     def summed(values: Tensor, gain: Tensor) -> Tensor:
-        new = take_rows(values, kept)
-        return new.flatten(0, 1).index_add(0, into, gain.flatten(0, 1)).view_as(new)
+        new = widened(take_rows(values, kept))  # a sum of hundreds of tokens leaves the range of float16
+        return new.flatten(0, 1).index_add(0, into, widened(gain).flatten(0, 1)).view_as(new)
 
     number = summed(torch.ones_like(size), torch.ones_like(similarity, dtype=size.dtype))  # (B, P+kept)
     means = (summed(x, take_rows(x, merged)) / number.unsqueeze(-1)).to(x.dtype)
@@ -109,7 +110,6 @@ class DiffRate(Reducer):
     name = "diffrate"
     summary = "prune the least attended tokens and merge the next ones, by numbers from a search (2305.17997)"
     needs_class_token = True
-    merges = True
 
     def __init__(self, prune_number: int, merge_number: int, of_patches: int | None) -> None:
         super().__init__()
@@ -130,7 +130,8 @@ class DiffRate(Reducer):
 
         Args:
             depth: Blocks of the host.
-            preset: A published schedule, one of ``diffrate_presets.PRESETS``, named after its host and its GMACs; None,
+            preset: A published schedule, one of ``diffrate_presets.PRESETS``, named after its host and its GMACs; its
+                numbers become those nearest to the same shares of other numbers of patches, of two the larger. None,
                 without numbers: that of DeiT-S at 2.9, of MAE's ViT-L at 42.3 for 24 blocks and of its ViT-H at 103.4
                 for 32.
             prune_to: Patch tokens that pruning leaves in each block, a list with one number for each; an empty one
@@ -178,7 +179,9 @@ class DiffRate(Reducer):
         """Patch tokens left of ``num_tokens`` behind pruning, and behind merging."""
         prune, merge = self.prune_number, self.merge_number
         if self.of_patches is not None:
-            prune, merge = (max(1, round(number * num_patches / self.of_patches)) for number in (prune, merge))
+            # Not by round, which the number of patches of a trace does not have.
+            shares = (number * num_patches / self.of_patches for number in (prune, merge))
+            prune, merge = (max(1, math.floor(share + 0.5)) for share in shares)
         pruned = min(prune, num_tokens)
         return pruned, min(merge, pruned)
 
@@ -188,10 +191,10 @@ class DiffRate(Reducer):
     def cost(self, at: BlockSizes) -> Change:
         patches = at.grid[0] * at.grid[1]
         of_patches = self.of_patches or patches  # absolute numbers are meant for those that there are
-        pruned = min(at.tokens, round(self.prune_number * patches / of_patches) or 1)
-        kept = min(pruned, round(self.merge_number * patches / of_patches) or 1)
+        pruned = min(at.tokens, int(self.prune_number * patches / of_patches + 0.5) or 1)
+        kept = min(pruned, int(self.merge_number * patches / of_patches + 0.5) or 1)
         rows = at.class_rows if kept < at.tokens else 0
-        return Change(at.tokens, at.tokens, kept, rows + (pruned - kept) * kept * at.dim)
+        return Change(at.tokens, at.tokens, kept, rows + (pruned - kept) * kept * at.dim, merges=kept < pruned)
 
     def reduce(self, x: Tensor, tokens: TokenMap, state: AttnState) -> tuple[Tensor, TokenMap]:
         pruned, kept = self.numbers(tokens.num_tokens, tokens.num_patches)

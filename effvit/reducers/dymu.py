@@ -117,8 +117,8 @@ class DyMU(Reducer):
             preset: One of PRESETS, published thresholds for a host of as many blocks: of SigLIP ViT-B/16 at 384 px
                 (vit_base_patch16_siglip_384) or CLIP ViT-L/14 at 336 px (vit_large_patch14_clip_quickgelu_336).
             r_total: Tokens an average image is to lose over all blocks, which calibration aims at; or a list with
-                one number for each block. A block with 0 merges nothing. None takes the preset's, else 96, that of
-                the official vit_base_patch16_siglip_224_tome.
+                one number for each block. A block with 0 merges nothing. None takes the preset's, beside which no other
+                is possible, else 96, that of the official vit_base_patch16_siglip_224_tome.
             r_schedule: How ``r_total`` is spread, "constant", "linear" or "reverse_linear", see
                 ``schedule.dymu_r``.
             thresholds: Cosine similarities to merge above, one for each block, in place of calibration; they
@@ -140,7 +140,12 @@ class DyMU(Reducer):
                     f"preset {preset!r} has thresholds of {len(PRESETS[preset].thresholds)} blocks, and the host has "
                     f"{depth}; give the setting thresholds, or call effvit.calibrate"
                 )
-            r_total = PRESETS[preset].r_total if r_total is None else r_total
+            if r_total not in (None, PRESETS[preset].r_total):
+                raise ValueError(
+                    f"preset {preset!r} has thresholds that were learnt for r_total {PRESETS[preset].r_total}, got "
+                    f"{r_total}; leave r_total out, or leave preset out and call effvit.calibrate"
+                )
+            r_total = PRESETS[preset].r_total
             thresholds = PRESETS[preset].thresholds if thresholds is None else thresholds
         r_total = 96 if r_total is None else r_total
         if isinstance(r_total, (list, tuple)):

@@ -227,7 +227,7 @@ class DynamicViT(Rated):
 
     def cost(self, at: BlockSizes) -> Change:
         power = self.stage if self.progressive else 1
-        kept, dim = int(at.grid[0] * at.grid[1] * self.keep_rate**power), at.dim
+        kept, dim = max(int(at.grid[0] * at.grid[1] * self.keep_rate**power), int(self.any_size)), at.dim
         if kept >= at.tokens:
             return Change(at.tokens, at.tokens, at.tokens, 0)
         of_patch = 5 * dim + dim**2 + dim**2 // 4 + dim**2 // 8 + dim // 2  # norm, and layers of which one is halved

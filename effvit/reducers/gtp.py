@@ -299,7 +299,7 @@ class GTP(Reducer):
         return num_tokens - removed + int(self.propagation == "Mean" and removed > 0)
 
     def start_cost(self, num_patches: int, dim: int) -> int:
-        if self.propagation != "GraphProp" or self.graph_type == "Spatial":
+        if self.propagation != "GraphProp" or self.graph_type == "Spatial" or num_patches == 1:
             return 0
         return num_patches**2 * dim  # cosines of all pairs, for the semantic graph
 
@@ -311,7 +311,8 @@ class GTP(Reducer):
             macs += at.class_rows
         elif self.selection.startswith("CosSim"):
             macs += at.tokens * (at.prefix + at.tokens)  # each row times the sum of all
-        if self.token_scale and (self.sparsity < 1 or not self.selection.startswith(("CLS", "Random"))):
+        as_products = self.sparsity < 1 or not self.selection.startswith(("CLS", "Random"))
+        if self.token_scale and as_products and at.grid != (1, 1):  # one patch has neither neighbours nor scales
             macs += at.map_entries  # the bias of the keys is one more feature of q k^T
         if self.propagation == "GraphProp":
             macs += (at.prefix + kept) * removed * at.dim  # G times the removed tokens

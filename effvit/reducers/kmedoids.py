@@ -43,7 +43,8 @@ def nearest_medoid(distance: Tensor, medoids: Tensor) -> Tensor:
 def farthest_tokens(distance: Tensor, first: Tensor, number: int) -> Tensor:
     """(B, number) tokens, each the one whose largest distance to those before it is the largest (kmedoids.py@88fe07e).
 
-    Usual farthest-point sampling looks at the smallest distance; the release does not, and that is followed.
+    Usual farthest-point sampling looks at the smallest distance; the release does not, and that is followed. No token
+    comes twice: of equal ones, however near, the first that is still free is taken.
 
     Args:
         distance: (B, N, N) of all pairs of tokens.
@@ -52,12 +53,12 @@ def farthest_tokens(distance: Tensor, first: Tensor, number: int) -> Tensor:
     """
     chosen = [first]
     largest = torch.zeros_like(distance[:, 0])  # (B, N)
-    free = torch.ones_like(largest)
+    free = torch.ones_like(largest, dtype=torch.bool)
     for _ in range(number - 1):
         rows = distance.gather(1, chosen[-1].unsqueeze(-1).expand(-1, 1, distance.shape[2])).squeeze(1)  # (B, N)
         largest = torch.maximum(largest, rows)
-        free = free.scatter(1, chosen[-1], 0)
-        chosen.append((largest * free).argmax(1, keepdim=True))
+        free = free.scatter(1, chosen[-1], False)
+        chosen.append(torch.where(free, largest, -1).argmax(1, keepdim=True))
     return torch.cat(chosen, dim=1)
 
 

@@ -130,6 +130,8 @@ class Mixing(Reducer):
         if self.num_tokens is None:
             height, width = host.patch_embed.grid_size
             self.num_tokens = int(height * width * DEFAULT_RATE ** (self.stage + 1))
+
+    def begin_anew(self) -> None:
         if self.stage == 0:
             warnings.warn(
                 f"{self.name} is made with random weights, which mix tokens to no purpose: load a checkpoint of a "

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from timm.layers import apply_rot_embed
 from torch import Tensor
 
-from effvit.tokens import flat_rows, take_rows
+from effvit.tokens import flat_rows, take_rows, widened
 
 __all__ = ["remerge", "virtual_unmerge", "virtual_unmerged_attention"]
 
@@ -31,11 +31,11 @@ def remerge(x: Tensor, group: Tensor, num_tokens: int) -> Tensor:
     batch, heads, _, width = x.shape
     group = group.expand(batch, -1)  # (B, N)
     rows = flat_rows(group, num_tokens).flatten()  # (B * N,)
-    flat = x.transpose(1, 2).reshape(-1, heads * width)  # (B * N, heads * D)
+    flat = widened(x).transpose(1, 2).reshape(-1, heads * width)  # (B * N, heads * D)
     total = flat.new_zeros(batch * num_tokens, heads * width).index_add(0, rows, flat)
     number = flat.new_zeros(batch * num_tokens).index_add(0, rows, torch.ones_like(flat[:, 0]))
     mean = total / number.clamp(min=1).unsqueeze(-1)  # (B * num_tokens, heads * D)
-    return mean.view(batch, num_tokens, heads, width).transpose(1, 2)
+    return mean.view(batch, num_tokens, heads, width).transpose(1, 2).to(x.dtype)
 
 
 def virtual_unmerged_attention(

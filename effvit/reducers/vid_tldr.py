@@ -14,6 +14,7 @@ from effvit.recording import is_recorded
 from effvit.reducers.base import Reducer, check_finite
 from effvit.reducers.block_schedule import BlockSchedule, tokens_by_block
 from effvit.reducers.cost import BlockSizes, Change, alternating_pairs
+from effvit.reducers.merging import TIE
 from effvit.reducers.tome import Matching, bipartite_soft_matching, matching_target, merge_tokens
 from effvit.schedule import spread_ladder
 from effvit.tokens import TokenMap, fx_leaf, wide_product
@@ -63,12 +64,14 @@ def sharpness_by_rows(q: Tensor, k: Tensor, pairs: Tensor | None) -> Tensor:
 def foreground_scores(sharp: Tensor) -> Tensor:
     """How far each token stands out: sharpness (B, N) -> 0 below the mean, then rising to 1 for the sharpest.
 
-    Tokens that are all alike are all foreground: 1. Officially they are NaN.
+    Tokens that are all alike, to within ``TIE`` of their sharpness, are all foreground: 1. Officially they are NaN, or
+    what rounding makes of them.
     """
     mean = sharp.mean(dim=1, keepdim=True)  # (B, 1)
     spread = sharp.amax(dim=1, keepdim=True) - mean
-    scores = (sharp - mean).clamp(min=0) / torch.where(spread > 0, spread, 1)
-    return torch.where(spread > 0, scores, 1)
+    differ = spread > TIE * mean.abs().clamp(min=1)
+    scores = (sharp - mean).clamp(min=0) / torch.where(differ, spread, 1)
+    return torch.where(differ, scores, 1)
 
 
 class Thinned(NamedTuple):

@@ -143,9 +143,10 @@ def weighted_page_rank(
     mask = kept.to(weights.dtype)
     if not renormalise:
         mask = mask[:, None, None]  # (B, 1, 1, N)
+        signal = signal * mask
         for _ in range(num_iters):
-            signal = wide_product(signal * mask, weights)
-        return to_sum_one(signal * mask).squeeze(2)
+            signal = to_sum_one(wide_product(signal, weights) * mask)
+        return signal.squeeze(2)
     row_sum = wide_product(weights.flatten(1, 2), mask.unsqueeze(-1)).unflatten(1, weights.shape[1:3])
     mask = mask[:, None, None]  # (B, 1, 1, N)
     row_scale = mask / row_sum.transpose(2, 3)  # (B, heads, 1, N); zero for those that left, so they do not vote
@@ -155,7 +156,7 @@ def weighted_page_rank(
 
 
 def to_sum_one(signal: Tensor) -> Tensor:
-    """The signal (..., N) of votes that lose some of it, scaled to sum 1."""
+    """The signal (..., N) of a vote that loses some of it, scaled to sum 1: each vote is, before too little is left."""
     return signal / signal.sum(-1, keepdim=True)
 
 
@@ -172,7 +173,7 @@ def page_rank_in_pieces(q: Tensor, k: Tensor, num_iters: int, signal: Tensor, ma
         mask: (B, N) 1 for the tokens that vote and are voted for, 0 for those that take a share of the rows only.
 
     Returns:
-        (B, heads, N), with a mask not of sum 1.
+        (B, heads, N), sums to 1 over the tokens that vote.
     """
     length, most = q.shape[2], 6 * q.numel()
     heads, rows = piece_shape(q)
@@ -198,7 +199,7 @@ def page_rank_in_pieces(q: Tensor, k: Tensor, num_iters: int, signal: Tensor, ma
                     if (place + 1) * heads * rows * length <= most:
                         held.append(weights)
                 gathered += wide_product(rank[..., span], weights)
-            rank = gathered if mask is None else gathered * mask[maps]
+            rank = gathered if mask is None else to_sum_one(gathered * mask[maps])
         ranks.append(rank)
     return torch.cat(ranks).squeeze(1).unflatten(0, shape)
 
@@ -408,7 +409,7 @@ class ZeroTPrune(Rated):
     def cost(self, at: BlockSizes) -> Change:
         similar = min(self.r, at.tokens // 2)
         width = at.heads * at.head_dim if self.keys == "concatenated" else at.head_dim
-        left = math.floor(self.keep_rate * (at.tokens - similar) + 0.5)
+        left = max(math.floor(self.keep_rate * (at.tokens - similar) + 0.5), int(self.any_size))
         votes = matching = 0
         if similar:
             votes += 1
@@ -459,7 +460,7 @@ class ZeroTPrune(Rated):
         if kept is None:
             return aggregate_heads(signal, self.var_range)
         if index is None:
-            return aggregate_heads(to_sum_one(signal), self.var_range, number)
+            return aggregate_heads(signal, self.var_range, number)
         ranks = aggregate_heads(signal, self.var_range)  # (B, number)
         return ranks.new_zeros(kept.shape).scatter(1, index, ranks)
 
