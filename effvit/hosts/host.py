@@ -31,7 +31,7 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import Tensor, nn
 
-from effvit.block import BlockList, call_block, copy_shared, rehouse, set_child, token_block
+from effvit.block import BlockList, call_block, copy_shared, rehouse, set_child, token_block, with_gradients
 from effvit.hosts.closed_form import PlainViT, plain_vit
 from effvit.hosts.hiera import ReducedHiera
 from effvit.hosts.hieradet import ReducedHieraDet
@@ -47,7 +47,6 @@ from effvit.hosts.surface import (
     record_name,
     refuse_mask,
     refuse_open_sizes,
-    with_gradients,
 )
 from effvit.hosts.swin import ReducedSwin, ReducedSwinV2
 from effvit.hosts.tiny_vit import ReducedTinyViT

@@ -34,7 +34,6 @@ __all__ = [
     "record_name",
     "refuse_mask",
     "refuse_open_sizes",
-    "with_gradients",
 ]
 
 
@@ -380,15 +379,3 @@ class Intermediates:
             return result if intermediates_only else result | {"image_features": final()}
         listed = list(zip(maps, prefixes, strict=True)) if with_prefix else maps
         return listed if intermediates_only else (final(), listed)
-
-
-def with_gradients(x: Tensor, module: nn.Module | None) -> Tensor:
-    """``x`` as it is, through which the parameters of a module that had no part in it get a gradient of zero.
-
-    For modules that only serve maps, in a model that trains as a classifier: DistributedDataParallel stops at the
-    second step of a model with parameters that get no gradient. No value of a parameter is read.
-    """
-    for parameter in () if module is None else module.parameters():
-        if parameter.requires_grad:
-            x = x + parameter[:0].sum()
-    return x
