@@ -255,6 +255,8 @@ class Reducer(nn.Module):
         fits = own.keys() == state.keys() and all(own[name].shape == state[name].shape for name in own)
         if not fits or type(former) is not type(self):
             return False
+        for name, parameter in self.named_parameters(remove_duplicate=False):
+            parameter.requires_grad_(state[name].requires_grad)  # load_state_dict turns what it assigns into that
         shared = {n: value if isinstance(value, nn.Parameter) else value.clone() for n, value in state.items()}
         self.load_state_dict(shared, assign=True)
         return True
