@@ -729,7 +729,8 @@ def sparsify(
         if block.reducer is not None:
             block.reducer.settle(host, i)
             block.reducer.resize(host.patch_embed.grid_size)
-        if former is not None and former.has_learnt and not (block.reducer and block.reducer.take_over(former)):
+        taken = former is not None and block.reducer is not None and block.reducer.take_over(former)
+        if former is not None and former.has_learnt and not taken:
             lost += [f"blocks.{i}.reducer.{name}" for name in former.state_dict()]
     _check_host(host)
     check_counts(host, host.patch_embed.grid_size)
