@@ -239,7 +239,8 @@ def changed(model: Any) -> Any:
 
 
 def after_set_keep_rate(method: str) -> nn.Module:
-    model = live(method, "deit_tiny_patch16_224")
+    shares: dict[str, Any] = {"progressive": False} if method == "dynamicvit" else {}  # else it takes one rate alone
+    model = live(method, "deit_tiny_patch16_224", **shares)
     reducers = [reducer for reducer in model.reducers.values() if hasattr(reducer, "base_keep_rate")]
     model.set_keep_rate([0.6, 0.9, 0.8, 0.7][: len(reducers)])
     return model

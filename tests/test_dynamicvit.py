@@ -313,9 +313,11 @@ class TestWeights:
         return model.eval()
 
     def test_new_predictors_are_told_of_and_trained_ones_are_not(self) -> None:
-        told = self.run(self.small())
+        model = self.small()
+        told = self.run(model)
         assert len(told) == 3
         assert all(self.MESSAGE in message for message in told)
+        assert self.run(model) == []  # they were looked at
         assert self.run(self.small().train().eval())
         assert self.run(self.train_a_step(self.small())) == []
 

@@ -141,7 +141,8 @@ class Reducer(nn.Module):
         needs_class_token: The method scores patches by the class token.
         variable_length: The method keeps a different number of tokens for each image.
         reads_counts: How many tokens stay is read from the device, once each time the block runs. Nothing else may be
-            read from it, and nothing at all where this is False: a GPU would stand still.
+            read from it, and nothing at all where this is False: a GPU would stand still. Only the first pass of a
+            model may read more, to tell of weights that have learnt nothing.
         graph_reads_counts: ``effvit.compile`` makes one graph that reads the numbers of tokens; else it compiles the
             MLPs alone.
         keeps_every_patch: No patch is dropped: each is part of a merged token or of a cluster.
