@@ -356,12 +356,6 @@ class AttentionRecovery(nn.Module):
         mask = None if valid is None else valid[:, None, None]  # (B, 1, 1, M)
         return x + self.attn.attend(self.attn.q(self.norm(x)), self.attn.kv(self.norm(s)), mask)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Load as any module, but keep the weights if a checkpoint has nothing about them."""
-        if not any(name.startswith(prefix) for name in state_dict):
-            state_dict.update({prefix + name: value for name, value in self.state_dict().items()})
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
 
 class TokenRecoveringAttention(nn.Module):
     """Recover a full sequence from the tokens left by cross-attention (HoT, 2311.12028, token recovering attention).

@@ -13,7 +13,7 @@ import timm
 from timm.models import build_model_with_cfg, get_arch_pretrained_cfgs, model_entrypoint, register_model
 from timm.models._builder import resolve_pretrained_cfg
 from timm.models._pretrained import DefaultCfg, PretrainedCfg
-from torch import Tensor, nn
+from torch import nn
 
 from effvit.architectures import variants
 from effvit.hosts import lvvit, naflex, relpos, towers, vit_nano
@@ -91,17 +91,6 @@ def _host_cfgs(host: str, variant: str) -> DefaultCfg:
     return DefaultCfg(tags=deque(cfgs), cfgs=cfgs, is_pretrained=any(cfg.has_weights for cfg in cfgs.values()))
 
 
-def _host_or_own_file(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Weights under the model's names; what it has beside its host stays new if the file is one of the plain host."""
-    own: dict[str, Tensor] = model.state_dict()
-    state = host_state_dict(state, model)
-    for part in ("recovery.", ".reducer."):
-        new = {name: value for name, value in own.items() if part in name}
-        if not new.keys() & state.keys():
-            state = new | state
-    return state
-
-
 def _create(
     variant: str,
     cfg: PretrainedCfg,
@@ -145,7 +134,7 @@ def _create(
         variant,
         pretrained=pretrained and behind,
         pretrained_cfg=cfg,
-        pretrained_filter_fn=host_state_dict if saved else _host_or_own_file,
+        pretrained_filter_fn=host_state_dict,
         pretrained_strict=strict,
         feature_cfg=feature_cfg,
         **loading,

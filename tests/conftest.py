@@ -48,6 +48,7 @@ FAST = {
     "test_kernels.py",
     "test_kmedoids.py",
     "test_labelled.py",
+    "test_learnt_weights.py",
     "test_messages.py",
     "test_mixing.py",
     "test_named_images.py",

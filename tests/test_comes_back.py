@@ -239,7 +239,8 @@ def changed(model: Any) -> Any:
 
 
 def after_set_keep_rate(method: str) -> nn.Module:
-    model = live(method, "deit_tiny_patch16_224")
+    shares: dict[str, Any] = {"progressive": False} if method == "dynamicvit" else {}  # else it takes one rate alone
+    model = live(method, "deit_tiny_patch16_224", **shares)
     reducers = [reducer for reducer in model.reducers.values() if hasattr(reducer, "base_keep_rate")]
     model.set_keep_rate([0.6, 0.9, 0.8, 0.7][: len(reducers)])
     return model
@@ -254,6 +255,7 @@ def calibrated() -> nn.Module:
 CURRENT = ("img_size", "num_classes", "global_pool", "in_chans", "dynamic_img_size")
 DEIT = "deit_tiny_patch16_224"
 OF_THE_IMAGE = [name for name, method in METHODS.items() if issubclass(method, ImageShare)]
+BY_EARLIER = [*OF_THE_IMAGE, "dynamicvit", "cubistmerge", "algm"]  # what a block does depends on how many reduce before
 RATES = [method for method in SETTINGS if "keep_rate" in METHODS[method].defaults()]
 KINDS: dict[str, tuple[Callable[[], Any], str]] = {  # how it is made, and its host
     **{f"{m} on {h}": (partial(live, m, h), h) for m, h in LIVE},
@@ -496,6 +498,16 @@ class TestSettings:
         model.set_keep_rate(None)
         assert model.settings == before
 
+    @pytest.mark.parametrize("method", ["dpcknn", "dynamicvit", "evit", "hot"])
+    @pytest.mark.parametrize("rates", [(0.7, 0.5, 1.0), (1.0, 0.7, 0.5), (0.7, 1.0, 0.5)])
+    def test_settings_follow_rates_of_which_one_is_1(self, method: str, rates: tuple[float, ...]) -> None:
+        dense = make_host("class_token")
+        shares: dict[str, Any] = {"progressive": False} if method == "dynamicvit" else {}
+        model = effvit.sparsify(dense, method, **SETTINGS[method] | {"reduce_at": (1, 2, 3)} | shares).eval()
+        model.set_keep_rate(rates)
+        assert again(model, dense).token_counts() == model.token_counts()
+        assert_equal_outputs(model, again(model, dense))
+
     def test_rates_of_blocks_that_reduce_are_told_with_those_blocks(self) -> None:
         dense = make_host("class_token")
         model = effvit.sparsify(dense, "evit", keep_rate=[1.0, 0.7, 0.5], reduce_at=(0, 1, 2))
@@ -511,7 +523,7 @@ class TestSettings:
         assert_equal_outputs(model, again(model, dense))
 
     @pytest.mark.parametrize(
-        "method", [name for name in SETTINGS if name not in ("tome", "dymu", "algm", "expedite", *OF_THE_IMAGE)]
+        "method", [name for name in SETTINGS if name not in ("tome", "dymu", "expedite", *BY_EARLIER)]
     )
     def test_reducer_taken_out_by_hand_shows_in_the_settings(self, method: str) -> None:
         dense = make_host("class_token")
@@ -521,9 +533,12 @@ class TestSettings:
         assert model.settings["reduce_at"] == others
         assert_equal_outputs(model, again(model, dense))
 
-    @pytest.mark.parametrize("method", [*OF_THE_IMAGE, "algm"])
+    @pytest.mark.parametrize("method", BY_EARLIER)
     def test_counts_that_depend_on_a_reducer_taken_out_by_hand_are_an_error(self, method: str) -> None:
-        """Whether or not the first reduces, the second block keeps int(N r^2) patches, or merges pairs, not windows."""
+        """Whether or not the first reduces, the second block keeps int(N r^2) patches, or merges pairs, not windows.
+
+        CubistMerge counts on the grid that the first would have left.
+        """
         model: Any = effvit.sparsify(make_host("class_token"), method, **SETTINGS[method])
         model.blocks[next(iter(model.reducers))].reducer = None
         with pytest.raises(ValueError, match=f"changed by hand, and no settings of {method} describe them"):

@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 from hosts import make_host, make_images, make_model
+from timm.utils import ModelEmaV3
 from torch import Tensor
 
 import effvit
@@ -101,6 +102,33 @@ class TestEvaluation:
         assert model.token_counts() == [48, 24, 12, 12]
         assert model.settings == {"keep_rate": 0.5, "reduce_at": [1, 2], "progressive": True, "mean_eps": 0.0}
 
+    def test_rates_that_differ_have_no_powers(self) -> None:
+        """Neither code has them: a list is of shares of all patches there."""
+        model = make_model("dynamicvit", "class_token")
+        counts = model.token_counts()
+        with pytest.raises(ValueError, match=r"must be one rate with progressive=True, .*got \[0.5, 0.4\]"):
+            model.set_keep_rate([0.5, 0.4])
+        assert model.token_counts() == counts
+        shares = make_model("dynamicvit", "class_token", progressive=False)
+        shares.set_keep_rate([0.5, 0.25])
+        assert shares.token_counts() == [48, 24, 12, 12]
+
+    @pytest.mark.parametrize("rates", [(0.5, 1.0, 0.25), (1.0, 0.5, 0.25)])
+    def test_settings_with_a_rate_of_1_make_the_same_counts_after_another_rate(self, rates: tuple[float, ...]) -> None:
+        model = make_model("dynamicvit", "class_token", keep_rate=rates, reduce_at=(1, 2, 3), progressive=False)
+        for rate in (0.4, 1.0, None):
+            model.set_keep_rate(rate)
+            again = effvit.sparsify(make_host("class_token"), "dynamicvit", **model.settings)
+            assert again.token_counts() == model.token_counts()
+
+    def test_shares_are_told_when_a_reducer_was_taken_out_by_hand(self) -> None:
+        """With powers the second block keeps as many patches without the first, which no settings say."""
+        model = make_model("dynamicvit", "class_token", keep_rate=(0.5, 0.25), progressive=False)
+        model.blocks[1].reducer = None
+        assert model.settings["reduce_at"] == [2]
+        again = effvit.sparsify(make_host("class_token"), "dynamicvit", **model.settings)
+        assert again.token_counts() == model.token_counts() == [48, 48, 12, 12]
+
     def test_nan_names_the_image_and_the_block(self) -> None:
         model = make_model("dynamicvit", "class_token")
         x = make_images(model)
@@ -170,6 +198,41 @@ class TestTraining:
             assert torch.allclose(
                 model.token_scores(features, tokens), model.token_scores(other, tokens), atol=tolerance
             )
+
+    def test_rate_of_1_drops_nothing_in_training_either(self) -> None:
+        """The model is its host, and its predictors get gradients of zero, which DistributedDataParallel waits for."""
+        host = make_host("class_token")
+        model = effvit.sparsify(host, "dynamicvit", reduce_at=(1, 2)).train()
+        model.set_keep_rate(1.0)
+        x = make_images(model)
+        assert torch.equal(model(x), host.train()(x))
+        pruned = pruned_output(model, x)
+        assert [decision.tolist() for decision in pruned.decisions] == [[[1.0] * 48] * len(x)] * 2
+        assert ratio_loss(pruned.decisions, pruned.rates) == 0
+        model(x).sum().backward()
+        for reducer in predictors(model):
+            assert all(p.grad is not None and not p.grad.any() for p in reducer.parameters())
+
+    def test_block_of_rate_1_takes_the_decision_of_the_one_before(self) -> None:
+        """Its loss asks for no more patches than that one may leave."""
+        model = make_model("dynamicvit", "class_token", keep_rate=(0.5, 0.25), progressive=False).train()
+        model.set_keep_rate([0.5, 1.0])
+        pruned = pruned_output(model, make_images(model))
+        assert torch.equal(*pruned.decisions)
+        assert 0 < pruned.decisions[0].mean() < 1
+        assert pruned.rates == (0.5, 0.5)
+
+    def test_reducer_in_eval_mode_behind_one_that_trains_is_refused(self) -> None:
+        """What the first has decided to drop would come back: it is still there, for the second to choose from."""
+        model = make_model("dynamicvit", "class_token").train()
+        first, second = predictors(model)
+        second.eval()
+        with pytest.raises(ValueError, match=r"dynamicvit in block 2 is in eval mode .* by train\(\) or eval\(\)"):
+            model(make_images(model))
+        first.eval(), second.train()
+        x, tokens = model.forward_tokens(make_images(model))
+        assert x.shape[1] == 1 + model.token_counts()[1]
+        assert tokens.policy is not None
 
     def test_reducer_in_eval_mode_drops_patches_for_good_inside_a_model_that_trains(self) -> None:
         model = make_model("dynamicvit", "class_token").train()
@@ -242,11 +305,29 @@ class TestWeights:
             model(torch.randn(1, 3, 64, 64))
         return [str(warning.message) for warning in told]
 
+    def train_a_step(self, model: Any) -> Any:
+        """The model after a step of its predictors, in eval mode."""
+        pruned = pruned_output(model.train(), torch.randn(2, 3, 64, 64))
+        ratio_loss(pruned.decisions, pruned.rates).backward()
+        torch.optim.SGD([p for reducer in predictors(model) for p in reducer.parameters()], lr=0.1).step()
+        return model.eval()
+
     def test_new_predictors_are_told_of_and_trained_ones_are_not(self) -> None:
         model = self.small()
-        assert all(self.MESSAGE in message for message in self.run(model))
-        assert self.run(model)
-        assert self.run(model.train().eval()) == []
+        told = self.run(model)
+        assert len(told) == 3
+        assert all(self.MESSAGE in message for message in told)
+        assert self.run(model) == []  # they were looked at
+        assert self.run(self.small().train().eval())
+        assert self.run(self.train_a_step(self.small())) == []
+
+    def test_average_of_weights_that_trained_is_not_told_of(self) -> None:
+        """It stays in eval mode, and its weights are written in place."""
+        model = self.small()
+        average = ModelEmaV3(model, decay=0.5)
+        average.update(self.train_a_step(model))
+        assert self.run(average.module) == []
+        assert self.run(effvit.sparsify(average.module, "dynamicvit", keep_rate=0.5)) == []
 
     def test_they_are_told_of_once(self) -> None:
         model = self.small()
@@ -262,7 +343,8 @@ class TestWeights:
         model = self.small()
         load_checkpoint(model, tmp_path / "host.pth")
         assert self.run(model)
-        torch.save(self.small().state_dict(), tmp_path / "own.pth")
+        model = self.small()
+        torch.save(self.train_a_step(self.small()).state_dict(), tmp_path / "own.pth")
         load_checkpoint(model, tmp_path / "own.pth")
         assert self.run(model) == []
 
@@ -280,11 +362,19 @@ class TestWeights:
         assert torch.equal(kept, weights["score_predictor.0.in_conv.1.weight"])
 
     def test_they_stay_when_the_model_is_reduced_again(self) -> None:
-        model = self.small().train().eval()
+        model = self.train_a_step(self.small())
         again = effvit.sparsify(model, "dynamicvit", keep_rate=0.5)
         for own, former in zip(predictors(again), predictors(model), strict=True):
             assert own.predictor.in_conv[1].weight is former.predictor.in_conv[1].weight
         assert self.run(again) == []
+
+    def test_their_loss_to_another_method_is_told_of_once_they_have_learnt(self) -> None:
+        model = self.small()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            effvit.sparsify(model, "evit")
+        with pytest.warns(UserWarning, match="dynamicvit had learnt blocks.1.reducer.predictor"):
+            effvit.sparsify(self.train_a_step(model), "evit")
 
 
 class TestBadInput:
@@ -294,6 +384,10 @@ class TestBadInput:
             ({"keep_rate": 0}, r"keep_rate must be in \(0, 1\], got 0"),
             ({"keep_rate": (0.5, 1.2, 0.3)}, r"keep_rate must be in \(0, 1\], got 1.2"),
             ({"keep_rate": (0.5, 0.4)}, "keep_rate has 2 values for 3 blocks"),
+            (
+                {"keep_rate": (0.5, 1.0, 0.5)},
+                r"must be one rate with progressive=True, .*got \[0.5, 1.0, 0.5\]; give one, or progressive=False",
+            ),
             ({"progressive": 1}, "progressive must be True or False, got 1"),
             ({"mean_eps": -1e-6}, "mean_eps must be at least 0, got -1e-06"),
             ({"mean_eps": float("nan")}, "mean_eps must be a finite number"),

@@ -20,7 +20,7 @@ from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 import effvit
-from effvit.hosts.surface import with_gradients
+from effvit.block import with_gradients
 
 HOST_METHODS = [
     ("class_token", "evit", "last"),

@@ -13,6 +13,7 @@ from timm.models._manipulate import reinit_non_persistent_buffers
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from effvit.block import with_gradients
 from effvit.hosts.surface import (
     BlockFeatures,
     Intermediates,
@@ -21,7 +22,6 @@ from effvit.hosts.surface import (
     check_output_fmt,
     patch_grid,
     refuse_mask,
-    with_gradients,
 )
 from effvit.layers.macs import Terms, convolutions, layers
 from effvit.protocols import Device, Factory, Settings, Size

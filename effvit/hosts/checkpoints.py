@@ -38,6 +38,7 @@ from effvit.hosts._pickles import check_pickles
 from effvit.hosts._tiny_vit_names import timm_name
 from effvit.hosts._torchscript import is_torchscript, read_torchscript
 from effvit.hosts.foreign_names import find_tower, unknown_names
+from effvit.hosts.surface import keep_own
 from effvit.messages import plain, shown
 
 __all__ = [
@@ -227,8 +228,7 @@ def place_learnt(state: dict[str, Tensor], model: nn.Module) -> list[str]:
             continue
         state[f"{prefix}threshold"] = value
         state[f"{prefix}num_batches"] = (value != 1).long()  # officially not saved; 1.0 stands for none
-    for name, value in own.items():
-        state.setdefault(name, value)
+    keep_own(state, own)
     return unused
 
 

@@ -31,7 +31,7 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import Tensor, nn
 
-from effvit.block import BlockList, call_block, copy_shared, rehouse, set_child, token_block
+from effvit.block import BlockList, call_block, copy_shared, rehouse, set_child, token_block, with_gradients
 from effvit.hosts.closed_form import PlainViT, plain_vit
 from effvit.hosts.hiera import ReducedHiera
 from effvit.hosts.hieradet import ReducedHieraDet
@@ -47,7 +47,6 @@ from effvit.hosts.surface import (
     record_name,
     refuse_mask,
     refuse_open_sizes,
-    with_gradients,
 )
 from effvit.hosts.swin import ReducedSwin, ReducedSwinV2
 from effvit.hosts.tiny_vit import ReducedTinyViT
@@ -733,13 +732,11 @@ def sparsify(
         if reducer is not None:
             reducer.settle(host, i)
             reducer.resize(host.patch_embed.grid_size)
-        learnt = former if former is not None and former.has_learnt else None
-        if learnt is not None and reducer is not None and reducer.take_over(learnt):
-            continue
-        if reducer is not None:
+            if former is not None and reducer.take_over(former):
+                continue
             reducer.begin_anew()
-        if learnt is not None:
-            lost += [f"blocks.{i}.reducer.{name}" for name in learnt.state_dict()]
+        if former is not None and former.has_learnt:
+            lost += [f"blocks.{i}.reducer.{name}" for name in former.state_dict()]
     _check_host(host)
     check_counts(host, host.patch_embed.grid_size)
     if lost:

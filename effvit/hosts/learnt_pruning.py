@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ class PrunedOutput(NamedTuple):
         logits: (B, classes).
         tokens: (B, N, C) normalised patch tokens, dropped ones included.
         decisions: (B, N) of each pruning block: 1 for a patch that is left, 0 for one that was dropped there or before.
-        rates: Share of all patches that each of these blocks is to leave.
+        rates: Share of all patches that each of these blocks is to leave: no more than the one before.
     """
 
     logits: Tensor
@@ -74,7 +75,7 @@ def pruned_output(model: ReducedHost, images: Tensor) -> PrunedOutput:
         raise ValueError("dynamicvit takes decisions that have a gradient in training mode alone; call train() first")
     x, tokens = model.forward_tokens(images)
     assert isinstance(tokens.carry, tuple)
-    rates = tuple(reducer.rate for reducer in reducers)
+    rates = tuple(accumulate((reducer.rate for reducer in reducers), min))
     return PrunedOutput(model.token_scores(x, tokens), tokens.split(x)[1], tokens.carry, rates)
 
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from timm.models.naflexvit import NaFlexVit
 from torch import Tensor
 
+from effvit.block import with_gradients
 from effvit.hosts.host import HOST_CLASSES, ReducedHost, TokenFeatures, check_counts
 from effvit.hosts.native_patches import (
     NativeBatch,
@@ -27,7 +28,7 @@ from effvit.hosts.native_patches import (
     to_slots,
 )
 from effvit.hosts.stages import Stage
-from effvit.hosts.surface import BlockFeatures, Intermediates, refuse_mask, with_gradients
+from effvit.hosts.surface import BlockFeatures, Intermediates, refuse_mask
 from effvit.protocols import Size
 from effvit.recording import refuse_fx, refuse_open_sides
 from effvit.recover import FILLS, to_grid, unpacked

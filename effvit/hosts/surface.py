@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from typing import Any, NamedTuple, Protocol
@@ -28,16 +29,17 @@ __all__ = [
     "check_batch",
     "check_images",
     "check_output_fmt",
+    "keep_own",
     "model_cfg",
     "patch_grid",
     "record_args",
     "record_name",
     "refuse_mask",
     "refuse_open_sizes",
-    "with_gradients",
 ]
 
 
+BESIDE_HOST = (re.compile(r".+\.reducer\."), re.compile(r"recovery\."))  # kinds of weights, by their names
 SPARSIFIED = "sparsified"  # timm's name of a model by its host, method and settings
 
 
@@ -102,6 +104,12 @@ class Reduced(nn.Module):
             own |= self._settings.keys()
         self.__dict__["_model_args"] = {name: value for name, value in args.items() if name not in own}
 
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Load as any module; what the model has beside its host stays as it is if the weights are a plain host's."""
+        own: dict[str, Tensor] = self.state_dict(keep_vars=True)
+        keep_own(state_dict, {prefix + name: value for name, value in own.items()}, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Reduced:
         """Move or cast as any module, but buffers in place too, so that a model that shares them goes along whole.
 
@@ -152,6 +160,21 @@ class Reduced(nn.Module):
 
     def extra_repr(self) -> str:
         return f"method={self.method!r}, settings={self.settings}, recover={self.recover!r}"
+
+
+def keep_own(state: dict[str, Tensor], own: Mapping[str, Tensor], prefix: str = "") -> None:
+    """Put into ``state`` what a model has beside its host, of each kind of which ``state`` has nothing.
+
+    So the weights of a plain host leave all reducers as they are, while those of a reduced one must have all of them.
+
+    Args:
+        state: Weights to load.
+        own: Those of the model.
+        prefix: In front of the names of the model, in both.
+    """
+    for kind in BESIDE_HOST:
+        if not any(kind.match(name.removeprefix(prefix)) for name in state if name.startswith(prefix)):
+            state.update({name: value for name, value in own.items() if kind.match(name.removeprefix(prefix))})
 
 
 def record_name(model: Reduced) -> None:
@@ -385,15 +408,3 @@ class Intermediates:
             return result if intermediates_only else result | {"image_features": final()}
         listed = list(zip(maps, prefixes, strict=True)) if with_prefix else maps
         return listed if intermediates_only else (final(), listed)
-
-
-def with_gradients(x: Tensor, module: nn.Module | None) -> Tensor:
-    """``x`` as it is, through which the parameters of a module that had no part in it get a gradient of zero.
-
-    For modules that only serve maps, in a model that trains as a classifier: DistributedDataParallel stops at the
-    second step of a model with parameters that get no gradient. No value of a parameter is read.
-    """
-    for parameter in () if module is None else module.parameters():
-        if parameter.requires_grad:
-            x = x + parameter[:0].sum()
-    return x

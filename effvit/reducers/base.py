@@ -141,7 +141,8 @@ class Reducer(nn.Module):
         needs_class_token: The method scores patches by the class token.
         variable_length: The method keeps a different number of tokens for each image.
         reads_counts: How many tokens stay is read from the device, once each time the block runs. Nothing else may be
-            read from it, and nothing at all where this is False: a GPU would stand still.
+            read from it, and nothing at all where this is False: a GPU would stand still. Only the first pass of a
+            model may read more, to tell of weights that have learnt nothing.
         graph_reads_counts: ``effvit.compile`` makes one graph that reads the numbers of tokens; else it compiles the
             MLPs alone.
         keeps_every_patch: No patch is dropped: each is part of a merged token or of a cluster.
@@ -252,6 +253,8 @@ class Reducer(nn.Module):
         fits = own.keys() == state.keys() and all(own[name].shape == state[name].shape for name in own)
         if not fits or type(former) is not type(self):
             return False
+        for name, parameter in self.named_parameters(remove_duplicate=False):
+            parameter.requires_grad_(state[name].requires_grad)  # load_state_dict turns what it assigns into that
         shared = {n: value if isinstance(value, nn.Parameter) else value.clone() for n, value in state.items()}
         self.load_state_dict(shared, assign=True)
         return True

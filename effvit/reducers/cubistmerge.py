@@ -146,8 +146,9 @@ class CubistMerge(Reducer):
     summary = "merge neighbours in every row and column, so that the tokens stay a grid (2509.21764)"
     keeps_every_patch = True
 
-    def __init__(self, r_h: int, r_w: int, compat: bool, earlier: tuple[CubistMerge, ...]) -> None:
+    def __init__(self, r_h: int, r_w: int, compat: bool, block: int, earlier: tuple[CubistMerge, ...]) -> None:
         super().__init__()
+        self.block = block
         self.r_h = r_h
         self.r_w = r_w
         self.compat = compat
@@ -180,7 +181,7 @@ class CubistMerge(Reducer):
         for block in blocks:
             rows, columns = (check_count(name, values[block]) for name, values in taken.items())
             if rows or columns:
-                plan[block] = cls(rows, columns, compat, tuple(plan.values()))
+                plan[block] = cls(rows, columns, compat, block, tuple(plan.values()))
         return dict(plan)
 
     @classmethod
@@ -198,6 +199,14 @@ class CubistMerge(Reducer):
     @classmethod
     def ladders(cls, depth: int, num_patches: int) -> list[list[Settings]]:
         return [[{"r_h": r, "r_w": r} for r in range(1, int(num_patches**0.5) // 2 + 1)]]
+
+    @property
+    def reduce_at(self) -> list[int]:
+        """The merging blocks up to this one, which the grid depends on.
+
+        ``model.settings`` compares it, so that it tells of an earlier reducer that was taken out by hand.
+        """
+        return [reducer.block for reducer in (*self.earlier, self)]
 
     def grid_behind(self, grid: Size) -> Size:
         """(h, w) of the tokens behind this reducer on images of a patch grid (H, W).

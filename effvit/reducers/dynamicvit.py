@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from effvit.block import with_gradients
 from effvit.protocols import Host, Settings
 from effvit.recording import is_recorded
 from effvit.reducers.base import Reducer, check_finite
@@ -19,7 +20,7 @@ from effvit.reducers.block_schedule import BlockSchedule
 from effvit.reducers.cost import BlockSizes, Change
 from effvit.reducers.keep_rate import Rated
 from effvit.schedule import check_blocks, check_fraction, check_number, check_switch, per_block, spread_blocks
-from effvit.tokens import TokenMap, fx_leaf, widened
+from effvit.tokens import TokenMap, wide_dtype, widened
 
 __all__ = [
     "DynamicViT",
@@ -40,10 +41,13 @@ class KeepPredictor(nn.Module):
     Args:
         dim: C, channels of a token, in multiples of 4.
         mean_eps: What is added to the average.
+        generator: Draws the weights, on the CPU; None: the default one.
         factory: ``device`` and ``dtype``.
     """
 
-    def __init__(self, dim: int, mean_eps: float = 0.0, **factory: Any) -> None:
+    def __init__(
+        self, dim: int, mean_eps: float = 0.0, generator: torch.Generator | None = None, **factory: Any
+    ) -> None:
         super().__init__()
         if dim % 4:
             raise ValueError(
@@ -60,7 +64,8 @@ class KeepPredictor(nn.Module):
         )
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                values = torch.empty(module.weight.shape, device="cpu")
+                module.weight.data.copy_(nn.init.trunc_normal_(values, std=0.02, generator=generator))
                 nn.init.zeros_(module.bias)
 
     def forward(self, patches: Tensor, decision: Tensor | None = None) -> Tensor:
@@ -134,8 +139,10 @@ class DynamicViT(Rated):
     Evaluation: before the j-th pruning block, counted from 1, the int(N * keep_rate ** j) best of the N patches of the
     image stay, in descending order of their scores. Training: no patch leaves. Each is kept or dropped for good by a
     sample of its probability, and attention multiplies that decision in, so that its gradient reaches the predictors
-    (``TokenMap.policy``; ``TokenMap.carry`` holds the decisions of all pruning blocks). The mode is that of the reducer
-    itself: one in eval mode inside a model that trains drops patches for good and learns nothing.
+    (``TokenMap.policy``; ``TokenMap.carry`` holds the decisions of all pruning blocks). A block of rate 1 draws no
+    sample: its decision is that of the block before. The mode is that of the reducer itself: those in eval mode inside
+    a model that trains drop patches for good and learn nothing, but none may do so behind one that trains, whose
+    decisions are of patches that have not left.
 
     Follows models/dyvit.py of raoyongming/DynamicViT@1322e62 and of JoakimHaurum/TokenReduction@88fe07e, which differ
     in ``mean_eps`` alone. Deviations:
@@ -147,22 +154,28 @@ class DynamicViT(Rated):
     - The average of an image that keeps no patch is 0, officially NaN.
     - Where the head pools patches, dropped ones have no weight in training.
 
+    Biases of a new predictor are 0, by which one that has learnt nothing is known wherever its weights came from. A
+    reducer that evaluates such a one says so, once.
+
     Attributes:
-        stage: j, the power of the rate.
-        ready: The predictor was trained or loaded. A model that evaluates new ones says so, once.
+        earlier: The reducers of the blocks before.
+        checked: The predictor was looked at for that.
     """
 
     name = "dynamicvit"
     summary = "keep the patches that learnt predictors score highest (2106.02034)"
     learns = True
 
-    def __init__(self, keep_rate: float, stage: int, progressive: bool, mean_eps: float) -> None:
+    def __init__(
+        self, keep_rate: float, block: int, earlier: tuple[DynamicViT, ...], progressive: bool, mean_eps: float
+    ) -> None:
         super().__init__()
         self.keep_rate = self.base_keep_rate = keep_rate
-        self.stage = stage
+        self.block = block
+        self.earlier = earlier
         self.progressive = progressive
         self.mean_eps = mean_eps
-        self.ready = False
+        self.checked = False
 
     @classmethod
     def plan(
@@ -178,11 +191,11 @@ class DynamicViT(Rated):
 
         Args:
             depth: Blocks of the host.
-            keep_rate: Rate of each pruning block, in (0, 1]; one value, or one for each block.
+            keep_rate: Rate of each pruning block, in (0, 1]; one value, or with progressive=False one for each block.
             reduce_at: 0-based blocks before which patches are dropped; None means (3, 6, 9) of 12, in proportion for
                 another depth.
             progressive: The j-th pruning block keeps keep_rate ** j of all patches, as both codes do with one rate;
-                False: keep_rate of all patches, as TokenReduction does with a list.
+                False: keep_rate of all patches, as TokenReduction does with a list, which has no powers.
             mean_eps: What predictors add to the average of the patches: 0 in the authors' code, 1e-6 in
                 TokenReduction's.
         """
@@ -191,9 +204,13 @@ class DynamicViT(Rated):
             raise ValueError(f"mean_eps must be at least 0, got {mean_eps}")
         blocks = check_blocks("reduce_at", spread_blocks((3, 6, 9), depth) if reduce_at is None else reduce_at, depth)
         rates = {b: check_fraction("keep_rate", r) for b, r in per_block("keep_rate", keep_rate, blocks).items()}
-        return {
-            b: cls(rate, stage, progressive, mean_eps) for stage, (b, rate) in enumerate(rates.items(), 1) if rate < 1
-        }
+        if progressive:
+            check_one_rate(rates.values())
+        plan: dict[int, DynamicViT] = {}
+        for block, rate in rates.items():
+            if rate < 1:
+                plan[block] = cls(rate, block, tuple(plan.values()), progressive, mean_eps)
+        return dict(plan)
 
     @classmethod
     def example(cls) -> Settings:
@@ -213,14 +230,35 @@ class DynamicViT(Rated):
 
     def settle(self, host: Host, block: int) -> None:
         super().settle(host, block)
-        like, mode = next(host.parameters()), host.blocks[block].training
-        self.predictor = KeepPredictor(host.embed_dim, self.mean_eps, device=like.device, dtype=like.dtype)
-        super().train(mode)  # as the host, which says nothing yet of whether the predictor has learnt
+        like = next(host.parameters())
+        generator = torch.Generator("cpu").manual_seed(block)  # the same for a block whenever a model is made
+        self.predictor = KeepPredictor(host.embed_dim, self.mean_eps, generator, device=like.device, dtype=like.dtype)
+        self.train(host.blocks[block].training)
+
+    @property
+    def reduce_at(self) -> list[int]:
+        """The pruning blocks that this one's share of the patches depends on.
+
+        ``model.settings`` compares it, so that it tells of an earlier reducer that was taken out by hand.
+        """
+        return [reducer.block for reducer in (*self.earlier, self)] if self.progressive else [self.block]
+
+    @property
+    def stage(self) -> int:
+        """j, the power of the rate."""
+        return len(self.earlier) + 1
 
     @property
     def rate(self) -> float:
-        """Share of all patches that are left behind this block."""
-        return self.keep_rate**self.stage if self.progressive else self.keep_rate
+        """Share of all patches that are left behind this block.
+
+        Raises:
+            ValueError: The rates of the blocks differ, of which powers are to be taken.
+        """
+        if not self.progressive:
+            return self.keep_rate
+        check_one_rate([reducer.keep_rate for reducer in (*self.earlier, self)])
+        return self.keep_rate**self.stage
 
     def count(self, num_tokens: int, num_patches: int) -> int:
         return min(num_tokens, max(int(num_patches * self.rate), int(self.any_size)))
@@ -235,12 +273,19 @@ class DynamicViT(Rated):
 
     def before(self, x: Tensor, tokens: TokenMap) -> tuple[Tensor, TokenMap]:
         if self.training:
-            return x, self.decide(x, tokens)
+            return self.keep_all(x, tokens) if self.keep_rate == 1 else (x, self.decide(x, tokens))
         kept = self.count(tokens.num_tokens, tokens.num_patches)
         if kept >= tokens.num_tokens:
             return x, tokens
-        if not self.ready:
-            warn_of_random_weights(x)
+        if tokens.carry is not None:
+            raise ValueError(
+                f"dynamicvit in block {self.block} is in eval mode and would drop patches for good, but an earlier "
+                "pruning block trains and has decided over all of them; put both into one mode by train() or eval()"
+            )
+        if not is_recorded(x) and not self.checked:
+            self.checked = True
+            if not self.has_learnt:
+                warn_of_random_weights()
         logits = widened(self.predictor(tokens.split(x)[1]))  # (B, N, 2)
         scores = check_finite(logits[..., 0] - logits[..., 1], self.origin("scores of the predictor"), x)  # (B, N)
         return tokens.select(x, scores.topk(kept, dim=1).indices, kept)
@@ -257,38 +302,33 @@ class DynamicViT(Rated):
         policy = torch.cat([torch.ones_like(prefix[..., 0], dtype=decision.dtype), decision], dim=1)  # (B, P+N)
         return replace(tokens, policy=policy, carry=(*former, decision))
 
-    # -- whether there is anything to choose by ----------------------------------------------------------------
+    def keep_all(self, x: Tensor, tokens: TokenMap) -> tuple[Tensor, TokenMap]:
+        """Training at rate 1: the tokens as they are, and the decision of the block before once more."""
+        former: tuple[Tensor, ...] = () if tokens.carry is None else tuple(tokens.carry)
+        patches = tokens.split(x)[1]
+        decision = former[-1] if former else torch.ones_like(patches[..., 0], dtype=wide_dtype(x.dtype))  # (B, N)
+        return with_gradients(x, self.predictor), replace(tokens, carry=(*former, decision))
 
     @property
     def has_learnt(self) -> bool:
-        return self.ready
-
-    def train(self, mode: bool = True) -> DynamicViT:
-        """Training or evaluation; a predictor that trains is no longer a new one."""
-        self.ready = self.ready or mode
-        return super().train(mode)
-
-    def take_over(self, former: Reducer) -> bool:
-        taken = super().take_over(former)
-        self.ready = isinstance(former, DynamicViT) and taken and former.ready
-        return taken
-
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Load as any module; the file of a plain host, which has no predictors, leaves these as they are."""
-        own = {f"{prefix}{name}": value for name, value in self.state_dict().items()}
-        if not own.keys() & state_dict.keys():
-            state_dict.update(own)
-        given = [(state_dict[name], value) for name, value in own.items() if name in state_dict]
-        self.ready = self.ready or not all(new is old or torch.equal(new, old) for new, old in given)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        biases = [value.detach() for name, value in self.predictor.named_parameters() if name.endswith("bias")]
+        return not is_recorded(biases[0]) and bool(torch.cat(biases).any())  # one read of the device
 
 
-@fx_leaf
-def warn_of_random_weights(x: Tensor) -> None:
-    """Say that predictors are new; ``warnings`` tells it once."""
-    if not is_recorded(x):
-        warnings.warn(
-            "dynamicvit chooses patches by predictors with random weights; load weights that were trained with them, "
-            "or train the model",
-            stacklevel=3,
+def check_one_rate(rates: Iterable[float]) -> None:
+    """Raise a ValueError unless the rates are equal, of which each pruning block takes a power."""
+    given = [*rates]
+    if any(rate != given[0] for rate in given):
+        raise ValueError(
+            f"keep_rate must be one rate with progressive=True, of which each block takes a power, got {given}; give "
+            "one, or progressive=False, with which each rate is a share of all patches"
         )
+
+
+def warn_of_random_weights() -> None:
+    """Say that predictors are new; ``warnings`` tells it once."""
+    warnings.warn(
+        "dynamicvit chooses patches by predictors with random weights; load weights that were trained with them, or "
+        "train the model",
+        stacklevel=3,
+    )
