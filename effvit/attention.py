@@ -34,6 +34,7 @@ __all__ = [
     "attend_together",
     "bias_as_features",
     "biases_between",
+    "class_attention",
     "jagged_attention",
     "map_sums",
     "policy_softmax",
@@ -234,6 +235,15 @@ class AttnState(NamedTuple):
             q = F.pad(q, (0, 1), value=1)  # (B, heads, P+N, D+1)
             k = torch.cat([k, self.bias.transpose(-2, -1).expand(-1, k.shape[1], -1, -1)], dim=-1)
         return q, k
+
+
+def class_attention(state: AttnState) -> Tensor:
+    """Head-mean attention of the class token to every patch token, (B, N).
+
+    With a distillation token the rows of both are averaged, as EViT's author advises (issue 15 of youweiliang/evit,
+    whose code does not run with one). Register tokens neither score nor are scored.
+    """
+    return state.class_rows().mean(dim=(1, 2))[:, state.keys.num_prefix :]
 
 
 Pick = Callable[[AttnState], Picked]

@@ -50,7 +50,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 import effvit
-from effvit.attention import AttnState, map_sums
+from effvit.attention import AttnState, class_attention, map_sums
 from effvit.block import call_block, token_block
 from effvit.cli import main
 from effvit.hosts.checkpoints import official_state_dict
@@ -58,7 +58,6 @@ from effvit.hosts.host import ReducedHost
 from effvit.hosts.lvvit import LVViT
 from effvit.reducers import METHODS
 from effvit.reducers.ats import inverse_transform_sample, significance
-from effvit.reducers.evit import class_attention
 from effvit.reducers.gtp import CLASS_SCORES, GTP, MAP_SCORES, ROW_SCORES, Graph, propagation_graph, sparsify_map
 from effvit.reducers.static_selection import StaticSelection
 from effvit.reducers.tome import bipartite_soft_matching, kth_bipartite_target, matching_target, merge_tokens

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from effvit.attention import AttnState
+from effvit.attention import AttnState, class_attention
 from effvit.protocols import Settings
 from effvit.recover import unpacked
 from effvit.reducers.base import FEW_PATCHES, Reducer, check_finite
@@ -18,16 +18,7 @@ from effvit.reducers.keep_rate import KeepRate, kept_in_blocks
 from effvit.schedule import check_blocks, check_switch, keep_rate_ladder, spread_blocks
 from effvit.tokens import Fused, Kept, Step, TokenMap, take_rows
 
-__all__ = ["EViT", "class_attention"]
-
-
-def class_attention(state: AttnState) -> Tensor:
-    """Head-mean attention of the class token to every patch token, (B, N).
-
-    With a distillation token the rows of both are averaged, as the author advises (official issue 15; the
-    official code does not run with one). Register tokens neither score nor are scored.
-    """
-    return state.class_rows().mean(dim=(1, 2))[:, state.keys.num_prefix :]
+__all__ = ["EViT"]
 
 
 class EViT(KeepRate):
