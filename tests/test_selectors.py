@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import effvit
+from effvit.reducers.static_selection import random_ranks, uniform_ranks
 from effvit.selectors import (
     SELECTORS,
     Choice,
@@ -232,6 +233,20 @@ class Chooser(nn.Module):
 
     def forward(self, tokens: Tensor, scores: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         return choose_tokens(self.selector, Features(tokens, GRID, scores, keys), KEPT)[:2]
+
+
+@pytest.mark.parametrize("name", ["random", "uniform"])
+def test_controls_choose_the_same_behind_the_meta_device(name: str) -> None:
+    """Memory of ``to_empty`` holds anything, and ``assign=True`` leaves buffers that no file holds."""
+    expected = effvit.TokenSelector(make_tower(), name, keep=9)
+    with torch.device("meta"):
+        empty, assigned = (effvit.TokenSelector(make_tower(), name, keep=9) for _ in range(2))
+    assigned.load_state_dict(expected.state_dict(), assign=True)
+    empty.to_empty(device="cpu").load_state_dict(expected.state_dict())
+    ranks = {"random": random_ranks((6, 6), 0), "uniform": uniform_ranks((6, 6))}[name]
+    assert torch.equal(empty.selector.ranks, ranks)
+    for module in (empty, assigned):
+        assert torch.equal(module(IMAGES).ids, expected(IMAGES).ids)
 
 
 def exported(name: str) -> tuple[torch.export.ExportedProgram, dict[str, Any]]:

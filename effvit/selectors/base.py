@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import operator
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -84,7 +85,7 @@ class SelectionSizes(NamedTuple):
     Attributes:
         tokens: N it chooses from.
         kept: K that leave.
-        dim: C channels of a token, those of all patches of a cell.
+        dim: C channels of a token: those of all patches of a cell, or those that the tower's own projector makes.
         key_dim: D channels of a key, 0 for a method that asks for none.
         grid: (H, W) cells.
     """
@@ -182,6 +183,7 @@ class Selector(nn.Module):
             if not 1 <= keep <= cells:
                 raise ValueError(f"keep must be in 1 to {cells}, the cells of the grid, got {keep}; 1.0 keeps all")
             return keep
+        cells = operator.index(cells)  # a number, not the symbol of a trace, which cannot be rounded
         kept = self.rounded(check_fraction("keep", keep), cells)
         if kept < 1:
             raise ValueError(f"keep={keep} of {cells} cells leaves no token; keep at least {1 / cells:.2g}")
