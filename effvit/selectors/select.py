@@ -222,7 +222,8 @@ class TokenSelector(nn.Module):
     does not depend on the image. What measures, counts and draws models takes it as one.
 
     Attributes:
-        settings: What it was asked for beside the tower and the method, as keywords of ``select_tokens``.
+        settings: What it does beside the tower and the method, as keywords of ``select_tokens``; block and merge of None
+            as the tower has them.
         own_settings: Those of them that are the method's.
     """
 
@@ -240,16 +241,17 @@ class TokenSelector(nn.Module):
     ) -> None:
         super().__init__()
         self.selector = make_selector(method, settings)
-        asked: Settings = {"keep": keep, "block": block, "merge": merge, "scores": scores, "max_norm": max_norm}
         self.own_settings: Settings = dict(settings)
-        self.settings = asked | self.own_settings
         self.keep, self.max_norm = keep, max_norm
         check_choice("scores", scores, (CLASS_ROW, RECEIVED))
         refuse_unused(self.selector, scores=None if scores == CLASS_ROW else scores, max_norm=max_norm)
         host = tower_host(tower)
         leaving = leaving_block(host, block)
+        block = leaving - len(host.blocks) if block is None else block
         self.tower = Tower(host, leaving, _reads(self.selector, host, leaving, scores))
         self.merge = _side_of_cells(self.tower, merge)
+        asked: Settings = {"keep": keep, "block": block, "merge": self.merge, "scores": scores, "max_norm": max_norm}
+        self.settings = asked | self.own_settings
         grid = host.patch_embed.grid_size
         if not getattr(host, "dynamic_img_size", False):
             self.selector.count(keep, self.cells(grid))
