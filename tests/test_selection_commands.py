@@ -265,6 +265,42 @@ class TestReadOn:
         expected = tower.norm(y)[:, seen[0]]
         torch.testing.assert_close(ReadOn(tower, selector).forward_features(x), expected, rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.parametrize("case", ["qwen3 classifier", "deepseek classifier", "gemma4 classifier"])
+    @pytest.mark.parametrize(("method", "keep"), [("divprune", 5), ("aim", 9), ("visionzip", 9)])
+    def test_merged_tokens_count_once_in_the_mean_of_a_tower(self, case: str, method: str, keep: int) -> None:
+        """By hand: the mean of what leaves the last block, through timm's own norm and head."""
+        dense, x = build(case), tower_images(case)
+        scores = {"scores": "received"} if method == "visionzip" else {}
+        module = ReadOn(dense, effvit.TokenSelector(dense, method, keep=keep, **scores))
+        left: list[Tensor] = []
+        module.host.blocks[-1].register_forward_hook(lambda block, given, out: left.append(out))
+        found = module(x)
+        patches = dense.encoder.norm(left[0]) if case.startswith("deepseek") else left[0]
+        assert patches.shape[1] == keep
+        torch.testing.assert_close(found, dense.head(dense.norm(patches.mean(1))))
+
+    @pytest.mark.parametrize("case", ["qwen3 classifier", "deepseek classifier", "gemma4 classifier"])
+    def test_with_all_tokens_it_is_the_tower(self, case: str) -> None:
+        dense, x = build(case), tower_images(case)
+        torch.testing.assert_close(ReadOn(dense, effvit.TokenSelector(dense, "uniform", keep=1.0))(x), dense(x))
+
+    @pytest.mark.parametrize(
+        ("case", "options"),
+        [
+            ("qwen3 mean", {}),
+            ("deepseek mean", {}),
+            ("gemma4 patches", {}),
+            ("gemma4 classifier", {"global_pool": ""}),
+            ("qwen3 classifier", {"global_pool": ""}),
+        ],
+    )
+    def test_towers_without_a_head_of_the_mean_are_refused_by_name(self, case: str, options: dict[str, Any]) -> None:
+        dense = build(case, **options)
+        with pytest.raises(
+            ValueError, match=f"this {type(dense).__name__} has no head that reads a mean of the patches"
+        ):
+            ReadOn(dense, effvit.TokenSelector(dense, "divprune", keep=9))
+
     def test_what_reads_nothing_is_refused(self) -> None:
         tower = make_tower()
         with pytest.raises(ValueError, match=r"the head reads the class token alone, .* such as -2"):
