@@ -954,6 +954,12 @@ class TestParts:
                 effvit.select_parts(None, None, method, keep=few, **of_method)
         with pytest.raises(ValueError, match="image_size must be at least 1, got 0"):
             effvit.select_parts(None, None, "globalcom2", keep=0.3, image_size=(0, 30), **shared)
+        for method in ("hired", "class_attention"):
+            of_method = of_use(method, self.given()) | {"crops": (2, 3)}
+            with pytest.raises(
+                ValueError, match=f"{method} does not use image_size, .*; leave it out, or use one of globalcom2"
+            ):
+                effvit.select_parts(None, None, method, keep=0.3, image_size=(20, 200), **of_method)
         reduced = effvit.sparsify(make_tower(depth=4), "tome", r=[9, 9])
         with pytest.raises(ValueError, match="globalcom2 needs all patches in place, but tome leaves 18 of 36"):
             effvit.select_parts(reduced, torch.rand(5, 3, 48, 48), "globalcom2", crops=(2, 2), keep=0.3)

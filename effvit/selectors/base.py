@@ -112,6 +112,7 @@ class Selector(nn.Module):
         reads_last: Scores and keys are those of the tower's last block, whichever block the tokens leave.
         reads_first: ``Features.early`` is asked for.
         reads_relevance: ``Features.relevance`` is used where the caller gives it.
+        reads_padding: The size of the image, by which the padding of its crops is known, is used where it is given.
         whole_grid: The method needs all cells in place, so that no method may have reduced them in the tower.
         takes: Which function takes it: "select_tokens" for images one by one, "select_parts" or "select_video".
         learns: It has weights, without which its name means nothing, and changes tokens even where all of them stay.
@@ -124,6 +125,7 @@ class Selector(nn.Module):
     reads_last: ClassVar[bool] = False
     reads_first: ClassVar[bool] = False
     reads_relevance: ClassVar[bool] = False
+    reads_padding: ClassVar[bool] = False
     whole_grid: ClassVar[bool] = False
     takes: ClassVar[str] = "select_tokens"
     learns: ClassVar[bool] = False

@@ -165,6 +165,7 @@ def uses(selector: Selector | type[Selector]) -> dict[str, bool]:
         "keys": selector.keys is not None,
         "relevance": selector.reads_relevance,
         "early": selector.reads_first,
+        "image_size": selector.reads_padding,
     }
 
 
@@ -222,8 +223,8 @@ class TokenSelector(nn.Module):
     does not depend on the image. What measures, counts and draws models takes it as one.
 
     Attributes:
-        settings: What it does beside the tower and the method, as keywords of ``select_tokens``; block and merge of None
-            as the tower has them.
+        settings: What it was asked for beside the tower and the method, as keywords of ``select_tokens``; block and merge
+            as the tower has them where nobody asked.
         own_settings: Those of them that are the method's.
     """
 
