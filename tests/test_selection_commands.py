@@ -441,3 +441,5 @@ class TestCrops:
         pooled = effvit.select_parts(tower, images(7), QueryPooler(32, num_heads=2), crops=(2, 3))
         with pytest.raises(TypeError, match="mixtures of all cells belong to none of them"):
             part_stages(pooled)
+        with pytest.raises(TypeError, match="multiple values for keyword argument 'thumbnail'"):
+            parts_figure(tower, Image.new("RGB", (90, 60)), "hired", crops=(2, 3), keep=0.3, thumbnail="last")
