@@ -20,7 +20,7 @@ from torch.nn import functional
 import effvit
 from effvit.measure.breakdown import time_by_block
 from effvit.measure.closed_form import closed_form_macs
-from effvit.measure.costs import handed_over, method_of, tokens_by_block
+from effvit.measure.costs import handed_over, method_of, profile, tokens_by_block
 from effvit.measure.flops import count_flops
 from effvit.measure.reader import Reader, parse_reader
 from effvit.measure.records import as_object, check_record, profile_of
@@ -315,11 +315,24 @@ class TestCosts:
         assert bare.prefill_macs is bare.cache_bytes is None
 
     def test_a_tower_that_hands_over_everything_has_no_method(self) -> None:
-        assert method_of(make_selector("uniform", keep=1.0)) == (None, {})
-        method, settings = method_of(make_selector("visionzip", keep=9, contextual=3))
+        assert method_of(make_selector("uniform", keep=1.0), SIZE[1:]) == (None, {})
+        method, settings = method_of(make_selector("visionzip", keep=9, contextual=3), SIZE[1:])
         assert (method, settings["keep"], settings["contextual"], settings["block"]) == ("visionzip", 9, 3, -2)
         tower = effvit.sparsify(make_tower(), "tome", r=[9, 9, 0, 0])
-        assert method_of(make_selector("divprune", tower, keep=9))[0] == "tome + divprune"
+        assert method_of(make_selector("divprune", tower, keep=9), SIZE[1:])[0] == "tome + divprune"
+
+    def test_whether_a_tower_hands_over_everything_depends_on_the_size(self) -> None:
+        """6 x 6 patches of the size it was made for, 8 x 8 of another."""
+        tower = make_tower(dynamic_img_size=True)
+        assert method_of(make_selector("divprune", tower, keep=36), SIZE[1:]) == (None, {})
+        assert method_of(make_selector("divprune", tower, keep=36), (64, 64))[0] == "divprune"
+        module = make_selector("divprune", tower, keep=50)
+        assert method_of(module, (64, 64))[0] == "divprune"
+        assert module(torch.rand(1, 3, 64, 64)).counts.tolist() == [50]
+        with pytest.raises(ValueError, match="keep must be in 1 to 36, the cells of the grid, got 50"):
+            module.keeps_all(SIZE[1:])
+        (cost,) = profile({"few": module}, (3, 64, 64), 1, rounds=1, warmup=0).models
+        assert (cost.method, cost.settings["keep"]) == ("divprune", 50)
 
     def test_tokens_are_those_that_leave_each_block_up_to_the_exit(self) -> None:
         tower = effvit.sparsify(make_tower(), "tome", r=[9, 9, 0, 0])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from effvit.hosts.host import ReducedHost
 from effvit.hosts.naflex import Images
 from effvit.hosts.stages import Stage, map_stage
+from effvit.hosts.surface import grid_of
 from effvit.hosts.tower_exit import KEYS, RECEIVED, ROWS, Read, Tower, TowerOutput, leaving_block, tower_host
 from effvit.layers.macs import Terms
 from effvit.protocols import PatchEmbedding, Setting, Settings, Size
@@ -223,8 +224,8 @@ class TokenSelector(nn.Module):
     does not depend on the image. What measures, counts and draws models takes it as one.
 
     Attributes:
-        settings: What it was asked for beside the tower and the method, as keywords of ``select_tokens``; block and merge
-            as the tower has them where nobody asked.
+        settings: What it was asked for beside the tower and the method, as keywords of ``select_tokens``; block and
+            merge as the tower has them where nobody asked.
         own_settings: Those of them that are the method's.
     """
 
@@ -269,10 +270,13 @@ class TokenSelector(nn.Module):
         """Whether the number of tokens depends on the image."""
         return self.keep is None and self.selector.adapts
 
-    @property
-    def keeps_all(self) -> bool:
-        """Whether all cells of the tower's own grid leave as they are."""
-        cells = self.cells(self.patch_embed.grid_size)
+    def keeps_all(self, size: Size) -> bool:
+        """Whether all cells of images (H, W) leave as they are.
+
+        Raises:
+            ValueError: A number of tokens that the method cannot give of them.
+        """
+        cells = self.cells(grid_of(size, self.tower.host))
         return not self.selector.learns and self.selector.count(self.keep, cells) == math.prod(cells)
 
     def cells(self, grid: Size) -> Size:
