@@ -12,6 +12,7 @@ import torch
 from architectures import SIZES, SMALL, make_architecture
 from hosts import HOSTS, PAIRS, covered, make_host, make_images, make_model
 from timm.layers import SimpleNorm
+from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
 from torch import Tensor, nn
@@ -230,6 +231,20 @@ def test_terms_are_those_of_the_text_book() -> None:
         "norm": (2 * depth + 1) * n * 5 * c,
         "head": 1000 * c,
     }
+
+
+@pytest.mark.parametrize("kind", [VisionTransformer, Eva])
+@pytest.mark.parametrize(
+    ("made_for", "size"),
+    [(48, (64, 48)), (48, (32, 32)), (48, (48, 48)), ((32, 72), (32, 72)), ((32, 72), (48, 48)), (48, (32, 72))],
+)
+def test_positions_of_other_image_sizes_are_resampled(kind: Any, made_for: Any, size: tuple[int, int]) -> None:
+    """Counted on a trace: larger, smaller and turned grids, and the one that the model was made for."""
+    torch.manual_seed(0)
+    sizes = {"img_size": made_for, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 3}
+    dense = kind(**sizes, dynamic_img_size=True).eval()
+    for model in (dense, effvit.sparsify(dense, "tome", r=2)):
+        assert sum(closed_form_macs(model, (3, *size)).values()) == count_flops(model, (3, *size), strict=True).total
 
 
 def test_other_image_sizes_are_padded_to_whole_patches() -> None:

@@ -11,6 +11,8 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from test_towers import build
+from test_towers import images as tower_images
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -18,10 +20,11 @@ import effvit
 from effvit.cli import main
 from effvit.data.preparation import data_config
 from effvit.hosts.stages import ALONE, DROPPED, MERGED
+from effvit.measure.costs import profile
 from effvit.measure.read_on import ReadOn
 from effvit.measure.reader import Reader
 from effvit.measure.records import read_profiles, read_results
-from effvit.measure.selections import Exit, list_image_selectors
+from effvit.measure.selections import Exit, Selecting, all_tokens, list_image_selectors, select
 from effvit.measure.tune_tokens import most_tokens, tune_tokens
 from effvit.measure.variants import list_all
 from effvit.selectors import SELECTORS, QueryPooler
@@ -154,6 +157,31 @@ class TestProfile:
             list_all([], ["visionzip"], [9], assignments)
 
 
+class TestProjectors:
+    """Towers with a projector, whose tokens leave behind it unless somebody says otherwise."""
+
+    @pytest.mark.parametrize("case", ["qwen3 encoder", "deepseek encoder", "gemma4 soft"])
+    def test_commands_take_them_without_a_word_on_where_tokens_leave(self, case: str) -> None:
+        tower, x = build(case), tower_images(case)
+        everything, few = all_tokens(tower, Exit()), select(tower, Selecting("divprune", 3, {}), Exit())
+        cells = everything(x).counts
+        side = {"qwen3": 2, "deepseek": 3, "gemma4": 3}[case.split()[0]]
+        assert (few.settings["block"], few.settings["merge"]) == (-1, side), "as records have it"
+        size = (x.shape[1], x.shape[2], x.shape[3])
+        models = profile({"all": everything, "divprune": few}, size, 1, rounds=1, warmup=0).models
+        assert [model.handed.tokens for model in models if model.handed] == [cells[0].item(), 3]
+        assert [model.method for model in models] == [None, "divprune"]
+        (stage,) = trace_stages(few, x[:1])
+        assert (stage.block, stage.tokens) == (3, 3)
+
+    def test_what_is_asked_is_kept(self) -> None:
+        module = select(make_tower(), Selecting("divprune", 3, {}), Exit(block=1, merge=2))
+        assert (module.settings["block"], module.settings["merge"]) == (1, 2)
+        assert Exit(merge=1).settings() == {"merge": 1}
+        with pytest.raises(ValueError, match="makes one token of 2 x 2 patches, got merge=1"):
+            select(build("qwen3 encoder"), Selecting("divprune", 3, {}), Exit(merge=1))
+
+
 class TestVisualize:
     def test_figures_and_records_show_what_is_handed_over(self, tmp_path: Path) -> None:
         command = [
@@ -240,6 +268,42 @@ class TestReadOn:
         expected = tower.norm(y)[:, seen[0]]
         torch.testing.assert_close(ReadOn(tower, selector).forward_features(x), expected, rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.parametrize("case", ["qwen3 classifier", "deepseek classifier", "gemma4 classifier"])
+    @pytest.mark.parametrize(("method", "keep"), [("divprune", 5), ("aim", 9), ("visionzip", 9)])
+    def test_merged_tokens_count_once_in_the_mean_of_a_tower(self, case: str, method: str, keep: int) -> None:
+        """By hand: the mean of what leaves the last block, through timm's own norm and head."""
+        dense, x = build(case), tower_images(case)
+        scores = {"scores": "received"} if method == "visionzip" else {}
+        module = ReadOn(dense, effvit.TokenSelector(dense, method, keep=keep, **scores))
+        left: list[Tensor] = []
+        module.host.blocks[-1].register_forward_hook(lambda block, given, out: left.append(out))
+        found = module(x)
+        patches = dense.encoder.norm(left[0]) if case.startswith("deepseek") else left[0]
+        assert patches.shape[1] == keep
+        torch.testing.assert_close(found, dense.head(dense.norm(patches.mean(1))))
+
+    @pytest.mark.parametrize("case", ["qwen3 classifier", "deepseek classifier", "gemma4 classifier"])
+    def test_with_all_tokens_it_is_the_tower(self, case: str) -> None:
+        dense, x = build(case), tower_images(case)
+        torch.testing.assert_close(ReadOn(dense, effvit.TokenSelector(dense, "uniform", keep=1.0))(x), dense(x))
+
+    @pytest.mark.parametrize(
+        ("case", "options"),
+        [
+            ("qwen3 mean", {}),
+            ("deepseek mean", {}),
+            ("gemma4 patches", {}),
+            ("gemma4 classifier", {"global_pool": ""}),
+            ("qwen3 classifier", {"global_pool": ""}),
+        ],
+    )
+    def test_towers_without_a_head_of_the_mean_are_refused_by_name(self, case: str, options: dict[str, Any]) -> None:
+        dense = build(case, **options)
+        with pytest.raises(
+            ValueError, match=f"this {type(dense).__name__} has no head that reads a mean of the patches"
+        ):
+            ReadOn(dense, effvit.TokenSelector(dense, "divprune", keep=9))
+
     def test_what_reads_nothing_is_refused(self) -> None:
         tower = make_tower()
         with pytest.raises(ValueError, match=r"the head reads the class token alone, .* such as -2"):
@@ -281,7 +345,19 @@ class TestTune:
         found = tune_tokens(
             make_tower(), images(2), 9, selectors=["divprune"], methods=["tome"], rounds=1, batch_size=1
         )
+        assert found.conditions.options["block"] == -2
         assert {own.method for own in found.tried} == {"divprune", "tome + divprune", "random", "uniform"}
+
+    @pytest.mark.parametrize("case", ["qwen3 classifier", "deepseek classifier", "gemma4 classifier"])
+    def test_towers_of_language_models_are_taken_as_classifiers(self, case: str) -> None:
+        names = ["divprune", "matryoshka", "class_attention"]
+        found = tune_tokens(build(case), tower_images(case), 18, selectors=names, rounds=1, batch_size=1)
+        assert {own.method for own in found.tried} - {"matryoshka"} == {"divprune", "random", "uniform"}
+        assert any(left.startswith("class_attention: class_attention scores") for left in found.untried or ())
+
+    def test_towers_with_a_projector_have_no_blocks_that_read_on(self) -> None:
+        with pytest.raises(ValueError, match="divprune: blocks of a tower read patches, got a merger of 2 x 2"):
+            tune_tokens(build("qwen3 merge"), tower_images("qwen3 merge"), 3, selectors=["divprune"], rounds=1)
 
     def test_command_prints_the_line_that_makes_the_choice(
         self, capsys: pytest.CaptureFixture[str], tmp_path: Path
@@ -368,3 +444,5 @@ class TestCrops:
         pooled = effvit.select_parts(tower, images(7), QueryPooler(32, num_heads=2), crops=(2, 3))
         with pytest.raises(TypeError, match="mixtures of all cells belong to none of them"):
             part_stages(pooled)
+        with pytest.raises(TypeError, match="multiple values for keyword argument 'thumbnail'"):
+            parts_figure(tower, Image.new("RGB", (90, 60)), "hired", crops=(2, 3), keep=0.3, thumbnail="last")

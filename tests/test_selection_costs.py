@@ -11,6 +11,8 @@ import torch
 from hosts import HOSTS, make_host, make_images
 from made_up import made_up_profile
 from test_closed_form import macs_by_torch, products
+from test_naflex import make as make_naflex
+from test_towers import CASES, SIZES, build
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional
@@ -18,7 +20,7 @@ from torch.nn import functional
 import effvit
 from effvit.measure.breakdown import time_by_block
 from effvit.measure.closed_form import closed_form_macs
-from effvit.measure.costs import handed_over, method_of, tokens_by_block
+from effvit.measure.costs import handed_over, method_of, profile, tokens_by_block
 from effvit.measure.flops import count_flops
 from effvit.measure.reader import Reader, parse_reader
 from effvit.measure.records import as_object, check_record, profile_of
@@ -60,6 +62,12 @@ def check_agreement(module: effvit.TokenSelector, size: tuple[int, int, int] = S
     pooled = report.by_operator.get("avg_pool2d", 0)  # sums, which torch does not count
     assert macs_by_torch(TensorsAlone(module), images) == products(report) - pooled
     return terms
+
+
+def check_totals(module: effvit.TokenSelector, size: tuple[int, int, int]) -> None:
+    """The closed form and the count on a trace, of towers whose parts torch's counter does not all take."""
+    report = count_flops(module, size, strict=True)
+    assert sum(closed_form_macs(module, size).values()) == report.total
 
 
 class TestCounts:
@@ -115,10 +123,54 @@ class TestCounts:
         terms = check_agreement(make_selector("visionzip", tower, keep=9, contextual=3))
         assert terms["reduction"] > 0
 
+    @pytest.mark.parametrize("case", CASES)
+    @pytest.mark.parametrize(
+        ("method", "settings"), [("uniform", {}), ("divprune", {}), ("visionzip", {"scores": "received"}), ("aim", {})]
+    )
+    def test_counts_of_towers_of_language_models_agree(self, case: str, method: str, settings: dict[str, Any]) -> None:
+        """Of all forms: positions that are resampled, projectors, and cells that DeepSeek fills with zeros."""
+        check_totals(make_selector(method, build(case), keep=3, **settings), (3, *SIZES[case.split()[0]]))
+
+    @pytest.mark.parametrize("name", ["random", "uniform"])
+    def test_controls_are_counted_behind_towers_of_any_size(self, name: str) -> None:
+        """Traces have symbols for the sides of their grids, and both cost nothing but the tower."""
+        for tower, size in ((make_naflex("token"), (3, 16, 20)), (make_tower(dynamic_img_size=True), (3, 64, 48))):
+            everything = count_flops(make_selector("divprune", tower, keep=1.0), size, strict=True)
+            assert count_flops(make_selector(name, tower, keep=5), size, strict=True).total == everything.total
+
+    @pytest.mark.parametrize("case", ["gemma4 patches", "gemma4 classifier"])
+    def test_counts_of_grouped_keys_agree(self, case: str) -> None:
+        module = make_selector("visionzip", build(case, num_kv_heads=1), keep=3, scores="received")
+        check_totals(module, (3, *SIZES["gemma4"]))
+
+    @pytest.mark.parametrize("case", ["qwen3 classifier", "deepseek classifier", "gemma4 classifier"])
+    def test_of_a_tower_that_is_read_behind_the_exit_queries_and_keys_are_counted(self, case: str) -> None:
+        class LastReceived(SELECTORS["visionzip"]):  # type: ignore[misc]
+            """VisionZip by the attention of the last block."""
+
+            name = "last_received"
+            reads_last = True
+
+        module = make_selector(LastReceived(), build(case), keep=3, block=0, scores="received")
+        check_totals(module, (3, *SIZES[case.split()[0]]))
+
+    @pytest.mark.parametrize("case", ["qwen3 classifier", "deepseek classifier", "gemma4 classifier"])
+    def test_counts_of_a_reduced_tower_of_a_language_model_agree(self, case: str) -> None:
+        tower = effvit.sparsify(build(case), "tome", r=[4, 4, 0, 0])
+        check_totals(make_selector("divprune", tower, keep=3), (3, *SIZES[case.split()[0]]))
+
     def test_blocks_behind_the_chosen_one_are_not_counted(self) -> None:
         """Each block of a plain ViT costs the same."""
         counts = [count_flops(make_selector("uniform", keep=9, block=block), SIZE).total for block in range(4)]
         assert counts[1] - counts[0] == counts[2] - counts[1] == counts[3] - counts[2] > 0
+
+    def test_patches_that_are_missing_are_refused_as_by_the_model(self) -> None:
+        tower = effvit.sparsify(make_tower(), "tome", r=[9, 9, 0, 0])
+        for settings, who in (({"merge": 3, "keep": 2}, "a merger of 3 x 3"), ({"keep": 2}, "uniform")):
+            module = make_selector("uniform", tower, **settings)
+            for run in (lambda m: m(torch.rand(1, *SIZE)), lambda m: closed_form_macs(m, SIZE)):
+                with pytest.raises(ValueError, match=f"{who} needs all patches in place, but tome leaves 18 of 36"):
+                    run(module)
 
     def test_visionzip_is_counted_by_hand(self) -> None:
         """One class row of 37 keys, then 27 tokens against 3 targets by keys of 16 channels."""
@@ -263,11 +315,24 @@ class TestCosts:
         assert bare.prefill_macs is bare.cache_bytes is None
 
     def test_a_tower_that_hands_over_everything_has_no_method(self) -> None:
-        assert method_of(make_selector("uniform", keep=1.0)) == (None, {})
-        method, settings = method_of(make_selector("visionzip", keep=9, contextual=3))
+        assert method_of(make_selector("uniform", keep=1.0), SIZE[1:]) == (None, {})
+        method, settings = method_of(make_selector("visionzip", keep=9, contextual=3), SIZE[1:])
         assert (method, settings["keep"], settings["contextual"], settings["block"]) == ("visionzip", 9, 3, -2)
         tower = effvit.sparsify(make_tower(), "tome", r=[9, 9, 0, 0])
-        assert method_of(make_selector("divprune", tower, keep=9))[0] == "tome + divprune"
+        assert method_of(make_selector("divprune", tower, keep=9), SIZE[1:])[0] == "tome + divprune"
+
+    def test_whether_a_tower_hands_over_everything_depends_on_the_size(self) -> None:
+        """6 x 6 patches of the size it was made for, 8 x 8 of another."""
+        tower = make_tower(dynamic_img_size=True)
+        assert method_of(make_selector("divprune", tower, keep=36), SIZE[1:]) == (None, {})
+        assert method_of(make_selector("divprune", tower, keep=36), (64, 64))[0] == "divprune"
+        module = make_selector("divprune", tower, keep=50)
+        assert method_of(module, (64, 64))[0] == "divprune"
+        assert module(torch.rand(1, 3, 64, 64)).counts.tolist() == [50]
+        with pytest.raises(ValueError, match="keep must be in 1 to 36, the cells of the grid, got 50"):
+            module.keeps_all(SIZE[1:])
+        (cost,) = profile({"few": module}, (3, 64, 64), 1, rounds=1, warmup=0).models
+        assert (cost.method, cost.settings["keep"]) == ("divprune", 50)
 
     def test_tokens_are_those_that_leave_each_block_up_to_the_exit(self) -> None:
         tower = effvit.sparsify(make_tower(), "tome", r=[9, 9, 0, 0])

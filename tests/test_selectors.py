@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import effvit
+from effvit.reducers.static_selection import random_ranks, uniform_ranks
 from effvit.selectors import (
     SELECTORS,
     Choice,
@@ -232,6 +233,20 @@ class Chooser(nn.Module):
 
     def forward(self, tokens: Tensor, scores: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         return choose_tokens(self.selector, Features(tokens, GRID, scores, keys), KEPT)[:2]
+
+
+@pytest.mark.parametrize("name", ["random", "uniform"])
+def test_controls_choose_the_same_behind_the_meta_device(name: str) -> None:
+    """Memory of ``to_empty`` holds anything, and ``assign=True`` leaves buffers that no file holds."""
+    expected = effvit.TokenSelector(make_tower(), name, keep=9)
+    with torch.device("meta"):
+        empty, assigned = (effvit.TokenSelector(make_tower(), name, keep=9) for _ in range(2))
+    assigned.load_state_dict(expected.state_dict(), assign=True)
+    empty.to_empty(device="cpu").load_state_dict(expected.state_dict())
+    ranks = {"random": random_ranks((6, 6), 0), "uniform": uniform_ranks((6, 6))}[name]
+    assert torch.equal(empty.selector.ranks, ranks)
+    for module in (empty, assigned):
+        assert torch.equal(module(IMAGES).ids, expected(IMAGES).ids)
 
 
 def exported(name: str) -> tuple[torch.export.ExportedProgram, dict[str, Any]]:
@@ -940,6 +955,12 @@ class TestParts:
                 effvit.select_parts(None, None, method, keep=few, **of_method)
         with pytest.raises(ValueError, match="image_size must be at least 1, got 0"):
             effvit.select_parts(None, None, "globalcom2", keep=0.3, image_size=(0, 30), **shared)
+        for method in ("hired", "class_attention"):
+            of_method = of_use(method, self.given()) | {"crops": (2, 3)}
+            with pytest.raises(
+                ValueError, match=f"{method} does not use image_size, .*; leave it out, or use one of globalcom2"
+            ):
+                effvit.select_parts(None, None, method, keep=0.3, image_size=(20, 200), **of_method)
         reduced = effvit.sparsify(make_tower(depth=4), "tome", r=[9, 9])
         with pytest.raises(ValueError, match="globalcom2 needs all patches in place, but tome leaves 18 of 36"):
             effvit.select_parts(reduced, torch.rand(5, 3, 48, 48), "globalcom2", crops=(2, 2), keep=0.3)

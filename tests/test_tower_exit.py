@@ -131,6 +131,20 @@ class TestProjectors:
         assert torch.equal(chosen.tokens, chosen.take(maps[0]))
         assert chosen.grid == GRIDS[family(case)]
 
+    @pytest.mark.parametrize("case", ["qwen3 classifier", "deepseek encoder"])
+    def test_random_cells_are_exported_at_the_size_of_the_tower(self, case: str) -> None:
+        """An order cannot be drawn inside torch.export, so it is drawn for the tower's own grid before."""
+        module, x = effvit.TokenSelector(build(case), "random", keep=3), images(case)
+        program = torch.export.export(module, (x,))
+        assert torch.equal(program.module()(x).ids, module(x).ids)
+        side = {"qwen3": 64, "deepseek": 56}[family(case)]
+        other = images(case, size=(side, side))
+        assert module(other).counts.tolist() == [3, 3]
+        with pytest.raises(
+            ValueError, match=r"no random order of \d x \d can be drawn while a model is exported; make"
+        ):
+            torch.export.export(module, (other,))
+
     def test_patches_of_large_norm_are_those_in_front_of_the_projector(self) -> None:
         dense, x = build("qwen3 encoder"), images("qwen3 encoder")
         patches = dense.forward_intermediates(x, norm=False, intermediates_only=True, output_fmt="NLC")[-1]

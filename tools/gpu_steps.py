@@ -279,7 +279,8 @@ def record_of(
         rounded = [round(count) for count in counts or []] if adapts else None
         with noting(f"costs of {name}", timed.left_out):  # a method from outside may have no closed form
             macs = sum(closed_form_macs(model, size, token_counts=rounded).values())
-            cost = cost_of(model, timed.speeds[name], timed.speeds.get(IDEAL + name), counts, macs)
+            of_ideal = timed.speeds.get(IDEAL + name)
+            cost = cost_of(model, size[1:], timed.speeds[name], of_ideal, counts, macs)
             host = first if is_reduced(model, baseline) else None
             costs.append(replace(cost, host=host, mac_ratio=(costs[0].macs if costs else macs) / macs))
     options: ProfileOptions = {

@@ -178,7 +178,9 @@ def selectors() -> argparse.ArgumentParser:
         metavar="NAME",
         help="selectors of the tokens that MODEL hands over as a vision tower",
     )
-    parent.add_argument("--block", type=int, metavar="N", help="whose tokens leave the tower (default: -2)")
+    parent.add_argument(
+        "--block", type=int, metavar="N", help="whose tokens leave the tower (default: -2; -1 of one with a projector)"
+    )
     parent.add_argument(
         "--scores",
         choices=("class", "received"),
@@ -199,7 +201,12 @@ def selection() -> argparse.ArgumentParser:
         metavar="K",
         help="tokens to hand over, a number or a share of the cells such as 0.25; each is a variant",
     )
-    parent.add_argument("--merge", type=int, metavar="M", help="side of the cells of a merger behind it (default: 1)")
+    parent.add_argument(
+        "--merge",
+        type=int,
+        metavar="M",
+        help="side of a merger's cells (default: 1; that of the tower's own projector)",
+    )
     return parent
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from effvit.hosts.native_patches import NominalPatches
 from effvit.layers.macs import (
@@ -19,6 +19,7 @@ from effvit.layers.macs import (
     layers,
     norm,
     position_bias,
+    resampling,
 )
 from effvit.protocols import PatchEmbedding, Size
 from effvit.reducers import METHODS, Reducer
@@ -133,10 +134,17 @@ def entrance(model: PlainViT, patch_embed: PatchEmbedding, size: Size) -> tuple[
     terms, grid = embedding(patch_embed, size)
     if isinstance(patch_embed, NominalPatches):
         terms["embedding"] += patch_embed.resampling_macs(grid)
+    elif getattr(model, "dynamic_img_size", False):
+        terms["embedding"] += resampled_positions(getattr(model, "pos_embed", None), patch_embed.grid_size, grid)
     terms += norm(getattr(model, "norm_pre", nn.Identity()), model.num_prefix_tokens + grid[0] * grid[1])
     for biases in (getattr(model, "shared_rel_pos", None), *(getattr(b.attn, "rel_pos", None) for b in model.blocks)):
         terms += position_bias(biases, grid)
     return terms, grid
+
+
+def resampled_positions(table: Tensor | None, old: Size, new: Size) -> int:
+    """MACs of a table (1, P+N, C) of positions on another grid, as timm's ``resample_abs_pos_embed`` makes it."""
+    return 0 if table is None else resampling(old, new, table.shape[-1], 4, antialiased=True)
 
 
 def plain_block(block: Block, keys: int, queries: int, rows: int) -> Terms:

@@ -29,6 +29,7 @@ __all__ = [
     "check_batch",
     "check_images",
     "check_output_fmt",
+    "grid_of",
     "keep_own",
     "model_cfg",
     "patch_grid",
@@ -243,10 +244,15 @@ def refuse_open_sizes(x: Tensor, model: nn.Module, extractors: bool = True) -> N
 
 def patch_grid(x: Tensor, model: HasPatches) -> tuple[int, int]:
     """(H, W) patch grid of images x in a model with ``patch_embed``."""
+    return grid_of((x.shape[-2], x.shape[-1]), model)
+
+
+def grid_of(size: Size, model: HasPatches) -> Size:
+    """(H, W) patch grid of images (H, W) in a model with ``patch_embed``: its own, if it takes no others."""
     if not bool(getattr(model, "dynamic_img_size", False)):
         height, width = model.patch_embed.grid_size
         return height, width
-    return model.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
+    return model.patch_embed.dynamic_feat_size(size)
 
 
 def check_images(x: Tensor, model: HasPatches) -> None:

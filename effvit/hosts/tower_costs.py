@@ -16,7 +16,7 @@ from effvit.protocols import Size
 from effvit.recover import FILLS, AttentionRecovery
 from effvit.reducers import METHODS
 
-__all__ = ["tower_form"]
+__all__ = ["projected_form", "tower_block", "tower_embedding", "tower_form"]
 
 
 def tower_form(model: Any, size: Size, counts: Sequence[int] | None) -> Terms:
@@ -94,6 +94,15 @@ def projector(tower: Any, grid: Size) -> tuple[Terms, int]:
         cells = patches // tower.pooler.pooling_kernel_size**2
         return Terms(projector=cells * patches * tower.embed_dim), cells
     return Terms(), patches
+
+
+def projected_form(tower: Any, grid: Size) -> tuple[Terms, int]:
+    """What the projector of a tower computes of all its patches, DeepSeek's norm included, and its channels C'."""
+    terms, _ = projector(tower, grid)
+    if isinstance(tower, DeepseekVitEncoder):
+        terms += norm(tower.norm, grid[0] * grid[1])
+    layer = getattr(tower, "merger", None) or getattr(tower, "aligner", None)
+    return terms, tower.embed_dim if layer is None else layer.out_features
 
 
 def restored(model: Any, left: int, patches: int, means: bool) -> Terms:

@@ -14,8 +14,9 @@ from effvit.hosts.closed_form import PlainViT, block_sizes, entrance, plain_bloc
 from effvit.hosts.host import HOST_CLASSES, ReducedHost
 from effvit.hosts.naflex import Images, ReducedNaFlex
 from effvit.hosts.refusals import reason_against
+from effvit.hosts.tower_costs import projected_form, tower_block, tower_embedding
 from effvit.hosts.towers import ReducedTower
-from effvit.layers.macs import Terms, attend, layers, norm
+from effvit.layers.macs import Terms, layers
 from effvit.protocols import Size
 from effvit.reducers.base import Reducer
 from effvit.reducers.cost import BlockSizes, Change
@@ -184,12 +185,14 @@ class TowerCost(NamedTuple):
     Attributes:
         terms: MACs by term, what is read of the attention as "selection".
         grid: (H, W) of the patches.
-        left: Patch tokens that leave.
+        left: Patch tokens that leave the last block.
+        projected: Channels C' of what the tower's own projector makes of them; None without one.
     """
 
     terms: Terms
     grid: Size
     left: int
+    projected: int | None
 
 
 def tower_host(model: nn.Module) -> ReducedHost:
@@ -301,19 +304,30 @@ class Tower(nn.Module):
         return [i for i, reducer in self.host.reducers.items() if not isinstance(reducer, Observer)]
 
     def cost(self, size: Size) -> TowerCost:
-        """MACs of one image (H, W): of the blocks that run, and of the last one that is only read what is read."""
+        """MACs of one image (H, W): of the blocks that run, of the last one that is only read what is read, and of the
+        tower's own projector.
+        """
         host = cast(PlainViT, self.host)
-        terms, grid = entrance(host, self.host.patch_embed, size)
+        form: Callable[..., Terms] = plain_block
+        if isinstance(self.host, ReducedTower):
+            terms, grid = tower_embedding(self.host.tower, size)
+            form = tower_block
+        else:
+            terms, grid = entrance(host, self.host.patch_embed, size)
         run = self.stop - 1 if self.block < self.stop - 1 else self.stop
-        of_blocks, left, _ = run_blocks(host, host.blocks[:run], grid, None, plain_block)
+        of_blocks, left, _ = run_blocks(host, host.blocks[:run], grid, None, form)
         terms += of_blocks
         if run < self.stop:
             block, keys = host.blocks[run], host.num_prefix_tokens + left
-            terms += norm(block.norm1, 0 if self.host.blocks[run].post_norm else keys) + attend(block.attn, keys, 0)
+            terms += form(block, keys, 0, 0)  # of queries and rows of the MLP there are none
             gate: nn.Module | None = getattr(block.attn, "gate", None)
             terms.subtract(Terms() if gate is None else layers("projection", gate, keys))  # of outputs there are none
             terms[Observer.cost_term] += self.host.reducers[run].cost(block_sizes(host, block, grid, left)).macs
-        return TowerCost(terms, grid, left)
+        if self.merge is None:
+            return TowerCost(terms, grid, left, None)
+        assert isinstance(self.host, ReducedTower)
+        of_projector, channels = projected_form(self.host.tower, grid)
+        return TowerCost(terms + of_projector, grid, left, channels)
 
     def __repr__(self) -> str:
         method = f", {self.host.method}" if self.reducing else ""

@@ -48,6 +48,7 @@ __all__ = [
     "ReducedQwen3Encoder",
     "ReducedTower",
     "SizedPatchEmbed",
+    "TowerClassifier",
     "mean_filled",
 ]
 

@@ -28,7 +28,7 @@ from effvit.measure.profiler import (
 from effvit.measure.reader import Reader
 from effvit.measure.records import as_json
 from effvit.measure.values import Conditions, Cost, HandedOver, Record
-from effvit.protocols import Settings
+from effvit.protocols import Settings, Size
 from effvit.selectors import TokenSelector
 
 if TYPE_CHECKING:
@@ -105,7 +105,8 @@ def profile(
     costs: list[Cost] = []
     for name, model in models.items():
         counted = macs_of(model, input_size, sample)
-        cost = cost_of(model, measured[name], measured.get(IDEAL + name), tokens[name], counted.total)
+        speed, of_ideal = measured[name], measured.get(IDEAL + name)
+        cost = cost_of(model, input_size[1:], speed, of_ideal, tokens[name], counted.total)
         baseline = costs[0] if costs else cost
         of_dense = is_reduced(model, dense)
         costs.append(
@@ -149,18 +150,24 @@ def ideals(models: Mapping[str, nn.Module], tokens: Mapping[str, Sequence[float]
 
 
 def cost_of(
-    model: nn.Module, speed: Measurement, ideal: Measurement | None, tokens: Sequence[float] | None, macs: int
+    model: nn.Module,
+    size: Size,
+    speed: Measurement,
+    ideal: Measurement | None,
+    tokens: Sequence[float] | None,
+    macs: int,
 ) -> Cost:
     """What a model costs, as far as it can be said without the others.
 
     Args:
         model: The model.
+        size: (H, W) of the images.
         speed: What was measured of it.
         ideal: What was measured of its ideal, if it has one.
         tokens: Patch tokens that leave each block.
         macs: Multiply-adds of one image.
     """
-    method, settings = method_of(model)
+    method, settings = method_of(model, size)
     efficiency, bounds = (None, None) if ideal is None else median_ratio(ideal.seconds, speed.seconds)
     return Cost(
         name=speed.name,
@@ -188,11 +195,16 @@ def cost_of(
     )
 
 
-def method_of(model: nn.Module) -> tuple[str | None, Settings]:
-    """The method of a model and its settings; (None, {}) of a dense model, and of a tower that hands over all cells."""
+def method_of(model: nn.Module, size: Size) -> tuple[str | None, Settings]:
+    """The method of a model and its settings; (None, {}) of a dense model, and of a tower that hands over all cells.
+
+    Args:
+        model: The model.
+        size: (H, W) of its images, on which depends how many cells a tower hands over.
+    """
     if isinstance(model, Reduced):
         return model.method, dict(model.settings)
-    if not isinstance(model, TokenSelector) or model.keeps_all:
+    if not isinstance(model, TokenSelector) or model.keeps_all(size):
         return None, {}
     tower = [model.tower.host.method] if model.tower.reducing else []
     return " + ".join([*tower, model.selector.name]), dict(model.settings)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from effvit.block import call_block
 from effvit.hosts.host import as_host
+from effvit.hosts.towers import ReducedTower, TowerClassifier
 from effvit.selectors import TokenSelector
 from effvit.selectors.select import choose_tokens
 from effvit.tokens import Moved, TokenMap
@@ -26,7 +27,8 @@ class ReadOn(nn.Module):
         selector: It, or a reduced form of it, as a tower with a selector of single patches (``merge`` 1).
 
     Raises:
-        ValueError: A merger, or tokens that leave behind the last block, where a head of the class token reads none.
+        ValueError: A merger, an encoder without a classifier, or tokens that leave behind the last block, where a head
+            of the class token reads none.
     """
 
     def __init__(self, dense: nn.Module, selector: TokenSelector) -> None:
@@ -36,6 +38,13 @@ class ReadOn(nn.Module):
         self.num_classes: int = getattr(dense, "num_classes", 0)
         if selector.merge > 1:
             raise ValueError(f"blocks of a tower read patches, got a merger of {selector.merge} x {selector.merge}")
+        if isinstance(self.host, ReducedTower) and not (
+            isinstance(self.host, TowerClassifier) and self.host._pools_patches
+        ):
+            raise ValueError(
+                f"this {type(dense).__name__} has no head that reads a mean of the patches that are left; give a "
+                "classifier of timm with global_pool='avg' and without a projector, such as qwen3_vit_88m"
+            )
         if selector.tower.block == len(self.host.blocks) - 1 and self.host.global_pool == "token":
             raise ValueError(
                 "the head reads the class token alone, on which tokens that leave behind the last block have no "
@@ -51,7 +60,7 @@ class ReadOn(nn.Module):
         assert prefix is not None
         full, rope, tokens = host._start(images, memory=False)  # for what the blocks share, such as rotary tables
         tokens = TokenMap.full(full, tokens.grid, host.num_prefix_tokens, host.num_class_tokens)
-        step = Moved(selection.group, selection.ids)
+        step = Moved(representatives(selection.group, selection.ids), selection.ids)
         tokens = tokens.relabel(step, selection.ids.shape[1], valid=selection.valid)
         x = torch.cat([prefix, selection.tokens], dim=1)  # (B, P+K, C)
         for i in range(selector.tower.block + 1, len(host.blocks)):
@@ -65,3 +74,13 @@ class ReadOn(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Class scores (B, num_classes)."""
         return self.forward_head(self.forward_features(images))
+
+
+def representatives(group: Tensor, ids: Tensor) -> Tensor:
+    """``group`` (B, cells) of a selection with -1 for all cells but the one whose position each token has, ``ids``.
+
+    So a merged token stands for one cell, and a mean over cells counts it once.
+    """
+    cell = torch.arange(group.shape[1], device=group.device)
+    own = (group >= 0) & (ids.gather(1, group.clamp(min=0)) == cell)
+    return torch.where(own, group, -1)

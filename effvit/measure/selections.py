@@ -46,10 +46,10 @@ class Selecting(NamedTuple):
 
 @dataclass(frozen=True)
 class Exit:
-    """Where tokens leave a tower, and what is read of its attention; arguments of ``effvit.select_tokens``."""
+    """Where tokens leave a tower, and what is read of its attention; arguments and defaults of ``select_tokens``."""
 
-    block: int = -2
-    merge: int = 1
+    block: int | None = None
+    merge: int | None = None
     scores: str = CLASS_ROW
     max_norm: float | None = None
 

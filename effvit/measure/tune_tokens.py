@@ -15,6 +15,7 @@ from effvit.measure.costs import macs_of
 from effvit.measure.fidelity import Outputs, classified, compare_outputs, outputs
 from effvit.measure.profiler import Measurement, Options, machine, profile_models
 from effvit.measure.read_on import ReadOn
+from effvit.measure.records import as_json
 from effvit.measure.selections import Exit, Selecting, all_tokens, check_selectors, list_image_selectors, select
 from effvit.measure.tune import conditions_of, front, measure_of
 from effvit.measure.values import Candidate, Classified, Fidelity, FreeChoices, Tuning
@@ -103,7 +104,7 @@ def tune_tokens(
         data: What the result calls the labelled set.
         selectors: Those to choose from, at their default settings; None: all for single images.
         methods: Reduction methods to try inside the tower too, each at its defaults, beside none.
-        leaving: Where tokens leave, by default behind block -2; single patches alone.
+        leaving: Where tokens leave, by default behind block -2; single patches alone, of a tower without a projector.
         batch_size: Images in the batch that is timed.
         rounds: To time them in.
         host: What the result calls the model.
@@ -162,7 +163,7 @@ def tune_tokens(
     own_candidates, of_controls = timed[: len(found)], timed[len(found) :]
     best = own_candidates[found.index(choice)]
     free = FreeChoices(best, of_controls[:-1], of_controls[-1:])
-    named = {"rounds": rounds, "block": leaving.block, **measure_of(images, labels, data)}
+    named = {"rounds": rounds, "block": as_json(everything.settings["block"]), **measure_of(images, labels, data)}
     conditions = conditions_of(dense, batch_size, images, named, options)
     return Tuning(
         machine(conditions.device),

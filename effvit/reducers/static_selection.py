@@ -5,9 +5,10 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from effvit.attention import AttnState, Pick, Picked
 from effvit.protocols import Host, Settings, Size
@@ -18,7 +19,7 @@ from effvit.reducers.keep_rate import ImageShare
 from effvit.schedule import check_choice, check_count
 from effvit.tokens import TokenMap, fx_leaf
 
-__all__ = ["PLACES", "Random", "StaticSelection", "Uniform", "random_ranks", "uniform_ranks"]
+__all__ = ["PLACES", "Random", "Ranked", "StaticSelection", "Uniform", "random_ranks", "uniform_ranks"]
 
 PLACES = ("block", "queries", "mlp")
 """What the dropped patches do not enter first: the block, the queries of its attention, or its MLP."""
@@ -43,9 +44,19 @@ def uniform_ranks(grid: Size) -> Tensor:
 
 @torch.compiler.assume_constant_result  # dynamo knows no generators; a graph is for one grid anyway
 def random_ranks(grid: Size, seed: int) -> Tensor:
-    """(H*W,) int64 rank of each patch in a random order, the same on every machine and device."""
+    """(H*W,) int64 rank of each patch in a random order, the same on every machine and device.
+
+    Raises:
+        ValueError: A grid that is met for the first time while a model is exported, which cannot draw.
+    """
     generator = torch.Generator("cpu").manual_seed(seed)
-    order = torch.randperm(grid[0] * grid[1], generator=generator, device="cpu")
+    try:
+        order = torch.randperm(grid[0] * grid[1], generator=generator, device="cpu")
+    except NotImplementedError as error:  # torch.export records no generators
+        raise ValueError(
+            f"no random order of {grid[0]} x {grid[1]} can be drawn while a model is exported; make the model for "
+            "images of that size, by img_size or set_input_size, so that the order is known before"
+        ) from error
     if torch.jit.is_tracing():  # which records the draw without its seed
         order = torch.tensor(order.tolist(), device="cpu")
     return _places(order)
@@ -62,7 +73,42 @@ def lowest(ranks: Tensor, anchor: Tensor, number: int) -> Tensor:
     return ranks.to(anchor.device)[anchor].topk(number, dim=1, largest=False).indices.sort(dim=1).values
 
 
-class StaticSelection(ImageShare):
+class Ranked(nn.Module):
+    """What keeps the places of the lowest ranks on a grid: a buffer holds those of the grid it was made for.
+
+    Attributes:
+        grid: (H, W) of that grid.
+        ranks: (H*W,) int64 rank of each of its places, in no file.
+    """
+
+    ranks: Tensor
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.grid: Size = (0, 0)
+        self.register_buffer("ranks", torch.empty(0, dtype=torch.int64), persistent=False)
+
+    def ranks_on(self, grid: Size) -> Tensor:
+        """(H*W,) int64 rank of each place of that grid, on the CPU; the lowest ranks are kept."""
+        raise NotImplementedError
+
+    def resize(self, grid: Size) -> None:
+        """Hold the ranks of another grid (H, W)."""
+        self.grid = grid
+        self.ranks = self.ranks_on(grid).to(self.ranks.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Ranked:
+        """Move as any module, and rank anew: behind ``to_empty`` the memory holds anything."""
+        super()._apply(fn, recurse)
+        self.resize(self.grid)
+        return self
+
+    def knows(self, grid: Size) -> bool:
+        """Whether ``ranks`` are those of that grid: not of a host that takes any size, nor where no file held them."""
+        return grid == self.grid and self.ranks.device.type != "meta"
+
+
+class StaticSelection(Ranked, ImageShare):
     """Keep the K patches of the lowest ranks, the same ones in every image, in image order.
 
     No publication: a control of this package. The counts are those of ``ImageShare``; a later block keeps some of those
@@ -76,7 +122,6 @@ class StaticSelection(ImageShare):
         place: One of PLACES.
     """
 
-    ranks: Tensor
     place: str
     open_sides = 0  # the ranks are those of one grid
 
@@ -85,30 +130,14 @@ class StaticSelection(ImageShare):
     ) -> None:
         super().__init__(keep_rate, num_tokens, block, earlier)
         self.place = place
-        self.grid: Size = (0, 0)
-        self.register_buffer("ranks", torch.empty(0, dtype=torch.int64), persistent=False)
 
     @classmethod
     def ladders(cls, depth: int, num_patches: int) -> list[list[Settings]]:
         return []  # to compare with, not to be chosen by effvit.tune
 
-    def ranks_on(self, grid: Size) -> Tensor:
-        """(H*W,) int64 rank of each patch of that grid, on the CPU; the lowest ranks are kept."""
-        raise NotImplementedError
-
     def settle(self, host: Host, block: int) -> None:
         super().settle(host, block)
         self.ranks = self.ranks.to(next(host.parameters()).device)
-
-    def resize(self, grid: Size) -> None:
-        self.grid = grid
-        self.ranks = self.ranks_on(grid).to(self.ranks.device)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StaticSelection:
-        """Move as any module, and rank anew: behind ``to_empty`` the memory holds anything."""
-        super()._apply(fn, recurse)
-        self.resize(self.grid)
-        return self
 
     def check_size(self, grid: Size) -> None:
         super().check_size(grid)
@@ -118,10 +147,6 @@ class StaticSelection(ImageShare):
         kept = self.num_left(at)
         keys = kept if self.place == "block" else at.tokens
         return Change(keys, at.tokens if self.place == "mlp" else kept, kept, 0)
-
-    def knows(self, grid: Size) -> bool:
-        """Whether ``ranks`` are those of that grid: not of a host that takes any size, nor where no file held them."""
-        return grid == self.grid and self.ranks.device.type != "meta"
 
     def start(self, x: Tensor, tokens: TokenMap) -> TokenMap:
         height, width = tokens.grid

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import operator
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -83,7 +84,7 @@ class SelectionSizes(NamedTuple):
     Attributes:
         tokens: N it chooses from.
         kept: K that leave.
-        dim: C channels of a token, those of all patches of a cell.
+        dim: C channels of a token: those of all patches of a cell, or those that the tower's own projector makes.
         key_dim: D channels of a key, 0 for a method that asks for none.
         grid: (H, W) cells.
     """
@@ -110,6 +111,7 @@ class Selector(nn.Module):
         reads_last: Scores and keys are those of the tower's last block, whichever block the tokens leave.
         reads_first: ``Features.early`` is asked for.
         reads_relevance: ``Features.relevance`` is used where the caller gives it.
+        reads_padding: The size of the image, by which the padding of its crops is known, is used where it is given.
         whole_grid: The method needs all cells in place, so that no method may have reduced them in the tower.
         takes: Which function takes it: "select_tokens" for images one by one, "select_parts" or "select_video".
         learns: It has weights, without which its name means nothing, and changes tokens even where all of them stay.
@@ -122,6 +124,7 @@ class Selector(nn.Module):
     reads_last: ClassVar[bool] = False
     reads_first: ClassVar[bool] = False
     reads_relevance: ClassVar[bool] = False
+    reads_padding: ClassVar[bool] = False
     whole_grid: ClassVar[bool] = False
     takes: ClassVar[str] = "select_tokens"
     learns: ClassVar[bool] = False
@@ -183,6 +186,7 @@ class Selector(nn.Module):
             return keep
         if not isinstance(keep, float) or not 0 < keep <= 1:
             raise ValueError(f"keep must be a whole number of tokens or a share in (0, 1], got {keep!r}")
+        cells = operator.index(cells)  # a number, not the symbol of a trace, which cannot be rounded
         kept = self.rounded(keep, cells)
         if kept < 1:
             raise ValueError(f"keep={keep} of {cells} cells leaves no token; keep at least {1 / cells:.2g}")

@@ -2,40 +2,33 @@
 
 from __future__ import annotations
 
-import torch
+import operator
+
 from torch import Tensor
 
 from effvit.protocols import Size
-from effvit.reducers.static_selection import random_ranks, uniform_ranks
+from effvit.reducers.static_selection import Ranked, random_ranks, uniform_ranks
 from effvit.schedule import check_count
 from effvit.selectors.base import Choice, Features, SelectionSizes, Selector
 
 __all__ = ["RandomCells", "UniformCells"]
 
 
-class RankedCells(Selector):
+class RankedCells(Ranked, Selector):
     """Keep the K cells of the lowest ranks, the same ones in every image."""
 
-    ranks: Tensor
     whole_grid = True
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.grid: Size = (0, 0)
-        self.register_buffer("ranks", torch.empty(0, dtype=torch.int64), persistent=False)
-
-    def ranks_on(self, grid: Size) -> Tensor:
-        """(H*W,) rank of each cell of that grid, on the CPU."""
-        raise NotImplementedError
-
     def settle(self, grid: Size) -> None:
-        self.grid, self.ranks = grid, self.ranks_on(grid).to(self.ranks.device)
+        self.resize(grid)
 
     def cost(self, at: SelectionSizes) -> int:
         return 0
 
     def choose(self, features: Features, kept: int) -> Choice:
-        ranks = self.ranks if features.grid == self.grid else self.ranks_on(features.grid)
+        height, width = features.grid
+        grid = operator.index(height), operator.index(width)  # numbers, not the symbols of dynamo and of traces
+        ranks = self.ranks if self.knows(grid) else self.ranks_on(grid)
         ids = ranks.to(features.x.device).topk(kept, largest=False).indices  # (K,)
         return Choice(ids.expand(features.x.shape[0], -1))
 

@@ -69,6 +69,7 @@ class GlobalCom2(PartSelector):
     summary = "the thumbnail says how much of each crop to keep, and which tokens (2501.05179)"
     row = "logits"
     reads_last = True
+    reads_padding = True
     whole_grid = True
 
     def __init__(self, *, temperature: float = 10.0) -> None:

@@ -18,6 +18,7 @@ from effvit.selectors.select import (
     check_features,
     choose_tokens,
     features_of,
+    refuse_unused,
 )
 from effvit.selectors.selection import Selection
 from effvit.tokens import compact
@@ -153,7 +154,7 @@ def select_parts(
             settings.
         crops: (rows, columns) of crops.
         thumbnail: Where it stands among the parts: "first" (LLaVA-NeXT), "last" (InternVL), or None.
-        image_size: (height, width) of the image, by which padding is known; None: there is none.
+        image_size: (height, width) of the image, by which GlobalCom2 knows padding; None: there is none.
         keep: Share of the cells of all parts for HiRED, where a number is one of tokens in all; of each part otherwise.
         early: (P, N) scores of the first block for ``tokens``, which HiRED needs.
 
@@ -165,6 +166,7 @@ def select_parts(
         check_choice("thumbnail", thumbnail, THUMBNAILS)
     rows, columns = check_sides("crops", crops)
     selector = make_selector(method, settings)
+    refuse_unused(selector, image_size=image_size)
     layout = Parts((rows, columns), thumbnail)
     given = tokens if parts is None else parts
     if given is not None and given.shape[0] != layout.number:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from effvit.hosts.host import ReducedHost
 from effvit.hosts.naflex import Images
 from effvit.hosts.stages import Stage, map_stage
+from effvit.hosts.surface import grid_of
 from effvit.hosts.tower_exit import KEYS, RECEIVED, ROWS, Read, Tower, TowerOutput, leaving_block, tower_host
 from effvit.layers.macs import Terms
 from effvit.protocols import PatchEmbedding, Setting, Settings, Size
@@ -165,6 +166,7 @@ def uses(selector: Selector | type[Selector]) -> dict[str, bool]:
         "keys": selector.keys is not None,
         "relevance": selector.reads_relevance,
         "early": selector.reads_first,
+        "image_size": selector.reads_padding,
     }
 
 
@@ -222,7 +224,8 @@ class TokenSelector(nn.Module):
     does not depend on the image. What measures, counts and draws models takes it as one.
 
     Attributes:
-        settings: What it was asked for beside the tower and the method, as keywords of ``select_tokens``.
+        settings: What it was asked for beside the tower and the method, as keywords of ``select_tokens``; block and
+            merge as the tower has them where nobody asked.
         own_settings: Those of them that are the method's.
     """
 
@@ -240,20 +243,22 @@ class TokenSelector(nn.Module):
     ) -> None:
         super().__init__()
         self.selector = make_selector(method, settings)
-        asked: Settings = {"keep": keep, "block": block, "merge": merge, "scores": scores, "max_norm": max_norm}
         self.own_settings: Settings = dict(settings)
-        self.settings = asked | self.own_settings
         self.keep, self.max_norm = keep, max_norm
         check_choice("scores", scores, (CLASS_ROW, RECEIVED))
         refuse_unused(self.selector, scores=None if scores == CLASS_ROW else scores, max_norm=max_norm)
         host = tower_host(tower)
         leaving = leaving_block(host, block)
+        block = leaving - len(host.blocks) if block is None else block
         self.tower = Tower(host, leaving, _reads(self.selector, host, leaving, scores))
         self.merge = _side_of_cells(self.tower, merge)
+        asked: Settings = {"keep": keep, "block": block, "merge": self.merge, "scores": scores, "max_norm": max_norm}
+        self.settings = asked | self.own_settings
+        grid = host.patch_embed.grid_size
         if not getattr(host, "dynamic_img_size", False):
-            cells = cell_grid(host.patch_embed.grid_size, self.merge)
-            self.selector.count(keep, cells)
-            self.selector.settle(cells)
+            self.selector.count(keep, self.cells(grid))
+        if self.tower.fills_cells or not any(side % self.merge for side in grid):  # else only other sizes are met
+            self.selector.settle(self.cells(grid))
 
     def forward(self, images: Images, relevance: Tensor | None = None) -> Selection:
         """The tokens that leave the tower; ``images`` and ``relevance`` (B, N) as for ``select_tokens``."""
@@ -265,11 +270,18 @@ class TokenSelector(nn.Module):
         """Whether the number of tokens depends on the image."""
         return self.keep is None and self.selector.adapts
 
-    @property
-    def keeps_all(self) -> bool:
-        """Whether all cells of the tower's own grid leave as they are."""
-        cells = cell_grid(self.patch_embed.grid_size, self.merge)
+    def keeps_all(self, size: Size) -> bool:
+        """Whether all cells of images (H, W) leave as they are.
+
+        Raises:
+            ValueError: A number of tokens that the method cannot give of them.
+        """
+        cells = self.cells(grid_of(size, self.tower.host))
         return not self.selector.learns and self.selector.count(self.keep, cells) == math.prod(cells)
+
+    def cells(self, grid: Size) -> Size:
+        """(H, W) cells that are chosen from on a grid of patches."""
+        return cell_grid(grid, self.merge, self.tower.fills_cells)
 
     @property
     def patch_embed(self) -> PatchEmbedding:
@@ -285,24 +297,27 @@ class TokenSelector(nn.Module):
         """MACs of one image (H, W) by term: of the tower up to where its tokens leave, and of "selection".
 
         Raises:
-            ValueError: A number of tokens that depends on the image.
+            ValueError: A number of tokens that depends on the image, or patches that are missing where all are needed.
             TypeError: A method without a closed form.
         """
         refuse_elsewhere(self.selector)
         selector, tower = self.selector, self.tower
-        terms, patches, left = tower.cost(size)
-        grid = cell_grid(patches, self.merge)
+        terms, patches, left, channels = tower.cost(size)
+        if left < math.prod(patches):
+            self._check_whole(left, math.prod(patches))
+        grid = self.cells(patches)
         kept = selector.count(self.keep, grid)
         if kept is None:
             raise ValueError(
                 f"{selector.name} without keep leaves as many tokens as the image needs, so its cost does not follow "
                 "from sizes; give keep, or count on images by effvit.count_flops(..., images=...)"
             )
-        left //= self.merge**2
+        left = left if self.merge == 1 else math.prod(grid)
         if kept < left or selector.learns:
             attn = tower.host.blocks[0].attn
             key_dim = {"mean": attn.head_dim, "joined": attn.num_heads * attn.head_dim}.get(selector.keys or "", 0)
-            sizes = SelectionSizes(left, kept, tower.host.embed_dim * self.merge**2, key_dim, grid)
+            dim = tower.host.embed_dim * self.merge**2 if channels is None else channels
+            sizes = SelectionSizes(left, kept, dim, key_dim, grid)
             if type(selector).cost is Selector.cost:
                 raise TypeError(
                     f"the selector {selector.name!r} has no closed form; give it a cost, or use effvit.count_flops "
@@ -347,24 +362,28 @@ class TokenSelector(nn.Module):
         in_cells = _in_cells(features, self.merge, self.max_norm, self.tower.projected(output), self.tower.fills_cells)
         return TowerFeatures(in_cells, tokens, output.prefix)
 
+    def _check_whole(self, left: int, patches: int) -> None:
+        """Raise a ValueError if the tower leaves fewer tokens than patches, all of which are needed in place."""
+        if self.merge == 1 and not self.selector.whole_grid:
+            return
+        drop = self.tower.host.token_drop
+        who = f"a merger of {self.merge} x {self.merge}" if self.merge > 1 else self.selector.name
+        dropping = drop is not None and drop.training and drop.prob > 0
+        cause, remedy = (
+            ("patch_drop_rate is on and", "call eval()")
+            if dropping
+            else (self.tower.host.method, "use the dense tower")
+        )
+        raise ValueError(f"{who} needs all patches in place, but {cause} leaves {left} of {patches}; {remedy}")
+
     def _check_map(self, tokens: TokenMap) -> None:
         if not tokens.moved:
             return
-        method, drop = self.tower.host.method, self.tower.host.token_drop
-        if self.merge > 1 or self.selector.whole_grid:
-            who = f"a merger of {self.merge} x {self.merge}" if self.merge > 1 else self.selector.name
-            dropping = drop is not None and drop.training and drop.prob > 0
-            cause, remedy = (
-                ("patch_drop_rate is on and", "call eval()") if dropping else (method, "use the dense tower")
-            )
-            raise ValueError(
-                f"{who} needs all patches in place, but {cause} leaves {tokens.num_tokens} of {tokens.num_patches}; "
-                f"{remedy}"
-            )
+        self._check_whole(tokens.num_tokens, tokens.num_patches)
         if self.tower.host.variable_length or tokens.soft:
             raise ValueError(
-                f"{method} leaves tokens that differ in number or stand for soft clusters, which no selector follows; "
-                "use a method with a fixed number, such as 'evit' or 'tome', in the tower"
+                f"{self.tower.host.method} leaves tokens that differ in number or stand for soft clusters, which no "
+                "selector follows; use a method with a fixed number, such as 'evit' or 'tome', in the tower"
             )
 
 

@@ -80,14 +80,15 @@ def parts_figure(
         method: A selector, by its name or itself.
         crops: (rows, columns) of crops.
         title: Text at the top; None: the name of the method.
-        asked: Further keywords of ``effvit.select_parts``, such as keep and exact.
+        asked: Further keywords of ``effvit.select_parts``, such as keep and exact; ``cut`` puts the thumbnail first.
 
     Raises:
+        TypeError: A place of the thumbnail.
         TypeError, ValueError: As ``effvit.select_parts`` and ``part_stages``.
     """
     like = next(tower.parameters())
     parts = cut(tower, image, crops).to(like.device, like.dtype)
-    stages = part_stages(select_parts(tower, parts, method, crops=crops, **asked))
+    stages = part_stages(select_parts(tower, parts, method, crops=crops, thumbnail="first", **asked))
     rows, columns = stages[1].labels.shape
     cell = max(1, round(PANEL / max(rows, columns)))  # pixels of a cell of the crops
     view = as_rgb(image).resize((columns * cell, rows * cell), Image.Resampling.BICUBIC)

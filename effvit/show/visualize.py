@@ -237,7 +237,7 @@ def token_record(
     if max(view.size) < SMALL:  # a border is a pixel wide and would hide its patch
         view = view.resize((view.width * ENLARGED, view.height * ENLARGED), Image.Resampling.NEAREST)
     view.save(file, "PNG")
-    method, settings = method_of(model)
+    method, settings = method_of(model, (x.shape[-2], x.shape[-1]))
     stages = [
         TokenStage(
             block=stage.block,
