@@ -10,8 +10,8 @@ from golden_cases import DOUBLE, SINGLE, Case, expect, plain_host
 from torch import Tensor
 
 import effvit
+from effvit.reducers.bipartite import Matching, matching_target, merge_tokens
 from effvit.reducers.pitome import PiToMe, energy, energy_matching
-from effvit.reducers.tome import Matching, matching_target, merge_tokens
 from effvit.tokens import TokenMap
 
 

@@ -9,7 +9,7 @@ from golden_cases import Case, expect
 from torch import Tensor
 
 from effvit.attention import AttnState
-from effvit.reducers.tome import matching_target
+from effvit.reducers.bipartite import matching_target
 from effvit.reducers.vid_tldr import Thinned, VidTLDR, foreground_scores, sharpness
 from effvit.tokens import TokenMap
 

@@ -15,9 +15,9 @@ from hosts import make_host, make_images, make_model
 import effvit
 from effvit.measure.closed_form import closed_form_macs
 from effvit.measure.flops import count_flops
+from effvit.reducers.bipartite import Matching
 from effvit.reducers.diffrate import LEAST_WEIGHT, DiffRate, absorb, nearest_kept
 from effvit.reducers.diffrate_presets import PRESETS
-from effvit.reducers.tome import Matching
 
 NOTHING: list[int] = []
 

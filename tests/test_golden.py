@@ -58,9 +58,9 @@ from effvit.hosts.host import ReducedHost
 from effvit.hosts.lvvit import LVViT
 from effvit.reducers import METHODS
 from effvit.reducers.ats import inverse_transform_sample, significance
+from effvit.reducers.bipartite import bipartite_soft_matching, kth_bipartite_target, matching_target, merge_tokens
 from effvit.reducers.gtp import CLASS_SCORES, GTP, MAP_SCORES, ROW_SCORES, Graph, propagation_graph, sparsify_map
 from effvit.reducers.static_selection import StaticSelection
-from effvit.reducers.tome import bipartite_soft_matching, kth_bipartite_target, matching_target, merge_tokens
 from effvit.reducers.zero_tprune import (
     aggregate_heads,
     head_variance,

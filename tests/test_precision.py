@@ -16,11 +16,11 @@ from effvit.attention import AttnState
 from effvit.layers.bidirectional_attention import GatherAttention, exchange_weights
 from effvit.layers.cross_attention import CrossAttention
 from effvit.layers.super_tokens import associate
+from effvit.reducers.bipartite import bipartite_soft_matching, kth_bipartite_target
 from effvit.reducers.density import peak_scores
 from effvit.reducers.expedite import cluster_centres, nearest_centre
 from effvit.reducers.gtp import GTP, SELECTIONS, propagation_graph
 from effvit.reducers.matching import alternating_match
-from effvit.reducers.tome import bipartite_soft_matching, kth_bipartite_target
 from effvit.reducers.zero_tprune import SIMILARITIES, match_groups, weighted_page_rank
 from effvit.tokens import TokenMap, wide_product
 

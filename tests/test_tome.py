@@ -10,7 +10,8 @@ from slow_merging import slow_merge
 
 import effvit
 from effvit.attention import AttnState
-from effvit.reducers.tome import ToMe, kth_bipartite_target
+from effvit.reducers.bipartite import kth_bipartite_target
+from effvit.reducers.tome import ToMe
 from effvit.tokens import TokenMap
 
 

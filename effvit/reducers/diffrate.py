@@ -13,9 +13,9 @@ from torch import Tensor
 from effvit.attention import AttnState, class_attention
 from effvit.protocols import Settings
 from effvit.reducers.base import Reducer, check_finite
+from effvit.reducers.bipartite import Matching
 from effvit.reducers.cost import BlockSizes, Change
 from effvit.reducers.diffrate_presets import PRESETS
-from effvit.reducers.tome import Matching
 from effvit.schedule import check_choice, check_count
 from effvit.tokens import TokenMap, fx_leaf, take_rows, wide_dtype, wide_product, widened
 

@@ -13,10 +13,10 @@ from effvit.attention import AttnState
 from effvit.protocols import Settings
 from effvit.recording import is_recorded
 from effvit.reducers.base import Reducer, check_finite
+from effvit.reducers.bipartite import Matching, MergedGrids, bipartite_soft_matching, matching_target, merge_tokens
 from effvit.reducers.cost import BlockSizes, Change, alternating_pairs
 from effvit.reducers.keep_rate import Rated
 from effvit.reducers.matching import mean_keys
-from effvit.reducers.tome import Matching, MergedGrids, bipartite_soft_matching, matching_target, merge_tokens
 from effvit.schedule import check_blocks, check_fraction, check_number, check_switch, keep_rate_ladder, per_block
 from effvit.tokens import Ranges, TokenMap, fx_leaf, ranges_of, take_rows, wide_product, widened
 

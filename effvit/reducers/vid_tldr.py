@@ -12,10 +12,10 @@ from effvit.attention import AttnState, piece_entries
 from effvit.protocols import Settings
 from effvit.recording import is_recorded
 from effvit.reducers.base import Reducer, check_finite
+from effvit.reducers.bipartite import Matching, bipartite_soft_matching, matching_target, merge_tokens
 from effvit.reducers.block_schedule import BlockSchedule, tokens_by_block
 from effvit.reducers.cost import BlockSizes, Change, alternating_pairs
 from effvit.reducers.merging import TIE
-from effvit.reducers.tome import Matching, bipartite_soft_matching, matching_target, merge_tokens
 from effvit.schedule import spread_ladder
 from effvit.tokens import TokenMap, fx_leaf, wide_product
 
