@@ -23,8 +23,8 @@ BEGIN, END = "<!-- modules: written by tests/test_imports.py -->\n", "<!-- end o
 # Files and folders of the package: each knows only those of rows above its own. The core ends with effvit itself, the
 # public surface, and knows nothing of what comes behind.
 ROWS = (
-    ("protocols",),
-    ("compat", "messages", "recording", "requirements", "schedule"),
+    ("messages", "protocols"),
+    ("compat", "recording", "requirements", "schedule"),
     ("tokens",),
     ("attention", "layers"),
     ("block", "packed_operator", "recover"),
