@@ -65,7 +65,7 @@ HOSTS: dict[str, dict[str, Any]] = {
     "swin_tiny_patch4_window7_224": {"img_size": 56, "embed_dim": 16, "depths": (2, 1), "num_heads": (1, 2)},
     "swinv2_tiny_window8_256": {"img_size": 64, "embed_dim": 16, "depths": (2, 1), "num_heads": (1, 2)},
     "hiera_tiny_224": {"embed_dim": 8, "stages": (1, 2, 2, 1)},
-    "sam2_hiera_tiny": {"embed_dim": 8, "stages": (1, 2, 2, 1), "global_att_blocks": (4,)},
+    "sam2_hiera_tiny": {"embed_dim": 8, "stages": (1, 2, 3, 1), "global_att_blocks": (5,)},
 }
 WITH_WINDOWS = {
     *("tiny_vit_5m_224", "samvit_base_patch16", "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"),
