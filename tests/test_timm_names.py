@@ -55,7 +55,7 @@ FX_NAMES = [f"{method}_deit_tiny_patch16_224" for method in METHODS] + [
 
 def build(name: str, **kwargs: object) -> nn.Module:
     """The model narrow, three blocks deep and for a small input, so that every name is quick."""
-    size = 8 * int(name.partition("patch")[2][:2])
+    size = 8 * int(name.rpartition("patch")[2][:2])
     small = {"depth": 3, "embed_dim": 96, "num_heads": 3, "img_size": size, **kwargs}
     if name.startswith("dymu_"):  # random weights have no learnt thresholds
         small = {"thresholds": (0.5, 0.5, 0.5)} | small

@@ -16,7 +16,7 @@ from effvit.reducers.block_schedule import BlockSchedule
 from effvit.reducers.cost import BlockSizes, Change
 from effvit.reducers.density import squared_distances
 from effvit.reducers.keep_rate import ImageShare
-from effvit.schedule import check_count, check_switch
+from effvit.schedule import check_count, check_switch, spread_blocks
 from effvit.tokens import Moved, TokenMap, flat_rows, fx_leaf, take_rows, wide_dtype
 
 __all__ = ["KMedoids", "Weigh", "farthest_tokens", "fit_medoids", "nearest_medoid", "received_attention"]
@@ -168,13 +168,16 @@ class KMedoids(ImageShare):
         Args:
             depth: Blocks of the host.
             keep_rate: Fraction r of the patches that stays: int(N r), int(N r^2) ... of N patches.
-            reduce_at: 0-based blocks before which tokens are reduced, from 1 on; None means (3, 6, 9) of 12.
+            reduce_at: 0-based blocks before which tokens are reduced, from 1 on; None means (3, 6, 9) of 12, in
+                proportion for another depth.
             num_tokens: Absolute numbers of medoids in place of a rate.
             num_iters: Iterations of the fit.
             equal_weight: Weigh all tokens equally, and not by attention; block 0 can reduce then.
         """
         check_count("num_iters", num_iters)
         check_switch("equal_weight", equal_weight)
+        if reduce_at is None and not equal_weight:
+            reduce_at = [block for block in spread_blocks((3, 6, 9), depth) if block > 0]
         plan = cls.in_blocks(depth, keep_rate, reduce_at, num_tokens, num_iters, equal_weight)
         if equal_weight:
             return plan
