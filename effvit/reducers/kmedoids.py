@@ -195,6 +195,10 @@ class KMedoids(ImageShare):
         return dict(sorted(plan.items()))
 
     @classmethod
+    def example(cls) -> Settings:
+        return {"keep_rate": 0.8}  # of few patches a medoid more or less changes all, and bfloat16 takes others
+
+    @classmethod
     def block_schedule(cls, settings: Settings, depth: int) -> BlockSchedule | None:
         return None  # blocks that only weigh have no rate
 
@@ -214,7 +218,7 @@ class KMedoids(ImageShare):
             start = farthest_tokens(distance, central_token(distance), kept)
         else:
             weight = tokens.carry
-            if not isinstance(weight, Tensor):
+            if weight is None or isinstance(weight, tuple):  # torch.fx has neither these nor tensors there
                 raise ValueError(
                     f"{self.origin('weights')} are those of the attention of block {self.block - 1}, whose reducer was "
                     "taken out; make the model by effvit.sparsify"
