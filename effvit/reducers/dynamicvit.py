@@ -136,8 +136,8 @@ def kept_token_loss(student: Tensor, teacher: Tensor, kept: Tensor, kind: str = 
 class DynamicViT(Rated):
     """Keep the patches that a predictor of the block scores highest (DynamicViT, 2106.02034).
 
-    Evaluation: before the j-th pruning block, counted from 1, the int(N * keep_rate ** j) best of the N patches of the
-    image stay, in descending order of their scores. Training: no patch leaves. Each is kept or dropped for good by a
+    Evaluation: before the j-th pruning block, counted from 1, the ``int(N * keep_rate**j)`` best of the N patches of
+    the image stay, in descending order of their scores. Training: no patch leaves. Each is kept or dropped for good by a
     sample of its probability, and attention multiplies that decision in, so that its gradient reaches the predictors
     (``TokenMap.policy``; ``TokenMap.carry`` holds the decisions of all pruning blocks). A block of rate 1 draws no
     sample: its decision is that of the block before. The mode is that of the reducer itself: those in eval mode inside
@@ -194,7 +194,7 @@ class DynamicViT(Rated):
             keep_rate: Rate of each pruning block, in (0, 1]; one value, or with progressive=False one for each block.
             reduce_at: 0-based blocks before which patches are dropped; None means (3, 6, 9) of 12, in proportion for
                 another depth.
-            progressive: The j-th pruning block keeps keep_rate ** j of all patches, as both codes do with one rate;
+            progressive: The j-th pruning block keeps ``keep_rate**j`` of all patches, as both codes do with one rate;
                 False: keep_rate of all patches, as TokenReduction does with a list, which has no powers.
             mean_eps: What predictors add to the average of the patches: 0 in the authors' code, 1e-6 in
                 TokenReduction's.
