@@ -137,8 +137,8 @@ class DynamicViT(Rated):
     """Keep the patches that a predictor of the block scores highest (DynamicViT, 2106.02034).
 
     Evaluation: before the j-th pruning block, counted from 1, the ``int(N * keep_rate**j)`` best of the N patches of
-    the image stay, in descending order of their scores. Training: no patch leaves. Each is kept or dropped for good by a
-    sample of its probability, and attention multiplies that decision in, so that its gradient reaches the predictors
+    the image stay, in descending order of their scores. Training: no patch leaves. Each is kept or dropped for good by
+    a sample of its probability, and attention multiplies that decision in, so that its gradient reaches the predictors
     (``TokenMap.policy``; ``TokenMap.carry`` holds the decisions of all pruning blocks). A block of rate 1 draws no
     sample: its decision is that of the block before. The mode is that of the reducer itself: those in eval mode inside
     a model that trains drop patches for good and learn nothing, but none may do so behind one that trains, whose
