@@ -30,13 +30,13 @@ OF_ANY_SIZE = {"lookupvit": "lookupvit_dynamic", "stvit": "stvit dynamic"}
 # types at most, or to axes that are constants; and those with another restriction.
 # fmt: off
 LISTED = [
-    "Abs", "Add", "And", "ArgMax", "ArgMin", "BatchNormalization", "Cast", "Clip", "Concat", "ConstantOfShape", "Conv",
-    "CumSum", "Div", "Elu", "Equal", "Exp", "Expand", "Floor", "Gather", "GatherElements", "GatherND", "Gelu", "Gemm",
-    "Greater", "GreaterOrEqual", "HardSwish", "Identity", "IsInf", "IsNaN", "LayerNormalization", "Less", "LessOrEqual",
-    "Log", "MatMul", "Max", "Min", "Mod", "Mul", "Neg", "Not", "Or", "Pad", "Pow", "Range", "Reciprocal",
-    "ReduceL1", "ReduceL2", "ReduceLogSumExp", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum", "Relu", "Reshape", "ScatterElements",
-    "ScatterND", "Shape", "Sigmoid", "Slice", "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Transpose",
-    "Unsqueeze", "Where",
+    "Abs", "Add", "And", "ArgMax", "ArgMin", "BatchNormalization", "Cast", "Clip", "Concat", "ConstantOfShape",
+    "Conv", "CumSum", "Div", "Elu", "Equal", "Exp", "Expand", "Floor", "Gather", "GatherElements", "GatherND",
+    "Gelu", "Gemm", "Greater", "GreaterOrEqual", "HardSwish", "Identity", "IsInf", "IsNaN", "LayerNormalization",
+    "Less", "LessOrEqual", "Log", "MatMul", "Max", "Min", "Mod", "Mul", "Neg", "Not", "Or", "Pad", "Pow", "Range",
+    "Reciprocal", "ReduceL1", "ReduceL2", "ReduceLogSumExp", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum",
+    "Relu", "Reshape", "ScatterElements", "ScatterND", "Shape", "Sigmoid", "Slice", "Softmax", "Split", "Sqrt",
+    "Squeeze", "Sub", "Transpose", "Unsqueeze", "Where",
 ]
 # fmt: on
 RESTRICTED = {
