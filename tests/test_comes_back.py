@@ -256,7 +256,7 @@ CURRENT = ("img_size", "num_classes", "global_pool", "in_chans", "dynamic_img_si
 DEIT = "deit_tiny_patch16_224"
 OF_THE_IMAGE = [name for name, method in METHODS.items() if issubclass(method, ImageShare)]
 BY_EARLIER = [*OF_THE_IMAGE, "dynamicvit", "cubistmerge", "algm"]  # what a block does depends on how many reduce before
-# No setting of these lists the blocks that reduce, and model.settings makes up no numbers without one taken out by hand.
+# No setting of these lists the blocks that reduce; of a model without one of its reducers, model.settings is an error.
 WITHOUT_BLOCKS = [name for name in SETTINGS if "reduce_at" not in METHODS[name].defaults()]
 RATES = [method for method in SETTINGS if "keep_rate" in METHODS[method].defaults()]
 KINDS: dict[str, tuple[Callable[[], Any], str]] = {  # how it is made, and its host
