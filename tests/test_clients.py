@@ -6,6 +6,7 @@ transformers and peft, which cannot lie beside OpenMMLab, are in tests/test_tran
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,12 @@ class TestTorchvision:
         model: Any = make_model(method, "class_token").eval()
         x = make_images(model)
         blocks = [f"blocks.{i}" for i in range(len(model.blocks))]
-        extractor = create_feature_extractor(model, [*blocks, "head"])
+        # DynamicViT samples in training what it drops in evaluation, of which torchvision is right to warn.
+        differ = (
+            pytest.warns(UserWarning, match="in train mode are different") if method == "dynamicvit" else nullcontext()
+        )
+        with differ:
+            extractor = create_feature_extractor(model, [*blocks, "head"])
         with torch.no_grad():
             extracted = extractor(x)
             expected = outputs_of(model, [*model.blocks, model.head], x)

@@ -256,6 +256,8 @@ CURRENT = ("img_size", "num_classes", "global_pool", "in_chans", "dynamic_img_si
 DEIT = "deit_tiny_patch16_224"
 OF_THE_IMAGE = [name for name, method in METHODS.items() if issubclass(method, ImageShare)]
 BY_EARLIER = [*OF_THE_IMAGE, "dynamicvit", "cubistmerge", "algm"]  # what a block does depends on how many reduce before
+# No setting of these lists the blocks that reduce; of a model without one of its reducers, model.settings is an error.
+WITHOUT_BLOCKS = [name for name in SETTINGS if "reduce_at" not in METHODS[name].defaults()]
 RATES = [method for method in SETTINGS if "keep_rate" in METHODS[method].defaults()]
 KINDS: dict[str, tuple[Callable[[], Any], str]] = {  # how it is made, and its host
     **{f"{m} on {h}": (partial(live, m, h), h) for m, h in LIVE},
@@ -522,9 +524,7 @@ class TestSettings:
         model = effvit.sparsify(dense, method, **SETTINGS[method]).eval()
         assert_equal_outputs(model, again(model, dense))
 
-    @pytest.mark.parametrize(
-        "method", [name for name in SETTINGS if name not in ("tome", "dymu", "expedite", *BY_EARLIER)]
-    )
+    @pytest.mark.parametrize("method", [name for name in SETTINGS if name not in (*WITHOUT_BLOCKS, *BY_EARLIER)])
     def test_reducer_taken_out_by_hand_shows_in_the_settings(self, method: str) -> None:
         dense = make_host("class_token")
         model: Any = effvit.sparsify(dense, method, **SETTINGS[method]).eval()
@@ -532,6 +532,13 @@ class TestSettings:
         model.blocks[first].reducer = None
         assert model.settings["reduce_at"] == others
         assert_equal_outputs(model, again(model, dense))
+
+    @pytest.mark.parametrize("method", WITHOUT_BLOCKS)
+    def test_reducer_taken_out_by_hand_is_an_error_without_a_setting_of_blocks(self, method: str) -> None:
+        model: Any = effvit.sparsify(make_host("class_token"), method, **SETTINGS[method])
+        model.blocks[next(iter(model.reducers))].reducer = None
+        with pytest.raises(ValueError, match=f"changed by hand, and no settings of {method} describe them"):
+            _ = model.settings
 
     @pytest.mark.parametrize("method", BY_EARLIER)
     def test_counts_that_depend_on_a_reducer_taken_out_by_hand_are_an_error(self, method: str) -> None:

@@ -14,6 +14,8 @@ from effvit.measure.values import ObjectPatches
 from effvit.reducers import METHODS
 from effvit.tokens import Moved, TokenMap
 
+MERGE_AND_DROP = ("diffrate", "vid_tldr")  # a token stands for several patches, and none for some
+
 
 def full_map(patches: int = 6, batch: int = 1) -> TokenMap:
     return TokenMap.full(torch.zeros(batch, 1 + patches, 4), (2, patches // 2), 1, 1)
@@ -69,7 +71,8 @@ class TestModels:
     def test_of_an_object_everywhere_the_share_of_tokens_is_their_number(self, method: str, host: str) -> None:
         """Counts are known apart from maps; merging keeps every patch represented, a control and dropping do not.
 
-        EViT's fused token is one of the tokens, but stands for no patch.
+        EViT's fused token is one of the tokens, but stands for no patch. Methods that merge and drop represent more
+        patches than they have tokens, but not all.
         """
         model = make_model(method, host)
         x = make_images(model)
@@ -82,6 +85,16 @@ class TestModels:
         assert (shares.represented >= shares.tokens - 1e-12).all()
         if METHODS[method].keeps_every_patch:
             assert torch.allclose(shares.represented, torch.ones_like(shares.represented))
+        elif method in MERGE_AND_DROP:
+            last = shares.represented[:, -1]
+            assert ((shares.tokens[:, -1] < last) & (last < 1)).all()
+            assert (shares.represented.diff(dim=1) <= 0).all()  # what was dropped never comes back
+            for represented, tokens in zip(shares.represented.unbind(1), trace, strict=True):
+                if method == "diffrate":  # sizes count the patches of each token
+                    assert torch.allclose(represented, tokens.size[:, tokens.num_prefix :].double().sum(1) / patches)
+                else:  # weights count the parts of the patches that stand out, of which none is more than a patch
+                    weights = tokens.key_weight[:, tokens.num_prefix :].double().sum(1) / patches
+                    assert (weights <= represented + 1e-6).all()
         else:
             assert torch.allclose(shares.represented, shares.tokens)
 

@@ -408,7 +408,7 @@ class ReducedHost(Intermediates, Reduced):
         spelt_out |= (
             {"reduce_at": [b for b, reducer in now.items() if not reducer.serves]} if "reduce_at" in given else {}
         )
-        for settings in (given | {name: _one_or_each(value) for name, value in changed.items()}, spelt_out):
+        for settings in (given | {name: _one_or_each(value) for name, value in changed.items() if value}, spelt_out):
             if _describes(self.method, self._depth, settings, now):
                 return settings
         raise ValueError(
