@@ -516,7 +516,7 @@ class TestDemo:
             assert len([*(tmp_path / "runs/bags").glob("*.png")]) == 6
 
     def test_on_even_attention_every_method_reduces(self):
-        """Random weights attend evenly; ATS and DyMU are shown at settings that take a fifth even then."""
+        """Random weights attend evenly; ATS, DyMU and ALGM are shown at settings that take a fifth even then."""
         dense = timm.create_model("deit_tiny_patch16_224").eval()
         images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
         whole = effvit.count_flops(dense, (3, 224, 224)).total

@@ -91,7 +91,7 @@ def test_totals_are_spread_over_the_blocks() -> None:
 
 
 def test_ladders_hold_only_what_the_model_can_take(dense: Any) -> None:
-    """Those of methods that are calibrated or trained first, and of DiffRate, whose schedules come from a search, none."""
+    """Methods that are calibrated or trained first have none, nor has DiffRate, whose schedules come from a search."""
     found = families(dense)
     assert {family.method for family in found} == {
         "evit",
