@@ -27,6 +27,7 @@ from effvit.deployment.formats import read_pt2
 from effvit.images import open_image
 from effvit.measure.records import read_profiles
 from effvit.measure.variants import list_variants, parse_setting
+from effvit.reducers import METHODS
 from effvit.show import pictures
 from effvit.show.visualize import token_figure
 
@@ -461,9 +462,12 @@ class TestVisualize:
 
 class TestDemo:
     def test_every_method_is_among_the_variants(self):
+        """But for controls, and methods that show nothing without training."""
+        trained = {"dynamicvit", "sinkhorn", "patchmerger"}
         for host in (*(seen.model for seen in demo.SEEN), TINY):
             variants = demo.demo_variants(timm.create_model(host))
-            assert {method for method, _ in variants} == set(effvit.list_methods()) - {"random", "uniform"}
+            assert {method for method, _ in variants} == set(effvit.list_methods()) - {"random", "uniform"} - trained
+            assert not any(METHODS[method].demo(196) for method in trained)
 
     def test_demo_writes_accuracies_costs_pictures_and_the_report(self, capsys, monkeypatch, tmp_path):
         photos = pictures.photographs()
@@ -512,7 +516,7 @@ class TestDemo:
             assert len([*(tmp_path / "runs/bags").glob("*.png")]) == 6
 
     def test_on_even_attention_every_method_reduces(self):
-        """Random weights attend evenly; ATS and DyMU are shown at settings that take a fifth even then."""
+        """Random weights attend evenly; ATS, DyMU and ALGM are shown at settings that take a fifth even then."""
         dense = timm.create_model("deit_tiny_patch16_224").eval()
         images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
         whole = effvit.count_flops(dense, (3, 224, 224)).total

@@ -63,6 +63,11 @@ SHARED: dict[str, tuple[str, list[Setting]]] = {
     "pitome": ("keep_rate", [0.97, 0.95, 0.93, 0.9, 0.85]),
     "cubistmerge": ("reduce_at", [[9], [7], [5], [3], [1]]),
     "vid_tldr": ("r", [[0.15, 0.05], [0.25, 0.1], [0.35, 0.15], [0.45, 0.2], [0.5, 0.4]]),
+    "algm": ("threshold", [0.98, 0.95, 0.9, 0.85, 0.8]),
+    "dpcknn": ("keep_rate", RATES),
+    "kmedoids": ("keep_rate", RATES),
+    "atc": ("keep_rate", RATES),
+    "diffrate": ("preset", [f"deit_tiny_{gmacs}" for gmacs in ("1.0", "0.9", "0.8", "0.7", "0.6")]),
 }
 # Set -> method -> a setting and its values. Those counted in tokens are about the same shares of 144 and of 49 patches.
 LADDERS: dict[str, dict[str, tuple[str, list[Setting]]]] = {

@@ -256,6 +256,11 @@ class ALGM(Reducer):
         return {"threshold": 0.1}
 
     @classmethod
+    def demo(cls, num_patches: int) -> list[Settings]:
+        # Random weights see no alike windows, so that the pairs of one block alone would be an eighth of the cost.
+        return [{"threshold": 0.78, "reduce_at": [0, 1, 2]}]
+
+    @classmethod
     def ladders(cls, depth: int, num_patches: int) -> list[list[Settings]]:
         return [[{"threshold": percent / 100} for percent in range(98, 58, -4)]]
 

@@ -194,7 +194,8 @@ class CubistMerge(Reducer):
 
     @classmethod
     def demo(cls, num_patches: int) -> list[Settings]:
-        return [{"r_h": 1, "r_w": 1}, {}]
+        seventh = max(1, int(num_patches**0.5) // 7)  # leaves three quarters of the patches, twice as many half of them
+        return [{"r_h": r, "r_w": r} for r in (seventh, 2 * seventh)]
 
     @classmethod
     def ladders(cls, depth: int, num_patches: int) -> list[list[Settings]]:
