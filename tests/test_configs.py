@@ -214,7 +214,8 @@ def anchor_strides(model: Any) -> list[tuple[int, int]]:
 def train_a_step(model: Any, config: Config) -> None:
     """A step with the config's optimizer: losses are finite, maps fit their anchors, and weights change.
 
-    Those of a frozen backbone do not, and it stays in eval mode.
+    Those of a frozen backbone do not, and it stays in eval mode; nor do those at a rate of 0, as the class token and
+    the positions of DynamicViT's recipe.
     """
     # Mixed precision with a loss scale is asked for on the command line.
     assert config.optim_wrapper.get("type", "OptimWrapper") in ("OptimWrapper", "BFloat16OptimWrapper")
@@ -223,7 +224,9 @@ def train_a_step(model: Any, config: Config) -> None:
     if anchor_strides(model):
         model.neck.register_forward_hook(lambda module, args, maps: sizes.extend(tuple(x.shape[-2:]) for x in maps))
     trained = model if is_frozen(model) else getattr(model, "backbone", model)
-    weight = next(p for p in trained.parameters() if p.ndim > 1 and p.requires_grad)
+    still = [(p, p.detach().clone()) for group in wrapper.param_groups if group["lr"] == 0 for p in group["params"]]
+    fixed = {id(p) for p, _ in still}
+    weight = next(p for p in trained.parameters() if p.ndim > 1 and p.requires_grad and id(p) not in fixed)
     before = weight.detach().clone()
     kept = {own: value.clone() for own, value in model.backbone.state_dict().items()} if is_frozen(model) else {}
     model.train()
@@ -232,6 +235,7 @@ def train_a_step(model: Any, config: Config) -> None:
     assert losses
     assert all(bool(torch.as_tensor(value).isfinite().all()) for value in losses.values())
     assert not torch.equal(before, weight)
+    assert all(torch.equal(value, p) for p, value in still)
     if kept:
         assert all(torch.equal(value, kept[own]) for own, value in model.backbone.state_dict().items())
         assert not [own for own, p in model.backbone.named_parameters() if p.requires_grad]

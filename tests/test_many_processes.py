@@ -8,8 +8,10 @@ precision.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import timm
@@ -25,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import effvit
 from effvit.hosts.host import ReducedHost
-from effvit.reducers import METHODS
+from effvit.reducers import METHODS, dynamicvit
 from effvit.testing.models import SIZE, example, make_host, make_images, make_model
 
 PROCESSES = 2
@@ -48,12 +50,23 @@ def all_images() -> Tensor:
     return images
 
 
+def noise_of_all_images(generator: torch.Generator, like: Tensor) -> Tensor:
+    """Gumbel noise (B, N, 2) that is the same for every image, another in each block and step."""
+    return -torch.empty_like(like[:1]).exponential_(generator=generator).log().expand_as(like)
+
+
 def train(model: nn.Module, images: Tensor, labels: Tensor) -> list[float]:
-    """Losses of some steps of plain gradient descent: Adam's would magnify what rounding leaves of a zero."""
+    """Losses of some steps of plain gradient descent: Adam's would magnify what rounding leaves of a zero.
+
+    DynamicViT samples which patches to drop. All images get the same noise here: what one process drew for its images
+    would not be what each of two draws for its own.
+    """
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    generator = torch.Generator().manual_seed(0)
     losses = []
     for _ in range(STEPS):
-        loss = functional.cross_entropy(model(images), labels)
+        with mock.patch.object(dynamicvit, "gumbel_noise", partial(noise_of_all_images, generator)):
+            loss = functional.cross_entropy(model(images), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
