@@ -62,7 +62,7 @@ REASONS = {
     "block class": r"^blocks\.\d+ is an? \w+, which token reduction does not know",
     "attention class": r"^blocks\.\d+\.attn is an? \w+, which token reduction does not know",
     "no class token": r"scores patches by the class token, but this \w+ has none",
-    "windows": r"takes tokens away for good, or not as many of each window",
+    "windows": r"does not work inside windows",
     "attention pooling": r"which attention pooling .* cannot tell from padding",
 }
 # What takes the place of defaults. No windows of noise are as alike under random weights as ALGM's threshold asks: at
