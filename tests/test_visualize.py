@@ -147,7 +147,7 @@ def test_shown_stages_are_spread_evenly_and_end_with_the_last(blocks, shown):
 class TestTokenFigure:
     @pytest.mark.parametrize("method", METHODS)
     def test_every_method_has_a_picture(self, method):
-        """One column for the image, and one for each block that reduces; those of K-Medoids that only weigh have none."""
+        """A column for the image and one for each block that reduces; those of K-Medoids that only weigh have none."""
         model = make_model(method, "class_token")
         figure = token_figure(model, photograph())
         assert figure.mode == "RGB"
