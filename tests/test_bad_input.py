@@ -300,7 +300,7 @@ class TestBlocksAndLengths:
     )
     def test_sequence_of_another_length_than_the_blocks(self, method: str, name: str) -> None:
         value = 0.5 if name == "keep_rate" else 2
-        message = rf"{name} has 2 values for 1 blocks \[1\]; give one value for all, or one for each block"
+        message = rf"{name} has 2 values for 1 block \[1\]; give one value for all, or one for each block"
         with pytest.raises(ValueError, match=message):
             reduced(method, **{"reduce_at": (1,), name: [value, value]})
 
@@ -459,7 +459,7 @@ class TestSetKeepRate:
         [
             (1.5, r"keep_rate must be in \(0, 1\], got 1.5"),
             (True, r"keep_rate must be a number in \(0, 1\], got True"),
-            ([0.5, 0.5], r"keep_rate has 2 values for 1 blocks \[1\]"),
+            ([0.5, 0.5], r"keep_rate has 2 values for 1 block \[1\]"),
         ],
     )
     def test_rates_that_do_not_fit(self, rate: Any, message: str) -> None:

@@ -155,7 +155,7 @@ def test_more_tokens_than_enter_are_refused(method: str) -> None:
         ("sinkhorn", {"num_tokens": 0}, "num_tokens must be at least 1, got 0"),
         ("patchmerger", {"scaled_attn": 1}, "scaled_attn must be True or False, got 1"),
         ("patchmerger", {"num_tokens": 2.0}, "num_tokens must be a whole number, got 2.0"),
-        ("patchmerger", {"num_tokens": [3, 2], "reduce_at": (1,)}, "num_tokens has 2 values for 1 blocks"),
+        ("patchmerger", {"num_tokens": [3, 2], "reduce_at": (1,)}, "num_tokens has 2 values for 1 block"),
     ],
 )
 def test_settings_out_of_range_are_named(method: str, settings: dict[str, object], message: str) -> None:
