@@ -23,7 +23,6 @@ from effvit.block import rehouse
 from effvit.hosts.pooled_stages import ReducedPooledStages, pooled_stages
 from effvit.hosts.window_form import WindowForm
 from effvit.hosts.windows import (
-    Among,
     Cut,
     Family,
     GroupedAttention,
@@ -32,7 +31,7 @@ from effvit.hosts.windows import (
     restore_attributes,
 )
 from effvit.layers.macs import Terms, convolutions, convolved, resampling
-from effvit.protocols import Layer, Size
+from effvit.protocols import Size
 
 __all__ = ["ReducedHiera", "map_of", "sequence_of"]
 
@@ -85,15 +84,12 @@ class MapBlock(HieraBlock):
 class GroupedMaskUnitAttention(GroupedAttention, MaskUnitAttention):
     """timm's attention of a Hiera among groups of tokens."""
 
-    qkv: Layer
     heads: int
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return q, k, v
-
-    def _position_bias(self, q: Tensor, among: Among) -> None:
-        return None
+    @property
+    def num_heads(self) -> int:  # type: ignore[override]
+        """timm's ``heads``."""
+        return self.heads
 
 
 class GroupingHieraBlock(ScaledGroupingBlock, HieraBlock):

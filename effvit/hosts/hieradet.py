@@ -21,7 +21,6 @@ from effvit.hosts.pooled_stages import ReducedPooledStages, pooled_stages
 from effvit.hosts.window_form import WindowForm
 from effvit.hosts.windows import (
     WHOLE,
-    Among,
     Cut,
     Family,
     GroupedAttention,
@@ -29,22 +28,13 @@ from effvit.hosts.windows import (
     replace_attributes,
 )
 from effvit.layers.macs import Terms, convolved, layers, resampling
-from effvit.protocols import Layer, Setting, Size
+from effvit.protocols import Setting, Size
 
 __all__ = ["ReducedHieraDet"]
 
 
 class GroupedMultiScaleAttention(GroupedAttention, MultiScaleAttention):
     """timm's attention of a HieraDet among groups of tokens."""
-
-    qkv: Layer
-
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return q, k, v
-
-    def _position_bias(self, q: Tensor, among: Among) -> None:
-        return None
 
 
 class GroupingMultiScaleBlock(ScaledGroupingBlock, MultiScaleBlock):

@@ -104,8 +104,7 @@ class GroupedSAMAttention(GroupedAttention, Attention):
     rel_pos_w: Tensor
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)
+        q, k, v = super()._project(x)
         return self.q_norm(q), self.k_norm(k), v
 
     def _position_bias(self, q: Tensor, among: Among) -> Tensor | None:

@@ -78,10 +78,6 @@ class GroupedWindowAttention(GroupedAttention, WindowAttention):
     relative_position_bias_table: Tensor
     relative_position_index: Tensor
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return q, k, v
-
     def _position_bias(self, q: Tensor, among: Among) -> Tensor:
         return biases_at(self.relative_position_bias_table, self.relative_position_index, among.anchor)
 

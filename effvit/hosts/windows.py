@@ -173,20 +173,23 @@ class Among(NamedTuple):
 class GroupedAttention(nn.Module):
     """Attention of a timm module among groups of the tokens of each window.
 
-    A subclass supplies projections and position biases.
+    A subclass supplies position biases if it has some, and its projections if they are not timm's usual one for all
+    three.
     """
 
     num_heads: int
+    qkv: Layer
     proj: Layer
     scale_of_logits: float | None = None  # None: one over the root of the width of a head
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B*nW, K, C) -> q, k, v, each (B*nW, heads, K, D)."""
-        raise NotImplementedError
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v
 
     def _position_bias(self, q: Tensor, among: Among) -> Tensor | None:
-        """(B*nW, heads, K, K) added to the logits for the places of the groups."""
-        raise NotImplementedError
+        """(B*nW, heads, K, K) added to the logits for the places of the groups; None where nothing is added."""
+        return None
 
     def _output(self, y: Tensor) -> Tensor:
         """The last layers: (B*nW, K, heads * D) -> (B*nW, K, C)."""
