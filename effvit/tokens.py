@@ -745,6 +745,10 @@ class TokenMap:
             bias = mask.to(wide_dtype(dtype)).log() if bias is None else bias.masked_fill(~mask, float("-inf"))
         return None if bias is None else bias[:, None, None]
 
+    def sizes(self, x: Tensor) -> Tensor:
+        """(B, P+N) patches that each of the tokens x (B, P+N, C) stands for, in float32 or wider."""
+        return torch.ones_like(x[..., 0], dtype=wide_dtype(x.dtype)) if self.size is None else self.size
+
     def pool_weight(self) -> Tensor | None:
         """(B, P+N) weight of each token where attention pools: its size, nearly 0 if a policy drops it. None: one each.
 

@@ -11,12 +11,12 @@ from effvit.attention import AttnState
 from effvit.protocols import Size
 from effvit.recording import compile_each_size
 from effvit.reducers.base import Reducer, check_finite
-from effvit.reducers.clusters import merge_clusters
+from effvit.reducers.clusters import merge_patches
 from effvit.reducers.cost import BlockSizes, Change
 from effvit.reducers.keep_rate import ImageShare
 from effvit.reducers.matching import SMALLEST_NORM, mean_keys
 from effvit.schedule import check_choice, check_switch
-from effvit.tokens import Moved, TokenMap, fx_leaf, wide_dtype, wide_product
+from effvit.tokens import Moved, TokenMap, fx_leaf, wide_product
 
 __all__ = ["ATC", "LINKAGES", "agglomerate", "cosine_distances", "number_clusters"]
 
@@ -149,14 +149,8 @@ class ATC(ImageShare):
         distance = cosine_distances(mean_keys(state.k)[:, tokens.num_prefix :])  # (B, N, N)
         check_finite(distance, self.origin("distances of the keys"), state.x)
         first, cluster = number_clusters(agglomerate(distance, kept, self.linkage), kept)
-        prefix, patches = tokens.split(x)
-        one = torch.ones_like(x[..., 0], dtype=wide_dtype(x.dtype))  # (B, P+N)
-        old = one if tokens.size is None else tokens.size
-        weight = old if self.prop_attn else one
-        merged, size = merge_clusters(
-            patches, weight[:, tokens.num_prefix :], old[:, tokens.num_prefix :], cluster, kept
-        )
-        size = torch.cat([old[:, : tokens.num_prefix], size], dim=1)  # (B, P+kept)
+        old = tokens.sizes(x)
+        weight = old if self.prop_attn else torch.ones_like(old)  # (B, P+N)
+        merged, size = merge_patches(x, weight[:, tokens.num_prefix :], old, cluster, kept, tokens.num_prefix)
         key_weight = size if self.prop_attn else None
-        left = tokens.relabel(Moved(cluster, first), kept, size, key_weight, keeps_every_patch=True)
-        return torch.cat([prefix, merged], dim=1), left
+        return merged, tokens.relabel(Moved(cluster, first), kept, size, key_weight, keeps_every_patch=True)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from effvit.tokens import flat_rows, fx_leaf, widened
 
-__all__ = ["merge_clusters"]
+__all__ = ["merge_clusters", "merge_patches"]
 
 
 @fx_leaf
@@ -32,3 +32,24 @@ def merge_clusters(
     sums = columns.new_zeros(x.shape[0] * number, columns.shape[-1]).index_add(0, rows, columns.flatten(0, 1))
     merged, weights, sizes = sums.unflatten(0, (-1, number)).split([x.shape[-1], 1, 1], dim=-1)
     return (merged / (weights + eps)).to(x.dtype), sizes.squeeze(-1)
+
+
+def merge_patches(
+    x: Tensor, weight: Tensor, size: Tensor, cluster: Tensor, number: int, num_prefix: int, eps: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """``merge_clusters`` of the patch tokens, behind prefix tokens that stay as they are.
+
+    Args:
+        x: (B, P+N, C) tokens.
+        weight: (B, N) weights of the patch tokens.
+        size: (B, P+N) patches each token stands for.
+        cluster: (B, N) cluster of each patch token.
+        number: K, clusters of each image.
+        num_prefix: P.
+        eps: As for ``merge_clusters``.
+
+    Returns:
+        (B, P+K, C), and sizes (B, P+K).
+    """
+    merged, sizes = merge_clusters(x[:, num_prefix:], weight, size[:, num_prefix:], cluster, number, eps)
+    return torch.cat([x[:, :num_prefix], merged], dim=1), torch.cat([size[:, :num_prefix], sizes], dim=1)

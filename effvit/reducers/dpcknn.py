@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from effvit.protocols import Host
 from effvit.recover import closeness
 from effvit.reducers.base import Reducer, check_finite
-from effvit.reducers.clusters import merge_clusters
+from effvit.reducers.clusters import merge_patches
 from effvit.reducers.cost import BlockSizes, Change
 from effvit.reducers.density import peak_scores
 from effvit.reducers.keep_rate import ImageShare
 from effvit.schedule import check_count, check_switch
-from effvit.tokens import Moved, TokenMap, flat_rows, fx_leaf, take_rows, wide_dtype, widened
+from effvit.tokens import Moved, TokenMap, flat_rows, fx_leaf, take_rows, widened
 
 __all__ = ["DPCKNN", "peak_clusters"]
 
@@ -122,13 +122,10 @@ class DPCKNN(ImageShare):
 
     def merge(self, x: Tensor, tokens: TokenMap, kept: int) -> tuple[Tensor, TokenMap]:
         """x (B, P+N, C) -> (B, P+kept, C) and the map of the merged tokens."""
-        prefix, patches = tokens.split(x)
+        patches = tokens.split(x)[1]
         k = min(self.k, tokens.num_tokens) if self.any_size else self.k
         scores = check_finite(peak_scores(patches, k), self.origin("peak scores"), x)  # (B, N)
         centres, cluster = peak_clusters(scores, patches, kept)
-        one = torch.ones_like(x[..., 0], dtype=wide_dtype(x.dtype)) if tokens.size is None else tokens.size  # (B, P+N)
         weight = torch.ones_like(scores) if self.score is None else widened(self.score(patches).squeeze(-1)).exp()
-        merged, size = merge_clusters(patches, weight, one[:, tokens.num_prefix :], cluster, kept, EPS)
-        size = torch.cat([one[:, : tokens.num_prefix], size], dim=1)  # (B, P+kept)
-        left = tokens.relabel(Moved(cluster, centres), kept, size, keeps_every_patch=True)
-        return torch.cat([prefix, merged], dim=1), left
+        merged, size = merge_patches(x, weight, tokens.sizes(x), cluster, kept, tokens.num_prefix, EPS)
+        return merged, tokens.relabel(Moved(cluster, centres), kept, size, keeps_every_patch=True)

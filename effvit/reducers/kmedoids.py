@@ -17,7 +17,7 @@ from effvit.reducers.cost import BlockSizes, Change
 from effvit.reducers.density import squared_distances
 from effvit.reducers.keep_rate import ImageShare
 from effvit.schedule import check_count, check_switch, spread_blocks
-from effvit.tokens import Moved, TokenMap, flat_rows, fx_leaf, take_rows, wide_dtype
+from effvit.tokens import Moved, TokenMap, flat_rows, fx_leaf, take_rows
 
 __all__ = ["KMedoids", "Weigh", "farthest_tokens", "fit_medoids", "nearest_medoid", "received_attention"]
 
@@ -241,7 +241,7 @@ class KMedoids(ImageShare):
 @fx_leaf
 def cluster_sizes(x: Tensor, tokens: TokenMap, cluster: Tensor, number: int) -> Tensor:
     """(B, P+K) patches of each of K clusters of the tokens x (B, P+N, C), 1 for prefix tokens."""
-    size = torch.ones_like(x[..., 0], dtype=wide_dtype(x.dtype)) if tokens.size is None else tokens.size  # (B, P+N)
+    size = tokens.sizes(x)  # (B, P+N)
     rows = flat_rows(cluster + tokens.num_prefix, tokens.num_prefix + number)  # (B, N)
     sums = torch.cat([size[:, : tokens.num_prefix], size.new_zeros(x.shape[0], number)], dim=1)  # (B, P+K)
     return sums.flatten().index_add(0, rows.flatten(), size[:, tokens.num_prefix :].flatten()).view_as(sums)
