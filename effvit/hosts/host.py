@@ -726,6 +726,21 @@ def sparsify(
         for i, block in enumerate(host.blocks):
             host.blocks[i] = token_block(block, i)
     lost = ["recovery"] if host.recovery is None and getattr(dense, "recovery", None) is not None else []
+    lost += _place_reducers(host, plan)
+    _check_host(host)
+    check_counts(host, host.patch_embed.grid_size)
+    if lost:
+        warnings.warn(
+            f"{dense.method} had learnt {', '.join(lost[:4])}{' ...' if len(lost) > 4 else ''}, which the new model is "
+            f"without: {method} with these settings and recover {recover!r} cannot hold it; the given model keeps it",
+            stacklevel=2,
+        )
+    return host
+
+
+def _place_reducers(host: ReducedHost, plan: Mapping[int, Reducer]) -> list[str]:
+    """Let {block: reducer} act in the blocks, in place of what acts there; names of what is lost of that."""
+    lost: list[str] = []
     for i, block in enumerate(host.blocks):
         former, reducer = block.reducer, plan.get(i)
         set_child(block, "reducer", reducer)
@@ -737,15 +752,7 @@ def sparsify(
             reducer.begin_anew()
         if former is not None and former.has_learnt:
             lost += [f"blocks.{i}.reducer.{name}" for name in former.state_dict()]
-    _check_host(host)
-    check_counts(host, host.patch_embed.grid_size)
-    if lost:
-        warnings.warn(
-            f"{dense.method} had learnt {', '.join(lost[:4])}{' ...' if len(lost) > 4 else ''}, which the new model is "
-            f"without: {method} with these settings and recover {recover!r} cannot hold it; the given model keeps it",
-            stacklevel=2,
-        )
-    return host
+    return lost
 
 
 def as_host(dense: nn.Module) -> ReducedHost:

@@ -136,7 +136,7 @@ class Mixing(Reducer):
             warnings.warn(
                 f"{self.name} is made with random weights, which mix tokens to no purpose: load a checkpoint of a "
                 "model that was trained with it, or train this one",
-                stacklevel=3,
+                stacklevel=4,  # of who calls sparsify
             )
 
     def count(self, num_tokens: int, num_patches: int) -> int:
