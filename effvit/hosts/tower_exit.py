@@ -40,7 +40,7 @@ __all__ = [
 Read = Callable[[AttnState], Tensor]
 
 
-def class_attention(state: AttnState) -> Tensor:
+def class_row_attention(state: AttnState) -> Tensor:
     """(B, N) attention of the class token to the patches, the mean over the heads; the other columns are left out."""
     return state.class_rows()[:, :, 0, state.keys.num_prefix :].mean(dim=1)
 
@@ -96,7 +96,7 @@ RECEIVED = "received"
 """The name of ``attention_received``, which needs no class token."""
 
 ROWS: dict[str, Read] = {
-    "attention": class_attention,
+    "attention": class_row_attention,
     "logits": class_logits,
     "one_head": one_head_attention,
     RECEIVED: attention_received,
@@ -113,7 +113,7 @@ def one_row(at: BlockSizes) -> int:
 
 
 READ_MACS: dict[Read, Callable[[BlockSizes], int]] = {
-    class_attention: lambda at: at.class_rows,
+    class_row_attention: lambda at: at.class_rows,
     class_logits: one_row,
     one_head_attention: one_row,
     attention_received: lambda at: at.map_entries * at.head_dim,
