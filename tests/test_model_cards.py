@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -40,8 +42,10 @@ def tool() -> Iterator[ModuleType]:
         yield load_tool("make_model_cards")
 
 
-def test_everything_generated_is_up_to_date(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    assert tool.main(["--check"]) == 0, capsys.readouterr().err
+def test_everything_generated_is_up_to_date() -> None:
+    check = [sys.executable, TOOLS / "make_model_cards.py", "--check"]  # in this process other tests registered names
+    ended = subprocess.run(check, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_check_names_what_is_stale_and_writes_nothing(

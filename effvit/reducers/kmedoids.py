@@ -57,7 +57,7 @@ def farthest_tokens(distance: Tensor, first: Tensor, number: int) -> Tensor:
     for _ in range(number - 1):
         rows = distance.gather(1, chosen[-1].unsqueeze(-1).expand(-1, 1, distance.shape[2])).squeeze(1)  # (B, N)
         largest = torch.maximum(largest, rows)
-        free = free.scatter(1, chosen[-1], False)
+        free = free & (torch.arange(free.shape[1], device=free.device) != chosen[-1])
         chosen.append(torch.where(free, largest, -1).argmax(1, keepdim=True))
     return torch.cat(chosen, dim=1)
 
@@ -196,7 +196,7 @@ class KMedoids(ImageShare):
 
     @classmethod
     def example(cls) -> Settings:
-        return {"keep_rate": 0.8}  # of few patches a medoid more or less changes all, and bfloat16 takes others
+        return super().example() | {"keep_rate": 0.8}  # of fewer patches each medoid counts, and bfloat16 takes others
 
     @classmethod
     def block_schedule(cls, settings: Settings, depth: int) -> BlockSchedule | None:
