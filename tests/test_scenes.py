@@ -407,13 +407,30 @@ class TestTool:
             assert grid.size == (10 * 2 * SIZE, 2 * (2 * SIZE + 14))
             assert np.array_equal(np.asarray(grid)[: 2 * SIZE : 2, : 2 * SIZE : 2], first)
 
+    def test_folder_is_a_labelled_set(
+        self, parts: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        tool = load_tool("show_scenes")
+        monkeypatch.setattr("data.scenes.open_split", lambda *_: parts)
+        monkeypatch.setattr(tool, "BATCH", 8)  # so that the last batch is smaller
+        assert tool.main(["--first", "3", "--number", "20", "--folder", str(tmp_path)]) == 0
+        drawn, files = draw_scenes(parts, "train", range(3, 23)), sorted(tmp_path.glob("*/*.png"), key=lambda f: f.stem)
+        assert [path.stem for path in files] == [f"{index:06d}" for index in range(3, 23)]
+        assert [path.parent.name for path in files] == [CLASSES[label] for label in drawn.labels]
+        assert {path.name for path in tmp_path.iterdir()} == {*CLASSES}
+        for path, pixels in zip(files, drawn.images, strict=True):
+            with Image.open(path) as image:
+                assert np.array_equal(np.asarray(image), pixels.permute(1, 2, 0))
+        assert tool.main(["--first", "-1", "--folder", str(tmp_path)]) == 2
+        assert "--first must be" in capsys.readouterr().err
+
     def test_missing_sources_end_with_a_sentence(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         tool = load_tool("show_scenes")
         assert tool.main(["--root", str(tmp_path), "--speed", "1"]) == 2
         assert "python tools/get_data.py emoji fashion_mnist photographs" in capsys.readouterr().err
         with pytest.raises(SystemExit):
             tool.main([])
-        assert "say what to do: --out FILE.png" in capsys.readouterr().err
+        assert "say what to do: --out FILE.png, --folder DIR" in capsys.readouterr().err
 
 
 class TestMmpretrain:
