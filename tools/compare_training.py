@@ -90,11 +90,14 @@ def percentages(metrics: Mapping[str, float]) -> dict[str, float]:
 
 def read_logs(work_dir: Path) -> list[dict[str, float]]:
     """What mmengine logged of the training, in order of iterations; a later run replaces what it repeated."""
-    lines = [
-        line for path in sorted(work_dir.glob("*/vis_data/scalars.json")) for line in path.read_text().splitlines()
-    ]
-    logs = {entry["step"]: entry for entry in map(json.loads, lines) if "loss" in entry}
+    logs = {line["step"]: line for line in read_lines(work_dir) if "loss" in line}
     return [logs[step] for step in sorted(logs)]
+
+
+def read_lines(work_dir: Path) -> list[dict[str, float]]:
+    """All that mmengine logged in a work directory, of training and evaluation, an earlier run before a later one."""
+    files = sorted(work_dir.glob("*/vis_data/scalars.json"))
+    return [json.loads(line) for path in files for line in path.read_text().splitlines()]
 
 
 def summary(logs: Sequence[Mapping[str, float]]) -> dict[str, Any]:
