@@ -19,6 +19,7 @@ from effvit.hosts.calibration import calibrate
 from effvit.hosts.checkpoints import load_checkpoint
 from effvit.hosts.compiling import compile
 from effvit.hosts.host import TokenFeatures, list_methods, method_settings, register_host, sparsify
+from effvit.hosts.rate_search import search_rates
 from effvit.recover import register_fill, to_map
 from effvit.reducers import Reducer, register_method
 from effvit.reducers.registry import load_entry_points
@@ -39,7 +40,7 @@ from effvit.zoo import list_models, register_pyramid
 if TYPE_CHECKING:
     from effvit.measure.flops import count_flops
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Reducer",
     "Selection",
@@ -61,6 +62,7 @@ __all__ = [
     "register_host",
     "register_method",
     "register_pyramid",
+    "search_rates",
     "select_parts",
     "select_tokens",
     "select_video",

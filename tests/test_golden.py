@@ -89,8 +89,7 @@ TRAINING: dict[str, Callable[[Case], None]] = {
 }
 # Any other folder is skipped by name.
 IMPLEMENTED = tuple(dict.fromkeys((*FOLDERS, *ARCHITECTURES, *TRAINING, *golden_selectors.COMPARE)))
-# Fixed rings of patches, no method of this package; the search of DiffRate, whose results alone are here.
-OTHERS = ("static_controls/heuristic_", "diffrate/p3_train_grad")
+OTHERS = ("static_controls/heuristic_",)  # fixed rings of patches, no method of this package
 
 
 CUT = Path(__file__).parent / "golden"

@@ -1,4 +1,4 @@
-"""Former paths of modules, which go on working with a DeprecationWarning until version 0.2.
+"""Former paths of modules, which go on working with a DeprecationWarning until version 0.3.
 
 Configs and scripts that import them so load as before, and so do pickles of whole models, which hold the paths of their
 classes.
@@ -102,7 +102,7 @@ class FormerPaths(MetaPathFinder, Loader):
         moved = import_module(path)
         sys.modules[module.__name__] = moved
         warnings.warn(
-            f"{module.__name__} has moved to {path}; the former path goes with version 0.2",
+            f"{module.__name__} has moved to {path}; the former path goes with version 0.3",
             DeprecationWarning,
             stacklevel=2,
         )

@@ -68,10 +68,12 @@ __all__ = [
     "ReducedViT",
     "TokenFeatures",
     "as_host",
+    "check_host",
     "check_model_name",
     "list_methods",
     "method_settings",
     "patch_embedding",
+    "place_reducers",
     "register_host",
     "sparsify",
 ]
@@ -726,8 +728,8 @@ def sparsify(
         for i, block in enumerate(host.blocks):
             host.blocks[i] = token_block(block, i)
     lost = ["recovery"] if host.recovery is None and getattr(dense, "recovery", None) is not None else []
-    lost += _place_reducers(host, plan)
-    _check_host(host)
+    lost += place_reducers(host, plan)
+    check_host(host)
     check_counts(host, host.patch_embed.grid_size)
     if lost:
         warnings.warn(
@@ -738,7 +740,7 @@ def sparsify(
     return host
 
 
-def _place_reducers(host: ReducedHost, plan: Mapping[int, Reducer]) -> list[str]:
+def place_reducers(host: ReducedHost, plan: Mapping[int, Reducer]) -> list[str]:
     """Let {block: reducer} act in the blocks, in place of what acts there; names of what is lost of that."""
     lost: list[str] = []
     for i, block in enumerate(host.blocks):
@@ -831,7 +833,7 @@ def _keep_drop_indices(host: ReducedHost) -> None:
         set_child(host, "patch_drop", identity)
 
 
-def _check_host(host: ReducedHost) -> None:
+def check_host(host: ReducedHost) -> None:
     """Raise a ValueError if the host lacks what the method's scores or its kind of sequence need."""
     if host.recover == "attention" and all(reducer.keeps_every_patch for reducer in host.reducers.values()):
         raise ValueError(
