@@ -479,31 +479,36 @@ class TestDemo:
         monkeypatch.setattr(demo, "SEEN", [only_shown(seen) for seen in demo.SEEN])
         variants = {
             49: (("tome", {"r": 2}), ("tome", {"r": 4}), ("dymu", {})),
+            144: (("evit", {"keep_rate": 0.7}),),
             196: (("evit", {"keep_rate": 0.5}), ("dymu", {})),
         }
         monkeypatch.setattr(demo, "demo_variants", lambda host: variants[host.patch_embed.num_patches])
         out = tmp_path / "demo"
         assert main(["demo", "--model", TINY, "--out", str(out)]) == 0
         printed = capsys.readouterr().out
-        pages = {"report.html", "accuracy-fashion_mnist.png", "costs.png", "costs.json"}
+        pages = {"report.html", "costs.png", "costs.json", "tokens.json"}
+        sheets = {"accuracy-fashion_mnist.png", "fashion_mnist-tome-r-4.png", "fashion_mnist-dymu.png"}
+        sheets |= {"accuracy-cutouts.png", "cutouts-evit-keep_rate-0.7.png"}
         written = {path.name for path in out.iterdir()}
-        sheets = {"fashion_mnist-tome-r-4.png", "fashion_mnist-dymu.png"}
-        assert written == pages | sheets | {"tokens.json"}
+        assert written == pages | sheets
         assert all(str(out / name) in printed.replace("\n", "") for name in written)
         assert printed.splitlines()[-len(demo.NEXT) :] == [f"  {line}" for line in demo.NEXT]
         assert "top-1 on 4 test images of Fashion-MNIST, measured here" in printed
         assert printed.count("dymu: calibrated on these very pictures, without their labels") == 2
         assert f"{TINY} with random weights: for its costs alone; --checkpoint or --pretrained loads some" in printed
-        fashion, costs = json.loads((out / "costs.json").read_text())
-        names = [[model["name"] for model in record["models"]] for record in (fashion, costs)]
-        assert names[0][1::2] == ["tome r=2", "tome r=4", "dymu"]
-        assert names[0][::2] == [demo.SEEN[0].model, *(f"{name}, control random, seed 0" for name in names[0][1::2])]
-        assert names[1] == [TINY, "evit keep_rate=0.5", "dymu"]
+        fashion, cutouts, costs = json.loads((out / "costs.json").read_text())
+        names = [[model["name"] for model in record["models"]] for record in (fashion, cutouts, costs)]
+        methods_seen = (["tome r=2", "tome r=4", "dymu"], ["evit keep_rate=0.7"])
+        for own, seen, methods in zip(names[:2], demo.SEEN, methods_seen, strict=True):
+            assert own[1::2] == methods
+            assert own[::2] == [seen.model, *(f"{name}, control random, seed 0" for name in methods)]
+        assert names[2] == [TINY, "evit keep_rate=0.5", "dymu"]
         assert all(model["accuracy"]["data"] == "4 test images of Fashion-MNIST" for model in fashion["models"])
         assert costs["conditions"]["images"] == ["coffee"]
         assert costs["conditions"]["weights"] == "random weights"
         shown = [(record["model"], record["name"]) for record in json.loads((out / "tokens.json").read_text())]
-        assert shown == [(model, name) for model in ("tome r=4", "dymu") for name in demo.SEEN[0].shown]
+        methods = [("tome r=4", demo.SEEN[0]), ("dymu", demo.SEEN[0]), ("evit keep_rate=0.7", demo.SEEN[1])]
+        assert shown == [(model, name) for model, seen in methods for name in seen.shown]
 
     @pytest.mark.parametrize("line", demo.NEXT)
     def test_what_to_try_next_is_understood(self, line, tmp_path, monkeypatch):

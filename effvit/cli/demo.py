@@ -38,7 +38,14 @@ from effvit.measure.variants import build, reduced
 from effvit.messages import plain
 from effvit.protocols import Settings
 from effvit.reducers import METHODS, DyMU
-from effvit.show.pictures import Labelled, fashion_classes, fashion_pictures, photographs
+from effvit.show.pictures import (
+    Labelled,
+    cutout_classes,
+    cutout_pictures,
+    fashion_classes,
+    fashion_pictures,
+    photographs,
+)
 from effvit.show.plots import plot_accuracy, plot_costs
 from effvit.show.report import write_report
 from effvit.show.tables import describe, print_accuracies, print_record
@@ -76,6 +83,14 @@ SEEN = (
         fashion_pictures,
         fashion_classes,
         ("pullover-0", "sandal-1", "sneaker-0", "bag-1"),  # clothes of four shapes
+    ),
+    Seen(
+        "vit_nano_patch8_96",
+        "cutouts",
+        "test images of objects on photographs",
+        cutout_pictures,
+        cutout_classes,
+        ("bird", "clock", "vehicle", "sneaker"),
     ),
 )
 

@@ -1,8 +1,8 @@
 """Small plain ViTs: DeiT's form (2012.12877) at 96 channels, for images of 28 x 28 and of 96 x 96.
 
-They are small so that everything can be tried offline on a model that sees. The weights of the first come in the
-package; it was trained here on Fashion-MNIST (1708.07747, MIT licence), as ``docs/accuracy.md`` tells. The second is
-for the objects on photographs of ``tools/data/scenes.py``.
+They are small so that everything can be tried offline on a model that sees: their weights come in the package. The
+first was trained here on Fashion-MNIST (1708.07747, MIT licence), the second on the objects on photographs of
+``tools/data/scenes.py``, as ``docs/accuracy.md`` tells.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ default_cfgs = generate_default_cfgs(
             classifier="head",
             license="apache-2.0",
         ),
-        "vit_nano_patch8_96.untrained": model_cfg(
+        "vit_nano_patch8_96.cutouts": model_cfg(
+            file=str(WEIGHTS / "vit_nano_patch8_96.cutouts.safetensors"),
             input_size=(3, 96, 96),
             num_classes=len(CUTOUTS),
             label_names=CUTOUTS,
@@ -50,6 +51,7 @@ default_cfgs = generate_default_cfgs(
             fixed_input_size=True,
             first_conv="patch_embed.proj",
             classifier="head",
+            license="apache-2.0",
         ),
     }
 )

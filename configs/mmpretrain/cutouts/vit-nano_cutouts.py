@@ -44,7 +44,7 @@ optim_wrapper = dict(
     clip_grad=dict(max_norm=1.0),
 )
 auto_scale_lr = dict(base_batch_size=64)
-train_cfg = dict(by_epoch=True, max_epochs=48, val_interval=4)
+train_cfg = dict(by_epoch=True, max_epochs=27, val_interval=4)
 param_scheduler = [dict(type="LinearLR", start_factor=1e-3, by_epoch=False, begin=0, end=160)]
 default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=1, max_keep_ckpts=3))
 randomness = dict(seed=0)
