@@ -104,32 +104,69 @@ def whole(uniform: Tensor, number: Tensor | int) -> Tensor:
 # -- parts of a scene ------------------------------------------------------------------------------------
 
 
-def axis_weights(start: Tensor, scale: Tensor, extent: Tensor, mirrored: Tensor, margin: int = 0) -> Tensor:
+def spans(start: Tensor, scale: Tensor, extent: Tensor, opaque: Tensor, margin: int) -> tuple[Tensor, int]:
+    """The pixels of the image that objects reach along one axis: the first of each (B,), and how many of every one.
+
+    Args:
+        start, scale, extent: (B,) as of ``axis_weights``.
+        opaque: (B, SIDE) bool, which pixels of the bank have an opaque one beside them.
+        margin: Pixels in front of the image and behind it, which count as the image.
+    """
+    begin, pixels = ((SIDE - extent) // 2)[:, None], torch.arange(SIDE)
+    beyond = torch.maximum(begin - pixels, pixels + 1 - begin - extent[:, None])  # of an object with gaps above 0
+    border = scale.clamp(min=1) + 1 + scale * torch.where(opaque, beyond, 0).amax(1)  # the filter reaches so far too
+    number = min(SIZE + 2 * margin, int((scale * extent + 2 * border).max()) + 2)
+    return (start - border).floor().long().clamp(-margin, SIZE + margin - number), number
+
+
+def axis_weights(first: Tensor, number: int, start: Tensor, scale: Tensor, extent: Tensor, mirrored: Tensor) -> Tensor:
     """A triangle filter that resizes one axis of cut-outs and puts it at its place.
 
     Args:
+        first: (B,) the first pixel of the image that is wanted.
+        number: Of pixels that are.
         start: (B,) where the cut-out begins in the image, pixels.
         scale: (B,) pixels of the image per pixel of the bank.
         extent: (B,) pixels of the bank that are opaque, in its middle.
         mirrored: (B,) bool.
-        margin: Pixels in front of the image and behind it.
 
     Returns:
-        (B, SIZE + 2 margin, SIDE) float32, whole numbers: WEIGHT_STEPS times the share of each pixel of the bank in
-        each of the image and its margin.
+        (B, number, SIDE) float32, whole numbers: WEIGHT_STEPS times the share of each pixel of the bank in each of the
+        image.
     """
-    pixels = torch.arange(-margin, SIZE + margin)
-    offset = (pixels + 0.5 - start[:, None]) / scale[:, None]  # (B, L), from the object's border
+    pixels = first[:, None] + torch.arange(number)
+    offset = (pixels + 0.5 - start[:, None]) / scale[:, None]  # (B, number), from the object's border
     offset = torch.where(mirrored[:, None], extent[:, None] - offset, offset)
     source = (offset + ((SIDE - extent) // 2)[:, None] - 0.5).float()
     sharpness = scale.clamp(max=1).float()[:, None, None]
-    distance = (source[..., None] - torch.arange(SIDE)).abs_().mul_(sharpness)  # (B, L, SIDE)
-    weights = (1 - distance).clamp_(min=0)
+    distance = (source[..., None] - torch.arange(SIDE)).abs_().mul_(sharpness)  # (B, number, SIDE)
+    weights = distance.neg_().add_(1).clamp_(min=0)
     return weights.mul_(WEIGHT_STEPS / weights.sum(-1, keepdim=True).clamp(min=1e-6)).round_()
 
 
-def place_objects(bank: Bank, chosen: Tensor, draws: Tensor, inside: bool, margin: int = 0) -> Tensor:
-    """Cut-outs of random size, place and light as layers, (B, L, 4, L) in [0, 1] with L = SIZE + 2 margin.
+class Placed(NamedTuple):
+    """Objects of random size, place and light, each in a part of its image that holds all of it.
+
+    Attributes:
+        layers: (B, H, 4, W) in [0, 1]: colours times opacity, and opacity.
+        tops: (B,) first row of each part, counted from that of the margin.
+        lefts: (B,) first column, likewise.
+    """
+
+    layers: Tensor
+    tops: Tensor
+    lefts: Tensor
+
+    def over(self, layers: Tensor) -> Tensor:
+        """These in front of what the first of the layers (B or more, L, 4, L) hold, which are written to."""
+        rows, columns = self.layers.shape[1], self.layers.shape[3]
+        for own, layer, top, left in zip(self.layers, layers, self.tops.tolist(), self.lefts.tolist(), strict=False):
+            layer[top : top + rows, :, left : left + columns].mul_(1 - own[:, 3:]).add_(own)
+        return layers
+
+
+def place_objects(bank: Bank, chosen: Tensor, draws: Tensor, inside: bool, margin: int = 0) -> Placed:
+    """Cut-outs as they lie in images with a margin.
 
     Args:
         bank: Where they are.
@@ -143,17 +180,21 @@ def place_objects(bank: Bank, chosen: Tensor, draws: Tensor, inside: bool, margi
     scale = torch.minimum(scale, MAX_LENGTH / extents.amax(1))
     lengths = scale[:, None] * extents  # (B, 2), pixels of the image
     starts = draws[:, 1:3] * (SIZE - lengths) if inside else draws[:, 1:3] * SIZE - lengths / 2
-    rows = axis_weights(starts[:, 0], scale, extents[:, 0], torch.zeros(len(chosen), dtype=torch.bool), margin)
-    columns = axis_weights(starts[:, 1], scale, extents[:, 1], draws[:, 3] < 0.5, margin)
-    wide = bank.pixels[chosen].float().flatten(1, 2) @ columns.mT  # (B, SIDE * 4, L)
-    placed = rows @ wide.unflatten(1, (SIDE, 4)).flatten(2)  # (B, L, 4 * L)
-    placed = placed.unflatten(2, (4, -1)) / (255 * WEIGHT_STEPS**2)  # (B, L, 4, L)
+    pixels = bank.pixels[chosen]  # (B, SIDE, 4, SIDE)
+    opaque = pixels[:, :, 3] > 0
+    tops, height = spans(starts[:, 0], scale, extents[:, 0], opaque.any(2), margin)
+    lefts, width = spans(starts[:, 1], scale, extents[:, 1], opaque.any(1), margin)
+    rows = axis_weights(tops, height, starts[:, 0], scale, extents[:, 0], torch.zeros(len(chosen), dtype=torch.bool))
+    columns = axis_weights(lefts, width, starts[:, 1], scale, extents[:, 1], draws[:, 3] < 0.5)
+    wide = pixels.float().flatten(1, 2) @ columns.mT  # (B, SIDE * 4, width)
+    placed = rows @ wide.unflatten(1, (SIDE, 4)).flatten(2)  # (B, height, 4 * width)
+    placed = placed.unflatten(2, (4, -1)).div_(255 * WEIGHT_STEPS**2)  # (B, height, 4, width)
     opacity = placed[:, :, 3:].clamp_(max=1)  # rounded weights may sum to more
     gain = between(0.5, 1.1, draws[:, 4:5]) * between(0.9, 1.1, draws[:, 5:8])  # (B, 3)
     lift = between(0, 0.25, draws[:, 8:9])
-    lit = (placed[:, :, :3] * per_channel(gain)).add_(opacity * per_channel(lift))
-    placed[:, :, :3] = torch.minimum(lit, opacity)
-    return placed
+    colours = placed[:, :, :3].mul_(per_channel(gain)).add_(opacity * per_channel(lift))
+    torch.minimum(colours, opacity, out=colours)
+    return Placed(placed, tops + margin, lefts + margin)
 
 
 def per_channel(values: Tensor) -> Tensor:
@@ -170,12 +211,14 @@ def crop_scenery(scenery: Scenery, chosen: Tensor, draws: Tensor, margin: int = 
     shape = scenery.shapes[chosen, whole(draws[:, 1], scenery.shapes.shape[1])]  # (B, 3)
     begin, height, width = shape.unbind(1)
     top, left = whole(draws[:, 2], height - side + 1), whole(draws[:, 3], width - side + 1)
-    columns = torch.arange(side)
-    columns = torch.where((draws[:, 4] < 0.5)[:, None], columns, columns.flip(0))  # (B, L)
-    rows = (top[:, None] + torch.arange(side)) * width[:, None]
-    places = (begin + left)[:, None, None] + rows[..., None] + columns[:, None]  # (B, L, L)
     packed = scenery.pixels.view(torch.int32)[:, 0]  # four bytes at once
-    pixels = packed[places.flatten()].view(torch.uint8).view(-1, side, side, 4)[..., :3].mT.contiguous()
+    crops = torch.empty(len(chosen), side, side, dtype=torch.int32)
+    places = begin + top * width + left
+    mirrored = (draws[:, 4] >= 0.5).tolist()
+    for crop, place, row, turned in zip(crops, places.tolist(), width.tolist(), mirrored, strict=True):
+        seen = packed.as_strided((side, side), (row, 1), place)
+        crop.copy_(seen.flip(1) if turned else seen)
+    pixels = crops.view(torch.uint8).view(-1, side, side, 4)[..., :3].mT.contiguous()
     gain = between(0.6, 1.1, draws[:, 5:6]) * between(0.85, 1.15, draws[:, 6:9])  # (B, 3)
     grey = between(0.4, 0.6, draws[:, 9:10]) - gain / 2
     return pixels.float().mul_(per_channel(gain / 255)).add_(per_channel(grey)).clamp_(0, 1)
@@ -248,7 +291,9 @@ def draw_chunk(split: Split, draws: Tensor, margin: int) -> Scenes:
     counts = split.objects.counts
     labels = drawn_labels(split, draws)
     chosen = (counts.cumsum(0) - counts)[labels] + whole(labelled[:, 1], counts[labels])
-    layer = place_objects(split.objects, chosen, labelled[:, 2:], inside=True, margin=margin)
+    side = SIZE + 2 * margin
+    placed = place_objects(split.objects, chosen, labelled[:, 2:], inside=True, margin=margin)
+    layer = placed.over(torch.zeros(len(draws), side, 4, side))
     others = place_distractors(split.distractors, distractor_counts(draws), draws[:, 2:], margin)
     opacity, hiding = layer[:, :, 3], others[:, :, 3]  # (B, L, L)
     shape = opacity >= 0.5  # lies inside the image, so that a margin changes nothing of what is in front
@@ -260,7 +305,7 @@ def draw_chunk(split: Split, draws: Tensor, margin: int) -> Scenes:
     layer = layer.mul_(seen[1][:, :, None]).add_(others.mul_(seen[0][:, :, None]))
     photographs = whole(scene[:, 0], len(split.scenery.names))
     images = crop_scenery(split.scenery, photographs, scene, margin).mul_(1 - layer[:, :, 3:]).add_(layer[:, :, :3])
-    images = images.mul_(255).round_().clamp_(0, 255).to(torch.uint8).transpose(1, 2)
+    images = images.mul_(255).round_().to(torch.uint8).transpose(1, 2)  # no colour is above its opacity
     return Scenes(images.contiguous(), labels, mask_boxes(masks), masks, photographs)
 
 
@@ -271,8 +316,7 @@ def place_distractors(bank: Bank, numbers: Tensor, draws: Tensor, margin: int) -
     for slot in range(DISTRACTORS):
         own = draws[: int((numbers > slot).sum()), slot]
         if len(own):
-            placed = place_objects(bank, whole(own[:, 0], len(bank.pixels)), own[:, 2:], inside=False, margin=margin)
-            layers[: len(own)].mul_(1 - placed[:, :, 3:]).add_(placed)
+            place_objects(bank, whole(own[:, 0], len(bank.pixels)), own[:, 2:], False, margin).over(layers)
     return layers
 
 
