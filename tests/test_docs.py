@@ -38,6 +38,8 @@ def test_readme_and_speed_page_show_the_measured_overhead(capsys: pytest.Capture
         ("docs/dense.md", "vit", "compare_training", "composites_vit_cpu.json"),
         ("docs/dense.md", "garments", "compare_training", "garments_cpu.json"),
         ("docs/accuracy.md", "accuracy", "make_accuracy_page", "fashion_accuracy_cpu.json"),
+        ("docs/accuracy.md", "cutouts accuracy", "make_accuracy_page", "cutouts_accuracy_cpu.json"),
+        ("docs/accuracy.md", "cutouts training", "training_log", "cutouts_training_cpu.json"),
         ("docs/accuracy.md", "masks", "evaluate_masks", "mobilesam_cpu.json"),
         ("docs/profile.md", "check", "check_profiler", "profiler_check_cpu.json"),
         ("docs/profile.md", "tune", "check_tune", "tune_cpu.json"),
@@ -45,7 +47,7 @@ def test_readme_and_speed_page_show_the_measured_overhead(capsys: pytest.Capture
     ],
 )
 def test_pages_show_the_measured_tables(document: str, name: str, tool: str, record: str) -> None:
-    if tool == "compare_training":
+    if tool in ("compare_training", "training_log"):
         pytest.importorskip("mmengine")
     path = ROOT / "docs/benchmarks" / record
     measured = read_profiles(path) if tool == "make_accuracy_page" else json.loads(path.read_text())
@@ -91,18 +93,19 @@ class TestAccuracyPage:
     def test_check_names_what_is_stale_and_the_command_mends_it(
         self, tool: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        for path in (tool.RECORDS, tool.PAGE, *tool.CHOICES.values(), *map(tool.plot_of, tool.CHOICES.values())):
-            if (ROOT / path).is_file():
-                (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-                (tmp_path / path).write_text((ROOT / path).read_text())
+        files = [*tool.ACCURACIES.values(), *tool.CHOICES.values()]
+        for path in (tool.PAGE, tool.README, *files, *map(tool.plot_of, files)):
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / path).write_text((ROOT / path).read_text())
         monkeypatch.setattr(tool, "ROOT", tmp_path)
-        records = json.loads((tmp_path / tool.RECORDS).read_text())
-        (tmp_path / tool.RECORDS).write_text(json.dumps(records[:1]))
+        first = tool.ACCURACIES["accuracy"]
+        (tmp_path / first).write_text(json.dumps(json.loads((tmp_path / first).read_text())[:1]))
         assert tool.main(["--check"]) == 1
-        assert re.findall(r"^(\S+) is stale", capsys.readouterr().err, re.MULTILINE) == [tool.PAGE, tool.PLOT]
+        stale = re.findall(r"^(\S+) is stale", capsys.readouterr().err, re.MULTILINE)
+        assert stale == [tool.PAGE, tool.plot_of(first)]
         assert tool.main([]) == 0
         assert tool.main(["--check"]) == 0
 
     def test_page_without_marks_is_refused(self, tool: ModuleType) -> None:
         with pytest.raises(ValueError, match=r"docs/accuracy\.md must hold '<!-- accuracy table.* put them back"):
-            tool.page("no table", [], {})
+            tool.page("no table", {"accuracy": []}, {})

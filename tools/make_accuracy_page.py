@@ -1,4 +1,4 @@
-"""Write the tables of docs/accuracy.md and its plots in docs/images from the measured records.
+"""Write the tables of docs/accuracy.md, its plots in docs/images and a short table in README.md from the records.
 
 python tools/make_accuracy_page.py           # after effvit evaluate --rounds 10 --json, tools/measure_choices.py
 python tools/make_accuracy_page.py --check   # name what is stale, exit with 1 if anything is
@@ -11,51 +11,75 @@ import hashlib
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple, cast
 
-from marked_table import has_table, put_table, write_pages
+from marked_table import put_table, write_pages
 
 from effvit.measure.accuracy import shown_models
 from effvit.measure.choices import Choice, choices_of
 from effvit.measure.controls import CONTROLS
-from effvit.measure.records import read_evaluations, read_profiles
-from effvit.measure.values import Evaluated, Evaluation, Record
+from effvit.measure.records import evaluation_of, profile_of, read_profiles, read_records
+from effvit.measure.values import Cost, Evaluated, Evaluation, Record
 from effvit.messages import run_command
+from effvit.protocols import Json
 from effvit.show.plots import plot_accuracy, plot_choices
 from effvit.show.tables import mean_and_range, with_error
 
-__all__ = ["choices_table", "main", "origin", "page", "table"]
+__all__ = ["Choices", "choices_table", "main", "origin", "page", "table"]
 
 ROOT = Path(__file__).resolve().parents[1]
-RECORDS = "docs/benchmarks/fashion_accuracy_cpu.json"
 PAGE = "docs/accuracy.md"
-PLOT = "docs/images/fashion_accuracy.svg"
 TOOL = "make_accuracy_page.py"
-# Table of choices and their controls -> what tools/measure_choices.py wrote of it; on the page once it is measured.
+# Table of the page -> what effvit evaluate --rounds wrote of it, and its plot.
+ACCURACIES = {
+    "accuracy": "docs/benchmarks/fashion_accuracy_cpu.json",
+    "cutouts accuracy": "docs/benchmarks/cutouts_accuracy_cpu.json",
+}
+# Table of choices and their controls -> what tools/measure_choices.py wrote of it.
 CHOICES = {
     "cutouts choices": "docs/benchmarks/cutouts_choices_cpu.json",
     "fashion choices": "docs/benchmarks/fashion_choices_cpu.json",
 }
 MARK = "†"
+README, SHORT = "README.md", "short accuracy"
+SHOWN, SHARE = "cutouts choices", 0.6  # README.md shows the rows nearest to this share of the dense multiply-adds
 
 
 def table(records: Sequence[Record]) -> list[str]:
     """Lines of a Markdown table of records; speed-ups refer to the first model of the same record."""
     lines = ["| model | top-1 (%) | MMACs | MAC ratio | speed-up | tokens left |", "|---|---|---|---|---|---|"]
     for cost, _, accuracies in shown_models(records):
-        low, high = cost.interval
         cells = [
             cost.name,
             mean_and_range(accuracies),
             f"{cost.macs / 1e6:.1f}",
             f"{cost.mac_ratio:.2f}",
-            f"{cost.speedup:.2f} ({low:.2f} to {high:.2f})",
+            speedup(cost),
             f"{cost.tokens[-1]:.1f}" if cost.tokens else "-",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def choices_table(evaluation: Evaluation) -> list[str]:
+def speedup(cost: Cost) -> str:
+    """Its speed-up with the interval."""
+    low, high = cost.interval
+    return f"{cost.speedup:.2f} ({low:.2f} to {high:.2f})"
+
+
+class Choices(NamedTuple):
+    """What tools/measure_choices.py wrote.
+
+    Attributes:
+        evaluation: Accuracies, with controls.
+        costs: Name -> cost with measured speed; empty if none was measured.
+    """
+
+    evaluation: Evaluation
+    costs: Mapping[str, Cost]
+
+
+def choices_table(measured: Choices) -> list[str]:
     """Lines of a Markdown table: each choice of tokens, what it gains over its controls, and what it keeps.
 
     A row is marked where a gain is not positive. Controls have no rows of their own.
@@ -63,10 +87,17 @@ def choices_table(evaluation: Evaluation) -> list[str]:
     Raises:
         ValueError: As ``choices_of``.
     """
+    evaluation, costs = measured
     choices = choices_of(evaluation)
     shifts = next((list(model.consistency.shifts) for model in evaluation.models if model.consistency), [])
     of_objects = any(model.object_patches for model in evaluation.models)
-    heads = ["model", "top-1 (%)", "MMACs", *(f"minus {control}" for control in CONTROLS)]
+    heads = [
+        "model",
+        "top-1 (%)",
+        "MMACs",
+        *["speed-up"] * (costs != {}),
+        *(f"minus {control}" for control in CONTROLS),
+    ]
     heads += ["object patches kept (%)"] * of_objects
     heads += [f"same class, {distance} px (%)" for distance in shifts]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
@@ -76,12 +107,32 @@ def choices_table(evaluation: Evaluation) -> list[str]:
             model.name + (f" {MARK}" if any(gain <= 0 for gain in gains.values()) else ""),
             with_error(model.accuracy),
             f"{model.macs / 1e6:.1f}",
+            *([speedup(costs[model.name])] if costs else []),
             *(f"{gains[control]:+.1f}" if control in gains else "-" for control in CONTROLS),
             *[kept_of_object(model)] * of_objects,
             *same_class(model, shifts),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, "", " ".join(notes(evaluation))]
+
+
+def short_table(measured: Choices) -> list[str]:
+    """Lines of a Markdown table: each method where it is nearest to SHARE of the dense multiply-adds, and controls."""
+    dense = measured.evaluation.models[0]
+    nearest: dict[str | None, Choice] = {}
+    for choice in sorted(choices_of(measured.evaluation), key=lambda own: abs(own.model.macs / dense.macs - SHARE)):
+        nearest.setdefault(choice.model.method, choice)
+    lines = [
+        f"| model | MACs (%) | top-1 (%) | {' | '.join(CONTROLS)} |",
+        "| --- | --- | --- |" + " --- |" * len(CONTROLS),
+    ]
+    lines.append(f"| dense | 100 | {dense.accuracy.value:.1f} |" + " - |" * len(CONTROLS))
+    for choice in sorted(nearest.values(), key=lambda own: -own.model.accuracy.value):
+        top1 = choice.model.accuracy.value
+        beside = [f"{top1 - choice.gains[control]:.1f}" if control in choice.gains else "-" for control in CONTROLS]
+        share = 100 * choice.model.macs / dense.macs
+        lines.append(f"| {choice.model.name} | {share:.0f} | {top1:.1f} | {' | '.join(beside)} |")
+    return lines
 
 
 def notes(evaluation: Evaluation) -> list[str]:
@@ -117,29 +168,27 @@ def same_class(model: Evaluated, shifts: Sequence[int]) -> list[str]:
     return [f"{100 * share:.1f}" for share in model.consistency.same]
 
 
-def page(text: str, records: Sequence[Record], choices: Mapping[str, Evaluation]) -> str:
+def page(text: str, records: Mapping[str, Sequence[Record]], choices: Mapping[str, Choices]) -> str:
     """The page with its tables made anew.
 
     Args:
         text: The page as it is.
-        records: Of its first table.
-        choices: Name of a table of ``CHOICES`` -> its evaluation, for those that are measured.
+        records: Name of a table of ``ACCURACIES`` -> its records.
+        choices: Name of a table of ``CHOICES`` -> what was measured for it.
 
     Raises:
-        ValueError: A mark is missing, or there is one of a table that is not measured.
+        ValueError: A mark is missing.
     """
-    text = put_table(text, PAGE, "accuracy", TOOL, ["", *table(records), ""])
-    for name, path in CHOICES.items():
-        if name in choices:
-            text = put_table(text, PAGE, name, TOOL, ["", *choices_table(choices[name]), ""])
-        elif has_table(text, name, TOOL):
-            raise ValueError(f"{PAGE} has a table {name!r}, but there is no {path}; run tools/measure_choices.py")
+    for name, own in records.items():
+        text = put_table(text, PAGE, name, TOOL, ["", *table(own), ""])
+    for name, measured in choices.items():
+        text = put_table(text, PAGE, name, TOOL, ["", *choices_table(measured), ""])
     return text
 
 
-def origin(records: Path, name: str = RECORDS) -> str:
-    """What the plot says of where it is from; changes with the records, which the page calls ``name``."""
-    return f"tools/{TOOL}, {name}, sha256 {hashlib.sha256(records.read_bytes()).hexdigest()}"
+def origin(name: str) -> str:
+    """What a plot says of the records it is from, ``name`` of the project; changes with them."""
+    return f"tools/{TOOL}, {name}, sha256 {hashlib.sha256((ROOT / name).read_bytes()).hexdigest()}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -150,43 +199,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command("make_accuracy_page", lambda: write_page(arguments.check))
 
 
-def measured_choices() -> dict[str, Evaluation]:
-    """Name of a table of ``CHOICES`` -> its evaluation, for those whose file is there.
+def read_choices(path: Path) -> Choices:
+    """What tools/measure_choices.py wrote.
 
     Raises:
-        ValueError: A file that does not hold one evaluation.
+        ValueError: Other than one evaluation and at most one profile.
     """
-    found = {name: read_evaluations(ROOT / path) for name, path in CHOICES.items() if (ROOT / path).is_file()}
-    for name, evaluations in found.items():
-        if len(evaluations) != 1:
-            raise ValueError(f"{CHOICES[name]} must hold one evaluation, got {len(evaluations)}; measure it again")
-    return {name: evaluation for name, [evaluation] in found.items()}
+    records = cast("list[dict[str, Json]]", read_records(path, (Evaluation.kind, Record.kind)))
+    evaluations = [evaluation_of(record) for record in records if record["kind"] == Evaluation.kind]
+    profiles = [profile_of(record) for record in records if record["kind"] == Record.kind]
+    if len(evaluations) != 1 or len(profiles) > 1:
+        raise ValueError(
+            f"{path.name} must hold one evaluation and at most one profile, got {len(evaluations)} and "
+            f"{len(profiles)}; measure again with tools/measure_choices.py"
+        )
+    return Choices(evaluations[0], {cost.name: cost for own in profiles for cost in own.models})
 
 
 def plot_of(records: str) -> str:
-    """The plot of a file of choices."""
+    """The plot of a file of records."""
     return f"docs/images/{Path(records).stem.removesuffix('_cpu')}.svg"
 
 
 def write_page(only_check: bool) -> int:
     """Write the page and its plots, or name those that are stale; returns 1 if one is."""
-    records, choices = read_profiles(ROOT / RECORDS), measured_choices()
-    text = page((ROOT / PAGE).read_text(), records, choices)
+    records = {name: read_profiles(ROOT / path) for name, path in ACCURACIES.items()}
+    choices = {name: read_choices(ROOT / path) for name, path in CHOICES.items()}
+    pages = {PAGE: page((ROOT / PAGE).read_text(), records, choices)}
+    pages[README] = put_table((ROOT / README).read_text(), README, SHORT, TOOL, short_table(choices[SHOWN]))
     # Plot -> what it says of its origin. Another matplotlib draws other bytes, so that a plot is stale when its records
     # have changed.
-    origins = {PLOT: origin(ROOT / RECORDS)}
-    origins |= {plot_of(CHOICES[name]): origin(ROOT / CHOICES[name], CHOICES[name]) for name in choices}
+    origins = {plot_of(path): origin(path) for path in (*ACCURACIES.values(), *CHOICES.values())}
     plots = {name: ROOT / name for name in origins}
     stale = [name for name, plot in plots.items() if not plot.is_file() or origins[name] not in plot.read_text()]
-    status = write_pages({PAGE: text}, ROOT, TOOL, only_check, stale)
+    status = write_pages(pages, ROOT, TOOL, only_check, stale)
     if only_check:
         return status
-    dense = records[0].models[0]
-    data = "" if dense.accuracy is None else dense.accuracy.data
-    plot_accuracy(records, f"{dense.name}: {data}", ROOT / PLOT, note=origins[PLOT])
-    for name, evaluation in choices.items():
-        first, drawn = evaluation.models[0], plot_of(CHOICES[name])
-        plot_choices(evaluation, f"{first.name}: {first.accuracy.data}", ROOT / drawn, note=origins[drawn])
+    for name, path in ACCURACIES.items():
+        dense, plot = records[name][0].models[0], plot_of(path)
+        data = "" if dense.accuracy is None else dense.accuracy.data
+        plot_accuracy(records[name], f"{dense.name}: {data}", ROOT / plot, note=origins[plot])
+    for name, path in CHOICES.items():
+        first, plot = choices[name].evaluation.models[0], plot_of(path)
+        plot_choices(choices[name].evaluation, f"{first.name}: {first.accuracy.data}", ROOT / plot, note=origins[plot])
     return status
 
 

@@ -8,7 +8,8 @@
 Nothing is trained: all methods at five settings each work on the weights of the dense model, DyMU with thresholds
 calibrated on training images. Beside each stand the controls of effvit.measure.controls: patches chosen at random (one
 model for each seed) or evenly spaced at equal counts, and the dense model on smaller images at equal multiply-adds. On
-some of the images it is also measured what is kept of the object and whether predictions stay under shifts.
+some of the images it is also measured what is kept of the object and whether predictions stay under shifts. With
+--rounds the speeds of all are measured too, side by side, when everything else is done.
 
 The same command goes on after a kill from the last method that was complete (--state, by default beside --json).
 tools/make_accuracy_page.py makes table and plot of the file, effvit report shows it.
@@ -37,13 +38,14 @@ from effvit.data.preparation import data_config, load_images
 from effvit.hosts.surface import Reduced
 from effvit.measure.choices import choices_of
 from effvit.measure.controls import CONTROLS, Resized, with_controls
+from effvit.measure.costs import profile
 from effvit.measure.evaluation import COST_IMAGES, EvaluationOptions, Selection, calibrate_all, evaluate
 from effvit.measure.json_files import read_json, write_json
 from effvit.measure.object_patches import mean_object_patches
 from effvit.measure.records import as_json, as_object, check_record, evaluation_of, write_records
 from effvit.measure.resume import fingerprint, refuse_differences
 from effvit.measure.shifts import SHIFTS, central_crop, shift_consistency
-from effvit.measure.values import Evaluated, Evaluation
+from effvit.measure.values import Evaluated, Evaluation, Record
 from effvit.measure.variants import list_variants, reduced
 from effvit.messages import plain, run_command
 from effvit.protocols import Json, Setting, Settings
@@ -96,6 +98,7 @@ class Arguments(WeightArguments):
     methods: list[str] | None
     images: int
     detail_images: int
+    rounds: int
     seeds: list[int]
     batch_size: int
     threads: int
@@ -147,15 +150,33 @@ class Measurement(NamedTuple):
     def rows(self, reduced_models: Mapping[str, Reduced]) -> list[Evaluated]:
         """Reduced models, each with its controls behind it."""
         calibrate_all(reduced_models, self.dense, self.calibration, "cpu")
-        first = self.selection.indices[:COST_IMAGES]
-        sample = load_images(self.dense, [self.selection.images.read(index) for index in first])
-        models = with_controls({self.name: self.dense, **reduced_models}, CONTROLS, sample, self.seeds)
+        models = with_controls({self.name: self.dense, **reduced_models}, CONTROLS, self._sample(), self.seeds)
         rows = self._evaluated(models).models[1:]
         # On smaller images, patches are others: nothing more is measured of that control.
         rows = [
             row if isinstance(models[row.name], Resized) else self._with_object(row, models[row.name]) for row in rows
         ]
         return [self._with_consistency(row, models[row.name]) if row.name in reduced_models else row for row in rows]
+
+    def speeds(self, reduced_models: Mapping[str, Reduced], rounds: int) -> Record:
+        """Costs of the dense and the reduced models, with speeds measured side by side in so many rounds."""
+        calibrate_all(reduced_models, self.dense, self.calibration, "cpu")
+        sample = self._sample()
+        return profile(
+            {self.name: self.dense, **reduced_models},
+            data_config(self.dense)["input_size"],
+            self.batch_size,
+            images=sample,
+            image_names=[f"{len(sample)} of {self.selection.text}"],
+            ideal=False,
+            rounds=rounds,
+            threads=torch.get_num_threads(),
+        ).with_weights(self.weights)
+
+    def _sample(self) -> Tensor:
+        """(B, channels, H, W) the images over which costs are means."""
+        first = self.selection.indices[:COST_IMAGES]
+        return load_images(self.dense, [self.selection.images.read(index) for index in first])
 
     def _evaluated(self, models: Mapping[str, nn.Module]) -> Evaluation:
         options = EvaluationOptions(batch_size=self.batch_size)
@@ -267,6 +288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--detail-images", type=int, default=250, metavar="N", help="of these, for objects and shifts (default: 250)"
     )
+    parser.add_argument("--rounds", type=int, default=0, help="measure speeds too, in so many rounds (default: none)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="of random controls")
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
@@ -282,6 +304,7 @@ def run(arguments: Arguments) -> None:
     if has_random_weights(arguments):
         raise ValueError("a choice of tokens means something with trained weights: give --checkpoint or --pretrained")
     torch.set_num_threads(check_count("--threads", arguments.threads, 1))
+    rounds = check_count("--rounds", arguments.rounds)
     variants = variants_of(arguments.set, arguments.methods)
     images = opened(arguments)
     dense = create(images.model, arguments)
@@ -301,7 +324,8 @@ def run(arguments: Arguments) -> None:
     state = arguments.state or arguments.json.with_suffix(".state.json")
     models = reduced(dense, variants)
     rows = KeptRows(state, conditions_of(measurement, list(models)))
-    write_records(arguments.json, [measure(measurement, models, rows, report_rows)])
+    evaluation = measure(measurement, models, rows, report_rows)
+    write_records(arguments.json, [evaluation, *([measurement.speeds(models, rounds)] if rounds else [])])
     state.unlink()
 
 

@@ -69,7 +69,8 @@ class SearchedHost:
         """() multiply-adds of embedding, projections, attention, MLPs and head (patch/deit.py@91ae3e3).
 
         The number of tokens behind a block is the least of those before it and of what pruning and merging leave; its
-        gradient goes to both of these in full, and none to the first. ``dense``: of the host with all its tokens.
+        gradient goes to both of these in full, and none to the first. A stem of several layers counts as if all of them
+        worked on the patch grid. ``dense``: of the host with all its tokens.
         """
         host, prefix, patches = self.host, self.host.num_prefix_tokens, self.host.patch_embed.num_patches
         tokens = torch.tensor(float(prefix + patches), device=self.logits[0].device)
