@@ -193,6 +193,22 @@ class TestHeads:
         assert model.loss(images, samples)["task_loss"].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
+class TestNorm:
+    @pytest.mark.parametrize("norm_eval", [False, True])
+    def test_statistics_stay_with_norm_eval_alone(self, norm_eval: bool) -> None:
+        small = {"dims": (8, 8, 16, 16), "depths": (1, 1, 1, 1), "num_classes": 7}
+        model = build("casvit_xs_224", **small, norm_eval=norm_eval)
+        before = {name: value.clone() for name, value in model.named_buffers() if "running" in name}
+        step(model)
+        assert before
+        assert model.training
+        assert all(torch.equal(value, model.get_buffer(name)) == norm_eval for name, value in before.items())
+
+    def test_anything_but_a_switch_is_refused(self) -> None:
+        with pytest.raises(TypeError, match="norm_eval must be True or False, got 'yes'"):
+            build(norm_eval="yes")
+
+
 class TestCheckpoints:
     def test_names_are_those_of_the_model_and_load_again(self) -> None:
         model, other = build(), build()

@@ -428,3 +428,31 @@ def test_page_lists_every_config() -> None:
     page = (ROOT / "configs" / "README.md").read_text()
     listed = re.findall(r"\]\(([^)]+\.py)\)", page)
     assert sorted(listed) == sorted(path.relative_to(ROOT / "configs").as_posix() for path in CONFIGS)
+
+
+@pytest.mark.parametrize(
+    ("config", "batch", "rates"),
+    [
+        *((f"supertoken-{size}_8xb64-30e_in1k-384px", 512, {0: 5e-6, 29: 5e-6}) for size in "sbl"),
+        ("casvit-m_8xb128-30e_in1k-384px", 1024, {10: 2.5e-5, 20: 5e-5, 29: 5e-5}),
+    ],
+)
+def test_fine_tuning_at_384_pixels_is_the_official_one(config: str, batch: int, rates: dict[int, float]) -> None:
+    """The rate at the beginning of epochs, each of ten iterations; pictures of 384 pixels in all three loaders."""
+    found = read(ROOT / "configs/mmpretrain" / f"{config}.py")
+    assert found.auto_scale_lr.base_batch_size == 8 * found.train_dataloader.batch_size == batch
+    assert found.train_cfg.max_epochs == 30
+    assert found.model.drop_path_rate == 0
+    for loader in (found.train_dataloader, found.val_dataloader, found.test_dataloader):
+        sizes = [step.get("scale", step.get("crop_size")) for step in loader.dataset.pipeline]
+        assert {size for size in sizes if size} == {384}
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=found.optim_wrapper.optimizer.lr)
+    given = {"optimizer": optimizer, "epoch_length": 10}
+    schedulers = [PARAM_SCHEDULERS.build(entry, default_args=given) for entry in found.param_scheduler]
+    seen = []
+    for _ in range(300):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        for scheduler in schedulers:
+            scheduler.step()
+    assert {epoch: seen[10 * epoch] for epoch in rates} == pytest.approx(rates, rel=0.01)

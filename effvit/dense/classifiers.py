@@ -21,6 +21,7 @@ from mmengine.registry import MODELS
 from mmengine.runner.checkpoint import get_torch_safe_globals
 from mmpretrain.models import TimmClassifier
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from effvit.architectures.sit import SiT
 from effvit.architectures.sit_distillation import check_pair, score_loss, token_loss
@@ -29,7 +30,7 @@ from effvit.dense.openmmlab import StartsPretrained
 from effvit.hosts.checkpoints import load_checkpoint
 from effvit.hosts.host import check_model_name
 from effvit.protocols import Setting
-from effvit.schedule import check_number
+from effvit.schedule import check_number, check_switch
 
 __all__ = ["EffViTClassifier", "SiTClassifier"]
 
@@ -57,6 +58,7 @@ class EffViTClassifier(StartsPretrained, TimmClassifier):
         distill_weight: Weight of the divergence; DynamicViT (2106.02034) has 0.5.
         temperature: What both scores are divided by; DynamicViT has 1. DeiT's soft distillation (2012.12877) has 3, and
             weights of 0.1 for the divergence and 0.9 for the task.
+        norm_eval: Keep BatchNorm layers in eval mode while training.
         kwargs: ``loss``, ``train_cfg``, ``with_cp``, ``data_preprocessor`` and ``init_cfg`` of ``TimmClassifier``, and
             keywords of ``timm.create_model``.
 
@@ -81,10 +83,12 @@ class EffViTClassifier(StartsPretrained, TimmClassifier):
         teacher: dict[str, Any] | None = None,
         distill_weight: float = 0.5,
         temperature: float = 1.0,
+        norm_eval: bool = False,
         **kwargs: Any,
     ) -> None:
         check_model_name(model_name)
         super().__init__(model_name, **kwargs)
+        self.norm_eval = check_switch("norm_eval", norm_eval)
         own = inspect.signature(TimmClassifier.__init__).parameters
         settings = {name: value for name, value in kwargs.items() if name not in own}
         weights = {"pretrained": pretrained, "pretrained_key": pretrained_key}
@@ -97,6 +101,14 @@ class EffViTClassifier(StartsPretrained, TimmClassifier):
         if teacher is not None:
             object.__setattr__(self, "teacher", _create_teacher(teacher, self.model))  # not as a submodule
             self._teacher_recipe = teacher if teacher["pretrained"] else None
+
+    def train(self, mode: bool = True) -> EffViTClassifier:
+        """Training mode, except for BatchNorm with ``norm_eval``."""
+        super().train(mode)
+        for module in self.modules():
+            if self.norm_eval and isinstance(module, _BatchNorm):
+                module.eval()
+        return self
 
     def init_weights(self) -> None:
         """Load the teacher's weights, and those ``pretrained`` and ``init_cfg`` name unless others were loaded."""
