@@ -1,6 +1,7 @@
-# CAS-ViT-M (2408.03703) fine-tuned at 384 x 384: the command in the README and main.py of Tianfang-Zhang/CAS-ViT@041d2d6,
-# which accumulates two batches of 8 x 64: a rate of 5e-5 for 30 epochs, of which 20 warm up, and no drop path. Its sampler
-# of several picture sizes (160 to 320) is left out: all are 384 here, as in its test.
+# CAS-ViT-M (2408.03703) fine-tuned at 384 x 384: the command in the README and main.py of
+# Tianfang-Zhang/CAS-ViT@041d2d6, which accumulates two batches of 8 x 64: a rate of 5e-5 for 30 epochs, of which 20
+# warm up, and no drop path. Its sampler of several picture sizes (160 to 320) is left out: all are 384 here, as in its
+# test.
 _base_ = "casvit-m_8xb256-300e_in1k.py"
 
 model = dict(model_name="casvit_m_384", pretrained="checkpoints/casvit_m_224.pth", drop_path_rate=0.0)

@@ -133,7 +133,12 @@ class EffViTClassifier(StartsPretrained, TimmClassifier):
 
     def loss(self, inputs: Tensor, data_samples: Sequence[object], **kwargs: object) -> dict[str, Tensor]:
         """Scalars of images (B, C, H, W): "task_loss", and with a teacher "distill_loss"; mmengine adds them up."""
-        scores: Tensor | tuple[Tensor, ...] = self.model(inputs)
+        return self.losses_of(self.model(inputs), inputs, data_samples, **kwargs)
+
+    def losses_of(
+        self, scores: Tensor | tuple[Tensor, ...], inputs: Tensor, data_samples: Sequence[object], **kwargs: object
+    ) -> dict[str, Tensor]:
+        """``loss`` of scores (B, classes), those of one head or of each, that the model has given to the images."""
         heads = scores if isinstance(scores, tuple) else (scores,)
         losses = {"task_loss": self._task_loss(heads, data_samples, **kwargs)}
         if self.teacher is not None:

@@ -1,6 +1,7 @@
-# Super-token SViT at 384 x 384 from weights of 224 x 224 (2211.11167): the commands in the README of hhb072/STViT@c9ed9a4,
-# 30 epochs at a constant rate of 5e-6 for 8 x 64 pictures, weight decay 1e-8, otherwise DeiT's recipe. main.py keeps the
-# model in eval mode while it fine-tunes: BatchNorm keeps its statistics, and the drop path of the commands does not act.
+# Super-token SViT at 384 x 384 from weights of 224 x 224 (2211.11167): the commands in the README of
+# hhb072/STViT@c9ed9a4, 30 epochs at a constant rate of 5e-6 for 8 x 64 pictures, weight decay 1e-8, otherwise DeiT's
+# recipe. main.py keeps the model in eval mode while it fine-tunes: BatchNorm keeps its statistics, and the drop path of
+# the commands does not act.
 _base_ = "deit.py"
 
 model = dict(drop_path_rate=0.0, norm_eval=True)
