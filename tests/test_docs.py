@@ -38,7 +38,6 @@ def test_readme_and_speed_page_show_the_measured_overhead(capsys: pytest.Capture
         ("docs/dense.md", "vit", "compare_training", "composites_vit_cpu.json"),
         ("docs/dense.md", "garments", "compare_training", "garments_cpu.json"),
         ("docs/accuracy.md", "accuracy", "make_accuracy_page", "fashion_accuracy_cpu.json"),
-        ("docs/accuracy.md", "cutouts accuracy", "make_accuracy_page", "cutouts_accuracy_cpu.json"),
         ("docs/accuracy.md", "cutouts training", "training_log", "cutouts_training_cpu.json"),
         ("docs/accuracy.md", "masks", "evaluate_masks", "mobilesam_cpu.json"),
         ("docs/profile.md", "check", "check_profiler", "profiler_check_cpu.json"),

@@ -31,10 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = "docs/accuracy.md"
 TOOL = "make_accuracy_page.py"
 # Table of the page -> what effvit evaluate --rounds wrote of it, and its plot.
-ACCURACIES = {
-    "accuracy": "docs/benchmarks/fashion_accuracy_cpu.json",
-    "cutouts accuracy": "docs/benchmarks/cutouts_accuracy_cpu.json",
-}
+ACCURACIES = {"accuracy": "docs/benchmarks/fashion_accuracy_cpu.json"}
 # Table of choices and their controls -> what tools/measure_choices.py wrote of it.
 CHOICES = {
     "cutouts choices": "docs/benchmarks/cutouts_choices_cpu.json",

@@ -90,7 +90,7 @@ SEEN = (
         "test images of objects on photographs",
         cutout_pictures,
         cutout_classes,
-        ("bird", "clock", "vehicle", "sneaker"),
+        ("face", "hand", "clock", "sneaker"),  # that the dense model knows
     ),
 )
 
