@@ -194,6 +194,8 @@ class TestCommand:
             "hot keep_rate=0.6",
         ]
         assert all(len(cost.seconds) == 2 for cost in record.models)
+        found = {model.name: model.accuracy for model in evaluation_of(evaluated).models}
+        assert all(cost.accuracy == found[cost.name] for cost in record.models)
         assert (record.conditions.batch_size, record.conditions.notes["weights"]) == (4, "random.safetensors")
 
     def test_objects_are_followed_in_the_middle_of_the_wide_images(

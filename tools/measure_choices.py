@@ -36,6 +36,7 @@ from effvit.cli.options import WeightArguments, entry, weights
 from effvit.data.labelled import spread
 from effvit.data.preparation import data_config, load_images
 from effvit.hosts.surface import Reduced
+from effvit.measure.accuracy import with_accuracies
 from effvit.measure.choices import choices_of
 from effvit.measure.controls import CONTROLS, Resized, with_controls
 from effvit.measure.costs import profile
@@ -158,11 +159,11 @@ class Measurement(NamedTuple):
         ]
         return [self._with_consistency(row, models[row.name]) if row.name in reduced_models else row for row in rows]
 
-    def speeds(self, reduced_models: Mapping[str, Reduced], rounds: int) -> Record:
-        """Costs of the dense and the reduced models, with speeds measured side by side in so many rounds."""
+    def speeds(self, reduced_models: Mapping[str, Reduced], rounds: int, evaluation: Evaluation) -> Record:
+        """Costs of the dense and the reduced models, speeds side by side in so many rounds, and accuracies found."""
         calibrate_all(reduced_models, self.dense, self.calibration, "cpu")
         sample = self._sample()
-        return profile(
+        record = profile(
             {self.name: self.dense, **reduced_models},
             data_config(self.dense)["input_size"],
             self.batch_size,
@@ -172,6 +173,8 @@ class Measurement(NamedTuple):
             rounds=rounds,
             threads=torch.get_num_threads(),
         ).with_weights(self.weights)
+        accuracies = {model.name: model.accuracy.value for model in evaluation.models}
+        return with_accuracies(record, accuracies, self.selection.text, len(self.selection.indices))
 
     def _sample(self) -> Tensor:
         """(B, channels, H, W) the images over which costs are means."""
@@ -325,7 +328,7 @@ def run(arguments: Arguments) -> None:
     models = reduced(dense, variants)
     rows = KeptRows(state, conditions_of(measurement, list(models)))
     evaluation = measure(measurement, models, rows, report_rows)
-    write_records(arguments.json, [evaluation, *([measurement.speeds(models, rounds)] if rounds else [])])
+    write_records(arguments.json, [evaluation, *([measurement.speeds(models, rounds, evaluation)] if rounds else [])])
     state.unlink()
 
 
