@@ -117,6 +117,7 @@ class TestSearch:
             right, at_first = ((model(images).argmax(1) == labels).sum() for model in (found, first))
         assert right > at_first
 
+    @pytest.mark.filterwarnings("ignore:the numbers found take")
     def test_the_host_is_left_as_it_was(self) -> None:
         dense = small().train()
         dense.blocks[1].requires_grad_(False)
@@ -129,6 +130,7 @@ class TestSearch:
             assert value.requires_grad == before[name][1]
             assert value.grad is None
 
+    @pytest.mark.filterwarnings("ignore:the numbers found take")
     def test_steps_lead_along_the_official_schedule(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """AdamW without decay, a cosine from lr to a tenth of it."""
         rates: list[float] = []
@@ -166,6 +168,25 @@ class TestBadInput:
             SearchedHost(small(class_token=False, global_pool="avg"))
         with pytest.raises((TypeError, ValueError), match="diffrate"):
             SearchedHost(timm.create_model("swin_tiny_patch4_window7_224"))
+
+    def test_images_of_another_size(self) -> None:
+        searched = SearchedHost(small(dynamic_img_size=True))
+        with pytest.raises(
+            ValueError, match=r"searched for images of 24 x 24, got 32 x 32; resize them, or the host by"
+        ):
+            searched(torch.zeros(1, 3, 32, 32))
+
+    def test_a_host_without_classes_and_a_single_candidate(self) -> None:
+        with pytest.raises(ValueError, match="the host has num_classes=0; give a classifier"):
+            SearchedHost(small(num_classes=0))
+        with pytest.raises(ValueError, match="step must leave several candidates of 36 patches, got 36"):
+            SearchedHost(small(), step=36)
+
+    def test_an_aim_that_was_missed_is_said(self) -> None:
+        with pytest.warns(
+            UserWarning, match=r"the numbers found take 0\.\d\d of the dense model's multiply-adds, not 0\.05"
+        ):
+            effvit.search_rates(small(), batches(), 0.05, steps=1)
 
     def test_a_host_of_one_block_has_no_numbers(self) -> None:
         with pytest.raises(ValueError, match="at least two blocks"):

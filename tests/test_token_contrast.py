@@ -135,11 +135,20 @@ class TestClassifier:
         ("options", "message"),
         [
             ({"global_pool": "avg"}, "token contrast is for heads that read the class token, but that of vit_nano"),
-            ({"aux_block": 12}, "aux_block must be a block of 0 to 11, got 12"),
+            ({"aux_block": 11}, "aux_block must be in front of the last block, 11, got 11"),
+            ({"aux_block": 2.5}, "aux_block must be"),
+            ({"contrast_weight": -3.0}, r"must be at least 0, got 1\.0 and -3\.0"),
             ({"low": 0.9}, "thresholds must be 0 <= low <= high, got 0.9 and 0.7"),
             ({"train_cfg": {"augments": {"type": "CutMix", "alpha": 1.0}}}, r"takes no train_cfg\.augments"),
         ],
     )
     def test_what_it_cannot_train_is_refused(self, build: Any, options: dict[str, Any], message: str) -> None:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((TypeError, ValueError), match=message):
             build(**options)
+
+    def test_a_file_that_is_not_there_leaves_the_model_whole(self, build: Any) -> None:
+        model = build()
+        model.pretrained, model._recipe["pretrained"], model._is_init = "nowhere.pth", "nowhere.pth", False
+        with pytest.raises(FileNotFoundError, match="nowhere"):
+            model.init_weights()
+        assert hasattr(model.model, "aux_head")

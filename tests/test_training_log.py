@@ -30,8 +30,9 @@ def write_run(work_dir: Path, name: str, lines: Sequence[dict[str, float]]) -> N
     (folder / "scalars.json").write_text("".join(json.dumps(entry) + "\n" for entry in lines))
 
 
-def write_config(work_dir: Path) -> None:
-    (work_dir / f"{work_dir.name}.py").write_text("train_dataloader = dict(dataset=dict(length=40))\n")
+def write_config(work_dir: Path, epochs: int, data: str = "length=40") -> None:
+    (work_dir / f"{work_dir.name}.py").write_text(f"train_dataloader = dict(dataset=dict({data}))\n")
+    (work_dir / f"epoch_{epochs}.pth").touch()
 
 
 def test_epochs_of_all_runs_and_stages_are_summed_up(
@@ -42,8 +43,8 @@ def test_epochs_of_all_runs_and_stages_are_summed_up(
     write_run(first, "1", [line(1, 4.0), line(2, 3.0, 9.0), {"accuracy/top1": 20.0, "step": 1}, line(3, 9.0)])
     write_run(first, "2", [line(3, 2.0), line(4, 2.0), {"accuracy/top1": 30.004, "step": 2}, line(5, 1.0)])
     write_run(second, "1", [line(1, 1.0), line(2, 0.5)])
-    write_config(first)
-    write_config(second)
+    write_config(first, 2)
+    write_config(second, 1)
     out = tmp_path / "log.json"
     assert tool.main([str(first), str(second), "--json", str(out)]) == 0
     stages = json.loads(out.read_text())["stages"]
@@ -63,6 +64,9 @@ def test_epochs_of_all_runs_and_stages_are_summed_up(
 def test_other_folders_are_refused(tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path, "1", [line(1, 1.0)])
     assert tool.main([str(tmp_path)]) == 2
-    assert "it has 0 configs and 1 logged losses" in capsys.readouterr().err
+    assert "it has 0 configs, 0 checkpoints and 1 logged losses" in capsys.readouterr().err
+    write_config(tmp_path, 1, "data_root='x'")
+    assert tool.main([str(tmp_path)]) == 2
+    assert "must say the length of its training set" in capsys.readouterr().err
     assert tool.main([str(tmp_path / "nowhere")]) == 2
     assert "must be the work directory of one training" in capsys.readouterr().err

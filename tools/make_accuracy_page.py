@@ -200,7 +200,7 @@ def read_choices(path: Path) -> Choices:
     """What tools/measure_choices.py wrote.
 
     Raises:
-        ValueError: Other than one evaluation and at most one profile.
+        ValueError: Other than one evaluation and at most one profile, which has all of its choices.
     """
     records = cast("list[dict[str, Json]]", read_records(path, (Evaluation.kind, Record.kind)))
     evaluations = [evaluation_of(record) for record in records if record["kind"] == Evaluation.kind]
@@ -210,7 +210,11 @@ def read_choices(path: Path) -> Choices:
             f"{path.name} must hold one evaluation and at most one profile, got {len(evaluations)} and "
             f"{len(profiles)}; measure again with tools/measure_choices.py"
         )
-    return Choices(evaluations[0], {cost.name: cost for own in profiles for cost in own.models})
+    costs = {cost.name: cost for own in profiles for cost in own.models}
+    names = [choice.model.name for choice in choices_of(evaluations[0])]
+    if profiles and (missing := [name for name in names if name not in costs]):
+        raise ValueError(f"the profile in {path.name} lacks {missing[0]}; measure again with tools/measure_choices.py")
+    return Choices(evaluations[0], costs)
 
 
 def plot_of(records: str) -> str:

@@ -2,7 +2,9 @@
 
     python tools/training_log.py work_dirs/vit-nano_cutouts work_dirs/vit-nano_cutouts_cooldown --json FILE
 
-Each work directory is a stage. Iterations that a resumed run repeated count once.
+Each work directory is a stage. Iterations that a resumed run repeated count once, and an epoch that was not complete
+counts not at all. Minutes are the median time of the logged iterations times their number, so that what a machine stood
+still does not count.
 """
 
 from __future__ import annotations
@@ -33,34 +35,37 @@ def stage(work_dir: Path) -> dict[str, Any]:
     """What a work directory says of its training: the config's name, and an entry for each epoch.
 
     Raises:
-        ValueError: No log, or other than one config.
+        ValueError: No log, other than one config, no checkpoint of an epoch, or a data set that has no ``length``.
     """
     logs, configs = read_logs(work_dir), sorted(work_dir.glob("*.py"))
-    if not logs or len(configs) != 1:
+    complete = [int(path.stem.partition("_")[2]) for path in work_dir.glob("epoch_*.pth")]
+    if not logs or len(configs) != 1 or not complete:
         raise ValueError(
-            f"{plain(work_dir)} must be the work directory of one training, with its config and vis_data/scalars.json "
-            f"in a folder of each run; it has {len(configs)} configs and {len(logs)} logged losses"
+            f"{plain(work_dir)} must be the work directory of one training, with its config, checkpoints epoch_*.pth "
+            f"and vis_data/scalars.json in a folder of each run; it has {len(configs)} configs, {len(complete)} "
+            f"checkpoints and {len(logs)} logged losses"
         )
     config = Config.fromfile(configs[0], import_custom_modules=False)
+    images = config.train_dataloader.dataset.get("length")
+    if images is None:
+        raise ValueError(f"{configs[0].name} must say the length of its training set, as CutoutScenes takes it")
     reached = {line["step"]: line[TOP1] for line in read_lines(work_dir) if TOP1 in line}
-    images = config.train_dataloader.dataset.length
     epochs: list[dict[str, Any]] = []
     for number, own in groupby(logs, itemgetter("epoch")):
-        before = sum(entry["iterations"] for entry in epochs)
-        epochs.append(epoch(int(number), list(own), before, reached.get(number)))
-    if epochs[-1]["iterations"] < epochs[0]["iterations"]:  # the run was stopped in it
-        del epochs[-1]
+        if number <= max(complete):
+            before = sum(entry["iterations"] for entry in epochs)
+            epochs.append(epoch(int(number), list(own), before, reached.get(number)))
     return {"config": configs[0].stem, "images_per_epoch": images, "by_epoch": epochs}
 
 
 def epoch(number: int, logs: Sequence[Mapping[str, float]], before: int, top1: float | None) -> dict[str, Any]:
-    """An epoch of the log, with so many iterations before it."""
+    """An epoch of the log, whose last iteration was logged, with so many iterations before it."""
     iterations = int(logs[-1]["iter"]) - before
     losses = {name: round(float(np.mean([log[name] for log in logs])), 3) for name in logs[0] if name.endswith("loss")}
     return {
         "epoch": number,
         "iterations": iterations,
-        "minutes": round(float(np.mean([log["time"] for log in logs])) * iterations / 60, 2),
+        "minutes": round(float(np.median([log["time"] for log in logs])) * iterations / 60, 2),
         "lr": logs[-1]["lr"],
         **losses,
         "top1": None if top1 is None else round(top1, 2),

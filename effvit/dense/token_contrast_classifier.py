@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from effvit.dense.classifiers import EffViTClassifier
 from effvit.hosts.token_contrast import activation_labels, class_activations, patch_contrast
-from effvit.schedule import check_number
+from effvit.schedule import check_count, check_number
 
 __all__ = ["TokenContrastClassifier"]
 
@@ -31,7 +31,8 @@ class TokenContrastClassifier(EffViTClassifier):
     Deviations from rulixiang/ToCo@6d47d97, which segments: one class an image under the config's loss, activations of
     the one image size, and neither the contrast of class tokens between crops nor a decoder.
 
-    The auxiliary classifier lies in the model as ``aux_head`` and is left out when weights are exported.
+    The auxiliary classifier lies in the model as ``aux_head``, also in checkpoints; ``tools/export_weights.py --without
+    aux_head`` makes files of them that load into the model alone.
 
     Args:
         model_name: As for ``EffViTClassifier``, with a head that reads the class token.
@@ -58,20 +59,24 @@ class TokenContrastClassifier(EffViTClassifier):
         high: float = 0.7,
         **kwargs: Any,
     ) -> None:
-        if (kwargs.get("train_cfg") or {}).get("augments"):
-            raise ValueError("images that are mixed show several classes; token contrast takes no train_cfg.augments")
         super().__init__(model_name, pretrained, **kwargs)
+        if getattr(self.data_preprocessor, "batch_augments", None) is not None:
+            raise ValueError("images that are mixed show several classes; token contrast takes no train_cfg.augments")
         if getattr(self.model, "global_pool", None) != "token":
             raise ValueError(
                 f"token contrast is for heads that read the class token, but that of {model_name} does not; take a "
                 "plain ViT with global_pool='token'"
             )
-        depth = len(self.model.blocks)
-        self.aux_block = depth - 3 if aux_block is None else aux_block
-        if not 0 <= self.aux_block < depth:
-            raise ValueError(f"aux_block must be a block of 0 to {depth - 1}, got {self.aux_block}")
+        last = len(self.model.blocks) - 1
+        self.aux_block = check_count("aux_block", last - 2 if aux_block is None else aux_block)
+        if self.aux_block >= last:
+            raise ValueError(f"aux_block must be in front of the last block, {last}, got {self.aux_block}")
         self.aux_weight = check_number("aux_weight", aux_weight)
         self.contrast_weight = check_number("contrast_weight", contrast_weight)
+        if min(self.aux_weight, self.contrast_weight) < 0:
+            raise ValueError(
+                f"aux_weight and contrast_weight must be at least 0, got {aux_weight} and {contrast_weight}"
+            )
         self.thresholds = low, high
         activation_labels(torch.zeros(1, 1, 1), torch.zeros(1, 1), low, high)  # refuses them now, not in training
         self.model.aux_head = nn.Linear(self.model.embed_dim, self.model.num_classes, bias=False)
@@ -80,8 +85,10 @@ class TokenContrastClassifier(EffViTClassifier):
         """As ``EffViTClassifier``, whose weights know no auxiliary head."""
         head = self.model.aux_head
         del self.model.aux_head
-        super().init_weights()
-        self.model.aux_head = head
+        try:
+            super().init_weights()
+        finally:
+            self.model.aux_head = head
 
     def loss(self, inputs: Tensor, data_samples: Sequence[object], **kwargs: object) -> dict[str, Tensor]:
         """Scalars of images (B, C, H, W): "task_loss", "aux_loss" and "contrast_loss", with a teacher also its own."""

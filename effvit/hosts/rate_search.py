@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from effvit.hosts.host import ReducedHost, check_host, place_reducers, sparsify
@@ -16,6 +18,8 @@ from effvit.reducers.diffrate_search import RateSearch, take_numbers
 from effvit.schedule import check_count, check_fraction, check_number
 
 __all__ = ["Found", "SearchedHost", "search_rates"]
+
+TOLERANCE = 0.03  # of the share of multiply-adds that was asked for
 
 
 class Found(NamedTuple):
@@ -40,16 +44,25 @@ class SearchedHost:
         step: Between the candidates of a number, in patches; officially 1.
 
     Raises:
-        TypeError, ValueError: As ``effvit.sparsify``; a step that is no whole number from 1 on.
+        TypeError, ValueError: As ``effvit.sparsify``; a host without classes or of one block; a step that is no whole
+            number from 1 on, or leaves a single candidate.
     """
 
     def __init__(self, dense: nn.Module, step: int = 1) -> None:
-        check_count("step", step, 1)
+        if getattr(dense, "num_classes", 0) < 1:
+            raise ValueError(
+                "the search needs class scores to judge by, but the host has num_classes=0; give a classifier"
+            )
         host = sparsify(dense, "diffrate", recover=None, share=True, **DiffRate.off())
         if not isinstance(host, ReducedHost):
             raise TypeError(f"diffrate's numbers are searched on plain ViTs, not on {type(dense).__name__}")
         if len(host.blocks) < 2:
             raise ValueError("diffrate keeps all tokens in the first block, so a host must have at least two blocks")
+        patches = host.patch_embed.num_patches
+        if check_count("step", step, 1) >= patches:
+            raise ValueError(
+                f"step must leave several candidates of {patches} patches, got {step}; give one below that"
+            )
         place_reducers(host, {block: RateSearch(step) for block in range(1, len(host.blocks))})
         check_host(host)
         self.host = host.eval()
@@ -61,7 +74,17 @@ class SearchedHost:
         return [number.logits for search in self.searches for number in (search.prune, search.merge)]
 
     def __call__(self, images: Tensor) -> Found:
-        """Scores of images (B, 3, H, W), and what they cost."""
+        """Scores of images (B, 3, H, W) of the host's size, and what they cost.
+
+        Raises:
+            ValueError: Images of another size, which a host with ``dynamic_img_size`` would take.
+        """
+        size, native = tuple(images.shape[-2:]), to_2tuple(self.host.patch_embed.img_size)
+        if size != native:
+            raise ValueError(
+                f"numbers are searched for images of {native[0]} x {native[1]}, got {size[0]} x {size[1]}; resize "
+                "them, or the host by set_input_size"
+            )
         take_numbers(self.searches)
         return Found(self.host(images), self.macs())
 
@@ -74,7 +97,8 @@ class SearchedHost:
         """
         host, prefix, patches = self.host, self.host.num_prefix_tokens, self.host.patch_embed.num_patches
         tokens = torch.tensor(float(prefix + patches), device=self.logits[0].device)
-        total = tokens.new_tensor(float(patches * linear_weights(host.patch_embed) + linear_weights(host.head)))
+        heads = sum(linear_weights(head) for head in (host.head, getattr(host, "head_dist", None)) if head is not None)
+        total = tokens.new_tensor(float(patches * linear_weights(host.patch_embed) + heads))
         found = {} if dense else {search.block: search for search in self.searches}
         for number, block in enumerate(host.blocks):
             total = total + linear_weights(block.attn) * tokens + 2 * tokens**2 * host.embed_dim
@@ -130,7 +154,8 @@ def search_rates(
         on_step: Called behind each step with the loss and the share of multiply-adds.
 
     Returns:
-        Settings ``prune_to`` and ``merge_to`` for ``effvit.sparsify(dense, "diffrate", ...)``.
+        A warning says so if their multiply-adds miss the aim by more than 0.03. Settings ``prune_to`` and ``merge_to``
+        for ``effvit.sparsify(dense, "diffrate", ...)``.
 
     Raises:
         TypeError, ValueError: As ``SearchedHost``; a value out of range; fewer batches than steps; a loss that is not
@@ -160,5 +185,12 @@ def search_rates(
             on_step(loss.item(), share.item())
         done += 1
         if done == number:
+            reached = searched.macs().item() / whole
+            if abs(reached - aim) > TOLERANCE:
+                warnings.warn(
+                    f"the numbers found take {reached:.2f} of the dense model's multiply-adds, not {aim:.2f}; search "
+                    "with more steps, a larger lr or a larger weight",
+                    stacklevel=2,
+                )
             return searched.settings()
     raise ValueError(f"{number} steps take as many batches, got {done}; give an iterable that goes on, or fewer steps")

@@ -98,8 +98,7 @@ class DiffRate(Reducer):
     Deviations: numbers are without the class token; sequences are sorted in blocks alone that reduce; weights of keys
     stay positive; average pooling counts patches, officially weights; with a distillation token the attention of both
     is averaged. Elsewhere the numbers of a preset are shares of the patches of its host, and its blocks are spread in
-    proportion over another depth. The search that
-    trains the numbers is ``effvit.search_rates``.
+    proportion over another depth. The search that trains the numbers is ``effvit.search_rates``.
 
     Attributes:
         prune_number: Tokens that pruning leaves.
