@@ -33,7 +33,7 @@ from effvit.hosts.surface import Reduced
 from effvit.protocols import Setting, Settings
 from effvit.reducers import METHODS, Reducer
 
-__all__ = ["DenseBackbone", "Features", "Recipe", "Trunk", "reduce_as"]
+__all__ = ["DenseBackbone", "Features", "Recipe", "Trunk", "keep_statistics", "reduce_as"]
 
 DROPS = re.compile(r"drop(_path)?_rate$")  # settings of timm's dropouts, by weight, token, path or whole patch
 
@@ -89,6 +89,13 @@ class Recipe(NamedTuple):
     sparsify: Mapping[str, Setting] | None
     final_norm: bool
     settings: Settings
+
+
+def keep_statistics(model: nn.Module) -> None:
+    """Put the BatchNorm layers of a model in training mode into eval mode (``norm_eval``)."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
 
 
 def reduce_as(sparsify: object, model: nn.Module) -> nn.Module:
@@ -284,9 +291,8 @@ class DenseBackbone(nn.Module):
         super().train(mode)
         if mode:
             self._freeze()
-            for module in self.modules():
-                if self.norm_eval and isinstance(module, _BatchNorm):
-                    module.eval()
+            if self.norm_eval:
+                keep_statistics(self)
         return self
 
     def get_layer_depth(self, param_name: str, prefix: str = "") -> tuple[int, int]:

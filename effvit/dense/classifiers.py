@@ -21,11 +21,10 @@ from mmengine.registry import MODELS
 from mmengine.runner.checkpoint import get_torch_safe_globals
 from mmpretrain.models import TimmClassifier
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from effvit.architectures.sit import SiT
 from effvit.architectures.sit_distillation import check_pair, score_loss, token_loss
-from effvit.dense.backbone import reduce_as
+from effvit.dense.backbone import keep_statistics, reduce_as
 from effvit.dense.openmmlab import StartsPretrained
 from effvit.hosts.checkpoints import load_checkpoint
 from effvit.hosts.host import check_model_name
@@ -105,9 +104,8 @@ class EffViTClassifier(StartsPretrained, TimmClassifier):
     def train(self, mode: bool = True) -> EffViTClassifier:
         """Training mode, except for BatchNorm with ``norm_eval``."""
         super().train(mode)
-        for module in self.modules():
-            if self.norm_eval and isinstance(module, _BatchNorm):
-                module.eval()
+        if self.norm_eval:
+            keep_statistics(self)
         return self
 
     def init_weights(self) -> None:
