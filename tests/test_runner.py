@@ -25,6 +25,7 @@ pytest.importorskip("mmpretrain")
 
 from mmengine.config import Config
 from mmengine.registry import MODELS
+from mmengine.runner import Runner
 from mmseg.apis import init_model
 
 from effvit.cli import main
@@ -206,8 +207,12 @@ class TestTraining:
         assert "| [upernet_evit](" in capsys.readouterr().out
 
     def test_classifiers_are_compared_before_and_after_training(
-        self, finetuning: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+        self, finetuning: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        """Both seeds begin with the weights of a file, which are tested once."""
+        tests: list[Runner] = []
+        test = Runner.test
+        monkeypatch.setattr(Runner, "test", lambda self: tests.append(self) or test(self))
         out = tmp_path / "compared.json"
         arguments = [str(finetuning), "--work-dirs", str(tmp_path / "works"), "--seeds", "0", "1", "--json", str(out)]
         assert load_tool("compare_training").main(arguments) == 0
@@ -217,6 +222,8 @@ class TestTraining:
             assert row["untrained"].keys() == row["trained"].keys() == {"accuracy/top1"}
             assert row["backbone_parameters"] == row["parameters"]
             assert row["iterations"] == 1
+        assert rows[0]["untrained"] == rows[1]["untrained"]
+        assert len(tests) == 3
         assert "| 0, 1 |" in capsys.readouterr().out
 
     def test_interrupted_training_goes_on_where_it_stopped(self, segmenter: Path, tmp_path: Path) -> None:

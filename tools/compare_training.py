@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from itertools import groupby
+from itertools import groupby, product
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from effvit.dense.runner import build_runner, check_checkpoint, prepare_config
 from effvit.measure.costs import macs_of
 from effvit.measure.evaluation import COST_IMAGES
 from effvit.measure.profiler import machine
+from effvit.measure.resume import fingerprint
 from effvit.messages import one_line
 from effvit.show.tables import mean_and_range
 
@@ -44,15 +45,25 @@ COLUMNS = ("config", "backbone MMACs", "backbone parameters", "seeds", "minutes"
 SHARE = 0.1  # of the logged losses, whose mean stands for the beginning and for the end
 
 
-def run(path: Path, work_dirs: Path, seed: int) -> dict[str, Any]:
-    """Train a config unless it is trained already, and say what it costs and what it has learned."""
+def run(path: Path, work_dirs: Path, seed: int, tested: dict[tuple[Path, str], dict[str, float]]) -> dict[str, Any]:
+    """Train a config unless it is trained already, and say what it costs and what it has learned.
+
+    Args:
+        path: The config.
+        work_dirs: Work directories are in there.
+        seed: Of the training.
+        tested: (config, fingerprint of its weights) -> metrics of it untrained, added to. Seeds that begin with the
+            same weights, as with a pretrained model, share them.
+    """
     work_dir, options = work_dirs / path.stem / f"seed-{seed}", {"randomness.seed": seed}
     config = prepare_config(path, work_dir=work_dir, options=options, resume="auto")
     if not is_trained(config):
         build_runner(config).train()
     runner = build_runner(prepare_config(path, work_dir=work_dir / "test", options=options))
     runner.model.init_weights()  # as training does
-    before = runner.test()
+    begun = path, fingerprint(runner.model.state_dict().values())
+    if begun not in tested:
+        tested[begun] = runner.test()
     checkpoint = find_latest_checkpoint(str(work_dir))
     check_checkpoint(runner, checkpoint)
     runner.load_checkpoint(checkpoint)
@@ -69,7 +80,7 @@ def run(path: Path, work_dirs: Path, seed: int) -> dict[str, Any]:
         "backbone_parameters": sum(parameter.numel() for parameter in backbone.parameters()),
         "backbone_macs": macs_of(backbone, size, sample).total,
         "input_size": size,
-        "untrained": percentages(before),
+        "untrained": percentages(tested[begun]),
         "trained": percentages(after),
         **summary(read_logs(work_dir)),
     }
@@ -146,7 +157,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     try:
-        results = [run(path, arguments.work_dirs, seed) for path in arguments.configs for seed in arguments.seeds]
+        tested: dict[tuple[Path, str], dict[str, float]] = {}
+        runs = product(arguments.configs, arguments.seeds)
+        results = [run(path, arguments.work_dirs, seed, tested) for path, seed in runs]
     except (ValueError, TypeError, OSError) as error:
         print(f"compare_training: error: {one_line(error)}", file=sys.stderr)
         return 2
