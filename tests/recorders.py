@@ -159,6 +159,8 @@ CASES: dict[str, Case] = {
     "random place=mlp": host_case("random", place="mlp"),
     "uniform": host_case("uniform"),
     "uniform place=queries": host_case("uniform", place="queries"),
+    "radial": host_case("radial"),
+    "radial min_radius": host_case("radial", min_radius=1.0),
 }
 # every method on hosts with RoPE, two class tokens, registers, attention pooling, and heads that pool patches
 CASES |= {
@@ -588,10 +590,10 @@ REFUSALS = (
     ),
     Refusal(
         r"torch\.export, dynamic (height|size)",
-        r"(expedite|random|uniform) dynamic_img_size",
+        r"(expedite|random|uniform|radial) dynamic_img_size",
         "a dynamic height or width",
-        "The grid of clusters, and the order of `random` and `uniform`, is computed for one image size: export with "
-        "height and width fixed, once for every size; the batch may be dynamic.",
+        "The grid of clusters, and the order of `random`, `uniform` and `radial`, is computed for one image size: "
+        "export with height and width fixed, once for every size; the batch may be dynamic.",
     ),
     Refusal(
         r"vmap|per-sample gradients",
@@ -686,7 +688,8 @@ COMPILING = """
 `effvit.compile(model, **options)` compiles a model in place and returns it: the same object, class and `state_dict`,
 whose calls run compiled. Methods of fixed token counts are compiled as by `model.compile(**options)`: one graph, one
 more once the batch size changes and, by torch's rule, one for a batch of one image. A schedule of keep rates takes two
-graphs, but Expedite, whose clusters are laid out for each grid, takes one for every grid, and `random` and `uniform`,
+graphs, but Expedite, whose clusters are laid out for each grid, takes one for every grid, and `random`, `uniform` and
+`radial`,
 whose counts follow from the rates of several blocks, take more.
 
 Where counts depend on the image, plain `torch.compile` keeps all slots, so that it saves nothing. For ATS, padded or

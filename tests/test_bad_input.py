@@ -90,7 +90,7 @@ class TestNames:
     def test_setting_of_another_method_is_answered_with_its_owners(self) -> None:
         message = (
             r"tome has no setting 'keep_rate'; it belongs to evit, ats, zero_tprune, dynamicvit, expedite, hot, "
-            r"pitome, dpcknn, kmedoids, atc, random, uniform; tome takes r, p"
+            r"pitome, dpcknn, kmedoids, atc, random, uniform, radial; tome takes r, p"
         )
         with pytest.raises(ValueError, match=message):
             effvit.sparsify(vit(), "tome", keep_rate=0.5)

@@ -466,7 +466,8 @@ class TestDemo:
         trained = {"dynamicvit", "sinkhorn", "patchmerger"}
         for host in (*(seen.model for seen in demo.SEEN), TINY):
             variants = demo.demo_variants(timm.create_model(host))
-            assert {method for method, _ in variants} == set(effvit.list_methods()) - {"random", "uniform"} - trained
+            controls = {"random", "uniform", "radial"}
+            assert {method for method, _ in variants} == set(effvit.list_methods()) - controls - trained
             assert not any(METHODS[method].demo(196) for method in trained)
 
     def test_demo_writes_accuracies_costs_pictures_and_the_report(self, capsys, monkeypatch, tmp_path):

@@ -159,6 +159,12 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "atc": [{"keep_rate": 0.999}, {"num_tokens": [99, 5], "linkage": "single", "prop_attn": False}],
     "random": [{"place": "queries"}, {"keep_rate": [0.9, 0.5]}],
     "uniform": [{"place": "mlp", "num_tokens": [99, 5]}, {"keep_rate": 0.999}],
+    "radial": [
+        {"pattern": "linf", "place": "mlp", "num_tokens": [99, 5], "reduce_at": (0, 2)},
+        {"pattern": "l2", "keep_rate": 0.5},
+        {"min_radius": 1.0, "reduce_at": (0, 2)},
+        {"min_radius": 0, "pattern": "l2"},
+    ],
 }
 
 

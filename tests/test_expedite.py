@@ -342,7 +342,7 @@ class TestRefusals:
     def test_keep_rate_set_later(self) -> None:
         model = make_model("expedite", "class_token", restore_at=3)
         with pytest.raises(
-            ValueError, match=r"expedite: a keep rate would have no effect.* \(its num_clusters are absolute\)"
+            ValueError, match=r"expedite: a keep rate would have no effect.* \(num_clusters stands in its place\)"
         ):
             make_model("expedite", "class_token", keep_rate=None, num_clusters=(3, 3)).set_keep_rate(0.5)
         model.set_keep_rate(0.25)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import filecmp
 import json
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -89,22 +89,17 @@ TRAINING: dict[str, Callable[[Case], None]] = {
 }
 # Any other folder is skipped by name.
 IMPLEMENTED = tuple(dict.fromkeys((*FOLDERS, *ARCHITECTURES, *TRAINING, *golden_selectors.COMPARE)))
-OTHERS = ("static_controls/heuristic_",)  # fixed rings of patches, no method of this package
 
 
 CUT = Path(__file__).parent / "golden"
 
 
 def find_all_cases(folder: Path) -> list[Path]:
-    return implemented(case.path for method in IMPLEMENTED for case in find_cases(folder, method))
+    return [case.path for method in IMPLEMENTED for case in find_cases(folder, method)]
 
 
 def find_all_tables(folder: Path) -> list[Path]:
-    return implemented(path for method in IMPLEMENTED for path in find_tables(folder, method))
-
-
-def implemented(paths: Iterable[Path]) -> list[Path]:
-    return [path for path in paths if not f"{path.parent.name}/{path.name}".startswith(OTHERS)]
+    return [path for method in IMPLEMENTED for path in find_tables(folder, method)]
 
 
 def find_official_keys(folder: Path) -> list[Path]:
@@ -865,6 +860,8 @@ TABLES: dict[str, Callable[[Path, Any], None]] = {
     "r_schedule": compare_schedule,
     "keys_hot_mixste": golden_hot.compare_keys,
     "compression_rate": golden_diffrate.compare_presets,
+    "heuristic_counts_table": golden_static_selection.compare_counts,
+    "heuristic_contiguous_table": golden_static_selection.compare_counts,
 }
 
 

@@ -42,6 +42,7 @@ KERNELS: dict[str, tuple[dict[str, Any], float]] = {
     "atc": ({}, 1155.0),  # for each token that goes
     "random": ({}, 8.67),
     "uniform": ({}, 8.67),
+    "radial": ({}, 8.67),
 }
 
 SQUARE = ("kmedoids", "sinkhorn", "atc")  # they hold all distances, or shares of all tokens in all codes, at once

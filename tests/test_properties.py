@@ -22,6 +22,7 @@ from effvit.reducers import METHODS
 from effvit.reducers.atc import LINKAGES
 from effvit.reducers.diffrate_presets import PRESETS
 from effvit.reducers.gtp import GRAPH_TYPES, PROPAGATIONS, SELECTIONS
+from effvit.reducers.radial import PATTERNS
 from effvit.reducers.ragged import RAGGED
 from effvit.reducers.static_selection import PLACES
 from effvit.reducers.zero_tprune import PARTITIONS, SIMILARITIES
@@ -167,6 +168,12 @@ def methods(draw: st.DrawFn, depth: int) -> tuple[str, dict[str, Any]]:
         drawn["num_iters"] = draw(st.integers(1, 4))
     elif method == "patchmerger":
         drawn = {"num_tokens": draw(st.integers(1, 4)), "reduce_at": blocks, "scaled_attn": draw(st.booleans())}
+    elif method == "radial":
+        drawn = {"keep_rate": draw(rates), "reduce_at": blocks, "place": draw(st.sampled_from(PLACES))}
+        drawn |= {
+            "pattern": draw(st.sampled_from(PATTERNS)),
+            "min_radius": draw(st.sampled_from([None, 0.0, 1.0, 2.5])),
+        }
     elif method in ("random", "uniform"):
         drawn = {"keep_rate": draw(rates), "reduce_at": blocks, "place": draw(st.sampled_from(PLACES))}
     elif method == "dynamicvit":

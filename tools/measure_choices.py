@@ -71,6 +71,7 @@ SHARED: dict[str, tuple[str, list[Setting]]] = {
     "dpcknn": ("keep_rate", RATES),
     "kmedoids": ("keep_rate", RATES),
     "atc": ("keep_rate", RATES),
+    "radial": ("keep_rate", RATES),
     "diffrate": ("preset", [f"deit_tiny_{gmacs}" for gmacs in ("1.0", "0.9", "0.8", "0.7", "0.6")]),
 }
 # Set -> method -> a setting and its values. Those counted in tokens are about the same shares of 144 and of 49 patches.

@@ -440,9 +440,11 @@ class ReducedHost(Intermediates, Reduced):
         """
         self.check_keep_rate()
         reducers = {b: r for b, r in self.reducers.items() if isinstance(r, HasKeepRate)}
-        absolute = [name for name in ("num_tokens", "num_clusters") if self._settings.get(name) is not None]
-        if not reducers or absolute:
-            cause = f"its {absolute[0]} are absolute" if absolute else "its settings let no block reduce"
+        instead = [
+            name for name in ("num_tokens", "num_clusters", "min_radius") if self._settings.get(name) is not None
+        ]
+        if not reducers or instead:
+            cause = f"{instead[0]} stands in its place" if instead else "its settings let no block reduce"
             raise ValueError(f"{self.method}: a keep rate would have no effect, no block uses one ({cause})")
         before = {block: reducer.keep_rate for block, reducer in reducers.items()}
         given = per_block("keep_rate", keep_rate, tuple(reducers))

@@ -37,7 +37,7 @@ __all__ = [
     "with_controls",
 ]
 
-STATIC = [name for name, method in METHODS.items() if issubclass(method, StaticSelection)]
+STATIC = [name for name, method in METHODS.items() if issubclass(method, StaticSelection) and method.any_number]
 RESOLUTION = "resolution"
 CONTROLS = [*STATIC, RESOLUTION]
 """What ``with_controls`` can put beside a model."""

@@ -16,6 +16,7 @@ from effvit.reducers.hot import HoT
 from effvit.reducers.kmedoids import KMedoids
 from effvit.reducers.patchmerger import PatchMerger
 from effvit.reducers.pitome import PiToMe
+from effvit.reducers.radial import Radial
 from effvit.reducers.registry import METHODS, register_method
 from effvit.reducers.sinkhorn import Sinkhorn
 from effvit.reducers.static_selection import Random, Uniform
@@ -40,6 +41,7 @@ __all__ = [
     "KMedoids",
     "PatchMerger",
     "PiToMe",
+    "Radial",
     "Random",
     "Reducer",
     "Sinkhorn",
@@ -72,5 +74,6 @@ for _method in (
     ATC,
     Random,
     Uniform,
+    Radial,
 ):
     register_method(_method)

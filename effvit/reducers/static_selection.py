@@ -19,7 +19,7 @@ from effvit.reducers.keep_rate import ImageShare
 from effvit.schedule import check_choice, check_count
 from effvit.tokens import TokenMap, fx_leaf
 
-__all__ = ["PLACES", "Random", "Ranked", "StaticSelection", "Uniform", "random_ranks", "uniform_ranks"]
+__all__ = ["PLACES", "Random", "Ranked", "StaticSelection", "Uniform", "random_ranks", "ranks_of", "uniform_ranks"]
 
 PLACES = ("block", "queries", "mlp")
 """What the dropped patches do not enter first: the block, the queries of its attention, or its MLP."""
@@ -39,7 +39,7 @@ def uniform_ranks(grid: Size) -> Tensor:
     for b in range(bits):
         row_bit, column_bit = row >> b & 1, column >> b & 1
         value += (2 * (row_bit ^ column_bit) + row_bit) * 4 ** (bits - 1 - b)
-    return _places(value.flatten().argsort())
+    return ranks_of(value.flatten().argsort())
 
 
 @torch.compiler.assume_constant_result  # dynamo knows no generators; a graph is for one grid anyway
@@ -59,11 +59,11 @@ def random_ranks(grid: Size, seed: int) -> Tensor:
         ) from error
     if torch.jit.is_tracing():  # which records the draw without its seed
         order = torch.tensor(order.tolist(), device="cpu")
-    return _places(order)
+    return ranks_of(order)
 
 
-def _places(order: Tensor) -> Tensor:
-    """The inverse of a permutation."""
+def ranks_of(order: Tensor) -> Tensor:
+    """(N,) rank of each place in an order (N,) of places: the inverse of a permutation."""
     return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
 
 
@@ -120,10 +120,14 @@ class StaticSelection(Ranked, ImageShare):
         block: Number of the block it sits in.
         earlier: The reducers of the blocks before, on whose rates the number of patches depends.
         place: One of PLACES.
+
+    Attributes:
+        any_number: Any K can be asked for, so that it is the control of a method at that method's counts.
     """
 
     place: str
     open_sides = 0  # the ranks are those of one grid
+    any_number = True
 
     def __init__(
         self, keep_rate: float, num_tokens: int | None, block: int, earlier: tuple[StaticSelection, ...], place: str
@@ -155,14 +159,14 @@ class StaticSelection(Ranked, ImageShare):
 
     def chosen(self, tokens: TokenMap) -> tuple[Tensor, int]:
         """(B, K) tokens that stay, in image order, and K."""
-        kept = self.count(tokens.num_tokens, tokens.num_patches)
+        kept = self.count_on(tokens.num_tokens, tokens.grid)
         ranks = self.ranks if self.knows(tokens.grid) else tokens.carry
         assert isinstance(ranks, Tensor)
         return lowest(ranks, tokens.anchor, kept), kept
 
     def keep(self, x: Tensor, tokens: TokenMap) -> tuple[Tensor, TokenMap]:
         """x (B, P+N, C) -> (B, P+K, C) and the map of the patches that stay."""
-        if self.count(tokens.num_tokens, tokens.num_patches) == tokens.num_tokens:
+        if self.count_on(tokens.num_tokens, tokens.grid) == tokens.num_tokens:
             return x, tokens
         return tokens.select(x, *self.chosen(tokens))
 
