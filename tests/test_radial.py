@@ -60,9 +60,7 @@ def test_it_is_no_control_at_the_counts_of_a_method() -> None:
 
 def test_settings_that_exclude_each_other_are_refused() -> None:
     host = make_host("class_token")
-    with pytest.raises(
-        ValueError, match="num_tokens and min_radius both take the place of a rate"
-    ):
+    with pytest.raises(ValueError, match="num_tokens and min_radius both take the place of a rate"):
         effvit.sparsify(host, "radial", num_tokens=9, min_radius=1.0)
     with pytest.raises(ValueError, match="pattern must be one of l1, l2, linf, got 'l0'"):
         effvit.sparsify(host, "radial", pattern="l0")
@@ -79,14 +77,7 @@ def test_keep_rate_of_shrinking_radii_cannot_be_set() -> None:
 @pytest.mark.parametrize("any_size", [False, True])
 def test_radius_that_leaves_no_patch_is_refused_where_the_size_is_known(any_size: bool) -> None:
     """On images of any size a patch stays."""
-    sizes = {
-        "img_size": 48,
-        "patch_size": 8,
-        "embed_dim": 32,
-        "num_heads": 2,
-        "depth": 24,
-        "dynamic_img_size": any_size,
-    }
+    sizes = {"img_size": 48, "patch_size": 8, "embed_dim": 32, "num_heads": 2, "depth": 24}
     host = timm.create_model("vit_tiny_patch16_224", dynamic_img_size=any_size, **sizes)
     settings = {"min_radius": 0.01, "reduce_at": (0, 23)}
     if any_size:
