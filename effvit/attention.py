@@ -29,6 +29,9 @@ __all__ = [
     "MapSums",
     "PairBias",
     "Picked",
+    "PoolMap",
+    "PoolTokens",
+    "Pooled",
     "SumMap",
     "attend_one_by_one",
     "attend_together",
@@ -88,6 +91,44 @@ class SumMap(NamedTuple):
 
     weigh: Callable[[AttnState], Tensor] | None = None
     hold: bool = False
+
+
+class Pooled(NamedTuple):
+    """Tokens that were pooled by what a block's attention scored of them.
+
+    Attributes:
+        x: (B, P+K, C) the tokens.
+        tokens: Their map.
+        weights: (B, heads, P+K, P+K) the softmax map, pooled with them; None: they get an attention of their own.
+    """
+
+    x: Tensor
+    tokens: TokenMap
+    weights: Tensor | None
+
+
+class PoolMap(NamedTuple):
+    """Asks attention for the product of a pooled softmax map with values of the pooled tokens, given as ``edit_map``.
+
+    Attributes:
+        pool: Pools the tokens as attention gets them, normalised, given the state before, which holds no values.
+    """
+
+    pool: Callable[[AttnState], Pooled]
+
+
+class PoolTokens(NamedTuple):
+    """Asks a block to pool its tokens by the scores of its attention, before their values are made.
+
+    Attributes:
+        pools: Whether any of the tokens of a map are pooled; else the attention is the ordinary one.
+        pool: Pools (B, P+N, C) the tokens that entered the block, given the state of their attention.
+        maps: Whether the softmax map is pooled with them.
+    """
+
+    pools: Callable[[TokenMap], bool]
+    pool: Callable[[Tensor, AttnState], Pooled]
+    maps: bool
 
 
 @fx_leaf
@@ -153,7 +194,7 @@ class AttnState(NamedTuple):
     Attributes:
         q: (B, heads, P+N, D) queries after norm and RoPE; (1, heads, T, D) for a packed sequence.
         k: Keys, likewise.
-        v: Values, likewise.
+        v: Values, likewise; none of their channels where no values are made of the tokens that entered.
         scale: Factor on q k^T.
         tokens: The map of the tokens that leave the attention: the selected ones if any were selected.
         keys: The map of the tokens that entered it, to which q, k and v belong.
@@ -247,7 +288,8 @@ def class_attention(state: AttnState) -> Tensor:
 
 
 Pick = Callable[[AttnState], Picked]
-EditMap = Callable[[Tensor], Tensor] | SumMap
+MapEdit = Callable[[Tensor], Tensor] | SumMap | PoolMap  # what attention takes
+EditMap = Callable[[Tensor], Tensor] | SumMap | PoolTokens  # what a block takes
 
 # Entries of a softmax map that are formed at once on a CPU: 2 MiB, which stay in its cache until they are applied.
 CACHED_ENTRIES = 2**19
@@ -622,6 +664,14 @@ class TokenAttention(nn.Module):
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens (B, N, C) -> q, k, v, each (B, heads, N, D)."""
+        return (*self._score(x), self._values(x))
+
+    def _score(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (B, N, C) -> q, k, each (B, heads, N, D), of which scores are made where no values are wanted."""
+        raise NotImplementedError
+
+    def _values(self, x: Tensor) -> Tensor:
+        """Tokens (B, N, C) -> v (B, heads, N, D)."""
         raise NotImplementedError
 
     def _pair_table(self, shared: Tensor | None) -> Tensor | None:
@@ -637,13 +687,37 @@ class TokenAttention(nn.Module):
         q, k, v = qkv.reshape(batch, length, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         return q, k, v
 
+    def _apart(self, projection: Layer, x: Tensor) -> Tensor:
+        """q, k or v (B, heads, N, D) by a projection of its own; with grouped queries k and v have fewer heads."""
+        return projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def _part(self, x: Tensor, qkv: Layer, bias: Tensor | None, first: int, parts: int) -> tuple[Tensor, ...]:
+        """Some of the three parts (B, heads, N, D) of a layer that gives q, k and v at once.
+
+        Args:
+            x: (B, N, C) tokens.
+            qkv: The layer.
+            bias: (3C,) bias beside that of the layer.
+            first: 0 for q, 1 for k, 2 for v.
+            parts: How many.
+        """
+        width = self.num_heads * self.head_dim
+        rows = slice(first * width, (first + parts) * width)
+        # A layer in place of timm's, such as LoRA's, does more than its weight says.
+        if type(qkv) is nn.Linear:
+            y = F.linear(x, qkv.weight[rows], None if qkv.bias is None else qkv.bias[rows])
+        else:
+            y = qkv(x)[..., rows]
+        y = y if bias is None else y + bias[rows]
+        return y.unflatten(-1, (parts, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+
     def forward(
         self,
         x: Tensor,
         tokens: TokenMap,
         positions: Tensor | None = None,
         pick: Pick | None = None,
-        edit_map: EditMap | None = None,
+        edit_map: MapEdit | None = None,
         beside: Beside[AttnState] | None = None,
         attends: bool = True,
     ) -> Tensor:
@@ -657,15 +731,20 @@ class TokenAttention(nn.Module):
             pick: Given, called with the state before attention; only the rows it selects are computed.
             edit_map: Given, the softmax map is materialised, passed through it and kept in the state. A ``SumMap``
                 asks for sums of the map alone: it is formed in pieces, or beside the fused kernel where autograd
-                would keep it.
+                would keep it. A ``PoolMap`` gives the map of fewer tokens, of which the values are computed.
             beside: Takes the AttnState.
             attends: False for the state alone, of a block whose output nobody needs.
 
         Returns:
             (B, P+K, C) output of the selected rows; x itself where nothing attends.
         """
-        gate = self.gate(x).sigmoid() if self.gate is not None and attends else None
-        q, k, v = self._project(x)
+        pools = isinstance(edit_map, PoolMap)
+        gate = self.gate(x).sigmoid() if self.gate is not None and attends and not pools else None
+        if pools or not attends:
+            q, k = self._score(x)
+            v = k[..., :0]
+        else:
+            q, k, v = self._project(x)
         q, k = self.q_norm(q), self.k_norm(k)
         pair_table = self._pair_table(positions)
         if positions is not None and pair_table is None:
@@ -689,7 +768,14 @@ class TokenAttention(nn.Module):
         if isinstance(edit_map, SumMap) and (has_gradient(q) or (self.training and self.attn_drop.p > 0)):
             state = sum_beside(state, edit_map)
             edit_map = None
-        if tokens.policy is not None:
+        if isinstance(edit_map, PoolMap):
+            y, pooled, weights = edit_map.pool(state)
+            assert weights is not None
+            state = state._replace(tokens=pooled)
+            gate = self.gate(y).sigmoid() if self.gate is not None else None
+            v = self._values(y).repeat_interleave(self.num_kv_groups, dim=1)
+            out = self.attn_drop(weights.to(v.dtype)) @ v
+        elif tokens.policy is not None:
             weights = policy_softmax(state.softmax_map(), tokens.policy)
             state = state._replace(weights=weights)
             out = self.attn_drop(weights.to(v.dtype)) @ v
@@ -737,6 +823,13 @@ class PlainTokenAttention(TokenAttention, Attention):
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self._split_heads(x, self.qkv(x))
 
+    def _score(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        q, k = self._part(x, self.qkv, None, 0, 2)
+        return q, k
+
+    def _values(self, x: Tensor) -> Tensor:
+        return self._part(x, self.qkv, None, 2, 1)[0]
+
 
 class RopeTokenAttention(TokenAttention, AttentionRope):
     """timm's ``AttentionRope`` (PE, rope ViTs, grouped-query attention) for token maps."""
@@ -747,9 +840,16 @@ class RopeTokenAttention(TokenAttention, AttentionRope):
     v_proj: Layer
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if self.qkv is not None:
-            return self._split_heads(x, self.qkv(x))
-        return _project_apart(self, x)
+        return TokenAttention._project(self, x) if self.qkv is None else self._split_heads(x, self.qkv(x))
+
+    def _score(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.qkv is None:
+            return self._apart(self.q_proj, x), self._apart(self.k_proj, x)
+        q, k = self._part(x, self.qkv, None, 0, 2)
+        return q, k
+
+    def _values(self, x: Tensor) -> Tensor:
+        return self._apart(self.v_proj, x) if self.qkv is None else self._part(x, self.qkv, None, 2, 1)[0]
 
 
 class EvaTokenAttention(TokenAttention, EvaAttention):
@@ -766,23 +866,27 @@ class EvaTokenAttention(TokenAttention, EvaAttention):
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.qkv is None:
-            return _project_apart(self, x)
-        if self.q_bias is None:
+            return TokenAttention._project(self, x)  # of BEiT's attention too, which has this method
+        bias = self._bias()
+        if bias is None:
             return self._split_heads(x, self.qkv(x))
-        bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))  # (3C,)
         # A layer in place of timm's, such as LoRA's, does more than its weight says: timm would leave that out.
         if self.qkv_bias_separate or type(self.qkv) is not nn.Linear:
             return self._split_heads(x, self.qkv(x) + bias)
         return self._split_heads(x, F.linear(x, self.qkv.weight, bias))
 
+    def _bias(self) -> Tensor | None:
+        """(3C,) bias of the joint projection, of which timm keeps the parts; None without one."""
+        return None if self.q_bias is None else torch.cat((self.q_bias, self.k_bias, self.v_bias))
 
-def _project_apart(attn: RopeTokenAttention | EvaTokenAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v of a module with three projections; with grouped queries k and v have fewer heads."""
+    def _score(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.qkv is None:
+            return self._apart(self.q_proj, x), self._apart(self.k_proj, x)
+        q, k = self._part(x, self.qkv, self._bias(), 0, 2)
+        return q, k
 
-    def heads(y: Tensor) -> Tensor:
-        return y.unflatten(-1, (-1, attn.head_dim)).transpose(1, 2)
-
-    return heads(attn.q_proj(x)), heads(attn.k_proj(x)), heads(attn.v_proj(x))
+    def _values(self, x: Tensor) -> Tensor:
+        return self._apart(self.v_proj, x) if self.qkv is None else self._part(x, self.qkv, self._bias(), 2, 1)[0]
 
 
 ATTENTION_CLASSES: dict[type[nn.Module], type[TokenAttention]] = {

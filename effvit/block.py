@@ -14,7 +14,17 @@ from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from effvit.attention import ATTENTION_CLASSES, AttnState, Beside, EditMap, Pick, TokenAttention
+from effvit.attention import (
+    ATTENTION_CLASSES,
+    AttnState,
+    Beside,
+    EditMap,
+    Pick,
+    Pooled,
+    PoolMap,
+    PoolTokens,
+    TokenAttention,
+)
 from effvit.protocols import Layer
 from effvit.tokens import TokenMap, take_rows
 
@@ -137,12 +147,35 @@ class ReducibleBlock(nn.Module):
                 "a packed batch is one row, so drop_path cannot drop single images from it; "
                 "train with ragged='padded' (batching='padded' of a NaFlexVit) or with drop_path_rate=0"
             )
+        if isinstance(edit_map, PoolTokens):
+            if edit_map.pools(tokens):
+                return self._attend_pooled(x, tokens, positions, edit_map)
+            edit_map = None
         beside: Beside[AttnState] = Beside()
         y = self.attn(self._attention_input(x), tokens, positions, pick, edit_map, beside)
         state = beside.value
         if state.rows is not None:
             x = take_rows(x, state.rows)
         return x + self._attention_branch(y), state
+
+    def _attend_pooled(
+        self, x: Tensor, tokens: TokenMap, positions: Tensor | None, pooling: PoolTokens
+    ) -> tuple[Tensor, AttnState]:
+        """``attend`` of tokens that are pooled on the way."""
+        beside: Beside[AttnState] = Beside()
+        if not pooling.maps:
+            self.attn(self._attention_input(x), tokens, positions, beside=beside, attends=False)
+            x, tokens, _ = pooling.pool(x, beside.value)
+            return self.attend(x, tokens, positions)
+        left: Beside[Tensor] = Beside()
+
+        def pool(state: AttnState) -> Pooled:
+            pooled = pooling.pool(x, state)
+            left.value = pooled.x
+            return pooled._replace(x=self._attention_input(pooled.x))
+
+        y = self.attn(self._attention_input(x), tokens, positions, None, PoolMap(pool), beside)
+        return left.value + self._attention_branch(y), beside.value
 
     def feedforward(self, x: Tensor) -> Tensor:
         """Second half of the block: x plus its MLP branch, (B, P+N, C) -> (B, P+N, C)."""

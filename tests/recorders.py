@@ -143,6 +143,9 @@ CASES: dict[str, Case] = {
     "hot": host_case("hot"),
     "pitome": host_case("pitome"),
     "pitome prop_attn=True": host_case("pitome", protect_at=(0, 1), prop_attn=True),
+    "mctf": host_case("mctf"),
+    "mctf step=tokens": host_case("mctf", step="tokens", bidirection=False),
+    "mctf step=after": host_case("mctf", step="after", pooling="size"),
     "vid_tldr": host_case("vid_tldr"),
     "vid_tldr r=3": host_case("vid_tldr", r=3),
     "cubistmerge": host_case("cubistmerge"),
@@ -172,7 +175,7 @@ CASES |= {
     f"{method} {host}": host_case(method, host)
     for method in (
         *("tome", "gtp", "zero_tprune", "dymu", "algm", "dynamicvit", "expedite", "hot", "vid_tldr"),
-        *("dpcknn", "kmedoids"),
+        *("mctf", "dpcknn", "kmedoids"),
     )
     for host in ("average_pool", "attention_pool")
 }
@@ -611,7 +614,7 @@ REFUSALS = (
     ),
     Refusal(
         r"torch\.export, dynamic size",
-        r"(tome|gtp|zero_tprune|pitome|vid_tldr) dynamic_img_size",
+        r"(tome|gtp|zero_tprune|pitome|vid_tldr|mctf) dynamic_img_size",
         "both height and width",
         "The token counts are expressions of both sides, which `torch.export` does not simplify in minutes: export "
         "with one of height and width dynamic, or none, once for every size; the batch may be dynamic.",

@@ -150,6 +150,12 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     ],
     "hot": [{"keep_rate": 0.999}, {"num_tokens": 5}],
     "pitome": [{"keep_rate": 0.5}, {"keep_rate": [0.99, 0.7], "reduce_at": (0, 2), "protect_at": (0,)}],
+    "mctf": [
+        {"r": 7, "step": "tokens"},
+        {"r": 0.2, "step": "after", "pooling": "size"},
+        {"r": [0, 30], "reduce_at": (0, 2), "tau_sim": 0, "bidirection": False},
+        {"r": 40, "prop_attn": False, "tau_size": 0, "tau_info": 0},
+    ],
     "vid_tldr": [{"r": [40, 0, 3]}, {"r": 0.01}, {"r": (0.5, 0.2)}],
     "cubistmerge": [{"r_h": 3, "r_w": 0, "reduce_at": (3,)}, {"r_h": (0, 1), "r_w": (2, 0)}],
     "dpcknn": [{"keep_rate": 0.999}, {"num_tokens": 99}, {"equal_weight": True, "num_tokens": 5, "reduce_at": (0,)}],

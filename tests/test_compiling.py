@@ -127,7 +127,8 @@ def test_gradients_are_those_of_the_plain_run(method: str, ragged: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "method", ["evit", "tome", "gtp", "zero_tprune", "hot", "expedite", "pitome", "vid_tldr", "cubistmerge", "random"]
+    "method",
+    ["evit", "tome", "gtp", "zero_tprune", "hot", "expedite", "pitome", "mctf", "vid_tldr", "cubistmerge", "random"],
 )
 def test_a_static_method_is_one_graph_and_one_more_over_batch_sizes(method: str) -> None:
     model, plain = twins(method)

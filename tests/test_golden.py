@@ -26,6 +26,7 @@ import golden_dynamicvit
 import golden_expedite
 import golden_hot
 import golden_lookupvit
+import golden_mctf
 import golden_pitome
 import golden_selectors
 import golden_sit
@@ -846,6 +847,7 @@ COMPARE: dict[str, Callable[[Case], None]] = {
     "hot": golden_hot.compare,
     **TRAINING,
     "pitome": golden_pitome.compare,
+    "mctf": golden_mctf.compare,
     "vid_tldr": golden_vid_tldr.compare,
     "cubistmerge": golden_cubistmerge.compare,
     "atc": golden_atc.compare,

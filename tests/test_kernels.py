@@ -33,6 +33,7 @@ KERNELS: dict[str, tuple[dict[str, Any], float]] = {
     "expedite": ({}, 134.0),  # in one block of the model
     "hot": ({}, 32.0),
     "pitome": ({}, 44.33),
+    "mctf": ({}, 105.73),  # its map is formed and pooled
     "vid_tldr": ({}, 62.5),  # in two blocks of the model
     "cubistmerge": ({}, 133.0),  # in one block of the model
     "dpcknn": ({}, 54.33),
@@ -45,7 +46,7 @@ KERNELS: dict[str, tuple[dict[str, Any], float]] = {
     "radial": ({}, 8.67),
 }
 
-SQUARE = ("kmedoids", "sinkhorn", "atc")  # they hold all distances, or shares of all tokens in all codes, at once
+SQUARE = ("mctf", "kmedoids", "sinkhorn", "atc")  # they hold a map, all distances, or shares of all tokens in all codes
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from effvit.reducers import METHODS
 from effvit.reducers.atc import LINKAGES
 from effvit.reducers.diffrate_presets import PRESETS
 from effvit.reducers.gtp import GRAPH_TYPES, PROPAGATIONS, SELECTIONS
+from effvit.reducers.mctf import POOLING, STEPS
 from effvit.reducers.radial import PATTERNS
 from effvit.reducers.ragged import RAGGED
 from effvit.reducers.static_selection import PLACES
@@ -144,6 +145,12 @@ def methods(draw: st.DrawFn, depth: int) -> tuple[str, dict[str, Any]]:
             "protect_at": draw(st.sampled_from([None, blocks])),
             "prop_attn": draw(st.booleans()),
         }
+    elif method == "mctf":
+        taus = st.sampled_from([0.0, 1.0, 20.0])
+        drawn = {"r": draw(st.sampled_from([0, 1, 2, 9, 0.3])), "reduce_at": blocks, "tau_sim": draw(taus)}
+        drawn |= {"tau_info": draw(taus), "tau_size": draw(taus), "step": draw(st.sampled_from(STEPS))}
+        drawn |= {name: draw(st.booleans()) for name in ("bidirection", "prop_attn")}
+        drawn["pooling"] = draw(st.sampled_from(POOLING))
     elif method == "vid_tldr":
         drawn = {"r": draw(st.sampled_from([0, 2, 9, 0.3, (0.5, 0.2)[:depth], (3,)]))}
     elif method == "cubistmerge":

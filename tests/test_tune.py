@@ -101,6 +101,7 @@ def test_ladders_hold_only_what_the_model_can_take(dense: Any) -> None:
         "zero_tprune",
         "expedite",
         "pitome",
+        "mctf",
         "cubistmerge",
         "vid_tldr",
         "algm",

@@ -79,12 +79,14 @@ LADDERS: dict[str, dict[str, tuple[str, list[Setting]]]] = {
     "cutouts": {
         **SHARED,
         "tome": ("r", [4, 8, 10, 12, 16]),
+        "mctf": ("r", [4, 8, 10, 12, 16]),
         "gtp": ("num_prop", [2, 4, 6, 8, 10]),
         "dymu": ("r_total", [36, 60, 84, 108, 132]),
     },
     "fashion_mnist": {
         **SHARED,
         "tome": ("r", [1, 2, 3, 4, 6]),
+        "mctf": ("r", [1, 2, 3, 4, 6]),
         "gtp": ("num_prop", [[1, 2] * 6, 1, 2, 3, 4]),
         "dymu": ("r_total", [12, 20, 28, 36, 44]),
     },

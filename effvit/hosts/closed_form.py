@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from effvit.hosts.native_patches import NominalPatches
 from effvit.layers.macs import (
     PlainBlock,
+    Scores,
     SelfAttention,
     Terms,
     attend,
@@ -20,12 +21,23 @@ from effvit.layers.macs import (
     norm,
     position_bias,
     resampling,
+    score,
 )
 from effvit.protocols import PatchEmbedding, Size
 from effvit.reducers import METHODS, Reducer
 from effvit.reducers.cost import BlockSizes, Change
 
-__all__ = ["PlainViT", "block_sizes", "classifier", "embedding", "entrance", "plain_block", "plain_vit", "run_blocks"]
+__all__ = [
+    "PlainViT",
+    "block_sizes",
+    "classifier",
+    "embedding",
+    "entrance",
+    "plain_block",
+    "plain_vit",
+    "run_blocks",
+    "scoring",
+]
 
 
 class Pool(Protocol):
@@ -52,15 +64,16 @@ class Block(PlainBlock, Protocol):
     attn: HeadedAttention
 
 
-class Heads(Protocol):
+class Heads(Scores, Protocol):
     """Attention with heads, whatever its projections are."""
 
-    num_heads: int
     head_dim: int
 
 
 class Attends(Protocol):
     """A block with attention."""
+
+    norm1: nn.Module
 
     @property
     def attn(self) -> Heads:
@@ -153,6 +166,12 @@ def plain_block(block: Block, keys: int, queries: int, rows: int) -> Terms:
     return norm(block.norm1, normed) + attend(block.attn, keys, queries) + feedforward(block, rows)
 
 
+def scoring(block: Attends, rows: int) -> Terms:
+    """Of the first half of a block what scores tokens: the norm of so many rows, their queries and keys."""
+    terms = score(block.attn, rows)
+    return terms if getattr(block, "post_norm", False) else terms + norm(block.norm1, rows)
+
+
 class Run(NamedTuple):
     """What blocks do.
 
@@ -193,6 +212,9 @@ def run_blocks(
             terms[reducers[i].cost_term] += change.macs
         left, merges = change.left, merges or change.merges
         terms += cost(block, prefix + change.keys, prefix + change.queries, prefix + left)
+        terms += Terms() if change.scored is None else scoring(block, prefix + change.scored)
+        terms.subtract(Terms() if change.valued is None else score(block.attn, prefix + change.valued))
+        left = left if change.behind is None else change.behind
     return Run(terms, left, merges)
 
 

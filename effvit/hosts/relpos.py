@@ -69,6 +69,9 @@ class BeitTokenAttention(TokenAttention, beit.Attention):
         def _get_rel_pos_bias(self) -> Tensor: ...
 
     _project = EvaTokenAttention._project
+    _bias = EvaTokenAttention._bias
+    _score = EvaTokenAttention._score
+    _values = EvaTokenAttention._values
 
     @property
     def head_dim(self) -> int:  # type: ignore[override]
@@ -91,6 +94,8 @@ class RelPosTokenAttention(TokenAttention, RelPosAttention):
     norm: Layer = staticmethod(unchanged)
 
     _project = PlainTokenAttention._project
+    _score = PlainTokenAttention._score
+    _values = PlainTokenAttention._values
 
     def _pair_table(self, shared: Tensor | None) -> Tensor | None:
         return shared if self.rel_pos is None else self.rel_pos.get_bias()  # (1, heads, P+H*W, P+H*W)

@@ -60,12 +60,11 @@ class Gemma4TokenAttention(TokenAttention, Gemma4Attention):
     o_proj: Layer
     v_norm: Layer
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (
-            project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        return q, k, self.v_norm(v)
+    def _score(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self._apart(self.q_proj, x), self._apart(self.k_proj, x)
+
+    def _values(self, x: Tensor) -> Tensor:
+        return self.v_norm(self._apart(self.v_proj, x))
 
     def _turn(self, x: Tensor, table: Tensor) -> Tensor:
         """The first half of the channels is turned by the column of the patch, the second by its row."""

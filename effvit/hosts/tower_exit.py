@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from effvit.attention import AttnState, Beside, SumMap, sum_beside
 from effvit.block import BlockList, ReducibleBlock, rehouse, set_child, token_block
-from effvit.hosts.closed_form import PlainViT, block_sizes, entrance, plain_block, run_blocks
+from effvit.hosts.closed_form import PlainViT, block_sizes, entrance, plain_block, run_blocks, scoring
 from effvit.hosts.host import HOST_CLASSES, ReducedHost
 from effvit.hosts.naflex import Images, ReducedNaFlex
 from effvit.hosts.refusals import reason_against
 from effvit.hosts.tower_costs import projected_form, tower_block, tower_embedding
 from effvit.hosts.towers import ReducedTower
-from effvit.layers.macs import Terms, layers
+from effvit.layers.macs import Terms
 from effvit.protocols import Size
 from effvit.reducers.base import Reducer
 from effvit.reducers.cost import BlockSizes, Change
@@ -150,10 +150,7 @@ class Observer(Reducer):
 
 
 class LastObserver(Observer):
-    """An observer of a block behind those the tokens leave: its first norm, queries and keys are all that is read.
-
-    Values are made too.
-    """
+    """An observer of a block behind those the tokens leave: its first norm, queries and keys are all that is made."""
 
     def forward(
         self, x: Tensor, tokens: TokenMap, block: ReducibleBlock, positions: Tensor | None
@@ -319,9 +316,7 @@ class Tower(nn.Module):
         terms += of_blocks
         if run < self.stop:
             block, keys = host.blocks[run], host.num_prefix_tokens + left
-            terms += form(block, keys, 0, 0)  # of queries and rows of the MLP there are none
-            gate: nn.Module | None = getattr(block.attn, "gate", None)
-            terms.subtract(Terms() if gate is None else layers("projection", gate, keys))  # of outputs there are none
+            terms += scoring(block, keys)
             terms[Observer.cost_term] += self.host.reducers[run].cost(block_sizes(host, block, grid, left)).macs
         if self.merge is None:
             return TowerCost(terms, grid, left, None)

@@ -20,6 +20,7 @@ from effvit.layers.cross_attention import CrossBlock, WindowCrossBlock
 from effvit.protocols import Size
 
 __all__ = [
+    "Scores",
     "Terms",
     "attend",
     "attention",
@@ -32,6 +33,7 @@ __all__ = [
     "plain_block",
     "position_bias",
     "resampling",
+    "score",
     "window_block",
     "window_cross",
     "windows",
@@ -41,15 +43,20 @@ Terms: TypeAlias = Counter[str]
 """MACs by term."""
 
 
-class SelfAttention(Protocol):
-    """What is asked of timm's attention modules."""
+class Scores(Protocol):
+    """What is asked of timm's attention modules, whatever their output projection is called."""
 
     num_heads: int
-    proj: nn.Linear
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """The layers by name."""
         ...
+
+
+class SelfAttention(Scores, Protocol):
+    """What is asked of timm's attention modules."""
+
+    proj: nn.Linear
 
 
 class FeedForward(Protocol):
@@ -147,6 +154,20 @@ def attend(attn: SelfAttention, keys: int, queries: int, pairs: int | None = Non
             terms += norm(layer, keys * attn.num_heads // groups)
         elif name != "rel_pos":  # of which no rows are tokens, see position_bias
             terms += layers("projection", layer, keys)
+    return terms
+
+
+def score(attn: Scores, rows: int) -> Terms:
+    """Queries and keys of a self-attention module, without values, products and output."""
+    terms = Terms()
+    for name, layer in attn.named_children():
+        if name == "qkv":
+            terms["projection"] += layers("projection", layer, rows)["projection"] * 2 // 3
+        elif name in ("q_proj", "k_proj"):
+            terms += layers("projection", layer, rows)
+        elif name in ("q_norm", "k_norm"):
+            groups: int = getattr(attn, "num_kv_groups", 1) if name == "k_norm" else 1
+            terms += norm(layer, rows * attn.num_heads // groups)
     return terms
 
 

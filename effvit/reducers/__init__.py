@@ -14,6 +14,7 @@ from effvit.reducers.expedite import Expedite
 from effvit.reducers.gtp import GTP
 from effvit.reducers.hot import HoT
 from effvit.reducers.kmedoids import KMedoids
+from effvit.reducers.mctf import MCTF
 from effvit.reducers.patchmerger import PatchMerger
 from effvit.reducers.pitome import PiToMe
 from effvit.reducers.radial import Radial
@@ -30,6 +31,7 @@ __all__ = [
     "ATS",
     "DPCKNN",
     "GTP",
+    "MCTF",
     "METHODS",
     "CubistMerge",
     "DiffRate",
@@ -65,6 +67,7 @@ for _method in (
     Expedite,
     HoT,
     PiToMe,
+    MCTF,
     VidTLDR,
     CubistMerge,
     DPCKNN,

@@ -56,6 +56,10 @@ class Change(NamedTuple):
         macs: MACs beside attention and MLP.
         merges: Tokens have sizes from here on although patches may be dropped; a method that keeps every patch need not
             say so.
+        scored: Patch tokens that are normed, and of which queries and keys are made, for a map beside that of the keys
+            and queries above.
+        valued: Of the queries, those of which values alone are made.
+        behind: Patch tokens that leave the block, where those are fewer than enter the MLP.
     """
 
     keys: int
@@ -63,6 +67,9 @@ class Change(NamedTuple):
     left: int
     macs: int
     merges: bool = False
+    scored: int | None = None
+    valued: int | None = None
+    behind: int | None = None
 
 
 def alternating_pairs(tokens: int, dim: int) -> int:
