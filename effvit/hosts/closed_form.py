@@ -172,6 +172,13 @@ def scoring(block: Attends, rows: int) -> Terms:
     return terms if getattr(block, "post_norm", False) else terms + norm(block.norm1, rows)
 
 
+def beside(block: Attends, change: Change, prefix: int) -> int:
+    """MACs of the queries and keys that a method makes beside those of the tokens that attend, and has them spare."""
+    scored = Terms() if change.scored is None else scoring(block, prefix + change.scored)
+    spared = Terms() if change.valued is None else score(block.attn, prefix + change.valued)
+    return sum(scored.values()) - sum(spared.values())
+
+
 class Run(NamedTuple):
     """What blocks do.
 
@@ -209,11 +216,9 @@ def run_blocks(
         if i in reducers:
             sizes = block_sizes(model, block, grid, left)._replace(last=i == len(blocks) - 1)
             change = reducers[i].cost(sizes if counts is None else sizes._replace(left=counts[i]))
-            terms[reducers[i].cost_term] += change.macs
+            terms[reducers[i].cost_term] += change.macs + beside(block, change, prefix)
         left, merges = change.left, merges or change.merges
         terms += cost(block, prefix + change.keys, prefix + change.queries, prefix + left)
-        terms += Terms() if change.scored is None else scoring(block, prefix + change.scored)
-        terms.subtract(Terms() if change.valued is None else score(block.attn, prefix + change.valued))
         left = left if change.behind is None else change.behind
     return Run(terms, left, merges)
 

@@ -121,6 +121,23 @@ def two_way_matching(weights: Tensor, r: int, num_prefix: int, both_ways: bool, 
 
 
 @fx_leaf
+def pooling_weights(received: Tensor, size: Tensor | None, pooling: str, matching: Matching) -> tuple[Tensor, Tensor]:
+    """What each token weighs in a mean, (B, T), and the sizes (B, T') of those that are left.
+
+    Args:
+        received: (B, T) attention each token receives.
+        size: (B, T) patches each stands for; None: one each.
+        pooling: One of ``POOLING``.
+        matching: Which tokens go where.
+    """
+    size = torch.ones_like(received) if size is None else size
+    left = size.gather(1, matching.kept).scatter_add(1, matching.into, size.gather(1, matching.merged))
+    if pooling == "size":
+        return size, left
+    return received.clamp(min=torch.finfo(received.dtype).tiny) * size / size.amax(1, keepdim=True), left
+
+
+@fx_leaf
 def pool_map(weights: Tensor, weight: Tensor, matching: Matching) -> Tensor:
     """Map of fused tokens, (B, heads, T', T').
 
@@ -329,11 +346,7 @@ class MCTF(Reducer):
             weights = fusion_weights(x, received, tokens.size, self.criteria, num_prefix)
             check_finite(weights, self.origin("fusion weights"), origin)
             matching = two_way_matching(weights, r, num_prefix, self.bidirection, x)
-            size = received.new_ones(received.shape) if tokens.size is None else tokens.size
-            weight = size
-            if self.pooling == "attention":
-                weight = received.clamp(min=torch.finfo(received.dtype).tiny) * size / size.amax(1, keepdim=True)
-            size = size.gather(1, matching.kept).scatter_add(1, matching.into, size.gather(1, matching.merged))
+            weight, size = pooling_weights(received, tokens.size, self.pooling, matching)
         x, _ = merge_tokens(x, weight, matching, tokens.layout.ranges)
         of_keys = size if self.prop_attn else None
         tokens = tokens.relabel(matching, tokens.num_tokens - r, size, of_keys, keeps_every_patch=True)
