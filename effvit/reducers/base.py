@@ -349,7 +349,7 @@ class Reducer(nn.Module):
         return None
 
     def map_edit(self) -> EditMap | None:
-        """What to do with the softmax map before it is applied; None if the method needs no map at all."""
+        """What to do with the softmax map before it is applied, or with the tokens; None if the method needs no map."""
         return None
 
     def reduce(self, x: Tensor, tokens: TokenMap, state: AttnState) -> tuple[Tensor, TokenMap]:
