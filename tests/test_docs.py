@@ -39,6 +39,7 @@ def test_readme_and_speed_page_show_the_measured_overhead(capsys: pytest.Capture
         ("docs/dense.md", "garments", "compare_training", "garments_cpu.json"),
         ("docs/accuracy.md", "accuracy", "make_accuracy_page", "fashion_accuracy_cpu.json"),
         ("docs/accuracy.md", "cutouts training", "training_log", "cutouts_training_cpu.json"),
+        ("docs/accuracy.md", "cutouts fine-tuned", "compare_training", "cutouts_finetuned_cpu.json"),
         ("docs/accuracy.md", "masks", "evaluate_masks", "mobilesam_cpu.json"),
         ("docs/profile.md", "check", "check_profiler", "profiler_check_cpu.json"),
         ("docs/profile.md", "tune", "check_tune", "tune_cpu.json"),
@@ -93,7 +94,7 @@ class TestAccuracyPage:
         self, tool: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         files = [*tool.ACCURACIES.values(), *tool.CHOICES.values()]
-        for path in (tool.PAGE, tool.README, *files, *map(tool.plot_of, files)):
+        for path in (tool.PAGE, tool.README, *files, *map(tool.plot_of, tool.PLOTTED)):
             (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / path).write_text((ROOT / path).read_text())
         monkeypatch.setattr(tool, "ROOT", tmp_path)

@@ -17,6 +17,7 @@ from scripts import load_tool
 
 import effvit
 from effvit.cli import main
+from effvit.data.opening import open_labelled
 from effvit.data.preparation import data_config, load_images
 from effvit.measure.controls import Resized, control_of, resolution_control
 from effvit.measure.records import read_profiles, read_results
@@ -125,6 +126,17 @@ class TestCommand:
         assert entries["evit keep_rate=0.5, control uniform"]["tokens"] == entries["evit keep_rate=0.5"]["tokens"]
         with_resizing = entries["evit keep_rate=0.5, control resolution"]["macs"]
         assert smaller.macs <= with_resizing < 1.001 * smaller.macs
+
+    def test_costs_that_depend_on_the_image_are_of_images_all_over_the_set(self, fashion: Path, tmp_path: Path) -> None:
+        """A folder is sorted by class, so that the first ones would be of one kind."""
+        path = tmp_path / "accuracy.json"
+        assert main([*COMMAND, str(fashion), "--method", "ats", "--json", str(path)]) == 0
+        (record,) = read_results(path)
+        dense = timm.create_model(NANO, pretrained=True).eval()
+        labelled = open_labelled(fashion)
+        spread = load_images(dense, [labelled.read(place * 60 // 16) for place in range(16)])
+        ats = effvit.sparsify(dense, "ats").eval()
+        assert record["models"][1]["macs"] == effvit.count_flops(ats, (1, 28, 28), images=spread).total
 
     def test_controls_of_counts_that_depend_on_the_image(self, fashion: Path, tmp_path: Path) -> None:
         """The control keeps the mean counts, rounded; its speed is measured beside."""

@@ -32,11 +32,13 @@ PAGE = "docs/accuracy.md"
 TOOL = "make_accuracy_page.py"
 # Table of the page -> what effvit evaluate --rounds wrote of it, and its plot.
 ACCURACIES = {"accuracy": "docs/benchmarks/fashion_accuracy_cpu.json"}
-# Table of choices and their controls -> what tools/measure_choices.py wrote of it.
+# Table of choices and their controls -> what tools/measure_choices.py or effvit evaluate --control wrote of it.
 CHOICES = {
+    "cutouts main choices": "docs/benchmarks/cutouts_main_choices_cpu.json",
     "cutouts choices": "docs/benchmarks/cutouts_choices_cpu.json",
     "fashion choices": "docs/benchmarks/fashion_choices_cpu.json",
 }
+PLOTTED = [*ACCURACIES.values(), *(path for name, path in CHOICES.items() if name != "cutouts main choices")]
 MARK = "†"
 README, SHORT = "README.md", "short accuracy"
 SHOWN, SHARE = "cutouts choices", 0.6  # README.md shows the rows nearest to this share of the dense multiply-adds
@@ -101,7 +103,7 @@ def choices_table(measured: Choices) -> list[str]:
     for choice in (Choice(evaluation.models[0], {}), *choices):
         model, gains = choice.model, choice.gains
         cells = [
-            model.name + (f" {MARK}" if any(gain <= 0 for gain in gains.values()) else ""),
+            model.name + (f" {MARK}" if not_better(choice) else ""),
             with_error(model.accuracy),
             f"{model.macs / 1e6:.1f}",
             *([speedup(costs[model.name])] if costs else []),
@@ -110,7 +112,8 @@ def choices_table(measured: Choices) -> list[str]:
             *same_class(model, shifts),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return [*lines, "", " ".join(notes(evaluation))]
+    said = notes(evaluation)
+    return [*lines, "", " ".join(said)] if said else lines
 
 
 def short_table(measured: Choices) -> list[str]:
@@ -132,9 +135,16 @@ def short_table(measured: Choices) -> list[str]:
     return lines
 
 
+def not_better(choice: Choice) -> bool:
+    """Whether a control is at least as good."""
+    return any(gain <= 0 for gain in choice.gains.values())
+
+
 def notes(evaluation: Evaluation) -> list[str]:
     """What a reader of the table has to know."""
-    found = [f"{MARK} Not better than one of its controls."]
+    found = []
+    if any(not_better(own) for own in choices_of(evaluation)):
+        found.append(f"{MARK} Not better than one of its controls.")
     for text, numbers in (
         ("Object patches", {model.object_patches.images for model in evaluation.models if model.object_patches}),
         ("Shifts", {model.consistency.images for model in evaluation.models if model.consistency}),
@@ -230,7 +240,7 @@ def write_page(only_check: bool) -> int:
     pages[README] = put_table((ROOT / README).read_text(), README, SHORT, TOOL, short_table(choices[SHOWN]))
     # Plot -> what it says of its origin. Another matplotlib draws other bytes, so that a plot is stale when its records
     # have changed.
-    origins = {plot_of(path): origin(path) for path in (*ACCURACIES.values(), *CHOICES.values())}
+    origins = {plot_of(path): origin(path) for path in PLOTTED}
     plots = {name: ROOT / name for name in origins}
     stale = [name for name, plot in plots.items() if not plot.is_file() or origins[name] not in plot.read_text()]
     status = write_pages(pages, ROOT, TOOL, only_check, stale)
@@ -241,8 +251,10 @@ def write_page(only_check: bool) -> int:
         data = "" if dense.accuracy is None else dense.accuracy.data
         plot_accuracy(records[name], f"{dense.name}: {data}", ROOT / plot, note=origins[plot])
     for name, path in CHOICES.items():
-        first, plot = choices[name].evaluation.models[0], plot_of(path)
-        plot_choices(choices[name].evaluation, f"{first.name}: {first.accuracy.data}", ROOT / plot, note=origins[plot])
+        if path in PLOTTED:
+            measured, plot = choices[name].evaluation, plot_of(path)
+            first = measured.models[0]
+            plot_choices(measured, f"{first.name}: {first.accuracy.data}", ROOT / plot, note=origins[plot])
     return status
 
 

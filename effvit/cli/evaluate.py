@@ -21,7 +21,7 @@ from effvit.measure.accuracy import with_accuracies
 from effvit.measure.controls import CONTROLS, with_controls
 from effvit.measure.costs import profile
 from effvit.measure.counting import Counts, KeptCounts
-from effvit.measure.evaluation import COST_IMAGES, EvaluationOptions, Selection, evaluate
+from effvit.measure.evaluation import EvaluationOptions, Selection, cost_places, evaluate
 from effvit.measure.processes import Processes, joined
 from effvit.measure.records import add_record, as_json, as_object, read_records
 from effvit.measure.values import Evaluation, Record
@@ -296,7 +296,8 @@ def interrupted(arguments: Arguments, known: int, total: int) -> str:
 def with_speed(found: Evaluation, models: dict[str, nn.Module], selection: Selection, arguments: Arguments) -> Record:
     """A record of costs with measured speed, and the accuracies found."""
     first = next(iter(models.values()))
-    sample = load_images(first, [selection.images.read(index) for index in selection.indices[:COST_IMAGES]])
+    places = cost_places(len(selection.indices))
+    sample = load_images(first, [selection.images.read(selection.indices[place]) for place in places])
     record = profile(
         with_controls(models, arguments.control, sample, arguments.seeds),
         data_config(first)["input_size"],

@@ -24,7 +24,7 @@ from effvit.measure.values import Accuracy, Evaluated, Evaluation, EvaluationCon
 from effvit.messages import plain
 from effvit.protocols import Json
 
-__all__ = ["COST_IMAGES", "EvaluationOptions", "Selection", "evaluate", "load_labelled"]
+__all__ = ["COST_IMAGES", "EvaluationOptions", "Selection", "cost_places", "evaluate", "load_labelled"]
 
 COST_IMAGES = 16  # multiply-adds of methods that adapt to the image are a mean over these
 CALIBRATION_BATCH = 128  # the authors take 2 x 64 (``effvit.calibrate``)
@@ -227,9 +227,14 @@ def calibrate_all(models: Mapping[str, nn.Module], dense: nn.Module, images: Sel
         model.cpu()
 
 
+def cost_places(total: int) -> list[int]:
+    """Places of the images that costs which depend on the image are means over: a folder is sorted by class."""
+    return spread(total, min(COST_IMAGES, total), "the selection")
+
+
 def sample_of(images: Prepared) -> Tensor:
-    """The first images as a batch: those that costs which depend on the image are means over."""
-    return torch.stack([images[position][0] for position in range(min(COST_IMAGES, len(images)))])
+    """The images at ``cost_places`` as a batch."""
+    return torch.stack([images[place][0] for place in cost_places(len(images))])
 
 
 def load_labelled(model: nn.Module, selection: Selection, name: str) -> tuple[Tensor, Tensor]:
