@@ -193,7 +193,7 @@ class MCTF(Reducer):
         super().__init__()
         self.r = r
         self.step = step
-        self.criteria = criteria
+        self.tau_sim, self.tau_info, self.tau_size = criteria
         self.bidirection = bidirection
         self.prop_attn = prop_attn
         self.pooling = pooling
@@ -266,19 +266,9 @@ class MCTF(Reducer):
         return None if self.step == "after" else "block"
 
     @property
-    def tau_sim(self) -> float:
-        """The setting."""
-        return self.criteria.similarity
-
-    @property
-    def tau_info(self) -> float:
-        """The setting."""
-        return self.criteria.information
-
-    @property
-    def tau_size(self) -> float:
-        """The setting."""
-        return self.criteria.size
+    def criteria(self) -> Criteria:
+        """What makes tokens attractive to each other."""
+        return Criteria(self.tau_sim, self.tau_info, self.tau_size)
 
     def settle(self, host: Host, block: int) -> None:
         super().settle(host, block)
@@ -295,7 +285,7 @@ class MCTF(Reducer):
     def cost(self, at: BlockSizes) -> Change:
         share = at.tokens * self.r if self.r < 1 else self.r
         fused = max(0, min(int(share), at.tokens // 2, at.prefix + at.tokens - LEAST_TOKENS))
-        left, pairs = at.tokens - fused, alternating_pairs(at.tokens, at.dim) if self.criteria.similarity else 0
+        left, pairs = at.tokens - fused, alternating_pairs(at.tokens, at.dim) if self.tau_sim else 0
         if not fused:
             return Change(at.tokens, at.tokens, at.tokens, 0)
         weighted = self.prop_attn and at.tokens < math.prod(at.grid)
