@@ -37,6 +37,7 @@ REFUSALS = re.compile(
     r"|takes at most every second of"
     r"|drops no patch|restore_at must be a block behind|clusters must be at least 1 x 1 and at most one for each token"
     r"|makes \d+ tokens, but only \d+ enter it"
+    r"|one of tau_sim, tau_info and tau_size must be above 0"
 )
 rates = st.sampled_from([0.2, 0.5, 0.7, 0.95, 1.0])
 
