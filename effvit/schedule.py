@@ -20,6 +20,7 @@ __all__ = [
     "check_count",
     "check_fraction",
     "check_number",
+    "check_r",
     "check_switch",
     "cosine_keep_rate",
     "dymu_r",
@@ -73,6 +74,14 @@ def check_number(name: str, value: float, rule: str = "finite") -> float:
     if not number or (rule == "positive" and value <= 0):
         raise ValueError(f"{name} must be a {rule} number, got {value!r}")
     return float(value)
+
+
+def check_r(r: float) -> float:
+    """Tokens that leave a block, as a whole number, or the share of them below 1."""
+    whole = isinstance(r, int) and not isinstance(r, bool) and r >= 0
+    if not whole and not (isinstance(r, float) and 0 < r < 1):
+        raise ValueError(f"r must be a whole number of tokens or a share of them in (0, 1), got {r!r}")
+    return r
 
 
 def check_blocks(name: str, blocks: Sequence[int], depth: int) -> tuple[int, ...]:

@@ -9,8 +9,7 @@ import torch
 from golden_cases import Case, expect, plain_host
 
 import effvit
-from effvit.reducers.radial import Radial
-from effvit.reducers.static_selection import lowest, random_ranks, uniform_ranks
+from effvit.reducers.static_selection import Radial, lowest, random_ranks, uniform_ranks
 
 
 def compare(case: Case) -> None:

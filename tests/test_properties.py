@@ -23,8 +23,8 @@ from effvit.reducers.atc import LINKAGES
 from effvit.reducers.diffrate_presets import PRESETS
 from effvit.reducers.gtp import GRAPH_TYPES, PROPAGATIONS, SELECTIONS
 from effvit.reducers.mctf import POOLING, STEPS
-from effvit.reducers.radial import PATTERNS
 from effvit.reducers.ragged import RAGGED
+from effvit.reducers.rings import PATTERNS
 from effvit.reducers.static_selection import PLACES
 from effvit.reducers.zero_tprune import PARTITIONS, SIMILARITIES
 from effvit.schedule import R_SCHEDULES

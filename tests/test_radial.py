@@ -11,7 +11,7 @@ from hosts import make_host, make_images
 
 import effvit
 from effvit.measure.controls import CONTROLS
-from effvit.reducers.radial import PATTERNS, distances, ring_sizes, sizes_within
+from effvit.reducers.rings import PATTERNS, distances, ring_sizes, sizes_within
 
 LENGTHS = {"l1": lambda x, y: abs(x) + abs(y), "l2": math.hypot, "linf": lambda x, y: max(abs(x), abs(y))}
 

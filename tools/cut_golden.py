@@ -22,7 +22,7 @@ from effvit.messages import run_command
 __all__ = ["CASES", "CUT", "PARTS", "TOO_LARGE", "main"]
 
 CUT = Path(__file__).resolve().parents[1] / "tests" / "golden"
-LARGEST = 9_500_000
+LARGEST = 9_700_000
 """Bytes of the whole cut; every clone pays for them, in each version that is ever committed."""
 
 # Folder -> cases. The smallest that together run every function of a method, which are those of its functions alone and
@@ -58,6 +58,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "hot": ("mixste_27_9", "keys_hot_mixste"),
     # both rules of matching; whole models lie in the folder of all cases
     "pitome": ("f_matching",),
+    "mctf": ("p3_precise_step2",),
     "vid_tldr": ("f_merge",),
     "cubistmerge": ("f_merge_grid",),
     # all linkages, with and without a class token; its models are ten times as large

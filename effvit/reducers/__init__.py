@@ -17,10 +17,9 @@ from effvit.reducers.kmedoids import KMedoids
 from effvit.reducers.mctf import MCTF
 from effvit.reducers.patchmerger import PatchMerger
 from effvit.reducers.pitome import PiToMe
-from effvit.reducers.radial import Radial
 from effvit.reducers.registry import METHODS, register_method
 from effvit.reducers.sinkhorn import Sinkhorn
-from effvit.reducers.static_selection import Random, Uniform
+from effvit.reducers.static_selection import Radial, Random, Uniform
 from effvit.reducers.tome import ToMe
 from effvit.reducers.vid_tldr import VidTLDR
 from effvit.reducers.zero_tprune import ZeroTPrune

@@ -15,8 +15,7 @@ from effvit.reducers.base import Reducer, check_finite
 from effvit.reducers.bipartite import Matching, merge_tokens
 from effvit.reducers.cost import BlockSizes, Change, alternating_pairs
 from effvit.reducers.matching import SMALLEST_NORM
-from effvit.reducers.vid_tldr import check_r
-from effvit.schedule import check_blocks, check_choice, check_number, check_switch, per_block, spread_ladder
+from effvit.schedule import check_blocks, check_choice, check_number, check_r, check_switch, per_block, spread_ladder
 from effvit.tokens import TokenMap, fx_leaf, position_of, wide_product, widened
 
 __all__ = ["MCTF", "POOLING", "STEPS", "Criteria", "fusion_weights", "pool_map", "two_way_matching"]
@@ -258,7 +257,7 @@ class MCTF(Reducer):
 
     @classmethod
     def ladders(cls, depth: int, num_patches: int) -> list[list[Settings]]:
-        return [[{"r": r} for r in spread_ladder(depth, num_patches)]]
+        return [[{"r": r} for r in spread_ladder(depth - 1, num_patches)]] if depth > 1 else []
 
     @property
     def place(self) -> str | None:  # type: ignore[override]

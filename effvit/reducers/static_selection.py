@@ -1,8 +1,9 @@
-"""Controls: patches kept at random or evenly spaced, whatever the image shows; what every method has to beat."""
+"""Controls: patches kept at random, evenly spaced or around the middle, whatever the image shows."""
 
 from __future__ import annotations
 
 import operator
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,10 +17,21 @@ from effvit.recording import compile_each_size
 from effvit.reducers.base import Reducer
 from effvit.reducers.cost import BlockSizes, Change
 from effvit.reducers.keep_rate import ImageShare
-from effvit.schedule import check_choice, check_count
+from effvit.reducers.rings import PATTERNS, Shrinking, distances, middle_of, ring_sizes, sizes_within
+from effvit.schedule import check_blocks, check_choice, check_count, check_number, spread_blocks
 from effvit.tokens import TokenMap, fx_leaf
 
-__all__ = ["PLACES", "Random", "Ranked", "StaticSelection", "Uniform", "random_ranks", "ranks_of", "uniform_ranks"]
+__all__ = [
+    "PLACES",
+    "Radial",
+    "Random",
+    "Ranked",
+    "StaticSelection",
+    "Uniform",
+    "random_ranks",
+    "ranks_of",
+    "uniform_ranks",
+]
 
 PLACES = ("block", "queries", "mlp")
 """What the dropped patches do not enter first: the block, the queries of its attention, or its MLP."""
@@ -255,3 +267,124 @@ class Random(StaticSelection):
 
     def ranks_on(self, grid: Size) -> Tensor:
         return random_ranks(grid, self.seed)
+
+
+class Radial(StaticSelection):
+    """Keep the patches nearest to the middle of the image, whole rings of them, the same ones in every image.
+
+    The fixed radial patterns of "Which Tokens to Use? Investigating Token Reduction in Vision Transformers"
+    (2308.04657), there a yardstick for choices of tokens. Official code: JoakimHaurum/TokenReduction @ 88fe07e,
+    models/heuristic.py. That code masks patches and computes them on; here they are dropped, which the class token and
+    the patches that stay do not notice.
+
+    Args:
+        keep_rate: As for ``StaticSelection``; the ring whose number of patches is nearest to the rate's is kept.
+        num_tokens: Number of patches in place of a rate, likewise that of the nearest ring.
+        block: Number of the block it sits in.
+        earlier: The reducers of the blocks before.
+        place: One of ``PLACES``.
+        pattern: One of ``PATTERNS``.
+        shrinking: Radii in place of rates, or None.
+    """
+
+    name = "radial"
+    summary = "control: keep rings of patches around the middle of the image (TokenReduction, 2308.04657)"
+    any_number = False  # whole rings
+
+    def __init__(
+        self,
+        keep_rate: float,
+        num_tokens: int | None,
+        block: int,
+        earlier: tuple[Radial, ...],
+        place: str,
+        pattern: str,
+        shrinking: Shrinking | None,
+    ) -> None:
+        super().__init__(keep_rate, num_tokens, block, earlier, place)
+        self.pattern = pattern
+        self.shrinking = shrinking
+
+    @property
+    def min_radius(self) -> float | None:
+        """The setting."""
+        return None if self.shrinking is None else self.shrinking.min_radius
+
+    @classmethod
+    def plan(
+        cls,
+        depth: int,
+        *,
+        keep_rate: float | Sequence[float] = 0.7,
+        reduce_at: Sequence[int] | None = None,
+        num_tokens: int | Sequence[int] | None = None,
+        pattern: str = "l1",
+        min_radius: float | None = None,
+        place: str = "block",
+    ) -> dict[int, Reducer]:
+        """Settings of the patterns.
+
+        Args:
+            depth: Blocks of the host.
+            keep_rate: Fraction r of the patches that is asked for in each reducing block, in (0, 1]: int(N r) of the N
+                patches of the image in the first, int(N r^2) in the next; one value, or one for each block. The ring
+                with the nearest number of patches is kept, the smaller one of two.
+            reduce_at: 0-based blocks that reduce; None means (3, 6, 9) of 12, in proportion for another depth.
+            num_tokens: Absolute numbers of patches to ask for in place of a rate; one value or one for each block.
+            pattern: Norm of a patch's distance from the middle: "l1" (diamonds), "l2" (circles) or "linf" (squares).
+            min_radius: In place of a rate: every block from the first to the last of ``reduce_at`` reduces, by radii in
+                equal steps towards this one, in patches; 0 or less stands for the patch in the middle. The official
+                code's default, there 1.
+            place: Where in the block patches are dropped, as for ``uniform``; the official code's is "block".
+
+        Raises:
+            ValueError: ``min_radius`` beside ``num_tokens``.
+        """
+        check_choice("place", place, PLACES)
+        check_choice("pattern", pattern, PATTERNS)
+        if min_radius is None:
+            return cls.in_blocks(depth, keep_rate, reduce_at, num_tokens, place, pattern, None)
+        check_number("min_radius", min_radius)
+        if num_tokens is not None:
+            raise ValueError("num_tokens and min_radius both take the place of a rate: leave one of them out")
+        blocks = check_blocks("reduce_at", spread_blocks((3, 6, 9), depth) if reduce_at is None else reduce_at, depth)
+        if not blocks:
+            return {}
+        shrinking = Shrinking(min(blocks), max(blocks), float(min_radius))
+        every = range(shrinking.first, shrinking.last + 1)
+        return cls.in_blocks(depth, keep_rate, every, None, place, pattern, shrinking)
+
+    @classmethod
+    def example(cls) -> Settings:
+        return {"keep_rate": 0.6, "reduce_at": (1, 2), "pattern": "l2"}
+
+    @classmethod
+    def demo(cls, num_patches: int) -> list[Settings]:
+        return []  # no control at the counts of the methods there
+
+    def ranks_on(self, grid: Size) -> Tensor:
+        return ranks_of(distances(grid, self.pattern).argsort(stable=True))
+
+    def count_on(self, num_tokens: int, grid: Size) -> int:
+        height, width = operator.index(grid[0]), operator.index(grid[1])  # numbers, not the symbols of dynamo
+        if self.shrinking is not None:
+            sizes = sizes_within((height, width), self.pattern, self.shrinking.steps, self.shrinking.min_radius)
+            kept = sizes[self.shrinking.step(self.block)]
+        else:
+            asked = self.num_tokens if self.num_tokens is not None else int(height * width * self.share)
+            kept = min(ring_sizes((height, width), self.pattern), key=lambda size: abs(size - asked))
+        return min(max(1, kept) if self.any_size else kept, num_tokens)
+
+    def num_left(self, at: BlockSizes) -> int:
+        away = distances(at.grid, self.pattern)
+        nearest_first = sorted(away.tolist())
+        if self.shrinking is not None:
+            farthest, least = nearest_first[-1], self.shrinking.min_radius
+            least = least if least > 0 else middle_of(away, at.grid)
+            radius = farthest - (farthest - least) * self.shrinking.step(self.block) / (self.shrinking.steps - 1)
+            kept = bisect_right(nearest_first, radius)
+        else:
+            asked = int(len(away) * self.share) if self.num_tokens is None else self.num_tokens
+            inside = [bisect_right(nearest_first, radius) for radius in set(nearest_first)]
+            kept = min((abs(number - asked), number) for number in inside)[1]
+        return min(max(kept, int(self.any_size)), at.tokens)

@@ -16,7 +16,7 @@ from effvit.reducers.bipartite import Matching, bipartite_soft_matching, matchin
 from effvit.reducers.block_schedule import BlockSchedule, tokens_by_block
 from effvit.reducers.cost import BlockSizes, Change, alternating_pairs
 from effvit.reducers.merging import TIE
-from effvit.schedule import spread_ladder
+from effvit.schedule import check_r, spread_ladder
 from effvit.tokens import TokenMap, fx_leaf, wide_product
 
 __all__ = ["VidTLDR", "foreground_scores", "map_sharpness", "sharpness"]
@@ -184,11 +184,3 @@ class VidTLDR(Reducer):
         # No size: the authors' mean over tokens has no weights, and dropped patches have no part in one.
         x, size = merge_tokens(x, tokens.key_weight, matching, ranges, part)
         return x, tokens.relabel(Thinned(matching, part), tokens.num_tokens - r, key_weight=size)
-
-
-def check_r(r: float) -> float:
-    """Tokens that leave a block, as a whole number, or the share of them below 1."""
-    whole = isinstance(r, int) and not isinstance(r, bool) and r >= 0
-    if not whole and not (isinstance(r, float) and 0 < r < 1):
-        raise ValueError(f"r must be a whole number of tokens or a share of them in (0, 1), got {r!r}")
-    return r
