@@ -593,10 +593,17 @@ REFUSALS = (
     ),
     Refusal(
         r"torch\.export, dynamic (height|size)",
-        r"(expedite|random|uniform|radial) dynamic_img_size",
+        r"(expedite|random|uniform|radial|mctf) dynamic_img_size",
         "a dynamic height or width",
-        "The grid of clusters, and the order of `random`, `uniform` and `radial`, is computed for one image size: "
+        "The grid of clusters, the order of `random`, `uniform` and `radial`, and MCTF's pairs are for one image size: "
         "export with height and width fixed, once for every size; the batch may be dynamic.",
+    ),
+    Refusal(
+        r"torch\.compile, dynamic",
+        r"radial.*",
+        "is not a constant",
+        "With `dynamic=True` the sides of the grid are symbols, on which no rings can be counted: leave `dynamic` out, "
+        "and each size gets its graph.",
     ),
     Refusal(
         r"vmap|per-sample gradients",
@@ -614,7 +621,7 @@ REFUSALS = (
     ),
     Refusal(
         r"torch\.export, dynamic size",
-        r"(tome|gtp|zero_tprune|pitome|vid_tldr|mctf) dynamic_img_size",
+        r"(tome|gtp|zero_tprune|pitome|vid_tldr) dynamic_img_size",
         "both height and width",
         "The token counts are expressions of both sides, which `torch.export` does not simplify in minutes: export "
         "with one of height and width dynamic, or none, once for every size; the batch may be dynamic.",

@@ -46,7 +46,7 @@ def agglomerate(distance: Tensor, number: int, linkage: str) -> Tensor:
     distances the first in the order of the tokens counts.
 
     Args:
-        distance: (B, N, N) of all pairs of tokens, symmetric.
+        distance: (B, N, N) of all pairs of tokens, of which those above the diagonal count.
         number: K, clusters that are left.
         linkage: One of LINKAGES, over the members of clusters.
     """
@@ -55,7 +55,8 @@ def agglomerate(distance: Tensor, number: int, linkage: str) -> Tensor:
     image = torch.arange(batch, device=distance.device)
     place = torch.arange(length, device=distance.device)
     # In float64, as sklearn has them. A cluster has the row and column of its first member; all others are infinite.
-    between = distance.double().masked_fill(place.unsqueeze(1) == place, torch.inf)  # (B, N, N)
+    upper = distance.double().triu(1)  # products of a matrix with itself are symmetric but for rounding
+    between = (upper + upper.transpose(1, 2)).masked_fill(place.unsqueeze(1) == place, torch.inf)  # (B, N, N)
     size = torch.ones_like(between[..., 0])
     cluster = place.expand(batch, -1)
     for _ in range(length - number):

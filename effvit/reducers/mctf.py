@@ -183,7 +183,7 @@ class MCTF(Reducer):
 
     name = "mctf"
     summary = "fuse tokens that are alike, little attended and small (2403.10030)"
-    open_sides = 1
+    open_sides = 0  # which tokens alternate is a matter of their number
     keeps_every_patch = True
 
     def __init__(

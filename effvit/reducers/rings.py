@@ -10,7 +10,7 @@ from torch import Tensor
 
 from effvit.protocols import Size
 
-__all__ = ["PATTERNS", "Shrinking", "distances", "middle_of", "ring_sizes", "sizes_within"]
+__all__ = ["PATTERNS", "Shrinking", "distances", "middle_of", "nearest_ring", "ring_sizes", "sizes_within"]
 
 PATTERNS = ("l1", "l2", "linf")
 """Norms of a patch's distance from the middle: the rings are diamonds, circles or squares."""
@@ -30,10 +30,15 @@ def distances(grid: Size, pattern: str) -> Tensor:
     return (torch.maximum(rows, columns) if pattern == "linf" else (rows**2 + columns**2).sqrt()).flatten()
 
 
-@torch.compiler.assume_constant_result  # a graph is for one grid anyway
 def ring_sizes(grid: Size, pattern: str) -> tuple[int, ...]:
     """Number of patches within each distance that a patch has, the nearest first."""
     return _numbers(grid, pattern, None)
+
+
+@torch.compiler.assume_constant_result  # a graph is for one grid anyway
+def nearest_ring(grid: Size, pattern: str, asked: int) -> int:
+    """That of ``ring_sizes`` nearest to a number, the smaller one of two."""
+    return min(ring_sizes(grid, pattern), key=lambda size: abs(size - asked))
 
 
 @torch.compiler.assume_constant_result

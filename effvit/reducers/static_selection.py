@@ -17,7 +17,7 @@ from effvit.recording import compile_each_size
 from effvit.reducers.base import Reducer
 from effvit.reducers.cost import BlockSizes, Change
 from effvit.reducers.keep_rate import ImageShare
-from effvit.reducers.rings import PATTERNS, Shrinking, distances, middle_of, ring_sizes, sizes_within
+from effvit.reducers.rings import PATTERNS, Shrinking, distances, middle_of, nearest_ring, sizes_within
 from effvit.schedule import check_blocks, check_choice, check_count, check_number, spread_blocks
 from effvit.tokens import TokenMap, fx_leaf
 
@@ -366,13 +366,13 @@ class Radial(StaticSelection):
         return ranks_of(distances(grid, self.pattern).argsort(stable=True))
 
     def count_on(self, num_tokens: int, grid: Size) -> int:
-        height, width = operator.index(grid[0]), operator.index(grid[1])  # numbers, not the symbols of dynamo
+        height, width = self.grid if grid == self.grid else map(operator.index, grid)  # numbers, no symbols of dynamo
         if self.shrinking is not None:
             sizes = sizes_within((height, width), self.pattern, self.shrinking.steps, self.shrinking.min_radius)
             kept = sizes[self.shrinking.step(self.block)]
         else:
             asked = self.num_tokens if self.num_tokens is not None else int(height * width * self.share)
-            kept = min(ring_sizes((height, width), self.pattern), key=lambda size: abs(size - asked))
+            kept = nearest_ring((height, width), self.pattern, asked)
         return min(max(1, kept) if self.any_size else kept, num_tokens)
 
     def num_left(self, at: BlockSizes) -> int:
