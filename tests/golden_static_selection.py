@@ -42,12 +42,17 @@ def compare_model(case: Case) -> None:
         expect(config, random_seed=0)  # it draws nothing
     for model in (by_rate, by_number):
         assert [model.token_counts()[block] for block in blocks] == counts
-        with torch.no_grad():
-            case.close(model(case["input"]), "output")
-            trace = model.trace_tokens(case["input"])
-        for stage, block in enumerate(blocks):
-            for anchor in trace[block].tokens.anchor:
-                case.equal(anchor, f"stage{stage}/kept")
+        compare_run(case, model, blocks)
+
+
+def compare_run(case: Case, model: Any, blocks: list[int]) -> None:
+    """Scores, and the patches that stay in each of the blocks."""
+    with torch.no_grad():
+        case.close(model(case["input"]), "output")
+        trace = model.trace_tokens(case["input"])
+    for stage, block in enumerate(blocks):
+        for anchor in trace[block].tokens.anchor:
+            case.equal(anchor, f"stage{stage}/kept")
 
 
 def compare_rings(case: Case) -> None:
@@ -64,12 +69,7 @@ def compare_rings(case: Case) -> None:
     else:
         blocks = list(range(min(blocks), max(blocks) + 1))
         model = effvit.sparsify(host, "radial", **settings, min_radius=official["min_radius"] or 0.0)
-    with torch.no_grad():
-        case.close(model(case["input"]), "output")
-        trace = model.trace_tokens(case["input"])
-    for stage, block in enumerate(blocks):
-        for anchor in trace[block].tokens.anchor:
-            case.equal(anchor, f"stage{stage}/kept")
+    compare_run(case, model, blocks)
 
 
 def compare_counts(table: Path, content: Any) -> None:

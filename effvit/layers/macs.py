@@ -150,11 +150,16 @@ def attend(attn: SelfAttention, keys: int, queries: int, pairs: int | None = Non
         if name in ("proj", "norm"):
             terms += layers("projection", layer, queries)
         elif name in ("q_norm", "k_norm"):
-            groups: int = getattr(attn, "num_kv_groups", 1) if name == "k_norm" else 1
-            terms += norm(layer, keys * attn.num_heads // groups)
+            terms += head_norm(attn, name, layer, keys)
         elif name != "rel_pos":  # of which no rows are tokens, see position_bias
             terms += layers("projection", layer, keys)
     return terms
+
+
+def head_norm(attn: Scores, name: str, layer: nn.Module, rows: int) -> Terms:
+    """The norm ``q_norm`` or ``k_norm`` of so many tokens in each head, of which grouped keys have fewer."""
+    groups: int = getattr(attn, "num_kv_groups", 1) if name == "k_norm" else 1
+    return norm(layer, rows * attn.num_heads // groups)
 
 
 def score(attn: Scores, rows: int) -> Terms:
@@ -166,8 +171,7 @@ def score(attn: Scores, rows: int) -> Terms:
         elif name in ("q_proj", "k_proj"):
             terms += layers("projection", layer, rows)
         elif name in ("q_norm", "k_norm"):
-            groups: int = getattr(attn, "num_kv_groups", 1) if name == "k_norm" else 1
-            terms += norm(layer, rows * attn.num_heads // groups)
+            terms += head_norm(attn, name, layer, rows)
     return terms
 
 

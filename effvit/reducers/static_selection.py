@@ -366,7 +366,7 @@ class Radial(StaticSelection):
         return ranks_of(distances(grid, self.pattern).argsort(stable=True))
 
     def count_on(self, num_tokens: int, grid: Size) -> int:
-        height, width = self.grid if grid == self.grid else map(operator.index, grid)  # numbers, no symbols of dynamo
+        height, width = map(operator.index, grid)  # numbers, not the symbols of traces
         if self.shrinking is not None:
             sizes = sizes_within((height, width), self.pattern, self.shrinking.steps, self.shrinking.min_radius)
             kept = sizes[self.shrinking.step(self.block)]
