@@ -74,7 +74,7 @@ IGNORED_OPERATORS = frozenset(f"aten::{name}{in_place}" for in_place in ("", "_"
     "im2col", "index_add", "index_copy", "index_fill", "index_select", "linspace", "meshgrid", "new_ones",
     "nonzero_static", "numel", "numpy_T", "one_hot", "ones_like", "pad", "pad_sequence", "rand_like", "repeat",
     "resolve_conj", "resolve_neg",
-    "repeat_interleave", "reshape_as", "scatter", "scatter_add", "scatter_reduce", "tile", "unflatten", "unfold",
+    "repeat_interleave", "reshape_as", "scatter", "scatter_add", "scatter_reduce", "tile", "triu", "unflatten", "unfold",
     "view_as", "where",
 ))
 # fmt: on
