@@ -10,6 +10,7 @@ import torch
 
 import effvit
 from effvit.measure.closed_form import closed_form_macs
+from effvit.measure.draws import drawn
 from effvit.measure.moves import balanced, improved
 from effvit.measure.staircase import (
     FewTokens,
@@ -33,7 +34,11 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "vid_tldr": [{"r": [3, 0, 2, 1]}],
     "dpcknn": [{"keep_rate": 0.5, "reduce_at": [1, 2], "k": 3}],
     "atc": [{"keep_rate": 0.6, "reduce_at": [1, 2], "linkage": "complete"}],
-    "zero_tprune": [{"keep_rate": 0.8, "reduce_at": [0, 2], "r": [2, 1], "num_iters": 3}],
+    "zero_tprune": [
+        {"keep_rate": 0.8, "reduce_at": [0, 2], "r": [2, 1], "num_iters": 3},
+        {"keep_rate": [0.8, 0.9], "reduce_at": [0, 2], "r": 1},
+        {"keep_rate": [0.8, 1.0], "reduce_at": [0, 2], "r": 1},
+    ],
 }
 
 
@@ -136,6 +141,54 @@ class TestMoves:
     def test_what_the_model_cannot_take_is_left(self) -> None:
         assert improved(self.START, self.cost, lambda s: 1.0 if s is self.START else None, moves=20) is self.START
         assert improved(self.START, lambda _: None, lambda _: 1.0, moves=20) is self.START
+
+
+class TestDraws:
+    START, cost = TestMoves.START, staticmethod(TestMoves.cost)
+
+    def test_the_least_harmful_draw_is_kept_and_the_same_each_time(self) -> None:
+        judged: dict[tuple[int, ...], float] = {}
+
+        def harm(schedule: BlockSchedule) -> float:
+            harms = zip(schedule.taken, (1.0, 0.1, 1.0, 1.0), strict=True)
+            return judged.setdefault(schedule.taken, sum(taken * harm for taken, harm in harms))
+
+        found = drawn(self.START, self.cost, harm, 100)
+        assert len(judged) == 101
+        assert found.taken == min(judged, key=judged.__getitem__)
+        assert found.taken == (0, 14, 0, 0)  # 3 * 14 is the first to save the 40 of the start
+        assert drawn(self.START, self.cost, harm, 100) == found
+
+    def test_draws_are_different_and_no_stronger_than_the_cost_of_the_start_asks_for(self) -> None:
+        judged: list[BlockSchedule] = []
+        drawn(self.START, self.cost, lambda schedule: float(judged.append(schedule) or 0), 60)
+        assert len({schedule.taken for schedule in judged}) == len(judged) == 61
+        assert {sum(taken > 0 for taken in schedule.taken) for schedule in judged} == {1, 2, 3, 4}
+        prices = [self.cost(schedule) for schedule in judged]
+        assert max(prices) <= 60
+        assert min(prices) > 60 - 4  # a unit saves 4 at most
+
+    def test_what_costs_too_much_or_the_model_cannot_take_is_left(self) -> None:
+        assert drawn(self.START, self.cost, lambda s: 1.0 if s is self.START else None, 20) is self.START
+        assert drawn(self.START, lambda _: None, lambda _: 1.0, 20) is self.START
+        assert drawn(self.START, lambda s: 1.0 if s is self.START else None, lambda _: 1.0, 20) is self.START
+
+    def test_the_blocks_of_zero_tprune_are_drawn_too(self, dense: Any) -> None:
+        settings = {"keep_rate": 0.8, "reduce_at": [0, 2], "r": 1}
+        start = METHODS["zero_tprune"].block_schedule(settings, 4)
+        blocks: set[tuple[int, ...]] = set()
+
+        def cost(schedule: BlockSchedule) -> float | None:
+            counts = token_counts("zero_tprune", schedule.settings(), 4, (4, 4))
+            return None if counts is None else float(sum(counts))
+
+        def judge(schedule: BlockSchedule) -> float:
+            effvit.sparsify(dense, "zero_tprune", **schedule.settings())
+            blocks.add(tuple(schedule.settings()["reduce_at"]))
+            return 1.0
+
+        drawn(start, cost, judge, 20)
+        assert len(blocks) > 5
 
 
 class TestStaircase:

@@ -35,7 +35,7 @@ from effvit.measure.profiler import machine, measurement
 from effvit.measure.records import as_object, check_record, read_tuning
 from effvit.measure.resume import fingerprint
 from effvit.measure.staircase import FewTokens
-from effvit.measure.tune import families, front, tune
+from effvit.measure.tune import SEARCHES, families, front, tune
 from effvit.measure.values import Candidate, Fidelity, FreeChoices, Tuning, TuningConditions
 from effvit.reducers import METHODS
 from effvit.schedule import spread_evenly
@@ -236,12 +236,13 @@ def test_only_the_best_row_is_bold() -> None:
 
 @pytest.mark.usefixtures("speed_of_macs")
 class TestSchedules:
+    @pytest.mark.parametrize("search", SEARCHES)
     @pytest.mark.parametrize(("method", "speedup"), [("tome", 1.2), ("ats", 1.3)])
-    def test_moves_between_blocks_bring_the_outputs_nearer_at_the_same_speed(
-        self, dense: Any, images: torch.Tensor, method: str, speedup: float
+    def test_other_schedules_bring_the_outputs_nearer_at_the_same_speed(
+        self, dense: Any, images: torch.Tensor, method: str, speedup: float, search: str
     ) -> None:
         ladder = tune(dense, images, speedup=speedup, methods=[method], moves=0)
-        moved = tune(dense, images, speedup=speedup, methods=[method], moves=40)
+        moved = tune(dense, images, speedup=speedup, methods=[method], moves=40, search=search)
         assert ladder.judged is None
         assert ladder.staircase is None
         assert moved.best is not None
@@ -390,6 +391,7 @@ class TestTime:
             ({"minutes": 0.0}, "minutes must be above 0, got 0.0"),
             ({"minutes": float("nan")}, "minutes must be above 0, got nan"),
             ({"moves": -1}, "moves must be at least 0, got -1; 0 keeps to the ladders"),
+            ({"search": "grid"}, "search must be one of moves, monte_carlo, got 'grid'"),
         ],
     )
     def test_times_and_moves_out_of_range_are_refused(

@@ -21,7 +21,7 @@ from effvit.measure.evaluation import Selection, load_labelled
 from effvit.measure.json_files import write_json
 from effvit.measure.records import as_json, as_object, read_tuning
 from effvit.measure.selections import Exit
-from effvit.measure.tune import tune
+from effvit.measure.tune import SEARCHES, tune
 from effvit.measure.tune_tokens import tune_tokens
 from effvit.measure.values import Candidate, Judged, Tuning
 from effvit.measure.variants import python_line, selector_line, timm_line
@@ -50,6 +50,7 @@ class Arguments(options.WeightArguments, options.SelectorArguments, options.Mach
     rounds: int
     final_rounds: int
     moves: int
+    search: str
     minutes: float | None
     json: Path | None
     resume: Path | None
@@ -92,6 +93,9 @@ def add_command(commands: options.Commands) -> None:
     command.add_argument(
         "--moves", type=int, default=60, help="schedules block by block to compare for each method; 0 for none"
     )
+    command.add_argument(
+        "--search", choices=SEARCHES, default="moves", help="how these are found: step by step, or drawn at random"
+    )
     command.add_argument("--minutes", type=float, help="stop in so many, and say what was not tried")
     command.add_argument(
         "--json", type=options.output_file, metavar="FILE", help="write all that is found there, as it is found"
@@ -132,6 +136,7 @@ def run_tune(arguments: Arguments) -> None:
                 rounds=arguments.rounds,
                 final_rounds=arguments.final_rounds,
                 moves=arguments.moves,
+                search=arguments.search,
                 minutes=arguments.minutes,
                 host=arguments.model,
                 before=before,

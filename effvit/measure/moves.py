@@ -8,7 +8,7 @@ from itertools import permutations
 
 from effvit.reducers.block_schedule import BlockSchedule
 
-__all__ = ["balanced", "improved"]
+__all__ = ["Cost", "balanced", "fewest_units", "improved"]
 
 SEED = 0
 LARGEST_STEPS = 4  # units that a block may take more for each that another takes less
@@ -66,15 +66,31 @@ def balanced(
     least = min(step, schedule.taken[source])
     if least == 0:
         return None
-    low, high, found = 0, LARGEST_STEPS * least, None
+    return fewest_units(
+        LARGEST_STEPS * least, lambda more: schedule.changed({source: -least, target: more}), cost, limit
+    )
+
+
+def fewest_units(
+    most: int, schedule_of: Callable[[int], BlockSchedule | None], cost: Cost, limit: float
+) -> BlockSchedule | None:
+    """The schedule of the fewest units, from 0 to ``most``, that costs no more than the limit; None if none does.
+
+    Args:
+        most: Units at most.
+        schedule_of: The schedule that takes so many; None, as a cost of None, where that is too much.
+        cost: What a schedule costs, less for each further unit.
+        limit: Cost not to exceed.
+    """
+    low, high, found = 0, most, None
     while low <= high:
-        more = (low + high) // 2
-        moved = schedule.changed({source: -least, target: more})
-        price = None if moved is None else cost(moved)
+        units = (low + high) // 2
+        schedule = schedule_of(units)
+        price = None if schedule is None else cost(schedule)
         if price is None:
-            high = more - 1  # too much for the target
+            high = units - 1
         elif price <= limit:
-            found, high = moved, more - 1
+            found, high = schedule, units - 1
         else:
-            low = more + 1
+            low = units + 1
     return found

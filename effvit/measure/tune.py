@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from effvit.hosts.host import ReducedHost
 from effvit.measure.closed_form import closed_form_macs
+from effvit.measure.draws import drawn
 from effvit.measure.fidelity import Outputs, classified, compare_outputs, outputs
 from effvit.measure.free_choices import FreeModel, default_models, random_controls
 from effvit.measure.ideal import Parts, mean_counts, plain_parts
@@ -45,15 +46,17 @@ from effvit.messages import one_line
 from effvit.protocols import Json, Settings
 from effvit.reducers import METHODS
 from effvit.reducers.block_schedule import BlockSchedule
+from effvit.schedule import check_choice
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["families", "front", "tune"]
+__all__ = ["SEARCHES", "families", "front", "tune"]
 
 # Of the minutes, after which a step gives way to the next.
 SHARES = {"ladders": 0.4, "schedules": 0.65, "last": 0.9, "free": 1.0}
 STRONGER = tuple(1 + 0.03 * rung for rung in range(11))  # times what a schedule takes, where it misses the aim
+SEARCHES = {"moves": improved, "monte_carlo": drawn}  # for schedules that harm less
 Key = tuple[str, str]
 """A method and its settings as JSON."""
 
@@ -110,11 +113,15 @@ class Aim:
 
 @dataclass(frozen=True)
 class Effort:
-    """How much a search measures: rounds of its steps and of what decides, and schedules to judge for each method."""
+    """How much a search measures: rounds of its steps and of what decides, schedules to judge for each method, and how.
+
+    ``search`` is one of ``SEARCHES``.
+    """
 
     rounds: int
     final_rounds: int
     moves: int
+    search: str
 
     def named(self) -> dict[str, Json]:
         """As files of results hold it."""
@@ -153,6 +160,7 @@ def tune(
     rounds: int = 8,
     final_rounds: int = 40,
     moves: int = 60,
+    search: str = "moves",
     minutes: float | None = None,
     host: str | None = None,
     before: Tuning | None = None,
@@ -164,11 +172,12 @@ def tune(
 
     The penalty is the cross-entropy loss where labels are given, else the divergence from the dense model's outputs.
     The strength of each family is bisected, all families in the same interleaved rounds. From the weakest setting of
-    each method that reaches the aim, reduction then moves between blocks (``effvit.measure.moves``), at no more than
-    the latency that the dense blocks have at these token counts (``effvit.measure.staircase``). The settings found and
-    their neighbours are measured once more with more rounds, and a family that misses the aim then goes on to stronger
-    settings. The one chosen is measured again alone with the dense model; that is the speed-up it is returned with,
-    and if its interval lies below the aim, the choice goes on without it.
+    each method that reaches the aim, reduction then moves between blocks (``effvit.measure.moves``), or is drawn for
+    them at random (``effvit.measure.draws``), at no more than the latency that the dense blocks have at these token
+    counts (``effvit.measure.staircase``). The settings found and their neighbours are measured once more with more
+    rounds, and a family that misses the aim then goes on to stronger settings. The one chosen is measured again alone
+    with the dense model; that is the speed-up it is returned with, and if its interval lies below the aim, the choice
+    goes on without it.
 
     Hosts with windows keep to the ladders: their tokens come back in every block, so that no reduction moves.
 
@@ -187,6 +196,8 @@ def tune(
         rounds: Of each step of the bisection.
         final_rounds: Of the last measurement.
         moves: Schedules to compare for each method on the way from a ladder's; 0 keeps to the ladders.
+        search: How these are found: "moves" of reduction between two blocks of the best so far, or "monte_carlo",
+            drawn at random.
         minutes: To stop in; what is left out then stands in ``untried``.
         host: What the result calls the model.
         before: A search to go on with, on the same model, images and machine.
@@ -201,7 +212,8 @@ def tune(
         ValueError: Not exactly one aim, an aim out of reach, not a label for each image, a model or method that cannot
             be tuned, a search to go on with that was made under other conditions.
     """
-    aim, effort = Aim(speedup, macs), Effort(rounds, final_rounds, moves)
+    check_choice("search", search, SEARCHES)
+    aim, effort = Aim(speedup, macs), Effort(rounds, final_rounds, moves, search)
     if minutes is not None and not minutes > 0:
         raise ValueError(f"minutes must be above 0, got {minutes}")
     if moves < 0:
@@ -388,7 +400,7 @@ class Trials:
         return found | {place for place in beside if self.exists(place)}
 
     def rearrange(self, found: set[Place]) -> None:
-        """Add to ``found`` the first rung of a new ladder for each method, whose reduction was moved between blocks."""
+        """Add to ``found`` the first rung of a new ladder for each method, whose blocks were given other shares."""
         starts: dict[str, list[Place]] = {}
         for place in sorted(found):
             if self.aim.macs is not None or (self.is_measured(place) and self.aim.is_reached(self.candidate(place))):
@@ -405,7 +417,7 @@ class Trials:
         self.left.pop("schedules", None)
 
     def moved(self, method: str, settings: Settings, steps: Staircase) -> Sequence[Settings]:
-        """A ladder from the schedule that moves between blocks lead to; empty if they lead nowhere."""
+        """A ladder from the schedule that the search ends with; empty if it ends where it began."""
         grid, depth = self.host.patch_embed.grid_size, len(self.host.blocks)
         start = METHODS[method].block_schedule(settings, depth)
         if start is None:
@@ -415,7 +427,8 @@ class Trials:
             counts = token_counts(method, schedule.settings(), depth, grid)
             return None if counts is None else predicted(steps, grid[0] * grid[1], counts)
 
-        best = improved(start, cost, lambda s: self.penalty(method, s.settings()), self.effort.moves)
+        search = SEARCHES[self.effort.search]
+        best = search(start, cost, lambda s: self.penalty(method, s.settings()), self.effort.moves)
         if best == start:
             return []
         ladder = usable_part(self.dense, method, [best.scaled(factor).settings() for factor in STRONGER])

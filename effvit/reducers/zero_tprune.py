@@ -395,7 +395,10 @@ class ZeroTPrune(Rated):
 
     @classmethod
     def block_schedule(cls, settings: Settings, depth: int) -> BlockSchedule | None:
-        return rates_by_block(cls, settings, depth, anywhere=False)  # r and num_iters are for these blocks too
+        # A block that takes nothing is left out, and what it removes by r with it; lists are for the blocks they name.
+        listed = any(isinstance(settings.get(name), (list, tuple)) for name in ("r", "num_iters"))
+        rates = (reducer.keep_rate for reducer in cls.plan(depth, **settings).values())
+        return rates_by_block(cls, settings, depth, anywhere=not listed and all(rate < 1 for rate in rates))
 
     def after_similar(self, num_tokens: int) -> int:
         """Patch tokens the S-stage leaves of ``num_tokens``."""
