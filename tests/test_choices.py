@@ -121,7 +121,13 @@ class TestPage:
         self, tool: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         name = tool.CHOICES["cutouts choices"]
-        for path in (tool.PAGE, tool.README, *tool.ACCURACIES.values(), *tool.CHOICES.values()):
+        for path in (
+            tool.PAGE,
+            tool.README,
+            *tool.ACCURACIES.values(),
+            *tool.CHOICES.values(),
+            *tool.SETTINGS.values(),
+        ):
             (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / path).write_text((tool.ROOT / path).read_text())
         monkeypatch.setattr(tool, "ROOT", tmp_path)

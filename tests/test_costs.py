@@ -17,7 +17,7 @@ from effvit.measure.breakdown import time_by_block
 from effvit.measure.costs import profile, tokens_by_block
 from effvit.measure.fidelity import compare_outputs, fidelity, outputs
 from effvit.measure.flops import count_flops
-from effvit.measure.ideal import IdealViT, ideal_of
+from effvit.measure.ideal import IdealViT, entering_counts, ideal_of
 from effvit.measure.records import as_object
 from effvit.measure.values import BlockTime
 from effvit.show.tables import write_csv
@@ -133,6 +133,24 @@ class TestIdeal:
         with torch.no_grad():
             torch.testing.assert_close(ideal_of(model, [16, 16])(x), model(x))
             assert ideal_of(model, [13, 10])(x).isfinite().all()
+
+    @pytest.mark.parametrize("host", ["vit", "eva"])
+    def test_a_method_that_reduces_before_attention_is_held_against_that(self, host):
+        """K-Medoids has no more to beat than random patches that leave at the same place."""
+        torch.manual_seed(0)
+        eva = {"embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 10}
+        model = tiny_vit() if host == "vit" else timm.create_model("eva02_tiny_patch14_224", img_size=56, **eva)
+        size, counts = SIZE if host == "vit" else (3, 56, 56), [16, 8]
+        before = effvit.sparsify(model, "random", num_tokens=8, reduce_at=[1])
+        behind = effvit.sparsify(model, "random", num_tokens=8, reduce_at=[1], place="mlp")
+        assert entering_counts(before, counts) == [16, 8]
+        assert entering_counts(behind, counts) == [16, 16]
+        macs = {
+            reduced: count_flops(ideal_of(model, counts, reduced), size).total for reduced in (before, behind, None)
+        }
+        assert macs[before] == count_flops(before, size).total < macs[behind] == macs[None]
+        with torch.no_grad():
+            assert ideal_of(model, counts, before)(torch.randn(2, *size)).isfinite().all()
 
     def test_a_class_without_one_has_none(self):
         assert ideal_of(timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1)), [1] * 4) is None

@@ -44,6 +44,7 @@ def test_readme_and_speed_page_show_the_measured_overhead(capsys: pytest.Capture
         ("docs/profile.md", "check", "check_profiler", "profiler_check_cpu.json"),
         ("docs/profile.md", "tune", "check_tune", "tune_cpu.json"),
         ("docs/profile.md", "tune free", "check_tune", "tune_free_cpu.json"),
+        ("docs/deployment.md", "deployment", "benchmark_deployment", "deployment_cpu.json"),
         ("docs/checkpoints.md", "transformers", "compare_transformers", "transformers_checkpoints.json"),
     ],
 )
@@ -95,7 +96,7 @@ class TestAccuracyPage:
     def test_check_names_what_is_stale_and_the_command_mends_it(
         self, tool: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        files = [*tool.ACCURACIES.values(), *tool.CHOICES.values()]
+        files = [*tool.ACCURACIES.values(), *tool.CHOICES.values(), *tool.SETTINGS.values()]
         for path in (tool.PAGE, tool.README, *files, *map(tool.plot_of, tool.PLOTTED)):
             (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / path).write_text((ROOT / path).read_text())
@@ -110,4 +111,4 @@ class TestAccuracyPage:
 
     def test_page_without_marks_is_refused(self, tool: ModuleType) -> None:
         with pytest.raises(ValueError, match=r"docs/accuracy\.md must hold '<!-- accuracy table.* put them back"):
-            tool.page("no table", {"accuracy": []}, {})
+            tool.page("no table", {"accuracy": []}, {}, {})

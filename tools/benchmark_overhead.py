@@ -29,7 +29,7 @@ from torch import Tensor, nn
 import effvit
 from effvit.data.preparation import data_config, load_images
 from effvit.hosts.calibration import needs_calibration
-from effvit.measure.ideal import IdealViT, mean_counts
+from effvit.measure.ideal import IdealViT, entering_counts, mean_counts
 from effvit.measure.profiler import Measurement, machine, median_ratio, noise, profile_models
 from effvit.reducers.ragged import RAGGED
 from effvit.show.pictures import fashion_pictures, photographs
@@ -43,6 +43,21 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "GTP 8": ("gtp", {"num_prop": 8}),
     "Expedite": ("expedite", {}),
     "HoT": ("hot", {}),
+    "PiToMe 0.9": ("pitome", {"keep_rate": 0.9}),
+    "MCTF 16": ("mctf", {"r": 16}),
+    "vid-TLDR 8": ("vid_tldr", {"r": 8}),
+    "DiffRate 2.9": ("diffrate", {}),
+    "CubistMerge": ("cubistmerge", {}),
+    "DynamicViT 0.7": ("dynamicvit", {"keep_rate": 0.7}),
+    "DPC-KNN 0.7": ("dpcknn", {"keep_rate": 0.7}),
+    "K-Medoids 0.7": ("kmedoids", {"keep_rate": 0.7}),
+    "ATC 0.7": ("atc", {"keep_rate": 0.7}),
+    "Sinkhorn": ("sinkhorn", {}),
+    "PatchMerger": ("patchmerger", {}),
+    "random 0.7": ("random", {"keep_rate": 0.7}),
+    "uniform 0.7": ("uniform", {"keep_rate": 0.7}),
+    "radial 0.7": ("radial", {"keep_rate": 0.7}),
+    "ALGM 0.9": ("algm", {"threshold": 0.9}),
     **{f"ATS {ragged}": ("ats", {"ragged": ragged}) for ragged in RAGGED},
     **{f"DyMU {ragged}": ("dymu", {"ragged": ragged}) for ragged in RAGGED},
 }
@@ -156,7 +171,7 @@ def main() -> None:
                 effvit.calibrate(model, [images])
             counts[name] = [round(count) for count in mean_counts(model, images)]
             models[name] = model
-            models[f"ideal {name}"] = IdealViT(dense, counts[name])
+            models[f"ideal {name}"] = IdealViT(dense, counts[name], entering_counts(model, counts[name]))
 
     if args.training:
         models = {name: TrainingStep(model) for name, model in models.items()}

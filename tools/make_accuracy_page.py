@@ -38,6 +38,11 @@ CHOICES = {
     "cutouts choices": "docs/benchmarks/cutouts_choices_cpu.json",
     "fashion choices": "docs/benchmarks/fashion_choices_cpu.json",
 }
+# Table of settings of one method -> what effvit evaluate wrote of it.
+SETTINGS = {
+    "cutouts open choices": "docs/benchmarks/zero_tprune_cutouts_choices_cpu.json",
+    "fashion open choices": "docs/benchmarks/zero_tprune_fashion_choices_cpu.json",
+}
 PLOTTED = [*ACCURACIES.values(), *(path for name, path in CHOICES.items() if name != "cutouts main choices")]
 MARK = "†"
 README, SHORT = "README.md", "short accuracy"
@@ -116,6 +121,12 @@ def choices_table(measured: Choices) -> list[str]:
     return [*lines, "", " ".join(said)] if said else lines
 
 
+def settings_table(evaluation: Evaluation) -> list[str]:
+    """Lines of a Markdown table of models without controls."""
+    rows = [(own.name, with_error(own.accuracy), f"{own.macs / 1e6:.1f}") for own in evaluation.models]
+    return ["| model | top-1 (%) | MMACs |", "|---|---|---|", *(f"| {' | '.join(cells)} |" for cells in rows)]
+
+
 def short_table(measured: Choices) -> list[str]:
     """Lines of a Markdown table: each method where it is nearest to SHARE of the dense multiply-adds, and controls."""
     dense = measured.evaluation.models[0]
@@ -175,13 +186,19 @@ def same_class(model: Evaluated, shifts: Sequence[int]) -> list[str]:
     return [f"{100 * share:.1f}" for share in model.consistency.same]
 
 
-def page(text: str, records: Mapping[str, Sequence[Record]], choices: Mapping[str, Choices]) -> str:
+def page(
+    text: str,
+    records: Mapping[str, Sequence[Record]],
+    choices: Mapping[str, Choices],
+    settings: Mapping[str, Evaluation],
+) -> str:
     """The page with its tables made anew.
 
     Args:
         text: The page as it is.
         records: Name of a table of ``ACCURACIES`` -> its records.
         choices: Name of a table of ``CHOICES`` -> what was measured for it.
+        settings: Name of a table of ``SETTINGS`` -> what was measured for it.
 
     Raises:
         ValueError: A mark is missing.
@@ -190,6 +207,8 @@ def page(text: str, records: Mapping[str, Sequence[Record]], choices: Mapping[st
         text = put_table(text, PAGE, name, TOOL, ["", *table(own), ""])
     for name, measured in choices.items():
         text = put_table(text, PAGE, name, TOOL, ["", *choices_table(measured), ""])
+    for name, evaluation in settings.items():
+        text = put_table(text, PAGE, name, TOOL, ["", *settings_table(evaluation), ""])
     return text
 
 
@@ -227,6 +246,12 @@ def read_choices(path: Path) -> Choices:
     return Choices(evaluations[0], costs)
 
 
+def read_settings(path: Path) -> Evaluation:
+    """What effvit evaluate wrote of settings of a method, in one record."""
+    (record,) = cast("list[dict[str, Json]]", read_records(path, (Evaluation.kind,)))
+    return evaluation_of(record)
+
+
 def plot_of(records: str) -> str:
     """The plot of a file of records."""
     return f"docs/images/{Path(records).stem.removesuffix('_cpu')}.svg"
@@ -236,7 +261,8 @@ def write_page(only_check: bool) -> int:
     """Write the page and its plots, or name those that are stale; returns 1 if one is."""
     records = {name: read_profiles(ROOT / path) for name, path in ACCURACIES.items()}
     choices = {name: read_choices(ROOT / path) for name, path in CHOICES.items()}
-    pages = {PAGE: page((ROOT / PAGE).read_text(), records, choices)}
+    settings = {name: read_settings(ROOT / path) for name, path in SETTINGS.items()}
+    pages = {PAGE: page((ROOT / PAGE).read_text(), records, choices, settings)}
     pages[README] = put_table((ROOT / README).read_text(), README, SHORT, TOOL, short_table(choices[SHOWN]))
     # Plot -> what it says of its origin. Another matplotlib draws other bytes, so that a plot is stale when its records
     # have changed.

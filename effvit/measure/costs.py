@@ -142,9 +142,9 @@ def ideals(models: Mapping[str, nn.Module], tokens: Mapping[str, Sequence[float]
     """
     dense = next(iter(models.values()))
     found = {
-        IDEAL + name: ideal_of(dense, [round(count) for count in tokens[name] or []])
+        IDEAL + name: ideal_of(dense, [round(count) for count in tokens[name] or []], model)
         for name, model in models.items()
-        if is_reduced(model, dense)
+        if isinstance(model, ReducedHost) and is_reduced(model, dense)
     }
     return {name: ideal for name, ideal in found.items() if ideal is not None}
 

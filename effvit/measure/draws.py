@@ -35,9 +35,7 @@ def drawn(start: BlockSchedule, cost: Cost, judge: Cost, draws: int) -> BlockSch
     for _ in range(ATTEMPTS * draws):
         if len(seen) > draws:
             break
-        shares = draw_shares(rng, start)
-        most = LARGEST_TOTAL * sum(start.taken)
-        schedule = fewest_units(most, lambda units, shares=shares: shares.scaled(units / FINENESS), cost, limit)
+        schedule = weakest(draw_shares(rng, start), LARGEST_TOTAL * sum(start.taken), cost, limit)
         if schedule is None or schedule.taken in seen:
             continue
         seen.add(schedule.taken)
@@ -45,6 +43,11 @@ def drawn(start: BlockSchedule, cost: Cost, judge: Cost, draws: int) -> BlockSch
         if divergence is not None and divergence < least:
             best, least = schedule, divergence
     return best
+
+
+def weakest(shares: BlockSchedule, most: int, cost: Cost, limit: float) -> BlockSchedule | None:
+    """The schedule of these shares that takes the fewest units, ``most`` at most, and costs no more than the limit."""
+    return fewest_units(most, lambda units: shares.scaled(units / FINENESS), cost, limit)
 
 
 def draw_shares(rng: random.Random, like: BlockSchedule) -> BlockSchedule:

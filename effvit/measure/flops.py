@@ -73,9 +73,8 @@ IGNORED_OPERATORS = frozenset(f"aten::{name}{in_place}" for in_place in ("", "_"
     "clone", "col2im", "diagonal", "dropout", "empty_like", "expand_as", "eye", "feature_dropout", "fill", "flip",
     "im2col", "index_add", "index_copy", "index_fill", "index_select", "linspace", "meshgrid", "new_ones",
     "nonzero_static", "numel", "numpy_T", "one_hot", "ones_like", "pad", "pad_sequence", "rand_like", "repeat",
-    "resolve_conj", "resolve_neg",
-    "repeat_interleave", "reshape_as", "scatter", "scatter_add", "scatter_reduce", "tile", "triu", "unflatten", "unfold",
-    "view_as", "where",
+    "repeat_interleave", "reshape_as", "resolve_conj", "resolve_neg", "scatter", "scatter_add", "scatter_reduce",
+    "tile", "triu", "unflatten", "unfold", "view_as", "where",
 ))
 # fmt: on
 

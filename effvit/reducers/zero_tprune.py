@@ -395,10 +395,12 @@ class ZeroTPrune(Rated):
 
     @classmethod
     def block_schedule(cls, settings: Settings, depth: int) -> BlockSchedule | None:
-        # A block that takes nothing is left out, and what it removes by r with it; lists are for the blocks they name.
         listed = any(isinstance(settings.get(name), (list, tuple)) for name in ("r", "num_iters"))
-        rates = (reducer.keep_rate for reducer in cls.plan(depth, **settings).values())
-        return rates_by_block(cls, settings, depth, anywhere=not listed and all(rate < 1 for rate in rates))
+        named = rates_by_block(cls, settings, depth, anywhere=False)
+        # Lists are for the blocks they name; and where a block takes nothing by its rate, r removes tokens there.
+        if listed or named is None or 0 in named.taken:
+            return named
+        return rates_by_block(cls, settings, depth, anywhere=True)
 
     def after_similar(self, num_tokens: int) -> int:
         """Patch tokens the S-stage leaves of ``num_tokens``."""
