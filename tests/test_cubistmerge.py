@@ -12,6 +12,8 @@ from torch import Tensor
 
 import effvit
 from effvit.reducers.cubistmerge import CubistMerge, merge_grid, merge_lines
+from effvit.testing.models import noise
+from effvit.testing.windows import WINDOW_SIZE, make_window_host, make_window_model
 
 
 def slow_line(x: Tensor, r: int) -> tuple[Tensor, list[int]]:
@@ -44,6 +46,50 @@ def test_rows_are_those_of_the_slow_search(number: int, r: int) -> None:
         assert line.target[row].tolist() == target
         assert line.kept[row].tolist() == sorted(line.kept[row].tolist())
         assert line.target[row][line.kept[row]].tolist() == list(range(number - r))
+
+
+class TestWindows:
+    """In hosts whose windows become smaller ones."""
+
+    def test_one_window_of_a_whole_map_is_the_grid_of_a_plain_vit(self) -> None:
+        """Without relative positions the blocks work on the tokens of ``merge_grid``, which then go back."""
+        model = make_window_host("sam", use_rel_pos=False, window_size=6, global_attn_indexes=(), img_size=(48, 48))
+        x = noise(2, (48, 48))
+        reduced = effvit.sparsify(model, "cubistmerge", r_h=2, r_w=2, reduce_at=[2])
+        y = model.patch_embed(x)
+        y = model.norm_pre(model.pos_drop(y + model.pos_embed))
+        y = model.blocks[1](model.blocks[0](y)).flatten(1, 2)
+        merged, target, _ = merge_grid(y, (6, 6), 2, 2)
+        small = make_window_host("sam", use_rel_pos=False, window_size=0, global_attn_indexes=(), img_size=(48, 48))
+        small.load_state_dict(model.state_dict())
+        merged = small.blocks[3](small.blocks[2](merged.unflatten(1, (4, 4)))).flatten(1, 2)
+        full = merged.gather(1, target.unsqueeze(-1).expand(-1, -1, merged.shape[2])).unflatten(1, (6, 6))
+        expected = model.neck(full.permute(0, 3, 1, 2))
+        torch.testing.assert_close(reduced.forward_features(x), expected, rtol=1e-5, atol=1e-5)
+
+    def test_windows_choose_for_themselves(self) -> None:
+        """One window of an image does not change what is merged in another."""
+        model = make_window_model("cubistmerge", "sam", reduce_at=[0])
+        x = noise(1, WINDOW_SIZE)
+        other = x.clone()
+        other[..., 32:, :] += 1  # the windows of the second row
+        labels = [model.trace_stages(images)[0].labels for images in (x, other)]
+        assert (labels[0][:4] == labels[1][:4]).all()
+        assert (labels[0][4:] != labels[1][4:]).any()
+
+    def test_windows_become_smaller_once(self) -> None:
+        with pytest.raises(
+            ValueError, match=r"cubistmerge makes the windows .* smaller once, got blocks 0, 2; give one"
+        ):
+            effvit.sparsify(make_window_host("sam"), "cubistmerge", reduce_at=[0, 2])
+
+    def test_a_window_keeps_half_of_its_rows(self) -> None:
+        with pytest.raises(ValueError, match=r"at most every second of 4 rows .* got r_h=3 in block 0"):
+            effvit.sparsify(make_window_host("sam"), "cubistmerge", r_h=3, r_w=1)
+
+    def test_square_windows_stay_square(self) -> None:
+        with pytest.raises(ValueError, match=r"must be square .*, got 3 x 2; give .* or r_h equal to r_w"):
+            effvit.sparsify(make_window_host("sam"), "cubistmerge", r_h=1, r_w=2)
 
 
 def test_columns_are_merged_behind_rows() -> None:

@@ -57,6 +57,14 @@ def test_pages_show_the_measured_tables(document: str, name: str, tool: str, rec
     assert shown_table(document, name) == table(measured)
 
 
+@pytest.mark.parametrize("probe", ["linear", "attention"])
+@pytest.mark.parametrize("data", ["cutouts", "garments"])
+def test_what_selected_tokens_still_tell_is_the_measured_table(data: str, probe: str) -> None:
+    record = json.loads((ROOT / f"docs/benchmarks/probes_{data}_cpu.json").read_text())
+    shown = shown_table("docs/select_tokens.md", f"{data} {probe} probe")
+    assert shown == load_tool("measure_probes").table(record, probe)
+
+
 def test_readme_and_model_cards_name_every_method() -> None:
     readme = (ROOT / "README.md").read_text()
     for method in effvit.list_methods():

@@ -49,6 +49,7 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("tome", {"r": [20, 0, 0, 8, 0, 5, 0, 0, 1], "prop_attn": False}),
     ("expedite", {"cluster_at": 0}),
     ("expedite", {"cluster_at": 4, "restore_at": 6, "num_clusters": (3, 2)}),
+    ("cubistmerge", {"r_h": 1, "r_w": 1}),
 ]
 NOTHING: list[tuple[str, dict[str, Any]]] = [("tome", {"r": 0}), ("expedite", {"keep_rate": 1.0})]
 
@@ -159,7 +160,7 @@ class TestReduced:
         self, kind: str, method: str, settings: dict[str, Any]
     ) -> None:
         stages = effvit.sparsify(small(kind), method, **settings).trace_stages(images())
-        reducing = {"tome": [0, 3, 5, 8], "expedite": [0, 3, 5, 8]}[method]
+        reducing = {"tome": [0, 3, 5, 8], "expedite": [0, 3, 5, 8], "cubistmerge": [0, 3, 5, 8]}[method]
         if settings.get("r") == 3:
             reducing = [0, 1, 3, 5, 6, 8]
         if "restore_at" in settings:
@@ -357,9 +358,21 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("whole", "cluster_at", "message"),
         [
-            ((8,), 0, r"the stage that ends with block 8 .* cluster_at before block 8, with restore_at=8"),
-            ((5, 6), 3, r"the stage that ends with block 6 .* cluster_at before block 5, with restore_at=5"),
-            ((5, 6), 6, r"the stage that ends with block 6 .* cluster_at before block 5, with restore_at=5"),
+            (
+                (8,),
+                0,
+                r"the stage that ends with block 8 .* begin behind block 8, or before block 8 with .*restore_at=8",
+            ),
+            (
+                (5, 6),
+                3,
+                r"the stage that ends with block 6 .* begin behind block 6, or before block 5 with .*restore_at=5",
+            ),
+            (
+                (5, 6),
+                6,
+                r"the stage that ends with block 6 .* begin behind block 6, or before block 5 with .*restore_at=5",
+            ),
         ],
     )
     def test_clusters_in_a_stage_without_windows(self, whole: tuple[int, ...], cluster_at: int, message: str) -> None:
@@ -371,7 +384,7 @@ class TestRefusals:
 
     def test_clusters_in_a_first_stage_without_windows(self) -> None:
         model = small("hieradet", global_att_blocks=(0, 1))
-        with pytest.raises(ValueError, match=r"the stage that ends with block 1 .*; give a cluster_at behind block 1"):
+        with pytest.raises(ValueError, match=r"the stage that ends with block 1 .*; let it begin behind block 1"):
             effvit.sparsify(model, "expedite", cluster_at=1)
         effvit.sparsify(model, "expedite", cluster_at=2)(images())
 

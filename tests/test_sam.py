@@ -46,6 +46,8 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("pitome", {"keep_rate": 0.7}),
     ("expedite", {"cluster_at": 0}),
     ("expedite", {"cluster_at": 1, "restore_at": 3, "num_clusters": 4}),
+    ("cubistmerge", {"r_h": 1, "r_w": 1}),
+    ("cubistmerge", {"r_h": 2, "r_w": 2, "reduce_at": (0,), "compat": True}),
 ]
 NOTHING: list[tuple[str, dict[str, Any]]] = [
     ("tome", {"r": 0}),
@@ -137,6 +139,7 @@ class TestReduced:
         model = effvit.sparsify(small(), method, **settings)
         stages = model.trace_stages(images())
         merging = {"pitome": [0, 1, 2, 3], "tome": [0, 1, 2, 3] if settings.get("r") == 5 else [0, 2, 3]}
+        merging["cubistmerge"] = list(settings.get("reduce_at", [0]))
         assert [stage.block for stage in stages] == merging.get(method, [settings.get("cluster_at")])
         for stage in stages:
             assert stage.labels.shape == (6, 7)

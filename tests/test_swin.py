@@ -59,6 +59,7 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("pitome", {"keep_rate": 0.7}),
     ("expedite", {"cluster_at": 0}),
     ("expedite", {"cluster_at": 1, "restore_at": 4, "num_clusters": (3, 2)}),
+    ("cubistmerge", {"r_h": 1, "r_w": 2}),
 ]
 NOTHING: list[tuple[str, dict[str, Any]]] = [("tome", {"r": 0}), ("expedite", {"num_clusters": 16, "cluster_at": 1})]
 

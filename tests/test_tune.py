@@ -299,7 +299,7 @@ class TestWindows:
         """The largest window, of ``area`` tokens, can lose half of them; the choice has no control, and is told so."""
         dense, x = make_window_host(host), noise(2, WINDOW_SIZE)
         ladders = {family.method: family.ladder for family in families(dense)}
-        assert ladders.keys() == {"tome", "pitome", "expedite"}
+        assert ladders.keys() == {"tome", "pitome", "expedite", "cubistmerge"}
         assert max(ladders["tome"][-1]["r"]) in (area // 2 - 1, area // 2)
         result = tune(dense, x, speedup=1.1, rounds=2, final_rounds=2)
         assert result.best is not None

@@ -80,9 +80,8 @@ def shrinking(span: Span, cut: Cut, dim: int) -> Terms:
 
 
 def restoring(span: Span, cut: Cut, dim: int) -> Terms:
-    """Smaller grids become windows again: for each token and cell a distance and a share."""
-    cells = span.cells
-    return Terms(reduction=cut.number * 2 * cut.area * cells[0] * cells[1] * dim)
+    """Smaller grids become windows again."""
+    return Terms(reduction=cut.number * span.reducer.restore_macs(cut.window, dim))
 
 
 def small_size(span: Span, cut: Cut) -> Size:

@@ -6,9 +6,9 @@ of the two forms of ``effvit.reducers.grids`` fits:
 - Groups (ToMe): as many tokens of each window share one, merged before attention and given back behind it, and so are
   the same ones around the MLP, as in token merging for Stable Diffusion (2303.17604). Tokens are compared as they enter
   attention: its keys are not there yet. Position biases are those of the tokens that groups keep the place of.
-- Smaller grids (Expedite): the windows become smaller grids, which make up a smaller map, and the blocks work on that,
-  with windows as small as the grids, until the full map is restored, as in the windows of SAM
-  (hourglass_image_encoder.py@75a1c30). Position biases are interpolated at the distances of the cells. A stage ends
+- Smaller grids (Expedite, CubistMerge): the windows become smaller grids, which make up a smaller map, and the blocks
+  work on that, with windows as small as the grids, until the full map is restored, as Expedite does in the windows of
+  SAM (hourglass_image_encoder.py@75a1c30). Position biases are interpolated at the distances of the cells. A stage ends
   with full maps; stages that follow shrink their own windows.
 
 A network is a ``Family``: timm's classes of its parts, and what stands in their place. Blocks are counted through, from
@@ -660,8 +660,8 @@ def check_square(cells: Size, host: str) -> None:
     """Raise a ValueError for smaller grids that are not square in a network whose windows must be."""
     if cells[0] != cells[1]:
         raise ValueError(
-            f"num_clusters must be square in the square windows of a {host}, got {cells[0]} x {cells[1]}; "
-            "give a square number or a keep_rate"
+            f"what is left of a window must be square in the square windows of a {host}, got {cells[0]} x {cells[1]}; "
+            "give a square num_clusters or a keep_rate (expedite), or r_h equal to r_w (cubistmerge)"
         )
 
 
@@ -692,11 +692,17 @@ def planned_span(
     """The blocks of a stage, whose first is number ``start``, that a method of smaller grids lets work on them.
 
     Raises:
-        ValueError: A stage without windows among them.
+        ValueError: A stage without windows among them; a method that would make smaller windows smaller still.
     """
-    shrinking = next((i for i, reducer in plan.items() if reducer.shrinks()), None)
-    if shrinking is None:
+    at = [i for i, reducer in plan.items() if reducer.shrinks()]
+    if not at:
         return None
+    shrinking = at[0]
+    if len(at) > 1:
+        raise ValueError(
+            f"{plan[shrinking].name} makes the windows of a host smaller once, got blocks "
+            f"{', '.join(map(str, at))}; give one block"
+        )
     end = min((i for i in plan if i > shrinking), default=start + len(blocks))
     first, last = max(shrinking - start, 0), min(end - start, len(blocks))
     if first >= last:
@@ -707,8 +713,8 @@ def planned_span(
         last_block = start + len(blocks) - 1
         raise ValueError(
             f"{plan[shrinking].name} makes windows smaller, but the stage that ends with block {last_block} attends "
-            "to whole maps alone; give a cluster_at "
-            + (f"before block {start}, with restore_at={start}" if start else f"behind block {last_block}")
+            f"to whole maps alone; let it begin behind block {last_block}"
+            + (f", or before block {start} with expedite's restore_at={start}" if start else "")
         )
     span = Span(copy.copy(plan[shrinking]), first, last, window)  # each stage names its own first block in errors
     return None if span.cells == window else span

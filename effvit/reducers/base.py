@@ -203,6 +203,11 @@ class Reducer(nn.Module):
         return {}
 
     @classmethod
+    def example_in_windows(cls) -> Settings:
+        """The same on a host with windows of 4 x 4 tokens, where a method may act in other blocks."""
+        return cls.example()
+
+    @classmethod
     def ladders(cls, depth: int, num_patches: int) -> list[list[Settings]]:
         """Settings from weak to strong for ``effvit.measure.tune``, a list for each way to spread them over the blocks.
 
@@ -394,6 +399,10 @@ class Reducer(nn.Module):
             images: (B, ...) tokens of the whole images, of which each has as many grids, for messages.
         """
         raise NotImplementedError
+
+    def restore_macs(self, grid: Size, dim: int) -> int:
+        """MACs of the way back from what ``shrink`` made of one grid (H, W) with ``dim`` channels."""
+        return 0
 
     @classmethod
     def groups(cls) -> bool:

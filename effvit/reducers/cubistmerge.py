@@ -101,12 +101,21 @@ def without_lost(from_right: Tensor, from_left: Tensor, ranked: Tensor) -> tuple
 
 @fx_leaf
 def merge_grid(
-    x: Tensor, grid: Size, r_h: int, r_w: int, compat: bool = False, origin: str = "tokens"
+    x: Tensor, grid: Size, r_h: int, r_w: int, compat: bool = False, origin: str = "tokens", grids: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens x (B, H*W, C) of a grid as those of one of H - r_h rows and W - r_w columns.
 
     Every row loses r_w tokens, then every column of what is left loses r_h. Rows choose for themselves, so that a
     column of the new grid is a staircase in the image.
+
+    Args:
+        x: The tokens.
+        grid: (H, W).
+        r_h: Rows to take out, at most half of them.
+        r_w: Columns, likewise.
+        compat: As for ``merge_lines``.
+        origin: What the tokens are, for messages.
+        grids: Grids of one image, for messages.
 
     Returns:
         (B, h*w, C) tokens in order of rows, the place (B, H*W) of each old token among them, and the old token
@@ -114,9 +123,9 @@ def merge_grid(
     """
     height, width = grid
     batch, w = x.shape[0], width - r_w
-    rows = merge_lines(x.reshape(batch * height, width, -1), r_w, compat, origin, height)
+    rows = merge_lines(x.reshape(batch * height, width, -1), r_w, compat, origin, grids * height)
     columns = rows.x.unflatten(0, (batch, height)).transpose(1, 2).flatten(0, 1)  # (B*w, H, C)
-    down = merge_lines(columns, r_h, compat, origin, w)
+    down = merge_lines(columns, r_h, compat, origin, grids * w)
     merged = down.x.unflatten(0, (batch, w)).transpose(1, 2).flatten(1, 2)  # (B, h*w, C)
     column = rows.target.unflatten(0, (batch, height)).flatten(1)  # (B, H*W)
     row = torch.ones_like(column).cumsum(1) - 1
@@ -128,6 +137,26 @@ def merge_grid(
     return merged, target, old_row * width + old_column
 
 
+class CutGrids(NamedTuple):
+    """Grids of fewer rows and columns in place of larger ones, see ``effvit.reducers.grids``.
+
+    Attributes:
+        x: (B, h, w, C) tokens that are left.
+        target: (B, H*W) which of them took in each token of the full grid.
+    """
+
+    x: Tensor
+    target: Tensor
+
+    def restore(self, z: Tensor) -> Tensor:
+        """The full grids (B, H*W, C): each token is what became of the one that took it in, of z (B, h*w, C)."""
+        return take_rows(z, flat_rows(self.target, z.shape[1]))
+
+    def labels(self) -> Tensor:
+        """(B, H*W) the token that took in each one."""
+        return self.target
+
+
 class CubistMerge(Reducer):
     """Merge once before a block, so that the tokens are a smaller grid from there on (CubistMerge, 2509.21764).
 
@@ -136,7 +165,8 @@ class CubistMerge(Reducer):
 
     Deviations from cume@b8e9207: where two tokens go into one, the largest magnitude of all three stays (the release
     loses one of the two; ``compat=True``); an average over patches weights tokens by the patches they took in. How the
-    authors' fork of DINOv3 rotates the smaller grid is not known.
+    authors' fork of DINOv3 rotates the smaller grid, and their fork of SAM biases it, is not known: in a host with
+    windows every window becomes a smaller one, whose biases are interpolated at the distances of equal cells.
 
     Attributes:
         earlier: The reducers of the blocks before, which say how large the grid is.
@@ -171,7 +201,7 @@ class CubistMerge(Reducer):
             r_h: Rows to take out of the grid, at most half of them; one value, or one for each block of ``reduce_at``.
             r_w: Columns, likewise.
             reduce_at: 0-based blocks before which tokens merge; None means block 1 of 12, in proportion for another
-                depth.
+                depth. A host with windows, which become smaller ones and are restored behind its stages, takes one.
             compat: Lose tokens as the release does where two go into one.
         """
         blocks = check_blocks("reduce_at", spread_blocks((1,), depth) if reduce_at is None else reduce_at, depth)
@@ -191,6 +221,10 @@ class CubistMerge(Reducer):
     @classmethod
     def example(cls) -> Settings:
         return {"r_h": 1, "r_w": 1, "reduce_at": (0, 2)}
+
+    @classmethod
+    def example_in_windows(cls) -> Settings:
+        return {"r_h": 1, "r_w": 1}
 
     @classmethod
     def demo(cls, num_patches: int) -> list[Settings]:
@@ -242,6 +276,18 @@ class CubistMerge(Reducer):
     def cost(self, at: BlockSizes) -> Change:
         h, w = self.grid_behind(at.grid)
         return Change(h * w, h * w, h * w, 0)
+
+    def cells(self, grid: Size) -> Size:
+        return self.shrunk(grid)
+
+    def shrink(self, x: Tensor, images: Tensor) -> CutGrids:
+        """Each grid of x (B*nW, H, W, C) with r_h rows and r_w columns less."""
+        grid = (x.shape[1], x.shape[2])
+        grids = x.shape[0] // images.shape[0]
+        merged, target, _ = merge_grid(
+            x.flatten(1, 2), grid, *self.taken(grid), self.compat, self.origin("tokens"), grids
+        )
+        return CutGrids(merged.unflatten(1, self.cells(grid)), target)
 
     def before(self, x: Tensor, tokens: TokenMap) -> tuple[Tensor, TokenMap]:
         grid = self.earlier[-1].grid_behind(tokens.grid) if self.earlier else tokens.grid

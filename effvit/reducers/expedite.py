@@ -325,6 +325,11 @@ class Expedite(Rated):
         self.count_on(grid[0] * grid[1], grid)
         return cells
 
+    def restore_macs(self, grid: tuple[int, int], dim: int) -> int:
+        """For each token and cell a distance and a share."""
+        cells = self.clusters(grid)
+        return 2 * grid[0] * grid[1] * cells[0] * cells[1] * dim
+
     def shrink(self, x: Tensor, images: Tensor) -> ClusteredGrids:
         """Centres of the soft clusters of each grid of x (B*nW, H, W, C), as officially in the windows of SAM."""
         clusters = self.clusters((x.shape[1], x.shape[2]))

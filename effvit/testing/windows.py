@@ -23,7 +23,7 @@ from effvit.measure.flops import count_flops
 from effvit.protocols import Setting, Settings, Size
 from effvit.reducers import METHODS
 from effvit.testing.laws import assert_equal_scores_and_gradients, copies_through_files
-from effvit.testing.models import example, noise, perturb
+from effvit.testing.models import noise, perturb
 from effvit.testing.reads import assert_reads, count_reads
 from effvit.testing.surface import Backbone, MakeModel
 
@@ -132,8 +132,8 @@ def reduce_in_windows(host: Backbone, method: str, settings: Settings) -> Reduce
 
 
 def make_window_model(method: str, host: str, **settings: Setting) -> ReducedWindows:
-    """The host under the method with the settings of its ``example``, some of them changed."""
-    return reduce_in_windows(make_window_host(host), method, example(method) | settings).eval()
+    """The host under the method with the settings of its ``example_in_windows``, some of them changed."""
+    return reduce_in_windows(make_window_host(host), method, METHODS[method].example_in_windows() | settings).eval()
 
 
 def window_pairs(methods: Iterable[str] | None = None, hosts: Iterable[str] | None = None) -> list[tuple[str, str]]:
@@ -222,7 +222,7 @@ class WindowContract:
     def test_weights_are_shared_and_the_original_is_left_alone(self, method: str, host: str) -> None:
         dense, x = make_window_host(host), noise(2, WINDOW_SIZE)
         before = dense(x)
-        model = reduce_in_windows(dense, method, example(method))
+        model = reduce_in_windows(dense, method, METHODS[method].example_in_windows())
         assert list(model.state_dict()) == list(dense.state_dict())
         assert all(own is shared for own, shared in zip(model.parameters(), dense.parameters(), strict=True))
         model.train()
@@ -233,7 +233,7 @@ class WindowContract:
 
     def test_method_can_be_replaced(self, method: str, host: str) -> None:
         dense, x = make_window_host(host), noise(2, WINDOW_SIZE)
-        model = reduce_in_windows(dense, method, example(method))
+        model = reduce_in_windows(dense, method, METHODS[method].example_in_windows())
         scores = model(x)
         for other in window_methods():
             off = reduce_in_windows(cast(Backbone, model), other, METHODS[other].off())
