@@ -20,7 +20,7 @@ from effvit.hosts.checkpoints import load_checkpoint
 from effvit.hosts.compiling import compile
 from effvit.hosts.host import TokenFeatures, list_methods, method_settings, register_host, sparsify
 from effvit.hosts.rate_search import search_rates
-from effvit.recover import register_fill, to_map
+from effvit.recover import register_fill, to_map, to_small_map
 from effvit.reducers import Reducer, register_method
 from effvit.reducers.registry import load_entry_points
 from effvit.schedule import cosine_keep_rate
@@ -68,6 +68,7 @@ __all__ = [
     "select_video",
     "sparsify",
     "to_map",
+    "to_small_map",
 ]
 
 load_entry_points()

@@ -34,6 +34,7 @@ __all__ = [
     "restore",
     "to_grid",
     "to_map",
+    "to_small_map",
     "unpacked",
 ]
 
@@ -305,6 +306,25 @@ def to_map(x: Tensor, tokens: TokenMap, fill: str = "last", recovery: AttentionR
             "one map (B, C, H, W) of them; give images of one size, or use forward_intermediates(output_fmt='NLC')"
         )
     return to_grid(x, tokens, fill, recovery).transpose(1, 2).unflatten(2, tokens.grid).contiguous()
+
+
+def to_small_map(x: Tensor, tokens: TokenMap) -> Tensor:
+    """The tokens of x (B, P+N, C) as the map (B, C, h, w) of the smaller grid they are, for a head that takes its size.
+
+    CubistMerge and Expedite leave such a grid, ``tokens.cells``; where nothing was reduced it is that of the patches.
+
+    Raises:
+        ValueError: Tokens that are no grid.
+    """
+    if tokens.cells is None and tokens.moved:
+        raise ValueError(
+            "the tokens left are no grid of their own, as those of cubistmerge and expedite are; use to_map, which "
+            "gives the full map"
+        )
+    if tokens.layout.own is not None:
+        return to_map(x, tokens)  # refused
+    patches = tokens.split(x)[1]
+    return patches.transpose(1, 2).unflatten(2, tokens.cells or tokens.grid).contiguous()
 
 
 class AttentionRecovery(nn.Module):

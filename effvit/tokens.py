@@ -544,6 +544,7 @@ class TokenMap:
         policy: (B, P+N) 1 for a token that stays and 0 for one that a method which learns has dropped, while it trains
             and no token leaves: attention multiplies it in (``attention.policy_softmax``). None: every token stays.
         packed: The sequence is one row (1, T, C) of all valid tokens of all images, without padding.
+        cells: (h, w) where the tokens, in order of rows, are a smaller grid of their own. None: they are none, or all.
     """
 
     trail: Trail
@@ -559,6 +560,7 @@ class TokenMap:
     carry: Tensor | tuple[Tensor, ...] | None = None
     policy: Tensor | None = None
     packed: bool = False
+    cells: tuple[int, int] | None = None
 
     @classmethod
     def full(cls, x: Tensor, grid: tuple[int, int], num_prefix: int, num_class: int) -> TokenMap:

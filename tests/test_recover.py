@@ -75,6 +75,39 @@ def slow_nearest(tokens: TokenMap) -> list[list[int]]:
     return result
 
 
+class TestSmallMap:
+    """Tokens that are a grid of their own, as a map of it."""
+
+    @pytest.mark.parametrize(
+        ("method", "settings", "cells"),
+        [
+            ("cubistmerge", {"r_h": 1, "r_w": 2, "reduce_at": [1]}, (5, 6)),
+            ("cubistmerge", {"r_h": 1, "r_w": 1, "reduce_at": [1, 3]}, (4, 6)),
+            ("expedite", {"cluster_at": 2, "num_clusters": (3, 4)}, (3, 4)),
+            ("cubistmerge", {"r_h": 0, "r_w": 0}, (6, 8)),
+            ("expedite", {"cluster_at": 1, "restore_at": 3, "num_clusters": (3, 4)}, (6, 8)),
+        ],
+    )
+    def test_it_holds_the_tokens_in_order_of_rows(
+        self, method: str, settings: dict[str, Any], cells: tuple[int, int]
+    ) -> None:
+        model = effvit.sparsify(make_host("class_token"), method, **settings).eval()
+        x, tokens = model.forward_tokens(torch.randn(2, 3, 48, 64))
+        small = effvit.to_small_map(x, tokens)
+        assert small.shape[2:] == cells
+        assert torch.equal(small.flatten(2).transpose(1, 2), tokens.split(x)[1])
+        if method == "cubistmerge":  # every patch is carried by one of them
+            full = small.flatten(2).gather(2, tokens.source.unsqueeze(1).expand(-1, small.shape[1], -1))
+            assert torch.equal(full.unflatten(2, tokens.grid), effvit.to_map(x, tokens))
+
+    @pytest.mark.parametrize("method", ["tome", "evit"])
+    def test_tokens_that_are_no_grid_are_refused(self, method: str) -> None:
+        model = make_model(method, "class_token")
+        features = model.forward_tokens(torch.randn(2, 3, 48, 64))
+        with pytest.raises(ValueError, match=r"no grid of their own, as those of cubistmerge .*; use to_map"):
+            effvit.to_small_map(*features)
+
+
 class TestNearest:
     @pytest.mark.parametrize("kept", [1, 2, 6, NUM_PATCHES])
     def test_token_is_that_of_the_slow_search(self, kept: int) -> None:

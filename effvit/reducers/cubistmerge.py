@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -303,8 +304,9 @@ class CubistMerge(Reducer):
         merged, target, order = merge_grid(patches, grid, r_h, r_w, self.compat, self.origin("tokens"))
         x = torch.cat([prefix, merged], dim=1)
         size = merged_sizes(tokens.size, target, order, tokens.num_prefix)
-        left = (grid[0] - r_h) * (grid[1] - r_w)
-        return x, tokens.relabel(Moved(target, order), left, size=size, keeps_every_patch=True)
+        cells = (grid[0] - r_h, grid[1] - r_w)
+        moved = tokens.relabel(Moved(target, order), cells[0] * cells[1], size=size, keeps_every_patch=True)
+        return x, replace(moved, cells=cells)
 
 
 @fx_leaf

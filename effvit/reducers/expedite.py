@@ -355,7 +355,7 @@ class Expedite(Rated):
         k = self.k if self.k is None or not self.any_size else min(self.k, centres.shape[1])
         reference = Reference(patches, centres, self.temperature, k, self.norm)
         left = tokens.relabel(Moved(source, anchor), clusters[0] * clusters[1], keeps_every_patch=True)
-        left = replace(left, history=left.history._replace(reference=reference))
+        left = replace(left, history=left.history._replace(reference=reference), cells=clusters)
         return torch.cat([prefix, centres.to(x.dtype)], dim=1), left
 
 
