@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ from effvit.measure.profiler import Measurement, machine, median_ratio, profile_
 from effvit.protocols import Settings
 from effvit.reducers import METHODS
 
-__all__ = ["main", "models_of", "row"]
+__all__ = ["main", "models_of", "row", "table"]
 
 NOTHING = "nothing reduced"
 
@@ -87,6 +87,19 @@ def row(name: str, own: Measurement, dense: Measurement, macs: int, dense_macs: 
         "dense_peak_memory": dense.peak_memory,
         "seconds": own.seconds,
     }
+
+
+def table(record: Mapping[str, Any]) -> list[str]:
+    """Lines of a Markdown table of what ``--json`` wrote; all ratios are to timm's model."""
+    columns = ("host", "model", "MACs", "time", "95 % interval", "saved, of what MACs promise", "peak memory (MiB)")
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for found in record["results"]:
+        low, high = found["interval"]
+        share = "-" if found["share"] is None else f"{found['share']:.2f}"
+        memory = f"{found['peak_memory'] / 2**20:.0f} of {found['dense_peak_memory'] / 2**20:.0f}"
+        cells = [found["host"], found["model"], f"{found['macs'] / found['dense_macs']:.2f}", f"{found['ratio']:.3f}"]
+        lines.append(f"| {' | '.join([*cells, f'{low:.3f} to {high:.3f}', share, memory])} |")
+    return lines
 
 
 def run(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:

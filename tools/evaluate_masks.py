@@ -47,6 +47,7 @@ DENSE = "mobile_sam"
 STRIDE = 16  # pixels to a token of the encoder's output; a mask has four pixels to each of its
 # Blocks with attention: two of windows of 7, six of 14, two of 7. Halves and quarters of their tokens merged; clusters
 # in the six, their last two, or the last two of all. Temperature and norm by the feature distance on two photographs.
+# One or two rows and columns of each window gone from the six on.
 CLUSTERS = {"keep_rate": 0.51, "temperature": 0.05, "norm": "l1"}
 VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("tome", {"r": [6] * 2 + [24] * 6 + [6] * 2}),
@@ -56,6 +57,8 @@ VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("expedite", {"cluster_at": 2, "restore_at": 8, **CLUSTERS}),
     ("expedite", {"cluster_at": 6, "restore_at": 8, **CLUSTERS}),
     ("expedite", {"cluster_at": 8, **CLUSTERS}),
+    ("cubistmerge", {"r_h": 1, "r_w": 1, "reduce_at": [2]}),
+    ("cubistmerge", {"r_h": 2, "r_w": 2, "reduce_at": [2]}),
 )
 
 
