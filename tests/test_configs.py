@@ -56,7 +56,7 @@ SMALL = {
     *("mmseg/upernet_gtp-deit-s_8xb2-160k_ade20k-512x512", "mmseg/segmenter_evit-vit-b_mask_8xb1-160k_ade20k-512x512"),
     *("mmseg/setr_vit-b_naive_8xb2-160k_ade20k-512x512", "mmseg/fpn_supertoken-s_4xb4-80k_ade20k-512x512"),
     "mmseg/linear_dinov2-s_8xb2-40k_ade20k-512x512",
-    *("mmseg/composites/upernet_algm", "mmseg/composites/upernet_evit"),
+    *("mmseg/composites/upernet_algm", "mmseg/composites/upernet_evit", "mmseg/composites/upernet_hot"),
     *("mmseg/composites/upernet_stvit-r", "mmseg/composites/upernet_swin"),
     "mmpretrain/dynamicvit-deit-s_8xb128-30e_in1k",
     *("mmpretrain/gtp-deit-s_in1k", "mmpretrain/cifar10/vit-nano_cifar10", "mmpretrain/cutouts/vit-nano_cutouts"),
