@@ -40,6 +40,6 @@ def optional(package: str, extra: str, module: str) -> Iterator[None]:
         if error.name != package:
             raise
         raise ImportError(
-            f"{module} needs {package}, which comes with the extra {extra}: install effvit[{extra}] "
-            "(`effvit doctor` prints the commands), or use the models without it"
+            f"{module} needs {package}, which comes with the extra {extra}: run the commands that `effvit doctor` "
+            "prints for it, or use the models without it"
         ) from error

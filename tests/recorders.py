@@ -593,10 +593,11 @@ REFUSALS = (
     ),
     Refusal(
         r"torch\.export, dynamic (height|size)",
-        r"(expedite|random|uniform|radial|mctf) dynamic_img_size",
+        r"(expedite|random|uniform|radial|mctf|pitome|algm|atc) dynamic_img_size",
         "a dynamic height or width",
-        "The grid of clusters, the order of `random`, `uniform` and `radial`, and MCTF's pairs are for one image size: "
-        "export with height and width fixed, once for every size; the batch may be dynamic.",
+        "The grid of clusters, the order of `random`, `uniform` and `radial`, ALGM's windows, ATC's steps, and pairs of "
+        "MCTF and PiToMe are for one image size: export with height and width fixed, once for every size; the batch "
+        "may be dynamic.",
     ),
     Refusal(
         r"torch\.compile, dynamic",
@@ -621,7 +622,7 @@ REFUSALS = (
     ),
     Refusal(
         r"torch\.export, dynamic size",
-        r"(tome|gtp|zero_tprune|pitome|vid_tldr) dynamic_img_size",
+        r"(tome|gtp|zero_tprune|vid_tldr) dynamic_img_size",
         "both height and width",
         "The token counts are expressions of both sides, which `torch.export` does not simplify in minutes: export "
         "with one of height and width dynamic, or none, once for every size; the batch may be dynamic.",

@@ -296,7 +296,7 @@ def test_missing_openmmlab_is_named_with_the_way_to_install_it(command, capsys, 
     monkeypatch.setitem(sys.modules, "mmengine", None)
     monkeypatch.delitem(sys.modules, "effvit.dense.runner", raising=False)
     message = failure(capsys, command, "config.py")
-    assert "needs mmengine, which comes with the extra mm: install effvit[mm] (`effvit doctor` prints" in message
+    assert "needs mmengine, which comes with the extra mm: run the commands that `effvit doctor` prints" in message
 
 
 class TestConvert:

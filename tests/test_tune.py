@@ -114,7 +114,9 @@ def test_ladders_hold_only_what_the_model_can_take(dense: Any) -> None:
             effvit.sparsify(dense, family.method, **settings)
     tome = next(family for family in found if family.method == "tome")
     assert sum(tome.ladder[-1]["r"]) == 15  # of 16 patches
-    with pytest.raises(ValueError, match="'dymu' is not tuned; tuned are evit, tome"):
+    with pytest.raises(
+        ValueError, match="'dymu' is not tuned, since its .* calibrated or trained .*; tuned are evit, tome"
+    ):
         families(dense, ["dymu"])
 
 
@@ -266,6 +268,14 @@ class TestSchedules:
         assert all(candidate.macs <= limit for candidate in result.tried)
         assert result.best.fidelity.divergence == min(c.fidelity.divergence for c in result.tried)
         assert result.judged
+
+    def test_multiply_adds_that_no_setting_comes_down_to_are_refused_with_the_fewest(
+        self, dense: Any, images: torch.Tensor
+    ) -> None:
+        ladder = families(dense, ["tome"])[0].ladder
+        fewest = effvit.count_flops(effvit.sparsify(dense, "tome", **ladder[-1]), SIZE).total
+        with pytest.raises(ValueError, match=rf"no setting of tome comes down to 1000 .*: the fewest are {fewest}, "):
+            tune(dense, images, macs=1000, methods=["tome"])
 
     def test_hosts_whose_blocks_are_not_timed_alone_are_predicted_by_multiply_adds(self) -> None:
         eva = timm.create_model("eva02_tiny_patch14_224", img_size=56, depth=4, num_classes=5).eval()

@@ -10,6 +10,8 @@ from effvit.requirements import optional
 
 with optional("mmengine", "mm", "effvit.dense.openmmlab"):
     import mmengine  # noqa: F401
+with optional("mmcv", "mm", "effvit.dense.openmmlab"):
+    import mmcv  # noqa: F401
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence, Sized

@@ -55,7 +55,10 @@ def families(dense: nn.Module, methods: Sequence[str] | None = None) -> list[Fam
     methods = known if methods is None else list(dict.fromkeys(methods))
     unknown = [method for method in methods if method not in known]
     if unknown:
-        raise ValueError(f"{unknown[0]!r} is not tuned; tuned are {', '.join(known)}")
+        raise ValueError(
+            f"{unknown[0]!r} is not tuned, since its `ladders` names no settings: it has to be calibrated or trained "
+            f"first, or its class does not define them; tuned are {', '.join(known)}"
+        )
     check_dense(dense)
     sizes = ladder_sizes(dense)
     found = []

@@ -369,13 +369,23 @@ class Trials:
         return self.so_far(best and self.held_against_free(best))
 
     def refuse_unreached(self, found: set[Place]) -> None:
-        """Raise a ValueError where there are faster settings than the dense model, but none that reaches the aim."""
-        faster = [candidate.speedup for candidate in self.tried.values() if is_faster(candidate)]
-        if faster or (not found and self.aim.macs is not None):
-            methods = ", ".join(dict.fromkeys(family.method for family in self.families))
+        """Raise a ValueError where there are faster settings than the dense model, but none that reaches the aim.
+
+        With an aim of multiply-adds also where no setting comes down to them, and none was timed.
+        """
+        methods = ", ".join(dict.fromkeys(family.method for family in self.families))
+        if self.aim.macs is not None and not found:
+            last = [reduce_by(self.dense, family.method, family.ladder[-1]) for family in self.families]
+            fewest = min(multiply_adds(model, self.size, self.images) for model in last)
             raise ValueError(
-                f"no setting of {methods} reaches {self.aim} here (fastest {max(faster, default=1.0):.2f}x); ask for "
-                "less, or measure with a larger batch_size, where reduction pays more"
+                f"no setting of {methods} comes down to {self.aim}: the fewest are {fewest}, {fewest / 1e9:.4g} GMACs; "
+                "allow as many, or name other methods"
+            )
+        faster = [candidate.speedup for candidate in self.tried.values() if is_faster(candidate)]
+        if faster:
+            raise ValueError(
+                f"no setting of {methods} reaches {self.aim} here (fastest {max(faster):.2f}x); ask for less, or "
+                "measure with a larger batch_size, where reduction pays more"
             )
 
     def weakest_places(self) -> set[Place]:

@@ -187,6 +187,7 @@ class ALGM(Reducer):
     variable_length = True
     reads_counts = True  # not graph_reads_counts, for the reason that DyMU gives: its merges are the same
     keeps_every_patch = True
+    open_sides = 0  # windows of 2 x 2
 
     def __init__(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -261,7 +262,8 @@ class DynamicViT(Rated):
         return self.keep_rate**self.stage
 
     def count(self, num_tokens: int, num_patches: int) -> int:
-        return min(num_tokens, max(int(num_patches * self.rate), int(self.any_size)))
+        # torch.export would fix the number that int gives
+        return min(num_tokens, max(math.floor(num_patches * self.rate), int(self.any_size)))
 
     def cost(self, at: BlockSizes) -> Change:
         power = self.stage if self.progressive else 1

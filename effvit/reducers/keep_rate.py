@@ -159,7 +159,7 @@ class ImageShare(Rated):
     def count(self, num_tokens: int, num_patches: int) -> int:
         if self.num_tokens is not None:
             return min(self.num_tokens, num_tokens)
-        kept = int(num_patches * self.share)
+        kept = math.floor(num_patches * self.share)  # torch.export would fix the number that int gives
         return min(max(1, kept) if self.any_size else kept, num_tokens)
 
     def num_left(self, at: BlockSizes) -> int:

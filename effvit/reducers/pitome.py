@@ -110,7 +110,7 @@ class PiToMe(Rated):
     summary = "merge the tokens that many others are like, and protect the rest (2405.16148)"
     keeps_every_patch = True
     rate_of_few = 0.95
-    open_sides = 1
+    open_sides = 0
 
     def __init__(self, keep_rate: float, margin: float, protects: bool, prop_attn: bool) -> None:
         super().__init__()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -160,7 +161,8 @@ class VidTLDR(Reducer):
 
     def num_merged(self, num_tokens: int) -> int:
         """Tokens that leave of ``num_tokens``."""
-        return min(int(self.r if self.r >= 1 else self.r * num_tokens), num_tokens // 2)
+        r = self.r if self.r >= 1 else self.r * num_tokens
+        return min(math.floor(r), math.floor(num_tokens / 2))  # torch.export would fix what int and // give
 
     def count(self, num_tokens: int, num_patches: int) -> int:
         return num_tokens - self.num_merged(num_tokens)
