@@ -595,8 +595,8 @@ REFUSALS = (
         r"torch\.export, dynamic (height|size)",
         r"(expedite|random|uniform|radial|mctf|pitome|algm|atc) dynamic_img_size",
         "a dynamic height or width",
-        "The grid of clusters, the order of `random`, `uniform` and `radial`, ALGM's windows, ATC's steps and pairs of "
-        "MCTF and PiToMe are for one image size: export with height and width fixed, once for every size; the batch "
+        "The grid of clusters, the order of `random`, `uniform` and `radial`, ALGM's windows, ATC's steps and pairs "
+        "of MCTF and PiToMe are for one image size: export with height and width fixed, once for every size; the batch "
         "may be dynamic.",
     ),
     Refusal(
