@@ -115,7 +115,7 @@ def test_ladders_hold_only_what_the_model_can_take(dense: Any) -> None:
     tome = next(family for family in found if family.method == "tome")
     assert sum(tome.ladder[-1]["r"]) == 15  # of 16 patches
     with pytest.raises(
-        ValueError, match="'dymu' is not tuned, since its .* calibrated or trained .*; tuned are evit, tome"
+        ValueError, match=r"'dymu' is not tuned, since its .* calibrated or trained .*; tuned are evit, tome"
     ):
         families(dense, ["dymu"])
 
