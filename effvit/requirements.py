@@ -39,7 +39,8 @@ def optional(package: str, extra: str, module: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         if error.name != package:
             raise
+        # mmcv is built against the installed torch, which pip does not do in one step.
+        way = "run the commands that `effvit doctor` prints for it" if extra == "mm" else f"install effvit[{extra}]"
         raise ImportError(
-            f"{module} needs {package}, which comes with the extra {extra}: run the commands that `effvit doctor` "
-            "prints for it, or use the models without it"
+            f"{module} needs {package}, which comes with the extra {extra}: {way}, or use the models without it"
         ) from error
