@@ -450,7 +450,9 @@ class TestRequirements:
     @pytest.mark.parametrize("module", ["openmmlab", "classifiers", "runner", "dense_flops"])
     def test_module_for_openmmlab_names_its_extra(self, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "mmengine", None)
-        with pytest.raises(ImportError, match=rf"effvit\.dense\.{module} needs mmengine, .* commands that `effvit doctor` prints"):
+        with pytest.raises(
+            ImportError, match=rf"effvit\.dense\.{module} needs mmengine, .* commands that `effvit doctor` prints"
+        ):
             runpy.run_path(str(Path(effvit.__file__).parent / "dense" / f"{module}.py"))
 
     def test_module_for_transformers_names_its_extra(self, monkeypatch: pytest.MonkeyPatch) -> None:
