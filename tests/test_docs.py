@@ -36,6 +36,7 @@ def test_readme_and_speed_page_show_the_measured_overhead(capsys: pytest.Capture
         ("docs/dense.md", "recovery", "benchmark_recovery", "recovery_cpu.json"),
         ("docs/dense.md", "training", "compare_training", "composites_cpu.json"),
         ("docs/dense.md", "vit", "compare_training", "composites_vit_cpu.json"),
+        ("docs/dense.md", "segmentation", "evaluate_dense", "segmentation_cpu.json"),
         ("docs/dense.md", "garments", "compare_training", "garments_cpu.json"),
         ("docs/accuracy.md", "accuracy", "make_accuracy_page", "fashion_accuracy_cpu.json"),
         ("docs/accuracy.md", "cutouts training", "training_log", "cutouts_training_cpu.json"),
@@ -51,7 +52,7 @@ def test_readme_and_speed_page_show_the_measured_overhead(capsys: pytest.Capture
     ],
 )
 def test_pages_show_the_measured_tables(document: str, name: str, tool: str, record: str) -> None:
-    if tool in ("compare_training", "training_log"):
+    if tool in ("compare_training", "training_log", "evaluate_dense"):
         pytest.importorskip("mmengine")
     path = ROOT / "docs/benchmarks" / record
     measured = read_profiles(path) if tool == "make_accuracy_page" else json.loads(path.read_text())
