@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -59,9 +61,23 @@ def read_pt2(path: Path) -> Run:
     return run
 
 
+@contextmanager
+def errors_alone(name: str) -> Iterator[None]:
+    """Let a logger tell of nothing less than errors."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def write_onnx(program: ExportedProgram, path: Path) -> None:
     """Write the program as ONNX, in the opset that this torch prefers; weights above 1.5 GB go to a file beside it."""
-    graph = torch.onnx.export(program, dynamo=True, input_names=[INPUT], output_names=[OUTPUT], verbose=False)
+    with warnings.catch_warnings(), errors_alone("onnx_ir"):  # of empty lists, which it takes for integers rightly
+        warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", FutureWarning)  # of torch at itself
+        graph = torch.onnx.export(program, dynamo=True, input_names=[INPUT], output_names=[OUTPUT], verbose=False)
     assert graph is not None
     graph.save(path)
 
