@@ -23,7 +23,7 @@ unexport VIRTUAL_ENV
 
 UV := $(shell command -v uv 2>/dev/null || echo .uv-bootstrap/bin/uv)
 VENV := .venv/bin
-# A ready-built mmcv (compiling takes 20 to 40 minutes on two cores) is used if this folder has one for our Python;
+# A ready-built mmcv (compiling takes four minutes on two cores) is used if this folder has one for our Python;
 # all works without. uv would prefer the folder even where nothing in it fits, hence the test of the file name. A
 # UV_FIND_LINKS of the caller goes first, and `make test WHEELS=` compiles.
 WHEELS ?= ../shared/wheels

@@ -96,7 +96,7 @@ def test_openmmlab_is_installed_in_three_steps(versions: dict[str, str], capsys:
     (line,) = (line for line in printed(capsys) if "--no-build-isolation" in line)
     first, second, third = line.removeprefix("  install: ").split(" && ")
     assert first.startswith("pip install 'torch<2.14' 'setuptools")
-    assert second == "pip install --no-build-isolation 'onedl-mmcv==2.3.6'"
+    assert second == "CFLAGS='-O2 -g0' CXXFLAGS='-O2 -g0' pip install --no-build-isolation 'onedl-mmcv==2.3.6'"
     assert third == "pip install 'effvit[mm]'"
 
 
@@ -105,6 +105,7 @@ def test_what_mmcv_is_built_with_is_that_of_the_checkout() -> None:
     table = re.search(r"^onedl-mmcv = \[\n(.*?)^\]", text, re.MULTILINE | re.DOTALL)
     assert table is not None
     assert tuple(re.findall(r'^    "([^"]+)"', table[1], re.MULTILINE)) == doctor.MMCV_BUILD
+    assert f'onedl-mmcv = {{ CFLAGS = "{doctor.FLAGS}", CXXFLAGS = "{doctor.FLAGS}" }}' in text
 
 
 def test_extras_are_those_of_the_checkout() -> None:
