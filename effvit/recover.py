@@ -294,17 +294,22 @@ def register_fill(
     FILLS[name] = Fill(lambda x, tokens, recovery: grid(*unpacked(x, tokens)), memory, reference)
 
 
+def refuse_own_grids(tokens: TokenMap) -> None:
+    """Raise a ValueError for images with grids of their own, of which there is no one map."""
+    if tokens.layout.own is not None:
+        raise ValueError(
+            f"the images have grids of their own, of {', '.join(map(str, tokens.layout.own))} patches, so there is no "
+            "one map (B, C, H, W) of them; give images of one size, or use forward_intermediates(output_fmt='NLC')"
+        )
+
+
 def to_map(x: Tensor, tokens: TokenMap, fill: str = "last", recovery: AttentionRecovery | None = None) -> Tensor:
     """Full feature map (B, C, H, W) of x; arguments and errors as in to_grid.
 
     Raises:
         ValueError: As to_grid, and for images with grids of their own.
     """
-    if tokens.layout.own is not None:
-        raise ValueError(
-            f"the images have grids of their own, of {', '.join(map(str, tokens.layout.own))} patches, so there is no "
-            "one map (B, C, H, W) of them; give images of one size, or use forward_intermediates(output_fmt='NLC')"
-        )
+    refuse_own_grids(tokens)
     return to_grid(x, tokens, fill, recovery).transpose(1, 2).unflatten(2, tokens.grid).contiguous()
 
 
@@ -314,15 +319,14 @@ def to_small_map(x: Tensor, tokens: TokenMap) -> Tensor:
     CubistMerge and Expedite leave such a grid, ``tokens.cells``; where nothing was reduced it is that of the patches.
 
     Raises:
-        ValueError: Tokens that are no grid.
+        ValueError: Tokens that are no grid, and images with grids of their own.
     """
     if tokens.cells is None and tokens.moved:
         raise ValueError(
             "the tokens left are no grid of their own, as those of cubistmerge and expedite are; use to_map, which "
             "gives the full map"
         )
-    if tokens.layout.own is not None:
-        return to_map(x, tokens)  # refused
+    refuse_own_grids(tokens)
     patches = tokens.split(x)[1]
     return patches.transpose(1, 2).unflatten(2, tokens.cells or tokens.grid).contiguous()
 

@@ -61,6 +61,9 @@ def test_methods_and_their_controls_stand_in_one_row(trained: tuple[Path, Path],
     first = ["--method", "evit", "--set", "keep_rate=0.5", "--set", "reduce_at=[1]"]
     assert TOOL.main([*command, *first, "--json", str(file)]) == 0
     assert TOOL.main([*command, "--method", "expedite", "--set", "keep_rate=0.5", "--json", str(file)]) == 0
+    other = [str(ROOT / "configs/mmseg/composites/upernet_vit.py"), *command[1:]]
+    assert TOOL.main([*other, *first, "--json", str(file)]) == 2
+    assert "holds rows of" in capsys.readouterr().err
     record = json.loads(file.read_text())
     rows = record["results"]
     assert [row["method"] for row in rows] == ["dense", "evit", "random", "expedite", "random"]

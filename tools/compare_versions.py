@@ -30,7 +30,7 @@ from timm.models._registry import _model_entrypoints
 from torch import nn
 
 import effvit
-from effvit.measure.ideal import IDEAL_HOSTS, IdealViT, entering_counts, mean_counts
+from effvit.measure.ideal import ideal_of, mean_counts
 from effvit.measure.profiler import machine, median_ratio, noise
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = CONFIGURATIONS | {
@@ -88,9 +88,9 @@ def main() -> None:
             difference = (now(images) - former(images)).abs().max().item()
         if difference > 1e-4:
             print(f"{name}: outputs differ by up to {difference:.2g} from those of {args.revision}")
-        if isinstance(dense, IDEAL_HOSTS):
-            counts = [round(count) for count in mean_counts(now, images)]
-            models[f"ideal {name}"] = IdealViT(dense, counts, entering_counts(now, counts))
+        ideal = ideal_of(dense, [round(count) for count in mean_counts(now, images)], now)
+        if ideal is not None:
+            models[f"ideal {name}"] = ideal
 
     console = Console()
     measured = measure(console, models, images, args.rounds, threads=args.threads)

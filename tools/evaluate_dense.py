@@ -80,6 +80,7 @@ def measure(
     config: Path, checkpoint: Path, work_dir: Path, variants: Sequence[tuple[str, Settings]], controls: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
     """A row for the dense model, for each variant, and for the controls of those that drop or merge for good."""
+    patches = num_patches(config)
     dense = test(config, checkpoint, work_dir, None)
     yield {"method": DENSE, "settings": {}, "control_of": None, **dense._asdict()}
     for method, settings in variants:
@@ -87,13 +88,12 @@ def measure(
         yield {"method": method, "settings": settings, "control_of": None, **own._asdict()}
         if own.counts is None:
             continue
-        patches = test_patches(config)
         for control, chosen in controls_of(own.counts, patches, controls):
             row = test(config, checkpoint, work_dir, {"method": control, **chosen})
             yield {"method": control, "settings": chosen, "control_of": [method, settings], **row._asdict()}
 
 
-def test_patches(config: Path) -> int:
+def num_patches(config: Path) -> int:
     """Patches of the images that the backbone of a config is made for."""
     backbone = prepare_config(config).model.backbone
     side = backbone.img_size // backbone.get("patch_size", 16)
@@ -123,6 +123,20 @@ def shown(row: Mapping[str, Any]) -> str:
     return " / ".join(f"{value:.1f}" for value in row["metrics"].values())
 
 
+def read_known(path: Path | None, config: Path) -> dict[str, Any] | None:
+    """The record to add rows to; None if there is none.
+
+    Raises:
+        ValueError: It is of another config.
+    """
+    if path is None or not path.is_file():
+        return None
+    known: dict[str, Any] = json.loads(path.read_text())
+    if known["config"] != config.as_posix():
+        raise ValueError(f"{path} holds rows of {known['config']}; name another file for those of {config}")
+    return known
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure; returns 2 after an error the caller can fix."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -137,6 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     try:
+        known = read_known(arguments.json, arguments.config)
         variants = list_variants(arguments.method, [parse_setting(text) for text in arguments.settings])
         rows = measure(arguments.config, arguments.checkpoint, arguments.work_dir, variants, arguments.controls)
         results = list(rows)
@@ -148,10 +163,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "config": arguments.config.as_posix(),
         "results": results,
     }
+    if known is not None:
+        record = known | {"results": known["results"] + results[1:]}
     if arguments.json is not None:
-        if arguments.json.is_file():
-            known = json.loads(arguments.json.read_text())
-            record = known | {"results": known["results"] + results[1:]}
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
     Console().print(Markdown("\n".join(table(record))))
     return 0
