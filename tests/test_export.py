@@ -21,7 +21,6 @@ from deployment_page import LISTED, RESTRICTED, deployment_page
 from hosts import SETTINGS, released
 from recorders import (
     CASES,
-    COARSE,
     DEPLOYED,
     RECORDERS,
     SLOW,
@@ -93,7 +92,7 @@ def test_what_is_recorded_equals_the_plain_run_or_is_refused(recorder: str, case
 
 def outcome_of(expected: Refusal | None) -> str:
     """The outcome that a verdict must have where so much, or nothing, stands against the model."""
-    return "right" if expected is None else "coarse" if expected in COARSE else "refused"
+    return "right" if expected is None else "refused"
 
 
 def test_the_part_run_by_default_names_every_recorder_and_case() -> None:

@@ -88,3 +88,16 @@ def test_method_that_drops_tokens_has_no_place_in_the_contract() -> None:
     with pytest.raises(ValueError, match=r"evit has neither Reducer\.group nor Reducer\.shrink.* leave it out of"):
         parametrize_windows("evit")
     assert window_pairs(["evit", "tome"]) == [("tome", host) for host in WINDOW_HOSTS]
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.groups()])
+def test_padding_of_a_window_is_grouped_the_same_whatever_rounding_makes_of_it(method: str) -> None:
+    """Equal tokens are ranked by place: noise as of the matrix product of another runtime decides nothing."""
+    reducer = METHODS[method].plan(4, **METHODS[method].example_in_windows())[0]
+    draws = torch.Generator().manual_seed(0)
+    padding = torch.randn(1, 1, 16, generator=draws).expand(5, 19, 16)
+    features = torch.cat([torch.randn(5, 30, 16, generator=draws), padding], dim=1)
+    rounded = features * (1 + 1e-6 * torch.randn(features.shape, generator=draws))
+    groups, others = (reducer.group(y, y, 49) for y in (features, rounded))
+    assert torch.equal(groups.target, others.target)
+    assert torch.equal(groups.anchor, others.anchor)

@@ -31,7 +31,7 @@ from effvit.hosts.stages import Stage
 from effvit.hosts.surface import Reduced, check_batch
 from effvit.layers.windows import from_windows, num_windows, to_windows
 from effvit.protocols import Layer, Setting, Size
-from effvit.recording import refuse_fx, refuse_legacy_onnx, refuse_open_sides
+from effvit.recording import compile_each_size, refuse_fx, refuse_legacy_onnx, refuse_open_sides
 from effvit.reducers import METHODS, Reducer
 from effvit.reducers.grids import Groups, SmallGrids
 from effvit.tokens import wide_dtype, wide_product
@@ -548,6 +548,7 @@ class ReducedWindows(Reduced):
         )
         refuse_legacy_onnx(f"a model reduced by {self.method}")
         refuse_open_sides(x.shape[-2:], self.open_sides, f"a {type(self).__bases__[-1].__name__}", "padded windows")
+        compile_each_size(x.shape[-2:])
         check_batch(x, self, getattr(self, "in_chans", 3))
 
     def forward_features(self, x: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ Size = Sequence[int]  # (H, W): also a torch.Size
 
 def num_windows(side: int, window: int) -> int:
     """Windows that cover ``side`` positions, the last of them partly if need be."""
-    return -(-side // window)
+    return (side + window - 1) // window  # not -(-side // window): torch 2.11 fails on symbols below 0
 
 
 def window_sides(window: int | Size) -> tuple[int, int]:

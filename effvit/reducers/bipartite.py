@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effvit.reducers.base import check_finite
-from effvit.reducers.matching import alternating_match, merge_sizes, move_shares
+from effvit.reducers.matching import alternating_match, falling, merge_sizes, move_shares
 from effvit.tokens import (
     Ranges,
     flat_rows,
@@ -83,6 +83,7 @@ def bipartite_soft_matching(
     origin: str = "tokens",
     x: Tensor | None = None,
     in_order: bool | None = None,
+    by_place: bool = False,
 ) -> Matching:
     """Match the r tokens of set A that are most similar to one of set B (ToMe, 2210.09461, section 3.1).
 
@@ -98,6 +99,7 @@ def bipartite_soft_matching(
         x: (B, P+N, C) tokens that entered the block, for messages; of fewer images, each has as many rows of features.
         in_order: Whether what is left of A keeps its order in the sequence, or is ordered by falling similarity. None:
             it keeps its order if there is a prefix token, as in the official code.
+        by_place: What is equal but for rounding is matched by place, see ``falling``.
 
     Returns:
         The matching. The new order is what is left of A, then B.
@@ -108,9 +110,9 @@ def bipartite_soft_matching(
     length = num_prefix + metric.shape[1]
     places = (ranges_of(metric, length, num_prefix) if ranges is None else ranges).sequence
     first_a, first_b = num_prefix + num_prefix % 2, num_prefix + (num_prefix + 1) % 2
-    best, match = alternating_match(metric, num_prefix)  # (B, |A|) each
+    best, match = alternating_match(metric, num_prefix, by_place=by_place)  # (B, |A|) each
     rows = 1 if x is None else max(1, best.shape[0] // x.shape[0])
-    ranked = check_finite(best, origin, x, rows).argsort(dim=-1, descending=True)  # (B, |A|)
+    ranked = falling(check_finite(best, origin, x, rows), by_place)  # (B, |A|)
     in_a = torch.add(places[:, first_a : first_a + 1], ranked, alpha=2)
     left = in_a[:, r:]  # (B, |A|-r)
     if num_prefix if in_order is None else in_order:

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from effvit.tokens import fx_leaf, wide_dtype, wide_product, widened
 
-__all__ = ["alternating_match", "mean_keys", "merge_sizes", "move_shares"]
+__all__ = ["alternating_match", "falling", "mean_keys", "merge_sizes", "move_shares"]
 
 SMALLEST_NORM = 1e-12  # of ``F.normalize``
+GRAIN = 4096  # parts of 1 in which similarities of tokens that are equal in all but rounding are equal
 
 
 @fx_leaf
@@ -21,8 +22,25 @@ def mean_keys(k: Tensor) -> Tensor:
     return k.detach().mean(dim=1, dtype=wide_dtype(k.dtype))
 
 
+def falling(similarity: Tensor, by_place: bool) -> Tensor:
+    """Places (B, N) of similarities (B, N) by falling value.
+
+    Args:
+        similarity: From -1 to 1 or little more.
+        by_place: Those that round to the same part of ``GRAIN`` stand in the order of their places. Equal tokens, as
+            padding of windows is, would otherwise stand as rounding and the sort of a device or runtime have it.
+    """
+    if not by_place:
+        return similarity.argsort(dim=-1, descending=True)
+    number = similarity.shape[-1]
+    parts = (similarity * GRAIN).round().long() * number - torch.arange(number, device=similarity.device)
+    return parts.argsort(dim=-1, descending=True)
+
+
 @fx_leaf
-def alternating_match(metric: Tensor, num_prefix: int, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def alternating_match(
+    metric: Tensor, num_prefix: int, valid: Tensor | None = None, by_place: bool = False
+) -> tuple[Tensor, Tensor]:
     """For every token of set A its most similar token of set B, by cosine.
 
     The sets alternate along the whole sequence, prefix tokens included: A has its even, B its odd places. Prefix
@@ -33,6 +51,7 @@ def alternating_match(metric: Tensor, num_prefix: int, valid: Tensor | None = No
             float32 (float64 for float64), also under autocast: in bfloat16 those near 1 are 0.004 apart.
         num_prefix: Prefix tokens in front of the patches.
         valid: (B, N) False for padding, which matches nothing.
+        by_place: Of tokens whose similarities round to the same part of ``GRAIN`` the first is matched.
 
     Returns:
         Largest similarity (B, |A|), -inf for padding and where B is all padding; and the number (B, |A|) of the
@@ -42,6 +61,8 @@ def alternating_match(metric: Tensor, num_prefix: int, valid: Tensor | None = No
     metric = metric / torch.linalg.vector_norm(metric, dim=-1, keepdim=True).clamp(min=SMALLEST_NORM)
     first_a, first_b = num_prefix % 2, (num_prefix + 1) % 2
     similarity = wide_product(metric[:, first_a::2], metric[:, first_b::2].transpose(1, 2))  # (B, |A|, |B|)
+    if by_place:
+        similarity = similarity.mul_(GRAIN).round_().div_(GRAIN)
     if valid is not None:
         similarity = similarity.masked_fill(~valid[:, None, first_b::2], float("-inf"))
     best, match = similarity.max(dim=-1)

@@ -16,7 +16,7 @@ from effvit.reducers.base import Reducer, check_finite
 from effvit.reducers.bipartite import Matching, MergedGrids, bipartite_soft_matching, matching_target, merge_tokens
 from effvit.reducers.cost import BlockSizes, Change, alternating_pairs
 from effvit.reducers.keep_rate import Rated
-from effvit.reducers.matching import mean_keys
+from effvit.reducers.matching import falling, mean_keys
 from effvit.schedule import check_blocks, check_fraction, check_number, check_switch, keep_rate_ladder, per_block
 from effvit.tokens import Ranges, TokenMap, fx_leaf, ranges_of, take_rows, wide_product, widened
 
@@ -56,6 +56,7 @@ def energy_matching(
     ranges: Ranges | None = None,
     origin: str = "tokens",
     x: Tensor | None = None,
+    by_place: bool = False,
 ) -> Matching:
     """Match r tokens by ToMe's rule, with the tokens in order of falling energy in place of the image's.
 
@@ -69,6 +70,7 @@ def energy_matching(
         ranges: Those of the batch, for P + N places at least; None: made here.
         origin: What the features are, for messages.
         x: (B, P+N, C) tokens that entered the block, for messages; of fewer images, each has as many rows of features.
+        by_place: What is equal but for rounding is ordered and matched by place, see ``falling``.
 
     Returns:
         The matching. The new order is the protected tokens by energy, what is left of the first set by falling
@@ -83,10 +85,10 @@ def energy_matching(
     if r == 0:
         return Matching(places[:, :0], places[:, : num_prefix + number], places[:, :0], num_prefix)
     rows = 1 if x is None else max(1, metric.shape[0] // x.shape[0])
-    order = check_finite(energy(metric, margin), origin, x, rows).argsort(dim=1, descending=True)  # (B, N)
+    order = falling(check_finite(energy(metric, margin), origin, x, rows), by_place)  # (B, N)
     number_compared = 2 * r if protects else number
     compared = take_rows(metric, torch.add(order[:, :number_compared], ranges.images, alpha=number))
-    pairs = bipartite_soft_matching(compared, r, 0, ranges, origin, x)
+    pairs = bipartite_soft_matching(compared, r, 0, ranges, origin, x, by_place=by_place)
     order = order + num_prefix
     candidates, protected = order[:, :number_compared], order[:, number_compared:]
     kept = torch.cat([places[:, :num_prefix], protected, candidates.gather(1, pairs.kept)], dim=1)
@@ -183,7 +185,7 @@ class PiToMe(Rated):
         """Groups of the pairs of each grid, compared as they enter the block, see ``ToMe.group``."""
         r = self.num_merged(features.shape[1])
         origin = self.origin("tokens")
-        matching = energy_matching(features, r, self.margin, self.protects, 0, origin=origin, x=x)
+        matching = energy_matching(features, r, self.margin, self.protects, 0, origin=origin, x=x, by_place=True)
         return MergedGrids(matching, matching_target(matching, features[..., 0].long()), self.prop_attn)
 
     def reduce(self, x: Tensor, tokens: TokenMap, state: AttnState) -> tuple[Tensor, TokenMap]:

@@ -91,7 +91,7 @@ class ToMe(Reducer):
         """Groups of the r most similar pairs of each grid; r is meant for ``area`` tokens.
 
         What the block will make of its tokens is not known yet, keys neither: as in token merging for Stable Diffusion
-        (2303.17604), tokens are compared as they enter.
+        (2303.17604), tokens are compared as they enter, and equal ones by place.
         """
         length = features.shape[1]
         r = min(self.r * length // area, length // 2)
@@ -99,7 +99,7 @@ class ToMe(Reducer):
             place = ranges_of(features, length, 0).sequence.expand(features.shape[0], -1)
             matching = Matching(place[:, :0], place, place[:, :0], 0)
         else:
-            matching = bipartite_soft_matching(features, r, 0, origin=self.origin("tokens"), x=x)
+            matching = bipartite_soft_matching(features, r, 0, origin=self.origin("tokens"), x=x, by_place=True)
         return MergedGrids(matching, matching_target(matching, features[..., 0].long()), self.prop_attn)
 
     def cost(self, at: BlockSizes) -> Change:
