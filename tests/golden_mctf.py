@@ -17,7 +17,7 @@ from effvit.reducers.mctf import POOLING, STEPS
 from effvit.tokens import TokenMap, Trail
 
 OFFICIAL_STEPS = {1: "attention", 2: "tokens", 0: "after"}
-OFFICIAL_POOLING = {1: "attention", 0: "size"}
+OFFICIAL_POOLING = {1: "attention", 0: "size", 3: "mean", 2: "max"}
 
 
 def compare(case: Case) -> None:

@@ -13,7 +13,16 @@ from torch import Tensor, nn
 import effvit
 from effvit.measure.controls import control_of
 from effvit.reducers.bipartite import matching_target
-from effvit.reducers.mctf import STEPS, Criteria, fusion_weights, pool_map, two_way_matching
+from effvit.reducers.mctf import (
+    POOLING,
+    STEPS,
+    Criteria,
+    fuse_tokens,
+    fusion_weights,
+    pool_map,
+    pooling_weights,
+    two_way_matching,
+)
 
 PAPER = Criteria(1.0, 20.0, 40.0)
 
@@ -87,6 +96,26 @@ def test_pooled_map_sums_keys_and_averages_queries() -> None:
     torch.testing.assert_close(pooled, torch.einsum("bqt,bhqk,bku->bhtu", shares, weights, member))
 
 
+@pytest.mark.parametrize("pooling", POOLING)
+@pytest.mark.parametrize("sized", [True, False])
+def test_fused_tokens_are_the_mean_or_the_largest_value_of_their_group(pooling: str, sized: bool) -> None:
+    x, received, size = parts(1, 12)
+    matching = two_way_matching(fusion_weights(x, received, size, PAPER, 1), 4, 1, True, x)
+    weight, sizes = pooling_weights(received, size if sized else None, pooling, matching)
+    fused = fuse_tokens(x, weight, matching)
+    target = matching_target(matching, torch.zeros(2, 11, dtype=torch.int64))
+    of = {"attention": received * size if sized else received, "size": size if sized else torch.ones_like(size)}
+    for image in range(2):
+        group = torch.cat([torch.zeros(1, dtype=torch.int64), target[image] + 1])
+        for place in range(8):
+            members = x[image, group == place]
+            share = of.get(pooling, torch.ones_like(size))[image, group == place].unsqueeze(1)
+            expected = members.amax(0) if pooling == "max" else (members * share).sum(0) / share.sum()
+            torch.testing.assert_close(fused[image, place], expected)
+            patches = (size if sized else torch.ones_like(size))[image, group == place].sum()
+            torch.testing.assert_close(sizes[image, place], patches)
+
+
 @pytest.mark.parametrize("step", STEPS)
 def test_ten_tokens_stay_and_half_leave_at_most(step: str) -> None:
     """48 patches and a class token: 24 leave, then 12, then 3, which leaves 9 and the class token."""
@@ -130,7 +159,7 @@ def test_queries_keys_and_values_apart_are_those_of_one_projection(host: str) ->
     ("settings", "message"),
     [
         ({"step": "before"}, "step must be one of attention, tokens, after, got 'before'"),
-        ({"pooling": "max"}, "pooling must be one of attention, size, got 'max'"),
+        ({"pooling": "sum"}, "pooling must be one of attention, size, mean, max, got 'sum'"),
         ({"tau_info": -1}, "tau_info must be at least 0, got -1"),
         ({"tau_sim": 0, "tau_info": 0, "tau_size": 0}, "one of tau_sim, tau_info and tau_size must be above 0"),
         ({"r": 1.5}, "r must be a whole number of tokens or a share of them in"),

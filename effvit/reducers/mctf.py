@@ -16,16 +16,27 @@ from effvit.reducers.bipartite import Matching, merge_tokens
 from effvit.reducers.cost import BlockSizes, Change, alternating_pairs
 from effvit.reducers.matching import SMALLEST_NORM
 from effvit.schedule import check_blocks, check_choice, check_number, check_r, check_switch, per_block, spread_ladder
-from effvit.tokens import TokenMap, fx_leaf, position_of, wide_product, widened
+from effvit.tokens import Ranges, TokenMap, fx_leaf, position_of, wide_product, widened
 
-__all__ = ["MCTF", "POOLING", "STEPS", "Criteria", "fusion_weights", "pool_map", "two_way_matching"]
+__all__ = [
+    "MCTF",
+    "POOLING",
+    "STEPS",
+    "Criteria",
+    "fuse_tokens",
+    "fusion_weights",
+    "pool_map",
+    "pooling_weights",
+    "two_way_matching",
+]
 
 STEPS = ("attention", "tokens", "after")
 """What is fused: the tokens of a block and its attention map (``one_step_ahead`` 1 of the official code), the tokens
 alone before attention (2), or what leaves the block (0)."""
 
-POOLING = ("attention", "size")
-"""What a token weighs in a mean: the attention it receives times its size (``pooling_type`` 1), or its size (0)."""
+POOLING = ("attention", "size", "mean", "max")
+"""What tokens become together: a mean, in which each weighs the attention it receives times its size (``pooling_type``
+1), its size (0) or one (3), or the largest value of each channel (2)."""
 
 LEAST_TOKENS = 10  # that a block leaves, prefix tokens included
 
@@ -120,8 +131,10 @@ def two_way_matching(weights: Tensor, r: int, num_prefix: int, both_ways: bool, 
 
 
 @fx_leaf
-def pooling_weights(received: Tensor, size: Tensor | None, pooling: str, matching: Matching) -> tuple[Tensor, Tensor]:
-    """What each token weighs in a mean, (B, T), and the sizes (B, T') of those that are left.
+def pooling_weights(
+    received: Tensor, size: Tensor | None, pooling: str, matching: Matching
+) -> tuple[Tensor | None, Tensor]:
+    """What each token weighs in a mean, (B, T), None for the largest value, and the sizes (B, T') of those left.
 
     Args:
         received: (B, T) attention each token receives.
@@ -131,24 +144,47 @@ def pooling_weights(received: Tensor, size: Tensor | None, pooling: str, matchin
     """
     size = torch.ones_like(received) if size is None else size
     left = size.gather(1, matching.kept).scatter_add(1, matching.into, size.gather(1, matching.merged))
+    if pooling == "max":
+        return None, left
     if pooling == "size":
         return size, left
+    if pooling == "mean":
+        return torch.ones_like(size), left
     return received.clamp(min=torch.finfo(received.dtype).tiny) * size / size.amax(1, keepdim=True), left
 
 
 @fx_leaf
-def pool_map(weights: Tensor, weight: Tensor, matching: Matching) -> Tensor:
+def fuse_tokens(x: Tensor, weight: Tensor | None, matching: Matching, ranges: Ranges | None = None) -> Tensor:
+    """Tokens x (B, T, C), those that go together fused: (B, T', C).
+
+    Args:
+        x: The tokens.
+        weight: (B, T) what each weighs in a mean; None: the largest value of each channel is taken.
+        matching: Which tokens go where.
+        ranges: Those of the batch; None: made here.
+    """
+    if weight is not None:
+        return merge_tokens(x, weight, matching, ranges)[0]
+    kept, merged, into = (
+        y.unsqueeze(-1).expand(-1, -1, x.shape[2]) for y in (matching.kept, matching.merged, matching.into)
+    )
+    return x.gather(1, kept).scatter_reduce(1, into, x.gather(1, merged), "amax")
+
+
+@fx_leaf
+def pool_map(weights: Tensor, weight: Tensor | None, matching: Matching) -> Tensor:
     """Map of fused tokens, (B, heads, T', T').
 
     Args:
         weights: (B, heads, T, T) softmax map, of which fused keys are summed.
-        weight: (B, T) by which fused queries are averaged.
+        weight: (B, T) by which fused queries are averaged; None: the largest entry is taken, as the official code does,
+            so that rows may sum to more than 1.
         matching: Which tokens go where.
     """
     shape = weights.shape[:3]
     kept, merged, into = (y[:, None, None].expand(*shape, -1) for y in (matching.kept, matching.merged, matching.into))
     pooled = weights.gather(3, kept).scatter_add(3, into, weights.gather(3, merged))  # (B, heads, T, T')
-    rows, _ = merge_tokens(pooled.transpose(1, 2).flatten(2), weight, matching)  # (B, T', heads * T')
+    rows = fuse_tokens(pooled.transpose(1, 2).flatten(2), weight, matching)  # (B, T', heads * T')
     return rows.unflatten(2, (shape[1], -1)).transpose(1, 2)
 
 
@@ -158,7 +194,7 @@ class Fusion(NamedTuple):
     x: Tensor
     tokens: TokenMap
     matching: Matching
-    weight: Tensor
+    weight: Tensor | None
 
 
 class MCTF(Reducer):
@@ -169,8 +205,7 @@ class MCTF(Reducer):
     computed of the fused tokens alone. Official code: mlvlab/MCTF @ 2004da0, utils/mctf.py and
     models/modules/blocks.py.
 
-    Deviations: prefix tokens, whatever their number, are never fused, and stay in front. ``pooling_type`` 2 and 3 are
-    not offered.
+    Deviations: prefix tokens, whatever their number, are never fused, and stay in front.
 
     Args:
         r: Tokens that leave: a whole number, or a share of the patches below 1.
@@ -227,7 +262,8 @@ class MCTF(Reducer):
             tau_size: Temperature of the size, likewise.
             bidirection: Fuse in both directions, a half of the tokens in each.
             prop_attn: Proportional attention: a token of size s receives attention like s equal tokens.
-            pooling: Weight of a token in a mean: "attention" it receives times its size, or its "size" alone.
+            pooling: What fused tokens become: their mean by the "attention" that each receives times its size, by
+                "size" alone, or with equal weights, "mean", or the "max" of each channel.
         """
         check_choice("step", step, STEPS)
         check_choice("pooling", pooling, POOLING)
@@ -336,7 +372,7 @@ class MCTF(Reducer):
             check_finite(weights, self.origin("fusion weights"), origin)
             matching = two_way_matching(weights, r, num_prefix, self.bidirection, x)
             weight, size = pooling_weights(received, tokens.size, self.pooling, matching)
-        x, _ = merge_tokens(x, weight, matching, tokens.layout.ranges)
+        x = fuse_tokens(x, weight, matching, tokens.layout.ranges)
         of_keys = size if self.prop_attn else None
         tokens = tokens.relabel(matching, tokens.num_tokens - r, size, of_keys, keeps_every_patch=True)
         return Fusion(x, tokens, matching, weight)
