@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -51,7 +53,7 @@ class LighterTeacher:
     def with_r(self, r: float) -> nn.Module:
         """The model with this r."""
         if r not in self._made:
-            settings = self.model.settings | {"r": int(r) if r >= 1 or r == 0 else r}
+            settings: dict[str, Any] = {**self.model.settings, "r": int(r) if r >= 1 or r == 0 else r}
             self._made[r] = sparsify(self.model, self.model.method, recover=self.model.recover, **settings)
         return self._made[r].train(self.model.training)
 
