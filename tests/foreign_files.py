@@ -6,6 +6,7 @@ here so that neither is needed.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 from torch import Tensor, nn
@@ -133,4 +134,20 @@ def sam(model: nn.Module) -> Names:
         **{f"image_encoder.{name.replace('mlp.fc', 'mlp.lin')}": value for name, value in own.items()},
         "prompt_encoder.no_mask_embed.weight": own["pos_embed"].flatten(),
         "mask_decoder.iou_token.weight": own["pos_embed"].flatten() * 2,
+    }
+
+
+def sam2(model: nn.Module) -> Names:
+    """facebookresearch/sam2: the trunk of the encoder for images beside its neck and the parts behind it.
+
+    Names of sam2/modeling at 2b90b9f; its MLP is a list of layers.
+    """
+    own: Names = model.state_dict()
+    names = {name: re.sub(r"mlp\.fc([12])", lambda m: f"mlp.layers.{int(m[1]) - 1}", name) for name in own}
+    return {
+        **{f"image_encoder.trunk.{names[name]}": value for name, value in own.items()},
+        "image_encoder.neck.convs.0.conv.weight": own["patch_embed.proj.weight"] + 1,
+        "memory_attention.layers.0.norm1.weight": own["blocks.0.norm1.weight"] + 1,
+        "no_mem_embed": own["blocks.0.norm1.weight"][None, None] + 2,
+        "sam_mask_decoder.iou_token.weight": own["blocks.0.norm1.weight"][None] + 3,
     }

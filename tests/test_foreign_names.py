@@ -1,4 +1,4 @@
-"""Files of transformers, open_clip, CLIP, DINOv2, DINOv3 and SAM are read into timm's hosts.
+"""Files of transformers, open_clip, CLIP, DINOv2, DINOv3, SAM and SAM 2 are read into timm's hosts.
 
 Here they are written by ``foreign_files``, from their lists of names, and what comes back must be the weights they
 were made of. Beside them, tests/test_transformers_checkpoints.py holds those of transformers to its models.
@@ -30,6 +30,7 @@ from effvit.hosts.foreign_names import FAMILIES, find_tower
 
 TINY: dict[str, Any] = {"embed_dim": 24, "depth": 2, "num_heads": 2, "img_size": 32, "patch_size": 8}
 SAM: dict[str, Any] = TINY | {"window_size": 3, "global_attn_indexes": (1,), "neck_chans": 8, "num_classes": 0}
+SAM2: dict[str, Any] = {"embed_dim": 8, "stages": (1, 2), "q_pool": 1, "window_spec": (4, 4), "num_classes": 0}
 V3 = "DINOv3 of transformers"
 # Kind -> the writer of the file, the host and its keywords, the family's name, and what of the file is dropped.
 CASES: dict[str, tuple[foreign_files.Writer, str, dict[str, Any], str, set[str]]] = {
@@ -65,6 +66,15 @@ CASES: dict[str, tuple[foreign_files.Writer, str, dict[str, Any], str, set[str]]
     "SAM": (
         *(foreign_files.sam, "samvit_base_patch16", SAM, "SAM"),
         {"prompt_encoder.no_mask_embed.weight", "mask_decoder.iou_token.weight"},
+    ),
+    "SAM 2": (
+        *(foreign_files.sam2, "sam2_hiera_tiny", SAM2, "SAM 2"),
+        {
+            "image_encoder.neck.convs.0.conv.weight",
+            "memory_attention.layers.0.norm1.weight",
+            "no_mem_embed",
+            "sam_mask_decoder.iou_token.weight",
+        },
     ),
 }
 
@@ -368,8 +378,10 @@ def test_names_of_timm_are_of_no_family() -> None:
         "vit_small_patch14_reg4_dinov2",
         "vit_small_patch16_dinov3",
         "samvit_base_patch16",
+        "sam2_hiera_tiny",
     ):
-        assert find_tower(timm.create_model(name, **(TINY if "sam" not in name else SAM)).state_dict()) is None
+        settings = SAM2 if "sam2" in name else SAM if "sam" in name else TINY
+        assert find_tower(timm.create_model(name, **settings).state_dict()) is None
 
 
 def test_dense_backbone_reads_them_and_their_config(tmp_path: Path) -> None:

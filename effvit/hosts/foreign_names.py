@@ -1,4 +1,4 @@
-"""Parameter names of transformers, open_clip, CLIP, DINOv2, DINOv3 and SAM -> those that timm's filters take.
+"""Parameter names of transformers, open_clip, CLIP, DINOv2, DINOv3, SAM and SAM 2 -> those that timm's filters take.
 
 A family without rules is one whose names timm's own filters map: it is found here so that the report can name it, and
 so that a tower is taken out of what it is saved with. The names of transformers are those that ``save_pretrained``
@@ -216,6 +216,12 @@ FAMILIES = (
         unused=r"^(?!vision_encoder\.)",
     ),
     Family("SAM", marks=("image_encoder.blocks.0.attn.rel_pos_h", "image_encoder.neck.0.weight")),
+    Family(
+        "SAM 2",
+        marks=("image_encoder.trunk.blocks.0.attn.qkv.weight", "image_encoder.trunk.pos_embed_window"),
+        rules=((r"^image_encoder\.trunk\.", ""),),  # timm's filter maps the rest
+        unused=r"^(?!image_encoder\.trunk\.)",
+    ),
     Family("CLIP, original or of open_clip", marks=("visual.class_embedding", "visual.conv1.weight")),
     Family("a tower of timm in open_clip", marks=("visual.trunk.patch_embed.proj.weight",)),
     Family("DINOv2", marks=("mask_token", "pos_embed", "blocks.0.ls1.gamma")),
