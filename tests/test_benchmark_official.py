@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -105,3 +106,16 @@ def test_sets_are_compared_in_any_order() -> None:
     assert found_equal(x, x.flip(1), "ids") == "ids equal"
     assert found_equal(x, x.flip(1), "ids", ordered=True) == "number of ids equal"
     assert found_equal(x, x[:, 1:], "ids") == "3 ids against 2 of ours"
+    assert found_equal(x, x + 1e-3, "tokens") == "tokens equal"
+    places = torch.tensor([[1000, 2000]])
+    assert found_equal(places, places + 1, "ids") == "number of ids equal"
+
+
+def test_a_checkout_at_another_commit_is_refused(tmp_path: Path) -> None:
+    check_commit = load_tool("official_code").check_commit
+    check_commit(tmp_path, "0123456")  # no checkout of Git
+    name = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for arguments in (["init", "-q"], [*name, "commit", "-q", "--allow-empty", "-m", "x"]):
+        subprocess.run(["git", "-C", str(tmp_path), *arguments], check=True)
+    with pytest.raises(ValueError, match=r"is checked out at \w{7}; check out 0123456"):
+        check_commit(tmp_path, "0123456")

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from kept_cells import KeptCells
-from official_code import Official, Setting
+from official_code import Official, Setting, check_commit
 from official_reducers import REDUCTIONS
 from official_selectors import SELECTIONS
 
@@ -81,6 +81,7 @@ def measure(case: Case, code: Path, rounds: int) -> dict[str, Json]:
     """
     row: dict[str, Json] = {**case.key, "folder": case.code.folder, "commit": case.code.commit, "note": case.code.note}
     try:
+        check_commit(code / case.code.folder, case.code.commit)
         pair = case.code.make(code, case.setting)
         runs = {"official": pair.official, "ours": pair.ours}
         seconds = interleaved(runs, pair.batch, rounds, warmup=1, precision=None, max_rounds=rounds, on_run=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections.abc
 import io
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -20,12 +21,23 @@ from torch import Tensor
 
 from effvit.protocols import Size
 
-__all__ = ["SHARES", "Official", "Pair", "Setting", "check_there", "found_equal", "importing", "load_file", "on_cpu"]
+__all__ = [
+    "SHARES",
+    "Official",
+    "Pair",
+    "Setting",
+    "check_commit",
+    "check_there",
+    "found_equal",
+    "importing",
+    "load_file",
+    "on_cpu",
+]
 
 Run = Callable[[Tensor], object]
 OWN_PACKAGE = "official_checkout"  # that of a file loaded alone, whose relative imports are stand-ins
 SHARES: Mapping[str, int | None] = {"N / 3": 3, "N / 9": 9}
-CLOSE = 1e-3  # largest difference over the largest number, of what is called equal
+CLOSE = 1e-3  # largest difference over the largest number, of features that are called equal
 
 
 class Setting(NamedTuple):
@@ -123,6 +135,15 @@ def _old_torch() -> ModuleType:
     return module
 
 
+def check_commit(folder: Path, commit: str) -> None:
+    """Raise a ValueError for a Git checkout at another commit; a folder without Git's own is taken at its word."""
+    if (folder / ".git").exists():
+        command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+        head = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+        if not head.startswith(commit):
+            raise ValueError(f"{folder.name} is checked out at {head[: len(commit)]}; check out {commit}")
+
+
 def check_there(path: Path) -> None:
     """Raise a FileNotFoundError that names a missing path from its first missing folder on."""
     if not path.exists():
@@ -203,8 +224,8 @@ def found_equal(official: Tensor, ours: Tensor, what: str, ordered: bool = False
         return f"{official.shape[1]} {what} against {ours.shape[1]} of ours"
     if not ordered:
         official, ours = (rows.gather(1, _by_first(rows)) for rows in (official, ours))
-    difference = (official - ours).abs().max() / ours.abs().max().clamp(min=1e-12)
-    return f"{what} equal" if difference <= CLOSE else f"number of {what} equal"
+    limit = CLOSE * ours.abs().max() if ours.is_floating_point() else 0
+    return f"{what} equal" if (official - ours).abs().max() <= limit else f"number of {what} equal"
 
 
 def _by_first(rows: Tensor) -> Tensor:
