@@ -162,10 +162,10 @@ def prumerge(code: Path, setting: Setting, plus: bool = False) -> Pair:
     own, kind = clip_tower(module, inputs), module.CLIPVisionTower
     merge = kind.token_prune_merge_advanced_plus if plus else kind.token_prune_merge_advanced
     method = "prumerge_plus" if plus else "prumerge"
-    if setting.divisor is None:
-        return pair(method, inputs, lambda: merge(own, inputs.hidden), None)
     if plus and math.prod(setting.grid) != 576:
         raise ValueError("the official code spreads its even tokens over 576 places, whatever the number of tokens")
+    if setting.divisor is None:
+        return pair(method, inputs, lambda: merge(own, inputs.hidden), None)
     share = 1 / setting.divisor / (2 if plus else 1)
     return pair(method, inputs, lambda: merge(own, inputs.hidden, False, share), inputs.kept + 1)
 
