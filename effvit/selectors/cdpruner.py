@@ -54,12 +54,11 @@ def determinant_order(x: Tensor, number: int, relevance: Tensor | None = None) -
     left = r.square()  # (B, N) conditional variances
     # Rounding alone: a bound that grows with the channels would take tokens of low relevance for dependent ones.
     spent = left.amax(dim=1, keepdim=True) * torch.finfo(u.dtype).eps * 8
-    taken = torch.zeros_like(left, dtype=torch.bool)
+    least = spent * r / r.amax(dim=1, keepdim=True)  # (B, N) ranks of dependent tokens
     factor = u.new_zeros(u.shape[0], number, u.shape[1])  # (B, K, N)
     picks, gains = [], []
     for step in range(number):
-        rank = torch.where(left > spent, left, spent * r / r.amax(dim=1, keepdim=True))
-        pick = rank.masked_fill(taken, -math.inf).argmax(dim=1, keepdim=True)  # (B, 1)
+        pick = torch.where(left > spent, left, least).argmax(dim=1, keepdim=True)  # (B, 1)
         gain = left.gather(1, pick)
         picks.append(pick)
         gains.append(gain)
@@ -70,10 +69,10 @@ def determinant_order(x: Tensor, number: int, relevance: Tensor | None = None) -
             known = factor[:, :step]
             column = known.gather(2, pick.unsqueeze(1).expand(-1, step, -1))  # (B, step, 1)
             row = row - wide_product(column.transpose(1, 2), known).squeeze(1)
-        row = torch.where(gain > spent, row / gain.clamp(min=0).sqrt(), 0)
+        row = row * torch.where(gain > spent, gain.clamp(min=0).rsqrt(), 0)
         factor[:, step] = row
-        left = left - row.square()
-        taken = taken.scatter(1, pick, torch.ones_like(pick, dtype=torch.bool))
+        left = (left - row.square()).scatter(1, pick, -math.inf)  # picked tokens are out
+        least = least.scatter(1, pick, -math.inf)
     return torch.cat(picks, dim=1), torch.cat(gains, dim=1)
 
 

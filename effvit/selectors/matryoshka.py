@@ -26,7 +26,7 @@ def pool_windows(x: Tensor, grid: Size, stride: int) -> tuple[Tensor, Tensor]:
 
     Cells of a last row or column that fills no window are in none, -1, as in the release.
     """
-    pooled = F.avg_pool2d(x.transpose(1, 2).unflatten(2, grid), stride)  # (B, C, h, w)
+    pooled = F.avg_pool2d(x.unflatten(1, grid).permute(0, 3, 1, 2), stride)  # (B, C, h, w), channels last
     height, width = pooled.shape[2:]
     row = torch.arange(grid[0], device=x.device).unsqueeze(1) // stride  # (H, 1)
     column = torch.arange(grid[1], device=x.device) // stride  # (W,)
