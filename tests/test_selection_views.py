@@ -14,6 +14,7 @@ from PIL import Image
 from test_selection_costs import STATIC, make_tower
 from test_towers import SIZES, build
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import effvit
 from effvit.cli import main
@@ -26,6 +27,7 @@ from effvit.measure.records import read_profiles
 from effvit.measure.selections import Exit, Selecting, Views, all_tokens, list_selections, select
 from effvit.protocols import views_of
 from effvit.selectors import QueryPooler
+from effvit.selectors.hired import share_budget
 from effvit.selectors.parts import Parts, PartSelector
 from effvit.show.crops import crops_figure, parts_figure
 from effvit.show.named_images import find_images
@@ -102,6 +104,25 @@ class TestModules:
         assert modules[0].settings["crops"] == [2, 3]
         assert modules[2].settings["frames"] == 4
 
+    @pytest.mark.parametrize("make", [cropped, video])
+    def test_exports_choose_as_they_do_where_the_number_is_known(self, make: Any) -> None:
+        module = make("visionzip", keep=9, contextual=2)
+        x = images(module.views)
+        exported = torch.export.export(module, (x,), strict=False).module()(x)
+        pairs = zip(tree_leaves(exported), tree_leaves(module(x)), strict=True)
+        assert all(torch.equal(one, other) for one, other in pairs if isinstance(other, Tensor))
+
+    @pytest.mark.parametrize(
+        ("module", "message"),
+        [
+            (cropped("hired", keep=0.3), "hired leaves as many tokens of a part as its image needs, so it cannot be"),
+            (video("holitom", keep=0.3), "holitom leaves as many tokens as the video needs, so it cannot be"),
+        ],
+    )
+    def test_numbers_that_depend_on_the_image_are_not_exported(self, module: Any, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            torch.export.export(module, (images(module.views),), strict=False)
+
     def test_numbers_that_are_known_are_those_of_count_tokens(self) -> None:
         known = cropped("hired", keep=0.3, exact=True)
         count = effvit.count_tokens("hired", (6, 6), keep=0.3, frames=7, exact=True)
@@ -134,6 +155,25 @@ class TestModules:
     def test_what_cannot_be_is_refused(self, make: Any, error: type[Exception], message: str) -> None:
         with pytest.raises(error, match=message):
             make()
+
+
+class TestBudget:
+    @pytest.mark.parametrize("seed", range(6))
+    def test_what_rounding_leaves_over_goes_to_the_largest_remainders(self, seed: int) -> None:
+        """Against giving it one by one; of equals to the crop in which more was found, then to the first."""
+        generator = torch.Generator().manual_seed(seed)
+        early, crops, cells = torch.rand(36, generator=generator), (2, 3), 36
+        total = int(torch.randint(40, 7 * 36, (1,), generator=generator))
+        whole, *shares = share_budget(early, (6, 6), crops, total, 0.4).tolist()
+        rest = min(total - whole, 6 * cells)
+        top = early.topk(int(36 * 0.6)).indices.tolist()
+        found = [sum(cell // 6 // 3 * 3 + cell % 6 // 2 == crop for cell in top) for crop in range(6)]
+        remainders = [number * rest % len(top) for number in found]
+        while sum(shares) < rest:
+            crop = max((i for i in range(6) if shares[i] < cells), key=lambda i: (remainders[i], found[i], -i))
+            shares[crop], remainders[crop] = shares[crop] + 1, -1
+        exact = share_budget(early, (6, 6), crops, total, 0.4, exact=True).tolist()
+        assert exact == [total - rest, *shares]
 
 
 class TestCounts:

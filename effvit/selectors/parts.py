@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from effvit.protocols import Setting, Size
+from effvit.reducers.base import refuse_recording
 from effvit.schedule import check_choice
 from effvit.selectors.base import Choice, Features, Keep, SelectionSizes, Selector
 from effvit.selectors.cells import check_sides
@@ -251,6 +252,11 @@ def choose_in_parts(
         valid = valid_cells(image_size, layout.crops, features.grid).to(features.x.device)
         layout = layout._replace(valid=valid)
     check_features(features, selector.name)
+    refuse_recording(
+        features.x,
+        f"{selector.name} leaves as many tokens of a part as its image needs",
+        "use a method that keeps a number of each, such as 'class_attention'",
+    )
     kept = selector.choose_parts(features, layout, keep)
     if not kept.any():
         raise ValueError(

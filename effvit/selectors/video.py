@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from effvit.layers.macs import Terms
 from effvit.protocols import Setting, Size
+from effvit.reducers.base import refuse_recording
 from effvit.schedule import check_count, check_fraction
 from effvit.selectors.base import Keep, Selector
 from effvit.selectors.holitom import HoliTom
@@ -92,6 +93,11 @@ def choose_in_video(selector: Selector, found: TowerFeatures, keep: Keep) -> Sel
     if not isinstance(selector, HoliTom):
         return one_after_another(choose_tokens(selector, features, keep, of_map, prefix))
     check_features(features, selector.name)
+    refuse_recording(
+        features.x,
+        f"{selector.name} leaves as many tokens as the video needs",
+        "use a method that keeps a number in each frame, such as 'class_attention'",
+    )
     chosen = selector.choose_video(features, share_of(keep))
     return chosen if prefix is None else chosen._replace(prefix=prefix.flatten(0, 1).unsqueeze(0))
 
@@ -104,10 +110,12 @@ def one_after_another(chosen: Selection) -> Selection:
     if group is not None:
         before = (chosen.counts.cumsum(0) - chosen.counts).unsqueeze(1)
         group = torch.where(group < 0, -1, group + before).reshape(1, -1)
-    there = torch.ones_like(ids, dtype=torch.bool) if chosen.valid is None else chosen.valid
+    tokens, ids = (
+        (x.flatten(0, 1) if chosen.valid is None else x[chosen.valid]).unsqueeze(0) for x in (chosen.tokens, ids)
+    )
     return Selection(
-        chosen.tokens[there].unsqueeze(0),
-        ids[there].unsqueeze(0),
+        tokens,
+        ids,
         chosen.counts.sum().view(1),
         None,
         group,
