@@ -25,9 +25,11 @@ from effvit.reducers import Reducer, register_method
 from effvit.reducers.registry import load_entry_points
 from effvit.schedule import cosine_keep_rate
 from effvit.selectors import (
+    CropSelector,
     Selection,
     Selector,
     TokenSelector,
+    VideoSelector,
     count_tokens,
     list_selectors,
     select_parts,
@@ -42,12 +44,14 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 __all__ = [
+    "CropSelector",
     "Reducer",
     "Selection",
     "Selector",
     "TokenFeatures",
     "TokenMap",
     "TokenSelector",
+    "VideoSelector",
     "calibrate",
     "compile",
     "cosine_keep_rate",

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol, TypeAlias, TypedDict
+from typing import Protocol, TypeAlias, TypedDict, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Device", "Factory", "Host", "HostBlocks", "Json", "Layer", "PatchEmbedding", "Setting", "Settings", "Size"]
+__all__ = [
+    "Device",
+    "Factory",
+    "Host",
+    "HostBlocks",
+    "Json",
+    "Layer",
+    "PatchEmbedding",
+    "Setting",
+    "Settings",
+    "Size",
+    "TakesViews",
+    "check_views",
+    "views_of",
+]
 
 Size: TypeAlias = tuple[int, int]
 """(H, W), in pixels or in patches."""
@@ -35,6 +49,27 @@ class Layer(Protocol):
     """A module from one tensor to one."""
 
     def __call__(self, x: Tensor, /) -> Tensor: ...
+
+
+@runtime_checkable
+class TakesViews(Protocol):
+    """A model that takes several images (views, channels, H, W) as one: crops of an image, frames of a video."""
+
+    views: int
+
+
+def views_of(model: nn.Module) -> int:
+    """How many images the model takes as one; 1 for a model that says nothing of it."""
+    return model.views if isinstance(model, TakesViews) else 1
+
+
+def check_views(images: int, views: int) -> None:
+    """Raise a ValueError unless so many images are a multiple of those that a model takes as one."""
+    if images % views:
+        raise ValueError(
+            f"the model takes {views} images as one, crops or frames, so that their number must be a multiple of it, "
+            f"got {images}; leave out {images % views}, or give {views - images % views} more"
+        )
 
 
 class PatchEmbedding(Protocol):

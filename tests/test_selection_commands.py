@@ -113,8 +113,10 @@ class TestProfile:
                 ["--select", "visionzap", "--keep", "9"],
                 "'visionzap' is no selector; the selectors for images one by one",
             ),
-            (["--select", "hired", "--keep", "9"], "'hired' is for effvit.select_parts; the selectors"),
-            (["--select", "llava_mini"], "llava_mini chooses by weights that are trained, which a name does not bring"),
+            (
+                ["--select", "hired", "--keep", "9"],
+                "'hired' is for the crops of an image (--crops); the selectors for images one by one are",
+            ),
             (["--keep", "9"], "--keep belongs to a selection behind a tower; leave it out, or name a selector"),
             (
                 ["--select", "divprune", "--keep", "9", "--scores", "received"],
@@ -380,6 +382,10 @@ class TestTune:
         [
             (["--tokens", "50"], "tokens must be in 1 to 49, the patches of this tower, got 50; ask for fewer"),
             (["--tokens", "0"], "tokens must be at least 1, got 0"),
+            (
+                ["--tokens", "9", "--select", "llava_mini"],
+                "llava_mini chooses by weights that are trained, which a name",
+            ),
             (["--tokens", "9", "--minutes", "1"], "--minutes is of a search for a speed-up; --tokens measures each"),
             (["--speedup", "1.5", "--select", "divprune"], "--select belongs to a selection behind a tower"),
             (

@@ -1040,10 +1040,26 @@ class TestVideo:
         received = softmax_maps(tower, IMAGES)[-2].mean((1, 2))
         torch.testing.assert_close(chosen.scores, received.view(1, -1), rtol=1e-5, atol=1e-6)
 
+    @pytest.mark.parametrize(("name", "keep"), [("visionzip", 9), ("divprune", 0.25), ("prumerge", None)])
+    def test_other_methods_choose_in_each_frame(self, name: str, keep: Any) -> None:
+        """Against the selection of the frames as images: its tokens one after another, cells counted on."""
+        tower = make_tower()
+        few = {"neighbours": 4} if name == "prumerge" else {}
+        images = effvit.select_tokens(tower, IMAGES, name, keep=keep, **few)
+        chosen = effvit.select_video(tower, IMAGES, name, keep=keep, **few)
+        assert torch.equal(chosen.tokens[0], images.packed().tokens)
+        assert chosen.counts.tolist() == [int(images.counts.sum())]
+        assert torch.equal(chosen.mask().view(images.mask().shape), images.mask())
+        assert torch.equal(chosen.group[0, chosen.ids[0]], torch.arange(chosen.tokens.shape[1]))
+        assert chosen.grid == (len(IMAGES), *images.grid)
+        assert torch.equal(chosen.prefix, images.prefix.flatten(0, 1).unsqueeze(0))
+
     def test_what_is_no_video_is_refused(self) -> None:
         given = self.video()
-        with pytest.raises(ValueError, match=r"divprune knows no time; choose in each frame by effvit.select_tokens"):
-            effvit.select_video(None, None, "divprune", keep=0.3, **given)
+        with pytest.raises(ValueError, match=r"hired chooses among the parts of one image .* use effvit.select_parts"):
+            effvit.select_video(make_tower(), IMAGES, "hired", keep=0.3)
+        with pytest.raises(ValueError, match=r"holitom needs keep: a share of the cells of all frames, in \(0, 1\]"):
+            effvit.select_video(None, None, **given)
         with pytest.raises(ValueError, match=r"holitom chooses among .* use effvit.select_video"):
             choose("holitom", None, given)
         with pytest.raises(ValueError, match=r"keep must be in \(0, 1\], got 1.2"):

@@ -90,7 +90,7 @@ def slots_of(commands: options.Commands) -> dict[str, list[Slot]]:
     found: dict[str, list[Slot]] = {}
     for words, parser in options.leaves(commands).items():
         found.setdefault(words.rpartition(" ")[0] or words, [])
-        found[words] = [slot_of(action) for action in parser._actions]
+        found[words] = [slot_of(action) for action in parser._actions if action.help != argparse.SUPPRESS]
     return found
 
 

@@ -7,8 +7,9 @@ import re
 from pathlib import Path
 from typing import TypeAlias
 
-from effvit.measure.selections import Exit
+from effvit.measure.selections import Exit, Views
 from effvit.measure.written_files import check_file, check_folder
+from effvit.schedule import check_count
 
 __all__ = [
     "DTYPES",
@@ -35,6 +36,7 @@ __all__ = [
     "model_name",
     "output_file",
     "output_folder",
+    "parse_crops",
     "parse_keep",
     "parse_size",
     "runner",
@@ -43,6 +45,7 @@ __all__ = [
     "selectors",
     "settings",
     "variants",
+    "views_from",
     "weights",
 ]
 
@@ -96,6 +99,7 @@ class SelectionArguments(SelectorArguments):
 
     keep: list[int | float]
     merge: int | None
+    crops: tuple[int, int] | None
 
 
 class MachineArguments(argparse.Namespace):
@@ -207,23 +211,39 @@ def selection() -> argparse.ArgumentParser:
         metavar="M",
         help="side of a merger's cells (default: 1; that of the tower's own projector)",
     )
+    parent.add_argument(
+        "--crops",
+        type=parse_crops,
+        metavar="ROWSxCOLUMNS",
+        help="cut each image into so many crops, with a thumbnail in front, as LLaVA-NeXT does",
+    )
     return parent
 
 
 def leaving(arguments: SelectorArguments, selects: bool) -> Exit:
     """Where tokens leave the tower; a ValueError for options of a selection where the command makes none."""
-    names = ("select", "keep", "block", "merge", "scores", "max_norm")
+    exits = ("block", "merge", "scores", "max_norm")
+    names = ("select", "keep", "crops", "frames", "video", *exits)
     values = {name: getattr(arguments, name, None) for name in names}
-    given = {name: value for name, value in values.items() if value not in (None, [])}
+    given = {name: value for name, value in values.items() if value not in (None, []) and value is not False}
     if given and not selects:
         raise ValueError(
             f"--{next(iter(given)).replace('_', '-')} belongs to a selection behind a tower; leave it out, or name a "
             "selector with --select (in effvit tune a number of --tokens)"
         )
-    found = Exit(**{name: value for name, value in given.items() if name not in ("select", "keep")})
+    found = Exit(**{name: value for name, value in given.items() if name in exits})
     if arguments.select:
         found.check(arguments.select)
     return found
+
+
+def views_from(crops: tuple[int, int] | None, frames: int | None, option: str) -> Views:
+    """What is selected of; a ValueError for both, or for less than one frame, that names the option they come from."""
+    if crops is not None and frames is not None:
+        raise ValueError(
+            f"--crops cuts single images and {option} takes the frames of one video, got both; give one of them"
+        )
+    return Views(crops, None if frames is None else check_count(option, frames, 1))
 
 
 def machine() -> argparse.ArgumentParser:
@@ -330,6 +350,16 @@ def parse_keep(text: str) -> int | float:
         return int(text) if re.fullmatch(r"-?[0-9]+", text) else float(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number of tokens nor a share such as 0.25") from error
+
+
+def parse_crops(text: str) -> tuple[int, int]:
+    """(rows, columns) of "ROWSxCOLUMNS"."""
+    match = re.fullmatch(r"([1-9][0-9]*)x([1-9][0-9]*)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not ROWSxCOLUMNS, two whole numbers of at least 1; give e.g. 2x2 for four crops"
+        )
+    return int(match[1]), int(match[2])
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -26,6 +26,9 @@ from effvit.measure.reader import Reader
 from effvit.measure.values import Record
 from effvit.measure.written_files import write_whole
 from effvit.messages import plain
+from effvit.selectors import CropSelector, VideoSelector
+from effvit.show.crops import crops_figure
+from effvit.show.video import video_figure
 from effvit.show.visualize import token_figure
 
 if TYPE_CHECKING:
@@ -231,10 +234,20 @@ def figure_file(folder: Path, image: str, model: str) -> Path:
     return folder / f"{file_stem(image)}-{file_stem(model)}.png"
 
 
-def draw_figure(model: nn.Module, name: str, image: Image.Image, path: Path, arguments: FigureArguments) -> None:
-    """Write a figure of the tokens that the model leaves of the image."""
+def draw_figure(
+    model: nn.Module, name: str, image: Image.Image | Iterable[Image.Image], path: Path, arguments: FigureArguments
+) -> None:
+    """Write a figure of the tokens that the model leaves of the image, or of the frames of a video."""
     note = f" ({RANDOM_WEIGHTS})" if has_random_weights(arguments) else ""
     place = "" if name == arguments.model else f" in {arguments.model}"
     file = BytesIO()
-    token_figure(model, image, title=f"{name}{place}{note}").save(file, "PNG")
+    title = f"{name}{place}{note}"
+    if not isinstance(image, Image.Image):
+        assert isinstance(model, VideoSelector), "what else takes frames"
+        figure = video_figure(model, image, title=title)
+    elif isinstance(model, CropSelector):
+        figure = crops_figure(model, image, title=title)
+    else:
+        figure = token_figure(model, image, title=title)
+    figure.save(file, "PNG")
     write_whole(path, file.getvalue())

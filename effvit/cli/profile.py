@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from effvit.cli import options
 from effvit.cli.images import named_images
 from effvit.cli.models import check_device, create
-from effvit.cli.output import finish_on_interrupt, measure, output, told_on_interrupt
-from effvit.data.preparation import load_images
+from effvit.cli.output import finish_on_interrupt, measure, output, say, told_on_interrupt
+from effvit.data.preparation import data_config, load_images
 from effvit.measure.profiler import ProfileOptions
 from effvit.measure.reader import Reader, parse_reader
 from effvit.measure.records import write_records
-from effvit.measure.selections import Exit, Selecting, all_tokens, selected
+from effvit.measure.selections import Exit, Selecting, Views, all_tokens, selected
 from effvit.measure.values import Record
 from effvit.measure.variants import list_all, parse_setting, reduced
 from effvit.messages import plain
 from effvit.protocols import Settings, Size
 from effvit.schedule import check_count
+from effvit.selectors import SELECTORS, SelectingTower, VideoSelector
+from effvit.show.crops import cut
+from effvit.show.named_images import NamedImages
 from effvit.show.tables import print_record, write_csv
 
 __all__ = ["add_command"]
@@ -39,7 +42,8 @@ class Arguments(
     models: list[str]
     keep_rate: list[float]
     img_size: list[Size] | None
-    batch_size: list[int]
+    batch_size: list[int] | None
+    frames: int | None
     images: list[str] | None
     rounds: int
     precision: float | None
@@ -76,7 +80,16 @@ def add_command(commands: options.Commands) -> None:
     command.add_argument(
         "--img-size", nargs="+", type=options.parse_size, metavar="SIZE", help="side or HxW; each is measured"
     )
-    command.add_argument("--batch-size", nargs="+", type=int, default=[8], metavar="N", help="each is measured")
+    command.add_argument(
+        "--batch-size",
+        nargs="+",
+        type=int,
+        metavar="N",
+        help="each is measured (default: 8; one image in --crops, one video of --frames, which are measured alone)",
+    )
+    command.add_argument(
+        "--frames", type=int, metavar="T", help="select from videos of so many frames; IMAGEs are theirs, in order"
+    )
     command.add_argument(
         "--images",
         nargs="+",
@@ -109,10 +122,15 @@ def run_profile(arguments: Arguments) -> None:
     assignments = [parse_setting(text) for text in arguments.settings]
     assignments += [("keep_rate", rate) for rate in arguments.keep_rate]
     leaving = options.leaving(arguments, bool(arguments.select))
-    variants, selections = list_all(arguments.method, arguments.select, arguments.keep, assignments)
+    views = options.views_from(arguments.crops, arguments.frames, "--frames")
+    variants, selections = list_all(
+        arguments.method, arguments.select, arguments.keep, assignments, views, untrained=True
+    )
     reader = reader_of(arguments)
     check_device(arguments.device)
     photos = named_images(arguments.images or [], arguments.skip_bad)
+    photos = photos if views.frames is None else photos.in_natural_order()
+    say_untrained(arguments.select)
     records: list[Record] = []
     sizes: Sequence[Size | None] = arguments.img_size or [None]
     with told_on_interrupt(lambda: interrupted(arguments, len(records))):
@@ -120,12 +138,12 @@ def run_profile(arguments: Arguments) -> None:
             hosts = {name: create(name, arguments, size) for name in arguments.models}
             groups: list[dict[str, nn.Module]] = [hosts]
             if selections:
-                groups = [selecting(name, host, variants, selections, leaving) for name, host in hosts.items()]
+                groups = [selecting(name, host, variants, selections, leaving, views) for name, host in hosts.items()]
             elif variants:
                 groups = [{name: host, **reduced(host, variants)} for name, host in hosts.items()]
             for models in groups:
-                images = load_images(next(iter(models.values())), photos) if photos else None
-                for batch_size in arguments.batch_size:
+                images = load_views(next(iter(models.values())), photos, views) if photos else None
+                for batch_size in arguments.batch_size or [8 if views == Views() else 1]:
                     with finish_on_interrupt("the measurement ends with the rounds it has") as stop:
                         record = measure(
                             models,
@@ -141,6 +159,7 @@ def run_profile(arguments: Arguments) -> None:
                         records.append(record)
                         print_record(output(), record)
                         write(arguments, records)
+                say_adapting(models, photos)
 
 
 def selecting(
@@ -149,10 +168,44 @@ def selecting(
     variants: Sequence[tuple[str, Settings]],
     selections: Sequence[Selecting],
     leaving: Exit,
+    views: Views,
 ) -> dict[str, nn.Module]:
     """The host as a tower that hands over all its tokens, and the selections behind it or behind its variants."""
     towers = reduced(host, variants) if variants else {"": host}
-    return {name: all_tokens(host, leaving), **selected(towers, selections, leaving)}
+    return {name: all_tokens(host, leaving, views), **selected(towers, selections, leaving, views)}
+
+
+def load_views(model: nn.Module, photos: NamedImages, views: Views) -> Tensor:
+    """Images (B, channels, H, W) as the model takes them: each cut into its parts where there are crops.
+
+    Raises:
+        ValueError: A number of frames that makes no whole videos.
+    """
+    if views.frames is not None and len(photos) % views.frames:
+        raise ValueError(
+            f"--images must name whole videos of --frames {views.frames}, got {len(photos)} images; name "
+            f"{len(photos) // views.frames * views.frames or views.frames} of them"
+        )
+    if views.crops is None:
+        return load_images(model, photos)
+    return torch.cat([cut(model, photo, views.crops) for photo in photos])
+
+
+def say_adapting(models: Mapping[str, nn.Module], photos: NamedImages) -> None:
+    """A line on towers that hand over a number of tokens which depends on the image or the video."""
+    found = {name: model for name, model in models.items() if isinstance(model, SelectingTower)}
+    found = {name: model for name, model in found.items() if model.count(data_config(model)["input_size"][1:]) is None}
+    if found:
+        shown = "the mean of those named is shown" if photos else "that of noise is shown; name some with --images"
+        what = "videos" if any(isinstance(model, VideoSelector) for model in found.values()) else "images"
+        say(f"{', '.join(found)}: how many tokens are handed over depends on the {what}; {shown}")
+
+
+def say_untrained(selectors: Sequence[str]) -> None:
+    """A line on selectors whose weights are made for the measurement."""
+    made = [name for name in selectors if SELECTORS[name].learns]
+    if made:
+        say(f"{', '.join(made)}: weights are made anew, which costs the same; what such tokens hold is not measured")
 
 
 def reader_of(arguments: Arguments) -> Reader | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,6 +45,7 @@ class Arguments(options.WeightArguments, options.SelectorArguments, options.Mach
     speedup: float | None
     gmacs: float | None
     tokens: int | None
+    crops: Size | None
     methods: list[str] | None
     batch_size: int
     img_size: Size | None
@@ -86,6 +88,7 @@ def add_command(commands: options.Commands) -> None:
         metavar="NAME",
         help="methods to choose from (default: all that can be); with --tokens those to try inside the tower",
     )
+    command.add_argument("--crops", type=options.parse_crops, help=argparse.SUPPRESS)  # refused with the reason
     command.add_argument("--batch-size", type=int, default=8)
     command.add_argument("--img-size", type=options.parse_size, metavar="SIZE", help="side or HxW (default: MODEL's)")
     command.add_argument("--rounds", type=int, default=8, help="of each step of the search")
@@ -108,6 +111,13 @@ def add_command(commands: options.Commands) -> None:
 
 def run_tune(arguments: Arguments) -> None:
     """Print the front of settings and the best one for the aim."""
+    if arguments.crops is not None:
+        rows, columns = arguments.crops
+        raise ValueError(
+            f"--tokens chooses by what the tower's own blocks and head make of the tokens of one image, and none of "
+            f"them reads those of {rows * columns + 1} parts together, got --crops {rows}x{columns}; leave it out, or "
+            "compare costs by effvit profile --crops"
+        )
     check_device(arguments.device)
     leaving = options.leaving(arguments, arguments.tokens is not None)
     if arguments.tokens is not None:

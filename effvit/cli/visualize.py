@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from PIL import Image
 from torch import nn
 
 from effvit.cli import options
@@ -13,10 +14,11 @@ from effvit.cli.images import named_images
 from effvit.cli.models import RANDOM_WEIGHTS, create, has_random_weights
 from effvit.cli.output import draw_figure, figure_file, output, progress, tell, told_on_interrupt
 from effvit.measure.records import write_records
-from effvit.measure.selections import selected
+from effvit.measure.selections import Views, selected
 from effvit.measure.values import TokenRecord
 from effvit.measure.variants import list_all, parse_setting, reduced
 from effvit.messages import plain
+from effvit.show.named_images import NamedImages
 from effvit.show.visualize import token_record
 
 __all__ = ["add_command"]
@@ -26,6 +28,7 @@ class Arguments(options.FigureArguments, options.VariantArguments, options.Selec
     """Parsed arguments of ``effvit visualize``."""
 
     images: list[str]
+    video: bool
     json: Path | None
 
 
@@ -47,6 +50,9 @@ def add_command(commands: options.Commands) -> None:
     )
     command.add_argument("--out", required=True, type=options.output_folder, metavar="DIR")
     command.add_argument(
+        "--video", action="store_true", help="IMAGEs are the frames of one video, in the order of the numbers they have"
+    )
+    command.add_argument(
         "--json", type=options.output_file, metavar="FILE", help="write the tokens there too, for effvit report"
     )
     command.set_defaults(run=run_visualize)
@@ -56,13 +62,20 @@ def run_visualize(arguments: Arguments) -> None:
     """Write a figure for every image, method and setting."""
     leaving = options.leaving(arguments, bool(arguments.select))
     assignments = [parse_setting(text) for text in arguments.settings]
-    variants, selections = list_all(arguments.method, arguments.select, arguments.keep, assignments)
     images = named_images(arguments.images, arguments.skip_bad)
+    views = options.views_from(arguments.crops, len(images) if arguments.video else None, "--video")
+    if arguments.json is not None and views != Views():
+        raise ValueError(
+            f"--json holds the tokens of single images, got {'--video' if arguments.video else '--crops'} too; leave "
+            "one of them out"
+        )
+    variants, selections = list_all(arguments.method, arguments.select, arguments.keep, assignments, views)
     model = create(arguments.model, arguments)
     models: Mapping[str, nn.Module] = reduced(model, variants) if variants else {arguments.model: model}
     if selections:
-        models = selected(models if variants else {"": model}, selections, leaving)
-    figures = figure_files(arguments.out, images.names, list(models))
+        models = selected(models if variants else {"": model}, selections, leaving, views)
+    clip = {clip_name(images): images.in_natural_order()} if arguments.video else None
+    figures = figure_files(arguments.out, images.names if clip is None else list(clip), list(models))
     host = arguments.model if variants or selections else None
     note = RANDOM_WEIGHTS if has_random_weights(arguments) else None
     if note is not None:
@@ -72,11 +85,11 @@ def run_visualize(arguments: Arguments) -> None:
     with progress() as bars, told_on_interrupt(lambda: interrupted(arguments, len(drawn), len(figures))):
         bar = bars.add("drawing tokens", len(figures))
         try:
-            for stem, image in zip(images.names, images, strict=True):
+            for stem, image in zip(images.names, images, strict=True) if clip is None else clip.items():
                 for name, model in models.items():
                     path = figures[stem, name]
                     draw_figure(model, name, image, path, arguments)
-                    if arguments.json is not None:
+                    if arguments.json is not None and isinstance(image, Image.Image):
                         records.append(token_record(model, image, name=stem, model_name=name, host=host, note=note))
                     tell(path)
                     drawn.append(path)
@@ -84,6 +97,11 @@ def run_visualize(arguments: Arguments) -> None:
         finally:  # of what was drawn, whatever ends it
             if arguments.json is not None and records:
                 write_records(arguments.json, records)
+
+
+def clip_name(frames: NamedImages) -> str:
+    """What a video is called in the names of files: as the folder of its first frame."""
+    return frames.sources[0].path.parent.name or "video"
 
 
 def figure_files(folder: Path, images: Sequence[str], models: Sequence[str]) -> dict[tuple[str, str], Path]:

@@ -35,6 +35,7 @@ __all__ = [
     "entrance",
     "plain_block",
     "plain_vit",
+    "positions",
     "run_blocks",
     "scoring",
 ]
@@ -145,14 +146,20 @@ def entrance(model: PlainViT, patch_embed: PatchEmbedding, size: Size) -> tuple[
     The patch embedding, the norm behind it, and the relative positions that MLPs make for the blocks.
     """
     terms, grid = embedding(patch_embed, size)
+    terms += norm(getattr(model, "norm_pre", nn.Identity()), model.num_prefix_tokens + grid[0] * grid[1])
+    return terms + positions(model, patch_embed, grid), grid
+
+
+def positions(model: PlainViT, patch_embed: PatchEmbedding, grid: Size) -> Terms:
+    """What is made of tables of positions for a grid, once for all images of a batch."""
+    terms = Terms()
     if isinstance(patch_embed, NominalPatches):
         terms["embedding"] += patch_embed.resampling_macs(grid)
     elif getattr(model, "dynamic_img_size", False):
         terms["embedding"] += resampled_positions(getattr(model, "pos_embed", None), patch_embed.grid_size, grid)
-    terms += norm(getattr(model, "norm_pre", nn.Identity()), model.num_prefix_tokens + grid[0] * grid[1])
     for biases in (getattr(model, "shared_rel_pos", None), *(getattr(b.attn, "rel_pos", None) for b in model.blocks)):
         terms += position_bias(biases, grid)
-    return terms, grid
+    return terms
 
 
 def resampled_positions(table: Tensor | None, old: Size, new: Size) -> int:

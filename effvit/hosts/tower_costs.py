@@ -16,7 +16,7 @@ from effvit.protocols import Size
 from effvit.recover import FILLS, AttentionRecovery
 from effvit.reducers import METHODS
 
-__all__ = ["projected_form", "tower_block", "tower_embedding", "tower_form"]
+__all__ = ["projected_form", "tower_block", "tower_embedding", "tower_form", "tower_positions"]
 
 
 def tower_form(model: Any, size: Size, counts: Sequence[int] | None) -> Terms:
@@ -48,19 +48,25 @@ def tower_form(model: Any, size: Size, counts: Sequence[int] | None) -> Terms:
 
 def tower_embedding(tower: Any, size: Size) -> tuple[Terms, Size]:
     """Patch and position embedding of an image, and the grid of its patches."""
-    embed, dim = tower.patch_embed, tower.embed_dim
-    if not isinstance(tower, Gemma4VitEncoder):
+    embed = tower.patch_embed
+    if isinstance(tower, Gemma4VitEncoder):
+        grid = size[0] // embed.patch_size[0], size[1] // embed.patch_size[1]
+        patches = grid[0] * grid[1]
+        terms = layers("embedding", embed.input_proj, patches)
+        # A row of each of two tables, taken by a product with one-hot vectors.
+        terms["embedding"] += 2 * patches * embed.position_embedding_size * tower.embed_dim
+    else:
         terms, grid = embedding(embed, size)
-        if isinstance(tower, Qwen3VitEncoder):
-            terms["embedding"] += resampling((tower.pos_embed_grid_size,) * 2, grid, dim, 2)
-        return terms, grid
-    grid = size[0] // embed.patch_size[0], size[1] // embed.patch_size[1]
-    patches = grid[0] * grid[1]
-    terms = layers("embedding", embed.input_proj, patches)
-    # A row of each of two tables, taken by a product with one-hot vectors.
-    terms["embedding"] += 2 * patches * embed.position_embedding_size * dim
-    terms["embedding"] += 2 * patches * tower.rotary_emb.inv_freq.numel()  # angles of both axes
-    return terms, grid
+    return terms + tower_positions(tower, grid), grid
+
+
+def tower_positions(tower: Any, grid: Size) -> Terms:
+    """What is made of positions for a grid, once for all images of a batch."""
+    if isinstance(tower, Qwen3VitEncoder):
+        return Terms(embedding=resampling((tower.pos_embed_grid_size,) * 2, grid, tower.embed_dim, 2))
+    if isinstance(tower, Gemma4VitEncoder):  # angles of both axes
+        return Terms(embedding=2 * grid[0] * grid[1] * tower.rotary_emb.inv_freq.numel())
+    return Terms()
 
 
 def tower_block(block: Any, keys: int, queries: int, rows: int) -> Terms:

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from effvit.attention import AttnState, Beside, SumMap, sum_beside
 from effvit.block import BlockList, ReducibleBlock, rehouse, set_child, token_block
-from effvit.hosts.closed_form import PlainViT, block_sizes, entrance, plain_block, run_blocks, scoring
+from effvit.hosts.closed_form import PlainViT, block_sizes, entrance, plain_block, positions, run_blocks, scoring
 from effvit.hosts.host import HOST_CLASSES, ReducedHost
 from effvit.hosts.naflex import Images, ReducedNaFlex
 from effvit.hosts.refusals import reason_against
-from effvit.hosts.tower_costs import projected_form, tower_block, tower_embedding
+from effvit.hosts.tower_costs import projected_form, tower_block, tower_embedding, tower_positions
 from effvit.hosts.towers import ReducedTower
 from effvit.layers.macs import Terms
 from effvit.protocols import Size
@@ -183,13 +183,13 @@ class TowerCost(NamedTuple):
         terms: MACs by term, what is read of the attention as "selection".
         grid: (H, W) of the patches.
         left: Patch tokens that leave the last block.
-        projected: Channels C' of what the tower's own projector makes of them; None without one.
+        once: Of the terms, what a batch of images shares: positions that are made for a grid.
     """
 
     terms: Terms
     grid: Size
     left: int
-    projected: int | None
+    once: Terms
 
 
 def tower_host(model: nn.Module) -> ReducedHost:
@@ -296,6 +296,14 @@ class Tower(nn.Module):
                 )
 
     @property
+    def channels(self) -> int:
+        """Channels of a token that leaves: those of a patch, or what the tower's own projector makes of them."""
+        if self.merge is None:
+            return self.host.embed_dim
+        assert isinstance(self.host, ReducedTower)
+        return projected_form(self.host.tower, (self.merge, self.merge))[1]
+
+    @property
     def reducing(self) -> list[int]:
         """Blocks of the tower in which a method reduces tokens; none of a dense one."""
         return [i for i, reducer in self.host.reducers.items() if not isinstance(reducer, Observer)]
@@ -308,9 +316,10 @@ class Tower(nn.Module):
         form: Callable[..., Terms] = plain_block
         if isinstance(self.host, ReducedTower):
             terms, grid = tower_embedding(self.host.tower, size)
-            form = tower_block
+            form, once = tower_block, tower_positions(self.host.tower, grid)
         else:
             terms, grid = entrance(host, self.host.patch_embed, size)
+            once = positions(host, self.host.patch_embed, grid)
         run = self.stop - 1 if self.block < self.stop - 1 else self.stop
         of_blocks, left, _ = run_blocks(host, host.blocks[:run], grid, None, form)
         terms += of_blocks
@@ -318,11 +327,10 @@ class Tower(nn.Module):
             block, keys = host.blocks[run], host.num_prefix_tokens + left
             terms += scoring(block, keys)
             terms[Observer.cost_term] += self.host.reducers[run].cost(block_sizes(host, block, grid, left)).macs
-        if self.merge is None:
-            return TowerCost(terms, grid, left, None)
-        assert isinstance(self.host, ReducedTower)
-        of_projector, channels = projected_form(self.host.tower, grid)
-        return TowerCost(terms + of_projector, grid, left, channels)
+        if self.merge is not None:
+            assert isinstance(self.host, ReducedTower)
+            terms += projected_form(self.host.tower, grid)[0]
+        return TowerCost(terms, grid, left, once)
 
     def __repr__(self) -> str:
         method = f", {self.host.method}" if self.reducing else ""

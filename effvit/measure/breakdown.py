@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from effvit.measure.values import BlockTime
-from effvit.selectors import TokenSelector
+from effvit.selectors import SelectingTower
 
 __all__ = ["now", "time_by_block"]
 
 BRANCHES = {"attn": "attention", "mlp": "mlp"}
-TOWER = "tower"  # of a TokenSelector
+TOWER = "tower"  # of a SelectingTower
 
 
 class _Clock:
@@ -58,7 +58,7 @@ def time_by_block(model: nn.Module, batch: Tensor, rounds: int = 10) -> list[Blo
         rounds: Passes the median is taken over, after one that does not count.
 
     Returns:
-        For each block its "attention", "mlp", "norm" and "reduction", of a ``TokenSelector`` a block "selection" with
+        For each block its "attention", "mlp", "norm" and "reduction", of a ``SelectingTower`` a block "selection" with
         what happens behind its tower, and last a block "rest" with that part alone: embedding, head, dense recovery.
 
     Raises:
@@ -74,7 +74,7 @@ def time_by_block(model: nn.Module, batch: Tensor, rounds: int = 10) -> list[Blo
         raise ValueError(f"{type(model).__name__} has no blocks with children named attn and mlp to time apart")
     clock = _Clock()
     clock.watch("", model)
-    if isinstance(model, TokenSelector):
+    if isinstance(model, SelectingTower):
         clock.watch(TOWER, model.tower)
     for name, block in blocks.items():
         clock.watch(name, block)

@@ -24,12 +24,13 @@ from effvit.measure.profiler import (
     noise,
     profile_models,
     setup_of,
+    shared_views,
 )
 from effvit.measure.reader import Reader
 from effvit.measure.records import as_json
 from effvit.measure.values import Conditions, Cost, HandedOver, Record
-from effvit.protocols import Settings, Size
-from effvit.selectors import TokenSelector
+from effvit.protocols import Json, Settings, Size, check_views
+from effvit.selectors import SelectedParts, SelectingTower
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -70,7 +71,7 @@ def profile(
 
     Args:
         models: Name -> model: any classifiers, of timm, of this package or your own, for the same images; or towers
-            whose tokens are selected, each a ``TokenSelector``.
+            whose tokens are selected, each a ``TokenSelector``, a ``CropSelector`` or a ``VideoSelector``.
         input_size: (channels, H, W) of an image.
         batch_size: Images in the batch.
         images: (B, channels, H, W) to measure on, repeated to fill the batch, and to compare outputs on; None means
@@ -92,7 +93,9 @@ def profile(
     Raises:
         ValueError: As ``profile_models``.
     """
-    sample = noise(input_size, 1) if images is None else images
+    views = shared_views(models)
+    sample = noise(input_size, views) if images is None else images
+    check_views(len(sample), views)
     dense = next(iter(models.values()))
     tokens = {name: tokens_by_block(model, sample) for name, model in models.items()}
     runs = {**models, **(ideals(models, tokens) if ideal else {})}
@@ -101,7 +104,7 @@ def profile(
     compared = images is not None and any(is_reduced(model, dense) for model in models.values())
     reference = outputs(dense, sample) if compared else None
     placement = torch.device(options.get("device", "cpu")), options.get("dtype", torch.float32)
-    batch = fill_batch(sample, batch_size).to(*placement) if breakdown else None
+    batch = fill_batch(sample, views * batch_size).to(*placement) if breakdown else None
     costs: list[Cost] = []
     for name, model in models.items():
         counted = macs_of(model, input_size, sample)
@@ -113,23 +116,27 @@ def profile(
             replace(
                 cost,
                 uncounted=counted.uncounted,
-                host=baseline.name if of_dense or (isinstance(model, TokenSelector) and model is not dense) else None,
+                host=baseline.name if of_dense or (isinstance(model, SelectingTower) and model is not dense) else None,
                 mac_ratio=baseline.macs / cost.macs if cost.macs else None,
                 breakdown=None if batch is None else time_by_block(model, batch),
                 fidelity=compare_outputs(reference, outputs(model, sample)) if of_dense and reference else None,
-                handed=handed_over(model, sample, reader, text) if isinstance(model, TokenSelector) else None,
+                handed=handed_over(model, sample, reader, text) if isinstance(model, SelectingTower) else None,
             )
         )
         if on_count is not None:
             on_count(name)
     named = image_names or [f"{len(images)} images"] if images is not None else "noise"
     conditions = conditions_of(batch_size, input_size, named, options)
+    if isinstance(dense, SelectingTower):
+        known = sorted(dense.settings.keys() & {"crops", "frames"})
+        cut: dict[str, Json] = {name: as_json(dense.settings[name]) for name in known}
+        conditions = replace(conditions, options={**conditions.options, **cut})
     return Record(machine(conditions.device), conditions, costs)
 
 
 def macs_of(model: nn.Module, input_size: tuple[int, int, int], sample: Tensor) -> FlopReport:
     """Multiply-adds of one image (channels, H, W); a mean over the sample (B, channels, H, W) if they depend on it."""
-    adapts = model.adapts if isinstance(model, TokenSelector) else isinstance(model, Reduced) and model.variable_length
+    adapts = model.adapts if isinstance(model, SelectingTower) else isinstance(model, Reduced) and model.variable_length
     return count_flops(model, input_size, images=sample if adapts else None)
 
 
@@ -204,17 +211,23 @@ def method_of(model: nn.Module, size: Size) -> tuple[str | None, Settings]:
     """
     if isinstance(model, Reduced):
         return model.method, dict(model.settings)
-    if not isinstance(model, TokenSelector) or model.keeps_all(size):
+    if not isinstance(model, SelectingTower) or model.keeps_all(size):
         return None, {}
     tower = [model.tower.host.method] if model.tower.reducing else []
     return " + ".join([*tower, model.selector.name]), dict(model.settings)
 
 
 @torch.no_grad()
-def handed_over(model: TokenSelector, images: Tensor, reader: Reader | None = None, text: int = 0) -> HandedOver:
-    """What a tower hands over of images (B, channels, H, W), and what a reader of it, and of ``text``, costs."""
-    like = next(model.parameters())
-    tokens = float(eval_twin(model)(images.to(like.device, like.dtype)).counts.float().mean())
+def handed_over(model: SelectingTower, images: Tensor, reader: Reader | None = None, text: int = 0) -> HandedOver:
+    """What a tower hands over of images (B, channels, H, W), and what a reader of it, and of ``text``, costs.
+
+    Where it takes several images as one, the mean is over such groups.
+    """
+    like, twin = next(model.parameters()), eval_twin(model)
+    groups = images.to(like.device, like.dtype).split(model.views if model.views > 1 else len(images))
+    found = [twin(group) for group in groups]
+    total = sum(int((own.selection if isinstance(own, SelectedParts) else own).counts.sum()) for own in found)
+    tokens = total * model.views / len(images)
     if reader is None:
         return HandedOver(tokens, text)
     read = round(tokens), text
@@ -247,7 +260,7 @@ def is_reduced(model: nn.Module, dense: nn.Module) -> bool:
 @torch.no_grad()
 def tokens_by_block(model: nn.Module, images: Tensor) -> list[float] | None:
     """Mean number of patch tokens that leave each block; None for a model without them."""
-    if isinstance(model, TokenSelector):
+    if isinstance(model, SelectingTower):
         tower = model.tower
         return [float(count) for count in tower.host.token_counts(patch_grid(images, tower.host))[: tower.block + 1]]
     if isinstance(model, ReducedHost):

@@ -15,13 +15,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple, Protocol, TypeAlias, TypeVar, cast
+from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from effvit.block import copy_shared
+from effvit.protocols import check_views, views_of
 from effvit.recording import traced_once
 
 with warnings.catch_warnings():
@@ -65,8 +67,8 @@ IGNORED_OPERATORS = frozenset(f"aten::{name}{in_place}" for in_place in ("", "_"
     "hardtanh", "leaky_relu", "linalg_vector_norm", "log", "log2", "log_softmax", "logsumexp", "mul", "nan_to_num",
     "neg", "pow", "reciprocal", "rsqrt", "rsub", "sigmoid", "silu", "sin", "softmax", "sqrt", "square", "sub", "tanh",
     # sums, extremes and order
-    "adaptive_max_pool2d", "amax", "amin", "any", "argmax", "argmin", "argsort", "cumsum", "kthvalue", "max_pool2d",
-    "maximum", "mean", "min", "minimum", "quantile", "sort", "sum", "topk",
+    "adaptive_max_pool2d", "all", "amax", "amin", "any", "argmax", "argmin", "argsort", "cumsum", "kthvalue",
+    "max_pool2d", "maximum", "mean", "min", "minimum", "quantile", "sort", "sum", "topk",
     # comparisons
     "__or__", "__rshift__", "__xor__", "isfinite", "isnan", "le", "lt", "ne", "nextafter",
     # making and moving tokens, adding one to another
@@ -255,7 +257,8 @@ def tensors_alone(module: nn.Module, given: object, output: object) -> tuple[Ten
     """A forward hook: the tensors alone of a named tuple, such as a ``Selection``, since a trace takes nothing else."""
     if not hasattr(output, "_fields"):
         return None
-    return tuple(value for value in cast(tuple[object, ...], output) if isinstance(value, Tensor))
+    leaves: list[object] = tree_leaves(output)
+    return tuple(value for value in leaves if isinstance(value, Tensor))
 
 
 def count_flops(
@@ -263,7 +266,9 @@ def count_flops(
 ) -> FlopReport:
     """Multiply-accumulates (MACs) of one image in eval mode. The model is left as it is.
 
-    What no output of the model depends on is not in the trace, and so not in the count.
+    What no output of the model depends on is not in the trace, and so not in the count. Where a model takes several
+    images as one, the crops of an image (``CropSelector``) or the frames of a video (``VideoSelector``), the count is
+    that of all of them.
 
     Args:
         model: Takes images (1, 3, H, W) and returns a tensor, tuples or lists of tensors, or a named tuple, such as the
@@ -274,19 +279,22 @@ def count_flops(
         strict: Refuse a count that is not complete.
 
     Raises:
-        ValueError: Images of another size than ``input_size``; with ``strict`` an operator without a rule.
+        ValueError: Images of another size than ``input_size``, or not a multiple of those that the model takes as one;
+            with ``strict`` an operator without a rule.
     """
     like = next(model.parameters(), torch.empty(0))
+    views = views_of(model)
     if images is None:
-        images = torch.randn(1, *input_size, generator=torch.Generator().manual_seed(0))
+        images = torch.randn(views, *input_size, generator=torch.Generator().manual_seed(0))
     if images.shape[0] < 1 or tuple(images.shape[1:]) != tuple(input_size):
         raise ValueError(
             f"expected at least one image of {' x '.join(map(str, input_size))}, got a tensor of shape "
             f"{tuple(images.shape)}"
         )
+    check_views(len(images), views)
     twin = eval_twin(model)
     twin.register_forward_hook(tensors_alone)
-    counts = [_counts(twin, image) for image in images.to(like.device, like.dtype).split(1)]
+    counts = [_counts(twin, image) for image in images.to(like.device, like.dtype).split(views)]
     uncounted: Counter[str] = Counter()
     for count in counts:
         uncounted |= count.uncounted
@@ -311,7 +319,7 @@ class _Counts(NamedTuple):
 
 
 def _counts(model: nn.Module, image: Tensor) -> _Counts:
-    """The count of one image (1, 3, H, W)."""
+    """The count of one image (1, 3, H, W), or of all that the model takes as one."""
     analysis = FlopCountAnalysis(model, image)
     analysis.set_op_handle(**HANDLES, **dict.fromkeys(IGNORED_OPERATORS))
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import effvit
-from effvit.protocols import Json
+from effvit.protocols import Json, views_of
 
 __all__ = [
     "Measurement",
@@ -42,6 +42,7 @@ __all__ = [
     "present_device",
     "profile_models",
     "setup_of",
+    "shared_views",
 ]
 
 SEED = 0
@@ -205,7 +206,8 @@ def profile_models(
     """Interleaved inference speed of several models on one batch; the first is the baseline.
 
     The models are copied, once and with what they share, so the given ones keep their device, dtype and mode. Time is
-    wall-clock time from an idle device to the result; on CUDA, it is measured with events.
+    wall-clock time from an idle device to the result; on CUDA, it is measured with events. Where models take several
+    images as one (``CropSelector``, ``VideoSelector``), a batch is one such group, and "image" means all of it.
 
     Args:
         models: Name -> model.
@@ -232,10 +234,15 @@ def profile_models(
 
     Raises:
         ValueError: No model, or a count below 1; a device as of ``present_device``; CUDA graphs on another device, or
-            of a model that waits for the device to know its token counts.
+            of a model that waits for the device to know its token counts; models that take different numbers of images
+            as one, or a batch of several such groups.
     """
-    if not models:
-        raise ValueError("there is no model to profile")
+    views = shared_views(models)
+    if views > 1 and batch_size != 1:
+        raise ValueError(
+            f"models that take {views} images as one, crops or frames, take one such group at a time, got "
+            f"batch_size={batch_size}; give 1"
+        )
     for name, value in (("batch_size", batch_size), ("rounds", rounds), ("threads", threads)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
@@ -245,8 +252,8 @@ def profile_models(
     if cuda_graphs and device.type != "cuda":
         raise ValueError(f"cuda_graphs needs a CUDA device, got {str(device)!r}")
     if images is None:
-        images = noise(input_size, batch_size)
-    batch = fill_batch(images, batch_size).to(device, dtype)
+        images = noise(input_size, views * batch_size)
+    batch = fill_batch(images, views * batch_size).to(device, dtype)
     twins = {name: twin.to(device, dtype).eval() for name, twin in copy.deepcopy(dict(models)).items()}
 
     if device.type == "cpu" and keep_memory:
@@ -261,6 +268,20 @@ def profile_models(
         torch.set_num_threads(threads_before)
     baseline: Times = np.array(next(iter(seconds.values())))
     return [measurement(name, np.array(own), baseline, batch_size, memory[name]) for name, own in seconds.items()]
+
+
+def shared_views(models: Mapping[str, nn.Module]) -> int:
+    """How many images all of the models take as one; a ValueError if there is none, or if they differ."""
+    if not models:
+        raise ValueError("there is no model to profile")
+    found = {name: views_of(model) for name, model in models.items()}
+    if len(set(found.values())) > 1:
+        text = ", ".join(f"{name} {views}" for name, views in found.items())
+        raise ValueError(
+            f"models are measured on the same images, but take different numbers of them as one: {text}; measure them "
+            "apart"
+        )
+    return next(iter(found.values()))
 
 
 def interleaved(

@@ -5,22 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, fields, replace
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
-from effvit.protocols import Setting, Settings
-from effvit.selectors import SELECTORS, TokenSelector, list_selectors
-from effvit.selectors.base import Keep
+from effvit.protocols import Setting, Settings, Size
+from effvit.selectors import SELECTORS, CropSelector, SelectingTower, TokenSelector, VideoSelector, list_selectors
+from effvit.selectors.base import Keep, Selector
 from effvit.selectors.select import CLASS_ROW
 
 __all__ = [
     "Exit",
     "Selecting",
+    "Views",
     "all_tokens",
     "check_selectors",
     "list_image_selectors",
     "list_selections",
+    "list_selectors_of",
     "select",
     "selected",
 ]
@@ -72,69 +74,125 @@ class Exit:
         return {name: value for name, value in values.items() if value != getattr(Exit(), name)}
 
 
+@dataclass(frozen=True)
+class Views:
+    """What tokens are selected of: an image, or several that a tower takes as one.
+
+    Attributes:
+        crops: (rows, columns) of the crops of an image, behind its thumbnail.
+        frames: T of a video.
+    """
+
+    crops: Size | None = None
+    frames: int | None = None
+
+    @property
+    def takes(self) -> str:
+        """The function of this package that selects of them."""
+        return "select_parts" if self.crops else "select_tokens" if self.frames is None else "select_video"
+
+
+NAMES = {
+    "select_tokens": "images one by one",
+    "select_parts": "the crops of an image (--crops)",
+    "select_video": "the frames of a video (--frames, --video)",
+}
+"""What functions select of, in words, with the options of commands that ask for it."""
+
+
+def list_selectors_of(views: Views, untrained: bool = False) -> list[str]:
+    """Names of the selectors for these views: those for them alone, and those that choose in each by itself.
+
+    Args:
+        views: What they select of.
+        untrained: Also those that need weights.
+    """
+    every = {name: SELECTORS[name] for name in list_selectors()}
+    taken = ("select_tokens", views.takes)
+    return [name for name, kind in every.items() if kind.takes in taken and (untrained or not kind.learns)]
+
+
 def list_image_selectors() -> list[str]:
     """Names of the selectors that take images one by one and need no weights."""
-    every = {name: SELECTORS[name] for name in list_selectors()}
-    return [name for name, kind in every.items() if kind.takes == "select_tokens" and not kind.learns]
+    return list_selectors_of(Views())
 
 
-def check_selectors(names: Sequence[str]) -> None:
-    """Raise a ValueError for a name that is none of ``list_image_selectors``."""
-    known = list_image_selectors()
+def check_selectors(names: Sequence[str], views: Views | None = None, untrained: bool = False) -> None:
+    """Raise a ValueError for a name that is none of ``list_selectors_of``; None: images one by one."""
+    views = views or Views()
+    known = list_selectors_of(views, untrained)
     for name in names:
+        if name in known:
+            continue
         if name in SELECTORS and SELECTORS[name].learns:
             raise ValueError(
-                f"{name} chooses by weights that are trained, which a name does not bring; measure a TokenSelector "
-                "around it in Python"
+                f"{name} chooses by weights that are trained, which a name does not bring; draw it or choose by it "
+                "with a TokenSelector around it in Python, or measure its cost by effvit profile"
             )
-        if name not in known:
-            why = f"is for effvit.{SELECTORS[name].takes}" if name in SELECTORS else "is no selector"
-            raise ValueError(f"{name!r} {why}; the selectors for images one by one are {', '.join(known)}")
+        why = f"is for {NAMES[SELECTORS[name].takes]}" if name in SELECTORS else "is no selector"
+        raise ValueError(f"{name!r} {why}; the selectors for {NAMES[views.takes]} are {', '.join(known)}")
 
 
 def list_selections(
-    selectors: Sequence[str], keeps: Sequence[Keep], assignments: Sequence[tuple[str, Setting]]
+    selectors: Sequence[str],
+    keeps: Sequence[Keep],
+    assignments: Sequence[tuple[str, Setting]],
+    views: Views | None = None,
+    untrained: bool = False,
 ) -> list[Selecting]:
     """Each selector with each number of tokens and each combination of values of the settings it has.
 
+    The numbers are not for selectors with weights, which say by themselves how many tokens leave, if others share them.
+
     Raises:
-        ValueError: A name that is no selector of single images.
+        ValueError: As ``check_selectors``, whose arguments ``views`` and ``untrained`` are.
     """
-    check_selectors(selectors)
+    check_selectors(selectors, views, untrained)
     values: dict[str, list[Setting]] = {}
     for key, value in assignments:
         values.setdefault(key, []).append(value)
     found: list[Selecting] = []
+    shared = not all(SELECTORS[method].learns for method in selectors)
     for method in selectors:
         keys = [key for key in values if key in SELECTORS[method].defaults()]
         settings = [dict(zip(keys, chosen, strict=True)) for chosen in product(*(values[key] for key in keys))]
-        found += [Selecting(method, keep, own) for keep in keeps or [None] for own in settings]
+        numbers = [None] if SELECTORS[method].learns and shared else keeps or [None]
+        found += [Selecting(method, keep, own) for keep in numbers for own in settings]
     return found
 
 
-def all_tokens(tower: nn.Module, leaving: Exit) -> TokenSelector:
+def all_tokens(tower: nn.Module, leaving: Exit, views: Views | None = None) -> SelectingTower:
     """The tower that hands over all its tokens: what selections of them are compared with."""
-    return TokenSelector(tower, "uniform", keep=1.0, block=leaving.block, merge=leaving.merge)
+    return select(tower, Selecting("uniform", 1.0, {}), leaving, views)
 
 
 def selected(
-    towers: Mapping[str, nn.Module], selections: Sequence[Selecting], leaving: Exit
-) -> dict[str, TokenSelector]:
+    towers: Mapping[str, nn.Module], selections: Sequence[Selecting], leaving: Exit, views: Views | None = None
+) -> dict[str, SelectingTower]:
     """Name -> each tower with each selection; "" is the name of the dense tower.
 
     Raises:
-        TypeError, ValueError: What ``TokenSelector`` refuses.
+        TypeError, ValueError: What ``TokenSelector``, ``CropSelector`` and ``VideoSelector`` refuse.
     """
     return {
-        ", ".join(filter(None, [name, str(own)])): select(tower, own, leaving)
+        ", ".join(filter(None, [name, str(own)])): select(tower, own, leaving, views)
         for name, tower in towers.items()
         for own in selections
     }
 
 
-def select(tower: nn.Module, own: Selecting, leaving: Exit) -> TokenSelector:
-    """One tower with one selection."""
+def select(tower: nn.Module, own: Selecting, leaving: Exit, views: Views | None = None) -> SelectingTower:
+    """One tower with one selection, of one image where no views are named; its weights, if it has any, are new."""
+    views = views or Views()
     block, merge, scores, max_norm = astuple(leaving.of(own.method))
-    return TokenSelector(
-        tower, own.method, keep=own.keep, block=block, merge=merge, scores=scores, max_norm=max_norm, **own.settings
-    )
+    asked: dict[str, Any] = {"keep": own.keep, "block": block, "merge": merge, "scores": scores, "max_norm": max_norm}
+    method: str | Selector = own.method
+    if SELECTORS[own.method].learns:
+        method = SELECTORS[own.method].untrained(all_tokens(tower, leaving).token_dim, **own.settings)
+    else:
+        asked |= own.settings
+    if views.crops is not None:
+        return CropSelector(tower, method, crops=views.crops, **asked)
+    if views.frames is not None:
+        return VideoSelector(tower, method, frames=views.frames, **asked)
+    return TokenSelector(tower, method, **asked)

@@ -133,6 +133,7 @@ def tune_tokens(
 
     def tried(tower: nn.Module, within: str, own: Selecting) -> Tried:
         model = select(tower, own, leaving)
+        assert isinstance(model, TokenSelector), "images one by one"
         found = outputs(ReadOn(dense, model), images)
         method = " + ".join(filter(None, [within, own.method]))
         return Tried(own, method, model, *judged(reference, found, labels))

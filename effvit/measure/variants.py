@@ -13,7 +13,7 @@ import effvit
 from effvit.hosts.host import check_model_name
 from effvit.hosts.surface import Reduced
 from effvit.measure.json_files import parse_json
-from effvit.measure.selections import Exit, Selecting, list_selections
+from effvit.measure.selections import Exit, Selecting, Views, list_selections
 from effvit.measure.values import Candidate
 from effvit.messages import plain, shown
 from effvit.protocols import Setting, Settings
@@ -76,13 +76,15 @@ def list_all(
     selectors: Sequence[str],
     keeps: Sequence[Keep],
     assignments: Sequence[tuple[str, Setting]],
+    views: Views | None = None,
+    untrained: bool = False,
 ) -> tuple[list[tuple[str, Settings]], list[Selecting]]:
     """``list_variants`` and ``list_selections``, whose settings are given together: a setting goes to all that have it.
 
     Raises:
         ValueError: As both, or a setting that neither a method nor a selector has.
     """
-    selections = list_selections(selectors, keeps, assignments)
+    selections = list_selections(selectors, keeps, assignments, views, untrained)
     taken = {key for selector in selectors for key in SELECTORS[selector].defaults()}
     of_methods = {key for method in methods for key in effvit.method_settings(method)}
     others = [item for item in assignments if item[0] in of_methods or item[0] not in taken]

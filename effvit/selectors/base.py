@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from effvit.protocols import Settings, Size
+from effvit.protocols import Setting, Settings, Size
 from effvit.tokens import flat_rows, take_rows
 
 __all__ = [
@@ -134,6 +134,11 @@ class Selector(nn.Module):
         """The method's settings and their defaults, read from the signature of its constructor."""
         parameters = inspect.signature(cls).parameters.values()
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+    @classmethod
+    def untrained(cls, dim: int, **settings: Setting) -> Selector:
+        """One with weights made anew, if it has any, for tokens of ``dim`` channels: good for what it costs alone."""
+        return cls(**settings)
 
     @classmethod
     def needs(cls) -> list[str]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from effvit.protocols import Size
 from effvit.schedule import check_fraction, check_number
-from effvit.selectors.base import Features, Keep, required_scores
+from effvit.selectors.base import Features, Keep, SelectionSizes, required_scores
 from effvit.selectors.parts import Parts, PartSelector, highest_each
 
 __all__ = ["GlobalCom2", "crop_ratios", "thumbnail_on_crops"]
@@ -75,6 +75,10 @@ class GlobalCom2(PartSelector):
     def __init__(self, *, temperature: float = 10.0) -> None:
         super().__init__()
         self.temperature = check_number("temperature", temperature, "positive")
+
+    def cost_parts(self, at: SelectionSizes, parts: Parts, keep: Keep) -> int:
+        enlarged = parts.crops[0] * parts.crops[1] * at.tokens  # cells, each of 2 x 2 by the bilinear kernel
+        return 0 if keep == 1 else 4 * enlarged
 
     def choose_parts(self, features: Features, parts: Parts, keep: Keep) -> Tensor:
         if not isinstance(keep, float):

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from effvit.protocols import Size
 from effvit.schedule import check_fraction, check_switch
-from effvit.selectors.base import Features, Keep, required_scores
+from effvit.selectors.base import Features, Keep, SelectionSizes, count_members, required_scores
 from effvit.selectors.parts import Parts, PartSelector, highest_each
 
 __all__ = ["HiRED", "share_budget"]
 
 
-def share_budget(early: Tensor, grid: Size, crops: Size, total: int, alpha: float, exact: bool = False) -> list[int]:
+def share_budget(early: Tensor, grid: Size, crops: Size, total: int, alpha: float, exact: bool = False) -> Tensor:
     """How many tokens the thumbnail and each crop, row by row, may keep of ``total`` (HiRED, 2408.10945, section 3.2).
 
     The thumbnail gets int(T alpha); the crops share the rest by how many of the int(N (1 - alpha)) most attended
@@ -30,23 +30,38 @@ def share_budget(early: Tensor, grid: Size, crops: Size, total: int, alpha: floa
         alpha: Share of the thumbnail.
         exact: Give what rounding down leaves over to the largest remainders, so that the parts sum to ``total``; the
             release loses it.
+
+    Returns:
+        (1 + rows * columns,) int64.
     """
     cells, parts = grid[0] * grid[1], crops[0] * crops[1]
     whole = min(int(total * alpha), cells)
     rest = min(total - whole, parts * cells)
-    salient = early.topk(int(cells * (1 - alpha))).indices
+    number = int(cells * (1 - alpha))
+    salient = early.topk(number).indices
     crop = salient // grid[1] * crops[0] // grid[0] * crops[1] + salient % grid[1] * crops[1] // grid[1]
-    found = torch.bincount(crop, minlength=parts).tolist()
-    found = found if len(salient) else [1] * parts  # nothing to share by: evenly, for which the release divides by zero
-    shares = [min(count * rest // sum(found), cells) for count in found]
+    found = count_members(crop.unsqueeze(0), parts)[0]  # (parts,)
+    if number == 0:  # nothing to share by: evenly, for which the release divides by zero
+        found, number = torch.ones_like(found), parts
+    shares = (found * rest // number).clamp(max=cells)
     if exact:
         whole += min(total - whole - rest, cells - whole)
-        remainders = [count * rest % sum(found) for count in found]
-        while sum(shares) < rest:
-            open_ones = [i for i in range(parts) if shares[i] < cells]
-            best = max(open_ones, key=lambda i: (remainders[i], found[i], -i))
-            shares[best], remainders[best] = shares[best] + 1, -1
-    return [whole, *shares]
+        shares = give_rest(shares, found * rest % number, found, rest, cells)
+    return torch.cat([shares.new_full((1,), whole), shares])
+
+
+def give_rest(shares: Tensor, remainders: Tensor, found: Tensor, total: int, cells: int) -> Tensor:
+    """Shares (P,) raised to ``total``: one more by the largest remainders, then all by most ``found``, up to ``cells``.
+
+    Of equals the larger ``found`` comes first, then the earlier crop.
+    """
+    by_remainder = (remainders * (found.max() + 1) + found).argsort(descending=True, stable=True)
+    by_found = found.argsort(descending=True, stable=True)
+    for order, most in ((by_remainder, 1), (by_found, cells)):
+        space = (cells - shares[order]).clamp(max=most)
+        given = torch.minimum(space, (total - shares.sum() - (space.cumsum(0) - space)).clamp(min=0))
+        shares = shares.index_add(0, order, given)
+    return shares
 
 
 class HiRED(PartSelector):
@@ -75,8 +90,12 @@ class HiRED(PartSelector):
         return int(share * cells)  # as the release has it, to the last bit
 
     def count_all(self, keep: Keep, grid: Size, images: int) -> int | None:
-        total = self.number(keep, images * math.prod(grid))
-        return total if self.exact else None
+        cells = images * math.prod(grid)
+        total = self.number(keep, cells)
+        return total if self.exact or total == cells else None
+
+    def cost_parts(self, at: SelectionSizes, parts: Parts, keep: Keep) -> int:
+        return 0
 
     def choose_parts(self, features: Features, parts: Parts, keep: Keep) -> Tensor:
         scores, early = required_scores(self, features), features.early
@@ -84,6 +103,5 @@ class HiRED(PartSelector):
         total = self.number(keep, scores.numel())
         if total == scores.numel():  # more than the thumbnail's share of them may hold
             return torch.ones_like(scores, dtype=torch.bool)
-        counts = share_budget(parts.split(early)[0], features.grid, parts.crops, total, self.alpha, self.exact)
-        numbers = torch.tensor(counts, device=scores.device)
+        numbers = share_budget(parts.split(early)[0], features.grid, parts.crops, total, self.alpha, self.exact)
         return highest_each(scores, parts.join(numbers[0], numbers[1:]))

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from effvit.hosts.tower_exit import RECEIVED
-from effvit.protocols import Setting, Size
+from effvit.protocols import Size
 from effvit.reducers.density import density_peaks
 from effvit.schedule import check_count, check_fraction, check_number
 from effvit.selectors.base import Features, Keep, Selector, left_over, required_scores
-from effvit.selectors.registry import make_selector
-from effvit.selectors.select import CLASS_ROW, check_features, features_of
 from effvit.selectors.selection import Selection
 from effvit.tokens import widened
 
-__all__ = ["HoliTom", "Windows", "merge_static", "select_video", "static_windows"]
+__all__ = ["HoliTom", "Windows", "merge_static", "static_windows"]
 
 
 class Windows(NamedTuple):
@@ -128,7 +127,7 @@ class HoliTom(Selector):
     def choose_video(self, features: Features, ratio: float) -> Selection:
         """The tokens of one video, whose frames are the images of the features (T, N, C)."""
         x, scores = features.x, required_scores(self, features)
-        frames, cells, _ = x.shape
+        frames, cells = map(operator.index, x.shape[:2])  # numbers, not the symbols of a trace
         unit = F.normalize(widened(x).detach(), dim=-1)
         steps = (unit[1:] * unit[:-1]).sum(-1) > self.tau  # (T - 1, N)
         windows = static_windows(steps, self.longest)
@@ -139,14 +138,15 @@ class HoliTom(Selector):
         for first, last in windows.spans:
             static = steps[first:last].all(0) if last > first else torch.zeros_like(scores[0], dtype=torch.bool)
             same, moving = static.nonzero().squeeze(1), (~static).nonzero().squeeze(1)
-            number = max(round(len(same) * ratio), int(not len(moving)))
+            still, changing = operator.index(len(same)), operator.index(len(moving))
+            number = max(round(still * ratio), int(not changing))
             if number:
                 mean = x[first : last + 1, same].mean(0)
                 merged, centres, into = merge_static(mean, number, self.beta, self.k)
                 group[first : last + 1, same] = into + sum(len(rows) for rows in ids)
                 tokens.append(merged)
                 ids.append(first * cells + same[centres])
-            kept = math.ceil(len(moving) * ratio)
+            kept = math.ceil(changing * ratio)
             for frame in range(first, last + 1) if kept else ():
                 top = moving[scores[frame, moving].topk(kept).indices.sort().values]
                 group[frame, top] = torch.arange(kept, device=x.device) + sum(len(rows) for rows in ids)
@@ -162,47 +162,3 @@ class HoliTom(Selector):
         counts = order.new_full((1,), len(order))
         grid = (len(features.x), *features.grid)
         return Selection(tokens[order].unsqueeze(0), ids[order].unsqueeze(0), counts, None, group, grid, scores)
-
-
-def select_video(
-    tower: nn.Module | None,
-    frames: Tensor | None,
-    method: str | Selector = HoliTom.name,
-    *,
-    keep: float,
-    block: int | None = None,
-    tokens: Tensor | None = None,
-    grid: Size | None = None,
-    scores: Tensor | None = None,
-    **settings: Setting,
-) -> Selection:
-    """The tokens of one video, as a Selection of one "image" whose grid is (T, H, W).
-
-    Its prefix (1, T * P, C) is that of all frames, one after another.
-
-    Args:
-        tower: As for ``select_tokens``; None where ``tokens`` are given.
-        frames: (T, 3, H, W).
-        method: "holitom", or a HoliTom.
-        keep: Share of the cells of all frames, in (0, 1].
-        block: Whose output leaves the tower, as for ``select_tokens``.
-        tokens: (T, N, C) features of the frames in place of a tower.
-        grid: (H, W) cells of a frame.
-        scores: (T, N) attention that each cell receives, for ``tokens``.
-        settings: Settings of the method.
-
-    Raises:
-        ValueError: A share out of range, another method, NaN.
-        TypeError: Both or neither of a tower and tokens.
-    """
-    selector = make_selector(method, settings)
-    if not isinstance(selector, HoliTom):
-        raise ValueError(
-            f"{selector.name} knows no time; choose in each frame by effvit.{selector.takes}, or use 'holitom'"
-        )
-    ratio = check_fraction("keep", keep)
-    given = CLASS_ROW if scores is None else scores
-    features, _, prefix = features_of(selector, tower, frames, block=block, tokens=tokens, grid=grid, scores=given)
-    check_features(features, selector.name)
-    chosen = selector.choose_video(features, ratio)
-    return chosen if prefix is None else chosen._replace(prefix=prefix.flatten(0, 1).unsqueeze(0))

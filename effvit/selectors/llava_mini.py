@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -56,6 +58,11 @@ class QueryPooler(Selector):
         self.kv_proj = nn.Identity() if self.in_dim == dim else nn.Linear(self.in_dim, dim, bias=False)
         self.attn = nn.MultiheadAttention(dim, num_heads, batch_first=True)
         self.ln_q, self.ln_kv = nn.LayerNorm(dim), nn.LayerNorm(dim)
+
+    @classmethod
+    def untrained(cls, dim: int, **settings: Any) -> QueryPooler:
+        """Queries made anew for tokens of ``dim`` channels, which those that leave have too."""
+        return cls(dim, **({"in_dim": dim} | settings))
 
     def count(self, keep: Keep, grid: Size) -> int | None:
         if keep not in (None, self.grid_size**2):

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from effvit.protocols import Setting, Size
+from effvit.reducers.base import refuse_recording
 from effvit.schedule import check_choice
-from effvit.selectors.base import Choice, Features, Keep, Selector
+from effvit.selectors.base import Choice, Features, Keep, SelectionSizes, Selector
 from effvit.selectors.cells import check_sides
 from effvit.selectors.registry import make_selector
 from effvit.selectors.select import (
     CLASS_ROW,
+    TowerFeatures,
     arranged,
     check_features,
     choose_tokens,
@@ -23,7 +25,17 @@ from effvit.selectors.select import (
 from effvit.selectors.selection import Selection
 from effvit.tokens import compact
 
-__all__ = ["PartSelector", "Parts", "SelectedParts", "highest_each", "select_parts", "valid_cells"]
+__all__ = [
+    "PartSelector",
+    "Parts",
+    "SelectedParts",
+    "check_budget",
+    "choose_in_parts",
+    "highest_each",
+    "lay_out",
+    "select_parts",
+    "valid_cells",
+]
 
 THUMBNAILS = ("first", "last")
 
@@ -45,6 +57,15 @@ class Parts(NamedTuple):
     def number(self) -> int:
         """Parts of the image."""
         return self.crops[0] * self.crops[1] + (self.thumbnail is not None)
+
+    def check(self, given: Tensor) -> None:
+        """Raise a ValueError if the images or features (P, ...) are not those of all parts."""
+        if given.shape[0] != self.number:
+            (rows, columns), without = self.crops, self.thumbnail is None
+            raise ValueError(
+                f"{rows} x {columns} crops {'without a' if without else 'and a'} thumbnail are {self.number} parts, "
+                f"got {given.shape[0]}; give those of one image"
+            )
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (P, ...) as that of the thumbnail (...) and that of the crops (P - 1, ...)."""
@@ -92,6 +113,14 @@ class PartSelector(Selector):
 
     def choose_parts(self, features: Features, parts: Parts, keep: Keep) -> Tensor:
         """(P, N) True for the cells that stay, of features of the P parts."""
+        raise NotImplementedError
+
+    def cost_parts(self, at: SelectionSizes, parts: Parts, keep: Keep) -> int:
+        """MACs of ``choose_parts`` in closed form, as ``Selector.cost``; ``at`` is what it meets in each part.
+
+        Raises:
+            NotImplementedError: The method has no closed form.
+        """
         raise NotImplementedError
 
 
@@ -162,19 +191,13 @@ def select_parts(
         ValueError: A number of parts that is not that of the crops; a budget without a thumbnail to share it by, or
             of which rounding leaves nothing; what ``select_tokens`` refuses.
     """
-    if thumbnail is not None:
-        check_choice("thumbnail", thumbnail, THUMBNAILS)
-    rows, columns = check_sides("crops", crops)
+    layout = lay_out(crops, thumbnail)
     selector = make_selector(method, settings)
     refuse_unused(selector, image_size=image_size)
-    layout = Parts((rows, columns), thumbnail)
     given = tokens if parts is None else parts
-    if given is not None and given.shape[0] != layout.number:
-        raise ValueError(
-            f"{rows} x {columns} crops {'without a' if thumbnail is None else 'and a'} thumbnail are {layout.number} "
-            f"parts, got {given.shape[0]}; give those of one image"
-        )
-    features, of_map, prefix = features_of(
+    if given is not None:
+        layout.check(given)
+    found = features_of(
         selector,
         tower,
         parts,
@@ -189,17 +212,51 @@ def select_parts(
         relevance=relevance,
         early=early,
     )
+    return choose_in_parts(selector, found, layout, keep, image_size)
+
+
+def lay_out(crops: Size, thumbnail: str | None) -> Parts:
+    """(rows, columns) of crops, and where the thumbnail stands, as ``Parts``; an error for what is neither."""
+    if thumbnail is not None:
+        check_choice("thumbnail", thumbnail, THUMBNAILS)
+    return Parts(check_sides("crops", crops), thumbnail)
+
+
+def check_budget(selector: Selector, layout: Parts, grid: Size) -> None:
+    """Raise a ValueError if a budget cannot be shared over these crops by a thumbnail of that grid of cells (H, W)."""
     if not isinstance(selector, PartSelector):
-        return SelectedParts(choose_tokens(selector, features, keep, of_map, prefix), layout)
-    if thumbnail is None:
+        return
+    if layout.thumbnail is None:
         raise ValueError(
             f"{selector.name} shares its budget by what the thumbnail shows; give it with the crops, or use "
             "'class_attention', which chooses in each crop alone"
         )
+    (rows, columns), (height, width) = layout.crops, grid
+    if rows > height or columns > width:
+        raise ValueError(
+            f"{selector.name} shares its budget by the cells of the thumbnail, {height} x {width} here, which show no "
+            f"part of some of {rows} x {columns} crops; cut at most {height} x {width}, or use 'class_attention', "
+            "which chooses in each crop alone"
+        )
+
+
+def choose_in_parts(
+    selector: Selector, found: TowerFeatures, layout: Parts, keep: Keep, image_size: Size | None = None
+) -> SelectedParts:
+    """What the selector makes of features of the parts; arguments and errors as of ``select_parts``."""
+    features, of_map, prefix = found
+    check_budget(selector, layout, features.grid)
+    if not isinstance(selector, PartSelector):
+        return SelectedParts(choose_tokens(selector, features, keep, of_map, prefix), layout)
     if image_size is not None:
         valid = valid_cells(image_size, layout.crops, features.grid).to(features.x.device)
         layout = layout._replace(valid=valid)
     check_features(features, selector.name)
+    refuse_recording(
+        features.x,
+        f"{selector.name} leaves as many tokens of a part as its image needs",
+        "use a method that keeps a number of each, such as 'class_attention'",
+    )
     kept = selector.choose_parts(features, layout, keep)
     if not kept.any():
         raise ValueError(

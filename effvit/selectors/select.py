@@ -24,6 +24,7 @@ from effvit.selectors.selection import Selection
 from effvit.tokens import TokenMap, wide_dtype, widened
 
 __all__ = [
+    "SelectingTower",
     "TokenSelector",
     "arranged",
     "check_features",
@@ -154,7 +155,7 @@ def features_of(
     assert images is not None
     if isinstance(scores, Tensor) or any(value is not None for value in (keys, grid, early)):
         raise TypeError("scores, keys, early and grid of a tower are its own; give them beside tokens= only")
-    module = TokenSelector(tower, selector, keep=keep, block=block, merge=merge, scores=scores, max_norm=max_norm)
+    module = SelectingTower(tower, selector, keep=keep, block=block, merge=merge, scores=scores, max_norm=max_norm)
     return module.read(images, relevance)
 
 
@@ -217,17 +218,21 @@ def given_features(
     return Features(tokens, grid, given, keys, relevance, early)
 
 
-class TokenSelector(nn.Module):
-    """A tower and a selector as one module, images (B, 3, H, W) -> Selection; arguments as for ``select_tokens``.
+class SelectingTower(nn.Module):
+    """A tower and a selector as one module, up to what is chosen from; arguments as for ``select_tokens``.
 
-    It runs on the modules of the tower, which stays as it is, and can be compiled and exported if the number of tokens
-    does not depend on the image. What measures, counts and draws models takes it as one.
+    Its subclasses choose from images one by one (``TokenSelector``), from the crops of an image (``CropSelector``) or
+    from the frames of a video (``VideoSelector``). It runs on the modules of the tower, which stays as it is. What
+    measures and counts models takes it as one.
 
     Attributes:
+        views: How many images (channels, H, W) it takes together as one: the crops of an image, the frames of a video.
         settings: What it was asked for beside the tower and the method, as keywords of ``select_tokens``; block and
             merge as the tower has them where nobody asked.
         own_settings: Those of them that are the method's.
     """
+
+    views = 1
 
     def __init__(
         self,
@@ -255,19 +260,14 @@ class TokenSelector(nn.Module):
         asked: Settings = {"keep": keep, "block": block, "merge": self.merge, "scores": scores, "max_norm": max_norm}
         self.settings = asked | self.own_settings
         grid = host.patch_embed.grid_size
-        if not getattr(host, "dynamic_img_size", False):
-            self.selector.count(keep, self.cells(grid))
+        if self.fixed_grid is not None:
+            self.selector.count(keep, self.fixed_grid)
         if self.tower.fills_cells or not any(side % self.merge for side in grid):  # else only other sizes are met
             self.selector.settle(self.cells(grid))
 
-    def forward(self, images: Images, relevance: Tensor | None = None) -> Selection:
-        """The tokens that leave the tower; ``images`` and ``relevance`` (B, N) as for ``select_tokens``."""
-        features, tokens, prefix = self.read(images, relevance)
-        return choose_tokens(self.selector, features, self.keep, tokens, prefix)
-
     @property
     def adapts(self) -> bool:
-        """Whether the number of tokens depends on the image."""
+        """Whether the number of tokens, and so the cost, depends on the image."""
         return self.keep is None and self.selector.adapts
 
     def keeps_all(self, size: Size) -> bool:
@@ -277,11 +277,26 @@ class TokenSelector(nn.Module):
             ValueError: A number of tokens that the method cannot give of them.
         """
         cells = self.cells(grid_of(size, self.tower.host))
-        return not self.selector.learns and self.selector.count(self.keep, cells) == math.prod(cells)
+        return not self.selector.learns and self.count(size) == self.views * math.prod(cells)
+
+    def count(self, size: Size) -> int | None:
+        """How many tokens leave all views (H, W) together; None if that depends on what they show."""
+        return self.selector.count_all(self.keep, self.cells(grid_of(size, self.tower.host)), self.views)
 
     def cells(self, grid: Size) -> Size:
         """(H, W) cells that are chosen from on a grid of patches."""
         return cell_grid(grid, self.merge, self.tower.fills_cells)
+
+    @property
+    def fixed_grid(self) -> Size | None:
+        """(H, W) cells of every image; None of a tower that takes images of any size."""
+        host = self.tower.host
+        return None if getattr(host, "dynamic_img_size", False) else self.cells(host.patch_embed.grid_size)
+
+    @property
+    def token_dim(self) -> int:
+        """Channels of the tokens that are chosen from."""
+        return self.tower.channels * (self.merge**2 if self.tower.merge is None else 1)
 
     @property
     def patch_embed(self) -> PatchEmbedding:
@@ -293,55 +308,47 @@ class TokenSelector(nn.Module):
         """timm's configuration of the tower, which says how its images are prepared; empty if it has none."""
         return getattr(self.tower.host, "pretrained_cfg", {})
 
-    def closed_form(self, size: Size) -> Terms:
-        """MACs of one image (H, W) by term: of the tower up to where its tokens leave, and of "selection".
+    def tower_terms(self, size: Size) -> tuple[Terms, SelectionSizes]:
+        """MACs of all views (H, W) by term up to where their tokens leave, and what the selector meets in each.
 
         Raises:
-            ValueError: A number of tokens that depends on the image, or patches that are missing where all are needed.
-            TypeError: A method without a closed form.
+            ValueError: Patches that are missing where all are needed.
         """
-        refuse_elsewhere(self.selector)
-        selector, tower = self.selector, self.tower
-        terms, patches, left, channels = tower.cost(size)
+        terms, patches, left, once = self.tower.cost(size)
+        more = self.views - 1
+        terms = Terms({name: terms[name] + more * (terms[name] - once[name]) for name in terms})
         if left < math.prod(patches):
             self._check_whole(left, math.prod(patches))
         grid = self.cells(patches)
-        kept = selector.count(self.keep, grid)
+        left = left if self.merge == 1 else math.prod(grid)
+        attn = self.tower.host.blocks[0].attn
+        key_dim = {"mean": attn.head_dim, "joined": attn.num_heads * attn.head_dim}.get(self.selector.keys or "", 0)
+        return terms, SelectionSizes(left, left, self.token_dim, key_dim, grid)
+
+    def view_by_view(self, size: Size) -> Terms:
+        """MACs of all views (H, W) by term, each chosen from alone; errors as of ``TokenSelector.closed_form``."""
+        refuse_elsewhere(self.selector)
+        selector = self.selector
+        terms, sizes = self.tower_terms(size)
+        kept = selector.count(self.keep, sizes.grid)
         if kept is None:
             raise ValueError(
                 f"{selector.name} without keep leaves as many tokens as the image needs, so its cost does not follow "
                 "from sizes; give keep, or count on images by effvit.count_flops(..., images=...)"
             )
-        left = left if self.merge == 1 else math.prod(grid)
-        if kept < left or selector.learns:
-            attn = tower.host.blocks[0].attn
-            key_dim = {"mean": attn.head_dim, "joined": attn.num_heads * attn.head_dim}.get(selector.keys or "", 0)
-            dim = tower.host.embed_dim * self.merge**2 if channels is None else channels
-            sizes = SelectionSizes(left, kept, dim, key_dim, grid)
+        if kept < sizes.tokens or selector.learns:
             if type(selector).cost is Selector.cost:
                 raise TypeError(
                     f"the selector {selector.name!r} has no closed form; give it a cost, or use effvit.count_flops "
                     "instead"
                 )
-            terms["selection"] += selector.cost(sizes)
+            if selector.learns and self.views > 1:
+                raise TypeError(
+                    f"the queries of {selector.name} are made once for all {self.views} views, which its closed form "
+                    "does not tell apart; use effvit.count_flops instead"
+                )
+            terms["selection"] += self.views * selector.cost(sizes._replace(kept=kept))
         return terms
-
-    def trace_stages(self, x: Tensor) -> list[Stage]:
-        """What becomes of the patches of an image (1, 3, H, W) inside the tower, and which of them it hands over.
-
-        Raises:
-            TypeError: A method whose tokens are mixtures of all cells.
-        """
-        host, selection = self.tower.host, self(x)
-        if selection.group is None:
-            raise TypeError(
-                f"the tokens of {self.selector.name} are mixtures of all cells, which belong to none of them; their "
-                "attention to the cells, of QueryPooler.attend, shows what they hold"
-            )
-        trace = host.trace_tokens(x) if self.tower.reducing else []
-        stages = [map_stage(trace[i].tokens, i) for i in self.tower.reducing if i <= self.tower.block]
-        labels = selection.group[0].unflatten(0, selection.grid).cpu().numpy()
-        return [*stages, Stage(self.tower.block, int(selection.counts[0]), labels, handed_over=True)]
 
     def read(self, images: Images, relevance: Tensor | None = None) -> TowerFeatures:
         """What the selector may choose by, the map of the tokens, and the prefix tokens (B, P, C)."""
@@ -385,6 +392,45 @@ class TokenSelector(nn.Module):
                 f"{self.tower.host.method} leaves tokens that differ in number or stand for soft clusters, which no "
                 "selector follows; use a method with a fixed number, such as 'evit' or 'tome', in the tower"
             )
+
+
+class TokenSelector(SelectingTower):
+    """A tower and a selector as one module, images (B, 3, H, W) -> Selection; arguments as for ``select_tokens``.
+
+    It runs on the modules of the tower, which stays as it is, and can be compiled and exported if the number of tokens
+    does not depend on the image. What measures, counts and draws models takes it as one.
+    """
+
+    def forward(self, images: Images, relevance: Tensor | None = None) -> Selection:
+        """The tokens that leave the tower; ``images`` and ``relevance`` (B, N) as for ``select_tokens``."""
+        features, tokens, prefix = self.read(images, relevance)
+        return choose_tokens(self.selector, features, self.keep, tokens, prefix)
+
+    def closed_form(self, size: Size) -> Terms:
+        """MACs of one image (H, W) by term: of the tower up to where its tokens leave, and of "selection".
+
+        Raises:
+            ValueError: A number of tokens that depends on the image, or patches that are missing where all are needed.
+            TypeError: A method without a closed form.
+        """
+        return self.view_by_view(size)
+
+    def trace_stages(self, x: Tensor) -> list[Stage]:
+        """What becomes of the patches of an image (1, 3, H, W) inside the tower, and which of them it hands over.
+
+        Raises:
+            TypeError: A method whose tokens are mixtures of all cells.
+        """
+        host, selection = self.tower.host, self(x)
+        if selection.group is None:
+            raise TypeError(
+                f"the tokens of {self.selector.name} are mixtures of all cells, which belong to none of them; their "
+                "attention to the cells, of QueryPooler.attend, shows what they hold"
+            )
+        trace = host.trace_tokens(x) if self.tower.reducing else []
+        stages = [map_stage(trace[i].tokens, i) for i in self.tower.reducing if i <= self.tower.block]
+        labels = selection.group[0].unflatten(0, selection.grid).cpu().numpy()
+        return [*stages, Stage(self.tower.block, int(selection.counts[0]), labels, handed_over=True)]
 
 
 def _side_of_cells(tower: Tower, merge: int | None) -> int:

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from effvit.data.preparation import data_config
 from effvit.hosts.stages import Stage
 from effvit.images import as_rgb
+from effvit.measure.flops import eval_twin
 from effvit.protocols import Size
-from effvit.selectors import SelectedParts, Selector, select_parts
+from effvit.selectors import CropSelector, SelectedParts, Selector
 from effvit.show.visualize import PANEL, compose, paint
 
-__all__ = ["cut", "part_stages", "parts_figure"]
+__all__ = ["crops_figure", "cut", "part_stages", "parts_figure"]
 
 
 def cut(tower: nn.Module, image: Image.Image, crops: Size) -> Tensor:
@@ -68,7 +69,6 @@ def part_stages(selected: SelectedParts, block: int = 0) -> tuple[Stage, Stage]:
     )
 
 
-@torch.no_grad()
 def parts_figure(
     tower: nn.Module, image: Image.Image, method: str | Selector, *, crops: Size, title: str | None = None, **asked: Any
 ) -> Image.Image:
@@ -80,15 +80,36 @@ def parts_figure(
         method: A selector, by its name or itself.
         crops: (rows, columns) of crops.
         title: Text at the top; None: the name of the method.
-        asked: Further keywords of ``effvit.select_parts``, such as keep and exact; ``cut`` puts the thumbnail first.
+        asked: Further keywords of ``effvit.CropSelector``, such as keep and exact; ``cut`` puts the thumbnail first.
 
     Raises:
         TypeError: A place of the thumbnail.
-        TypeError, ValueError: As ``effvit.select_parts`` and ``part_stages``.
+        TypeError, ValueError: As ``effvit.CropSelector`` and ``part_stages``.
     """
-    like = next(tower.parameters())
-    parts = cut(tower, image, crops).to(like.device, like.dtype)
-    stages = part_stages(select_parts(tower, parts, method, crops=crops, thumbnail="first", **asked))
+    return crops_figure(CropSelector(tower, method, crops=crops, thumbnail="first", **asked), image, title=title)
+
+
+@torch.no_grad()
+def crops_figure(model: CropSelector, image: Image.Image, *, title: str | None = None) -> Image.Image:
+    """The image beside what is handed over of its thumbnail and of its crops.
+
+    Args:
+        model: Of parts with the thumbnail first; it is run in eval mode and left as it is.
+        image: Of any size.
+        title: Text at the top; None: the name of the method.
+
+    Raises:
+        ValueError: Another place of the thumbnail.
+        TypeError: As ``part_stages``.
+    """
+    if model.layout.thumbnail != "first":
+        raise ValueError(
+            f"a figure cuts an image with its thumbnail first, got thumbnail={model.layout.thumbnail!r}; make a "
+            "CropSelector with thumbnail='first'"
+        )
+    like, crops = next(model.parameters()), model.layout.crops
+    parts = cut(model, image, crops).to(like.device, like.dtype)
+    stages = part_stages(eval_twin(model)(parts), model.tower.block)
     rows, columns = stages[1].labels.shape
     cell = max(1, round(PANEL / max(rows, columns)))  # pixels of a cell of the crops
     view = as_rgb(image).resize((columns * cell, rows * cell), Image.Resampling.BICUBIC)
@@ -98,5 +119,4 @@ def parts_figure(
         for name, stage in zip(("thumbnail", "crops"), stages, strict=True)
     ]
     shown = {int(state) for stage in stages for state in np.unique(stage.states)}
-    name = method if isinstance(method, str) else method.name
-    return compose(panels, name if title is None else title, shown)
+    return compose(panels, model.selector.name if title is None else title, shown)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import fnmatch
 import glob
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -58,9 +59,20 @@ class NamedImages(StoredImages):
     def check(self, index: int) -> None:
         self.sources[index].check()
 
+    def in_natural_order(self) -> NamedImages:
+        """The images by their paths with numbers as numbers, frame-2 in front of frame-10: the frames of a video."""
+        return self.only(sorted(range(len(self)), key=lambda index: natural(self.sources[index].path)))
+
     def only(self, indices: Sequence[int]) -> NamedImages:
         """Those of the images."""
         return NamedImages([self.sources[index] for index in indices])
+
+
+def natural(path: PurePath) -> tuple[list[int | str], str]:
+    """What paths are sorted by where numbers in them are numbers."""
+    text = path.as_posix()
+    pieces = re.split(r"([0-9]+)", text)  # a number at every odd place
+    return [int(piece) if place % 2 else piece for place, piece in enumerate(pieces)], text
 
 
 def find_images(texts: Sequence[str], stdin: BinaryIO | None = None) -> NamedImages:

@@ -56,12 +56,20 @@ def describe(conditions: Conditions) -> str:
     extras += ["cuda graphs"] if conditions.cuda_graphs else []
     return ", ".join(
         [
-            f"batch {conditions.batch_size}, {conditions.dtype}, {conditions.device}",
+            f"batch {conditions.batch_size}{_views(conditions)}, {conditions.dtype}, {conditions.device}",
             counted(conditions.threads, "thread"),
             *extras,
             f"{images if isinstance(images, str) else ', '.join(images)} at {height} x {width}",
         ]
     )
+
+
+def _views(conditions: Conditions) -> str:
+    """What one of a batch is, where it is more than an image."""
+    crops, frames = conditions.options.get("crops"), conditions.options.get("frames")
+    if isinstance(crops, list):
+        return f" (an image in {crops[0]} x {crops[1]} crops and a thumbnail)"
+    return "" if frames is None else f" (a video of {frames} frames)"
 
 
 def print_record(console: Console, record: Record) -> None:
@@ -95,7 +103,7 @@ def _cells(record: Record, cost: Cost) -> dict[str, str]:
         "params (M)": f"{cost.parameters / 1e6:.2f}",
         "GMACs": f"{cost.macs / 1e9:.3f}",
         "tokens left": f"{cost.tokens[-1]:.4g}" if cost.tokens else "-",
-        "images/s": f"{cost.images_per_second:.1f}",
+        "videos/s" if "frames" in record.conditions.options else "images/s": f"{cost.images_per_second:.1f}",
         "p50 / p99 (ms)": f"{1e3 * cost.latency['p50']:.1f} / {1e3 * cost.latency['p99']:.1f}",
         "memory (MB)": f"{cost.peak_memory / 1e6:.1f}",
     }

@@ -73,6 +73,8 @@ def closed_form_macs(
 ) -> dict[str, int]:
     """Multiply-accumulates (MACs) of one image in eval mode, term by term; the sum of the values is the total.
 
+    Of a ``CropSelector`` they are those of all parts of one image, of a ``VideoSelector`` of all frames of one video.
+
     Args:
         model: A model of this package, or a plain ViT, Eva, Swin, SAM, Hiera or vision-language tower of timm; on any
             device, also meta.
