@@ -7,14 +7,12 @@ from typing import Any
 import pytest
 import timm
 import torch
-from torch import Tensor
+from garment_classifiers import NANO, build_classifier, garments, train
 
 import effvit
-from effvit.data.preparation import load_images
 from effvit.hosts.reduction_consistency import LighterTeacher, class_probability, consistency
-from effvit.show.pictures import fashion_pictures
 
-NANO = "vit_nano_patch4_28"
+MCTF = {"method": "mctf", "r": 4}
 
 
 def reduced(method: str = "mctf", **settings: Any) -> Any:
@@ -74,58 +72,32 @@ class TestConsistency:
         assert class_probability(scores, torch.tensor([[0.7, 0.0, 0.3]])).item() == pytest.approx(0.5)
 
 
+def build(**options: Any) -> Any:
+    return build_classifier("consistency_classifier", "ConsistencyClassifier", **{"sparsify": MCTF, **options})
+
+
 class TestClassifier:
-    @pytest.fixture
-    def build(self) -> Any:
-        pytest.importorskip("mmpretrain", reason="the mm extra is not installed")
-        from mmengine.registry import MODELS
-
-        import effvit.dense.consistency_classifier  # noqa: F401
-
-        def made(**options: Any) -> Any:
-            torch.manual_seed(0)
-            kind = {"type": "ConsistencyClassifier", "model_name": NANO, "data_preprocessor": {"num_classes": 10}}
-            model = MODELS.build({**kind, "sparsify": {"method": "mctf", "r": 4}, **options})
-            model.init_weights()
-            return model
-
-        return made
-
-    @pytest.fixture
-    def garments(self) -> tuple[Tensor, list[Any]]:
-        from mmpretrain.structures import DataSample
-
-        found = [*fashion_pictures().values()][::3]
-        images = load_images(timm.create_model(NANO), [picture.image for picture in found])
-        return images, [DataSample().set_gt_label(picture.label) for picture in found]
-
     @pytest.mark.parametrize("sparsify", [{"method": "mctf", "r": 6}, {"method": "tome", "r": 4}])
-    def test_losses_fall_on_garments(self, build: Any, garments: tuple[Tensor, list[Any]], sparsify: Any) -> None:
-        model = build(pretrained=True, sparsify=sparsify, teacher_limit=1).train()  # r 0 at every draw
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-        seen = []
-        for _ in range(12):
-            losses = model.loss(*garments)
-            seen.append({name: value.item() for name, value in losses.items()})
-            optimizer.zero_grad()
-            sum(losses.values()).backward()
-            optimizer.step()
+    def test_losses_fall_on_garments(self, sparsify: Any) -> None:
+        model = build(pretrained=True, sparsify=sparsify, teacher_limit=1)  # r 0 at every draw
+        seen = train(model, garments(), lr=1e-4)
         assert seen[0].keys() == {"task_loss", "teacher_loss", "consistency_loss"}
         first, last = ({name: sum(step[name] for step in part) for name in seen[0]} for part in (seen[:3], seen[-3:]))
         assert max(last[name] / first[name] for name in ("task_loss", "teacher_loss")) < 0.8
         assert last["consistency_loss"] < first["consistency_loss"]
 
-    def test_mixed_images_count_by_all_their_classes(self, build: Any, garments: tuple[Tensor, list[Any]]) -> None:
+    def test_mixed_images_count_by_all_their_classes(self) -> None:
+        pytest.importorskip("mmpretrain", reason="the mm extra is not installed")
         from effvit.dense.consistency_classifier import classes_of
 
-        images, samples = garments
+        images, samples = garments()
         score = torch.zeros(10)
         score[2], score[7] = 0.25, 0.75
         samples[0].set_gt_score(score)
         assert classes_of(samples[:1], images.new_zeros(1, 10)).nonzero()[:, 1].tolist() == [2, 7]
         assert classes_of(samples[1:2], images.new_zeros(1, 10)).argmax().item() == samples[1].gt_label.item()
 
-    def test_checkpoints_hold_the_model_once(self, build: Any) -> None:
+    def test_checkpoints_hold_the_model_once(self) -> None:
         model = build()
         model.lighter.draw()
         assert len(model.state_dict()) == len(timm.create_model(NANO).state_dict())
@@ -139,6 +111,6 @@ class TestClassifier:
             ({"teacher_limit": 0}, "limit must be above 0"),
         ],
     )
-    def test_bad_settings_are_refused(self, build: Any, options: dict[str, Any], message: str) -> None:
+    def test_bad_settings_are_refused(self, options: dict[str, Any], message: str) -> None:
         with pytest.raises(ValueError, match=message):
             build(**options)

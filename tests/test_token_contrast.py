@@ -9,13 +9,10 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from garment_classifiers import NANO, build_classifier, garments, train
 from torch import Tensor
 
-from effvit.data.preparation import load_images
 from effvit.hosts.token_contrast import UNKNOWN, activation_labels, class_activations, patch_contrast
-from effvit.show.pictures import fashion_pictures
-
-NANO = "vit_nano_patch4_28"
 
 
 def by_loops(patches: Tensor, labels: Tensor) -> float:
@@ -76,54 +73,26 @@ class TestLabels:
             activation_labels(torch.zeros(1, 2, 3), torch.ones(1, 2), low, high)
 
 
+def build(**options: Any) -> Any:
+    return build_classifier("token_contrast_classifier", "TokenContrastClassifier", **options)
+
+
 class TestClassifier:
-    @pytest.fixture
-    def build(self) -> Any:
-        pytest.importorskip("mmpretrain", reason="the mm extra is not installed")
-        from mmengine.registry import MODELS
-
-        import effvit.dense.token_contrast_classifier  # noqa: F401
-
-        def made(**options: Any) -> Any:
-            torch.manual_seed(0)
-            kind = {"type": "TokenContrastClassifier", "model_name": NANO, "data_preprocessor": {"num_classes": 10}}
-            model = MODELS.build({**kind, **options})
-            model.init_weights()
-            return model
-
-        return made
-
-    @pytest.fixture
-    def garments(self) -> tuple[Tensor, list[Any]]:
-        from mmpretrain.structures import DataSample
-
-        found = [*fashion_pictures().values()][::3]
-        images = load_images(timm.create_model(NANO), [picture.image for picture in found])
-        return images, [DataSample().set_gt_label(picture.label) for picture in found]
-
     @pytest.mark.parametrize("sparsify", [None, {"method": "tome", "r": 2}, {"method": "evit", "keep_rate": 0.7}])
-    def test_losses_fall_on_garments(self, build: Any, garments: tuple[Tensor, list[Any]], sparsify: Any) -> None:
-        model = build(pretrained=True, sparsify=sparsify).train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
-        seen = []
-        for _ in range(12):
-            losses = model.loss(*garments)
-            seen.append({name: value.item() for name, value in losses.items()})
-            optimizer.zero_grad()
-            sum(losses.values()).backward()
-            optimizer.step()
+    def test_losses_fall_on_garments(self, sparsify: Any) -> None:
+        seen = train(build(pretrained=True, sparsify=sparsify), garments(), lr=3e-4)
         assert seen[0].keys() == {"task_loss", "aux_loss", "contrast_loss"}
         assert seen[-1]["aux_loss"] < 0.8 * seen[0]["aux_loss"]
         assert seen[-1]["contrast_loss"] < seen[0]["contrast_loss"]
 
-    def test_scores_and_task_loss_are_those_of_the_model(self, build: Any, garments: tuple[Tensor, list[Any]]) -> None:
+    def test_scores_and_task_loss_are_those_of_the_model(self) -> None:
         model, plain = build(pretrained=True), timm.create_model(NANO, pretrained=True)
-        images, samples = garments
+        images, samples = garments()
         assert torch.allclose(model.eval()(images), plain.eval()(images), atol=1e-5)
         expected = F.cross_entropy(plain(images), torch.cat([sample.gt_label for sample in samples]))
         assert model.loss(images, samples)["task_loss"].item() == pytest.approx(expected.item(), rel=1e-4)
 
-    def test_checkpoints_hold_the_auxiliary_head(self, build: Any) -> None:
+    def test_checkpoints_hold_the_auxiliary_head(self) -> None:
         model, other = build(), build()
         torch.nn.init.ones_(model.model.aux_head.weight)
         state = model.state_dict()
@@ -142,11 +111,11 @@ class TestClassifier:
             ({"train_cfg": {"augments": {"type": "CutMix", "alpha": 1.0}}}, r"takes no train_cfg\.augments"),
         ],
     )
-    def test_what_it_cannot_train_is_refused(self, build: Any, options: dict[str, Any], message: str) -> None:
+    def test_what_it_cannot_train_is_refused(self, options: dict[str, Any], message: str) -> None:
         with pytest.raises((TypeError, ValueError), match=message):
             build(**options)
 
-    def test_a_file_that_is_not_there_leaves_the_model_whole(self, build: Any) -> None:
+    def test_a_file_that_is_not_there_leaves_the_model_whole(self) -> None:
         model = build()
         model.pretrained, model._recipe["pretrained"], model._is_init = "nowhere.pth", "nowhere.pth", False
         with pytest.raises(FileNotFoundError, match="nowhere"):
