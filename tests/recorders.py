@@ -636,14 +636,15 @@ REFUSALS = (
     ),
     Refusal(
         r"torch\.onnx, dynamo=True",
-        r"sam expedite",
+        r"sam (expedite|cubistmerge)|hiera .*",
         "only 4D query",
-        "timm's attention of SAM, which the blocks of Expedite keep, calls the fused kernel without a dimension of "
-        "heads, which torch's exporter to ONNX does not take: set `block.attn.fused_attn = False` in each block first.",
+        "timm's attention of SAM, which smaller grids keep, and of Hiera, which blocks that pool keep, calls the fused "
+        "kernel without a dimension of heads or with one of windows, which torch's exporter to ONNX does not take: set "
+        "`block.attn.fused_attn = False` in each block first.",
     ),
     Refusal(
         r"torch\.export, dynamic (height|size)",
-        r"sam .*",
+        r"(sam|hieradet) .*",
         "a dynamic height or width",
         "Windows are padded in ways that `torch.export` does not follow: export with height and width fixed, once for "
         "every size; the batch may be dynamic.",
