@@ -274,6 +274,11 @@ class AttnState(NamedTuple):
         pairs = None if pair_table is None else PairBias.of(pair_table, tokens)
         return cls(q, k, v, scale, tokens, tokens, tokens.key_bias(q.dtype), x, pairs=pairs, mask=mask)
 
+    @property
+    def packable(self) -> bool:
+        """Whether attention treats all pairs of tokens alike, as kernels for packed batches do."""
+        return self.pairs is None and self.mask is None
+
     def pair_bias(self) -> Tensor | None:
         """(B or 1, heads, P+K, P+N) bias of the queries that go on with all keys; None without relative positions."""
         if self.pairs is None:
@@ -396,7 +401,7 @@ def is_one_piece(state: AttnState) -> bool:
     map with a bias or a mask of pairs is one piece beside that of the biases or of the mask.
     """
     q = state.q
-    if state.pairs is not None or state.mask is not None or is_recorded(q) or torch.jit.is_tracing():
+    if not state.packable or is_recorded(q) or torch.jit.is_tracing():
         return True
     return q.shape[0] * q.shape[1] * q.shape[2] ** 2 <= piece_entries(q)
 

@@ -143,6 +143,11 @@ class ReducedHost(Intermediates, Reduced):
         def set_grad_checkpointing(self, enable: bool = True) -> None: ...
 
     @property
+    def packable(self) -> bool:
+        """Batches can be packed, see ``AttnState.packable``."""
+        return not (self.biases_pairs or self.masks_pairs)
+
+    @property
     def num_class_tokens(self) -> int:
         """Class-like tokens: 1 with a class token, 2 with a distillation token too, else 0."""
         return 0 if self.cls_token is None else 1
@@ -851,11 +856,11 @@ def check_host(host: ReducedHost) -> None:
                 f"none (num_prefix_tokens={host.num_prefix_tokens}); use a host with one, or a method without that "
                 "need such as 'tome' or 'zero_tprune'"
             )
-        if getattr(reducer, "ragged", "") == "packed" and (host.biases_pairs or host.masks_pairs):
+        if getattr(reducer, "ragged", "") == "packed" and not host.packable:
             kind = type(host).__bases__[1].__name__
             has = f"bias of pairs of tokens, as this {kind} has for relative positions"
             if host.masks_pairs:
-                has = f"mask of pairs of tokens behind the softmax, as this {kind} has so that none reads later ones"
+                has = f"mask behind the softmax, as this {kind} has against reading later tokens"
             raise ValueError(
                 f"{host.method} with ragged='packed' runs on kernels for packed batches, which take no {has}; use "
                 "ragged='padded'"
