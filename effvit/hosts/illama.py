@@ -1,4 +1,4 @@
-"""iLLaMA (arXiv 2404.06773): a ViT of LLaMA's blocks, whose tokens do not read what later ones say.
+"""iLLaMA (arXiv 2404.06773): a ViT of LLaMA's blocks, with a causal mask behind the softmax.
 
 Blocks have RMSNorm, a SwiGLU MLP and rotary positions along the sequence of patches in rows, beside learnt positions.
 The class token stands last, so that it reads all patches. Read from models/illama.py of
@@ -52,7 +52,7 @@ def rotary_table(x: Tensor, head_dim: int) -> Tensor:
     """
     dtype = wide_dtype(x.dtype)
     channels = torch.arange(0, head_dim, 2, device=x.device, dtype=dtype)  # (D/2,)
-    angles = sequence_places(x).mT.to(dtype) * (1.0 / THETA ** (channels / head_dim))  # (1+N, D/2)
+    angles = sequence_places(x).transpose(0, 1).to(dtype) * (1.0 / THETA ** (channels / head_dim))  # (1+N, D/2)
     angles = angles.repeat_interleave(2, dim=1)  # (1+N, D)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
