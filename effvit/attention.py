@@ -25,6 +25,7 @@ __all__ = [
     "ATTENTION_CLASSES",
     "AttnState",
     "Beside",
+    "CausalMask",
     "Images",
     "MapSums",
     "PairBias",
@@ -40,6 +41,7 @@ __all__ = [
     "class_attention",
     "jagged_attention",
     "map_sums",
+    "masked_attention",
     "policy_softmax",
     "sum_beside",
 ]
@@ -188,6 +190,41 @@ class PairBias(NamedTuple):
         return biases_between(self.table, take_rows(self.places, rows), self.places)
 
 
+class CausalMask(NamedTuple):
+    """The mask of one block of a causal host, which is applied to the softmax map and does not renormalise its rows.
+
+    A token stands at the place of its anchor, in whatever order the sequence holds it. Prefix tokens stand behind all
+    patches, so that their rows stay as they are.
+
+    Attributes:
+        places: (B, P+N) place of each token; H*W for prefix tokens. (1, P+N) for all images if none is selected.
+        soft_mask: Factor in [0, 1] on entries whose key is behind their query; 0 is the plain causal mask.
+        moved: False while the tokens are the full sequence, whose mask is the same for all images.
+    """
+
+    places: Tensor
+    soft_mask: float
+    moved: bool = False
+
+    @classmethod
+    def of(cls, tokens: TokenMap, soft_mask: float) -> CausalMask:
+        """The mask between the tokens of a map that is not packed."""
+        places = tokens.layout.ranges.behind_prefix(tokens.anchor)  # (B, P+N), negative for prefix tokens
+        return cls(torch.where(places < 0, tokens.num_patches, places), soft_mask, tokens.moved)
+
+    def applied(self, weights: Tensor, rows: Tensor | None = None) -> Tensor:
+        """The map with the mask.
+
+        Args:
+            weights: (B, heads, Q, P+N) the softmax map.
+            rows: (B, Q) rows of its queries in the flattened sequence; None: all tokens in order.
+        """
+        keys = self.places if self.moved or rows is not None else self.places[:1]
+        queries = keys if rows is None else take_rows(self.places, rows)
+        later = (keys.unsqueeze(1) > queries.unsqueeze(2)).unsqueeze(1)  # (B or 1, 1, Q, P+N)
+        return torch.where(later, weights * self.soft_mask, weights)
+
+
 class AttnState(NamedTuple):
     """What one block's attention knows, for a reducer to score tokens with.
 
@@ -204,6 +241,7 @@ class AttnState(NamedTuple):
         weights: (B, heads, P+N, P+N) softmax map, only for a method that asked for it (and where it is not too large).
         sums: Its diagonal and column sums, likewise.
         pairs: The bias of each pair of tokens in a host with relative positions; None in others.
+        mask: The mask of a causal host; None in others.
     """
 
     q: Tensor
@@ -218,6 +256,7 @@ class AttnState(NamedTuple):
     weights: Tensor | None = None
     sums: MapSums | None = None
     pairs: PairBias | None = None
+    mask: CausalMask | None = None
 
     @classmethod
     def of(
@@ -229,10 +268,16 @@ class AttnState(NamedTuple):
         tokens: TokenMap,
         x: Tensor | None = None,
         pair_table: Tensor | None = None,
+        mask: CausalMask | None = None,
     ) -> AttnState:
         """The state before any selection: all tokens of the map, which makes the key bias."""
         pairs = None if pair_table is None else PairBias.of(pair_table, tokens)
-        return cls(q, k, v, scale, tokens, tokens, tokens.key_bias(q.dtype), x, pairs=pairs)
+        return cls(q, k, v, scale, tokens, tokens, tokens.key_bias(q.dtype), x, pairs=pairs, mask=mask)
+
+    @property
+    def packable(self) -> bool:
+        """Whether attention treats all pairs of tokens alike, as kernels for packed batches do."""
+        return self.pairs is None and self.mask is None
 
     def pair_bias(self) -> Tensor | None:
         """(B or 1, heads, P+K, P+N) bias of the queries that go on with all keys; None without relative positions."""
@@ -243,7 +288,8 @@ class AttnState(NamedTuple):
     def class_rows(self) -> Tensor:
         """Attention of the class-like tokens to all tokens, (B, heads, num_class, P+N), in fp32 (fp64 for fp64).
 
-        These are rows of the softmax map, computed from num_class queries: O(N) memory beside the fused kernel.
+        These are rows of the softmax map, computed from num_class queries: O(N) memory beside the fused kernel. No mask
+        changes them.
         """
         num_class = self.keys.num_class
         if self.weights is not None:
@@ -259,10 +305,14 @@ class AttnState(NamedTuple):
         return (logits if self.bias is None else logits + self.bias).softmax(dim=-1)
 
     def softmax_map(self) -> Tensor:
-        """The whole softmax map (B, heads, P+N, P+N), in fp32 (fp64 for fp64), since methods rank tokens by it."""
+        """The whole softmax map (B, heads, P+N, P+N), in fp32 (fp64 for fp64), since methods rank tokens by it.
+
+        In a causal host it has the mask, as attention applies it, so that its rows do not sum to 1.
+        """
         q, k = self.map_factors()
         logits = wide_product(q, k.transpose(-2, -1))
-        return (logits if self.pairs is None else logits + self.pairs.whole()).softmax(dim=-1)
+        weights = (logits if self.pairs is None else logits + self.pairs.whole()).softmax(dim=-1)
+        return weights if self.mask is None else self.mask.applied(weights)
 
     def map_factors(self) -> tuple[Tensor, Tensor]:
         """Queries and keys (B, heads, P+N, D or D+1) in fp32 (fp64 for fp64) whose products are the map's logits.
@@ -348,10 +398,10 @@ def is_one_piece(state: AttnState) -> bool:
     """Whether the softmax map of the state is formed whole.
 
     What is recorded must hold for other batches and sizes, so its map is one piece, which compilers fuse as they can. A
-    map with a bias of pairs is one piece beside that of the biases.
+    map with a bias or a mask of pairs is one piece beside that of the biases or of the mask.
     """
     q = state.q
-    if state.pairs is not None or is_recorded(q) or torch.jit.is_tracing():
+    if not state.packable or is_recorded(q) or torch.jit.is_tracing():
         return True
     return q.shape[0] * q.shape[1] * q.shape[2] ** 2 <= piece_entries(q)
 
@@ -545,6 +595,37 @@ def fused_attention(
     return biased_attention(q, k, v, bias, dropout_p, scale)
 
 
+def masked_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    mask: CausalMask,
+    drop: nn.Dropout,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """Attention with a mask on its softmax map, which no fused kernel takes.
+
+    Args:
+        q: (B, heads, Q, D).
+        k: (B, heads, P+N, D).
+        v: (B, heads, P+N, D).
+        scale: Factor on q k^T.
+        bias: (B, 1, 1, P+N) bias on the logits of each key; None: none.
+        mask: The mask.
+        drop: Attention dropout.
+        rows: (B, Q) rows of the queries in the flattened sequence; None: all tokens in order.
+
+    Returns:
+        (B, heads, Q, D).
+    """
+    logits = (q * scale) @ k.transpose(-2, -1)  # (B, heads, Q, P+N)
+    logits = logits if bias is None else logits + bias.to(logits.dtype)
+    dropped: Tensor = drop(mask.applied(logits.softmax(dim=-1), rows))
+    return dropped.to(v.dtype) @ v
+
+
 @fx_leaf
 def biased_attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout_p: float, scale: float | None = None
@@ -626,7 +707,7 @@ def jagged_attention(
     return out.transpose(1, 2).values().transpose(0, 1).unsqueeze(0)  # (1, heads, Tq, D)
 
 
-def _rotate(x: Tensor, tokens: TokenMap, rope: Tensor, turn: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def _rotate_patches(x: Tensor, tokens: TokenMap, rope: Tensor, turn: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """Apply the rotary table of the full grid by ``turn`` to the patch tokens of x (B, heads, P+N, D)."""
     table = tokens.position_table(rope)
     if tokens.packed:  # prefix tokens lie between the images: give them the identity rotation (sin 0, cos 1)
@@ -677,6 +758,14 @@ class TokenAttention(nn.Module):
     def _pair_table(self, shared: Tensor | None) -> Tensor | None:
         """Bias between the places of the full sequence, given what the blocks share; None in a host without one."""
         return None
+
+    def _causal_mask(self, tokens: TokenMap) -> CausalMask | None:
+        """The mask between the tokens; None in a host that is not causal."""
+        return None
+
+    def _rotate(self, x: Tensor, tokens: TokenMap, positions: Tensor) -> Tensor:
+        """Tokens x (B, heads, P+N, D) turned by the rotary table that the blocks share."""
+        return _rotate_patches(x, tokens, positions, self._turn)
 
     def _turn(self, x: Tensor, table: Tensor) -> Tensor:
         """Tokens x (B, heads, N, D) turned by a table of sines and cosines that broadcasts with them, (..., N, 2D)."""
@@ -748,12 +837,11 @@ class TokenAttention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         pair_table = self._pair_table(positions)
         if positions is not None and pair_table is None:
-            q = _rotate(q, tokens, positions, self._turn).type_as(v)
-            k = _rotate(k, tokens, positions, self._turn).type_as(v)
+            q, k = (self._rotate(y, tokens, positions).type_as(v) for y in (q, k))
         if self.num_kv_groups > 1:
             k, v = (y.repeat_interleave(self.num_kv_groups, dim=1) for y in (k, v))
 
-        state = AttnState.of(q, k, v, self.scale, tokens, x, pair_table)
+        state = AttnState.of(q, k, v, self.scale, tokens, x, pair_table, self._causal_mask(tokens))
         if not attends:
             if beside is not None:
                 beside.value = state
@@ -762,7 +850,8 @@ class TokenAttention(nn.Module):
         if pick is not None:
             rows, selected = pick(state)
             # Made anew, since what ``_replace`` gives comes out empty of a graph that dynamo breaks in this branch.
-            state = AttnState(q, k, v, self.scale, selected, tokens, bias, x, rows, pairs=state.pairs)
+            pairs, mask = state.pairs, state.mask
+            state = AttnState(q, k, v, self.scale, selected, tokens, bias, x, rows, pairs=pairs, mask=mask)
             q = take_heads(q, rows)
             gate = take_rows(gate, rows) if gate is not None else None
         if isinstance(edit_map, SumMap) and (has_gradient(q) or (self.training and self.attn_drop.p > 0)):
@@ -776,7 +865,8 @@ class TokenAttention(nn.Module):
             v = self._values(y).repeat_interleave(self.num_kv_groups, dim=1)
             out = self.attn_drop(weights.to(v.dtype)) @ v
         elif tokens.policy is not None:
-            weights = policy_softmax(state.softmax_map(), tokens.policy)
+            weights = policy_softmax(state._replace(mask=None).softmax_map(), tokens.policy)
+            weights = weights if state.mask is None else state.mask.applied(weights)
             state = state._replace(weights=weights)
             out = self.attn_drop(weights.to(v.dtype)) @ v
         elif isinstance(edit_map, SumMap):
@@ -794,6 +884,8 @@ class TokenAttention(nn.Module):
             of_keys = tokens.pack(bias[:, 0, 0]) if bias is not None and tokens.key_weight is not None else None
             q = q if self.own_scale is None else q * (self.own_scale * q.shape[-1] ** 0.5)  # kernels take no scale
             out = variable_length_attention(q, k, v, state.tokens, tokens, dropout_p, of_keys)
+        elif state.mask is not None:
+            out = masked_attention(q, k, v, self.scale, bias, state.mask, self.attn_drop, state.rows)
         elif self.fused_attn:
             dropout_p = self.attn_drop.p if self.training else 0.0
             out = fused_attention(q, k, v, bias, state.pair_bias(), dropout_p, self.own_scale)

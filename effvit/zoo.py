@@ -16,7 +16,7 @@ from timm.models._pretrained import DefaultCfg, PretrainedCfg
 from torch import nn
 
 from effvit.architectures import variants
-from effvit.hosts import lvvit, naflex, relpos, towers, vit_nano
+from effvit.hosts import illama, lvvit, naflex, relpos, towers, vit_nano
 from effvit.hosts.checkpoints import host_state_dict
 from effvit.hosts.feature_pyramid import feature_settings
 from effvit.hosts.host import WINDOW_CLASSES, check_model_name, check_settings, sparsify
@@ -49,6 +49,8 @@ CLASS_TOKEN_HOSTS = (
     *relpos.CLASS_TOKEN_HOSTS,
     "lvvit_small_patch16_224",
     "lvvit_medium_patch16_224",
+    *(f"illama_{size}_patch16_224" for size in ("tiny", "small", "base", "large")),
+    *(f"illama_{size}_patch16_384" for size in ("base", "large")),
     *naflex.CLASS_TOKEN_HOSTS,
 )
 NO_CLASS_TOKEN_HOSTS = (
@@ -299,5 +301,5 @@ def list_models(pattern: str = "*") -> list[str]:
 
     ``sparsified`` is not among them: timm lists it, but it makes a model only together with a host and a method.
     """
-    own = {*default_cfgs, *lvvit.default_cfgs, *vit_nano.default_cfgs, *variants.default_cfgs}
+    own = {*default_cfgs, *lvvit.default_cfgs, *illama.default_cfgs, *vit_nano.default_cfgs, *variants.default_cfgs}
     return [name for name in timm.list_models() if name in own and fnmatch.fnmatch(name, pattern)]

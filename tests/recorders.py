@@ -239,9 +239,10 @@ CASES |= {
     f"{host} {method}": Case(partial(make_window_model, method, host), WINDOW_SIZE, OTHER_SIZES.get(host))
     for method, host in window_pairs(hosts=WINDOW_RECORDED)
 }
-# hosts with relative positions
+# hosts with relative positions, and one with a mask behind the softmax
 RELATIVE = (("evit", "beit"), ("ats", "beit"), ("tome", "relpos"), ("zero_tprune", "shared_relpos"))
-CASES |= {f"{method} {host}": host_case(method, host) for method, host in RELATIVE}
+MASKED = (("evit", "illama"), ("ats", "illama"), ("tome", "illama"), ("mctf", "illama"))
+CASES |= {f"{method} {host}": host_case(method, host) for method, host in (*RELATIVE, *MASKED)}
 
 # A model of each method and architecture, for runtimes that take minutes and formats that depend on nothing else.
 DEPLOYED = (

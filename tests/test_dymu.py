@@ -301,7 +301,7 @@ class TestStoredThresholds:
         assert torch.equal(model(x), dense(x))
 
 
-@pytest.mark.parametrize("host", [host for host in HOSTS if not make_model("tome", host).biases_pairs])
+@pytest.mark.parametrize("host", [host for host in HOSTS if make_model("tome", host).packable])
 def test_packed_and_padded_batches_agree(host: str) -> None:
     padded = make_model("dymu", host).double()
     packed = make_model("dymu", host, ragged="packed").double()

@@ -23,7 +23,7 @@ from scripts import TOOLS, load_tool
 import effvit
 from effvit import method_settings
 from effvit.architectures import variants
-from effvit.hosts import lvvit, vit_nano
+from effvit.hosts import illama, lvvit, vit_nano
 from effvit.measure.flops import count_flops
 from effvit.measure.published import published
 from effvit.reducers import METHODS, Reducer
@@ -83,7 +83,7 @@ def test_recorded_counts_are_those_of_a_trace(tool: ModuleType, name: str) -> No
 
 def test_every_architecture_has_its_figures_in_exactly_one_card() -> None:
     rows = [line for card in CARDS for line in set(re.findall(r"^\| `(\w+)` \|", card.read_text(), re.MULTILINE))]
-    for name in (*variants.VARIANTS, *lvvit.default_cfgs, *vit_nano.default_cfgs):
+    for name in (*variants.VARIANTS, *lvvit.default_cfgs, *illama.default_cfgs, *vit_nano.default_cfgs):
         assert rows.count(name) == 1, name
 
 

@@ -40,6 +40,7 @@ KINDS = (
     "vit_srelpos_small_patch16_224",
     "vit_relpos_small_patch16_rpn_224",
     "lvvit_small_patch16_224",
+    "illama_tiny_patch16_224",
     "naflexvit_base_patch16_gap",
     "naflexvit_base_patch16_radio_v3",
 )

@@ -257,7 +257,7 @@ def host_state_dict(state: dict[str, Tensor], model: nn.Module) -> dict[str, Ten
     if isinstance(model, eva.Eva):
         return eva.checkpoint_filter_fn(_without_zero_biases(state, model), model)
     if isinstance(model, vision_transformer.VisionTransformer) and state:
-        return vision_transformer.checkpoint_filter_fn(state, model, adapt_layer_scale=True)
+        return vision_transformer.checkpoint_filter_fn(illama_state_dict(state), model, adapt_layer_scale=True)
     for cls, convert in PLAIN_FILTERS.items():
         if isinstance(model, cls):
             return convert(state, model)
@@ -270,6 +270,22 @@ def host_state_dict(state: dict[str, Tensor], model: nn.Module) -> dict[str, Ten
             own = {name: value for name, value in state.items() if OWN.search(name)}
             return adapt(_placed(state, model), model) | own
     return state
+
+
+def illama_state_dict(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """iLLaMA's weights under official names -> ours, the position of the class token first; any other state as it is.
+
+    Officially the first and the third layer of the MLP make the gate and what it lets through, and the position of the
+    class token is the last (models/illama.py of techmonsterwang/iLLaMA@dfc93b9).
+    """
+    if not any(".mlp.fc3." in name for name in state):
+        return state
+    state = {
+        name.replace(".mlp.fc1.", ".mlp.fc1_g.").replace(".mlp.fc3.", ".mlp.fc1_x."): value
+        for name, value in state.items()
+    }
+    table = state.get("pos_embed")
+    return state if table is None else {**state, "pos_embed": table.roll(1, dims=1)}
 
 
 def _without_zero_biases(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

@@ -107,11 +107,13 @@ class ReducedHost(Intermediates, Reduced):
         recovery: The trained module of the fill "attention", else None.
         head_reads_patches: The head reads patch tokens although it pools the class token.
         biases_pairs: Attention adds a bias to the logits of each pair of tokens.
+        masks_pairs: Attention multiplies the softmax map by a factor for each pair of tokens.
     """
 
     recovery: AttentionRecovery | None
     head_reads_patches = False
     biases_pairs = False
+    masks_pairs = False
     _depth: int  # blocks of the whole host, of which features_only may leave some out
     token_drop: PatchDropoutWithIndices | None
 
@@ -139,6 +141,11 @@ class ReducedHost(Intermediates, Reduced):
         def _pos_embed(self, x: Tensor) -> Tensor: ...
 
         def set_grad_checkpointing(self, enable: bool = True) -> None: ...
+
+    @property
+    def packable(self) -> bool:
+        """Batches can be packed, see ``AttnState.packable``."""
+        return not (self.biases_pairs or self.masks_pairs)
 
     @property
     def num_class_tokens(self) -> int:
@@ -849,10 +856,13 @@ def check_host(host: ReducedHost) -> None:
                 f"none (num_prefix_tokens={host.num_prefix_tokens}); use a host with one, or a method without that "
                 "need such as 'tome' or 'zero_tprune'"
             )
-        if getattr(reducer, "ragged", "") == "packed" and host.biases_pairs:
+        if getattr(reducer, "ragged", "") == "packed" and not host.packable:
+            kind = type(host).__bases__[1].__name__
+            has = f"bias of pairs of tokens, as this {kind} has for relative positions"
+            if host.masks_pairs:
+                has = f"mask behind the softmax, as this {kind} has against reading later tokens"
             raise ValueError(
-                f"{host.method} with ragged='packed' runs on kernels for packed batches, which take no bias of "
-                f"pairs of tokens, as this {type(host).__bases__[1].__name__} has for relative positions; use "
+                f"{host.method} with ragged='packed' runs on kernels for packed batches, which take no {has}; use "
                 "ragged='padded'"
             )
         dropping = reducer.variable_length and not reducer.keeps_every_patch

@@ -285,8 +285,7 @@ class ALGM(Reducer):
             merge = plan_local_merge(patches, tokens, self.window, self.threshold, *asked)
         else:
             merge = plan_global_merge(patches, tokens.valid, num_prefix, self.layer, *asked)
-        # No kernel for packed batches takes a bias of pairs.
-        packed = state.pairs is None and packs(self.ragged, merge.lengths, num_prefix, state.q)
+        packed = state.packable and packs(self.ragged, merge.lengths, num_prefix, state.q)
         x, left = apply_merge(x, tokens, merge, packed or tokens.packed)
         return x, left if self.prop_attn else replace(left, key_weight=None)
 

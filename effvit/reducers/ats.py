@@ -265,8 +265,7 @@ class ATS(Rated):
             sample = inverse_transform_sample(scores, num_points, tokens.valid, self.grid, self.compat)
             must_pack = self.ragged == "packed"
             kept = compact(sample.order, sample.picked, width, self.drop_tokens, is_recorded(scores), must_pack)
-        # No kernel for packed batches takes a bias of pairs.
-        packed = state.pairs is None and packs(self.ragged, kept.lengths, tokens.num_prefix, state.q)
+        packed = state.packable and packs(self.ragged, kept.lengths, tokens.num_prefix, state.q)
         packed = packed or tokens.packed
         left = tokens.keep(kept.order, width, valid=kept.valid, packed=packed, lengths=kept.lengths)
         rows = packed_rows(tokens, kept.order, left) if packed else tokens.rows(kept.order)

@@ -200,8 +200,7 @@ class DyMU(Reducer):
         recorded = recorded or torch.jit.is_tracing()
         if not (recorded or merge.official or number_merged(tokens, merge)):
             return x, tokens
-        # No kernel for packed batches takes a bias of pairs.
-        packed = state.pairs is None and packs(self.ragged, merge.lengths, tokens.num_prefix, state.q)
+        packed = state.packable and packs(self.ragged, merge.lengths, tokens.num_prefix, state.q)
         packed = packed or tokens.packed
         return apply_merge(x, tokens, merge, packed)
 

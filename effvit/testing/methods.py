@@ -13,6 +13,7 @@ from timm.models.eva import Eva
 from torch import Tensor
 
 import effvit
+from effvit.attention import PoolTokens
 from effvit.block import call_block
 from effvit.protocols import Settings
 from effvit.recover import FILLS
@@ -149,10 +150,10 @@ class Contract:
         hook.remove()
         prefix = model.num_prefix_tokens
         assert torch.allclose(entered[0][:, :prefix], block.norm1(x)[:, :prefix], rtol=1e-5, atol=1e-6)
-        if entered[0].shape[1] < x.shape[1]:  # reduced before attention, which then has fewer keys
-            return
         reducer, block.reducer = block.reducer, None
         assert reducer is not None
+        if entered[0].shape[1] < x.shape[1] or isinstance(reducer.map_edit(), PoolTokens):
+            return  # reduced before the values are made, of which there are then fewer
         start = reducer.start(x, tokens) if tokens.carry is None else tokens
         plain, _ = call_block(block, x, start, block_positions)
         block.reducer = reducer
@@ -265,7 +266,7 @@ class Contract:
         """
         own = len(count_reads(partial(make_host(host), make_images(make_host(host)))))
         recover = None if METHODS[method].keeps_every_patch else "attention"
-        ways = [way for way in RAGGED if way != "packed" or not make_model(method, host).biases_pairs]
+        ways = [way for way in RAGGED if way != "packed" or make_model(method, host).packable]
         ragged: list[Settings] = [{"ragged": way} for way in ways] if "ragged" in METHODS[method].defaults() else [{}]
         for settings in ragged:
             model = make_model(method, host, recover=recover, **settings)

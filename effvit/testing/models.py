@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import effvit
 from effvit.hosts.host import ReducedHost, patch_embedding
+from effvit.hosts.illama import ILLaMA
 from effvit.hosts.lvvit import LVViT
 from effvit.hosts.surface import record_args
 from effvit.protocols import Setting, Settings, Size
@@ -102,6 +103,7 @@ HOSTS: dict[str, MakeModel] = {
         init_values=None,
     ),
     "lvvit": _small(LVViT, patch_size=16, img_size=(64, 80)),
+    "illama": _small(ILLaMA),
     "qwen3": _small(partial(_tower, Qwen3VitClassifier), pos_embed_grid_size=6, mlp_ratio=2.0),
     "deepseek": _small(partial(_tower, DeepseekVitClassifier)),
     "gemma4": _small(

@@ -16,7 +16,7 @@ import timm
 import yaml
 
 from effvit.architectures.variants import VARIANTS
-from effvit.hosts import lvvit, vit_nano
+from effvit.hosts import illama, lvvit, vit_nano
 from effvit.measure.published import published
 from effvit.reducers import METHODS
 
@@ -24,7 +24,7 @@ __all__ = ["ARCHITECTURES", "BENCHMARKS", "ROOT", "Result", "belongs", "configs"
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "docs/benchmarks"
-ARCHITECTURES = (*VARIANTS, *lvvit.default_cfgs, *vit_nano.default_cfgs)
+ARCHITECTURES = (*VARIANTS, *lvvit.default_cfgs, *illama.default_cfgs, *vit_nano.default_cfgs)
 TRAININGS = ("composites_cpu.json", "composites_vit_cpu.json", "garments_cpu.json")
 METRICS = {"coco/bbox_mAP": "box AP", "coco/segm_mAP": "mask AP", "mIoU": "mIoU"}
 

@@ -26,6 +26,7 @@ from torch import nn
 from effvit.block import BLOCK_CLASSES
 from effvit.hosts.closed_form import PlainViT, plain_vit
 from effvit.hosts.host import HOST_CLASSES, ReducedHost, patch_embedding, sparsify
+from effvit.hosts.illama import ILLaMA
 from effvit.hosts.lvvit import LVViT
 from effvit.hosts.sam import sam
 from effvit.hosts.swin import swin
@@ -37,7 +38,7 @@ from effvit.reducers import METHODS, Reducer
 
 __all__ = ["closed_form_macs"]
 
-PLAIN = (VisionTransformer, VisionTransformerDistilled, Eva, Beit, VisionTransformerRelPos, NaFlexVit, LVViT)
+PLAIN = (VisionTransformer, VisionTransformerDistilled, Eva, Beit, VisionTransformerRelPos, NaFlexVit, LVViT, ILLaMA)
 
 
 def form_of_host(model: nn.Module, size: Size) -> Terms:
