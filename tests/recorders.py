@@ -719,8 +719,8 @@ with sizes that were unknown before; other counts do not compile anew. It is tes
 """
 COLUMNS = {
     "torch.compile": (
-        "`torch.compile` with `fullgraph=True`, any batch and size; STViT on Swin and super-token SViT: "
-        "a graph for each size"
+        "`torch.compile` with `fullgraph=True`, any batch and size; STViT on Swin, super-token SViT and hosts with "
+        "windows: a graph for each size"
     ),
     "torch.compile, dynamic": "the same with `dynamic=True`",
     "torch.export": "`torch.export`, shapes fixed",
