@@ -78,6 +78,18 @@ def images(batch: int = 1, size: tuple[int, int] = (48, 40)) -> Tensor:
     return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(2))
 
 
+# GFLOPs of the backbone in the README of Expedit-Mask2Former@5d47cbe; the other two are not those of their configs.
+@pytest.mark.parametrize(("block", "k", "published"), [(7, 10, 620.0), (10, 10, None), (12, 60, None), (14, 49, 769.0)])
+def test_published_settings_of_expedite_are_names(block: int, k: int, published: float | None) -> None:
+    name = f"expedite_swin_large_patch4_window12_384_at{block}_64"
+    with torch.device("meta"):
+        model = timm.create_model(name, img_size=1152)
+    expected = {"cluster_at": block, "restore_at": 22, "num_clusters": 64, "k": k, "norm": "official"}
+    assert expected.items() <= model.settings.items()
+    macs = sum(closed_form_macs(model, (3, 1152, 1152)).values())
+    assert published is None or macs / 1e9 == pytest.approx(published, abs=1)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("method", "settings"), NOTHING)
 def test_nothing_reduced_is_timm_bit_for_bit(kind: str, method: str, settings: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ __all__ = ["ALL", "PaperGroup", "paper_groups"]
 ALL = "all"
 NO_TOP1 = {
     "expedite": "what was published of expedite are speeds and masks of SAM and of segmenters, not of classifiers: the "
-    f"settings for SAM are the names {', '.join(PUBLISHED)}, and model_cards/expedite.md has the figures"
+    f"settings for SAM and Swin are the names {', '.join(PUBLISHED)}, and model_cards/expedite.md has the figures"
 }
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
