@@ -35,7 +35,7 @@ LISTED = [
     "Gelu", "Gemm", "Greater", "GreaterOrEqual", "HardSwish", "Identity", "IsInf", "IsNaN", "LayerNormalization",
     "Less", "LessOrEqual", "Log", "MatMul", "Max", "Min", "Mod", "Mul", "Neg", "Not", "Or", "Pad", "Pow", "Range",
     "Reciprocal", "ReduceL1", "ReduceL2", "ReduceLogSumExp", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum",
-    "Relu", "Reshape", "ScatterElements", "ScatterND", "Shape", "Sigmoid", "Slice", "Softmax", "Split", "Sqrt",
+    "Relu", "Reshape", "Round", "ScatterElements", "ScatterND", "Shape", "Sigmoid", "Slice", "Softmax", "Split", "Sqrt",
     "Squeeze", "Sub", "Transpose", "Unsqueeze", "Where",
 ]
 # fmt: on

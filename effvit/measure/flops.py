@@ -65,7 +65,8 @@ IGNORED_OPERATORS = frozenset(f"aten::{name}{in_place}" for in_place in ("", "_"
     # element-wise arithmetic and activations, softmax
     "abs", "add", "addcmul", "ceil", "clamp_min", "cos", "div", "elu", "exp", "gelu", "hardsigmoid", "hardswish",
     "hardtanh", "leaky_relu", "linalg_vector_norm", "log", "log2", "log_softmax", "logsumexp", "mul", "nan_to_num",
-    "neg", "pow", "reciprocal", "rsqrt", "rsub", "sigmoid", "silu", "sin", "softmax", "sqrt", "square", "sub", "tanh",
+    "neg", "pow", "reciprocal", "round", "rsqrt", "rsub", "sigmoid", "silu", "sin", "softmax", "sqrt", "square", "sub",
+    "tanh",
     # sums, extremes and order
     "adaptive_max_pool2d", "all", "amax", "amin", "any", "argmax", "argmin", "argsort", "cumsum", "kthvalue",
     "max_pool2d", "maximum", "mean", "min", "minimum", "quantile", "sort", "sum", "topk",
