@@ -62,10 +62,11 @@ def alternating_match(
     first_a, first_b = num_prefix % 2, (num_prefix + 1) % 2
     similarity = wide_product(metric[:, first_a::2], metric[:, first_b::2].transpose(1, 2))  # (B, |A|, |B|)
     if by_place:
-        similarity = similarity.mul_(GRAIN).round_().div_(GRAIN)
+        similarity = similarity.mul_(GRAIN).round_()
     if valid is not None:
         similarity = similarity.masked_fill(~valid[:, None, first_b::2], float("-inf"))
     best, match = similarity.max(dim=-1)
+    best = best / GRAIN if by_place else best
     if valid is not None:
         best = best.masked_fill(~valid[:, first_a::2], float("-inf"))
     return best, match
