@@ -47,6 +47,7 @@ def test_readme_and_speed_page_show_the_measured_overhead(capsys: pytest.Capture
         ("docs/profile.md", "tune free", "check_tune", "tune_free_cpu.json"),
         ("docs/select_tokens.md", "selectors", "benchmark_selectors", "selectors_cpu.json"),
         ("docs/speed.md", "hosts", "benchmark_hosts", "hosts_cpu.json"),
+        ("docs/speed.md", "official", "benchmark_official", "official_cpu.json"),
         ("docs/deployment.md", "deployment", "benchmark_deployment", "deployment_cpu.json"),
         ("docs/checkpoints.md", "transformers", "compare_transformers", "transformers_checkpoints.json"),
     ],
