@@ -690,7 +690,9 @@ The models are small, have random weights and are recorded with two images of on
 maps, where the row names a fill) agree with the plain run on other images, on batches of five and of one and, for
 models that accept them, on images of another size, unless the recorder fixes the shapes, as its column says; torch's
 own error then rejects other shapes. A row with only the name of a method uses the settings of its `example`; other rows
-name what differs.
+name what differs. All but per-sample gradients are recorded under `torch.no_grad()`, as `effvit export` does: with
+gradients on, torch 2.11's exporter to ONNX fails for hosts with windows and with relative positions ("Cannot view a
+tensor").
 """
 COMPILING = """
 ## effvit.compile
