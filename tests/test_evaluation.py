@@ -366,7 +366,10 @@ class TestPaper:
         ("arguments", "message"),
         [
             (["--paper", "dymu"], "no published top-1 of 'dymu' is known"),
-            (["--paper", "expedite"], "the settings for SAM are the names expedite_samvit_huge_patch16_at18_121, "),
+            (
+                ["--paper", "expedite"],
+                "the settings for SAM and Swin are the names expedite_samvit_huge_patch16_at18_121, ",
+            ),
             (
                 ["vit_nano*", "--paper", "tome"],
                 "no model with published figures matches 'vit_nano*'; there are tome_",
