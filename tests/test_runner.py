@@ -226,6 +226,33 @@ class TestTraining:
         assert len(tests) == 3
         assert "| 0, 1 |" in capsys.readouterr().out
 
+    def test_fine_tuning_is_compared_with_the_checkpoint_it_starts_from(
+        self, segmenter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Not with the first weights of its config, and of every seed what it has learned."""
+        work, out = tmp_path / "work", tmp_path / "compared.json"
+        build_runner(prepare_config(segmenter, work_dir=work)).train()
+        tuned = tmp_path / "tuned.py"
+        config = Config.fromfile(segmenter)
+        config.load_from = str(work / "iter_4.pth")
+        config.dump(tuned)
+        tested: list[torch.Tensor] = []
+        test = Runner.test
+
+        def weigh_and_test(runner: Runner) -> dict[str, float]:
+            metrics = test(runner)
+            tested.append(sum(p.detach().double().abs().sum() for p in runner.model.parameters()))
+            return metrics
+
+        monkeypatch.setattr(Runner, "test", weigh_and_test)
+        arguments = [str(tuned), "--work-dirs", str(tmp_path / "works"), "--seeds", "0", "1", "--json", str(out)]
+        assert load_tool("compare_training").main(arguments) == 0
+        paths = (work / "iter_4.pth", *(tmp_path / "works" / "tuned" / f"seed-{i}" / "iter_4.pth" for i in range(2)))
+        model = build_runner(prepare_config(segmenter, work_dir=work)).model
+        names = dict(model.named_parameters())
+        weights = [torch.load(path, weights_only=False)["state_dict"] for path in paths]
+        assert tested == [sum(state[name].double().abs().sum() for name in names) for state in weights]
+
     def test_interrupted_training_goes_on_where_it_stopped(self, segmenter: Path, tmp_path: Path) -> None:
         whole, parts = tmp_path / "whole", tmp_path / "parts"
         build_runner(prepare_config(segmenter, work_dir=whole)).train()
@@ -239,6 +266,20 @@ class TestTraining:
             torch.load(folder / "iter_4.pth", weights_only=False)["optimizer"]["state"] for folder in (whole, parts)
         )
         assert a[0]["step"] == b[0]["step"] == 4
+
+    def test_resumed_before_it_began_starts_from_the_checkpoint_of_the_config(
+        self, segmenter: Path, tmp_path: Path
+    ) -> None:
+        start = tmp_path / "start.pth"
+        torch.save({"state_dict": {"weight": torch.zeros(1)}}, start)
+        options = {"load_from": str(start)}
+        config = prepare_config(segmenter, work_dir=tmp_path / "work", options=options, resume="auto")
+        assert (bool(config.get("resume")), config.load_from) == (False, str(start))
+        (tmp_path / "work").mkdir()
+        latest = tmp_path / "work" / "iter_2.pth"
+        (tmp_path / "work" / "last_checkpoint").write_text(str(latest))
+        config = prepare_config(segmenter, work_dir=tmp_path / "work", options=options, resume="auto")
+        assert (config.resume, config.load_from) == (True, str(latest))
 
     def test_two_processes_make_the_step_of_one(self, segmenter: Path, tmp_path: Path) -> None:
         """The mean of the gradients of two halves of a batch is the gradient of the batch."""

@@ -60,7 +60,8 @@ def run(path: Path, work_dirs: Path, seed: int, tested: dict[tuple[Path, str], d
     if not is_trained(config):
         build_runner(config).train()
     runner = build_runner(prepare_config(path, work_dir=work_dir / "test", options=options))
-    runner.model.init_weights()  # as training does
+    runner.model.init_weights()  # as training does, which then loads the checkpoint that the config starts from
+    runner.load_or_resume()
     begun = path, fingerprint(runner.model.state_dict().values())
     if begun not in tested:
         tested[begun] = runner.test()

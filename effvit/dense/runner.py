@@ -101,7 +101,8 @@ def prepare_config(
         launcher: One of ``LAUNCHERS``, or None (see ``read_launcher``).
         amp: Train with mmengine's ``AmpOptimWrapper`` and a dynamic loss scale.
         auto_scale_lr: Scale the learning rate to the batch size by the config's ``auto_scale_lr``.
-        resume: A checkpoint to go on from, "auto" for the latest in the work directory, or None.
+        resume: A checkpoint to go on from, "auto" for the latest in the work directory, or None. Where the work
+            directory has none yet, "auto" starts as without: from the config's ``load_from``, if it names one.
 
     Raises:
         ValueError: Mixed precision without an accelerator, or ``auto_scale_lr`` for a config that names no base batch
@@ -113,14 +114,20 @@ def prepare_config(
     config.launcher = read_launcher(launcher)
     if work_dir is not None or config.get("work_dir") is None:
         config.work_dir = str(work_dir or Path("work_dirs") / Path(path).stem)
+    if config.get("visualizer"):
+        # mmengine keeps one for each name, and mmdet's and mmseg's configs all say "visualizer": a second training of a
+        # process would write its losses into the work directory of the first.
+        config.visualizer.name = config.work_dir
     if amp:
         _use_mixed_precision(config)
     if auto_scale_lr:
         if "base_batch_size" not in config.get("auto_scale_lr", {}):
             raise ValueError(f"auto_scale_lr needs auto_scale_lr=dict(base_batch_size=...), which {path} does not have")
         config.auto_scale_lr.enable = True
+    if resume == "auto":
+        resume = find_latest_checkpoint(config.work_dir)
     if resume is not None:
-        config.resume, config.load_from = True, None if resume == "auto" else resume
+        config.resume, config.load_from = True, resume
     if config.launcher != "none" and get_device() == "cpu":
         _distribute_on_cpu(config)
     return config
@@ -178,7 +185,7 @@ def build_runner(config: Config) -> Runner:
     checkpoint = config.get("load_from")
     for line in lines:
         runner.logger.info(line)
-    if checkpoint is None and config.get("resume"):
+    if checkpoint is None and config.get("resume"):  # the config's own, without a checkpoint: mmengine looks for one
         checkpoint = find_latest_checkpoint(config.work_dir)
     if checkpoint is not None:
         check_checkpoint(runner, checkpoint)

@@ -1,0 +1,2 @@
+# The control: the dense model.
+_base_ = "_base_/finetune.py"
