@@ -58,7 +58,7 @@ SMALL = {
     "mmseg/linear_dinov2-s_8xb2-40k_ade20k-512x512",
     *("mmseg/composites/upernet_algm", "mmseg/composites/upernet_evit", "mmseg/composites/upernet_hot"),
     *("mmseg/composites/upernet_stvit-r", "mmseg/composites/upernet_swin"),
-    "mmpretrain/dynamicvit-deit-s_8xb128-30e_in1k",
+    *("mmpretrain/dynamicvit-deit-s_8xb128-30e_in1k", "mmpretrain/mctf-deit-s_8xb128-30e_in1k"),
     *("mmpretrain/gtp-deit-s_in1k", "mmpretrain/cifar10/vit-nano_cifar10", "mmpretrain/cutouts/vit-nano_cutouts"),
     *(f"mmpretrain/fashion-mnist/finetune_{name}" for name in ("ats", "evit_distilled", "gtp", "tome")),
     *(f"mmpretrain/fashion-mnist/scratch_{name}" for name in ("lookupvit", "sit", "stvit", "supertoken")),
@@ -90,7 +90,7 @@ RECIPES: list[tuple[str, str, tuple[str, ...]]] = [
     (r"mmseg/upernet_(stvit-r|supertoken)", r"relative_position_bias_table$", ("norm",)),
     (r"mmseg/upernet_", POSITIONS, ("norm",)),
     (
-        r"mmpretrain/(sit|lookupvit|evit|ats|tome|dynamicvit|stvit-deit)",
+        r"mmpretrain/(sit|lookupvit|evit|ats|tome|dynamicvit|mctf|stvit-deit)",
         r"^model\.(cls_token|pos_embed\w*)$",
         ("norm", "bias", "flat"),
     ),
