@@ -93,10 +93,10 @@ def pair(
     own, images = ours(official, method, settings, **(host or {})), noise((3, 224, 224), batch_size)
     run = official if run is None else run
     (theirs, scores), (counts, our_scores) = lengths(official, run, images), lengths(own, own, images)
+    close = found_equal(scores, our_scores, "scores", ordered=True) == "scores equal"
     if theirs != counts:
-        equal = f"{theirs} tokens in the blocks against {counts} of ours"
+        equal = "scores equal, computed of more tokens" if close else f"{theirs} tokens in the blocks against {counts}"
     else:
-        close = found_equal(scores, our_scores, "scores", ordered=True) == "scores equal"
         equal = "tokens of each block and scores equal" if close else "tokens of each block equal"
     return Pair(run, own, images, equal)
 
@@ -268,6 +268,15 @@ REDUCTIONS: dict[str, Official] = {
         "SinkhornVisionTransformer", "sinkhorn", {"sinkhorn_eps": 1.0, "cluster_iters": 3}, num_iters=3, **BY_NUMBER
     ),
     "patchmerger": listed("PatchMergerVisionTransformer", "patchmerger", **BY_NUMBER),
+    "radial": listed(
+        "HeuristicVisionTransformer",
+        "radial",
+        {"heuristic_pattern": "l2", "not_contiguous": True},
+        module="heuristic",
+        pattern="l2",
+        place="block",
+        **BY_NUMBER,
+    ),
     "evit": listed("EfficientVisionTransformer", "evit", **BY_NUMBER),
     "tome": listed("ToMeVisionTransformer", "tome", r=MERGED),
     "atc": Official("ATC", "227c94b", atc, "official: scikit-learn", {f"{RATE} in blocks 3, 6, 9": None}),
