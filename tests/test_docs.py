@@ -62,7 +62,7 @@ def test_pages_show_the_measured_tables(document: str, name: str, tool: str, rec
 
 
 @pytest.mark.parametrize("probe", ["linear", "attention"])
-@pytest.mark.parametrize("data", ["cutouts", "garments"])
+@pytest.mark.parametrize("data", ["cutouts", "garments", "mobilesam"])
 def test_what_selected_tokens_still_tell_is_the_measured_table(data: str, probe: str) -> None:
     record = json.loads((ROOT / f"docs/benchmarks/probes_{data}_cpu.json").read_text())
     shown = shown_table("docs/select_tokens.md", f"{data} {probe} probe")
