@@ -217,7 +217,7 @@ class TestSettingsOutOfRange:
         with pytest.raises((TypeError, ValueError), match="cls_boost must be a positive number, got"):
             reduced("zero_tprune", cls_boost=boost)
 
-    @pytest.mark.parametrize("var_range", [(1,), (1, 0), (NAN, 1), 3, "ab"])
+    @pytest.mark.parametrize("var_range", [(1,), (1, 0), (NAN, 1), (0.5, "a"), 3, "ab"])
     def test_variance_range_that_is_none(self, var_range: Any) -> None:
         with pytest.raises((TypeError, ValueError), match=r"var_range must be \(smallest, largest\) variance, got"):
             reduced("zero_tprune", var_range=var_range)
@@ -261,6 +261,25 @@ class TestSettingsOutOfRange:
             effvit.cosine_keep_rate(**({"step": 0, "steps_per_epoch": 10, "keep_rate": 0.5} | arguments))
 
 
+class TestAnySetting:
+    """Whatever is given for whatever setting of whatever method."""
+
+    VALUES = (NAN, float("inf"), -1, 0, 1e9, 2.5, "x", b"a", [], [1], [0.5, "a"], [NAN] * 4, {}, True, torch.tensor(3))
+
+    @pytest.mark.parametrize(
+        ("method", "setting"), [(method, name) for method, kind in METHODS.items() for name in kind.defaults()]
+    )
+    def test_refusal_names_a_setting_or_the_method(self, method: str, setting: str) -> None:
+        refusals: list[str] = []
+        for value in self.VALUES:
+            try:
+                reduced(method, **{setting: value})
+            except (TypeError, ValueError) as error:
+                refusals.append(str(error))
+        names = "|".join([method, *METHODS[method].defaults()])
+        assert [text for text in refusals if not re.search(rf"\b({names})\b", text)] == []
+
+
 class TestBlocksAndLengths:
     @pytest.mark.parametrize("method", WITH_BLOCKS)
     @pytest.mark.parametrize(
@@ -279,7 +298,7 @@ class TestBlocksAndLengths:
             reduced(method, reduce_at=blocks)
 
     @pytest.mark.parametrize("method", WITH_BLOCKS)
-    @pytest.mark.parametrize("blocks", [1, (1.0,), "1", (True,), [[1]]])
+    @pytest.mark.parametrize("blocks", [1, 2.5, NAN, {1}, (1.0,), "1", (True,), [[1]]])
     def test_blocks_that_are_no_block_numbers(self, method: str, blocks: Any) -> None:
         message = f"reduce_at must be a sequence of 0-based block numbers, got {blocks!r}"
         with pytest.raises(TypeError, match=re.escape(message)):

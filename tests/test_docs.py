@@ -37,6 +37,7 @@ def test_readme_and_speed_page_show_the_measured_overhead(capsys: pytest.Capture
         ("docs/dense.md", "training", "compare_training", "composites_cpu.json"),
         ("docs/dense.md", "vit", "compare_training", "composites_vit_cpu.json"),
         ("docs/dense.md", "segmentation", "evaluate_dense", "segmentation_cpu.json"),
+        ("docs/dense.md", "segmentation fine-tuned", "compare_training", "segmentation_finetuned_cpu.json"),
         ("docs/dense.md", "garments", "compare_training", "garments_cpu.json"),
         ("docs/accuracy.md", "accuracy", "make_accuracy_page", "fashion_accuracy_cpu.json"),
         ("docs/accuracy.md", "cutouts training", "training_log", "cutouts_training_cpu.json"),
