@@ -376,9 +376,11 @@ class ZeroTPrune(Rated):
         check_switch("renormalise", renormalise)
         if cls_boost is not None:
             check_number("cls_boost", cls_boost, "positive")
-        pair = isinstance(var_range, (list, tuple)) and [type(v) in (int, float) for v in var_range] == [True, True]
-        if var_range is not None and not (pair and var_range[0] <= var_range[1]):
-            raise ValueError(f"var_range must be (smallest, largest) variance, got {var_range!r}")
+        if var_range is not None:
+            pair = isinstance(var_range, (list, tuple)) and len(var_range) == 2
+            numbers = pair and all(isinstance(v, (int, float)) for v in var_range)
+            if not numbers or not var_range[0] <= var_range[1]:  # NaN is refused
+                raise ValueError(f"var_range must be (smallest, largest) variance, got {var_range!r}")
         rates = {b: check_fraction("keep_rate", v) for b, v in per_block("keep_rate", keep_rate, blocks).items()}
         pairs = {b: check_count("r", v) for b, v in per_block("r", r, blocks).items()}
         iters = {b: check_count("num_iters", v, 1) for b, v in per_block("num_iters", num_iters, blocks).items()}
