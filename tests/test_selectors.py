@@ -566,6 +566,32 @@ def one_head(q: Tensor, k: Tensor) -> Tensor:
 
 
 class TestRefusals:
+    @pytest.mark.parametrize("value", [0.5, "x", [1.0], {}, object(), torch.zeros(2, 48, 24).numpy()])
+    def test_features_that_are_no_tensors_are_named(self, value: Any) -> None:
+        given = features()
+        for name, method in (("tokens", "divprune"), ("keys", "visionzip"), ("relevance", "cdpruner")):
+            with pytest.raises(
+                TypeError, match=rf"^{name} must be a tensor, got {type(value).__name__}; torch\.as_tensor"
+            ):
+                choose(method, 4, given | {name: value})
+        with pytest.raises(TypeError, match=r"scores of tokens are a tensor \(B, N\), got"):
+            choose("class_attention", 4, given | {"scores": value})
+        with pytest.raises(TypeError, match="relevance must be a tensor, got"):
+            effvit.select_tokens(make_tower(), IMAGES, "cdpruner", keep=4, relevance=value)
+        with pytest.raises(TypeError, match="parts must be a tensor, got"):
+            effvit.select_parts(make_tower(), value, "hired", crops=(1, 2), keep=0.5)
+        with pytest.raises(ValueError, match="are 3 parts, got a single number"):
+            effvit.select_parts(make_tower(), torch.tensor(3.0), "hired", crops=(1, 2), keep=0.5)
+
+    @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64])
+    def test_features_that_cannot_be_averaged_are_refused(self, dtype: torch.dtype) -> None:
+        """Means of whole numbers would be rounded, without a word."""
+        given = features()
+        for name in ("tokens", "keys"):
+            message = f"{name} must be features of a floating-point dtype, got {dtype}"
+            with pytest.raises(TypeError, match=message):
+                choose("visionzip", 4, given | {name: given[name].to(dtype)})
+
     @pytest.mark.parametrize(
         ("keep", "message"),
         [

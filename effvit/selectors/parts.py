@@ -18,6 +18,7 @@ from effvit.selectors.select import (
     TowerFeatures,
     arranged,
     check_features,
+    check_tensor,
     choose_tokens,
     features_of,
     refuse_unused,
@@ -59,12 +60,13 @@ class Parts(NamedTuple):
         return self.crops[0] * self.crops[1] + (self.thumbnail is not None)
 
     def check(self, given: Tensor) -> None:
-        """Raise a ValueError if the images or features (P, ...) are not those of all parts."""
-        if given.shape[0] != self.number:
+        """Raise an error, a ValueError for tensors, if the images or features (P, ...) are not those of all parts."""
+        check_tensor("parts", given)
+        if given.shape[:1] != (self.number,):
             (rows, columns), without = self.crops, self.thumbnail is None
             raise ValueError(
                 f"{rows} x {columns} crops {'without a' if without else 'and a'} thumbnail are {self.number} parts, "
-                f"got {given.shape[0]}; give those of one image"
+                f"got {given.shape[0] if given.ndim else 'a single number'}; give those of one image"
             )
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:

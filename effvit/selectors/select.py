@@ -28,6 +28,7 @@ __all__ = [
     "TokenSelector",
     "arranged",
     "check_features",
+    "check_tensor",
     "choose_tokens",
     "count_tokens",
     "features_of",
@@ -181,6 +182,12 @@ def refuse_unused(selector: Selector, **given: object) -> None:
             )
 
 
+def check_tensor(name: str, value: object) -> None:
+    """Raise a TypeError for what is no tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}; torch.as_tensor makes one of an array")
+
+
 def given_features(
     selector: Selector,
     tokens: Tensor | None,
@@ -194,10 +201,17 @@ def given_features(
     if tokens is None or grid is None:
         raise TypeError("tokens need grid=(H, W), the patches they are of")
     check_sides("grid", grid)
-    if tokens.ndim != 3 or tokens.shape[1] != math.prod(grid):
+    named = {"tokens": tokens, "keys": keys, "relevance": relevance, "early": early}
+    for name, value in named.items():
+        if value is not None:
+            check_tensor(name, value)
+    for name, value in (("tokens", tokens), ("keys", keys)):
+        if value is not None and not value.is_floating_point():
+            raise TypeError(f"{name} must be features of a floating-point dtype, got {value.dtype}; convert them")
+    if tokens.ndim != 3 or tokens.shape[1] != math.prod(grid) or not tokens.shape[2]:
         raise ValueError(f"tokens must be (B, {math.prod(grid)}, C) for a grid of {grid}, got {tuple(tokens.shape)}")
     given = scores if isinstance(scores, Tensor) else None
-    if given is None and scores != CLASS_ROW:
+    if given is None and not (isinstance(scores, str) and scores == CLASS_ROW):
         raise TypeError(f"scores of tokens are a tensor (B, N), got {scores!r}; a name says what to read of a tower")
     if given is None and selector.row is not None:
         raise ValueError(
@@ -358,6 +372,7 @@ class SelectingTower(nn.Module):
         self._check_map(tokens)
         if relevance is not None:
             expected = (len(output.patches), tokens.num_patches)
+            check_tensor("relevance", relevance)
             if relevance.shape != expected:
                 raise ValueError(f"relevance must be for {expected} patches, got {tuple(relevance.shape)}")
             relevance = relevance.gather(1, tokens.anchor) if tokens.moved else relevance
