@@ -18,9 +18,14 @@ from effvit.show.pictures import cutout_pictures
 
 def slow_scores(x: torch.Tensor, k: int) -> list[float]:
     """The scores of x (N, C) from the definition, token by token; of equal densities the first is the denser."""
+    return [math.exp(score) for score in log_scores(x, k)]
+
+
+def log_scores(x: torch.Tensor, k: int) -> list[float]:
+    """Their logarithms."""
     number, width = x.shape
     distance = [[float((x[i] - x[j]).square().sum() / width) ** 0.5 for j in range(number)] for i in range(number)]
-    density = [math.exp(-sum(d * d for d in sorted(row)[:k]) / k) for row in distance]
+    density = [-sum(d * d for d in sorted(row)[:k]) / k for row in distance]  # its logarithm
     scores = []
     for i in range(number):
         denser = [
@@ -28,22 +33,32 @@ def slow_scores(x: torch.Tensor, k: int) -> list[float]:
             for j in range(number)
             if density[j] > density[i] + 1e-12 or (abs(density[j] - density[i]) <= 1e-12 and j < i)
         ]
-        scores.append(density[i] * min(denser, default=max(map(max, distance))))
+        scores.append(density[i] + math.log(min(denser, default=max(map(max, distance)))))
     return scores
 
 
+@pytest.mark.parametrize("length", [11, 14])  # all distances at once, and by blocks
 @pytest.mark.parametrize("k", [2, 3, 5])
-def test_scores_are_those_of_the_slow_search(k: int) -> None:
-    x = torch.randn(3, 14, 6, dtype=torch.float64)
+def test_scores_are_those_of_the_slow_search(k: int, length: int) -> None:
+    x = torch.randn(3, length, 6, dtype=torch.float64)
     expected = torch.tensor([slow_scores(image, k) for image in x], dtype=torch.float64)
-    assert torch.allclose(peak_scores(x, k), expected, atol=1e-9)
+    assert torch.allclose(peak_scores(x, k).exp(), expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("length", [12, 90])  # all distances at once, and by blocks
+def test_tokens_that_lie_far_apart_choose_by_their_order_too(length: int) -> None:
+    """In float32 their densities are below the smallest number."""
+    x = 100 * torch.randn(3, length, 8)
+    expected = torch.tensor([log_scores(image, 3) for image in x.double()]).topk(9).indices
+    assert torch.equal(peak_scores(x, 3).topk(9).indices, expected)
+    assert len({*map(tuple, expected.sort().values.tolist())}) == 3
 
 
 def test_of_two_tokens_nearest_to_each_other_the_first_is_the_peak() -> None:
     x = torch.tensor([[[0.0], [0.125], [8.0], [8.25], [20.0]]])
     assert density_peaks(x, 2).tolist() == [[0, 2]]
     # Without a rule for ties both of a pair would stand far from anything denser.
-    assert peak_scores(x, compat=True)[0, 1] > 1 > peak_scores(x)[0, 1]
+    assert peak_scores(x, compat=True)[0, 1] > 0 > peak_scores(x)[0, 1]
 
 
 def test_distances_are_symmetric_to_the_last_bit_with_zeros_to_itself() -> None:
@@ -60,7 +75,7 @@ def test_scores_by_blocks_are_those_of_all_distances(length: int, monkeypatch: p
     expected = peak_scores(x, 3)
     monkeypatch.setattr(density, "WIDTHS_WHOLE", 0)
     monkeypatch.setattr(density, "LEAST_BLOCK", 16)
-    assert torch.allclose(peak_scores(x, 3), expected, atol=1e-7)  # a root of what should be 0 is 1e-8
+    assert torch.allclose(peak_scores(x, 3).exp(), expected.exp(), atol=1e-7)  # a root of what should be 0 is 1e-8
 
 
 def test_of_equal_tokens_in_different_blocks_the_first_is_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,8 +84,8 @@ def test_of_equal_tokens_in_different_blocks_the_first_is_the_peak(monkeypatch: 
     x = torch.zeros(1, 6, 4)
     x[0, 5] = 1  # the only one that is elsewhere
     scores = peak_scores(x, 2)[0]
-    assert scores[0] > 0
-    assert scores[1:5].tolist() == [0.0] * 4
+    assert scores[0].isfinite()
+    assert scores[1:5].tolist() == [-math.inf] * 4
 
 
 def test_equal_tokens_are_spread_over_the_sequence_in_order() -> None:

@@ -155,6 +155,11 @@ class TestBackbone:
         for own, expected in zip(sparse(images(64, 64)), named(images(64, 64)), strict=True):
             assert torch.equal(own, expected)
 
+    def test_recover_beside_sparsify_is_sent_into_it(self) -> None:
+        message = r"recover belongs to the method, .* give sparsify=dict\(\.\.\., recover='zero'\)"
+        with pytest.raises(TypeError, match=message):
+            backbone("deit_tiny_patch16_224", sparsify={"method": "evit"}, recover="zero")
+
     def test_sparsify_reduces_a_host_without_a_registered_name(self) -> None:
         grey = images(64, 64)[:, :1]
 

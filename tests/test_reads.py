@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from effvit.reducers.base import check_bounded, check_distinct, check_finite, check_weights
+from effvit.reducers.base import check_bounded, check_distinct, check_finite, check_group, check_weights
 from effvit.testing import assert_reads, assert_runs_on_fakes, count_reads
 from effvit.tokens import true_places
 
@@ -42,6 +42,7 @@ NO_READS: dict[str, Callable[[Tensor], object]] = {
     "check of scores": lambda x: check_finite(x, "scores", None),
     "check of features": lambda x: check_bounded(x, "features"),
     "check of ids": lambda x: check_distinct(x.argsort(1), None, 4, "ids"),
+    "check of groups": lambda x: check_group(x.argsort(1).argsort(1), x.argsort(1), None, "groups"),
     "check of relevances": lambda x: check_weights(x, "relevances", ""),
 }
 

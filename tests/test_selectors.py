@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import math
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -66,6 +69,12 @@ def of_use(name: str | Selector, given: dict[str, Any]) -> dict[str, Any]:
     selector = name if isinstance(name, Selector) else SELECTORS.get(name, Selector)
     used = {"scores": selector.row, "keys": selector.keys, "early": selector.reads_first}
     return {key: value for key, value in given.items() if used.get(key, True)}
+
+
+def groups(ids: Tensor) -> Tensor:
+    """(B, N) groups of tokens (B, K) that stand for themselves alone."""
+    places = torch.arange(ids.shape[1]).expand_as(ids)
+    return torch.full((len(ids), NUMBER), -1).scatter(1, ids, places)
 
 
 def make_tower(**kwargs: Any) -> VisionTransformer:
@@ -140,7 +149,7 @@ class TestContract:
         """A tower in float16 that overflows gives infinity, whose cosine to any other token is no number."""
         given = features()
         given["tokens"][2, 3, 0] = float("inf")
-        remedy = "are infinite for image 2 of the batch; run the tower in bfloat16 or float32"
+        remedy = "are infinite for image 2 of the batch; give finite ones"
         with pytest.raises(ValueError, match=f"{name}: the features {remedy}"):
             choose(name, keep, given)
         if SELECTORS[name].keys is None:
@@ -583,6 +592,39 @@ class TestRefusals:
         with pytest.raises(ValueError, match="are 3 parts, got a single number"):
             effvit.select_parts(make_tower(), torch.tensor(3.0), "hired", crops=(1, 2), keep=0.5)
 
+    def test_infinite_scores_are_ranks_but_no_weights(self) -> None:
+        """Minus infinity masks a cell where scores are ranked; a mean with such a weight would be NaN."""
+        given = features()
+        given["scores"][1, 40:] = -math.inf
+        for method in ("class_attention", "visionzip"):
+            chosen = choose(method, 9, given)
+            assert chosen.tokens.isfinite().all()
+        assert (choose("class_attention", 9, given).ids[1] < 40).all()
+        for method in ("prumerge", "prumerge_plus", "recoverable"):
+            with pytest.raises(ValueError, match=f"{method}: the scores are infinite for image 1 of the batch"):
+                choose(method, None, given)
+        bare = {name: given[name] for name in ("tokens", "grid", "scores")}
+        with pytest.raises(ValueError, match="globalcom2: the scores are infinite for image 1"):
+            effvit.select_parts(None, None, "globalcom2", crops=(1, 2), keep=0.5, **bare)
+        finite = features()
+        early = finite["scores"].clone()
+        early[2, 0] = math.inf
+        bare = {name: finite[name] for name in ("tokens", "grid", "scores")}
+        with pytest.raises(ValueError, match="hired: the early scores are infinite for image 2"):
+            effvit.select_parts(None, None, "hired", crops=(1, 2), keep=0.5, early=early, **bare)
+
+    @pytest.mark.parametrize(("keep", "number"), [(np.int64(9), 9), (np.float32(0.25), 12)])
+    def test_numbers_of_numpy_are_numbers(self, keep: Any, number: int) -> None:
+        assert choose("divprune", keep, features()).counts.tolist() == [number] * 3
+        assert effvit.count_tokens("divprune", GRID, keep=keep) == number
+
+    def test_empty_batch_gives_an_empty_selection(self) -> None:
+        given = features()
+        none = {name: given[name][:0] for name in ("tokens", "scores", "keys")} | {"grid": GRID}
+        for method in ("recoverable", "prumerge", "divprune"):
+            chosen = choose(method, 9 if method == "divprune" else None, none)
+            assert len(chosen.tokens) == len(chosen.counts) == 0
+
     @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64])
     def test_features_that_cannot_be_averaged_are_refused(self, dtype: torch.dtype) -> None:
         """Means of whole numbers would be rounded, without a word."""
@@ -804,6 +846,72 @@ class TestRegistration:
         with pytest.raises(ValueError, match=message):
             choose(Own(), 4, features())
 
+    @pytest.mark.parametrize(
+        ("choice", "message"),
+        [
+            (lambda ids: ids, "own must return an effvit.selectors.Choice, got Tensor"),
+            (lambda ids: None, "own must return an effvit.selectors.Choice, got NoneType"),
+            (lambda ids: Choice(ids[:1]), r"own must choose ids \(B, 4\), got shape \(1, 4\) for 3 images"),
+            (lambda ids: Choice(ids.float()), r"ids must be \(3, 4\) of torch.int64, got \(3, 4\) of torch.float32"),
+            (lambda ids: Choice(ids, torch.rand(3, 7, 24)), r"tokens must be \(3, 4, 'C'\), got shape \(3, 7, 24\)"),
+            (lambda ids: Choice(ids, torch.rand(3, 4)), r"tokens must be \(3, 4, 'C'\), got shape \(3, 4\)"),
+            (
+                lambda ids: Choice(ids, torch.full((3, 4, 24), math.nan)),
+                "own: the tokens that leave are NaN for image 0",
+            ),
+            (lambda ids: Choice(ids, group=ids), r"group must be \(3, 48\) of torch.int64, got \(3, 4\)"),
+            (lambda ids: Choice(ids, group=groups(ids).float()), "of torch.int64, got .* of torch.float32"),
+            (lambda ids: Choice(ids, group=groups(ids) + 1), "own: the group must be -1 or a place of 0 to 3, got"),
+            (lambda ids: Choice(ids, group=groups(ids.flip(1))), r"group of image 0 .* group\[ids\[k\]\] must be k"),
+            (lambda ids: Choice(ids, valid=ids >= 0), "a choice with padding names its groups; give group"),
+            (
+                lambda ids: Choice(ids, group=groups(ids), valid=ids[:, :2] >= 0),
+                r"valid must be \(3, 4\) of torch.bool",
+            ),
+        ],
+    )
+    def test_what_is_no_choice_is_refused(self, choice: Callable[[Tensor], Any], message: str) -> None:
+        class Own(Selector):
+            name = "own"
+            summary = "whatever it is told"
+
+            def choose(self, features: Features, kept: int) -> Choice:
+                return choice(torch.arange(kept).expand(len(features.x), -1))  # type: ignore[no-any-return]
+
+        with pytest.raises((TypeError, ValueError), match=message):
+            choose(Own(), 4, features())
+
+    def test_keys_are_read_without_scores(self) -> None:
+        class Long(Selector):
+            name = "long_keys"
+            summary = "keep the patches with the longest keys"
+            keys = "mean"
+
+            def choose(self, features: Features, kept: int) -> Choice:
+                assert features.keys is not None
+                assert features.scores is None
+                return Choice(features.keys.norm(dim=-1).topk(kept, dim=1).indices)
+
+        chosen = effvit.select_tokens(make_tower(), IMAGES, Long(), keep=4)
+        assert chosen.counts.tolist() == [4, 4]
+        alone = effvit.select_tokens(make_tower(), IMAGES[1:], Long(), keep=4)
+        assert alone.ids.shape == (1, 4)
+
+    @pytest.mark.parametrize(
+        ("wrong", "message"),
+        [
+            ({"row": "nope"}, "row of .* must be one of attention, logits, one_head, received, got 'nope'"),
+            ({"keys": "nope"}, "keys of .* must be one of mean, joined, got 'nope'"),
+            ({"takes": "nope"}, "takes of .* must be one of select_tokens, select_parts, select_video, got 'nope'"),
+            ({"reads_first": True}, "has reads_first, the scores of the first block, but no row; set one"),
+        ],
+    )
+    def test_what_no_tower_gives_is_refused(self, wrong: dict[str, Any], message: str) -> None:
+        parts = {"name": "own", "summary": "x", "choose": lambda self, features, kept: None}
+        with pytest.raises(ValueError, match=message):
+            effvit.register_method(type("Own", (Selector,), parts | wrong))
+        assert "own" not in SELECTORS
+
     def test_names_of_arguments_are_no_settings(self) -> None:
         class Blocked(Selector):
             name = "blocked"
@@ -1009,6 +1117,14 @@ class TestVideo:
         x = features(5)["tokens"]
         x[1:3, :24] = x[0, :24] + 0.01 * x[1:3, :24]
         return {"tokens": x, "grid": GRID, "scores": features(5)["scores"]}
+
+    def test_means_of_many_float16_tokens_are_finite(self) -> None:
+        x = torch.full((4, NUMBER, 8), 8000.0)
+        x[..., 0] = torch.arange(NUMBER)
+        given = {"tokens": x, "grid": GRID, "scores": torch.rand(4, NUMBER)}
+        whole, half = (effvit.select_video(None, None, keep=0.05, **given | {"tokens": y}) for y in (x, x.half()))
+        assert half.tokens.dtype == torch.float16
+        assert torch.allclose(half.tokens.float(), whole.tokens, rtol=1e-3, atol=0.1)
 
     def test_what_stays_the_same_is_merged_over_its_window(self) -> None:
         given = self.video()

@@ -396,6 +396,11 @@ def _whole_model(
 ) -> tuple[nn.Module, Settings]:
     """The uncut model without memory, and the settings completed by what lets it take images of any size."""
     own = {key: value for key, value in settings.items() if key != "pyramid"}
+    if sparsify is not None and "recover" in own:
+        raise TypeError(
+            "recover belongs to the method, got it beside sparsify; give "
+            f"sparsify=dict(..., recover={own['recover']!r})"
+        )
     with torch.device("meta"):
         host, host_settings = _host(name, own)
         model: nn.Module = timm.create_model(host, **host_settings)

@@ -22,7 +22,15 @@ if TYPE_CHECKING:
     from effvit.block import ReducibleBlock
     from effvit.reducers.block_schedule import BlockSchedule
 
-__all__ = ["Reducer", "check_bounded", "check_distinct", "check_finite", "check_weights", "refuse_recording"]
+__all__ = [
+    "Reducer",
+    "check_bounded",
+    "check_distinct",
+    "check_finite",
+    "check_group",
+    "check_weights",
+    "refuse_recording",
+]
 
 
 CHECK_FINITE = "EFFVIT_CHECK_FINITE"  # "1": check on every device
@@ -68,7 +76,8 @@ def check_bounded(values: Tensor, origin: str) -> Tensor:
         if unbounded.any():
             image = int(unbounded.nonzero()[0])
             raise ValueError(
-                f"{origin} are infinite for image {image} of the batch; run the tower in bfloat16 or float32"
+                f"{origin} are infinite for image {image} of the batch; give finite ones, as a tower that overflows in "
+                "float16 does in bfloat16 or float32"
             )
     return values
 
@@ -110,6 +119,27 @@ def check_distinct(ids: Tensor, valid: Tensor | None, number: int, origin: str) 
             if bad.any():
                 raise ValueError(f"{origin} are {rule} in image {int(bad.any(1).nonzero()[0])} of the batch")
     return ids
+
+
+@fx_leaf
+def check_group(group: Tensor, ids: Tensor, valid: Tensor | None, origin: str) -> Tensor:
+    """``group`` (B, N), or an error unless it holds places of ``ids`` (B, K) or -1, a token that stays its own.
+
+    Checked where ``check_finite`` checks; arguments as of ``check_distinct``.
+    """
+    if not stays_unread(group):
+        if ((group < -1) | (group >= ids.shape[1])).any():
+            raise ValueError(
+                f"{origin} must be -1 or a place of 0 to {ids.shape[1] - 1}, got {group.unique().tolist()}"
+            )
+        own = group.gather(1, ids if valid is None else ids * valid) == torch.arange(ids.shape[1], device=ids.device)
+        wrong = ~(own if valid is None else own | ~valid).all(1)
+        if wrong.any():
+            raise ValueError(
+                f"{origin} of image {int(wrong.nonzero()[0])} of the batch puts a token that stays into another one; "
+                "group[ids[k]] must be k"
+            )
+    return group
 
 
 @fx_leaf

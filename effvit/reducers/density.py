@@ -34,7 +34,8 @@ def peak_scores(x: Tensor, k: int = 2, compat: bool = False) -> Tensor:
 
     The density of a token is exp(-mean of its k smallest squared distances), its own, 0, among them; the score
     is that density times the distance to the nearest denser token, for the densest one the largest distance there
-    is. Distances are divided by sqrt(C).
+    is. Distances are divided by sqrt(C). Its logarithm is what is computed: of tokens that lie far apart all densities
+    would be 0, and the choice the same in every image.
 
     Two tokens that are nearest to each other have the same density for k = 2, so who counts as denser decides
     which of them is a peak. hot_mixste.py@873b5bd parts them by uniform noise of 1e-6, in evaluation too. Here it
@@ -47,7 +48,7 @@ def peak_scores(x: Tensor, k: int = 2, compat: bool = False) -> Tensor:
             other, and equal is what ``torch.cdist`` rounds to, in the distance of a token to itself too.
 
     Returns:
-        (B, N), in float32 (float64 for float64).
+        (B, N) logarithms of the scores, in float32 (float64 for float64); -inf for a token that equals a denser one.
 
     Raises:
         ValueError: k out of range.
@@ -60,14 +61,15 @@ def peak_scores(x: Tensor, k: int = 2, compat: bool = False) -> Tensor:
     if not (compat or is_recorded(x) or torch.jit.is_tracing() or length <= WIDTHS_WHOLE * x.shape[2]):
         return _scores_by_blocks(x, k)
     squared: Tensor = (torch.cdist(x, x) / x.shape[2] ** 0.5).square() if compat else squared_distances(x)
-    density = squared.topk(k, dim=-1, largest=False).values.mean(-1).neg().exp()  # (B, N)
+    log_density = squared.topk(k, dim=-1, largest=False).values.mean(-1).neg()  # (B, N)
+    density = log_density.exp() if compat else log_density  # which are equal
     denser = _denser(density, first_of_equals=not compat)
     farthest = squared.flatten(1).amax(1)[:, None, None]  # (B, 1, 1)
-    return torch.where(denser, squared, farthest).amin(-1).sqrt() * density
+    return torch.where(denser, squared, farthest).amin(-1).log() / 2 + log_density
 
 
 def _denser(density: Tensor, first_of_equals: bool = True) -> Tensor:
-    """(B, N, N) True where the token of the column is denser than that of the row; density is (B, N)."""
+    """(B, N, N) True where the token of the column is denser than that of the row; density, or its log, is (B, N)."""
     other, own = density.unsqueeze(1), density.unsqueeze(2)  # (B, 1, N), (B, N, 1)
     if not first_of_equals:
         return other > own
@@ -83,18 +85,18 @@ def _scores_by_blocks(x: Tensor, k: int) -> Tensor:
         farthest = torch.maximum(farthest, squared.flatten(1).amax(1, keepdim=True))
         for span, near in ((rows, squared), (columns, squared.transpose(1, 2)))[: 1 + (rows != columns)]:
             best[:, span] = torch.cat([best[:, span], near], dim=-1).topk(k, dim=-1, largest=False).values
-    density = best.mean(-1).neg().exp()  # (B, N)
+    log_density = best.mean(-1).neg()  # (B, N)
     nearest = farthest.repeat(1, x.shape[1])  # (B, N) squared distance to a denser token
     for rows, columns, squared in _distances_by_blocks(x):
         if rows == columns:
-            denser = _denser(density[:, rows])
+            denser = _denser(log_density[:, rows])
         else:  # of equal ones the first is denser, and that is the row
-            denser = density[:, columns].unsqueeze(1) > density[:, rows].unsqueeze(2)
+            denser = log_density[:, columns].unsqueeze(1) > log_density[:, rows].unsqueeze(2)
             near = squared.masked_fill(denser, math.inf).amin(1)  # (B, columns)
             nearest[:, columns] = torch.minimum(nearest[:, columns], near)
         near = squared.masked_fill(~denser, math.inf).amin(2)  # (B, rows)
         nearest[:, rows] = torch.minimum(nearest[:, rows], near)
-    return nearest.sqrt() * density
+    return nearest.log() / 2 + log_density
 
 
 def _distances_by_blocks(x: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:

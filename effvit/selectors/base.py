@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import operator
+from numbers import Integral, Real
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -108,6 +109,7 @@ class Selector(nn.Module):
         summary: One line on the method with its source.
         row: What ``Features.scores`` is made of, one of ``effvit.hosts.tower_exit.ROWS``; None for no scores.
         keys: What ``Features.keys`` is made of, one of ``effvit.hosts.tower_exit.KEYS``; None for no keys.
+        weighs_scores: Scores are weights too, so that infinite ones are refused; else their order alone counts.
         reads_last: Scores and keys are those of the tower's last block, whichever block the tokens leave.
         reads_first: ``Features.early`` is asked for.
         reads_relevance: ``Features.relevance`` is used where the caller gives it.
@@ -121,6 +123,7 @@ class Selector(nn.Module):
     summary: ClassVar[str]
     row: ClassVar[str | None] = None
     keys: ClassVar[str | None] = None
+    weighs_scores: ClassVar[bool] = False
     reads_last: ClassVar[bool] = False
     reads_first: ClassVar[bool] = False
     reads_relevance: ClassVar[bool] = False
@@ -185,14 +188,14 @@ class Selector(nn.Module):
         """``keep`` as a number of cells."""
         if keep is None:
             raise ValueError(f"{self.name} needs keep: a number of tokens, 1 to {cells} here, or a share in (0, 1]")
-        if isinstance(keep, int) and not isinstance(keep, bool):
+        if isinstance(keep, Integral) and not isinstance(keep, bool):  # NumPy's too
             if not 1 <= keep <= cells:
                 raise ValueError(f"keep must be in 1 to {cells}, the cells of the grid, got {keep}; 1.0 keeps all")
-            return keep
-        if not isinstance(keep, float) or not 0 < keep <= 1:
+            return int(keep)
+        if isinstance(keep, bool) or not isinstance(keep, Real) or not 0 < keep <= 1:
             raise ValueError(f"keep must be a whole number of tokens or a share in (0, 1], got {keep!r}")
         cells = operator.index(cells)  # a number, not the symbol of a trace, which cannot be rounded
-        kept = self.rounded(keep, cells)
+        kept = self.rounded(float(keep), cells)
         if kept < 1:
             raise ValueError(f"keep={keep} of {cells} cells leaves no token; keep at least {1 / cells:.2g}")
         return kept

@@ -68,6 +68,7 @@ class GlobalCom2(PartSelector):
     name = "globalcom2"
     summary = "the thumbnail says how much of each crop to keep, and which tokens (2501.05179)"
     row = "logits"
+    weighs_scores = True
     reads_last = True
     reads_padding = True
     whole_grid = True

@@ -16,7 +16,7 @@ from effvit.reducers.density import density_peaks
 from effvit.schedule import check_count, check_fraction, check_number
 from effvit.selectors.base import Features, Keep, Selector, left_over, required_scores
 from effvit.selectors.selection import Selection
-from effvit.tokens import widened
+from effvit.tokens import wide_product, widened
 
 __all__ = ["HoliTom", "Windows", "merge_static", "static_windows"]
 
@@ -84,11 +84,11 @@ def merge_static(x: Tensor, number: int, beta: float, k: int) -> tuple[Tensor, T
     group = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     group[centres] = torch.arange(number, device=x.device)
     group[others] = nearest
-    members = F.one_hot(nearest, number).to(x.dtype).T  # (number, n - number)
+    members = F.one_hot(nearest, number).to(wide.dtype).T  # (number, n - number)
     count = members.sum(1, keepdim=True)
-    mean = members @ x[others] / count.clamp(min=1)
+    mean = wide_product(members, widened(x)[others]) / count.clamp(min=1)  # float16 overflows in the sum
     merged = torch.where(count > 0, beta * x[centres] + (1 - beta) * mean, x[centres])
-    return merged, centres, group
+    return merged.to(x.dtype), centres, group
 
 
 class HoliTom(Selector):

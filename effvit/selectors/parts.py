@@ -253,7 +253,7 @@ def choose_in_parts(
     if image_size is not None:
         valid = valid_cells(image_size, layout.crops, features.grid).to(features.x.device)
         layout = layout._replace(valid=valid)
-    check_features(features, selector.name)
+    check_features(features, selector)
     refuse_recording(
         features.x,
         f"{selector.name} leaves as many tokens of a part as its image needs",

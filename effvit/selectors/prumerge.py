@@ -43,6 +43,7 @@ class PruMerge(Selector):
     summary = "keep tokens whose attention stands out, with their neighbours added (2403.15388)"
     row = "one_head"
     keys = "joined"
+    weighs_scores = True
     reads_last = True
 
     def __init__(self, *, neighbours: int = 32) -> None:

@@ -129,6 +129,7 @@ class Recoverable(Selector):
     summary = "keep tokens that attention or a text single out, cluster the rest (2409.01179)"
     row = "one_head"
     keys = "joined"
+    weighs_scores = True
     reads_last = True
     reads_relevance = True
 

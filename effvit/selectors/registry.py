@@ -7,6 +7,7 @@ import fnmatch
 import re
 from collections.abc import Mapping
 
+from effvit.hosts.tower_exit import KEYS, ROWS
 from effvit.protocols import Setting
 from effvit.reducers.registry import METHODS, origin_of, register_kind
 from effvit.selectors.base import Selector
@@ -14,6 +15,7 @@ from effvit.selectors.base import Selector
 __all__ = ["RESERVED", "SELECTORS", "list_selectors", "make_selector", "register_selector"]
 
 SELECTORS: dict[str, type[Selector]] = {}
+TAKES = ("select_tokens", "select_parts", "select_video")
 # Keywords beside a method's settings: of select_tokens, TokenSelector, select_parts, select_video, count_tokens.
 RESERVED = frozenset(
     {"tower", "images", "method", "keep", "block", "merge", "tokens", "grid", "scores", "keys", "relevance", "max_norm"}
@@ -32,6 +34,13 @@ def register_selector(selector: type[Selector]) -> None:
     for attribute in ("name", "summary"):
         if not isinstance(getattr(selector, attribute, None), str):
             raise TypeError(f"{origin_of(selector)} has no {attribute}; set {attribute} = '...' in the class")
+    known_values: dict[str, tuple[str, ...]] = {"row": tuple(ROWS), "keys": tuple(KEYS), "takes": TAKES}
+    for attribute, values in known_values.items():
+        value = getattr(selector, attribute)
+        if value not in values and not (value is None and attribute != "takes"):
+            raise ValueError(f"{attribute} of {origin_of(selector)} must be one of {', '.join(values)}, got {value!r}")
+    if selector.reads_first and selector.row is None:
+        raise ValueError(f"{origin_of(selector)} has reads_first, the scores of the first block, but no row; set one")
     alone = selector.takes == "select_tokens"
     if alone and selector.choose is Selector.choose and selector.adapt is Selector.adapt:
         raise TypeError(f"{origin_of(selector)} does not define choose or adapt, see effvit.Selector")

@@ -15,7 +15,8 @@ from effvit.hosts.surface import grid_of
 from effvit.hosts.tower_exit import KEYS, RECEIVED, ROWS, Read, Tower, TowerOutput, leaving_block, tower_host
 from effvit.layers.macs import Terms
 from effvit.protocols import PatchEmbedding, Setting, Settings, Size
-from effvit.reducers.base import check_bounded, check_distinct, check_finite, refuse_recording
+from effvit.recording import is_recorded
+from effvit.reducers.base import check_bounded, check_distinct, check_finite, check_group, refuse_recording
 from effvit.schedule import check_choice, check_count, check_number
 from effvit.selectors.base import Choice, Features, Keep, SelectionSizes, Selector, rows_of
 from effvit.selectors.cells import cell_grid, cell_means, check_sides, to_cells
@@ -462,8 +463,10 @@ def _side_of_cells(tower: Tower, merge: int | None) -> int:
 
 def _reads(selector: Selector, host: ReducedHost, block: int, scores: str) -> list[tuple[int, Read]]:
     """Blocks of the tower, and what to read of their attention."""
+    place = -1 if selector.reads_last else block
+    keys = [] if selector.keys is None else [(place, KEYS[selector.keys])]
     if selector.row is None:
-        return []
+        return keys
     row = ROWS[selector.row]
     if scores == RECEIVED:
         if selector.row == "one_head":
@@ -478,9 +481,8 @@ def _reads(selector: Selector, host: ReducedHost, block: int, scores: str) -> li
             f"{selector.name} scores patches by the class token, but the tower has none; {received}use a method that "
             "needs features alone, such as 'divprune'"
         )
-    place = -1 if selector.reads_last else block
     early = [(0, row)] if selector.reads_first else []
-    return [*early, (place, row), *([] if selector.keys is None else [(place, KEYS[selector.keys])])]
+    return [*early, (place, row), *keys]
 
 
 def _norms(x: Tensor) -> Tensor:
@@ -532,31 +534,64 @@ def choose_tokens(
     """
     refuse_elsewhere(selector)
     name, number = selector.name, features.num_tokens
-    check_features(features, name)
+    check_features(features, selector)
     kept = selector.count(keep, features.grid)
     if kept is None:
         refuse_recording(
             features.x, f"{name} without keep leaves as many tokens as an image needs", "give keep, a number of tokens"
         )
-        return arranged(_checked(selector.adapt(features), None, selector, number), features, tokens, prefix)
+        choice = selector.adapt(features) if len(features.x) else _of_no_image(features)
+        return arranged(_checked(choice, None, selector, features), features, tokens, prefix)
     if kept > number:
         raise ValueError(f"{name} is to keep {kept} tokens, but only {number} leave the tower; keep fewer")
     if kept == number and not selector.learns:
         ids = torch.arange(number, device=features.x.device).expand(features.x.shape[0], -1)
         return arranged(Choice(ids, features.x), features, tokens, prefix)
     selector.check(kept, features)
-    return arranged(_checked(selector.choose(features, kept), kept, selector, number), features, tokens, prefix)
+    return arranged(_checked(selector.choose(features, kept), kept, selector, features), features, tokens, prefix)
 
 
-def _checked(choice: Choice, kept: int | None, selector: Selector, number: int) -> Choice:
-    """The choice, or a ValueError if it is none of ``kept`` tokens of ``number``, each at most once."""
-    ids = choice.ids
-    if ids.ndim != 2 or kept not in (None, ids.shape[1]):
-        many = "K" if kept is None else str(kept)
+def _of_no_image(features: Features) -> Choice:
+    """What an empty batch leaves."""
+    group = torch.zeros(0, features.num_tokens, dtype=torch.int64, device=features.x.device)
+    return Choice(group[:, :0], group=group, valid=group[:, :0].bool())
+
+
+def _checked(choice: Choice, kept: int | None, selector: Selector, features: Features) -> Choice:
+    """The choice, or an error unless it has the form of ``Choice``: ``kept`` tokens of each image, none twice.
+
+    What is recorded was checked when it ran, and shapes of a graph may be open.
+    """
+    name, (batch, number) = selector.name, features.x.shape[:2]
+    if not isinstance(choice, Choice):
+        raise TypeError(f"{name} must return an effvit.selectors.Choice, got {type(choice).__name__}")
+    ids, many = choice.ids, "K" if kept is None else str(kept)
+    if is_recorded(features.x):
+        return choice
+    if ids.ndim != 2 or len(ids) != batch or kept not in (None, ids.shape[1]):
         raise ValueError(
-            f"{selector.name} must choose ids (B, {many}), got shape {tuple(ids.shape)}; choose as many as count says"
+            f"{name} must choose ids (B, {many}), got shape {tuple(ids.shape)} for {batch} images; choose as many as "
+            "count says"
         )
-    check_distinct(ids, choice.valid, number, f"{selector.name}: the ids")
+    shape = tuple(ids.shape)
+    for what, values, expected, dtype in (
+        ("ids", ids, shape, torch.int64),
+        ("group", choice.group, (batch, number), torch.int64),
+        ("valid", choice.valid, shape, torch.bool),
+    ):
+        if values is not None and (values.shape != expected or values.dtype != dtype):
+            raise ValueError(
+                f"{name}: {what} must be {expected} of {dtype}, got {tuple(values.shape)} of {values.dtype}"
+            )
+    if choice.tokens is not None:
+        if choice.tokens.ndim != 3 or choice.tokens.shape[:2] != shape:
+            raise ValueError(f"{name}: tokens must be {(*shape, 'C')}, got shape {tuple(choice.tokens.shape)}")
+        check_finite(choice.tokens.detach(), f"{name}: the tokens that leave", features.x)
+    if choice.valid is not None and choice.group is None and not choice.mixed:
+        raise ValueError(f"{name}: a choice with padding names its groups; give group (B, N) too")
+    check_distinct(ids, choice.valid, number, f"{name}: the ids")
+    if choice.group is not None:
+        check_group(choice.group, ids, choice.valid, f"{name}: the group")
     return choice
 
 
@@ -569,8 +604,12 @@ def refuse_elsewhere(selector: Selector) -> None:
         )
 
 
-def check_features(features: Features, name: str) -> None:
-    """Raise a ValueError that names the first image of which anything is NaN, or features or keys are infinite."""
+def check_features(features: Features, selector: Selector) -> None:
+    """Raise a ValueError that names the first image of which anything is NaN, or infinite where that has no meaning.
+
+    Scores that are ranked alone may be: minus infinity keeps a cell out.
+    """
+    name = selector.name
     x = check_finite(features.x.detach(), f"{name}: the features", features.x)
     check_bounded(x, f"{name}: the features")
     for what, values in (
@@ -581,8 +620,10 @@ def check_features(features: Features, name: str) -> None:
     ):
         if values is not None:
             check_finite(values, f"{name}: the {what}", x)
-    if features.keys is not None:
-        check_bounded(features.keys, f"{name}: the keys")
+    weighed = features.scores if selector.weighs_scores else None
+    for what, values in (("keys", features.keys), ("scores", weighed), ("early scores", features.early)):
+        if values is not None:
+            check_bounded(values, f"{name}: the {what}")
 
 
 def arranged(choice: Choice, features: Features, tokens: TokenMap | None, prefix: Tensor | None) -> Selection:
@@ -615,7 +656,6 @@ def _groups(choice: Choice, features: Features, order: Tensor) -> Tensor:
     rank = torch.empty_like(order).scatter(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
     if choice.group is not None:
         return torch.where(choice.group < 0, -1, rank.gather(1, choice.group.clamp(min=0)))
-    assert choice.valid is None, "a choice with padding names its groups"
     return torch.full_like(rank[:, :1], -1).expand(-1, features.num_tokens).scatter(1, choice.ids, rank)
 
 

@@ -92,7 +92,7 @@ def choose_in_video(selector: Selector, found: TowerFeatures, keep: Keep) -> Sel
     features, of_map, prefix = found
     if not isinstance(selector, HoliTom):
         return one_after_another(choose_tokens(selector, features, keep, of_map, prefix))
-    check_features(features, selector.name)
+    check_features(features, selector)
     refuse_recording(
         features.x,
         f"{selector.name} leaves as many tokens as the video needs",

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from effvit.reducers.base import check_bounded, check_distinct, check_finite, check_weights
+from effvit.reducers.base import check_bounded, check_distinct, check_finite, check_group, check_weights
 
 __all__ = ["Read", "assert_reads", "count_reads", "place_of_call", "place_of_error"]
 
@@ -41,7 +41,8 @@ VALUES = {
 HANDED_OUT = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.cpu}
 # The checks of values read on a CPU alone, or where a user asks for it; see their docstrings.
 ONLY_ON_A_CPU: set[CodeType] = {
-    inspect.unwrap(check).__code__ for check in (check_finite, check_bounded, check_weights, check_distinct)
+    inspect.unwrap(check).__code__
+    for check in (check_finite, check_bounded, check_weights, check_distinct, check_group)
 }
 AT_WORK = {__name__, "effvit.testing.fakes", "contextlib"}  # modules of which no frame is the place of a read
 
