@@ -35,6 +35,7 @@ def test_readme_and_speed_page_show_the_measured_overhead(capsys: pytest.Capture
     [
         ("docs/dense.md", "recovery", "benchmark_recovery", "recovery_cpu.json"),
         ("docs/dense.md", "training", "compare_training", "composites_cpu.json"),
+        ("docs/dense.md", "algm and hot", "compare_training", "composites_algm_hot_cpu.json"),
         ("docs/dense.md", "vit", "compare_training", "composites_vit_cpu.json"),
         ("docs/dense.md", "segmentation", "evaluate_dense", "segmentation_cpu.json"),
         ("docs/dense.md", "segmentation fine-tuned", "compare_training", "segmentation_finetuned_cpu.json"),
