@@ -46,6 +46,13 @@ __all__ = [
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
+def check_model(model: object) -> None:
+    """Raise a TypeError for what is no model, such as its name."""
+    if not isinstance(model, nn.Module):
+        remedy = "; timm.create_model makes one of a name" if isinstance(model, str) else ""
+        raise TypeError(f"expected a model, an nn.Module, got {type(model).__name__}{remedy}")
+
+
 class BlockList(Protocol):
     """The blocks of a reduced model, in order."""
 

@@ -261,6 +261,42 @@ class TestSettingsOutOfRange:
             effvit.cosine_keep_rate(**({"step": 0, "steps_per_epoch": 10, "keep_rate": 0.5} | arguments))
 
 
+class TestModels:
+    """A name, a path or weights in place of a model."""
+
+    @pytest.mark.parametrize("given", ["deit_tiny_patch16_224", {}, None, 3])
+    def test_what_is_no_model_is_named(self, given: Any, tmp_path: Path) -> None:
+        remedy = "; timm.create_model makes one of a name" if isinstance(given, str) else ""
+        message = f"expected a model, an nn.Module, got {type(given).__name__}{remedy}"
+        for call in (
+            lambda: effvit.count_flops(given, (3, 48, 64)),
+            lambda: effvit.load_checkpoint(given, tmp_path / "some.pth"),
+            lambda: effvit.compile(given),
+        ):
+            with pytest.raises(TypeError, match=f"^{message}$"):
+                call()
+
+    def test_model_in_place_of_its_class(self) -> None:
+        with pytest.raises(TypeError, match="takes a class of models, got VisionTransformer; give the class itself"):
+            effvit.register_host(vit())  # type: ignore[type-var]
+
+    @pytest.mark.parametrize("size", ["x", (48, 64), 48, (3, 48.0, 64)])
+    def test_size_that_is_none(self, size: Any) -> None:
+        with pytest.raises(TypeError, match=r"input_size must be \(channels, H, W\), got"):
+            effvit.count_flops(vit(), size)
+
+    def test_images_that_are_none(self) -> None:
+        with pytest.raises(TypeError, match=r"images must be a tensor \(B, channels, H, W\), got list"):
+            effvit.count_flops(vit(), (3, 48, 64), images=[1])
+        with pytest.raises(ValueError, match=r"expected at least one image of 3 x 48 x 64, got a tensor of shape \(\)"):
+            effvit.count_flops(vit(), (3, 48, 64), images=torch.tensor(3.0))
+
+    def test_batches_without_labels(self) -> None:
+        for batches in ([images()], images(2, 2, 3, 48, 64)):
+            with pytest.raises(TypeError, match=r"batches must give pairs \(images, labels\), got Tensor"):
+                effvit.search_rates(vit(), batches, 0.7, steps=1)  # type: ignore[arg-type]
+
+
 class TestAnySetting:
     """Whatever is given for whatever setting of whatever method."""
 

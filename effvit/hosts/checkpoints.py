@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from effvit.block import check_model
 from effvit.hosts._foreign_configs import check_config
 from effvit.hosts._pickles import check_pickles
 from effvit.hosts._tiny_vit_names import timm_name
@@ -581,10 +582,12 @@ def convert_checkpoint(
             the last ones, in timm's order, and refuses a file with a teacher and a student.
 
     Raises:
+        TypeError: No model, such as a name.
         FileNotFoundError: No such file.
         ValueError: The file cannot be read, has two networks, or belongs to another architecture: missing, unexpected
             or differently shaped parameters, of which the first are named.
     """
+    check_model(model)
     given, dropped = read_checkpoint(path, allowed, key, model.state_dict().keys())
     tower = find_tower(given)
     family = None if tower is None else tower.family.name

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
 import effvit.packed_operator  # noqa: F401 - graphs call it by its name
-from effvit.block import ReducibleBlock
+from effvit.block import ReducibleBlock, check_model
 from effvit.recording import counts_in_graphs, is_recorded
 from effvit.reducers import Reducer
 
@@ -46,8 +46,7 @@ def compile(model: ModelT, **options: Any) -> ModelT:
         raise TypeError(
             "the model is compiled by torch.compile already; give effvit.compile the model that torch.compile was given"
         )
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a model, an nn.Module, got {type(model).__name__}")
+    check_model(model)
     ragged = [module for module in model.modules() if isinstance(module, Reducer) and module.variable_length]
     if all(reducer.graph_reads_counts for reducer in ragged):
         model._compiled_call_impl = _recordable(model, torch.compile(_own_call(), **options), bool(ragged))

@@ -550,6 +550,10 @@ def register_host(host_class: type[HostT], reduced_class: type[ReducedHost] | No
             what a reduced model runs in its own way, or a ``reduced_class`` that is no subclass of both.
         ValueError: The class is registered already, with another ``reduced_class``.
     """
+    if not isinstance(host_class, type):
+        raise TypeError(
+            f"register_host takes a class of models, got {type(host_class).__name__}; give the class itself"
+        )
     base = next((cls for cls in host_class.__mro__ if cls in HOST_CLASSES), None)
     if base is None and host_class in WINDOW_CLASSES:
         raise TypeError(f"{host_class.__qualname__} has windows and needs no registration: give its models to sparsify")

@@ -170,7 +170,10 @@ def search_rates(
     whole = searched.macs(dense=True).item()
     optimizer = torch.optim.AdamW(searched.logits, lr=rate, weight_decay=0.0)
     done = 0
-    for images, labels in batches:
+    for batch in batches:
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise TypeError(f"batches must give pairs (images, labels), got {type(batch).__name__}")
+        images, labels = batch
         for group in optimizer.param_groups:
             group["lr"] = rate * (0.1 + 0.9 * (1 + math.cos(math.pi * done / number)) / 2)
         found = searched(images)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
+from numbers import Integral
 from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 
 import numpy as np
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from effvit.block import copy_shared
+from effvit.block import check_model, copy_shared
 from effvit.protocols import check_views, views_of
 from effvit.recording import traced_once
 
@@ -280,14 +281,20 @@ def count_flops(
         strict: Refuse a count that is not complete.
 
     Raises:
+        TypeError: No model, such as a name; a size that is not of three whole numbers; images that are no tensor.
         ValueError: Images of another size than ``input_size``, or not a multiple of those that the model takes as one;
             with ``strict`` an operator without a rule.
     """
+    check_model(model)
     like = next(model.parameters(), torch.empty(0))
     views = views_of(model)
+    if not isinstance(input_size, Sequence) or [isinstance(s, Integral) for s in input_size] != [True] * 3:
+        raise TypeError(f"input_size must be (channels, H, W), got {input_size!r}")
+    if not isinstance(images, Tensor | None):
+        raise TypeError(f"images must be a tensor (B, channels, H, W), got {type(images).__name__}")
     if images is None:
         images = torch.randn(views, *input_size, generator=torch.Generator().manual_seed(0))
-    if images.shape[0] < 1 or tuple(images.shape[1:]) != tuple(input_size):
+    if images.shape[:1] in ((), (0,)) or tuple(images.shape[1:]) != tuple(input_size):
         raise ValueError(
             f"expected at least one image of {' x '.join(map(str, input_size))}, got a tensor of shape "
             f"{tuple(images.shape)}"
