@@ -91,8 +91,8 @@ def check_blocks(name: str, blocks: Sequence[int], depth: int) -> tuple[int, ...
         TypeError: Not a sequence of whole numbers.
         ValueError: A block outside the model, or given twice, or out of order.
     """
-    numbers = isinstance(blocks, Sequence) and all(isinstance(b, int) and not isinstance(b, bool) for b in blocks)
-    if not numbers:
+    listed = isinstance(blocks, Sequence) and not isinstance(blocks, (str, bytes))
+    if not listed or any(isinstance(b, bool) or not isinstance(b, int) for b in blocks):
         raise TypeError(f"{name} must be a sequence of 0-based block numbers, got {blocks!r}")
     for block in blocks:
         if not 0 <= block < depth:

@@ -334,7 +334,7 @@ class TestBlocksAndLengths:
             reduced(method, reduce_at=blocks)
 
     @pytest.mark.parametrize("method", WITH_BLOCKS)
-    @pytest.mark.parametrize("blocks", [1, 2.5, NAN, {1}, (1.0,), "1", (True,), [[1]]])
+    @pytest.mark.parametrize("blocks", [1, 2.5, NAN, {1}, (1.0,), "1", "", b"", (True,), [[1]]])
     def test_blocks_that_are_no_block_numbers(self, method: str, blocks: Any) -> None:
         message = f"reduce_at must be a sequence of 0-based block numbers, got {blocks!r}"
         with pytest.raises(TypeError, match=re.escape(message)):

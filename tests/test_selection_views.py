@@ -147,8 +147,8 @@ class TestModules:
             (lambda: cropped("hired", keep=0.3)(images(6)), ValueError, "2 x 3 crops and a thumbnail are 7 parts, got"),
             (lambda: cropped("holitom", keep=0.3)(images(7)), ValueError, "use effvit.select_video, or"),
             (lambda: video("holitom", keep=0.3, frames=0), ValueError, "frames must be at least 1, got 0"),
-            (lambda: video("holitom"), ValueError, "holitom needs keep: a share of the cells of all frames"),
-            (lambda: video("holitom", keep=9), ValueError, r"keep must be in \(0, 1\], got 9"),
+            (lambda: video("holitom"), ValueError, "holitom shares out a ratio, got keep=None; give a share"),
+            (lambda: video("holitom", keep=9), ValueError, "holitom shares out a ratio, got keep=9; give a share"),
             (lambda: video("divprune", keep=9)(images(3)), ValueError, "for videos of 4 frames, got 3; make one with"),
         ],
     )
@@ -370,7 +370,10 @@ class TestProfile:
                 "'holitom' is for the frames of a video (--frames, --video); the selectors for the crops of an image",
             ),
             (["--select", "holitom", "--keep", "0.2", "--frames", "0"], "--frames must be at least 1, got 0"),
-            (["--select", "holitom", "--keep", "9", "--frames", "2"], "keep must be in (0, 1], got 9"),
+            (
+                ["--select", "holitom", "--keep", "9", "--frames", "2"],
+                "holitom shares out a ratio, got keep=9; give a share in (0, 1]",
+            ),
             (
                 ["--select", "hired", "--keep", "0.2", "--frames", "2", "--crops", "2x2"],
                 "--crops cuts single images and --frames takes the frames of one video, got both; give one of them",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -618,6 +619,33 @@ class TestRefusals:
         assert choose("divprune", keep, features()).counts.tolist() == [number] * 3
         assert effvit.count_tokens("divprune", GRID, keep=keep) == number
 
+    @pytest.mark.parametrize("name", ["holitom", "globalcom2"])
+    @pytest.mark.parametrize("keep", [None, 1, 2, True, "x", -0.5, 1.5, math.nan])
+    def test_shares_of_all_cells_are_no_numbers(self, name: str, keep: Any) -> None:
+        """One token is not all of them, and a number laid out beforehand is refused there already."""
+        message = re.escape(f"{name} shares out a ratio, got keep={keep!r}; give a share in (0, 1], such as 0.25")
+        given = {key: features()[key] for key in ("tokens", "grid", "scores")}
+        choose_all = effvit.select_video if name == "holitom" else effvit.select_parts
+        cut = {} if name == "holitom" else {"crops": (1, 2)}
+        with pytest.raises(ValueError, match=message):
+            choose_all(None, None, name, keep=keep, **given, **cut)
+        with pytest.raises(ValueError, match=message):
+            effvit.count_tokens(name, GRID, keep=keep, frames=3)
+        assert effvit.count_tokens(name, GRID, keep=0.5, frames=3) is None
+
+    def test_number_for_a_method_that_finds_its_own_is_refused(self) -> None:
+        class Own(Selector):
+            name = "own"
+            summary = "keep what is above the mean"
+
+            def adapt(self, features: Features) -> Choice:
+                raise NotImplementedError
+
+        with pytest.raises(
+            ValueError, match="own finds by itself how many tokens an image needs, got keep=4; leave it out"
+        ):
+            choose(Own(), 4, features())
+
     def test_empty_batch_gives_an_empty_selection(self) -> None:
         given = features()
         none = {name: given[name][:0] for name in ("tokens", "scores", "keys")} | {"grid": GRID}
@@ -627,10 +655,10 @@ class TestRefusals:
 
     @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64])
     def test_features_that_cannot_be_averaged_are_refused(self, dtype: torch.dtype) -> None:
-        """Means of whole numbers would be rounded, without a word."""
+        """Means of whole numbers would be rounded, and large scores to equal ones, without a word."""
         given = features()
-        for name in ("tokens", "keys"):
-            message = f"{name} must be features of a floating-point dtype, got {dtype}"
+        for name in ("tokens", "keys", "scores"):
+            message = f"{name} must be of a floating-point dtype, got {dtype}"
             with pytest.raises(TypeError, match=message):
                 choose("visionzip", 4, given | {name: given[name].to(dtype)})
 
@@ -1200,11 +1228,11 @@ class TestVideo:
         given = self.video()
         with pytest.raises(ValueError, match=r"hired chooses among the parts of one image .* use effvit.select_parts"):
             effvit.select_video(make_tower(), IMAGES, "hired", keep=0.3)
-        with pytest.raises(ValueError, match=r"holitom needs keep: a share of the cells of all frames, in \(0, 1\]"):
+        with pytest.raises(ValueError, match=r"holitom shares out a ratio, got keep=None; give a share in \(0, 1\]"):
             effvit.select_video(None, None, **given)
         with pytest.raises(ValueError, match=r"holitom chooses among .* use effvit.select_video"):
             choose("holitom", None, given)
-        with pytest.raises(ValueError, match=r"keep must be in \(0, 1\], got 1.2"):
+        with pytest.raises(ValueError, match=r"holitom shares out a ratio, got keep=1.2; give a share"):
             effvit.select_video(None, None, keep=1.2, **given)
         given["tokens"][2, 0, 0] = float("nan")
         with pytest.raises(ValueError, match="holitom: the features are NaN for image 2"):

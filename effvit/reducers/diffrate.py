@@ -150,7 +150,7 @@ class DiffRate(Reducer):
             }
         if preset is not None:
             raise ValueError(f"preset {preset!r} and numbers of your own exclude each other; leave one of them out")
-        numbers = {"prune_to": prune_to or (), "merge_to": merge_to or ()}
+        numbers = {"prune_to": () if prune_to is None else prune_to, "merge_to": () if merge_to is None else merge_to}
         given: dict[str, dict[int, int]] = {}
         for name, values in numbers.items():
             if not isinstance(values, (list, tuple)):

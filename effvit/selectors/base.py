@@ -188,6 +188,10 @@ class Selector(nn.Module):
         """``keep`` as a number of cells."""
         if keep is None:
             raise ValueError(f"{self.name} needs keep: a number of tokens, 1 to {cells} here, or a share in (0, 1]")
+        if self.adapts and type(self).choose is Selector.choose:
+            raise ValueError(
+                f"{self.name} finds by itself how many tokens an image needs, got keep={keep!r}; leave it out"
+            )
         if isinstance(keep, Integral) and not isinstance(keep, bool):  # NumPy's too
             if not 1 <= keep <= cells:
                 raise ValueError(f"keep must be in 1 to {cells}, the cells of the grid, got {keep}; 1.0 keeps all")
@@ -199,6 +203,12 @@ class Selector(nn.Module):
         if kept < 1:
             raise ValueError(f"keep={keep} of {cells} cells leaves no token; keep at least {1 / cells:.2g}")
         return kept
+
+    def share(self, keep: Keep) -> float:
+        """``keep`` as a share of all cells, for a method that takes nothing else; a ValueError for anything else."""
+        if keep is None or isinstance(keep, Integral) or not isinstance(keep, Real) or not 0 < keep <= 1:
+            raise ValueError(f"{self.name} shares out a ratio, got keep={keep!r}; give a share in (0, 1], such as 0.25")
+        return float(keep)
 
     def check(self, kept: int, features: Features) -> None:
         """Raise a ValueError if the method cannot choose ``kept`` of these tokens; asked where some must leave."""

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effvit.protocols import Size
-from effvit.schedule import check_fraction, check_number
+from effvit.schedule import check_number
 from effvit.selectors.base import Features, Keep, SelectionSizes, required_scores
 from effvit.selectors.parts import Parts, PartSelector, highest_each
 
@@ -77,14 +77,16 @@ class GlobalCom2(PartSelector):
         super().__init__()
         self.temperature = check_number("temperature", temperature, "positive")
 
+    def count(self, keep: Keep, grid: Size) -> int | None:
+        self.share(keep)
+        return None
+
     def cost_parts(self, at: SelectionSizes, parts: Parts, keep: Keep) -> int:
         enlarged = parts.crops[0] * parts.crops[1] * at.tokens  # cells, each of 2 x 2 by the bilinear kernel
         return 0 if keep == 1 else 4 * enlarged
 
     def choose_parts(self, features: Features, parts: Parts, keep: Keep) -> Tensor:
-        if not isinstance(keep, float):
-            raise ValueError(f"globalcom2 shares out a ratio, got keep={keep}; give a share in (0, 1], such as 0.25")
-        ratio, (whole, own) = check_fraction("keep", keep), parts.split(required_scores(self, features))
+        ratio, (whole, own) = self.share(keep), parts.split(required_scores(self, features))
         canvas = (parts.crops[0] * features.grid[0], parts.crops[1] * features.grid[1])
         valid = torch.ones(canvas, dtype=torch.bool, device=own.device) if parts.valid is None else parts.valid
         shown = on_crops(valid, features.grid, parts.crops)  # (P - 1, N)

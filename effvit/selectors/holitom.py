@@ -122,6 +122,7 @@ class HoliTom(Selector):
         self.k, self.longest = check_count("k", k, 2), check_count("longest", longest, 1)
 
     def count(self, keep: Keep, grid: Size) -> int | None:
+        self.share(keep)
         return None
 
     def choose_video(self, features: Features, ratio: float) -> Selection:

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from effvit.protocols import Size
 from effvit.schedule import check_count
-from effvit.selectors.base import Choice, Features, Keep, Selector, left_over, required_scores
+from effvit.selectors.base import Choice, Features, Selector, left_over, required_scores
 from effvit.selectors.neighbours import add_neighbours
 
 __all__ = ["Recoverable", "Recovered", "local_outliers", "recover_image"]
@@ -136,13 +135,6 @@ class Recoverable(Selector):
     def __init__(self, *, neighbours: int = 32) -> None:
         super().__init__()
         self.neighbours = check_count("neighbours", neighbours, 1)
-
-    def count(self, keep: Keep, grid: Size) -> int | None:
-        if keep is not None:
-            raise ValueError(
-                f"recoverable finds by itself how many tokens an image needs, got keep={keep}; leave it out"
-            )
-        return None
 
     def adapt(self, features: Features) -> Choice:
         scores, keys, text = required_scores(self, features), features.keys, features.relevance

@@ -206,12 +206,12 @@ def given_features(
     for name, value in named.items():
         if value is not None:
             check_tensor(name, value)
-    for name, value in (("tokens", tokens), ("keys", keys)):
+    given = scores if isinstance(scores, Tensor) else None
+    for name, value in (named | {"scores": given}).items():
         if value is not None and not value.is_floating_point():
-            raise TypeError(f"{name} must be features of a floating-point dtype, got {value.dtype}; convert them")
+            raise TypeError(f"{name} must be of a floating-point dtype, got {value.dtype}; convert them")
     if tokens.ndim != 3 or tokens.shape[1] != math.prod(grid) or not tokens.shape[2]:
         raise ValueError(f"tokens must be (B, {math.prod(grid)}, C) for a grid of {grid}, got {tuple(tokens.shape)}")
-    given = scores if isinstance(scores, Tensor) else None
     if given is None and not (isinstance(scores, str) and scores == CLASS_ROW):
         raise TypeError(f"scores of tokens are a tensor (B, N), got {scores!r}; a name says what to read of a tower")
     if given is None and selector.row is not None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from effvit.layers.macs import Terms
 from effvit.protocols import Setting, Size
 from effvit.reducers.base import refuse_recording
-from effvit.schedule import check_count, check_fraction
+from effvit.schedule import check_count
 from effvit.selectors.base import Keep, Selector
 from effvit.selectors.holitom import HoliTom
 from effvit.selectors.registry import make_selector
@@ -62,7 +62,7 @@ def select_video(
     """
     selector = make_selector(method, settings)
     if isinstance(selector, HoliTom):
-        share_of(keep)
+        selector.share(keep)
     found = features_of(
         selector,
         tower,
@@ -80,13 +80,6 @@ def select_video(
     return choose_in_video(selector, found, keep)
 
 
-def share_of(keep: Keep) -> float:
-    """``keep`` as the share of a video's cells that HoliTom needs; a ValueError for anything else."""
-    if keep is None:
-        raise ValueError(f"{HoliTom.name} needs keep: a share of the cells of all frames, in (0, 1]")
-    return check_fraction("keep", keep)
-
-
 def choose_in_video(selector: Selector, found: TowerFeatures, keep: Keep) -> Selection:
     """What the selector makes of features of the frames; arguments and errors as of ``select_video``."""
     features, of_map, prefix = found
@@ -98,7 +91,7 @@ def choose_in_video(selector: Selector, found: TowerFeatures, keep: Keep) -> Sel
         f"{selector.name} leaves as many tokens as the video needs",
         "use a method that keeps a number in each frame, such as 'class_attention'",
     )
-    chosen = selector.choose_video(features, share_of(keep))
+    chosen = selector.choose_video(features, selector.share(keep))
     return chosen if prefix is None else chosen._replace(prefix=prefix.flatten(0, 1).unsqueeze(0))
 
 
@@ -145,7 +138,7 @@ class VideoSelector(SelectingTower):
     def __init__(self, tower: nn.Module, method: str | Selector, *, frames: int, **asked: Any) -> None:
         super().__init__(tower, method, **asked)
         if isinstance(self.selector, HoliTom):
-            share_of(self.keep)
+            self.selector.share(self.keep)
         self.views = check_count("frames", frames, 1)
         self.settings |= {"frames": frames}
 
