@@ -383,12 +383,6 @@ class ReducedHost(Intermediates, Reduced):
     def _intermediates(self, x: Tensor, take: Sequence[int], num_blocks: int | None) -> BlockFeatures:
         _, memory, reference = FILLS[self.recover]
         final, taken = self._forward_blocks(x, take, num_blocks, memory, reference)
-        if self.recover == "attention" and final.tokens.policy is not None:
-            raise ValueError(
-                f"{self.method} lets all patches stay while it trains, so recover 'attention' would learn nothing; "
-                "put its reducers into eval mode (for reducer in model.reducers.values(): reducer.eval()), or use "
-                f"recover {METHODS[self.method].recover!r}"
-            )
         patches, prefixes = [], []
         for features in taken:
             y, tokens = unpacked(*features)
