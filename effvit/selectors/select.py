@@ -560,19 +560,20 @@ def _of_no_image(features: Features) -> Choice:
 def _checked(choice: Choice, kept: int | None, selector: Selector, features: Features) -> Choice:
     """The choice, or an error unless it has the form of ``Choice``: ``kept`` tokens of each image, none twice.
 
-    What is recorded was checked when it ran, and shapes of a graph may be open.
+    Of what is recorded the number of tokens alone is looked at: other shapes of a graph may be open.
     """
     name, (batch, number) = selector.name, features.x.shape[:2]
     if not isinstance(choice, Choice):
         raise TypeError(f"{name} must return an effvit.selectors.Choice, got {type(choice).__name__}")
     ids, many = choice.ids, "K" if kept is None else str(kept)
-    if is_recorded(features.x):
-        return choice
-    if ids.ndim != 2 or len(ids) != batch or kept not in (None, ids.shape[1]):
+    recorded = is_recorded(features.x)
+    if ids.ndim != 2 or kept not in (None, ids.shape[1]) or (not recorded and len(ids) != batch):
         raise ValueError(
             f"{name} must choose ids (B, {many}), got shape {tuple(ids.shape)} for {batch} images; choose as many as "
             "count says"
         )
+    if recorded:
+        return choice
     shape = tuple(ids.shape)
     for what, values, expected, dtype in (
         ("ids", ids, shape, torch.int64),
